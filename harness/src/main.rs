@@ -1,0 +1,2 @@
+//! `./nvmx`: builds, boots, tests and measures.
+fn main() {}

@@ -1,0 +1,2 @@
+//! The cascade L2 hypervisor (library part).
+#![no_std]

@@ -1,0 +1,2 @@
+//! What every L2 guest needs: boot, serial, VMX wrappers, assertions.
+#![no_std]

@@ -1,0 +1,1 @@
+//! What L2 itself exits for.

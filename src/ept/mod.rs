@@ -1,0 +1,1 @@
+//! EPT tables: entries, the walker, ept01, ept02.

@@ -1,0 +1,1 @@
+//! Frames, pools, and L2's memory by Gpa.

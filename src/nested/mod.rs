@@ -1,0 +1,1 @@
+//! Virtual VMX: the state machine, instructions, checks, merge, route, reflect.

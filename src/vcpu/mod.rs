@@ -1,0 +1,1 @@
+//! One virtual CPU: state, the run loop, exit dispatch.

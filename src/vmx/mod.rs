@@ -1,0 +1,5 @@
+//! Definitions of VMX without state.
+
+pub mod field;
+
+pub use field::Field;
