@@ -86,7 +86,7 @@ macro_rules! fields {
 
         $( const _: () = {
             assert!(same(width_of($enc), Width::$width), concat!("width contradicts encoding: ", stringify!($name)));
-            assert!($enc & 0xFFFF_9001 == 0, concat!("reserved bit or access type in encoding: ", stringify!($name)));
+            assert!($enc as u32 & 0xFFFF_9001 == 0, concat!("reserved bit or access type in encoding: ", stringify!($name)));
         }; )*
 
         impl Field {
@@ -157,7 +157,7 @@ fields! {
     VM_ENTRY_MSR_LOAD_ADDR              = 0x200A, W64,     Cache,    Always;
     EXECUTIVE_VMCS_POINTER              = 0x200C, W64,     Cache,    Always;
     PML_ADDRESS                         = 0x200E, W64,     Cache,    Secondary(17);
-    TSC_OFFSET                          = 0x2010, W64,     Cache,    Always;
+    TSC_OFFSET                          = 0x2010, W64,     Vmcs02,   Always;
     VIRTUAL_APIC_ADDRESS                = 0x2012, W64,     Cache,    Primary(21);
     APIC_ACCESS_ADDRESS                 = 0x2014, W64,     Cache,    Secondary(0);
     POSTED_INTR_DESC_ADDR               = 0x2016, W64,     Cache,    Pin(7);
@@ -198,10 +198,10 @@ fields! {
 
     PIN_BASED_VM_EXEC_CONTROL           = 0x4000, W32,     Cache,    Always;
     CPU_BASED_VM_EXEC_CONTROL           = 0x4002, W32,     Cache,    Always;
-    EXCEPTION_BITMAP                    = 0x4004, W32,     Cache,    Always;
-    PAGE_FAULT_ERROR_CODE_MASK          = 0x4006, W32,     Cache,    Always;
-    PAGE_FAULT_ERROR_CODE_MATCH         = 0x4008, W32,     Cache,    Always;
-    CR3_TARGET_COUNT                    = 0x400A, W32,     Cache,    Always;
+    EXCEPTION_BITMAP                    = 0x4004, W32,     Vmcs02,   Always;
+    PAGE_FAULT_ERROR_CODE_MASK          = 0x4006, W32,     Vmcs02,   Always;
+    PAGE_FAULT_ERROR_CODE_MATCH         = 0x4008, W32,     Vmcs02,   Always;
+    CR3_TARGET_COUNT                    = 0x400A, W32,     Watched,  Always;
     VM_EXIT_CONTROLS                    = 0x400C, W32,     Cache,    Always;
     VM_EXIT_MSR_STORE_COUNT             = 0x400E, W32,     Cache,    Always;
     VM_EXIT_MSR_LOAD_COUNT              = 0x4010, W32,     Cache,    Always;
@@ -250,14 +250,14 @@ fields! {
 
     HOST_IA32_SYSENTER_CS               = 0x4C00, W32,     Cache,    Always;
 
-    CR0_GUEST_HOST_MASK                 = 0x6000, Natural, Cache,    Always;
-    CR4_GUEST_HOST_MASK                 = 0x6002, Natural, Cache,    Always;
+    CR0_GUEST_HOST_MASK                 = 0x6000, Natural, Vmcs02,   Always;
+    CR4_GUEST_HOST_MASK                 = 0x6002, Natural, Vmcs02,   Always;
     CR0_READ_SHADOW                     = 0x6004, Natural, Vmcs02,   Always;
     CR4_READ_SHADOW                     = 0x6006, Natural, Vmcs02,   Always;
-    CR3_TARGET_VALUE0                   = 0x6008, Natural, Cache,    Always;
-    CR3_TARGET_VALUE1                   = 0x600A, Natural, Cache,    Always;
-    CR3_TARGET_VALUE2                   = 0x600C, Natural, Cache,    Always;
-    CR3_TARGET_VALUE3                   = 0x600E, Natural, Cache,    Always;
+    CR3_TARGET_VALUE0                   = 0x6008, Natural, Vmcs02,   Always;
+    CR3_TARGET_VALUE1                   = 0x600A, Natural, Vmcs02,   Always;
+    CR3_TARGET_VALUE2                   = 0x600C, Natural, Vmcs02,   Always;
+    CR3_TARGET_VALUE3                   = 0x600E, Natural, Vmcs02,   Always;
 
     EXIT_QUALIFICATION                  = 0x6400, Natural, Vmcs02,   Always;
     IO_RCX                              = 0x6402, Natural, Vmcs02,   Always;
