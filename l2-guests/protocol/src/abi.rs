@@ -1,0 +1,97 @@
+//! The interface that nvmx offers to L2 by CPUID: identity and counters.
+//!
+//! L2 reads a counter in two steps, so that reading does not disturb what is read: [`LEAF_COUNTERS`] with ECX =
+//! [`SNAPSHOT`] copies all counters of this CPU, then [`LEAF_COUNTERS`] with ECX = index returns one of the copied values
+//! (low half in EAX, high half in EDX, EBX = 1 if the index exists). The exits for these leaves are not counted.
+
+/// First leaf: EAX = highest leaf, EBX, ECX, EDX = [`SIGNATURE`].
+pub const LEAF_SIGNATURE: u32 = 0x4000_0000;
+/// "nvmxnvmxnvmx"
+pub const SIGNATURE: [u8; 12] = *b"nvmxnvmxnvmx";
+/// EAX = interface version, EBX = number of counters below [`EXITS_OF_L2`], ECX = [`Strategy`] as a number, EDX = 0.
+pub const LEAF_INTERFACE: u32 = 0x4000_0001;
+/// The counters: see the module's text.
+pub const LEAF_COUNTERS: u32 = 0x4000_0002;
+/// Highest leaf.
+pub const LEAF_MAX: u32 = LEAF_COUNTERS;
+/// The version this module describes.
+pub const INTERFACE_VERSION: u32 = 1;
+/// ECX of [`LEAF_COUNTERS`] that takes the snapshot.
+pub const SNAPSHOT: u32 = 0xFFFF_FFFF;
+/// Index of the exits of L2 by basic exit reason: `EXITS_OF_L2 + reason`.
+pub const EXITS_OF_L2: u32 = 0x100;
+/// Index of the exits of L3 by basic exit reason: `EXITS_OF_L3 + reason`.
+pub const EXITS_OF_L3: u32 = 0x200;
+/// Basic exit reasons counted one by one; higher ones are counted in the last.
+pub const REASONS: usize = 80;
+
+macro_rules! counters {
+    ($( $(#[$doc:meta])* $variant:ident = $name:literal; )*) => {
+        /// A counter of one CPU; the discriminant is its index.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        #[repr(u32)]
+        pub enum Counter { $( $(#[$doc])* $variant, )* }
+
+        impl Counter {
+            /// All of them, in order of index.
+            pub const ALL: &'static [Counter] = &[ $( Counter::$variant, )* ];
+            /// The key in records and reports.
+            pub const fn name(self) -> &'static str {
+                match self { $( Counter::$variant => $name, )* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Hardware VM exits taken by nvmx, all levels
+    HwExits = "hw_exits";
+    /// ... of L2
+    ExitsL2 = "exits_l2";
+    /// ... of L3
+    ExitsL3 = "exits_l3";
+    /// Exits of L3 that L2 got to see
+    Reflected = "reflected";
+    /// TSC ticks from the first instruction after an exit to the last before the next entry
+    L1Ticks = "l1_ticks";
+    /// VMREAD executed by nvmx
+    Vmread = "l1_vmread";
+    /// VMWRITE executed by nvmx
+    Vmwrite = "l1_vmwrite";
+    /// VMPTRLD executed by nvmx
+    Vmptrld = "l1_vmptrld";
+    /// VMCLEAR executed by nvmx
+    Vmclear = "l1_vmclear";
+    /// INVEPT executed by nvmx
+    Invept = "l1_invept";
+    /// INVVPID executed by nvmx
+    Invvpid = "l1_invvpid";
+    /// VMREAD of L2 that exited
+    TrappedVmread = "trapped_vmread";
+    /// VMWRITE of L2 that exited
+    TrappedVmwrite = "trapped_vmwrite";
+    /// Entries of ept02 filled
+    Ept02Fills = "ept02_fills";
+    /// ept02 roots or contexts dropped
+    Ept02Flushes = "ept02_flushes";
+}
+
+/// How L2's VMREAD and VMWRITE reach vmcs12.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Strategy {
+    /// No VMCS shadowing: every access exits.
+    Trapped = 0,
+    /// VMCS shadowing with vmcs02 as the shadow VMCS: the guest's fields are never copied.
+    ZeroCopy = 1,
+}
+
+impl Strategy {
+    /// The name in logs, reports and on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Strategy::Trapped => "trapped",
+            Strategy::ZeroCopy => "zero-copy",
+        }
+    }
+}
