@@ -380,3 +380,15 @@ impl fmt::Display for Field {
         f.write_str(self.name())
     }
 }
+
+/// Something that holds the values of fields: vmcs12, or a map in a test.
+pub trait Fields {
+    /// The value of a field; 0 for a field that was never written.
+    fn get(&self, field: Field) -> u64;
+}
+
+impl<F: Fn(Field) -> u64> Fields for F {
+    fn get(&self, field: Field) -> u64 {
+        self(field)
+    }
+}

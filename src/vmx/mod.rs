@@ -1,5 +1,13 @@
 //! Definitions of VMX without state.
 
+pub mod bitmap;
+pub mod caps;
+pub mod controls;
+pub mod exit;
 pub mod field;
+pub mod requirements;
 
-pub use field::Field;
+pub use caps::Capabilities;
+pub use controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
+pub use exit::{BasicReason, ExitReason};
+pub use field::{Field, Fields};

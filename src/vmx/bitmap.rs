@@ -1,0 +1,139 @@
+//! The bitmaps that decide what exits: MSRs, I/O ports, VMREAD and VMWRITE.
+//!
+//! Source: Intel SDM vol. 3C (December 2024), "MSR-Bitmap Address", "I/O-Bitmap Addresses", "VMREAD-Bitmap Address and
+//! VMWRITE-Bitmap Address", and "Instructions That Cause VM Exits Conditionally".
+
+use super::caps::Capabilities;
+use super::field::{Area, Field, Home, Width};
+
+/// A page of bits, as the processor reads it.
+#[derive(Clone, PartialEq, Eq)]
+#[repr(C, align(4096))]
+pub struct BitmapPage(pub [u64; 512]);
+
+impl BitmapPage {
+    /// All bits 0.
+    pub const CLEAR: Self = Self([0; 512]);
+    /// All bits 1.
+    pub const SET: Self = Self([u64::MAX; 512]);
+
+    /// The bit at `index` of 0..32768; an index beyond the page reads as 1, the side that exits.
+    #[inline]
+    pub fn get(&self, index: u16) -> bool {
+        let word = self.0.get(usize::from(index / 64));
+        word.is_none_or(|word| word >> (index % 64) & 1 != 0)
+    }
+
+    /// Sets or clears the bit at `index`; nothing happens beyond the page.
+    pub fn put(&mut self, index: u16, value: bool) {
+        if let Some(word) = self.0.get_mut(usize::from(index / 64)) {
+            let bit = 1 << (index % 64);
+            if value { *word |= bit } else { *word &= !bit }
+        }
+    }
+}
+
+/// The two directions of an access that a bitmap knows apart.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// RDMSR, VMREAD
+    Read,
+    /// WRMSR, VMWRITE
+    Write,
+}
+
+/// An MSR bitmap: 1 KiB each for reads of low, reads of high, writes of low, writes of high MSRs.
+#[derive(Clone, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct MsrBitmap(pub BitmapPage);
+
+impl MsrBitmap {
+    /// Nothing in its ranges exits.
+    pub const PASS_ALL: Self = Self(BitmapPage::CLEAR);
+    /// Everything exits.
+    pub const EXIT_ALL: Self = Self(BitmapPage::SET);
+
+    /// Index of the bit for an access, or `None` for an MSR outside of both ranges, which always exits.
+    #[inline]
+    pub const fn index(msr: u32, access: Access) -> Option<u16> {
+        let high = match msr {
+            0..=0x1FFF => 0,
+            0xC000_0000..=0xC000_1FFF => 0x2000,
+            _ => return None,
+        };
+        let write = match access {
+            Access::Read => 0,
+            Access::Write => 0x4000,
+        };
+        Some(write | high | (msr & 0x1FFF) as u16)
+    }
+
+    /// True if the access exits.
+    #[inline]
+    pub fn exits(&self, msr: u32, access: Access) -> bool {
+        Self::index(msr, access).is_none_or(|index| self.0.get(index))
+    }
+
+    /// Makes an access exit or pass; an MSR outside of both ranges exits whatever is asked.
+    pub fn set(&mut self, msr: u32, access: Access, exits: bool) {
+        if let Some(index) = Self::index(msr, access) {
+            self.0.put(index, exits);
+        }
+    }
+
+    /// Becomes `a ∪ b`: whatever exits in one of them exits.
+    #[inline]
+    pub fn merge(&mut self, a: &MsrBitmap, b: &MsrBitmap) {
+        for ((out, a), b) in self.0.0.iter_mut().zip(&a.0.0).zip(&b.0.0) {
+            *out = a | b;
+        }
+    }
+}
+
+/// True if an access of `size` bytes at `port` exits under the I/O bitmaps `a` (ports 0-7FFFH) and `b` (8000H-FFFFH): one
+/// set bit is enough, and so is an access that wraps around the 16-bit I/O space.
+pub fn io_exits(a: &BitmapPage, b: &BitmapPage, port: u16, size: u8) -> bool {
+    (0..u16::from(size)).any(|i| match port.checked_add(i) {
+        Some(port) if port < 0x8000 => a.get(port),
+        Some(port) => b.get(port & 0x7FFF),
+        None => true,
+    })
+}
+
+/// Index of the bit for a field encoding in the VMREAD and VMWRITE bitmaps: bits 14:0. `None` if a higher bit is set: then
+/// the access always exits.
+#[inline]
+pub const fn shadow_index(encoding: u64) -> Option<u16> {
+    if encoding >> 15 == 0 { Some(encoding as u16) } else { None }
+}
+
+/// True if L2 may reach the field in vmcs02 by itself.
+pub fn is_shadowed(field: Field, access: Access, offered: &Capabilities) -> bool {
+    if !offered.has_field(field) {
+        return false;
+    }
+    match (access, field.home()) {
+        (_, Home::Cache) => false,
+        (Access::Read, Home::Vmcs02 | Home::Watched) => true,
+        (Access::Write, Home::Watched) => false,
+        // A write to an exit-information field is an error to be reported to L2, never a write.
+        (Access::Write, Home::Vmcs02) => !matches!(field.area(), Area::ExitInfo),
+    }
+}
+
+/// Builds the VMREAD or VMWRITE bitmap for L2: a clear bit for each field that it may reach in vmcs02 by itself, and for
+/// the "high" access to a 64-bit field as well.
+pub fn shadow_bitmap(page: &mut BitmapPage, access: Access, offered: &Capabilities) {
+    page.0.fill(u64::MAX);
+    for &field in Field::ALL {
+        if !is_shadowed(field, access, offered) {
+            continue;
+        }
+        if let Some(index) = shadow_index(u64::from(field.encoding())) {
+            page.put(index, false);
+            if field.width() == Width::W64 {
+                page.put(index | 1, false);
+            }
+        }
+    }
+}

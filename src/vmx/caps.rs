@@ -1,0 +1,380 @@
+//! What a VMX machine can do: the values of the IA32_VMX_* MSRs, typed.
+//!
+//! The same type describes the machine under nvmx and the machine that nvmx shows to L2 (`nested::caps`), so every
+//! check that asks "may this be set?" is written once.
+//!
+//! Source: Intel SDM vol. 3D (December 2024), appendix "VMX Capability Reporting Facility"; field existence: vol. 3D,
+//! appendix "Field Encoding in VMCS".
+
+use super::controls::{Controls, EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
+use super::field::{Field, Needs};
+use core::marker::PhantomData;
+
+/// Addresses of the capability MSRs.
+#[allow(missing_docs)]
+pub mod msr {
+    pub const IA32_VMX_BASIC: u32 = 0x480;
+    pub const IA32_VMX_PINBASED_CTLS: u32 = 0x481;
+    pub const IA32_VMX_PROCBASED_CTLS: u32 = 0x482;
+    pub const IA32_VMX_EXIT_CTLS: u32 = 0x483;
+    pub const IA32_VMX_ENTRY_CTLS: u32 = 0x484;
+    pub const IA32_VMX_MISC: u32 = 0x485;
+    pub const IA32_VMX_CR0_FIXED0: u32 = 0x486;
+    pub const IA32_VMX_CR0_FIXED1: u32 = 0x487;
+    pub const IA32_VMX_CR4_FIXED0: u32 = 0x488;
+    pub const IA32_VMX_CR4_FIXED1: u32 = 0x489;
+    pub const IA32_VMX_VMCS_ENUM: u32 = 0x48A;
+    pub const IA32_VMX_PROCBASED_CTLS2: u32 = 0x48B;
+    pub const IA32_VMX_EPT_VPID_CAP: u32 = 0x48C;
+    pub const IA32_VMX_TRUE_PINBASED_CTLS: u32 = 0x48D;
+    pub const IA32_VMX_TRUE_PROCBASED_CTLS: u32 = 0x48E;
+    pub const IA32_VMX_TRUE_EXIT_CTLS: u32 = 0x48F;
+    pub const IA32_VMX_TRUE_ENTRY_CTLS: u32 = 0x490;
+    pub const IA32_VMX_VMFUNC: u32 = 0x491;
+    /// First and last of the range that nvmx answers for, the tertiary and second exit controls included.
+    pub const FIRST: u32 = IA32_VMX_BASIC;
+    pub const LAST: u32 = 0x493;
+}
+
+/// Which settings of a control field are allowed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Allowed<C> {
+    ones: u32,
+    may: u32,
+    controls: PhantomData<C>,
+}
+
+impl<C: Controls> Allowed<C> {
+    /// From the value of a capability MSR: bits 31:0 must be 1, bits 63:32 may be 1.
+    pub const fn from_msr(value: u64) -> Self {
+        Self { ones: value as u32, may: (value >> 32) as u32, controls: PhantomData }
+    }
+
+    /// The value of the capability MSR.
+    pub const fn to_msr(self) -> u64 {
+        (self.may as u64) << 32 | self.ones as u64
+    }
+
+    /// Bits that must be 1.
+    pub const fn must_be_one(self) -> u32 {
+        self.ones
+    }
+
+    /// Bits that may be 1.
+    pub const fn may_be_one(self) -> u32 {
+        self.may
+    }
+
+    /// The known controls whose 1-setting is allowed.
+    pub fn settable(self) -> C {
+        C::from_bits_truncate(self.may)
+    }
+
+    /// True if the 1-setting of every one of `controls` is allowed.
+    pub fn allows(self, controls: C) -> bool {
+        controls.bits() & !self.may == 0
+    }
+
+    /// True if a VM entry accepts the value in this control field.
+    pub const fn accepts(self, value: u32) -> bool {
+        value & self.ones == self.ones && value & !self.may == 0
+    }
+
+    /// `value` with all bits set that must be.
+    pub fn with_required(self, value: C) -> C {
+        C::from_bits_retain(value.bits() | self.ones)
+    }
+}
+
+macro_rules! bits {
+    ($(#[$doc:meta])* $name:ident { $( $(#[$bit_doc:meta])* $method:ident = $bit:literal; )* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        #[repr(transparent)]
+        pub struct $name(pub u64);
+        impl $name {
+            $( $(#[$bit_doc])* pub const fn $method(self) -> bool { self.0 >> $bit & 1 != 0 } )*
+        }
+    };
+}
+
+bits! {
+    /// IA32_VMX_BASIC.
+    Basic {
+        /// Physical addresses of VMX structures are limited to 32 bits.
+        addresses_limited_to_32_bits = 48;
+        /// The instruction-information field is valid for INS and OUTS.
+        reports_ins_outs_information = 54;
+        /// The TRUE capability MSRs exist.
+        has_true_controls = 55;
+        /// A hardware exception may be injected with or without an error code.
+        any_error_code_delivery = 56;
+    }
+}
+
+impl Basic {
+    /// VMCS revision identifier, bits 30:0.
+    pub const fn revision(self) -> u32 {
+        self.0 as u32 & 0x7FFF_FFFF
+    }
+    /// Bytes to allocate for a VMXON region or a VMCS, bits 44:32.
+    pub const fn region_size(self) -> u32 {
+        (self.0 >> 32) as u32 & 0x1FFF
+    }
+    /// Memory type for accesses to a VMCS, bits 53:50 (6 = write-back).
+    pub const fn memory_type(self) -> u8 {
+        (self.0 >> 50) as u8 & 0xF
+    }
+}
+
+bits! {
+    /// IA32_VMX_MISC.
+    Misc {
+        /// VM exits store IA32_EFER.LMA into the "IA-32e mode guest" VM-entry control.
+        stores_lma_on_exit = 5;
+        /// Activity state HLT.
+        activity_hlt = 6;
+        /// Activity state shutdown.
+        activity_shutdown = 7;
+        /// Activity state wait-for-SIPI.
+        activity_wait_for_sipi = 8;
+        /// Intel PT can be used in VMX operation.
+        pt_in_vmx = 14;
+        /// IA32_SMBASE can be read in SMM.
+        smbase_msr = 15;
+        /// Bit 2 of IA32_SMM_MONITOR_CTL can be set.
+        vmxoff_smi_unblocking = 28;
+        /// VMWRITE can write VM-exit information fields.
+        vmwrite_any_field = 29;
+        /// A software interrupt or exception may be injected with instruction length 0.
+        zero_length_injection = 30;
+    }
+}
+
+impl Misc {
+    /// The VMX-preemption timer counts when this bit of the TSC changes, bits 4:0.
+    pub const fn preemption_timer_shift(self) -> u32 {
+        self.0 as u32 & 0x1F
+    }
+    /// Number of CR3-target values, bits 24:16.
+    pub const fn cr3_targets(self) -> u32 {
+        (self.0 >> 16) as u32 & 0x1FF
+    }
+    /// Recommended maximum of entries in an MSR list, from bits 27:25.
+    pub const fn max_msr_list(self) -> u32 {
+        512 * (((self.0 >> 25) as u32 & 7) + 1)
+    }
+    /// True if the activity-state field may hold `state` (0 is always allowed).
+    pub const fn supports_activity(self, state: u64) -> bool {
+        match state {
+            0 => true,
+            1 => self.activity_hlt(),
+            2 => self.activity_shutdown(),
+            3 => self.activity_wait_for_sipi(),
+            _ => false,
+        }
+    }
+}
+
+bits! {
+    /// IA32_VMX_EPT_VPID_CAP.
+    EptVpid {
+        /// Execute-only translations.
+        execute_only = 0;
+        /// Page walk of 4 levels.
+        walk_4 = 6;
+        /// Page walk of 5 levels.
+        walk_5 = 7;
+        /// EPT structures may be uncacheable.
+        memory_type_uc = 8;
+        /// EPT structures may be write-back.
+        memory_type_wb = 14;
+        /// 2-MByte pages.
+        pages_2m = 16;
+        /// 1-GByte pages.
+        pages_1g = 17;
+        /// INVEPT exists.
+        invept = 20;
+        /// Accessed and dirty flags.
+        accessed_dirty = 21;
+        /// EPT violations report advanced information.
+        advanced_exit_information = 22;
+        /// Supervisor shadow-stack control.
+        supervisor_shadow_stack = 23;
+        /// INVEPT of a single context.
+        invept_single = 25;
+        /// INVEPT of all contexts.
+        invept_all = 26;
+        /// INVVPID exists.
+        invvpid = 32;
+        /// INVVPID of an individual address.
+        invvpid_address = 40;
+        /// INVVPID of a single context.
+        invvpid_single = 41;
+        /// INVVPID of all contexts.
+        invvpid_all = 42;
+        /// INVVPID of a single context, global translations retained.
+        invvpid_single_retaining_globals = 43;
+    }
+}
+
+/// The values of all capability MSRs, and the two CPUID widths that the checks need.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(missing_docs)]
+pub struct Capabilities {
+    pub basic: Basic,
+    /// The original MSRs: bits of the default1 class are reported as 1.
+    pub pin_default: Allowed<PinControls>,
+    pub primary_default: Allowed<PrimaryControls>,
+    pub exit_default: Allowed<ExitControls>,
+    pub entry_default: Allowed<EntryControls>,
+    /// What VM entry checks against: the TRUE MSRs, or the original ones on a processor without them.
+    pub pin: Allowed<PinControls>,
+    pub primary: Allowed<PrimaryControls>,
+    pub secondary: Allowed<SecondaryControls>,
+    pub exit: Allowed<ExitControls>,
+    pub entry: Allowed<EntryControls>,
+    pub misc: Misc,
+    pub cr0_fixed0: u64,
+    pub cr0_fixed1: u64,
+    pub cr4_fixed0: u64,
+    pub cr4_fixed1: u64,
+    pub vmcs_enum: u64,
+    pub ept_vpid: EptVpid,
+    pub vmfunc: u64,
+    /// Physical-address width (CPUID 80000008H: EAX bits 7:0).
+    pub physical_width: u32,
+    /// Linear-address width (CPUID 80000008H: EAX bits 15:8).
+    pub linear_width: u32,
+}
+
+impl Capabilities {
+    /// Reads the MSRs by `rdmsr`, which is called only for those that exist on this processor.
+    pub fn read(mut rdmsr: impl FnMut(u32) -> u64, physical_width: u32, linear_width: u32) -> Self {
+        let basic = Basic(rdmsr(msr::IA32_VMX_BASIC));
+        let pin = rdmsr(msr::IA32_VMX_PINBASED_CTLS);
+        let primary = rdmsr(msr::IA32_VMX_PROCBASED_CTLS);
+        let exit = rdmsr(msr::IA32_VMX_EXIT_CTLS);
+        let entry = rdmsr(msr::IA32_VMX_ENTRY_CTLS);
+        let mut or_true = |index, value| if basic.has_true_controls() { rdmsr(index) } else { value };
+        let true_pin = or_true(msr::IA32_VMX_TRUE_PINBASED_CTLS, pin);
+        let true_primary = or_true(msr::IA32_VMX_TRUE_PROCBASED_CTLS, primary);
+        let true_exit = or_true(msr::IA32_VMX_TRUE_EXIT_CTLS, exit);
+        let true_entry = or_true(msr::IA32_VMX_TRUE_ENTRY_CTLS, entry);
+
+        let primary_allowed = Allowed::<PrimaryControls>::from_msr(true_primary);
+        let mut when = |exists: bool, index| if exists { rdmsr(index) } else { 0 };
+        let secondary = Allowed::<SecondaryControls>::from_msr(when(
+            primary_allowed.allows(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS),
+            msr::IA32_VMX_PROCBASED_CTLS2,
+        ));
+        let has_ept_or_vpid =
+            secondary.allows(SecondaryControls::ENABLE_EPT) || secondary.allows(SecondaryControls::ENABLE_VPID);
+        let ept_vpid = EptVpid(when(has_ept_or_vpid, msr::IA32_VMX_EPT_VPID_CAP));
+        let vmfunc = when(secondary.allows(SecondaryControls::ENABLE_VM_FUNCTIONS), msr::IA32_VMX_VMFUNC);
+
+        Self {
+            basic,
+            pin_default: Allowed::from_msr(pin),
+            primary_default: Allowed::from_msr(primary),
+            exit_default: Allowed::from_msr(exit),
+            entry_default: Allowed::from_msr(entry),
+            pin: Allowed::from_msr(true_pin),
+            primary: primary_allowed,
+            secondary,
+            exit: Allowed::from_msr(true_exit),
+            entry: Allowed::from_msr(true_entry),
+            misc: Misc(rdmsr(msr::IA32_VMX_MISC)),
+            cr0_fixed0: rdmsr(msr::IA32_VMX_CR0_FIXED0),
+            cr0_fixed1: rdmsr(msr::IA32_VMX_CR0_FIXED1),
+            cr4_fixed0: rdmsr(msr::IA32_VMX_CR4_FIXED0),
+            cr4_fixed1: rdmsr(msr::IA32_VMX_CR4_FIXED1),
+            vmcs_enum: rdmsr(msr::IA32_VMX_VMCS_ENUM),
+            ept_vpid,
+            vmfunc,
+            physical_width,
+            linear_width,
+        }
+    }
+
+    /// The value of a capability MSR, or `None` if this machine has no such MSR (RDMSR gives #GP(0)).
+    pub fn msr(&self, index: u32) -> Option<u64> {
+        let if_true = |value| self.basic.has_true_controls().then_some(value);
+        let secondary = |controls| self.has_secondary_controls() && self.secondary.allows(controls);
+        match index {
+            msr::IA32_VMX_BASIC => Some(self.basic.0),
+            msr::IA32_VMX_PINBASED_CTLS => Some(self.pin_default.to_msr()),
+            msr::IA32_VMX_PROCBASED_CTLS => Some(self.primary_default.to_msr()),
+            msr::IA32_VMX_EXIT_CTLS => Some(self.exit_default.to_msr()),
+            msr::IA32_VMX_ENTRY_CTLS => Some(self.entry_default.to_msr()),
+            msr::IA32_VMX_MISC => Some(self.misc.0),
+            msr::IA32_VMX_CR0_FIXED0 => Some(self.cr0_fixed0),
+            msr::IA32_VMX_CR0_FIXED1 => Some(self.cr0_fixed1),
+            msr::IA32_VMX_CR4_FIXED0 => Some(self.cr4_fixed0),
+            msr::IA32_VMX_CR4_FIXED1 => Some(self.cr4_fixed1),
+            msr::IA32_VMX_VMCS_ENUM => Some(self.vmcs_enum),
+            msr::IA32_VMX_PROCBASED_CTLS2 => self.has_secondary_controls().then_some(self.secondary.to_msr()),
+            msr::IA32_VMX_EPT_VPID_CAP => {
+                let exists = secondary(SecondaryControls::ENABLE_EPT) || secondary(SecondaryControls::ENABLE_VPID);
+                exists.then_some(self.ept_vpid.0)
+            }
+            msr::IA32_VMX_TRUE_PINBASED_CTLS => if_true(self.pin.to_msr()),
+            msr::IA32_VMX_TRUE_PROCBASED_CTLS => if_true(self.primary.to_msr()),
+            msr::IA32_VMX_TRUE_EXIT_CTLS => if_true(self.exit.to_msr()),
+            msr::IA32_VMX_TRUE_ENTRY_CTLS => if_true(self.entry.to_msr()),
+            msr::IA32_VMX_VMFUNC => secondary(SecondaryControls::ENABLE_VM_FUNCTIONS).then_some(self.vmfunc),
+            _ => None,
+        }
+    }
+
+    /// True if the secondary processor-based controls can be activated.
+    pub fn has_secondary_controls(&self) -> bool {
+        self.primary.allows(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS)
+    }
+
+    /// True if VMREAD of this field works on this machine.
+    pub fn has_field(&self, field: Field) -> bool {
+        let any = |may: u32, bits: u32| may & bits != 0;
+        let secondary = if self.has_secondary_controls() { self.secondary.may_be_one() } else { 0 };
+        match field.needs() {
+            Needs::Always => true,
+            Needs::Pin(bit) => any(self.pin.may_be_one(), 1 << bit),
+            Needs::Primary(bit) => any(self.primary.may_be_one(), 1 << bit),
+            Needs::Secondary(bit) => any(secondary, 1 << bit),
+            Needs::ExitOrEntry(exit, entry) => any(self.exit.may_be_one(), exit) || any(self.entry.may_be_one(), entry),
+            Needs::VmFunc(bit) => {
+                any(secondary, SecondaryControls::ENABLE_VM_FUNCTIONS.bits()) && self.vmfunc >> bit & 1 != 0
+            }
+        }
+    }
+
+    /// The value of IA32_VMX_VMCS_ENUM that fits the fields of this machine: the highest index, in bits 9:1.
+    pub fn vmcs_enum_of_fields(&self) -> u64 {
+        Field::ALL.iter().filter(|f| self.has_field(**f)).map(|f| u64::from(f.encoding() & 0x3FE)).max().unwrap_or(0)
+    }
+
+    /// True if `address` has no bit beyond what a pointer in a VMCS may have on this machine.
+    pub fn is_physical(&self, address: u64) -> bool {
+        let width = if self.basic.addresses_limited_to_32_bits() { 32 } else { self.physical_width };
+        width >= 64 || address >> width == 0
+    }
+
+    /// True if `address` is canonical on this machine.
+    pub fn is_canonical(&self, address: u64) -> bool {
+        let Some(unused) = 64u32.checked_sub(self.linear_width) else { return true };
+        if unused == 64 {
+            return false;
+        }
+        ((address << unused) as i64 >> unused) as u64 == address
+    }
+
+    /// True if CR0 may hold `value` in VMX operation.
+    pub fn cr0_ok(&self, value: u64) -> bool {
+        value & self.cr0_fixed0 == self.cr0_fixed0 && value & !self.cr0_fixed1 == 0
+    }
+
+    /// True if CR4 may hold `value` in VMX operation.
+    pub fn cr4_ok(&self, value: u64) -> bool {
+        value & self.cr4_fixed0 == self.cr4_fixed0 && value & !self.cr4_fixed1 == 0
+    }
+}
