@@ -215,7 +215,7 @@ fields! {
     PLE_GAP                             = 0x4020, W32,     Cache,    Secondary(10);
     PLE_WINDOW                          = 0x4022, W32,     Cache,    Secondary(10);
 
-    VM_INSTRUCTION_ERROR                = 0x4400, W32,     Vmcs02,   Always;
+    VM_INSTRUCTION_ERROR                = 0x4400, W32,     Cache,    Always;
     VM_EXIT_REASON                      = 0x4402, W32,     Vmcs02,   Always;
     VM_EXIT_INTR_INFO                   = 0x4404, W32,     Vmcs02,   Always;
     VM_EXIT_INTR_ERROR_CODE             = 0x4406, W32,     Vmcs02,   Always;
