@@ -8,6 +8,7 @@
 #![deny(unsafe_code)]
 
 pub mod addr;
+pub mod boot;
 pub mod emul;
 pub mod ept;
 pub mod error;

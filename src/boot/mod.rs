@@ -1,0 +1,10 @@
+//! From the loader to a [`Machine`]: the command line, what the loader and firmware say, what the processor must have.
+//!
+//! Everything here is pure: it reads tables through [`PhysMem`](crate::mm::PhysMem) and returns values. What touches the
+//! machine is in `hw::boot`.
+
+pub mod machine;
+pub mod options;
+
+pub use machine::{Cpu, CpuList, Machine};
+pub use options::Options;

@@ -1,0 +1,74 @@
+//! Control registers, debug registers, XCR0, and the descriptor-table registers.
+
+use core::arch::asm;
+
+use crate::error::Fault;
+
+macro_rules! control_register {
+    ($name:literal, $read:ident, $write:ident) => {
+        #[doc = concat!("Reads ", $name, ".")]
+        #[inline]
+        pub fn $read() -> u64 {
+            let value;
+            // SAFETY: reading has no side effect.
+            unsafe { asm!(concat!("mov {}, ", $name), out(reg) value, options(nomem, nostack, preserves_flags)) };
+            value
+        }
+
+        #[doc = concat!("Writes ", $name, ".")]
+        ///
+        /// # Safety
+        ///
+        /// The processor accepts the value, and nvmx's own code, stack and tables stay mapped and usable with it.
+        #[inline]
+        pub unsafe fn $write(value: u64) {
+            // SAFETY: the caller's promise. Not `nomem`: it may change what memory accesses do.
+            unsafe { asm!(concat!("mov ", $name, ", {}"), in(reg) value, options(nostack, preserves_flags)) };
+        }
+    };
+}
+
+control_register!("cr0", cr0, set_cr0);
+control_register!("cr3", cr3, set_cr3);
+control_register!("cr4", cr4, set_cr4);
+control_register!("dr7", dr7, set_dr7);
+
+/// Reads CR2.
+#[inline]
+pub fn cr2() -> u64 {
+    let value;
+    // SAFETY: reading has no side effect.
+    unsafe { asm!("mov {}, cr2", out(reg) value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// Writes CR2. nvmx takes no page fault whose CR2 it needs, so any value is fine at any time.
+#[inline]
+pub fn set_cr2(value: u64) {
+    // SAFETY: CR2 affects nothing.
+    unsafe { asm!("mov cr2, {}", in(reg) value, options(nomem, nostack, preserves_flags)) };
+}
+
+/// XSETBV; `Err(#GP(0))` when the processor refuses the value or the register, `Err(#UD)` is reported the same way when
+/// CR4.OSXSAVE is clear: check that before.
+///
+/// nvmx keeps nothing in extended state, so every value that the processor accepts is fine for nvmx.
+#[inline]
+pub fn xsetbv_safe(index: u32, value: u64) -> Result<(), Fault> {
+    let failed: u32;
+    // SAFETY: 1. a #GP or #UD lands on label 3 with registers as they were. 2. nvmx uses no SSE or AVX state.
+    unsafe {
+        asm!(
+            "2: xsetbv",
+            "xor {failed:e}, {failed:e}",
+            "3:",
+            ".pushsection .fixup, \"a\", @progbits",
+            ".quad 2b, 3b",
+            ".popsection",
+            failed = inout(reg) 1u32 => failed,
+            in("ecx") index, in("eax") value as u32, in("edx") (value >> 32) as u32,
+            options(nomem, nostack),
+        );
+    }
+    if failed == 0 { Ok(()) } else { Err(Fault::GeneralProtection(0)) }
+}

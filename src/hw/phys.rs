@@ -1,0 +1,108 @@
+//! Physical memory through the direct map: every address of RAM and of the devices below 4 GiB, at a fixed offset.
+
+use core::arch::asm;
+
+use crate::{addr::Hpa, mm::PhysMem};
+
+/// Linear address of physical address 0. Present from the first Rust instruction on, in the tables of the entry code as
+/// well as in nvmx's own.
+pub const DIRECT_MAP: u64 = 0xFFFF_8000_0000_0000;
+
+/// The direct map: physical memory below `end` is mapped at [`DIRECT_MAP`], readable and writable.
+///
+/// Accesses are single instructions that the compiler neither repeats nor drops: L2 and devices may change the same
+/// memory at any moment. At or above `end` there is nothing: reads give all ones, writes are lost.
+#[derive(Clone, Copy, Debug)]
+pub struct DirectMap {
+    end: u64,
+}
+
+impl DirectMap {
+    /// Uses the direct map up to `end`.
+    ///
+    /// # Safety
+    ///
+    /// 1. The active page tables map `DIRECT_MAP .. DIRECT_MAP + end` to physical `0 .. end`, writable, for as long as
+    ///    the value or a copy of it is used.
+    /// 2. No Rust object that is reached otherwise (nvmx's image, stacks, per-CPU blocks) is written through it by safe
+    ///    code: callers pass frames of their own pool, or addresses from `mm::guest`, which refuses nvmx's range.
+    pub const unsafe fn new(end: Hpa) -> Self {
+        Self { end: end.get() }
+    }
+
+    /// First physical address that is not mapped.
+    pub const fn end(&self) -> Hpa {
+        Hpa::new(self.end)
+    }
+
+    /// The linear address of `len` bytes at `at`, if they are all mapped.
+    #[inline]
+    pub fn linear(&self, at: Hpa, len: u64) -> Option<*mut u8> {
+        let last = at.get().checked_add(len)?;
+        (last <= self.end).then_some((DIRECT_MAP + at.get()) as *mut u8)
+    }
+}
+
+impl PhysMem for DirectMap {
+    #[inline]
+    fn read_u64(&self, at: Hpa) -> u64 {
+        let Some(pointer) = self.linear(at, 8) else { return u64::MAX };
+        let value: u64;
+        // SAFETY: 1. the eight bytes are mapped (condition 1 of `new`). 2. One load, no side effect on Rust's memory.
+        unsafe { asm!("mov {}, [{}]", out(reg) value, in(reg) pointer, options(nostack, preserves_flags, readonly)) };
+        value
+    }
+
+    #[inline]
+    fn write_u64(&self, at: Hpa, value: u64) {
+        let Some(pointer) = self.linear(at, 8) else { return };
+        // SAFETY: 1. the eight bytes are mapped and writable. 2. They are no Rust object (condition 2 of `new`).
+        unsafe { asm!("mov [{}], {}", in(reg) pointer, in(reg) value, options(nostack, preserves_flags)) };
+    }
+
+    fn read_bytes(&self, at: Hpa, into: &mut [u8]) {
+        let Some(pointer) = self.linear(at, into.len() as u64) else {
+            into.fill(0xFF);
+            return;
+        };
+        // SAFETY: 1. the source is mapped. 2. The destination is a Rust slice of that length, disjoint from it
+        // (condition 2 of `new`).
+        unsafe { copy_bytes(pointer, into.as_mut_ptr(), into.len()) };
+    }
+
+    fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
+        let Some(pointer) = self.linear(at, bytes.len() as u64) else { return };
+        // SAFETY: 1. the destination is mapped and writable and no Rust object. 2. The source is a Rust slice.
+        unsafe { copy_bytes(bytes.as_ptr(), pointer, bytes.len()) };
+    }
+
+    fn zero(&self, at: Hpa, len: u64) {
+        let Some(pointer) = self.linear(at, len) else { return };
+        // SAFETY: the destination is mapped, writable and no Rust object. Direction flag is clear in Rust code.
+        unsafe {
+            asm!("rep stosq", inout("rcx") len / 8 => _, inout("rdi") pointer => _, in("rax") 0u64,
+                options(nostack, preserves_flags));
+            asm!("rep stosb", inout("rcx") len % 8 => _, inout("rdi") pointer.add((len & !7) as usize) => _,
+                in("al") 0u8, options(nostack, preserves_flags));
+        }
+    }
+
+    fn copy(&self, from: Hpa, to: Hpa, len: u64) {
+        let (Some(from), Some(to)) = (self.linear(from, len), self.linear(to, len)) else { return };
+        // SAFETY: both are mapped, the destination is writable and no Rust object.
+        unsafe { copy_bytes(from, to, len as usize) };
+    }
+}
+
+/// Copies with one pass of string moves: each byte is read once.
+///
+/// # Safety
+///
+/// Both are valid for `len` bytes and disjoint.
+unsafe fn copy_bytes(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: as promised by the caller; Rust code keeps the direction flag clear.
+    unsafe {
+        asm!("rep movsq", "mov rcx, {rest}", "rep movsb", rest = in(reg) len & 7,
+            inout("rcx") len >> 3 => _, inout("rsi") from => _, inout("rdi") to => _, options(nostack, preserves_flags));
+    }
+}

@@ -1,0 +1,204 @@
+//! L2's memory: the one place where a [`Gpa`] becomes an [`Hpa`] (invariant I5).
+//!
+//! L2 sees the machine one to one, minus nvmx's own range. So translating is a comparison, not a walk; but every guest
+//! address in a VMCS, an EPT entry or an operand comes through here.
+
+use crate::{
+    addr::{Gpa, Hpa, PAGE_SIZE},
+    mm::{PhysMem, Span},
+};
+
+/// The address is nvmx's own memory or beyond the processor's physical-address width: L2 has no memory there.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NotOwned(pub Gpa);
+
+/// L2's view of physical memory.
+///
+/// What holding one proves: accesses through it never reach nvmx's own range. What it does not: that there is RAM at an
+/// address, or that the content stays the same between two reads. L2 may change it at any moment, so fetch once.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestMemory<P> {
+    phys: P,
+    own_start: u64,
+    own_len: u64,
+    limit: u64,
+}
+
+impl<P> GuestMemory<P> {
+    /// L2's memory on a machine with `max_phys_addr` physical-address bits of which nvmx keeps `own`.
+    pub fn new(phys: P, own: Span, max_phys_addr: u8) -> Self {
+        let limit = 1u64.checked_shl(max_phys_addr.into()).unwrap_or(u64::MAX);
+        // Whole pages: a page that nvmx owns in part is not L2's.
+        let own = own.outer_pages();
+        Self { phys, own_start: own.start(), own_len: own.len(), limit }
+    }
+
+    /// The host-physical address behind `gpa`. Ownership is by whole 4 KiB pages.
+    #[inline]
+    pub const fn translate(&self, gpa: Gpa) -> Result<Hpa, NotOwned> {
+        let at = gpa.get();
+        if at.wrapping_sub(self.own_start) < self.own_len || at >= self.limit {
+            return Err(NotOwned(gpa));
+        }
+        Ok(Hpa::new(at))
+    }
+
+    /// nvmx's own range, which L2 does not have.
+    pub fn own(&self) -> Span {
+        Span::new(self.own_start, self.own_start.saturating_add(self.own_len))
+    }
+
+    /// First address beyond the processor's physical-address width.
+    #[inline]
+    pub const fn limit(&self) -> u64 {
+        self.limit
+    }
+}
+
+impl<P: PhysMem> GuestMemory<P> {
+    /// The memory behind it, by [`Hpa`].
+    #[inline]
+    pub const fn phys(&self) -> &P {
+        &self.phys
+    }
+
+    /// Reads eight bytes with one access when `gpa` is aligned, byte by byte across a page boundary otherwise.
+    #[inline]
+    pub fn read_u64(&self, gpa: Gpa) -> Result<u64, NotOwned> {
+        if gpa.page_offset() <= PAGE_SIZE - 8 {
+            return Ok(self.phys.read_u64(self.translate(gpa)?));
+        }
+        let mut bytes = [0; 8];
+        self.read_bytes(gpa, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Writes eight bytes. Nothing is written when a part of them is not L2's.
+    #[inline]
+    pub fn write_u64(&self, gpa: Gpa, value: u64) -> Result<(), NotOwned> {
+        if gpa.page_offset() <= PAGE_SIZE - 8 {
+            self.phys.write_u64(self.translate(gpa)?, value);
+            return Ok(());
+        }
+        self.write_bytes(gpa, &value.to_le_bytes())
+    }
+
+    /// Reads a little-endian 32-bit value.
+    #[inline]
+    pub fn read_u32(&self, gpa: Gpa) -> Result<u32, NotOwned> {
+        let mut bytes = [0; 4];
+        self.read_bytes(gpa, &mut bytes)?;
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    /// Fills `into` from `gpa` on; on error its content is unspecified.
+    pub fn read_bytes(&self, gpa: Gpa, into: &mut [u8]) -> Result<(), NotOwned> {
+        let mut at = gpa;
+        let mut rest = into;
+        while !rest.is_empty() {
+            let (part, tail) = rest.split_at_mut(in_this_page(at, rest.len()));
+            self.phys.read_bytes(self.translate(at)?, part);
+            at = Gpa::new(at.get().wrapping_add(part.len() as u64));
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` from `gpa` on. Nothing is written when a part of them is not L2's.
+    pub fn write_bytes(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), NotOwned> {
+        self.owns(gpa, bytes.len() as u64)?;
+        let mut at = gpa;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (part, tail) = rest.split_at(in_this_page(at, rest.len()));
+            self.phys.write_bytes(self.translate(at)?, part);
+            at = Gpa::new(at.get().wrapping_add(part.len() as u64));
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    /// Checks that every byte of `gpa .. gpa + len` is L2's.
+    pub fn owns(&self, gpa: Gpa, len: u64) -> Result<(), NotOwned> {
+        let Some(last) = len.checked_sub(1) else { return Ok(()) };
+        let last = gpa.checked_add(last).ok_or(NotOwned(gpa))?;
+        let _ = self.translate(gpa)?;
+        let _ = self.translate(last)?;
+        // Both ends are outside of nvmx's range; a span that swallows it whole is refused here.
+        if gpa.get() < self.own_start && last.get() > self.own_start && self.own_len != 0 {
+            return Err(NotOwned(Gpa::new(self.own_start)));
+        }
+        Ok(())
+    }
+}
+
+/// How many of `len` bytes from `at` on lie in the page of `at`.
+#[inline]
+fn in_this_page(at: Gpa, len: usize) -> usize {
+    len.min((PAGE_SIZE - at.page_offset()) as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::mm::phys::VecMem;
+
+    const OWN: Span = Span::new(0x4000, 0x6000);
+
+    fn memory() -> GuestMemory<VecMem> {
+        GuestMemory::new(VecMem::new(0x10000), OWN, 36)
+    }
+
+    #[test]
+    fn translation_is_one_to_one_outside_of_nvmx() {
+        let memory = memory();
+        assert_eq!(memory.translate(Gpa::new(0x3FFF)), Ok(Hpa::new(0x3FFF)));
+        assert_eq!(memory.translate(Gpa::new(0x4000)), Err(NotOwned(Gpa::new(0x4000))));
+        assert_eq!(memory.translate(Gpa::new(0x5FFF)), Err(NotOwned(Gpa::new(0x5FFF))));
+        assert_eq!(memory.translate(Gpa::new(0x6000)), Ok(Hpa::new(0x6000)));
+        assert_eq!(memory.translate(Gpa::new((1 << 36) - 1)), Ok(Hpa::new((1 << 36) - 1)));
+        assert_eq!(memory.translate(Gpa::new(1 << 36)), Err(NotOwned(Gpa::new(1 << 36))));
+    }
+
+    #[test]
+    fn a_page_that_nvmx_owns_in_part_is_not_l2s() {
+        let memory = GuestMemory::new(VecMem::new(0), Span::new(0x4100, 0x4200), 36);
+        assert!(memory.translate(Gpa::new(0x4000)).is_err());
+        assert!(memory.translate(Gpa::new(0x4FFF)).is_err());
+        assert!(memory.translate(Gpa::new(0x5000)).is_ok());
+    }
+
+    #[test]
+    fn a_refused_write_changes_nothing() {
+        let memory = memory();
+        assert_eq!(memory.write_u64(Gpa::new(0x3FFC), u64::MAX), Err(NotOwned(Gpa::new(0x4003))));
+        assert_eq!(memory.write_bytes(Gpa::new(0x3FF0), &[1; 0x3000]), Err(NotOwned(Gpa::new(0x4000))));
+        assert_eq!(memory.phys().bytes(0x3FF0, 0x40), [0; 0x40]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_access_reaches_nvmx(at in 0u64..0x10000, len in 0usize..0x3000) {
+            let memory = memory();
+            let touched = Span::new(at, at + len as u64);
+            let written = memory.write_bytes(Gpa::new(at), &vec![0xAB; len]);
+            prop_assert_eq!(written.is_err(), len != 0 && touched.overlaps(OWN));
+            prop_assert_eq!(memory.phys().bytes(0x4000, 0x2000), vec![0; 0x2000]);
+            let mut back = vec![0; len];
+            prop_assert_eq!(memory.read_bytes(Gpa::new(at), &mut back).is_ok(), written.is_ok());
+            if written.is_ok() && at + len as u64 <= 0x10000 {
+                prop_assert!(back.iter().all(|b| *b == 0xAB));
+            }
+        }
+
+        #[test]
+        fn an_unaligned_word_reads_back(at in 0u64..0x3FF8, value: u64) {
+            let memory = memory();
+            memory.write_u64(Gpa::new(at), value).unwrap();
+            prop_assert_eq!(memory.read_u64(Gpa::new(at)), Ok(value));
+        }
+    }
+}

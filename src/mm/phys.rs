@@ -1,0 +1,132 @@
+//! Physical memory as an interface, so that everything above it runs under `cargo test`.
+
+use crate::addr::{Hpa, PAGE_SIZE};
+
+/// Physical memory of the machine.
+///
+/// Every call is one access: what is read is fetched exactly once (invariant I8), a write is never torn into a read and
+/// a write. An address with nothing behind it reads as all ones and swallows writes, as on a bus.
+pub trait PhysMem {
+    /// Reads eight bytes, at any alignment.
+    fn read_u64(&self, at: Hpa) -> u64;
+    /// Writes eight bytes, at any alignment.
+    fn write_u64(&self, at: Hpa, value: u64);
+    /// Fills `into` with the bytes from `at` on.
+    fn read_bytes(&self, at: Hpa, into: &mut [u8]);
+    /// Writes `bytes` from `at` on.
+    fn write_bytes(&self, at: Hpa, bytes: &[u8]);
+
+    /// Reads a little-endian 32-bit value, at any alignment.
+    #[inline]
+    fn read_u32(&self, at: Hpa) -> u32 {
+        let mut bytes = [0; 4];
+        self.read_bytes(at, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    /// Writes `len` zero bytes from `at` on.
+    fn zero(&self, at: Hpa, len: u64) {
+        const ZEROS: [u8; 512] = [0; 512];
+        let mut done = 0;
+        while done < len {
+            let part = (len - done).min(ZEROS.len() as u64);
+            self.write_bytes(Hpa::new(at.get().wrapping_add(done)), &ZEROS[..part as usize]);
+            done += part;
+        }
+    }
+
+    /// Writes zeros to the 4 KiB frame that starts at `at`.
+    #[inline]
+    fn zero_page(&self, at: Hpa) {
+        self.zero(at, PAGE_SIZE);
+    }
+
+    /// Copies `len` bytes between two places that do not overlap.
+    fn copy(&self, from: Hpa, to: Hpa, len: u64) {
+        let mut buffer = [0; 512];
+        let mut done = 0;
+        while done < len {
+            let part = (len - done).min(buffer.len() as u64);
+            let chunk = &mut buffer[..part as usize];
+            self.read_bytes(Hpa::new(from.get().wrapping_add(done)), chunk);
+            self.write_bytes(Hpa::new(to.get().wrapping_add(done)), chunk);
+            done += part;
+        }
+    }
+}
+
+impl<M: PhysMem + ?Sized> PhysMem for &M {
+    #[inline]
+    fn read_u64(&self, at: Hpa) -> u64 {
+        (**self).read_u64(at)
+    }
+    #[inline]
+    fn write_u64(&self, at: Hpa, value: u64) {
+        (**self).write_u64(at, value);
+    }
+    fn read_bytes(&self, at: Hpa, into: &mut [u8]) {
+        (**self).read_bytes(at, into);
+    }
+    fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
+        (**self).write_bytes(at, bytes);
+    }
+    fn zero(&self, at: Hpa, len: u64) {
+        (**self).zero(at, len);
+    }
+}
+
+/// Physical memory from address 0 on, in a vector: for host tests.
+#[cfg(not(target_os = "none"))]
+#[derive(Clone, Debug)]
+pub struct VecMem(std::cell::RefCell<Vec<u8>>);
+
+#[cfg(not(target_os = "none"))]
+impl VecMem {
+    /// `len` zero bytes.
+    pub fn new(len: usize) -> Self {
+        Self::from_bytes(vec![0; len])
+    }
+
+    /// Memory that holds `bytes` from address 0 on.
+    pub fn from_bytes(bytes: Vec<u8>) -> Self {
+        Self(std::cell::RefCell::new(bytes))
+    }
+
+    /// A copy of the bytes of `span`; what is past the end reads as all ones.
+    pub fn bytes(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.read_bytes(Hpa::new(at), &mut bytes);
+        bytes
+    }
+}
+
+#[cfg(not(target_os = "none"))]
+impl PhysMem for VecMem {
+    fn read_u64(&self, at: Hpa) -> u64 {
+        let mut bytes = [0; 8];
+        self.read_bytes(at, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    fn write_u64(&self, at: Hpa, value: u64) {
+        self.write_bytes(at, &value.to_le_bytes());
+    }
+
+    fn read_bytes(&self, at: Hpa, into: &mut [u8]) {
+        let memory = self.0.borrow();
+        for (i, byte) in into.iter_mut().enumerate() {
+            let at = at.get().checked_add(i as u64).and_then(|a| usize::try_from(a).ok());
+            *byte = at.and_then(|a| memory.get(a)).copied().unwrap_or(0xFF);
+        }
+    }
+
+    fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
+        let mut memory = self.0.borrow_mut();
+        for (i, byte) in bytes.iter().enumerate() {
+            let at = at.get().checked_add(i as u64).and_then(|a| usize::try_from(a).ok());
+            if let Some(slot) = at.and_then(|a| memory.get_mut(a)) {
+                *slot = *byte;
+            }
+        }
+    }
+}
