@@ -1,1 +1,104 @@
 //! EPT tables: entries, the walker, ept01, ept02.
+//!
+//! * [`entry`] gives one entry its meaning, [`eptp`] the pointer to the root, [`violation`] the exit qualification.
+//! * [`walk`] is the only walker; it reads ept12 through L2's memory and nvmx's own tables through their frames.
+//! * [`identity`] builds ept01: the machine one to one without nvmx; [`watch`] notices there that L2 wrote a page.
+//! * [`compose`] and [`cache`] are ept02: composed on demand from ept12, kept by role.
+//!
+//! Everything here is pure: what it needs of the machine are the two traits below.
+
+pub mod cache;
+pub mod compose;
+pub mod entry;
+pub mod eptp;
+pub mod identity;
+pub mod violation;
+pub mod walk;
+pub mod watch;
+
+mod reserve;
+
+use crate::addr::{Gpa, Hpa};
+
+pub use cache::{Activation, Ept02, Stats};
+pub use compose::Outcome;
+pub use entry::{EptRules, Level, MemoryType, Rights};
+pub use eptp::Eptp;
+pub use identity::{Ept01, Missing};
+pub use violation::Qualification;
+pub use watch::{Watch, WatchError};
+
+/// A guest-physical address at which L2 owns no memory: nvmx's own, or beyond the physical-address width.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NotOwned(pub Gpa);
+
+/// The pool of frames is empty.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OutOfFrames;
+
+/// A piece of L2's memory that is contiguous in host-physical memory: what ept01 contributes to an ept02 leaf.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Block {
+    /// Where the block starts; aligned to the size of `level`.
+    pub hpa: Hpa,
+    /// Its size, as the level at which one leaf maps it.
+    pub level: Level,
+    /// What ept01 allows there.
+    pub rights: Rights,
+}
+
+impl Block {
+    /// The largest aligned block around `gpa`, at most a leaf of `at_most`, that `owned(start, bytes)` translates as a
+    /// whole. `owned` answers with the host address of `start`; an answer that is not aligned like `start` cannot be
+    /// mapped by a leaf of that size and counts as no answer.
+    #[inline]
+    pub fn largest(
+        gpa: Gpa,
+        at_most: Level,
+        rights: Rights,
+        owned: impl Fn(Gpa, u64) -> Option<Hpa>,
+    ) -> Result<Self, NotOwned> {
+        let mut level = at_most;
+        loop {
+            let start = Gpa::new(gpa.get() & !(level.bytes() - 1));
+            match owned(start, level.bytes()) {
+                Some(hpa) if hpa.is_aligned(level.bytes()) => return Ok(Self { hpa, level, rights }),
+                _ => {}
+            }
+            match level.below() {
+                Some(below) => level = below,
+                None => return Err(NotOwned(gpa)),
+            }
+        }
+    }
+}
+
+/// L2's memory as composing needs it. The implementation is the one place where a [`Gpa`] becomes an [`Hpa`]
+/// (invariants I1 and I5); both methods refuse what L2 does not own.
+pub trait GuestView {
+    /// Reads the eight aligned bytes at `at`, once.
+    fn read_entry(&self, at: Gpa) -> Result<u64, NotOwned>;
+
+    /// The largest block of at most `at_most` that holds `gpa` and belongs to L2 as a whole: see [`Block::largest`].
+    fn block(&self, gpa: Gpa, at_most: Level) -> Result<Block, NotOwned>;
+}
+
+/// Frames of nvmx that hold its own EPT tables, and access to the entries in them.
+///
+/// Addresses given to `read`, `write` and `take_bits` are those of entries: aligned to 8 bytes, in a frame that came
+/// out of `alloc` and was not freed since.
+pub trait TableFrames {
+    /// A 4 KiB frame of zeros, or `None` when the pool is empty.
+    fn alloc(&mut self) -> Option<Hpa>;
+    /// Gives a frame back.
+    fn free(&mut self, table: Hpa);
+    /// Fills a frame with zeros.
+    fn clear(&mut self, table: Hpa);
+    /// Reads an entry.
+    fn read(&self, entry: Hpa) -> u64;
+    /// Writes an entry; one store of eight bytes, since a processor may walk the table at the same time.
+    fn write(&mut self, entry: Hpa, value: u64);
+    /// Clears `bits` of an entry in one atomic step (a processor may set its flags at the same time) and tells which of
+    /// them were set.
+    fn take_bits(&mut self, entry: Hpa, bits: u64) -> u64;
+}

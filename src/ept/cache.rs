@@ -1,0 +1,248 @@
+//! The roots of ept02, kept across EPTP switches.
+//!
+//! A root's role is the whole of eptp12, attribute bits included: nothing is shared between roles. Each table hangs in
+//! exactly one place of exactly one tree, and the only handles to tables are entries of that tree, so there is no
+//! reference that could go stale and nothing to count. Memory is bounded: when frames run out, other roots lose their
+//! contents, the one longest out of use first; then the own root does. A root's own frame is never freed.
+//!
+//! [`Ept02::activate`] is the only door to a VM entry. Whatever the processor must forget before it may use a root
+//! again is noted with the root and paid there, once, however often L2 asked for it. One `Ept02` belongs to one
+//! processor.
+//!
+//! Source: Intel SDM vol. 3C (December 2024), "Invalidating Cached Translation Information", "Operations that
+//! Invalidate Cached Mappings", "Guidelines for Use of the INVEPT Instruction".
+
+use super::entry::{self, EptRules, Level};
+use super::eptp::Eptp;
+use super::reserve::Reserve;
+use super::{OutOfFrames, TableFrames};
+use crate::addr::Hpa;
+
+/// What to run L3 with.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Activation {
+    /// The EPTP for vmcs02.
+    pub eptp02: Eptp,
+    /// Execute INVEPT, single-context with `eptp02`, before the VM entry.
+    pub invept: bool,
+}
+
+/// Counters of ept02.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Stats {
+    /// Leaves written.
+    pub fills: u64,
+    /// Roots that lost their contents because L2 executed INVEPT.
+    pub flushes: u64,
+    /// Roots that lost their contents, or their role, for want of memory or of roots.
+    pub evictions: u64,
+    /// INVEPTs that [`Ept02::activate`] asked for.
+    pub invepts: u64,
+}
+
+/// One composed EPT.
+#[derive(Debug)]
+pub(super) struct Root {
+    pub(super) role: Option<Eptp>,
+    pub(super) table: Hpa,
+    /// Tables below the root table.
+    pub(super) tables: u32,
+    /// L2 invalidated the contents: they must not be used again.
+    pub(super) stale: bool,
+    /// The processor may have cached something that is no longer in the tables.
+    pub(super) invept: bool,
+    last_used: u64,
+}
+
+/// The composed EPTs of one processor: at most `ROOTS`, with `RESERVE` frames of their own.
+///
+/// `RESERVE` bounds from below what the running root can hold. It must suffice for every page that one instruction of
+/// L3 touches at a time, page walks and event delivery included, or L3 would not get past it.
+#[derive(Debug)]
+pub struct Ept02<const ROOTS: usize = 8, const RESERVE: usize = 128> {
+    pub(super) rules: EptRules,
+    pub(super) advanced_information: bool,
+    pub(super) roots: [Root; ROOTS],
+    pub(super) reserve: Reserve<RESERVE>,
+    pub(super) stats: Stats,
+    current: usize,
+    clock: u64,
+}
+
+impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
+    /// Takes `ROOTS + RESERVE` frames from the pool, and later at most `budget` more at a time.
+    ///
+    /// `rules` are those of the processor that L2 sees (they decide what is a misconfiguration in ept12);
+    /// `advanced_information` says whether it was shown "advanced VM-exit information for EPT violations".
+    pub fn new<F: TableFrames>(
+        rules: EptRules,
+        advanced_information: bool,
+        budget: u32,
+        frames: &mut F,
+    ) -> Result<Self, OutOfFrames> {
+        const { assert!(ROOTS > 0, "there must be a root to run on") };
+        const { assert!(RESERVE >= 3, "one page needs up to three tables below the root") };
+        let reserve = Reserve::new(budget, frames)?;
+        let tables = [(); ROOTS].map(|()| frames.alloc());
+        if tables.contains(&None) {
+            tables.into_iter().flatten().for_each(|table| frames.free(table));
+            return Err(OutOfFrames);
+        }
+        let roots = tables.map(|table| Root {
+            role: None,
+            table: table.unwrap_or(Hpa::new(0)),
+            tables: 0,
+            stale: false,
+            // The frame may have been a root before, under an earlier owner.
+            invept: true,
+            last_used: 0,
+        });
+        Ok(Self { rules, advanced_information, roots, reserve, stats: Stats::default(), current: 0, clock: 0 })
+    }
+
+    /// The EPTP to enter L3 with, for the EPTP that L2 set up. To be called before every VM entry into L3; costs a few
+    /// instructions when nothing changed.
+    #[inline]
+    pub fn activate<F: TableFrames>(&mut self, eptp12: Eptp, frames: &mut F) -> Activation {
+        let root = self.root(self.current);
+        if root.role == Some(eptp12) && !root.stale && !root.invept {
+            return Activation { eptp02: Eptp::for_root(root.table, false), invept: false };
+        }
+        self.settle(eptp12, frames)
+    }
+
+    #[cold]
+    fn settle<F: TableFrames>(&mut self, eptp12: Eptp, frames: &mut F) -> Activation {
+        let index = self.enter(eptp12, frames);
+        let root = self.root(index);
+        let invept = core::mem::take(&mut root.invept);
+        let eptp02 = Eptp::for_root(root.table, false);
+        self.stats.invepts += u64::from(invept);
+        Activation { eptp02, invept }
+    }
+
+    /// L2 executed single-context INVEPT: all roots with this EP4TA, whatever their attributes.
+    pub fn invept_single(&mut self, eptp12: Eptp) {
+        self.invalidate(|role| role.ep4ta() == eptp12.ep4ta());
+    }
+
+    /// L2 executed all-context INVEPT.
+    pub fn invept_all(&mut self) {
+        self.invalidate(|_| true);
+    }
+
+    /// Drops every root, for example when L2 leaves VMX operation.
+    pub fn forget_all<F: TableFrames>(&mut self, frames: &mut F) {
+        for index in 0..ROOTS {
+            self.drop_contents(index, frames);
+            self.root(index).role = None;
+        }
+    }
+
+    /// The counters.
+    pub const fn stats(&self) -> Stats {
+        self.stats
+    }
+
+    /// Tables in use below the roots.
+    pub fn tables(&self) -> u32 {
+        self.roots.iter().map(|root| root.tables).sum()
+    }
+
+    /// The root of this index; indexes are nvmx's own.
+    #[inline]
+    pub(super) fn root(&mut self, index: usize) -> &mut Root {
+        &mut self.roots[index % ROOTS]
+    }
+
+    /// Makes the root of this role the current one, without stale contents, and returns its index.
+    #[inline]
+    pub(super) fn enter<F: TableFrames>(&mut self, role: Eptp, frames: &mut F) -> usize {
+        let root = self.root(self.current);
+        if root.role == Some(role) && !root.stale {
+            return self.current;
+        }
+        self.switch(role, frames)
+    }
+
+    fn switch<F: TableFrames>(&mut self, role: Eptp, frames: &mut F) -> usize {
+        let index = match self.roots.iter().position(|root| root.role == Some(role)) {
+            Some(index) => index,
+            None => {
+                // A root without a role was never used or is forgotten: `last_used` does not matter.
+                let age = |root: &Root| root.role.map_or(0, |_| root.last_used + 1);
+                let oldest = (0..ROOTS).min_by_key(|&index| age(&self.roots[index])).unwrap_or(0);
+                if self.root(oldest).role.is_some() {
+                    self.stats.evictions += 1;
+                }
+                self.drop_contents(oldest, frames);
+                self.root(oldest).role = Some(role);
+                oldest
+            }
+        };
+        if self.root(index).stale {
+            self.drop_contents(index, frames);
+        }
+        self.clock += 1;
+        let clock = self.clock;
+        self.root(index).last_used = clock;
+        self.current = index;
+        index
+    }
+
+    fn invalidate(&mut self, concerned: impl Fn(Eptp) -> bool) {
+        for root in &mut self.roots {
+            // The processor does not cache what is not present, so an empty root owes nothing new.
+            if root.tables > 0 && !root.stale && root.role.is_some_and(&concerned) {
+                root.stale = true;
+                self.stats.flushes += 1;
+            }
+        }
+    }
+
+    /// Frees at least one table, if any root has one: of another root, or else of this one.
+    #[cold]
+    pub(super) fn make_room<F: TableFrames>(&mut self, current: usize, frames: &mut F) {
+        let oldest = (0..ROOTS)
+            .filter(|&index| index != current && self.roots[index].tables > 0)
+            .min_by_key(|&index| (!self.roots[index].stale, self.roots[index].last_used));
+        self.drop_contents(oldest.unwrap_or(current), frames);
+        self.stats.evictions += 1;
+    }
+
+    fn drop_contents<F: TableFrames>(&mut self, index: usize, frames: &mut F) {
+        let root = &mut self.roots[index % ROOTS];
+        root.stale = false;
+        if root.tables > 0 {
+            root.invept = true;
+            free_below(root.table, Level::Pml4, &mut root.tables, &mut self.reserve, frames);
+        }
+    }
+}
+
+/// Frees the tables that `table` references, directly or not, and clears the entries that do. `left` is how many tables
+/// there are in the whole tree: the search ends with the last.
+pub(super) fn free_below<F: TableFrames, const N: usize>(
+    table: Hpa,
+    level: Level,
+    left: &mut u32,
+    reserve: &mut Reserve<N>,
+    frames: &mut F,
+) {
+    let Some(below) = level.below() else { return };
+    for index in 0..512 {
+        if *left == 0 {
+            return;
+        }
+        let at = Hpa::new(table.get() | index << 3);
+        let value = frames.read(at);
+        if entry::is_present(value) && !entry::is_leaf(value, level) {
+            frames.write(at, 0);
+            *left -= 1;
+            let child = Hpa::new(value & entry::ADDRESS);
+            free_below(child, below, left, reserve, frames);
+            reserve.free(child, frames);
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Composing ept02, one leaf at a time, when L3 faults.
+//!
+//! leaf of ept02 = leaf of ept12, its address translated by ept01; rights are ANDed, the page is the smaller of the
+//! two. The memory type and "ignore PAT" are ept12's alone: on the bare machine too, a guest under EPT gets its type
+//! from EPT and PAT while the MTRRs, which are what ept01 stands in for, have no say.
+//!
+//! ept12 is walked afresh at each fault, each entry fetched once, since L2 may change it at any moment without a trap.
+//! Rights stand in the leaves of ept02; its upper entries grant everything.
+//!
+//! Source: Intel SDM vol. 3C (December 2024), "EPT Violations", "EPT Misconfigurations", "EPT and Memory Typing",
+//! "Operations that Invalidate Cached Mappings" (a violation drops what is cached for its address), "Guidelines for Use
+//! of the INVEPT Instruction".
+
+use super::cache::{Ept02, free_below};
+use super::entry::{self, Level, Rights};
+use super::eptp::Eptp;
+use super::violation::Qualification;
+use super::walk::{GuestTables, Walk, walk};
+use super::{GuestView, OutOfFrames, TableFrames};
+use crate::addr::{Gpa, Hpa, Ngpa};
+
+/// What an EPT violation of L3 comes to.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// ept02 has the page now: enter L3 again, through [`Ept02::activate`].
+    Filled,
+    /// ept12 does not allow the access: L2 sees an EPT violation with this qualification.
+    ReflectViolation(Qualification),
+    /// ept12 is misconfigured for this address: L2 sees an EPT misconfiguration. A table of ept12 where L2 owns no
+    /// memory is one, too: on the machine that L2 sees nothing answers there, and all ones is not a valid entry.
+    ReflectMisconfig,
+    /// ept12 leads to memory that L2 does not own. Nothing was mapped.
+    Forbidden {
+        /// The address that L3 would have reached.
+        gpa: Gpa,
+    },
+}
+
+impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
+    /// Handles an EPT violation of L3 at `ngpa` under `eptp12`. `qualification` is the hardware's.
+    #[inline]
+    pub fn violation<G: GuestView, F: TableFrames>(
+        &mut self,
+        eptp12: Eptp,
+        ngpa: Ngpa,
+        qualification: Qualification,
+        guest: &G,
+        frames: &mut F,
+    ) -> Outcome {
+        let leaf = match walk(&GuestTables(guest), eptp12.guest_root(), ngpa.get(), &self.rules) {
+            Walk::Leaf(leaf) => leaf,
+            Walk::NotPresent(_) => {
+                return Outcome::ReflectViolation(qualification.reflected(Rights::empty(), self.advanced_information));
+            }
+            Walk::Misconfigured(..) | Walk::Unreadable(_) => return Outcome::ReflectMisconfig,
+        };
+        let access = qualification.access();
+        if !leaf.rights.contains(access) {
+            return Outcome::ReflectViolation(qualification.reflected(leaf.rights, self.advanced_information));
+        }
+        let gpa = Gpa::new(leaf.page.get() | leaf.level.offset(ngpa.get()));
+        let Ok(block) = guest.block(gpa, leaf.level) else {
+            return Outcome::Forbidden { gpa };
+        };
+        let rights = leaf.rights & block.rights;
+        if !rights.contains(access) {
+            return Outcome::Forbidden { gpa };
+        }
+        let composed = entry::leaf_entry(block.hpa, block.level, rights, leaf.memory_type, leaf.ignore_pat);
+        let index = self.enter(eptp12, frames);
+        self.install(index, ngpa, block.level, composed, frames);
+        Outcome::Filled
+    }
+
+    /// Writes a leaf, making room until its tables fit. Each attempt starts at the root: making room may free any
+    /// table.
+    #[inline]
+    fn install<F: TableFrames>(&mut self, index: usize, ngpa: Ngpa, level: Level, leaf: u64, frames: &mut F) {
+        // Every other root and then the own one can be emptied; after that the reserve suffices.
+        for _ in 0..=ROOTS {
+            if self.try_install(index, ngpa, level, leaf, frames).is_ok() {
+                self.stats.fills += 1;
+                return;
+            }
+            self.make_room(index, frames);
+        }
+    }
+
+    #[inline]
+    fn try_install<F: TableFrames>(
+        &mut self,
+        index: usize,
+        ngpa: Ngpa,
+        target: Level,
+        leaf: u64,
+        frames: &mut F,
+    ) -> Result<(), OutOfFrames> {
+        let root = &mut self.roots[index % ROOTS];
+        let mut table = root.table;
+        let mut level = Level::Pml4;
+        loop {
+            let at = Hpa::new(table.get() | level.entry_offset(ngpa.get()));
+            let old = frames.read(at);
+            let below = match level.below() {
+                Some(below) if level > target => below,
+                _ => {
+                    frames.write(at, leaf);
+                    if entry::is_present(old) && !is_upgrade(old, leaf) {
+                        root.invept = true;
+                        if !entry::is_leaf(old, level) {
+                            let child = Hpa::new(old & entry::ADDRESS);
+                            root.tables = root.tables.saturating_sub(1);
+                            if let Some(below) = level.below() {
+                                free_below(child, below, &mut root.tables, &mut self.reserve, frames);
+                            }
+                            self.reserve.free(child, frames);
+                        }
+                    }
+                    return Ok(());
+                }
+            };
+            if entry::is_present(old) && !entry::is_leaf(old, level) {
+                table = Hpa::new(old & entry::ADDRESS);
+            } else {
+                table = self.reserve.alloc(frames).ok_or(OutOfFrames)?;
+                frames.write(at, entry::table_entry(table));
+                root.tables += 1;
+                // A large page gives way to a table: the rest of it faults in again.
+                root.invept |= entry::is_present(old);
+            }
+            level = below;
+        }
+    }
+}
+
+/// True when `new` differs from the leaf `old` by more rights at most. The violation itself made the processor forget
+/// `old` for this address; at other addresses of the page the old rights may stay cached, and cost no more than another
+/// violation.
+#[inline]
+const fn is_upgrade(old: u64, new: u64) -> bool {
+    (old ^ new) & !7 == 0 && old & !new == 0
+}

@@ -1,0 +1,245 @@
+//! One EPT entry: its bits, what it means at its level, and when it is misconfigured.
+//!
+//! Source: Intel SDM vol. 3C (December 2024), "EPT Translation Mechanism", the tables "Format of an EPT PML4 Entry
+//! (PML4E)" to "Format of an EPT Page-Table Entry that Maps a 4-KByte Page", and "EPT Misconfigurations". Mode-based
+//! execute control, sub-page permissions and #VE are not offered, so their bits are ignored here as the tables say.
+
+use crate::addr::Hpa;
+use bitflags::bitflags;
+
+/// Bits 51:12: the physical address of a table or a page, before the address width is looked at.
+pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+/// Bit 7: the entry of a page directory or page-directory-pointer table maps a page.
+pub const LARGE: u64 = 1 << 7;
+/// Bit 8: accessed.
+pub const ACCESSED: u64 = 1 << 8;
+/// Bit 9: dirty (leaves only).
+pub const DIRTY: u64 = 1 << 9;
+const IGNORE_PAT: u64 = 1 << 6;
+const RIGHTS: u64 = 7;
+
+bitflags! {
+    /// Access rights: bits 2:0 of an entry.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+    pub struct Rights: u8 {
+        /// Data reads
+        const READ = 1;
+        /// Data writes
+        const WRITE = 2;
+        /// Instruction fetches
+        const EXECUTE = 4;
+    }
+}
+
+impl Rights {
+    /// The rights that one entry grants.
+    #[inline]
+    pub const fn of(entry: u64) -> Self {
+        Self::from_bits_truncate((entry & RIGHTS) as u8)
+    }
+}
+
+/// The table an entry lies in. A leaf at [`Level::Pt`] maps 4 KiB, at [`Level::Pd`] 2 MiB, at [`Level::Pdpt`] 1 GiB.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
+#[repr(u8)]
+pub enum Level {
+    /// Page table
+    Pt = 1,
+    /// Page directory
+    Pd = 2,
+    /// Page-directory-pointer table
+    Pdpt = 3,
+    /// PML4 table, the root
+    Pml4 = 4,
+}
+
+impl Level {
+    /// Bytes that one entry of this table covers.
+    #[inline]
+    pub const fn bytes(self) -> u64 {
+        1 << self.shift()
+    }
+
+    /// The part of an address below an entry of this table.
+    #[inline]
+    pub const fn offset(self, address: u64) -> u64 {
+        address & (self.bytes() - 1)
+    }
+
+    /// Where the entry that translates `address` lies in its table, in bytes: 0 to 4088.
+    #[inline]
+    pub const fn entry_offset(self, address: u64) -> u64 {
+        (address >> (self.shift() - 3)) & 0xff8
+    }
+
+    /// The next table towards the page.
+    #[inline]
+    pub const fn below(self) -> Option<Self> {
+        match self {
+            Self::Pml4 => Some(Self::Pdpt),
+            Self::Pdpt => Some(Self::Pd),
+            Self::Pd => Some(Self::Pt),
+            Self::Pt => None,
+        }
+    }
+
+    #[inline]
+    const fn shift(self) -> u32 {
+        3 + 9 * self as u32
+    }
+}
+
+/// Memory types that an EPT entry, an EPTP or an MTRR can name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[repr(u8)]
+pub enum MemoryType {
+    /// UC: uncacheable
+    Uncacheable = 0,
+    /// WC: write combining
+    WriteCombining = 1,
+    /// WT: write through
+    WriteThrough = 4,
+    /// WP: write protected
+    WriteProtected = 5,
+    /// WB: write back
+    WriteBack = 6,
+}
+
+impl MemoryType {
+    /// The type with this number; 2, 3, 7 and everything above are reserved.
+    #[inline]
+    pub const fn from_number(number: u64) -> Option<Self> {
+        match number {
+            0 => Some(Self::Uncacheable),
+            1 => Some(Self::WriteCombining),
+            4 => Some(Self::WriteThrough),
+            5 => Some(Self::WriteProtected),
+            6 => Some(Self::WriteBack),
+            _ => None,
+        }
+    }
+}
+
+/// What a processor allows in EPT entries: the real one, or the one that L2 sees.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct EptRules {
+    /// Bits 51:MAXPHYADDR, which must be zero.
+    reserved_address: u64,
+    /// Bit n is set when the rights n are a misconfiguration.
+    bad_rights: u8,
+    /// Bit n is set when a leaf may stand in a table of level n.
+    leaf_levels: u8,
+}
+
+impl EptRules {
+    /// Rules for a physical-address width in bits (32 to 52; CPUID.80000008H:EAX\[7:0\]) and the bits "execute-only",
+    /// "2-MByte pages" and "1-GByte pages" of IA32_VMX_EPT_VPID_CAP.
+    pub const fn new(max_phys_addr: u8, execute_only: bool, pages_2m: bool, pages_1g: bool) -> Self {
+        let width = if max_phys_addr > 52 { 52 } else { max_phys_addr };
+        // Writable but not readable (2 and 6) is wrong on every processor.
+        let bad_rights = 1 << 2 | 1 << 6 | (!execute_only as u8) << 4;
+        let leaf_levels =
+            1 << Level::Pt as u8 | (pages_2m as u8) << Level::Pd as u8 | (pages_1g as u8) << Level::Pdpt as u8;
+        Self { reserved_address: ADDRESS & !((1 << width) - 1), bad_rights, leaf_levels }
+    }
+
+    /// True when a leaf may stand in a table of this level.
+    #[inline]
+    pub const fn allows_leaf(&self, level: Level) -> bool {
+        self.leaf_levels >> level as u8 & 1 != 0
+    }
+
+    /// True when no bit of `address` lies beyond the physical-address width.
+    #[inline]
+    pub const fn allows_address(&self, address: u64) -> bool {
+        address & (self.reserved_address | !(ADDRESS | 0xfff)) == 0
+    }
+}
+
+/// The rule that an entry breaks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Misconfig {
+    /// Writable but not readable, or execute-only where that is not supported
+    Rights,
+    /// A reserved bit is set; an address beyond the physical-address width and a page that is not aligned are this too
+    ReservedBit,
+    /// A leaf with memory type 2, 3 or 7
+    MemoryType,
+}
+
+/// What an entry means.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Meaning {
+    /// Bits 2:0 are zero: nothing else in the entry matters.
+    NotPresent,
+    /// The address of the next table.
+    Table(u64),
+    /// A page.
+    Leaf {
+        /// Its physical address.
+        address: u64,
+        /// Its memory type.
+        memory_type: MemoryType,
+        /// The guest's PAT is ignored.
+        ignore_pat: bool,
+    },
+    /// The processor would exit with an EPT misconfiguration.
+    Misconfigured(Misconfig),
+}
+
+/// What `entry` means in a table of `level`.
+#[inline]
+pub const fn decode(entry: u64, level: Level, rules: &EptRules) -> Meaning {
+    if entry & RIGHTS == 0 {
+        return Meaning::NotPresent;
+    }
+    if rules.bad_rights >> (entry & RIGHTS) & 1 != 0 {
+        return Meaning::Misconfigured(Misconfig::Rights);
+    }
+    if entry & rules.reserved_address != 0 {
+        return Meaning::Misconfigured(Misconfig::ReservedBit);
+    }
+    if is_leaf(entry, level) {
+        if !rules.allows_leaf(level) || level.offset(entry & ADDRESS) != 0 {
+            return Meaning::Misconfigured(Misconfig::ReservedBit);
+        }
+        return match MemoryType::from_number(entry >> 3 & 7) {
+            Some(memory_type) => {
+                Meaning::Leaf { address: entry & ADDRESS, memory_type, ignore_pat: entry & IGNORE_PAT != 0 }
+            }
+            None => Meaning::Misconfigured(Misconfig::MemoryType),
+        };
+    }
+    // Bits 6:3 are reserved in an entry that references a table; bit 7 is clear in PDPTEs and PDEs here, but not in
+    // PML4Es.
+    if entry & 0xf8 != 0 {
+        return Meaning::Misconfigured(Misconfig::ReservedBit);
+    }
+    Meaning::Table(entry & ADDRESS)
+}
+
+/// True when a present entry ends the walk: each entry of a page table, and one with bit 7 where pages can be large.
+#[inline]
+pub const fn is_leaf(entry: u64, level: Level) -> bool {
+    matches!(level, Level::Pt) || (entry & LARGE != 0 && !matches!(level, Level::Pml4))
+}
+
+/// True when any right is granted.
+#[inline]
+pub const fn is_present(entry: u64) -> bool {
+    entry & RIGHTS != 0
+}
+
+/// The entry that references a table, with all rights: in nvmx's tables rights stand in the leaves alone.
+#[inline]
+pub const fn table_entry(table: Hpa) -> u64 {
+    table.get() & ADDRESS | RIGHTS
+}
+
+/// The entry that maps a page.
+#[inline]
+pub const fn leaf_entry(page: Hpa, level: Level, rights: Rights, memory_type: MemoryType, ignore_pat: bool) -> u64 {
+    let large = if matches!(level, Level::Pt) { 0 } else { LARGE };
+    let pat = if ignore_pat { IGNORE_PAT } else { 0 };
+    page.get() & ADDRESS | large | pat | (memory_type as u64) << 3 | rights.bits() as u64
+}

@@ -1,0 +1,54 @@
+//! The EPT pointer.
+//!
+//! Source: Intel SDM vol. 3C (December 2024), table "Format of Extended-Page-Table Pointer"; "Invalidating Cached
+//! Translation Information" for EP4TA.
+
+use super::entry::{ADDRESS, MemoryType};
+use crate::addr::{Gpa, Hpa};
+
+/// A value of the EPTP field. For L2's it is untrusted but for the checks of VM entry; the whole value is the role of
+/// an ept02.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct Eptp(u64);
+
+impl Eptp {
+    const ACCESSED_DIRTY: u64 = 1 << 6;
+    const WALK_LENGTH_4: u64 = 3 << 3;
+
+    /// Wraps a raw value.
+    #[inline]
+    pub const fn new(raw: u64) -> Self {
+        Self(raw)
+    }
+
+    /// The pointer to a table of nvmx: write-back, four levels.
+    #[inline]
+    pub const fn for_root(root: Hpa, accessed_dirty: bool) -> Self {
+        let flags = if accessed_dirty { Self::ACCESSED_DIRTY } else { 0 };
+        Self(root.get() & ADDRESS | Self::WALK_LENGTH_4 | MemoryType::WriteBack as u64 | flags)
+    }
+
+    /// The raw value.
+    #[inline]
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+
+    /// L2's root table, for an EPTP of L2.
+    #[inline]
+    pub const fn guest_root(self) -> Gpa {
+        Gpa::new(self.0 & ADDRESS)
+    }
+
+    /// EP4TA, bits 51:12: what the processor tags cached translations with, so what single-context INVEPT goes by.
+    #[inline]
+    pub const fn ep4ta(self) -> u64 {
+        self.0 & ADDRESS
+    }
+
+    /// Accessed and dirty flags are enabled.
+    #[inline]
+    pub const fn accessed_dirty(self) -> bool {
+        self.0 & Self::ACCESSED_DIRTY != 0
+    }
+}

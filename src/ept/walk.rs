@@ -1,0 +1,132 @@
+//! The walker: one for every EPT, whoever owns the tables.
+//!
+//! Source: Intel SDM vol. 3C (December 2024), "EPT Translation Mechanism" and "Prioritization of EPT Misconfigurations
+//! and EPT Violations": an entry that is not present ends the walk with a violation, one that is present but wrong with
+//! a misconfiguration; rights are looked at when the page is found.
+
+use super::entry::{EptRules, Level, Meaning, MemoryType, Misconfig, Rights, decode};
+use super::{GuestView, NotOwned, TableFrames};
+use crate::addr::{Gpa, Hpa};
+use core::convert::Infallible;
+
+/// An address in the space that a table's entries point into.
+pub trait TableAddress: Copy {
+    /// Wraps a raw value.
+    fn from_raw(raw: u64) -> Self;
+    /// The raw value.
+    fn raw(self) -> u64;
+}
+
+macro_rules! table_address {
+    ($($name:ty),*) => { $(
+        impl TableAddress for $name {
+            #[inline]
+            fn from_raw(raw: u64) -> Self { Self::new(raw) }
+            #[inline]
+            fn raw(self) -> u64 { self.get() }
+        }
+    )* };
+}
+table_address!(Gpa, Hpa);
+
+/// Where the walker gets entries from. It asks for each entry once.
+pub trait TableReader {
+    /// The space that tables and pages lie in.
+    type Address: TableAddress;
+    /// Why an entry cannot be read.
+    type Error;
+    /// Reads the entry at this address.
+    fn read(&self, entry: Self::Address) -> Result<u64, Self::Error>;
+}
+
+/// Reads ept12 in L2's memory.
+pub struct GuestTables<'a, G>(pub &'a G);
+
+impl<G: GuestView> TableReader for GuestTables<'_, G> {
+    type Address = Gpa;
+    type Error = NotOwned;
+    #[inline]
+    fn read(&self, entry: Gpa) -> Result<u64, NotOwned> {
+        self.0.read_entry(entry)
+    }
+}
+
+/// Reads nvmx's own tables.
+pub struct OwnTables<'a, F>(pub &'a F);
+
+impl<F: TableFrames> TableReader for OwnTables<'_, F> {
+    type Address = Hpa;
+    type Error = Infallible;
+    #[inline]
+    fn read(&self, entry: Hpa) -> Result<u64, Infallible> {
+        Ok(self.0.read(entry))
+    }
+}
+
+/// The page that an address lies in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Leaf<A> {
+    /// Where the page starts.
+    pub page: A,
+    /// The table its entry lies in, hence its size.
+    pub level: Level,
+    /// The entry itself lies here.
+    pub entry: A,
+    /// Rights, ANDed over all entries of the walk.
+    pub rights: Rights,
+    /// Memory type of the page.
+    pub memory_type: MemoryType,
+    /// The guest's PAT is ignored.
+    pub ignore_pat: bool,
+}
+
+/// What a walk came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Walk<A, E> {
+    /// A page; whether its rights allow the access is for the caller to see.
+    Leaf(Leaf<A>),
+    /// No page: an entry at this level is not present. It takes part in the AND of rights, which is therefore empty.
+    NotPresent(Level),
+    /// An entry at this level breaks a rule.
+    Misconfigured(Level, Misconfig),
+    /// A table cannot be read.
+    Unreadable(E),
+}
+
+/// Walks from the PML4 table `root` to the page of `address`. An address of more than 48 bits has no translation by
+/// four levels, whatever the tables say.
+#[inline]
+pub fn walk<R: TableReader>(
+    reader: &R,
+    root: R::Address,
+    address: u64,
+    rules: &EptRules,
+) -> Walk<R::Address, R::Error> {
+    if address >> 48 != 0 {
+        return Walk::NotPresent(Level::Pml4);
+    }
+    let mut table = root.raw();
+    let mut level = Level::Pml4;
+    let mut rights = Rights::all();
+    loop {
+        let at = R::Address::from_raw(table | level.entry_offset(address));
+        let entry = match reader.read(at) {
+            Ok(entry) => entry,
+            Err(error) => return Walk::Unreadable(error),
+        };
+        rights = rights.intersection(Rights::of(entry));
+        match (decode(entry, level, rules), level.below()) {
+            (Meaning::Table(next), Some(below)) => {
+                table = next;
+                level = below;
+            }
+            (Meaning::Leaf { address, memory_type, ignore_pat }, _) => {
+                let page = R::Address::from_raw(address);
+                return Walk::Leaf(Leaf { page, level, entry: at, rights, memory_type, ignore_pat });
+            }
+            // A page table has no entries that reference tables, so the second pattern never matches.
+            (Meaning::NotPresent, _) | (Meaning::Table(_), None) => return Walk::NotPresent(level),
+            (Meaning::Misconfigured(rule), _) => return Walk::Misconfigured(level, rule),
+        }
+    }
+}
