@@ -5,6 +5,8 @@
 //! execute control, sub-page permissions and #VE are not offered, so their bits are ignored here as the tables say.
 
 use crate::addr::Hpa;
+use crate::mm::mtrr::MemoryType;
+use crate::vmx::caps::Capabilities;
 use bitflags::bitflags;
 
 /// Bits 51:12: the physical address of a table or a page, before the address width is looked at.
@@ -89,34 +91,16 @@ impl Level {
     }
 }
 
-/// Memory types that an EPT entry, an EPTP or an MTRR can name.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
-#[repr(u8)]
-pub enum MemoryType {
-    /// UC: uncacheable
-    Uncacheable = 0,
-    /// WC: write combining
-    WriteCombining = 1,
-    /// WT: write through
-    WriteThrough = 4,
-    /// WP: write protected
-    WriteProtected = 5,
-    /// WB: write back
-    WriteBack = 6,
-}
-
-impl MemoryType {
-    /// The type with this number; 2, 3, 7 and everything above are reserved.
-    #[inline]
-    pub const fn from_number(number: u64) -> Option<Self> {
-        match number {
-            0 => Some(Self::Uncacheable),
-            1 => Some(Self::WriteCombining),
-            4 => Some(Self::WriteThrough),
-            5 => Some(Self::WriteProtected),
-            6 => Some(Self::WriteBack),
-            _ => None,
-        }
+/// The memory type with this number; 2, 3, 7 and everything above are reserved.
+#[inline]
+pub const fn memory_type(number: u64) -> Option<MemoryType> {
+    match number {
+        0 => Some(MemoryType::Uncacheable),
+        1 => Some(MemoryType::WriteCombining),
+        4 => Some(MemoryType::WriteThrough),
+        5 => Some(MemoryType::WriteProtected),
+        6 => Some(MemoryType::WriteBack),
+        _ => None,
     }
 }
 
@@ -134,13 +118,19 @@ pub struct EptRules {
 impl EptRules {
     /// Rules for a physical-address width in bits (32 to 52; CPUID.80000008H:EAX\[7:0\]) and the bits "execute-only",
     /// "2-MByte pages" and "1-GByte pages" of IA32_VMX_EPT_VPID_CAP.
-    pub const fn new(max_phys_addr: u8, execute_only: bool, pages_2m: bool, pages_1g: bool) -> Self {
+    pub const fn new(max_phys_addr: u32, execute_only: bool, pages_2m: bool, pages_1g: bool) -> Self {
         let width = if max_phys_addr > 52 { 52 } else { max_phys_addr };
         // Writable but not readable (2 and 6) is wrong on every processor.
         let bad_rights = 1 << 2 | 1 << 6 | (!execute_only as u8) << 4;
         let leaf_levels =
             1 << Level::Pt as u8 | (pages_2m as u8) << Level::Pd as u8 | (pages_1g as u8) << Level::Pdpt as u8;
         Self { reserved_address: ADDRESS & !((1 << width) - 1), bad_rights, leaf_levels }
+    }
+
+    /// The rules of the processor with these capabilities.
+    pub const fn of(capabilities: &Capabilities) -> Self {
+        let ept = capabilities.ept_vpid;
+        Self::new(capabilities.physical_width, ept.execute_only(), ept.pages_2m(), ept.pages_1g())
     }
 
     /// True when a leaf may stand in a table of this level.
@@ -203,7 +193,7 @@ pub const fn decode(entry: u64, level: Level, rules: &EptRules) -> Meaning {
         if !rules.allows_leaf(level) || level.offset(entry & ADDRESS) != 0 {
             return Meaning::Misconfigured(Misconfig::ReservedBit);
         }
-        return match MemoryType::from_number(entry >> 3 & 7) {
+        return match memory_type(entry >> 3 & 7) {
             Some(memory_type) => {
                 Meaning::Leaf { address: entry & ADDRESS, memory_type, ignore_pat: entry & IGNORE_PAT != 0 }
             }

@@ -3,8 +3,9 @@
 //! Source: Intel SDM vol. 3C (December 2024), table "Format of Extended-Page-Table Pointer"; "Invalidating Cached
 //! Translation Information" for EP4TA.
 
-use super::entry::{ADDRESS, MemoryType};
+use super::entry::ADDRESS;
 use crate::addr::{Gpa, Hpa};
+use crate::mm::mtrr::MemoryType;
 
 /// A value of the EPTP field. For L2's it is untrusted but for the checks of VM entry; the whole value is the role of
 /// an ept02.

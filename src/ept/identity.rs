@@ -5,11 +5,12 @@
 //!
 //! Source: Intel SDM vol. 3C (December 2024), "EPT Translation Mechanism" and "EPT and Memory Typing".
 
-use super::entry::{self, ADDRESS, EptRules, Level, MemoryType, Rights};
+use super::entry::{self, ADDRESS, EptRules, Level, Rights};
 use super::eptp::Eptp;
 use super::{OutOfFrames, TableFrames};
 use crate::addr::{Gpa, Hpa};
-use core::ops::Range;
+use crate::mm::Span;
+use crate::mm::mtrr::MemoryType;
 
 /// What [`Ept01::map_missing`] found.
 #[must_use]
@@ -31,7 +32,7 @@ pub struct Ept01 {
     root: Hpa,
     rules: EptRules,
     /// nvmx's own memory.
-    forbidden: Range<u64>,
+    forbidden: Span,
     accessed_dirty: bool,
     tables: u32,
 }
@@ -46,14 +47,12 @@ impl Ept01 {
         rules: EptRules,
         accessed_dirty: bool,
         end: Gpa,
-        forbidden: Range<Hpa>,
+        forbidden: Span,
         memory_type: impl Fn(Gpa, u64) -> Option<MemoryType>,
         frames: &mut F,
     ) -> Result<Self, OutOfFrames> {
         let root = frames.alloc().ok_or(OutOfFrames)?;
-        let last = forbidden.end.get().saturating_add(0xfff) & !0xfff;
-        let forbidden = forbidden.start.page().get()..last;
-        let mut ept = Self { root, rules, forbidden, accessed_dirty, tables: 1 };
+        let mut ept = Self { root, rules, forbidden: forbidden.outer_pages(), accessed_dirty, tables: 1 };
         let mut start = 0u64;
         while start < end.get() && rules.allows_address(start) && start >> 48 == 0 {
             ept.map_gib(start, &memory_type, frames)?;
@@ -83,7 +82,7 @@ impl Ept01 {
         if !self.rules.allows_address(gpa.get()) || gpa.get() >> 48 != 0 {
             return Ok(Missing::BeyondPhysical);
         }
-        if self.forbidden.contains(&gpa.get()) {
+        if self.forbidden.overlaps(Span::sized(gpa.get(), 1)) {
             return Ok(Missing::Forbidden);
         }
         if self.leaf(gpa, frames).is_some() {
@@ -154,8 +153,8 @@ impl Ept01 {
         frames: &mut F,
     ) -> Result<(), OutOfFrames> {
         let at = Hpa::new(table.get() | level.entry_offset(start));
-        let end = start + level.bytes();
-        if self.forbidden.start <= start && end <= self.forbidden.end {
+        let block = Span::sized(start, level.bytes());
+        if self.forbidden.contains(block) {
             return Ok(());
         }
         let old = frames.read(at);
@@ -168,7 +167,7 @@ impl Ept01 {
             frames.write(at, page(uniform.unwrap_or(MemoryType::Uncacheable)));
             return Ok(());
         };
-        let may_be_large = !entry::is_present(old) && self.splittable(level) && !self.meets_forbidden(start, end);
+        let may_be_large = !entry::is_present(old) && self.splittable(level) && !self.forbidden.overlaps(block);
         if let (Some(uniform), true) = (uniform, may_be_large) {
             frames.write(at, page(uniform));
             return Ok(());
@@ -187,10 +186,6 @@ impl Ept01 {
     /// True when a leaf may stand at `level` and can be split level by level.
     fn splittable(&self, level: Level) -> bool {
         self.rules.allows_leaf(level) && level.below().is_none_or(|below| self.splittable(below))
-    }
-
-    fn meets_forbidden(&self, start: u64, end: u64) -> bool {
-        !self.forbidden.is_empty() && start < self.forbidden.end && self.forbidden.start < end
     }
 
     fn alloc<F: TableFrames>(&mut self, frames: &mut F) -> Result<Hpa, OutOfFrames> {

@@ -5,13 +5,14 @@
 //! * [`identity`] builds ept01: the machine one to one without nvmx; [`watch`] notices there that L2 wrote a page.
 //! * [`compose`] and [`cache`] are ept02: composed on demand from ept12, kept by role.
 //!
-//! Everything here is pure: what it needs of the machine are the two traits below.
+//! Everything here is pure: what it needs of the machine are the two traits below; [`machine`] implements them on top of `mm`.
 
 pub mod cache;
 pub mod compose;
 pub mod entry;
 pub mod eptp;
 pub mod identity;
+pub mod machine;
 pub mod violation;
 pub mod walk;
 pub mod watch;
@@ -20,17 +21,15 @@ mod reserve;
 
 use crate::addr::{Gpa, Hpa};
 
+pub use crate::mm::{NotOwned, mtrr::MemoryType};
 pub use cache::{Activation, Ept02, Stats};
 pub use compose::Outcome;
-pub use entry::{EptRules, Level, MemoryType, Rights};
+pub use entry::{EptRules, Level, Rights};
 pub use eptp::Eptp;
 pub use identity::{Ept01, Missing};
+pub use machine::PoolFrames;
 pub use violation::Qualification;
 pub use watch::{Watch, WatchError};
-
-/// A guest-physical address at which L2 owns no memory: nvmx's own, or beyond the physical-address width.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct NotOwned(pub Gpa);
 
 /// The pool of frames is empty.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

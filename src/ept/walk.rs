@@ -4,9 +4,10 @@
 //! and EPT Violations": an entry that is not present ends the walk with a violation, one that is present but wrong with
 //! a misconfiguration; rights are looked at when the page is found.
 
-use super::entry::{EptRules, Level, Meaning, MemoryType, Misconfig, Rights, decode};
+use super::entry::{EptRules, Level, Meaning, Misconfig, Rights, decode};
 use super::{GuestView, NotOwned, TableFrames};
 use crate::addr::{Gpa, Hpa};
+use crate::mm::mtrr::MemoryType;
 use core::convert::Infallible;
 
 /// An address in the space that a table's entries point into.

@@ -1,6 +1,9 @@
 //! Physical memory through the direct map: every address of RAM and of the devices below 4 GiB, at a fixed offset.
 
-use core::arch::asm;
+use core::{
+    arch::asm,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use crate::{addr::Hpa, mm::PhysMem};
 
@@ -74,6 +77,14 @@ impl PhysMem for DirectMap {
         let Some(pointer) = self.linear(at, bytes.len() as u64) else { return };
         // SAFETY: 1. the destination is mapped and writable and no Rust object. 2. The source is a Rust slice.
         unsafe { copy_bytes(bytes.as_ptr(), pointer, bytes.len()) };
+    }
+
+    fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
+        let Some(pointer) = self.linear(at, 8).filter(|_| at.is_aligned(8)) else { return 0 };
+        // SAFETY: 1. the eight bytes are mapped and writable for as long as the reference lives: one call. 2. They are
+        // aligned. 3. They are no Rust object (condition 2 of `new`); whoever else changes them does so atomically.
+        let entry = unsafe { AtomicU64::from_ptr(pointer.cast()) };
+        entry.fetch_and(!bits, Ordering::AcqRel) & bits
     }
 
     fn zero(&self, at: Hpa, len: u64) {

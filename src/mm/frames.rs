@@ -16,6 +16,18 @@ const WORDS: usize = MAX_FRAMES / 64;
 pub struct Frame(Hpa);
 
 impl Frame {
+    /// Gives up ownership for a bare address: the frame is then what an entry of a page table says it is.
+    #[inline]
+    pub const fn into_hpa(self) -> Hpa {
+        self.0
+    }
+
+    /// Takes up ownership again of the frame that [`Frame::into_hpa`] gave up.
+    #[inline]
+    pub const fn from_hpa(hpa: Hpa) -> Self {
+        Self(hpa)
+    }
+
     /// Where the frame starts; 4 KiB aligned.
     #[inline]
     pub const fn hpa(&self) -> Hpa {

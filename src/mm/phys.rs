@@ -16,6 +16,10 @@ pub trait PhysMem {
     /// Writes `bytes` from `at` on.
     fn write_bytes(&self, at: Hpa, bytes: &[u8]);
 
+    /// Clears `bits` of the eight aligned bytes at `at` in one atomic step, since a processor may set flags in an entry
+    /// at the same time, and tells which of them were set.
+    fn take_bits(&self, at: Hpa, bits: u64) -> u64;
+
     /// Reads a little-endian 32-bit value, at any alignment.
     #[inline]
     fn read_u32(&self, at: Hpa) -> u32 {
@@ -69,6 +73,10 @@ impl<M: PhysMem + ?Sized> PhysMem for &M {
     }
     fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
         (**self).write_bytes(at, bytes);
+    }
+    #[inline]
+    fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
+        (**self).take_bits(at, bits)
     }
     fn zero(&self, at: Hpa, len: u64) {
         (**self).zero(at, len);
@@ -128,5 +136,12 @@ impl PhysMem for VecMem {
                 *slot = *byte;
             }
         }
+    }
+
+    /// No processor shares the vector, so two steps are as good as one.
+    fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
+        let old = self.read_u64(at);
+        self.write_u64(at, old & !bits);
+        old & bits
     }
 }

@@ -1,0 +1,57 @@
+//! The EPT traits on top of `mm`: L2's memory, and tables in frames of nvmx's pool.
+
+use super::entry::{Level, Rights};
+use super::{Block, GuestView, NotOwned, TableFrames};
+use crate::addr::{Gpa, Hpa};
+use crate::mm::{Frame, FramePool, GuestMemory, PhysMem};
+
+impl<P: PhysMem> GuestView for GuestMemory<P> {
+    #[inline]
+    fn read_entry(&self, at: Gpa) -> Result<u64, NotOwned> {
+        Ok(self.phys().read_u64(self.translate(at)?))
+    }
+
+    #[inline]
+    fn block(&self, gpa: Gpa, at_most: Level) -> Result<Block, NotOwned> {
+        Block::largest(gpa, at_most, Rights::all(), |start, bytes| {
+            self.owns(start, bytes).ok()?;
+            self.translate(start).ok()
+        })
+    }
+}
+
+/// Frames of a pool, and the memory they lie in.
+#[derive(Debug)]
+pub struct PoolFrames<'a, P> {
+    /// Where frames come from.
+    pub pool: &'a mut FramePool,
+    /// How they are reached.
+    pub memory: P,
+}
+
+impl<P: PhysMem> TableFrames for PoolFrames<'_, P> {
+    #[inline]
+    fn alloc(&mut self) -> Option<Hpa> {
+        self.pool.alloc(&self.memory).map(Frame::into_hpa)
+    }
+    #[inline]
+    fn free(&mut self, table: Hpa) {
+        self.pool.free(Frame::from_hpa(table));
+    }
+    #[inline]
+    fn clear(&mut self, table: Hpa) {
+        self.memory.zero_page(table);
+    }
+    #[inline]
+    fn read(&self, entry: Hpa) -> u64 {
+        self.memory.read_u64(entry)
+    }
+    #[inline]
+    fn write(&mut self, entry: Hpa, value: u64) {
+        self.memory.write_u64(entry, value);
+    }
+    #[inline]
+    fn take_bits(&mut self, entry: Hpa, bits: u64) -> u64 {
+        self.memory.take_bits(entry, bits)
+    }
+}

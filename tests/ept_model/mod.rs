@@ -1,0 +1,193 @@
+//! What the EPT tests share: frames that catch misuse, L2's memory on a map, and a reference for ept12 that has nothing in
+//! common with the walker: it reads entries as text of bits, by the SDM's tables.
+#![allow(dead_code)]
+
+use nvmx::addr::{Gpa, Hpa};
+use nvmx::ept::entry::{Level, Rights};
+use nvmx::ept::{Block, EptRules, GuestView, NotOwned, TableFrames};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+
+pub const KIB4: u64 = 1 << 12;
+pub const MIB2: u64 = 1 << 21;
+pub const GIB1: u64 = 1 << 30;
+pub const R: u64 = 1;
+pub const W: u64 = 2;
+pub const X: u64 = 4;
+pub const LARGE: u64 = 1 << 7;
+pub const WB: u64 = 6 << 3;
+
+/// Width of the physical addresses of the machine in these tests.
+pub const WIDTH: u32 = 40;
+/// nvmx's memory in these tests: 16 KiB inside the third gibibyte, so that one 2 MiB page and one 1 GiB page meet it.
+pub const OWN: (u64, u64) = (2 * GIB1 + 5 * MIB2 + 0x3000, 2 * GIB1 + 5 * MIB2 + 0x7000);
+
+pub fn rules() -> EptRules {
+    EptRules::new(WIDTH, true, true, true)
+}
+
+/// A pool of frames; panics when a frame is used that is not handed out.
+#[derive(Debug)]
+pub struct Frames {
+    pub used: BTreeMap<u64, Box<[u64; 512]>>,
+    pub free: Vec<u64>,
+}
+
+impl Frames {
+    /// `count` frames in nvmx's memory of a big machine.
+    pub fn new(count: u64) -> Self {
+        Self { used: BTreeMap::new(), free: (0..count).rev().map(|n| 0x70_0000_0000 + n * KIB4).collect() }
+    }
+
+    fn slot(&self, entry: Hpa) -> (u64, usize) {
+        assert_eq!(entry.get() % 8, 0, "entries are aligned");
+        (entry.get() & !0xfff, (entry.get() & 0xfff) as usize / 8)
+    }
+
+    /// All leaves below a table: (address, size, entry).
+    pub fn leaves(&self, table: u64) -> Vec<(u64, u64, u64)> {
+        let mut found = vec![];
+        self.collect(table, 0, 1 << 39, &mut found);
+        found
+    }
+
+    fn collect(&self, table: u64, base: u64, covers: u64, found: &mut Vec<(u64, u64, u64)>) {
+        for (index, &entry) in self.used[&table].iter().enumerate().filter(|(_, entry)| **entry & 7 != 0) {
+            let address = base + index as u64 * covers;
+            if covers == KIB4 || entry & LARGE != 0 {
+                found.push((address, covers, entry));
+            } else {
+                assert_eq!(entry & !0xf_ffff_ffff_f000, 7, "an entry for a table has all rights and nothing else");
+                self.collect(entry & 0xf_ffff_ffff_f000, address, covers / 512, found);
+            }
+        }
+    }
+}
+
+impl TableFrames for Frames {
+    fn alloc(&mut self) -> Option<Hpa> {
+        let frame = self.free.pop()?;
+        self.used.insert(frame, Box::new([0; 512]));
+        Some(Hpa::new(frame))
+    }
+    fn free(&mut self, table: Hpa) {
+        assert!(self.used.remove(&table.get()).is_some(), "{table} is not in use");
+        self.free.push(table.get());
+    }
+    fn clear(&mut self, table: Hpa) {
+        self.used.get_mut(&table.get()).expect("frame in use").fill(0);
+    }
+    fn read(&self, entry: Hpa) -> u64 {
+        let (frame, index) = self.slot(entry);
+        self.used.get(&frame).expect("frame in use")[index]
+    }
+    fn write(&mut self, entry: Hpa, value: u64) {
+        let (frame, index) = self.slot(entry);
+        self.used.get_mut(&frame).expect("frame in use")[index] = value;
+    }
+    fn take_bits(&mut self, entry: Hpa, bits: u64) -> u64 {
+        let old = self.read(entry);
+        self.write(entry, old & !bits);
+        old & bits
+    }
+}
+
+/// L2's memory: words that are zero until written, all of the machine but [`OWN`]. Counts how often each entry is read.
+#[derive(Debug, Default)]
+pub struct L2 {
+    pub words: HashMap<u64, u64>,
+    pub fetched: RefCell<HashMap<u64, u32>>,
+}
+
+pub fn owned(start: u64, bytes: u64) -> bool {
+    (start + bytes <= OWN.0 || start >= OWN.1) && start + bytes <= 1 << WIDTH
+}
+
+impl L2 {
+    pub fn set(&mut self, table: u64, index: u64, entry: u64) {
+        self.words.insert(table + index * 8, entry);
+    }
+
+    pub fn get(&self, at: u64) -> u64 {
+        self.words.get(&at).copied().unwrap_or(0)
+    }
+
+    /// The largest fetch count since the last call.
+    pub fn most_fetches(&self) -> u32 {
+        self.fetched.take().into_values().max().unwrap_or(0)
+    }
+}
+
+impl GuestView for L2 {
+    fn read_entry(&self, at: Gpa) -> Result<u64, NotOwned> {
+        assert_eq!(at.get() % 8, 0, "entries are aligned");
+        *self.fetched.borrow_mut().entry(at.get()).or_default() += 1;
+        if owned(at.get(), 8) { Ok(self.get(at.get())) } else { Err(NotOwned(at)) }
+    }
+    fn block(&self, gpa: Gpa, at_most: Level) -> Result<Block, NotOwned> {
+        Block::largest(gpa, at_most, Rights::all(), |start, bytes| {
+            owned(start.get(), bytes).then_some(Hpa::new(start.get()))
+        })
+    }
+}
+
+/// What ept12 says about an address, by the reference.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Said {
+    Nothing,
+    Wrong,
+    /// Page address, page size, rights, type and ignore-PAT as they stand in an entry.
+    Page(u64, u64, u64, u64),
+}
+
+/// Walks ept12 on paper: `root` is the address of its PML4 table.
+pub fn reference(l2: &L2, root: u64, ngpa: u64, execute_only: bool) -> Said {
+    if ngpa >= 1 << 48 {
+        return Said::Nothing;
+    }
+    let text = format!("{ngpa:048b}");
+    let indexes: Vec<u64> = (0..4).map(|n| u64::from_str_radix(&text[n * 9..n * 9 + 9], 2).unwrap()).collect();
+    let mut table = root;
+    let mut granted = [true; 3];
+    for (depth, index) in indexes.iter().enumerate() {
+        let at = table + index * 8;
+        let entry = if owned(at, 8) { l2.get(at) } else { u64::MAX };
+        // Character n of the text is bit n.
+        let bits: Vec<char> = format!("{entry:064b}").chars().rev().collect();
+        let set = |n: usize| bits[n] == '1';
+        if !set(0) && !set(1) && !set(2) {
+            return Said::Nothing;
+        }
+        if !set(0) && (set(1) || !execute_only) {
+            return Said::Wrong;
+        }
+        if (WIDTH as usize..52).any(set) {
+            return Said::Wrong;
+        }
+        (0..3).for_each(|n| granted[n] &= set(n));
+        let ends = depth == 3 || (set(7) && depth > 0);
+        if !ends {
+            if (3..8).any(set) {
+                return Said::Wrong;
+            }
+            table = entry & 0xf_ffff_ffff_f000;
+            continue;
+        }
+        let size_bits = [0, 30, 21, 12][depth];
+        if (12..size_bits).any(set) || ["010", "011", "111"].contains(&[bits[5], bits[4], bits[3]].iter().collect::<String>().as_str()) {
+            return Said::Wrong;
+        }
+        let rights = (0..3).map(|n| u64::from(granted[n]) << n).sum();
+        return Said::Page(entry & 0xf_ffff_ffff_f000, 1 << size_bits, rights, entry & 0x78);
+    }
+    unreachable!("the fourth entry ends the walk")
+}
+
+/// The ept02 leaf that belongs to such a page at `ngpa`: (address, size, entry), or `None` where L2 owns nothing.
+pub fn composed(page: u64, size: u64, rights: u64, type_and_pat: u64, ngpa: u64) -> Option<(u64, u64, u64)> {
+    let gpa = page + ngpa % size;
+    let fits = |part: &u64| *part <= size && owned(gpa - gpa % part, *part);
+    let part = [GIB1, MIB2, KIB4].into_iter().find(fits)?;
+    let large = if part == KIB4 { 0 } else { LARGE };
+    Some((ngpa - ngpa % part, part, (gpa - gpa % part) | rights | type_and_pat | large))
+}
