@@ -1,2 +1,0 @@
-//! The cascade L2 hypervisor (library part).
-#![no_std]

@@ -1,0 +1,98 @@
+//! EPT tables of a guest (SDM "The Extended Page Table Mechanism").
+
+use super::pages::{self, LARGE, PAGE};
+
+/// Rights of an entry.
+pub mod rights {
+    #![allow(missing_docs, reason = "plain words")]
+    pub const NONE: u64 = 0;
+    pub const R: u64 = 1;
+    pub const W: u64 = 2;
+    pub const X: u64 = 4;
+    pub const RWX: u64 = 7;
+}
+
+const LARGE_BIT: u64 = 1 << 7;
+const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
+
+/// Memory types in a leaf.
+pub const WRITE_BACK: u64 = 6 << 3;
+/// Uncacheable
+pub const UNCACHEABLE: u64 = 0;
+
+/// A tree of four levels.
+#[derive(Clone, Copy, Debug)]
+pub struct Ept {
+    root: u64,
+}
+
+impl Default for Ept {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Ept {
+    /// An empty tree.
+    pub fn new() -> Self {
+        Self { root: pages::address(pages::page()) }
+    }
+
+    /// A tree that maps the first 4 GiB one to one in 2 MiB pages; the last one, where devices are, uncacheable.
+    pub fn identity() -> Self {
+        let ept = Self::new();
+        for page in 0..4 << 30 >> 21 {
+            let kind = if page >= 3 << 30 >> 21 { UNCACHEABLE } else { WRITE_BACK };
+            ept.set(page * LARGE, LARGE, page * LARGE | kind | LARGE_BIT | rights::RWX);
+        }
+        ept
+    }
+
+    /// EPTP: four levels, write-back.
+    pub fn pointer(&self) -> u64 {
+        self.root | 3 << 3 | 6
+    }
+
+    /// Sets the entry that maps `address` by a page of `size` (4 KiB or 2 MiB); a 2 MiB page in the way is split.
+    pub fn set(&self, address: u64, size: u64, entry: u64) {
+        let last = if size == PAGE { 0 } else { 1 };
+        let mut table = self.root;
+        for level in (last + 1..4).rev() {
+            // SAFETY: the tree is this image's memory, and nobody holds a reference to its pages.
+            let slot = &mut unsafe { pages::at(table) }[index(address, level)];
+            if *slot & rights::RWX == 0 {
+                *slot = pages::address(pages::page()) | rights::RWX;
+            } else if *slot & LARGE_BIT != 0 {
+                *slot = split(*slot) | rights::RWX;
+            }
+            table = *slot & ADDRESS;
+        }
+        // SAFETY: as above.
+        let slot = &mut unsafe { pages::at(table) }[index(address, last)];
+        *slot = entry;
+    }
+
+    /// Maps a page of `size` one to one with these rights, write-back.
+    pub fn map(&self, address: u64, size: u64, rights: u64) {
+        let large = if size == PAGE { 0 } else { LARGE_BIT };
+        self.set(address, size, address | WRITE_BACK | large | rights);
+    }
+
+    /// Leaves a hole of `size`.
+    pub fn unmap(&self, address: u64, size: u64) {
+        self.set(address, size, 0);
+    }
+}
+
+fn index(address: u64, level: u32) -> usize {
+    (address >> (12 + 9 * level)) as usize & 511
+}
+
+/// A table of 4 KiB pages that maps what the 2 MiB entry mapped.
+fn split(large: u64) -> u64 {
+    let table = pages::page();
+    for (small, slot) in (0..).step_by(PAGE as usize).zip(table.iter_mut()) {
+        *slot = (large & !LARGE_BIT) + small;
+    }
+    pages::address(table)
+}

@@ -1,0 +1,18 @@
+//! Everything that needs the real machine.
+
+pub mod apic;
+mod boot;
+pub mod cpu;
+pub mod descriptors;
+pub mod ept;
+pub mod exit;
+pub mod identity;
+pub mod pages;
+pub mod report;
+pub mod serial;
+pub mod setup;
+pub mod trap;
+pub mod vcpu;
+pub mod vmx;
+
+pub use report::Check;

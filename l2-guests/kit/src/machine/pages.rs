@@ -1,0 +1,73 @@
+//! Memory for tables: pages are handed out once, zeroed, and never come back.
+
+use crate::Global;
+use core::cell::UnsafeCell;
+
+/// A 4 KiB page of 64-bit entries.
+pub type Page = [u64; 512];
+/// Its size.
+pub const PAGE: u64 = 4096;
+/// Size of a page that a page directory maps.
+pub const LARGE: u64 = 2 << 20;
+
+const POOL: usize = 16 << 20;
+
+/// The pool is part of the image, so that every loader keeps modules out of it and its addresses are the same in each slot.
+#[repr(C, align(0x200000))]
+struct Pool(UnsafeCell<[u8; POOL]>);
+
+// SAFETY: single CPU; each byte is given away once.
+unsafe impl Sync for Pool {}
+
+static MEMORY: Pool = Pool(UnsafeCell::new([0; POOL]));
+static USED: Global<u64> = Global::new(0);
+
+/// `size` bytes at a multiple of `align` (a power of two): the address.
+pub fn take(size: u64, align: u64) -> u64 {
+    let start = MEMORY.0.get() as u64;
+    let at = USED.get().next_multiple_of(align);
+    assert!(at + size <= POOL as u64, "the guest's pool of pages is used up");
+    USED.set(at + size);
+    start + at
+}
+
+/// First address and size of the pool.
+pub fn pool() -> (u64, u64) {
+    (MEMORY.0.get() as u64, POOL as u64)
+}
+
+/// A zeroed page.
+pub fn page() -> &'static mut Page {
+    let at = take(PAGE, PAGE);
+    // SAFETY: `take` gives each page once; the pool is zeroed by the loader.
+    unsafe { &mut *(at as *mut Page) }
+}
+
+/// The physical address of something in the image: the map is one to one.
+pub fn address<T: ?Sized>(thing: &T) -> u64 {
+    core::ptr::from_ref(thing).cast::<()>() as u64
+}
+
+/// The page at an address that [`address`] or [`take`] gave.
+///
+/// # Safety
+/// The page is the caller's, and nobody holds another reference to it.
+pub unsafe fn at(address: u64) -> &'static mut Page {
+    // SAFETY: the caller's promise; the first 4 GiB are mapped.
+    unsafe { &mut *(address as *mut Page) }
+}
+
+/// New page tables (four levels) that map the first 4 GiB one to one in 2 MiB pages, as the boot code's do; returns CR3.
+pub fn identity_tables() -> u64 {
+    const FLAGS: u64 = 0x03;
+    let (root, pointers) = (page(), page());
+    root[0] = address(pointers) | FLAGS;
+    for (gigabyte, entry) in (0u64..4).zip(pointers.iter_mut()) {
+        let directory = page();
+        for (i, large) in (0u64..).zip(directory.iter_mut()) {
+            *large = (gigabyte << 30) + i * LARGE | 0x80 | FLAGS;
+        }
+        *entry = address(directory) | FLAGS;
+    }
+    address(root)
+}
