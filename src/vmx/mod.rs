@@ -3,9 +3,12 @@
 pub mod bitmap;
 pub mod caps;
 pub mod controls;
+pub mod event;
 pub mod exit;
 pub mod field;
+pub mod qualification;
 pub mod requirements;
+pub mod segment;
 
 pub use caps::Capabilities;
 pub use controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};

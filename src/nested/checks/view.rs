@@ -1,0 +1,99 @@
+//! The fields of a vmcs12 as the rules want to see them.
+
+use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
+use crate::vmx::event::EventInfo;
+use crate::vmx::{Capabilities, Field, Fields};
+
+/// CR0.PE
+pub const CR0_PE: u64 = 1 << 0;
+/// CR0.WP
+pub const CR0_WP: u64 = 1 << 16;
+/// CR0.PG
+pub const CR0_PG: u64 = 1 << 31;
+/// CR4.PAE
+pub const CR4_PAE: u64 = 1 << 5;
+/// CR4.PCIDE
+pub const CR4_PCIDE: u64 = 1 << 17;
+/// CR4.CET
+pub const CR4_CET: u64 = 1 << 23;
+/// IA32_EFER.LME
+pub const EFER_LME: u64 = 1 << 8;
+/// IA32_EFER.LMA
+pub const EFER_LMA: u64 = 1 << 10;
+/// The defined bits of IA32_EFER: SCE, LME, LMA, NXE.
+pub const EFER_DEFINED: u64 = 1 | EFER_LME | EFER_LMA | 1 << 11;
+
+/// A vmcs12 and the machine it is to run on.
+pub struct View<'a, F> {
+    pub fields: &'a F,
+    pub caps: &'a Capabilities,
+}
+
+impl<F: Fields> View<'_, F> {
+    pub fn get(&self, field: Field) -> u64 {
+        self.fields.get(field)
+    }
+
+    /// A 32-bit field.
+    pub fn get32(&self, field: Field) -> u32 {
+        self.fields.get(field) as u32
+    }
+
+    pub fn pin(&self) -> PinControls {
+        PinControls::from_bits_retain(self.get32(Field::PIN_BASED_VM_EXEC_CONTROL))
+    }
+
+    pub fn primary(&self) -> PrimaryControls {
+        PrimaryControls::from_bits_retain(self.get32(Field::CPU_BASED_VM_EXEC_CONTROL))
+    }
+
+    /// The secondary controls, which count as 0 unless the primary ones activate them.
+    pub fn secondary(&self) -> SecondaryControls {
+        if self.primary().contains(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS) {
+            SecondaryControls::from_bits_retain(self.get32(Field::SECONDARY_VM_EXEC_CONTROL))
+        } else {
+            SecondaryControls::empty()
+        }
+    }
+
+    pub fn exit(&self) -> ExitControls {
+        ExitControls::from_bits_retain(self.get32(Field::VM_EXIT_CONTROLS))
+    }
+
+    pub fn entry(&self) -> EntryControls {
+        EntryControls::from_bits_retain(self.get32(Field::VM_ENTRY_CONTROLS))
+    }
+
+    pub fn event(&self) -> EventInfo {
+        EventInfo(self.get32(Field::VM_ENTRY_INTR_INFO_FIELD))
+    }
+
+    pub fn unrestricted(&self) -> bool {
+        self.secondary().contains(SecondaryControls::UNRESTRICTED_GUEST)
+    }
+
+    pub fn canonical(&self, field: Field) -> bool {
+        self.caps.is_canonical(self.get(field))
+    }
+
+    /// True if the field has no bit beyond the physical-address width.
+    pub fn within_physical_width(&self, field: Field) -> bool {
+        self.caps.physical_width >= 64 || self.get(field) >> self.caps.physical_width == 0
+    }
+
+    /// True if the field is a pointer to a page of a VMX structure.
+    pub fn is_page_pointer(&self, field: Field) -> bool {
+        let address = self.get(field);
+        address & 0xFFF == 0 && self.caps.is_physical(address)
+    }
+}
+
+/// `a` implies `b`.
+pub const fn implies(a: bool, b: bool) -> bool {
+    !a || b
+}
+
+/// True if every byte of IA32_PAT names a memory type: UC, WC, WT, WP, WB, UC-.
+pub fn is_pat(value: u64) -> bool {
+    value.to_le_bytes().iter().all(|memory_type| matches!(memory_type, 0 | 1 | 4 | 5 | 6 | 7))
+}

@@ -1,0 +1,169 @@
+//! What vmcs02 runs with: nvmx's needs and a checked vmcs12, merged.
+//!
+//! Pure. Every address comes in translated; what L2 wants intercepted is a subset of what comes out (invariant I3), and
+//! nothing of vmcs12 reaches the host side of the VM exit (invariant I4).
+//!
+//! Exception bitmap, CR masks and shadows, CR3 targets, TSC offset, the PF mask and all guest state are not here: L2's
+//! values live in vmcs02 and nvmx adds none of its own.
+
+use super::checks::ControlsChecked;
+use crate::addr::Hpa;
+use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
+use crate::vmx::{Capabilities, Field, Fields};
+use bitflags::bitflags;
+
+/// The controls that nvmx needs in vmcs02 whatever L2 asks for; made once per processor.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NvmxNeeds {
+    pin: PinControls,
+    primary: PrimaryControls,
+    secondary: SecondaryControls,
+    exit: ExitControls,
+    entry: EntryControls,
+    save_timer: ExitControls,
+}
+
+impl NvmxNeeds {
+    /// For a processor that meets [`crate::vmx::requirements::REQUIREMENTS`].
+    pub fn new(hardware: &Capabilities) -> Self {
+        let exit = ExitControls::HOST_ADDRESS_SPACE_SIZE
+            | ExitControls::SAVE_DEBUG_CONTROLS
+            | ExitControls::SAVE_PAT
+            | ExitControls::LOAD_PAT
+            | ExitControls::SAVE_EFER
+            | ExitControls::LOAD_EFER;
+        let entry = EntryControls::LOAD_DEBUG_CONTROLS | EntryControls::LOAD_PAT | EntryControls::LOAD_EFER;
+        Self {
+            pin: hardware.pin.with_required(PinControls::empty()),
+            primary: hardware.primary.with_required(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS),
+            secondary: hardware.secondary.with_required(SecondaryControls::ENABLE_EPT | SecondaryControls::ENABLE_VPID),
+            exit: hardware.exit.with_required(exit),
+            entry: hardware.entry.with_required(entry),
+            save_timer: hardware.exit.settable() & ExitControls::SAVE_PREEMPTION_TIMER,
+        }
+    }
+}
+
+/// The addresses and identifiers that stand for those in vmcs12, and L2's mode.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Translated {
+    /// EPTP of ept02, or of ept01 if L2 uses no EPT for this guest.
+    pub eptp: u64,
+    /// nvmx's VPID for this guest; not 0.
+    pub vpid: u16,
+    /// L2's I/O bitmaps A and B, if it uses them and both lie in its memory.
+    pub io_bitmaps: Option<(Hpa, Hpa)>,
+    /// The merged MSR bitmap, if L2 uses one and it lies in its memory.
+    pub msr_bitmap: Option<Hpa>,
+}
+
+bitflags! {
+    /// What the merged controls leave to the code around an entry of L3.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+    pub struct Duties: u32 {
+        /// L2 does not load IA32_EFER: put L2's own there, with LMA and LME as "IA-32e mode guest" and CR0.PG say.
+        const LOAD_EFER_OF_L2 = 1 << 0;
+        /// L2 does not load IA32_PAT: put L2's own there.
+        const LOAD_PAT_OF_L2 = 1 << 1;
+        /// L2 does not load debug controls: put L2's own DR7 and IA32_DEBUGCTL there.
+        const LOAD_DEBUG_OF_L2 = 1 << 2;
+        /// L2 does not save IA32_EFER: the field must read after the exit as before the entry.
+        const KEEP_EFER = 1 << 3;
+        /// L2 does not save IA32_PAT: as above.
+        const KEEP_PAT = 1 << 4;
+        /// L2 does not save debug controls: as above, for DR7 and IA32_DEBUGCTL.
+        const KEEP_DEBUG = 1 << 5;
+        /// The guest has no EPT of L2: with PAE paging, fill the PDPTE fields from the table at CR3.
+        const LOAD_PDPTES = 1 << 6;
+        /// L2 gives no VPID: each entry and exit must flush the linear translations of the VPID that nvmx uses.
+        const FLUSH_VPID = 1 << 7;
+    }
+}
+
+/// The controls of vmcs02.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(missing_docs)]
+pub struct Vmcs02Controls {
+    pub pin: PinControls,
+    pub primary: PrimaryControls,
+    pub secondary: SecondaryControls,
+    pub exit: ExitControls,
+    pub entry: EntryControls,
+    pub eptp: u64,
+    pub vpid: u16,
+    /// To be written if the primary controls use I/O bitmaps.
+    pub io_bitmaps: Option<(Hpa, Hpa)>,
+    /// To be written if the primary controls use MSR bitmaps.
+    pub msr_bitmap: Option<Hpa>,
+    /// To be written if the secondary controls enable XSAVES.
+    pub xss_exiting_bitmap: u64,
+    /// To be written if the secondary controls enable PAUSE-loop exiting.
+    pub ple_gap: u32,
+    /// As `ple_gap`.
+    pub ple_window: u32,
+    /// What remains to be done around an entry.
+    pub duties: Duties,
+}
+
+/// Merges the controls of a checked vmcs12 with nvmx's.
+pub fn merge(needs: &NvmxNeeds, vmcs12: &impl Fields, checked: ControlsChecked, to: &Translated) -> Vmcs02Controls {
+    // The proof says that vmcs12 sets no control that nvmx does not offer; so all of them may run.
+    let _ = checked;
+    let get32 = |field| vmcs12.get(field) as u32;
+    let pin12 = PinControls::from_bits_retain(get32(Field::PIN_BASED_VM_EXEC_CONTROL));
+    let primary12 = PrimaryControls::from_bits_retain(get32(Field::CPU_BASED_VM_EXEC_CONTROL));
+    let exit12 = ExitControls::from_bits_retain(get32(Field::VM_EXIT_CONTROLS));
+    let entry12 = EntryControls::from_bits_retain(get32(Field::VM_ENTRY_CONTROLS));
+    let secondary12 = if primary12.contains(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS) {
+        SecondaryControls::from_bits_retain(get32(Field::SECONDARY_VM_EXEC_CONTROL))
+    } else {
+        SecondaryControls::empty()
+    };
+
+    let mut exit = needs.exit | exit12 & ExitControls::ACK_INTERRUPT_ON_EXIT;
+    if pin12.contains(PinControls::PREEMPTION_TIMER) {
+        exit |= needs.save_timer;
+    }
+    Vmcs02Controls {
+        pin: pin12 | needs.pin,
+        primary: merge_primary(primary12, to) | needs.primary,
+        secondary: secondary12 | needs.secondary,
+        exit,
+        entry: entry12 & EntryControls::IA32E_MODE_GUEST | needs.entry,
+        eptp: to.eptp,
+        vpid: to.vpid,
+        io_bitmaps: to.io_bitmaps,
+        msr_bitmap: to.msr_bitmap,
+        xss_exiting_bitmap: vmcs12.get(Field::XSS_EXITING_BITMAP),
+        ple_gap: get32(Field::PLE_GAP),
+        ple_window: get32(Field::PLE_WINDOW),
+        duties: duties(entry12, exit12, secondary12),
+    }
+}
+
+/// A bitmap outside of L2's memory reads as all ones, as it does on a machine with nothing at that address: everything
+/// exits, which is what the controls mean without a bitmap.
+fn merge_primary(primary12: PrimaryControls, to: &Translated) -> PrimaryControls {
+    let mut primary = primary12;
+    if to.msr_bitmap.is_none() {
+        primary -= PrimaryControls::USE_MSR_BITMAPS;
+    }
+    if primary12.contains(PrimaryControls::USE_IO_BITMAPS) && to.io_bitmaps.is_none() {
+        primary -= PrimaryControls::USE_IO_BITMAPS;
+        primary |= PrimaryControls::UNCONDITIONAL_IO_EXITING;
+    }
+    primary
+}
+
+fn duties(entry12: EntryControls, exit12: ExitControls, secondary12: SecondaryControls) -> Duties {
+    let mut duties = Duties::empty();
+    duties.set(Duties::LOAD_EFER_OF_L2, !entry12.contains(EntryControls::LOAD_EFER));
+    duties.set(Duties::LOAD_PAT_OF_L2, !entry12.contains(EntryControls::LOAD_PAT));
+    duties.set(Duties::LOAD_DEBUG_OF_L2, !entry12.contains(EntryControls::LOAD_DEBUG_CONTROLS));
+    duties.set(Duties::KEEP_EFER, !exit12.contains(ExitControls::SAVE_EFER));
+    duties.set(Duties::KEEP_PAT, !exit12.contains(ExitControls::SAVE_PAT));
+    duties.set(Duties::KEEP_DEBUG, !exit12.contains(ExitControls::SAVE_DEBUG_CONTROLS));
+    duties.set(Duties::LOAD_PDPTES, !secondary12.contains(SecondaryControls::ENABLE_EPT));
+    duties.set(Duties::FLUSH_VPID, !secondary12.contains(SecondaryControls::ENABLE_VPID));
+    duties
+}

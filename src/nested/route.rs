@@ -1,0 +1,145 @@
+//! Who handles an exit of L3: L2 or nvmx.
+//!
+//! Pure. Most controls of L2 run in vmcs02 unchanged and nvmx adds nothing to them, so there an exit is itself the proof
+//! that L2 asked for it; where nvmx adds intercepts (MSRs, EPT), L2's side is looked up.
+//!
+//! Source: Intel SDM vol. 3C (December 2024), chapter "VMX Non-Root Operation": "Instructions That Cause VM Exits", "Other
+//! Causes of VM Exits".
+
+use crate::vmx::bitmap::Access;
+use crate::vmx::controls::{PinControls, PrimaryControls, SecondaryControls};
+use crate::vmx::event::{EventInfo, EventKind};
+use crate::vmx::exit::{BasicReason, ExitReason};
+use crate::vmx::qualification::CrAccess;
+
+/// Where an exit goes.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Route {
+    /// L2 asked for it.
+    Reflect,
+    /// nvmx handles it, or, after an EPT violation, finds out that L2 has to.
+    Nvmx,
+}
+
+/// What the processor reports about an exit. Only what the reason defines is looked at, so the rest may be 0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ExitInfo {
+    /// Exit reason.
+    pub reason: ExitReason,
+    /// Exit qualification.
+    pub qualification: u64,
+    /// VM-exit interruption information.
+    pub event: EventInfo,
+    /// ECX at the exit: the MSR of RDMSR and WRMSR.
+    pub ecx: u32,
+}
+
+/// What L2 asked for in vmcs12.
+pub trait L2Wants {
+    /// Pin-based controls.
+    fn pin(&self) -> PinControls;
+    /// Primary processor-based controls.
+    fn primary(&self) -> PrimaryControls;
+    /// Secondary processor-based controls; empty unless the primary ones activate them.
+    fn secondary(&self) -> SecondaryControls;
+    /// True if L2's MSR bitmap has the bit set, or lies outside of L2's memory. Asked only if L2 uses MSR bitmaps.
+    fn msr_bitmap(&self, msr: u32, access: Access) -> bool;
+}
+
+/// Decides.
+pub fn route(exit: &ExitInfo, l2: &impl L2Wants) -> Route {
+    let wanted =
+        if exit.reason.is_entry_failure() { wants_entry_failure(exit.reason.basic()) } else { l2_wants_exit(exit, l2) };
+    if wanted { Route::Reflect } else { Route::Nvmx }
+}
+
+/// The guest state is L2's, so its failure is L2's; the MSR-load list of vmcs02 is nvmx's.
+fn wants_entry_failure(reason: BasicReason) -> bool {
+    matches!(reason, BasicReason::ENTRY_INVALID_GUEST_STATE | BasicReason::ENTRY_MACHINE_CHECK)
+}
+
+fn l2_wants_exit(exit: &ExitInfo, l2: &impl L2Wants) -> bool {
+    use BasicReason as R;
+    use PrimaryControls as P;
+    use SecondaryControls as S;
+    let pin = |control| l2.pin().intersects(control);
+    let primary = |control| l2.primary().intersects(control);
+    let secondary = |control| l2.secondary().intersects(control);
+
+    match exit.reason.basic() {
+        // Always, in VMX non-root operation.
+        R::CPUID | R::GETSEC | R::INVD | R::XSETBV | R::TASK_SWITCH | R::TRIPLE_FAULT | R::INIT_SIGNAL => true,
+        R::VMCALL | R::VMCLEAR | R::VMLAUNCH | R::VMPTRLD | R::VMPTRST | R::VMREAD | R::VMRESUME | R::VMWRITE => true,
+        R::VMXOFF | R::VMXON | R::INVEPT | R::INVVPID => true,
+
+        // Events.
+        R::EXCEPTION_OR_NMI => exit.event.kind() != EventKind::Nmi || pin(PinControls::NMI_EXITING),
+        R::EXTERNAL_INTERRUPT => pin(PinControls::EXTERNAL_INTERRUPT_EXITING),
+        R::INTERRUPT_WINDOW => primary(P::INTERRUPT_WINDOW_EXITING),
+        R::NMI_WINDOW => primary(P::NMI_WINDOW_EXITING),
+        R::MONITOR_TRAP_FLAG => true, // by the control, or by an MTF event that L2 injected
+        R::PREEMPTION_TIMER => pin(PinControls::PREEMPTION_TIMER),
+
+        // Instructions with a control of their own.
+        R::HLT => primary(P::HLT_EXITING),
+        R::INVLPG => primary(P::INVLPG_EXITING),
+        R::RDPMC => primary(P::RDPMC_EXITING),
+        R::RDTSC | R::RDTSCP => primary(P::RDTSC_EXITING),
+        R::MWAIT => primary(P::MWAIT_EXITING),
+        R::MONITOR => primary(P::MONITOR_EXITING),
+        R::PAUSE => primary(P::PAUSE_EXITING) || secondary(S::PAUSE_LOOP_EXITING),
+        R::DR_ACCESS => primary(P::MOV_DR_EXITING),
+        R::GDTR_IDTR_ACCESS | R::LDTR_TR_ACCESS => secondary(S::DESCRIPTOR_TABLE_EXITING),
+        R::WBINVD => secondary(S::WBINVD_EXITING),
+        R::RDRAND => secondary(S::RDRAND_EXITING),
+        R::RDSEED => secondary(S::RDSEED_EXITING),
+        R::INVPCID => secondary(S::ENABLE_INVPCID) && primary(P::INVLPG_EXITING),
+        R::XSAVES | R::XRSTORS => secondary(S::ENABLE_XSAVES),
+
+        // Operands decide.
+        R::CR_ACCESS => wants_cr_access(CrAccess::decode(exit.qualification), l2.primary()),
+        R::IO_INSTRUCTION => primary(P::UNCONDITIONAL_IO_EXITING | P::USE_IO_BITMAPS),
+        R::RDMSR => wants_msr(exit.ecx, Access::Read, l2),
+        R::WRMSR => wants_msr(exit.ecx, Access::Write, l2),
+
+        // nvmx looks first: the walk of ept12 tells whose violation it is.
+        R::EPT_VIOLATION | R::EPT_MISCONFIGURATION => false,
+
+        // Features that are not offered: L2's control cannot be set, so the exit is not L2's.
+        R::TPR_BELOW_THRESHOLD => primary(P::USE_TPR_SHADOW),
+        R::APIC_ACCESS => secondary(S::VIRTUALIZE_APIC_ACCESSES),
+        R::VIRTUALIZED_EOI => secondary(S::VIRTUAL_INTERRUPT_DELIVERY),
+        R::APIC_WRITE => secondary(S::APIC_REGISTER_VIRTUALIZATION | S::VIRTUAL_INTERRUPT_DELIVERY),
+        R::VMFUNC => secondary(S::ENABLE_VM_FUNCTIONS),
+        R::ENCLS => secondary(S::ENABLE_ENCLS_EXITING),
+        R::ENCLV => secondary(S::ENABLE_ENCLV_EXITING),
+        R::PML_FULL => secondary(S::ENABLE_PML),
+        R::SPP_EVENT => secondary(S::SUB_PAGE_WRITE_PERMISSIONS),
+        R::PCONFIG => secondary(S::ENABLE_PCONFIG),
+        R::UMWAIT | R::TPAUSE => secondary(S::ENABLE_USER_WAIT_AND_PAUSE) && primary(P::RDTSC_EXITING),
+        R::ENQCMD_PASID | R::ENQCMDS_PASID => secondary(S::PASID_TRANSLATION),
+        R::BUS_LOCK => secondary(S::BUS_LOCK_DETECTION),
+        R::INSTRUCTION_TIMEOUT => secondary(S::INSTRUCTION_TIMEOUT),
+
+        // SMM and start-up, tertiary controls, TDX, and whatever comes: data for nvmx's log.
+        _ => false,
+    }
+}
+
+/// MOV to and from CR0 and CR4, CLTS and LMSW exit by L2's masks alone, which run in vmcs02.
+fn wants_cr_access(access: CrAccess, primary: PrimaryControls) -> bool {
+    match access {
+        CrAccess::Write { cr: 3, .. } => primary.contains(PrimaryControls::CR3_LOAD_EXITING),
+        CrAccess::Read { cr: 3, .. } => primary.contains(PrimaryControls::CR3_STORE_EXITING),
+        CrAccess::Write { cr: 8, .. } => primary.contains(PrimaryControls::CR8_LOAD_EXITING),
+        CrAccess::Read { cr: 8, .. } => primary.contains(PrimaryControls::CR8_STORE_EXITING),
+        CrAccess::Write { cr: 0 | 4, .. } | CrAccess::Clts | CrAccess::Lmsw { .. } => true,
+        CrAccess::Write { .. } | CrAccess::Read { .. } => false,
+    }
+}
+
+fn wants_msr(msr: u32, access: Access, l2: &impl L2Wants) -> bool {
+    let uses_bitmap = l2.primary().contains(PrimaryControls::USE_MSR_BITMAPS);
+    !uses_bitmap || crate::vmx::bitmap::MsrBitmap::index(msr, access).is_none() || l2.msr_bitmap(msr, access)
+}

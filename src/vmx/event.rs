@@ -1,0 +1,145 @@
+//! Events: the interruption information that goes into an entry and comes out of an exit.
+//!
+//! Source: Intel SDM vol. 3C (December 2024), tables "Format of the VM-Entry Interruption-Information Field", "Format of
+//! the VM-Exit Interruption-Information Field", "Format of the IDT-Vectoring Information Field": one layout for three.
+
+use core::fmt;
+
+/// Interruption type, bits 10:8.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+#[allow(missing_docs)]
+pub enum EventKind {
+    ExternalInterrupt = 0,
+    Reserved = 1,
+    Nmi = 2,
+    HardwareException = 3,
+    SoftwareInterrupt = 4,
+    /// INT1
+    PrivilegedSoftwareException = 5,
+    /// INT3, INTO
+    SoftwareException = 6,
+    /// On entry with vector 0: a pending MTF VM exit
+    Other = 7,
+}
+
+/// Exception vectors, by the names of the SDM.
+#[allow(missing_docs)]
+pub mod vector {
+    pub const DE: u8 = 0;
+    pub const DB: u8 = 1;
+    pub const NMI: u8 = 2;
+    pub const BP: u8 = 3;
+    pub const UD: u8 = 6;
+    pub const DF: u8 = 8;
+    pub const TS: u8 = 10;
+    pub const NP: u8 = 11;
+    pub const SS: u8 = 12;
+    pub const GP: u8 = 13;
+    pub const PF: u8 = 14;
+    pub const AC: u8 = 17;
+    pub const MC: u8 = 18;
+    pub const CP: u8 = 21;
+}
+
+/// True if delivery of this hardware exception pushes an error code on processors without CET.
+pub const fn has_error_code(vector: u8) -> bool {
+    matches!(vector, vector::DF | vector::TS | vector::NP | vector::SS | vector::GP | vector::PF | vector::AC)
+}
+
+/// An interruption-information field.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct EventInfo(pub u32);
+
+impl EventInfo {
+    /// No event.
+    pub const NONE: Self = Self(0);
+    /// Bit 11: there is an error code, in a field of its own.
+    pub const ERROR_CODE: u32 = 1 << 11;
+    /// Bit 12 of an exit's information: NMI blocking was lifted by an IRET that then faulted.
+    pub const NMI_UNBLOCKED_BY_IRET: u32 = 1 << 12;
+    /// Bit 31: the field holds an event.
+    pub const VALID: u32 = 1 << 31;
+    /// Bits that must be 0 on VM entry.
+    pub const ENTRY_RESERVED: u32 = 0x7FFF_F000;
+
+    /// A valid event.
+    pub const fn new(kind: EventKind, vector: u8) -> Self {
+        Self(Self::VALID | (kind as u32) << 8 | vector as u32)
+    }
+
+    /// The same event with an error code.
+    pub const fn with_error_code(self) -> Self {
+        Self(self.0 | Self::ERROR_CODE)
+    }
+
+    /// True if there is an event.
+    #[inline]
+    pub const fn is_valid(self) -> bool {
+        self.0 & Self::VALID != 0
+    }
+
+    /// Vector, bits 7:0.
+    #[inline]
+    pub const fn vector(self) -> u8 {
+        self.0 as u8
+    }
+
+    /// Interruption type.
+    #[inline]
+    pub const fn kind(self) -> EventKind {
+        match (self.0 >> 8) & 7 {
+            0 => EventKind::ExternalInterrupt,
+            1 => EventKind::Reserved,
+            2 => EventKind::Nmi,
+            3 => EventKind::HardwareException,
+            4 => EventKind::SoftwareInterrupt,
+            5 => EventKind::PrivilegedSoftwareException,
+            6 => EventKind::SoftwareException,
+            _ => EventKind::Other,
+        }
+    }
+
+    /// True if there is an error code.
+    #[inline]
+    pub const fn has_error_code(self) -> bool {
+        self.0 & Self::ERROR_CODE != 0
+    }
+
+    /// True if this is a valid event of that type.
+    #[inline]
+    pub fn is(self, kind: EventKind) -> bool {
+        self.is_valid() && self.kind() == kind
+    }
+
+    /// True if this is that hardware exception.
+    #[inline]
+    pub fn is_exception(self, vector: u8) -> bool {
+        self.is(EventKind::HardwareException) && self.vector() == vector
+    }
+
+    /// True for the types whose injection uses the VM-entry instruction length.
+    pub const fn has_instruction_length(self) -> bool {
+        matches!(
+            self.kind(),
+            EventKind::SoftwareInterrupt | EventKind::PrivilegedSoftwareException | EventKind::SoftwareException
+        )
+    }
+
+    /// What to write into the VM-entry field to deliver again an event that an exit interrupted: only what both formats
+    /// share.
+    pub const fn to_entry(self) -> Self {
+        if self.is_valid() { Self(self.0 & !Self::ENTRY_RESERVED) } else { Self::NONE }
+    }
+}
+
+impl fmt::Debug for EventInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.is_valid() {
+            return f.write_str("none");
+        }
+        let error = if self.has_error_code() { " with error code" } else { "" };
+        write!(f, "{:?} {}{error}", self.kind(), self.vector())
+    }
+}
