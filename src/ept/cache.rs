@@ -83,12 +83,9 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     ) -> Result<Self, OutOfFrames> {
         const { assert!(ROOTS > 0, "there must be a root to run on") };
         const { assert!(RESERVE >= 3, "one page needs up to three tables below the root") };
-        let reserve = Reserve::new(budget, frames)?;
         let tables = [(); ROOTS].map(|()| frames.alloc());
-        if tables.contains(&None) {
-            tables.into_iter().flatten().for_each(|table| frames.free(table));
-            return Err(OutOfFrames);
-        }
+        let reserve = if tables.contains(&None) { Err(OutOfFrames) } else { Reserve::new(budget, frames) };
+        let reserve = reserve.inspect_err(|_| tables.into_iter().flatten().for_each(|table| frames.free(table)))?;
         let roots = tables.map(|table| Root {
             role: None,
             table: table.unwrap_or(Hpa::new(0)),

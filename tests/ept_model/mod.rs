@@ -174,7 +174,9 @@ pub fn reference(l2: &L2, root: u64, ngpa: u64, execute_only: bool) -> Said {
             continue;
         }
         let size_bits = [0, 30, 21, 12][depth];
-        if (12..size_bits).any(set) || ["010", "011", "111"].contains(&[bits[5], bits[4], bits[3]].iter().collect::<String>().as_str()) {
+        if (12..size_bits).any(set)
+            || ["010", "011", "111"].contains(&[bits[5], bits[4], bits[3]].iter().collect::<String>().as_str())
+        {
             return Said::Wrong;
         }
         let rights = (0..3).map(|n| u64::from(granted[n]) << n).sum();

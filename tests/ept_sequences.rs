@@ -1,0 +1,287 @@
+//! Whole histories: L2 rewrites ept12, switches, invalidates; L3 accesses memory; the processor caches what it may. Invariants
+//! I1 and I2 hold after every step, with as few frames as there can be.
+//!
+//! The processor here is the most forgetful of its duties that the SDM allows: it caches every translation it used, in
+//! pieces of 4 KiB, and every reference to a table, and drops them only when it must.
+
+mod ept_model;
+
+use ept_model::*;
+use nvmx::addr::{Hpa, Ngpa};
+use nvmx::ept::{Ept02, Eptp, Outcome, Qualification, TableFrames};
+use proptest::prelude::*;
+use std::collections::HashMap;
+
+/// Six tables of ept12, the first two of them roots. Nothing stops one from serving at several levels.
+const TABLES: u64 = 0x10_0000;
+const ROLES: [u64; 5] =
+    [TABLES | 0x1e, TABLES | 0x18, (TABLES + KIB4) | 0x1e, (TABLES + KIB4) | 0x5e, (TABLES + 2 * KIB4) | 0x1e];
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write { table: u64, index: u64, entry: u64 },
+    Access { ngpa: u64, access: u64 },
+    Switch(usize),
+    InveptSingle(usize),
+    InveptAll,
+    Forget,
+}
+
+fn entry() -> impl Strategy<Value = u64> {
+    let address = prop_oneof![
+        8 => (0u64..6).prop_map(|n| TABLES + n * KIB4),
+        3 => (0u64..4).prop_map(|n| n * GIB1),
+        3 => (0u64..8).prop_map(|n| 2 * GIB1 + n * MIB2),
+        3 => (0u64..10).prop_map(|n| OWN.0 - 3 * KIB4 + n * KIB4),
+    ];
+    let low = prop_oneof![8 => Just(7u64), 3 => 0u64..8, 3 => (0u64..16).prop_map(|bits| LARGE | WB | bits & 7), 3 => (0u64..8).prop_map(|rights| WB | rights), 1 => 0u64..0x100];
+    let noise = prop_oneof![19 => Just(0u64), 1 => (0u32..64).prop_map(|bit| 1 << bit)];
+    (address, low, noise).prop_map(|(address, low, noise)| (address | low) ^ noise)
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let ngpa = (prop::array::uniform4(0u64..3), 0u64..KIB4)
+        .prop_map(|(n, offset)| n[0] << 39 | n[1] << 30 | n[2] << 21 | n[3] << 12 | offset);
+    prop_oneof![
+        5 => (0u64..6, 0u64..3, entry()).prop_map(|(table, index, entry)| Step::Write { table, index, entry }),
+        12 => (ngpa, prop::sample::select(vec![R, W, X, R | W])).prop_map(|(ngpa, access)| Step::Access { ngpa, access }),
+        2 => (0..ROLES.len()).prop_map(Step::Switch),
+        1 => (0..ROLES.len()).prop_map(Step::InveptSingle),
+        1 => Just(Step::InveptAll),
+        1 => Just(Step::Forget),
+    ]
+}
+
+/// A translation as the processor keeps it: page, rights, type bits.
+type Kept = (u64, u64, u64);
+
+/// What the processor caches, tagged with the root.
+#[derive(Default)]
+struct Processor {
+    pages: HashMap<(u64, u64), Kept>,
+    /// (root, bits of the address that are used up, address above them) to the table there.
+    tables: HashMap<(u64, u32, u64), u64>,
+}
+
+impl Processor {
+    fn invept(&mut self, root: u64) {
+        self.pages.retain(|key, _| key.0 != root);
+        self.tables.retain(|key, _| key.0 != root);
+    }
+
+    /// The translation that an access uses, or the rights that it lacks.
+    fn access(&mut self, frames: &Frames, root: u64, ngpa: u64, access: u64) -> Result<Kept, u64> {
+        let key = (root, ngpa >> 12);
+        let kept = match self.pages.get(&key) {
+            Some(kept) => *kept,
+            None => self.walk(frames, root, ngpa).ok_or(0u64)?,
+        };
+        if kept.1 & access == access {
+            self.pages.insert(key, kept);
+            return Ok(kept);
+        }
+        // An EPT violation drops what would translate the address.
+        self.pages.remove(&key);
+        Err(kept.1)
+    }
+
+    /// Uses a table it remembers rather than the entry that references it.
+    fn walk(&mut self, frames: &Frames, root: u64, ngpa: u64) -> Option<Kept> {
+        let mut table = root;
+        for shift in [39, 30, 21, 12] {
+            let entry = frames.read(Hpa::new(table | (ngpa >> shift & 511) * 8));
+            if entry & 7 == 0 {
+                return None;
+            }
+            if shift == 12 || entry & LARGE != 0 {
+                let page = (entry & 0xf_ffff_ffff_f000) + (ngpa & ((1 << shift) - 1) & !0xfff);
+                return Some((page, entry & 7, entry & 0x78));
+            }
+            table = *self.tables.entry((root, shift, ngpa >> shift)).or_insert(entry & 0xf_ffff_ffff_f000);
+        }
+        None
+    }
+
+    /// Everything cached for a root agrees with its tables, but for rights that were added.
+    fn is_coherent(&self, frames: &Frames, root: u64) -> bool {
+        let path = |ngpa: u64, until: u32| {
+            let mut table = root;
+            for shift in [39, 30, 21, 12] {
+                let entry = frames.read(Hpa::new(table | (ngpa >> shift & 511) * 8));
+                if entry & 7 == 0 || shift == 12 || entry & LARGE != 0 || shift == until {
+                    return (shift, entry);
+                }
+                table = entry & 0xf_ffff_ffff_f000;
+            }
+            unreachable!()
+        };
+        self.pages.iter().filter(|(key, _)| key.0 == root).all(|((_, number), (page, rights, types))| {
+            let (shift, entry) = path(number << 12, 0);
+            let now = (entry & 0xf_ffff_ffff_f000) + ((number << 12) & ((1 << shift) - 1));
+            now == *page && entry & rights & 7 == *rights && entry & 0x78 == *types
+        }) && self
+            .tables
+            .iter()
+            .filter(|(key, _)| key.0 == root)
+            .all(|((_, shift, prefix), table)| path(prefix << shift, *shift) == (*shift, table | 7))
+    }
+}
+
+/// A machine with a processor, and the record of what was filled.
+struct History<const ROOTS: usize, const RESERVE: usize> {
+    l2: L2,
+    frames: Frames,
+    total: usize,
+    ept: Ept02<ROOTS, RESERVE>,
+    processor: Processor,
+    role: u64,
+    /// Roots by role, as last activated.
+    roots: HashMap<u64, u64>,
+    /// Leaves that may be in use, by role, the newest last: none from before an INVEPT.
+    filled: HashMap<u64, Vec<(u64, u64, u64)>>,
+}
+
+impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
+    fn new(budget: u32, pool: u64) -> Self {
+        let mut l2 = L2::default();
+        for (table, index, next) in [(0, 0, 2), (1, 0, 2), (2, 0, 3), (3, 0, 4), (3, 1, 5), (0, 1, 2), (2, 1, 3)] {
+            l2.set(TABLES + table * KIB4, index, (TABLES + next * KIB4) | 7);
+        }
+        for index in 0..3 {
+            l2.set(TABLES + 4 * KIB4, index, (index << 12) | WB | 7);
+        }
+        let mut frames = Frames::new((ROOTS + RESERVE) as u64 + pool);
+        let total = frames.free.len();
+        let ept = Ept02::new(rules(), false, budget, &mut frames).unwrap();
+        let filled = HashMap::new();
+        Self { l2, frames, total, ept, processor: Processor::default(), role: ROLES[0], roots: HashMap::new(), filled }
+    }
+
+    /// What a VM entry does: returns the root.
+    fn enter(&mut self) -> Result<u64, TestCaseError> {
+        let activation = self.ept.activate(Eptp::new(self.role), &mut self.frames);
+        let root = activation.eptp02.ep4ta();
+        if activation.invept {
+            self.processor.invept(root);
+        }
+        self.roots.retain(|_, owned| *owned != root);
+        self.roots.insert(self.role, root);
+        prop_assert!(self.processor.is_coherent(&self.frames, root), "INVEPT was due");
+        let filled = self.filled.entry(self.role).or_default();
+        for leaf in self.frames.leaves(root) {
+            let (start, size, entry) = leaf;
+            prop_assert!(owned(entry & 0xf_ffff_ffff_f000 & !(size - 1), size), "I1");
+            let newest = filled.iter().rev().find(|(at, len, _)| *at < start + size && start < at + len);
+            prop_assert_eq!(newest, Some(&leaf), "I2: the leaf is the newest that was composed there");
+        }
+        Ok(root)
+    }
+
+    /// L3 accesses memory until it succeeds or L2 must see an exit.
+    fn access(&mut self, ngpa: u64, access: u64) -> Result<(), TestCaseError> {
+        let root = self.enter()?;
+        let lacking = match self.processor.access(&self.frames, root, ngpa, access) {
+            Ok(kept) => return self.check_page(ngpa, kept),
+            Err(granted) => granted,
+        };
+        let hardware = Qualification::from_bits_retain(access | lacking << 3 | 3 << 7);
+        let said = reference(&self.l2, self.role & 0xf_ffff_ffff_f000, ngpa, true);
+        let outcome = self.ept.violation(Eptp::new(self.role), Ngpa::new(ngpa), hardware, &self.l2, &mut self.frames);
+        prop_assert!(self.l2.most_fetches() <= 4, "a table may serve at four levels");
+        let (page, size, rights, types) = match said {
+            Said::Nothing => {
+                let told = Qualification::from_bits_retain(access | 3 << 7);
+                prop_assert_eq!(outcome, Outcome::ReflectViolation(told));
+                return Ok(());
+            }
+            Said::Wrong => {
+                prop_assert_eq!(outcome, Outcome::ReflectMisconfig);
+                return Ok(());
+            }
+            Said::Page(page, size, rights, types) => (page, size, rights, types),
+        };
+        if rights & access != access {
+            let told = Qualification::from_bits_retain(access | rights << 3 | 3 << 7);
+            prop_assert_eq!(outcome, Outcome::ReflectViolation(told));
+            return Ok(());
+        }
+        let Some(leaf) = composed(page, size, rights, types, ngpa) else {
+            let gpa = nvmx::addr::Gpa::new(page + ngpa % size);
+            prop_assert_eq!(outcome, Outcome::Forbidden { gpa });
+            return Ok(());
+        };
+        prop_assert_eq!(outcome, Outcome::Filled);
+        self.filled.entry(self.role).or_default().push(leaf);
+        let root = self.enter()?;
+        match self.processor.access(&self.frames, root, ngpa, access) {
+            Ok(kept) => self.check_page(ngpa, kept),
+            Err(_) => Err(TestCaseError::fail("L3 does not get on")),
+        }
+    }
+
+    /// A translation that L3 used is that of the newest leaf there, with no more rights.
+    fn check_page(&self, ngpa: u64, (page, rights, types): Kept) -> Result<(), TestCaseError> {
+        let newest = self.filled[&self.role].iter().rev().find(|(at, len, _)| (*at..at + len).contains(&ngpa));
+        let Some((start, _, entry)) = newest else {
+            return Err(TestCaseError::fail("a translation that nothing stands for"));
+        };
+        let expected = (entry & 0xf_ffff_ffff_f000) + ((ngpa & !0xfff) - start);
+        prop_assert_eq!((page, types), (expected, entry & 0x78));
+        prop_assert_eq!(rights & !entry, 0);
+        prop_assert!(owned(page, KIB4), "I1");
+        Ok(())
+    }
+
+    fn take(&mut self, step: &Step) -> Result<(), TestCaseError> {
+        match *step {
+            Step::Write { table, index, entry } => self.l2.set(TABLES + table * KIB4, index, entry),
+            Step::Access { ngpa, access } => self.access(ngpa, access)?,
+            Step::Switch(role) => self.role = ROLES[role],
+            Step::InveptSingle(role) => {
+                self.ept.invept_single(Eptp::new(ROLES[role]));
+                self.filled.retain(|filled, _| filled >> 12 != ROLES[role] >> 12);
+            }
+            Step::InveptAll => {
+                self.ept.invept_all();
+                self.filled.clear();
+            }
+            Step::Forget => {
+                self.ept.forget_all(&mut self.frames);
+                self.filled.clear();
+                prop_assert_eq!(self.frames.used.len(), ROOTS + RESERVE, "nothing is kept");
+            }
+        }
+        prop_assert_eq!(self.frames.used.len() + self.frames.free.len(), self.total);
+        prop_assert!(self.ept.tables() as usize + ROOTS <= self.frames.used.len());
+        Ok(())
+    }
+}
+
+fn run<const ROOTS: usize, const RESERVE: usize>(budget: u32, pool: u64, steps: &[Step]) -> Result<(), TestCaseError> {
+    let mut history = History::<ROOTS, RESERVE>::new(budget, pool);
+    for step in steps {
+        history.take(step)?;
+        prop_assert!(history.frames.used.len() <= ROOTS + RESERVE + budget as usize);
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 600, max_shrink_iters: 4000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn invariants_hold_with_the_fewest_frames(steps in prop::collection::vec(step(), 1..120)) {
+        run::<2, 3>(0, 0, &steps)?;
+        run::<1, 3>(2, 5, &steps)?;
+    }
+
+    #[test]
+    fn invariants_hold_when_the_pool_runs_out(steps in prop::collection::vec(step(), 1..120), pool in 0u64..9) {
+        run::<3, 4>(100, pool, &steps)?;
+    }
+
+    #[test]
+    fn invariants_hold_with_plenty(steps in prop::collection::vec(step(), 1..120)) {
+        run::<8, 16>(400, 400, &steps)?;
+    }
+}
