@@ -3,8 +3,14 @@
 //! Everything here is pure: it reads tables through [`PhysMem`](crate::mm::PhysMem) and returns values. What touches the
 //! machine is in `hw::boot`.
 
+pub mod info;
+pub mod layout;
 pub mod machine;
+pub mod multiboot1;
+pub mod multiboot2;
 pub mod options;
+pub mod pvh;
 
+pub use info::BootInfo;
 pub use machine::{Cpu, CpuList, Machine};
 pub use options::Options;

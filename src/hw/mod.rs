@@ -1,5 +1,11 @@
 //! The only place with unsafe code: instructions, registers, boot.
 
+pub mod boot;
+pub mod cpu;
 pub mod cr;
+pub mod epitaph;
+pub mod idt;
 pub mod msr;
 pub mod phys;
+mod port;
+pub mod serial;

@@ -1,0 +1,208 @@
+//! From the loader's machine state to nvmx in its own range at the top of memory.
+//!
+//! `entry.s` brings the processor into long mode, with the image at the upper half where the loader put it.
+//! [`Handover::settle`] chooses nvmx's range, copies the image there and continues in the copy: the linear addresses stay,
+//! so the switch is one write of CR3.
+
+#[cfg(target_os = "none")]
+use core::arch::global_asm;
+use core::{arch::asm, fmt};
+
+use crate::{
+    addr::Hpa,
+    boot::{
+        BootInfo,
+        info::InfoError,
+        layout::{self, TooLittleMemory},
+    },
+    hw::{
+        cpu, cr,
+        idt::Idt,
+        msr,
+        phys::{DIRECT_MAP, DirectMap},
+    },
+    mm::{
+        FramePool, PhysMem, Span,
+        paging::{OutOfFrames, PageSize, PageTables, Rights},
+    },
+};
+
+// On a host the rest is only compiled, for its lints: an executable there must not get the note for loaders.
+#[cfg(target_os = "none")]
+global_asm!(include_str!("entry.s"), rust_entry = sym rust_entry);
+
+/// What the tables of the entry code map.
+const EARLY_END: u64 = 4 << 30;
+/// What the direct map has room for in the upper half.
+const DIRECT_MAP_MAX: u64 = 1 << 46;
+const GIB: u64 = 1 << 30;
+
+const IA32_EFER: u32 = 0xC000_0080;
+const EFER_NXE: u64 = 1 << 11;
+
+/// Names the function that runs after the entry code: `fn(Handover) -> !`.
+#[macro_export]
+macro_rules! entry_point {
+    ($main:path) => {
+        #[unsafe(no_mangle)]
+        extern "Rust" fn nvmx_main(handover: $crate::hw::boot::Handover) -> ! {
+            let main: fn($crate::hw::boot::Handover) -> ! = $main;
+            main(handover)
+        }
+    };
+}
+
+unsafe extern "Rust" {
+    safe fn nvmx_main(handover: Handover) -> !;
+}
+
+unsafe extern "C" {
+    static boot_load_start: u8;
+    static boot_bss_end: u8;
+    static image_start: u8;
+    static image_text_start: u8;
+    static image_text_end: u8;
+    static image_rodata_start: u8;
+    static image_rodata_end: u8;
+    static image_data_start: u8;
+    static image_end: u8;
+}
+
+#[cfg_attr(not(target_os = "none"), allow(dead_code))]
+extern "C" fn rust_entry(magic: u32, info: u32) -> ! {
+    nvmx_main(Handover { magic, info })
+}
+
+/// The machine as the loader left it: there is one, and [`Handover::settle`] consumes it.
+#[derive(Debug)]
+pub struct Handover {
+    magic: u32,
+    info: u32,
+}
+
+/// nvmx in its own range.
+#[derive(Debug)]
+pub struct Home {
+    /// nvmx's own range.
+    pub own: Span,
+    /// Its free frames.
+    pub frames: FramePool,
+    /// Its page tables, which are active.
+    pub tables: PageTables,
+    /// Physical memory.
+    pub phys: DirectMap,
+}
+
+/// nvmx cannot settle.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SettleError {
+    /// There is no room.
+    TooLittleMemory(TooLittleMemory),
+    /// Memory is so large that nvmx's frames do not even suffice for its page tables.
+    OutOfFrames,
+}
+
+impl fmt::Display for SettleError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooLittleMemory(error) => error.fmt(f),
+            Self::OutOfFrames => f.write_str("too little memory: nvmx's frames do not suffice for its page tables"),
+        }
+    }
+}
+
+impl From<TooLittleMemory> for SettleError {
+    fn from(error: TooLittleMemory) -> Self {
+        Self::TooLittleMemory(error)
+    }
+}
+
+impl From<OutOfFrames> for SettleError {
+    fn from(_: OutOfFrames) -> Self {
+        Self::OutOfFrames
+    }
+}
+
+impl Handover {
+    /// What the loader says.
+    pub fn info(&self) -> Result<BootInfo, InfoError> {
+        BootInfo::read(self.magic, Hpa::new(self.info.into()), &early_map())
+    }
+
+    /// Moves nvmx to its own range, gives it its page tables, and this processor its stacks and descriptor tables. What
+    /// was below is free afterwards: the old image is wiped.
+    ///
+    /// `apic_id` is this processor's; `gib_pages` says that it has pages of 1 GiB. It must have execute-disable.
+    pub fn settle(self, info: &BootInfo, apic_id: u32, gib_pages: bool) -> Result<Home, SettleError> {
+        let loaded = Span::new(address(&raw const boot_load_start), address(&raw const boot_bss_end));
+        let image = Span::new(address(&raw const image_start), address(&raw const image_end));
+        let occupied = info.modules.iter().map(|module| module.span).chain([loaded]);
+        let own = layout::choose(&info.memory, occupied, image.len())?;
+
+        let early = early_map();
+        let mut frames = FramePool::new(Span::new(own.start() + image.len(), own.end()));
+        let largest = if gib_pages { PageSize::Huge } else { PageSize::Large };
+        let mut tables = PageTables::new(&mut frames, &early, largest)?;
+        let end = info.memory.end_of_memory().clamp(EARLY_END, DIRECT_MAP_MAX).next_multiple_of(GIB);
+        let data = Rights::WRITE | Rights::NO_EXECUTE;
+        tables.map(&mut frames, &early, DIRECT_MAP, Hpa::new(0), end, data)?;
+        for (start, end, rights) in [
+            (&raw const image_text_start, &raw const image_text_end, Rights::empty()),
+            (&raw const image_rodata_start, &raw const image_rodata_end, Rights::NO_EXECUTE),
+            (&raw const image_data_start, &raw const image_end, data),
+        ] {
+            let to = Hpa::new(own.start() + (address(start) - image.start()));
+            tables.map(&mut frames, &early, address(start), to, address(end) - address(start), rights)?;
+        }
+
+        // SAFETY: 1. `own` is usable memory that neither the image nor a module occupies. 2. `tables` map the image to
+        // its copy and all of memory at `DIRECT_MAP`. 3. `self` is gone: this happens once.
+        let phys = unsafe {
+            move_image(image, own.start(), &tables);
+            DirectMap::new(Hpa::new(end))
+        };
+        let idt = Idt::new(&mut frames, phys)?;
+        cpu::install(0, apic_id, idt, &mut frames, &mut tables, phys)?;
+        // Nothing of nvmx may be left where L2 can read it (invariant I9).
+        phys.zero(Hpa::new(loaded.start()), loaded.len());
+        Ok(Home { own, frames, tables, phys })
+    }
+}
+
+/// Copies the image and continues in the copy.
+///
+/// # Safety
+///
+/// 1. Memory at `to` is usable and nobody's, for the length of the image.
+/// 2. `tables` map each address of `image` to its copy, and the direct map.
+unsafe fn move_image(image: Span, to: u64, tables: &PageTables) {
+    // SAFETY: 1. EFER exists; execute-disable was checked by the caller of `settle`, and no entry has bit 63 set yet.
+    // 2. The stack lies in the image: it is copied as it is, and nothing is pushed until CR3 points to the copy. 3. Code
+    // goes on at the same linear address, in the copy.
+    unsafe {
+        msr::wrmsr(IA32_EFER, msr::rdmsr(IA32_EFER) | EFER_NXE);
+        asm!(
+            "rep movsq",
+            "mov cr3, {tables}",
+            tables = in(reg) tables.root().get(),
+            inout("rcx") image.len() / 8 => _,
+            inout("rsi") image.start() => _,
+            inout("rdi") DIRECT_MAP + to => _,
+            options(nostack, preserves_flags),
+        );
+        // Loaders may leave caches of older settings: write-protect for the supervisor holds from here on in any case.
+        cr::set_cr0(cr::cr0() | 1 << 16);
+    }
+}
+
+/// The direct map of the entry code.
+fn early_map() -> DirectMap {
+    // SAFETY: 1. the entry code maps the first 4 GiB, and nvmx's own tables map at least as much. 2. `info` only reads;
+    // `settle` only writes to nvmx's future range.
+    unsafe { DirectMap::new(Hpa::new(EARLY_END)) }
+}
+
+/// The address of a symbol of the linker script.
+fn address(symbol: *const u8) -> u64 {
+    symbol as u64
+}

@@ -1,0 +1,319 @@
+//! What each processor has for itself: a block reached by GS base, with its GDT, TSS, stacks and flags.
+
+use core::{
+    arch::asm,
+    fmt,
+    mem::{ManuallyDrop, offset_of, size_of},
+    ptr,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+};
+
+use x86_64::{
+    VirtAddr,
+    instructions::tables,
+    registers::segmentation::{CS, DS, ES, SS, Segment},
+    structures::{DescriptorTablePointer, gdt::SegmentSelector, tss::TaskStateSegment},
+};
+
+use crate::{
+    addr::PAGE_SIZE,
+    hw::{idt::Idt, msr, phys::DirectMap},
+    mm::{
+        FramePool,
+        paging::{OutOfFrames, PageTables, Rights},
+    },
+};
+
+/// Stacks lie here, one slot each; what a stack does not use of its slot is not mapped, so an overflow faults.
+const STACKS: u64 = 0xFFFF_C000_0000_0000;
+const STACK_SLOT: u64 = 0x2_0000;
+const STACKS_PER_CPU: u64 = 4;
+const MAIN_STACK: u64 = 0x1_0000;
+const IST_STACK: u64 = 0x4000;
+
+/// Selectors of the GDT of every processor.
+pub mod selector {
+    /// 64-bit code
+    pub const CODE: u16 = 0x08;
+    /// Data and stack
+    pub const DATA: u16 = 0x10;
+    /// The TSS; takes two entries
+    pub const TSS: u16 = 0x18;
+}
+
+const IA32_GS_BASE: u32 = 0xC000_0101;
+
+/// The block of one processor; GS base points to it for as long as nvmx runs.
+#[repr(C, align(64))]
+pub struct PerCpu {
+    /// Its own address: `gs:[0]`.
+    this: *const PerCpu,
+    nmi_pending: AtomicBool,
+    index: u32,
+    apic_id: u32,
+    last_l2: LastExit,
+    last_l3: LastExit,
+    main_stack_top: u64,
+    idt: u64,
+    gdt: [u64; 5],
+    tss: TaskStateSegment,
+}
+
+/// The last exit of one level, for the epitaph. Written on every exit: two plain stores.
+#[derive(Default)]
+struct LastExit {
+    /// Exit reason field, plus one so that zero means none.
+    reason: AtomicU64,
+    rip: AtomicU64,
+}
+
+/// An exit as the epitaph shows it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ExitMark {
+    /// The exit-reason field.
+    pub reason: u32,
+    /// RIP of the guest.
+    pub rip: u64,
+}
+
+impl fmt::Display for ExitMark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "exit {:#x} at {:#x}", self.reason, self.rip)
+    }
+}
+
+/// The last exits of this processor, if there were any.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LastExits {
+    /// Of the guest hypervisor.
+    pub l2: Option<ExitMark>,
+    /// Of its guest.
+    pub l3: Option<ExitMark>,
+}
+
+impl LastExit {
+    fn get(&self) -> Option<ExitMark> {
+        let reason = self.reason.load(Ordering::Relaxed).checked_sub(1)? as u32;
+        Some(ExitMark { reason, rip: self.rip.load(Ordering::Relaxed) })
+    }
+
+    #[inline]
+    fn set(&self, reason: u32, rip: u64) {
+        self.reason.store(u64::from(reason) + 1, Ordering::Relaxed);
+        self.rip.store(rip, Ordering::Relaxed);
+    }
+}
+
+impl PerCpu {
+    /// Position in the order in which processors were brought up; the one that booted is 0.
+    #[inline]
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// Its local APIC's id.
+    #[inline]
+    pub fn apic_id(&self) -> u32 {
+        self.apic_id
+    }
+
+    /// An NMI arrived in nvmx since the last [`PerCpu::take_nmi`].
+    #[inline]
+    pub fn nmi_pending(&self) -> bool {
+        self.nmi_pending.load(Ordering::Relaxed)
+    }
+
+    /// Takes the pending NMI, if any: the caller passes it on.
+    #[inline]
+    pub fn take_nmi(&self) -> bool {
+        // No locked instruction: only this processor's NMI handler writes it too, and what it writes in between is true.
+        let pending = self.nmi_pending.load(Ordering::Relaxed);
+        if pending {
+            self.nmi_pending.store(false, Ordering::Relaxed);
+        }
+        pending
+    }
+
+    /// Remembers an NMI that arrived while nvmx ran, or that an exit brought.
+    #[inline]
+    pub fn set_nmi(&self) {
+        self.nmi_pending.store(true, Ordering::Relaxed);
+    }
+
+    /// Notes an exit of L2 for the epitaph.
+    #[inline]
+    pub fn note_exit_of_l2(&self, reason: u32, rip: u64) {
+        self.last_l2.set(reason, rip);
+    }
+
+    /// Notes an exit of L3 for the epitaph.
+    #[inline]
+    pub fn note_exit_of_l3(&self, reason: u32, rip: u64) {
+        self.last_l3.set(reason, rip);
+    }
+
+    /// What was noted.
+    pub fn last_exits(&self) -> LastExits {
+        LastExits { l2: self.last_l2.get(), l3: self.last_l3.get() }
+    }
+
+    /// What the host-state area of a VMCS needs to come back to this processor's tables.
+    pub fn host_tables(&self) -> HostTables {
+        HostTables {
+            code: selector::CODE,
+            data: selector::DATA,
+            task: selector::TSS,
+            gs_base: self as *const Self as u64,
+            gdt_base: self.gdt.as_ptr() as u64,
+            tss_base: &raw const self.tss as u64,
+            idt_base: self.idt,
+        }
+    }
+}
+
+/// Selectors and bases for the host-state area. FS base is 0 and unused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HostTables {
+    /// CS
+    pub code: u16,
+    /// SS, DS, ES; FS and GS may be 0
+    pub data: u16,
+    /// TR
+    pub task: u16,
+    /// GS base: the per-CPU block
+    pub gs_base: u64,
+    /// GDTR base
+    pub gdt_base: u64,
+    /// TR base
+    pub tss_base: u64,
+    /// IDTR base
+    pub idt_base: u64,
+}
+
+/// The block of the processor that runs this.
+///
+/// Only after [`install`]; nvmx runs no code that calls it before.
+#[inline]
+pub fn this() -> &'static PerCpu {
+    let this: *const PerCpu;
+    // SAFETY: 1. GS base is the per-CPU block since `install`, and VM exits restore it. 2. Blocks are never freed and
+    // only changed through their atomics.
+    unsafe {
+        asm!("mov {}, gs:[{this}]", out(reg) this, this = const offset_of!(PerCpu, this),
+            options(nostack, preserves_flags, readonly, pure));
+        &*this
+    }
+}
+
+/// As [`this`], for code that may run before [`install`].
+pub fn try_this() -> Option<&'static PerCpu> {
+    // SAFETY: GS base is an architectural MSR of every 64-bit processor.
+    let base = unsafe { msr::rdmsr(IA32_GS_BASE) };
+    (base != 0).then(this)
+}
+
+/// Gives this processor its block, its stacks and its tables, and loads them.
+///
+/// `tables` must be the active page tables with `phys` in them. The main stack is mapped and not yet in use: see
+/// [`run_on_main_stack`].
+pub fn install(
+    index: u32,
+    apic_id: u32,
+    idt: Idt,
+    pool: &mut FramePool,
+    tables: &mut PageTables,
+    phys: DirectMap,
+) -> Result<(), OutOfFrames> {
+    let mut stack = |number: u64, size: u64| -> Result<u64, OutOfFrames> {
+        let top = STACKS + (u64::from(index) * STACKS_PER_CPU + number + 1) * STACK_SLOT;
+        let frames = pool.alloc_contiguous(&phys, (size / PAGE_SIZE) as usize).ok_or(OutOfFrames)?;
+        tables.map(pool, &phys, top - size, frames, size, Rights::WRITE | Rights::NO_EXECUTE)?;
+        Ok(top)
+    };
+    let main_stack_top = stack(0, MAIN_STACK)?;
+    let mut tss = TaskStateSegment::new();
+    for number in 0..3 {
+        tss.interrupt_stack_table[number] = VirtAddr::new_truncate(stack(number as u64 + 1, IST_STACK)?);
+    }
+
+    const { assert!(size_of::<PerCpu>() <= PAGE_SIZE as usize) };
+    let frame = pool.alloc(&phys).ok_or(OutOfFrames)?;
+    let block = phys.linear(frame.hpa(), PAGE_SIZE).ok_or(OutOfFrames)?.cast::<PerCpu>();
+    // SAFETY: 1. the frame is nvmx's own and never given back, so the block lives for good. 2. It is mapped writable and
+    // page-aligned. 3. Nobody else knows it yet.
+    unsafe {
+        let tss_base = &raw const (*block).tss as u64;
+        block.write(PerCpu {
+            this: block,
+            nmi_pending: AtomicBool::new(false),
+            index,
+            apic_id,
+            last_l2: LastExit::default(),
+            last_l3: LastExit::default(),
+            main_stack_top,
+            idt: idt.base(),
+            gdt: gdt(tss_base),
+            tss,
+        });
+        load(&*block);
+    }
+    Ok(())
+}
+
+/// Null, 64-bit code, data, and the 16-byte descriptor of an available TSS at `tss_base`.
+///
+/// Source: Intel SDM vol. 3A, "Segment Descriptors" and figure "Format of TSS and LDT Descriptors in 64-bit Mode".
+fn gdt(tss_base: u64) -> [u64; 5] {
+    let limit = size_of::<TaskStateSegment>() as u64 - 1;
+    let low = limit | (tss_base & 0xFF_FFFF) << 16 | 0x89 << 40 | (tss_base >> 24 & 0xFF) << 56;
+    [0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, low, tss_base >> 32]
+}
+
+/// Loads GDTR, the segment registers, TR, IDTR and GS base.
+///
+/// # Safety
+///
+/// `block` is this processor's own, and no other processor has loaded its TSS.
+unsafe fn load(block: &'static PerCpu) {
+    let table = |base: u64, bytes: usize| DescriptorTablePointer {
+        limit: bytes as u16 - 1,
+        base: VirtAddr::new_truncate(base),
+    };
+    // SAFETY: 1. the tables live as long as nvmx. 2. The GDT has the selectors that are loaded, the IDT its gates.
+    unsafe {
+        tables::lgdt(&table(block.gdt.as_ptr() as u64, size_of_val(&block.gdt)));
+        CS::set_reg(SegmentSelector(selector::CODE));
+        SS::set_reg(SegmentSelector(selector::DATA));
+        DS::set_reg(SegmentSelector(selector::DATA));
+        ES::set_reg(SegmentSelector(selector::DATA));
+        asm!("mov fs, {0:e}", "mov gs, {0:e}", in(reg) 0, options(nostack, preserves_flags));
+        msr::wrmsr(IA32_GS_BASE, ptr::from_ref(block) as u64);
+        tables::load_tss(SegmentSelector(selector::TSS));
+        tables::lidt(&table(block.idt, Idt::BYTES));
+    }
+}
+
+/// Continues with `run(data)` on this processor's main stack; the stack in use until now is left behind for good.
+pub fn run_on_main_stack<T>(data: T, run: fn(T) -> !) -> ! {
+    extern "C" fn landing<T>(job: *mut (T, fn(T) -> !)) -> ! {
+        // SAFETY: `job` points to the caller's value on the stack that was left: still mapped, never returned to, so it
+        // is moved out exactly once.
+        let (data, run) = unsafe { job.read() };
+        run(data)
+    }
+    let mut job = ManuallyDrop::new((data, run));
+    // SAFETY: 1. the main stack is mapped and unused, 16-byte aligned at its top. 2. `landing` never returns.
+    unsafe {
+        asm!("mov rsp, {stack}", "xor ebp, ebp", "call {landing}", "ud2",
+            stack = in(reg) this().main_stack_top, landing = sym landing::<T>,
+            in("rdi") &raw mut *job, options(noreturn))
+    }
+}
+
+/// Stops this processor for good.
+pub fn halt() -> ! {
+    loop {
+        // SAFETY: interrupts stay off; an NMI or SMI wakes it, then it halts again.
+        unsafe { asm!("cli", "hlt", options(nomem, nostack)) };
+    }
+}

@@ -1,0 +1,250 @@
+//! Exceptions in nvmx itself.
+//!
+//! nvmx runs with interrupts off. A fault at an instruction of the fixup table continues at its landing; an NMI is noted
+//! for the guest it was meant for; everything else is a bug and ends in the epitaph.
+//!
+//! Source: Intel SDM vol. 3A, "Interrupt and Exception Handling", figure "64-Bit IDT Gate Descriptors" and table
+//! "Protected-Mode Exceptions and Interrupts".
+
+use core::{arch::global_asm, slice};
+
+use crate::{
+    addr::{Hpa, PAGE_SIZE},
+    hw::{
+        cpu, cr,
+        epitaph::{Who, epitaph},
+        phys::DirectMap,
+        serial,
+    },
+    mm::{FramePool, PhysMem, paging::OutOfFrames},
+};
+
+/// Exceptions only: external interrupts are never taken by nvmx.
+const VECTORS: usize = 32;
+const NMI: u64 = 2;
+const INVALID_OPCODE: u64 = 6;
+const GENERAL_PROTECTION: u64 = 13;
+const PAGE_FAULT: u64 = 14;
+
+/// An IDT, shared by all processors and read-only once built.
+///
+/// It fills a page: a VM exit sets the limit of IDTR to 0xFFFF, and what lies behind the 32 gates is not present.
+#[derive(Clone, Copy, Debug)]
+pub struct Idt {
+    base: u64,
+}
+
+impl Idt {
+    /// Bytes that IDTR's limit covers.
+    pub const BYTES: usize = PAGE_SIZE as usize;
+
+    /// Builds it in a frame of its own.
+    pub fn new(pool: &mut FramePool, phys: DirectMap) -> Result<Self, OutOfFrames> {
+        let frame = pool.alloc(&phys).ok_or(OutOfFrames)?;
+        let base = phys.linear(frame.hpa(), PAGE_SIZE).ok_or(OutOfFrames)? as u64;
+        for vector in 0..VECTORS {
+            let gate = gate(&raw const exception_stubs as u64 + vector as u64 * 16, ist(vector));
+            let at = frame.hpa().get() + vector as u64 * 16;
+            phys.write_u64(Hpa::new(at), gate[0]);
+            phys.write_u64(Hpa::new(at + 8), gate[1]);
+        }
+        Ok(Self { base })
+    }
+
+    /// Linear address.
+    pub const fn base(self) -> u64 {
+        self.base
+    }
+}
+
+/// The stack of its own for what may hit at any moment: double fault, NMI, machine check.
+const fn ist(vector: usize) -> u64 {
+    match vector {
+        8 => 1,
+        2 => 2,
+        18 => 3,
+        _ => 0,
+    }
+}
+
+/// A present 64-bit interrupt gate to nvmx's code segment.
+const fn gate(offset: u64, ist: u64) -> [u64; 2] {
+    let selector = (cpu::selector::CODE as u64) << 16;
+    let low = offset & 0xFFFF | selector | ist << 32 | 0x8E << 40 | (offset >> 16 & 0xFFFF) << 48;
+    [low, offset >> 32]
+}
+
+/// What the stubs leave on the stack, lowest address first.
+#[repr(C)]
+struct Frame {
+    /// R15 … RAX: nothing reads them by name.
+    registers: [u64; 15],
+    vector: u64,
+    error_code: u64,
+    rip: u64,
+    cs: u64,
+    rflags: u64,
+    rsp: u64,
+    ss: u64,
+}
+
+// Each stub brings the stack to one shape: exceptions without an error code push a zero. Vectors with one: #DF, #TS, #NP,
+// #SS, #GP, #PF, #AC, #CP, #VC, #SX. Stubs are 16 bytes apart.
+global_asm!(
+    ".balign 16",
+    "exception_stubs:",
+    ".set vector, 0",
+    ".rept {vectors}",
+    ".balign 16",
+    ".if vector == 8 || (vector >= 10 && vector <= 14) || vector == 17 || vector == 21 || vector == 29 || vector == 30",
+    ".else",
+    "push 0",
+    ".endif",
+    "push vector",
+    "jmp exception_common",
+    ".set vector, vector + 1",
+    ".endr",
+    "exception_common:",
+    "push rax",
+    "push rcx",
+    "push rdx",
+    "push rbx",
+    "push rbp",
+    "push rsi",
+    "push rdi",
+    "push r8",
+    "push r9",
+    "push r10",
+    "push r11",
+    "push r12",
+    "push r13",
+    "push r14",
+    "push r15",
+    "mov rdi, rsp",
+    "cld",
+    "call {handler}",
+    "pop r15",
+    "pop r14",
+    "pop r13",
+    "pop r12",
+    "pop r11",
+    "pop r10",
+    "pop r9",
+    "pop r8",
+    "pop rdi",
+    "pop rsi",
+    "pop rbp",
+    "pop rbx",
+    "pop rdx",
+    "pop rcx",
+    "pop rax",
+    "add rsp, 16",
+    "iretq",
+    ".pushsection .rodata.entry_window, \"a\", @progbits",
+    ".balign 8",
+    // The window in which an NMI must not be overlooked: between the last look at the flag and the VM entry. Its
+    // labels are in `vmenter`; without one the window is empty.
+    ".weak nvmx_entry_window_start",
+    ".weak nvmx_entry_window_end",
+    ".weak nvmx_entry_window_bail",
+    "entry_window:",
+    ".quad nvmx_entry_window_start, nvmx_entry_window_end, nvmx_entry_window_bail",
+    ".popsection",
+    vectors = const VECTORS,
+    handler = sym exception,
+);
+
+unsafe extern "C" {
+    static exception_stubs: u8;
+    static entry_window: [u64; 3];
+    static fixup_start: [u64; 2];
+    static fixup_end: [u64; 2];
+}
+
+/// Where to continue after a fault at `rip`, if that is an instruction that may fault.
+fn fixup(rip: u64) -> Option<u64> {
+    let (start, end) = (&raw const fixup_start, &raw const fixup_end);
+    // SAFETY: the linker script puts whole pairs between the two labels, in read-only memory.
+    let table = unsafe { slice::from_raw_parts(start, (end as usize - start as usize) / 16) };
+    table.iter().find(|pair| pair[0] == rip).map(|pair| pair[1])
+}
+
+extern "C" fn exception(frame: &mut Frame) {
+    match frame.vector {
+        NMI => nmi(frame),
+        INVALID_OPCODE | GENERAL_PROTECTION | PAGE_FAULT => match fixup(frame.rip) {
+            Some(landing) => frame.rip = landing,
+            None => unexpected(frame),
+        },
+        _ => unexpected(frame),
+    }
+}
+
+/// The NMI was meant for the guest: the run loop passes it on. One that arrives after the run loop's last look restarts
+/// that look.
+fn nmi(frame: &mut Frame) {
+    cpu::this().set_nmi();
+    // SAFETY: a constant table, defined above.
+    let [start, end, bail] = unsafe { entry_window };
+    if (start..end).contains(&frame.rip) {
+        frame.rip = bail;
+    }
+}
+
+#[cold]
+fn unexpected(frame: &Frame) -> ! {
+    serial::dying();
+    let name = usize::try_from(frame.vector).ok().and_then(|v| NAMES.get(v)).copied().unwrap_or("exception");
+    let (rip, rsp, error) = (frame.rip, frame.rsp, frame.error_code);
+    log::error!(
+        "{name} in nvmx: error code {error:#x}, cs {:#x}, rflags {:#x}, rsp {rsp:#x}, ss {:#x}, cr2 {:#x}, registers r15..rax {:x?}",
+        frame.cs,
+        frame.rflags,
+        frame.ss,
+        cr::cr2(),
+        frame.registers,
+    );
+    match frame.vector {
+        PAGE_FAULT => epitaph(
+            Who::Nvmx,
+            format_args!("rip {rip:#x}"),
+            format_args!("{name}, error code {error:#x}, address {:#x}", cr::cr2()),
+        ),
+        _ => epitaph(Who::Nvmx, format_args!("rip {rip:#x}"), format_args!("{name}, error code {error:#x}")),
+    }
+}
+
+const NAMES: [&str; VECTORS] = [
+    "#DE",
+    "#DB",
+    "NMI",
+    "#BP",
+    "#OF",
+    "#BR",
+    "#UD",
+    "#NM",
+    "#DF",
+    "vector 9",
+    "#TS",
+    "#NP",
+    "#SS",
+    "#GP",
+    "#PF",
+    "vector 15",
+    "#MF",
+    "#AC",
+    "#MC",
+    "#XM",
+    "#VE",
+    "#CP",
+    "vector 22",
+    "vector 23",
+    "vector 24",
+    "vector 25",
+    "vector 26",
+    "vector 27",
+    "vector 28",
+    "#VC",
+    "#SX",
+    "vector 31",
+];

@@ -1,0 +1,27 @@
+//! I/O ports that nvmx itself uses: the serial port and the ports that end a machine.
+
+use core::arch::asm;
+
+/// Writes a byte to a port.
+///
+/// # Safety
+///
+/// The device behind the port does not write to memory in consequence.
+#[inline]
+pub unsafe fn outb(port: u16, value: u8) {
+    // SAFETY: the caller's promise.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
+}
+
+/// Reads a byte from a port.
+///
+/// # Safety
+///
+/// Reading the port has no effect on memory.
+#[inline]
+pub unsafe fn inb(port: u16) -> u8 {
+    let value;
+    // SAFETY: the caller's promise.
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) };
+    value
+}
