@@ -1,2 +1,46 @@
 //! `./nvmx`: builds, boots, tests and measures.
-fn main() {}
+//!
+//! `setup` finds or makes the tools, `image` builds what boots, `backend` starts machines, `boot` runs one boot from start to
+//! verdict, `transcript` reads its serial line, `report` makes figures of records, `suite` holds the boot tests, `cmd` the
+//! subcommands.
+
+mod backend;
+mod boot;
+mod cli;
+mod cmd;
+mod error;
+mod image;
+mod paths;
+mod proc;
+mod report;
+mod session;
+mod setup;
+mod suite;
+mod transcript;
+mod ui;
+
+use clap::Parser;
+use cli::{Cli, Cmd};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let ui = ui::Ui::new(cli.verbose);
+    let result = proc::install_handler().and_then(|()| match &cli.command {
+        Cmd::Run(args) => cmd::run::run(&ui, args),
+        Cmd::Test(args) => cmd::test::run(&ui, args),
+        Cmd::Doctor(args) => cmd::doctor::run(&ui, args),
+        Cmd::Bench(args) => cmd::bench::run(&ui, args),
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) if proc::interrupted() => {
+            ui.note("nvmx: interrupted");
+            ExitCode::from(130)
+        }
+        Err(error) => {
+            ui.note(&format!("nvmx: {error:#}"));
+            error::exit_code(&error)
+        }
+    }
+}

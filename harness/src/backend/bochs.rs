@@ -1,0 +1,156 @@
+//! Bochs as L0: a configuration file, a boot disk, and what its log tells afterwards.
+
+use super::{Backend, Machine, SERIAL, Spec, Unit, iso};
+use crate::proc::Child;
+use crate::setup::bochs::{BIOS, Bochs, Flavour, VGA_BIOS};
+use anyhow::{Context, Result};
+use rustix::process::Signal;
+use std::fs::File;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+/// Emulated instructions per emulated second; what a time-out in a guest counts.
+pub const IPS: u64 = 100_000_000;
+/// The most host memory that released builds of Bochs take, in MiB; more of the guest's is swapped to a file.
+const HOST_MEMORY: u32 = 2048;
+const LOG: &str = "bochs.log";
+
+impl Backend for Bochs {
+    fn name(&self) -> String {
+        format!("Bochs {}", self.version)
+    }
+
+    fn cpu(&self, machine: &Machine) -> String {
+        format!("model {}", machine.model)
+    }
+
+    fn unit(&self) -> Unit {
+        Unit::Instructions
+    }
+
+    fn start(&self, spec: &Spec, folder: &Path) -> Result<Child> {
+        iso::make(spec, folder)?;
+        let bios = BIOS.find().context("the BIOS of Bochs is missing (package bochsbios)")?;
+        let vga = VGA_BIOS.find().context("the VGA BIOS is missing (package vgabios)")?;
+        std::fs::write(folder.join("bochsrc"), rc(&spec.machine, self.flavour, &bios, &vga))?;
+        let out = File::create(folder.join("bochs.out"))?;
+        let mut command = Command::new(&self.path);
+        // Relative names throughout: a comma or a space in the checkout's path would end an option.
+        command.current_dir(folder).args(["-q", "-f", "bochsrc"]);
+        if self.flavour == Flavour::Debugger {
+            std::fs::write(folder.join("go"), "c\n")?;
+            command.args(["-rc", "go"]);
+        }
+        Child::spawn(command.stdout(out.try_clone()?).stderr(out))
+    }
+
+    fn stop(&self, child: &mut Child, folder: &Path) -> Vec<String> {
+        // On SIGINT Bochs writes the CPU's state to its log before it ends.
+        child.signal(Signal::INT);
+        if !matches!(child.wait_for(Duration::from_secs(3)), Ok(Some(_))) {
+            child.end();
+        }
+        where_it_was(&std::fs::read_to_string(folder.join(LOG)).unwrap_or_default())
+    }
+
+    fn last_words(&self, folder: &Path) -> Vec<String> {
+        let text = std::fs::read(folder.join(LOG)).unwrap_or_default();
+        let mut words = panics(&String::from_utf8_lossy(&text));
+        if text.is_empty() {
+            let out = std::fs::read(folder.join("bochs.out")).unwrap_or_default();
+            words.extend(String::from_utf8_lossy(&out).lines().rev().take(5).map(str::to_string));
+        }
+        words
+    }
+}
+
+fn rc(machine: &Machine, flavour: Flavour, bios: &Path, vga: &Path) -> String {
+    let memory = machine.memory;
+    let display = match flavour {
+        Flavour::Plain => "nogui",
+        Flavour::Debugger => "rfb, options=\"timeout=0\"",
+    };
+    let lines = [
+        format!("memory: guest={memory}, host={}", memory.min(HOST_MEMORY)),
+        format!("romimage: file={}, options=fastboot", bios.display()),
+        format!("vgaromimage: file={}", vga.display()),
+        format!("cpu: model={}, count=1, ips={IPS}, reset_on_triple_fault=0", machine.model),
+        "clock: sync=none".into(),
+        "ata0-master: type=cdrom, path=boot.iso, status=inserted".into(),
+        "boot: cdrom".into(),
+        format!("com1: enabled=1, mode=file, dev={SERIAL}"),
+        format!("log: {LOG}"),
+        "panic: action=fatal".into(),
+        "error: action=report".into(),
+        "info: action=ignore, cpu0=report".into(),
+        format!("display_library: {display}"),
+    ];
+    lines.join("\n") + "\n"
+}
+
+/// Panics in the log, but not the one that is the normal end: the guest's "Shutdown".
+fn panics(log: &str) -> Vec<String> {
+    let is_panic = |l: &&str| l.contains(">>PANIC<<") || l.get(11..13) == Some("p[");
+    let normal = |l: &&str| l.contains("shutdown requested") || l.contains("Shutdown port");
+    log.lines().filter(is_panic).filter(|l| !normal(l)).map(message).collect()
+}
+
+/// The CPU's state that Bochs logged when it was interrupted.
+fn where_it_was(log: &str) -> Vec<String> {
+    let mut lines = Vec::new();
+    let ticks = log.lines().rev().find_map(|l| l.get(..11)?.parse::<u64>().ok());
+    if let Some(ticks) = ticks {
+        let seconds = ticks as f64 / IPS as f64;
+        lines.push(format!("the machine had run {ticks} instructions ({seconds:.1} s of its own time)"));
+    }
+    let state = |text: &str| text.contains("CPU is in") || text.contains("RIP=") || text.contains("CR3=");
+    lines.extend(log.lines().map(message).filter(|m| state(m)));
+    lines
+}
+
+/// The text of a log line without time and source.
+fn message(line: &str) -> String {
+    line.split_once(']').map_or(line, |(_, text)| text).trim().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+
+    fn rc_of(memory: u32, flavour: Flavour) -> String {
+        let machine = Machine { memory, model: "tigerlake".into() };
+        rc(&machine, flavour, &PathBuf::from("/b"), &PathBuf::from("/v"))
+    }
+
+    #[test]
+    fn the_configuration_names_model_memory_disk_and_serial_line() {
+        let text = rc_of(256, Flavour::Plain);
+        assert!(
+            text.starts_with(
+                "memory: guest=256, host=256\nromimage: file=/b, options=fastboot\nvgaromimage: file=/v\n"
+            )
+        );
+        assert!(text.contains("cpu: model=tigerlake, count=1, ips=100000000, reset_on_triple_fault=0\n"));
+        assert!(text.contains("com1: enabled=1, mode=file, dev=serial.log\n"));
+        assert!(text.ends_with("display_library: nogui\n"));
+    }
+
+    #[test]
+    fn more_memory_than_bochs_takes_is_not_asked_of_the_host() {
+        assert!(rc_of(3072, Flavour::Plain).contains("memory: guest=3072, host=2048\n"));
+    }
+
+    #[test]
+    fn a_build_with_debugger_gets_a_display_that_needs_no_terminal() {
+        assert!(rc_of(256, Flavour::Debugger).ends_with("display_library: rfb, options=\"timeout=0\"\n"));
+    }
+
+    #[test]
+    fn the_normal_end_is_no_panic_but_a_triple_fault_is() {
+        let log = "00000000000i[CPU0  ] x\n00123456789p[UNMAP ] >>PANIC<< Shutdown port: shutdown requested\n\
+                   00123456790p[CPU0  ] >>PANIC<< exception(): 3rd (13) exception with no resolution\n";
+        assert_eq!(panics(log), [">>PANIC<< exception(): 3rd (13) exception with no resolution"]);
+    }
+}

@@ -1,0 +1,122 @@
+//! KVM as L0, by QEMU.
+
+use super::{Backend, Machine, SERIAL, Spec, Unit};
+use crate::proc::{self, Child};
+use crate::setup::Need;
+use anyhow::Result;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What the back end needs.
+pub const QEMU: Need = Need::program("qemu-system-x86_64", "qemu-system-x86");
+
+/// QEMU with KVM.
+pub struct Kvm {
+    /// qemu-system-x86_64
+    pub qemu: PathBuf,
+    /// "7.2.1"
+    pub version: String,
+    /// The host's CPU
+    pub cpu: String,
+}
+
+impl Kvm {
+    /// Asks QEMU for its version.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub fn new(qemu: PathBuf, cpu: String) -> Result<Self> {
+        let text = proc::stdout_of(Command::new(&qemu).arg("--version"))?;
+        let version = text.split_whitespace().nth(3).unwrap_or("?").to_string();
+        Ok(Kvm { qemu, version, cpu })
+    }
+}
+
+impl Backend for Kvm {
+    fn name(&self) -> String {
+        format!("KVM with QEMU {}", self.version)
+    }
+
+    fn cpu(&self, _machine: &Machine) -> String {
+        self.cpu.clone()
+    }
+
+    fn unit(&self) -> Unit {
+        Unit::Cycles
+    }
+
+    fn start(&self, spec: &Spec, folder: &Path) -> Result<Child> {
+        let serial = File::create(folder.join(SERIAL))?;
+        let errors = File::create(folder.join("qemu.err"))?;
+        Child::spawn(Command::new(&self.qemu).args(arguments(spec)).stdout(serial).stderr(errors))
+    }
+
+    fn stop(&self, child: &mut Child, _folder: &Path) -> Vec<String> {
+        child.end();
+        Vec::new()
+    }
+
+    fn last_words(&self, folder: &Path) -> Vec<String> {
+        let text = std::fs::read(folder.join("qemu.err")).unwrap_or_default();
+        String::from_utf8_lossy(&text).lines().map(|l| format!("QEMU: {l}")).collect()
+    }
+}
+
+fn arguments(spec: &Spec) -> Vec<String> {
+    let mut list: Vec<String> = [
+        "-M",
+        "pc",
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host",
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-vga",
+        "none",
+        "-serial",
+        "stdio",
+        "-no-reboot",
+        "-device",
+        "isa-debug-exit,iobase=0xf4,iosize=4",
+    ]
+    .map(String::from)
+    .to_vec();
+    let mut add = |key: &str, value: String| list.extend([key.to_string(), value]);
+    add("-m", spec.machine.memory.to_string());
+    add("-kernel", spec.kernel.path.display().to_string());
+    if !spec.kernel.args.is_empty() {
+        add("-append", spec.kernel.args.clone());
+    }
+    if !spec.modules.is_empty() {
+        // QEMU splits modules at a comma, a doubled one stands for itself.
+        let one = |m: &super::Payload| format!("{} {}", m.path.display(), m.args).trim_end().replace(',', ",,");
+        add("-initrd", spec.modules.iter().map(one).collect::<Vec<_>>().join(","));
+    }
+    list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Payload, Protocol};
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn modules_and_command_lines_reach_qemu() {
+        let spec = Spec {
+            name: "x".into(),
+            kernel: Payload::new("/k", "log=warn"),
+            modules: vec![Payload::new("/m", "a=1,b=2"), Payload::new("/n", "")],
+            protocol: Protocol::Multiboot2,
+            machine: Machine { memory: 256, model: String::new() },
+            timeout: Duration::from_secs(1),
+        };
+        let line = arguments(&spec).join(" ");
+        assert!(line.contains("-m 256 -kernel /k -append log=warn -initrd /m a=1,,b=2,/n"), "{line}");
+        assert!(line.contains("-accel kvm"));
+    }
+}

@@ -1,0 +1,108 @@
+//! What can be L0: an emulated machine (Bochs) or KVM. Both boot the same images and write the same serial log.
+
+pub mod bochs;
+pub mod host;
+pub mod iso;
+pub mod kvm;
+
+use crate::proc::Child;
+use anyhow::Result;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// A file to boot or to hand on, with its command line.
+#[derive(Clone, Debug)]
+pub struct Payload {
+    /// The file
+    pub path: PathBuf,
+    /// Its command line
+    pub args: String,
+}
+
+impl Payload {
+    /// A file and its command line.
+    pub fn new(path: impl Into<PathBuf>, args: impl Into<String>) -> Self {
+        Payload { path: path.into(), args: args.into() }
+    }
+}
+
+/// How the boot loader enters the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Protocol {
+    /// Multiboot, the first version
+    Multiboot1,
+    /// Multiboot2
+    Multiboot2,
+}
+
+/// The machine that boots.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// MiB
+    pub memory: u32,
+    /// A CPU model of Bochs; KVM shows the CPU it runs on
+    pub model: String,
+}
+
+/// One boot.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// For messages and folder names
+    pub name: String,
+    /// What is booted
+    pub kernel: Payload,
+    /// What it is given
+    pub modules: Vec<Payload>,
+    /// By which protocol (KVM decides itself)
+    pub protocol: Protocol,
+    /// On which machine
+    pub machine: Machine,
+    /// For how long at most
+    pub timeout: Duration,
+}
+
+/// The serial line of a boot, in the boot's folder.
+pub const SERIAL: &str = "serial.log";
+
+/// One kind of L0.
+pub trait Backend: Sync {
+    /// "Bochs 3.0"
+    fn name(&self) -> String;
+
+    /// The CPU that the machine shows.
+    fn cpu(&self, machine: &Machine) -> String;
+
+    /// What one tick of the TSC is.
+    fn unit(&self) -> Unit;
+
+    /// Starts the machine; its serial line goes to [`SERIAL`] in `folder`.
+    ///
+    /// # Errors
+    /// If a file cannot be written or a program does not start.
+    fn start(&self, spec: &Spec, folder: &Path) -> Result<Child>;
+
+    /// Ends a machine that goes on for too long and tells where it was.
+    fn stop(&self, child: &mut Child, folder: &Path) -> Vec<String>;
+
+    /// What the machine itself says about its end.
+    fn last_words(&self, folder: &Path) -> Vec<String>;
+}
+
+/// What the TSC counts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Unit {
+    /// Exact and repeatable
+    Instructions,
+    /// Time, more or less
+    Cycles,
+}
+
+impl Unit {
+    /// For headings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Unit::Instructions => "instructions",
+            Unit::Cycles => "cycles",
+        }
+    }
+}

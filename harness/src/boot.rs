@@ -1,0 +1,226 @@
+//! One boot from start to verdict.
+
+use crate::backend::{Backend, SERIAL, Spec};
+use crate::image;
+use crate::paths::Paths;
+use crate::proc;
+use crate::transcript::{Follower, Line, Transcript, View};
+use anyhow::Result;
+use l2_protocol::{Kind, Level};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// How a boot ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ended {
+    /// The machine ended itself
+    Itself,
+    /// The guest had said its last word, but the machine went on and was ended
+    Lingered,
+    /// The time limit
+    Timeout,
+}
+
+/// What came of a boot.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The boot's name
+    pub name: String,
+    /// What it said
+    pub transcript: Transcript,
+    /// How it ended
+    pub ended: Ended,
+    /// What L0 says about it
+    pub machine: Vec<String>,
+    /// How long it took
+    pub took: Duration,
+    /// Its files
+    pub folder: PathBuf,
+}
+
+/// After its last word a machine gets so long to end itself.
+const GRACE: Duration = Duration::from_secs(5);
+const POLL: Duration = Duration::from_millis(30);
+
+/// Boots and waits for the end, showing lines as they come.
+///
+/// # Errors
+/// If L0 cannot be started, or after Ctrl-C.
+pub fn boot(paths: &Paths, backend: &dyn Backend, spec: &Spec, view: &View) -> Result<Outcome> {
+    let folder = tempfile::Builder::new().prefix(&format!("{}-", spec.name)).tempdir_in(paths.boots()?)?;
+    let start = Instant::now();
+    let mut child = backend.start(spec, folder.path())?;
+    let mut follower = Follower::new(&folder.path().join(SERIAL));
+    let mut transcript = Transcript::default();
+    let mut last_word: Option<Instant> = None;
+    let mut take = |transcript: &mut Transcript, last: bool| {
+        for line in follower.lines(last) {
+            let line = Line::parse(&line);
+            view.show(&line);
+            transcript.lines.push(line);
+        }
+    };
+    let (ended, mut machine) = loop {
+        let status = child.poll()?;
+        take(&mut transcript, false);
+        proc::check_interrupt()?;
+        if status.is_some() {
+            break (Ended::Itself, Vec::new());
+        }
+        if last_word.is_none() && transcript.is_over() {
+            last_word = Some(Instant::now());
+        }
+        if last_word.is_some_and(|t| t.elapsed() > GRACE) {
+            child.end();
+            break (Ended::Lingered, Vec::new());
+        }
+        if start.elapsed() > spec.timeout {
+            break (Ended::Timeout, backend.stop(&mut child, folder.path()));
+        }
+        std::thread::sleep(POLL);
+    };
+    drop(child);
+    take(&mut transcript, true);
+    machine.extend(backend.last_words(folder.path()));
+    name_addresses(&mut machine, spec);
+    let took = start.elapsed();
+    // Kept for a look: a later `run` or `test` clears what is old.
+    let folder = folder.keep();
+    let _ = std::fs::remove_file(folder.join("boot.iso"));
+    Ok(Outcome { name: spec.name.clone(), transcript, ended, machine, took, folder })
+}
+
+/// Adds the function's name to what L0 says about RIP.
+fn name_addresses(machine: &mut [String], spec: &Spec) {
+    for line in machine {
+        let Some((_, after)) = line.split_once("RIP=") else { continue };
+        let digits: String = after.chars().filter(|c| *c != '_').take_while(char::is_ascii_hexdigit).collect();
+        let Ok(address) = u64::from_str_radix(&digits, 16) else { continue };
+        let images = std::iter::once(&spec.kernel).chain(&spec.modules);
+        let names: Vec<String> = images
+            .filter_map(|p| Some(format!("{}: {}", p.path.file_name()?.to_str()?, image::symbol(&p.path, address)?)))
+            .collect();
+        if !names.is_empty() {
+            line.push_str(&format!("   [{}]", names.join("; ")));
+        }
+    }
+}
+
+impl Outcome {
+    /// `Ok` if the guest ran to its end and passed; else the reason in one line.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn verdict(&self) -> Result<(), String> {
+        if self.ended == Ended::Timeout {
+            return Err(format!("it did not end within {} s", self.took.as_secs()));
+        }
+        let t = &self.transcript;
+        if let Some(epitaph) = t.of_kind(Kind::Epitaph).next() {
+            let get = |key| epitaph.get(key).unwrap_or("?");
+            return Err(format!("{} died: {} ({})", get("who"), get("why"), get("where")));
+        }
+        if let Some(Line::Broken(line, error)) = t.lines.iter().find(|l| matches!(l, Line::Broken(..))) {
+            return Err(format!("a record cannot be read: {line} ({error})"));
+        }
+        let end = t.of_kind(Kind::End).next_back();
+        match end.and_then(|r| r.get("status")) {
+            Some("pass") => Ok(()),
+            Some(_) => {
+                let failed = end.and_then(|r| r.get("failed")).unwrap_or("?");
+                Err(format!("the guest says that it failed ({failed} failures)"))
+            }
+            None => {
+                let text = t.texts().rfind(|l| crate::transcript::is_warning(l));
+                let said = text.map(str::to_string).or_else(|| self.machine.last().cloned());
+                Err(format!(
+                    "the machine ended before the guest did{}",
+                    said.map_or(String::new(), |s| format!(": {s}"))
+                ))
+            }
+        }
+    }
+
+    /// Where each level stopped, for people.
+    pub fn post_mortem(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for level in [Level::L1, Level::L2, Level::L3] {
+            if let Some(record) = self.transcript.records().rfind(|r| r.level == level) {
+                lines.push(format!("{level} last said: {record}"));
+            }
+        }
+        let records = self.transcript.records();
+        let exits = records.rev().find_map(|r| Some((r.get("last_l2")?.to_string(), r.get("last_l3")?.to_string())));
+        if let Some((l2, l3)) = exits {
+            lines.push(format!("last exit of L2: {l2}"));
+            lines.push(format!("last exit of L3: {l3}"));
+        }
+        lines.push("the last lines on the serial port:".into());
+        let tail = self.transcript.tail(10);
+        if tail.is_empty() {
+            lines.push("  (none)".into());
+        }
+        lines.extend(tail.into_iter().map(|l| format!("  {l}")));
+        if !self.machine.is_empty() {
+            lines.push("the machine:".into());
+            lines.extend(self.machine.iter().map(|l| format!("  {l}")));
+        }
+        lines.push(format!("its files: {}", self.folder.display()));
+        lines
+    }
+}
+
+/// Clears the files of earlier boots.
+pub fn clear_old(paths: &Paths) {
+    const OLD: Duration = Duration::from_secs(3600);
+    let Ok(folder) = paths.boots() else { return };
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let age = entry.metadata().and_then(|m| m.modified()).ok().and_then(|t| t.elapsed().ok());
+        if age.is_some_and(|age| age > OLD) {
+            // What cannot be removed does no harm.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(ended: Ended, lines: &[&str]) -> Outcome {
+        Outcome {
+            name: "x".into(),
+            transcript: Transcript { lines: lines.iter().map(|l| Line::parse(l)).collect() },
+            ended,
+            machine: vec!["3rd exception".into()],
+            took: Duration::from_secs(7),
+            folder: "/x".into(),
+        }
+    }
+
+    #[test]
+    fn the_verdict_needs_the_guests_own_word() {
+        assert_eq!(outcome(Ended::Itself, &["@L2 end status=pass failed=0"]).verdict(), Ok(()));
+        let failed = outcome(Ended::Itself, &["@L2 end status=fail failed=3"]).verdict().unwrap_err();
+        assert!(failed.contains("3 failures"), "{failed}");
+        let silent = outcome(Ended::Itself, &["[nvmx ERROR] no module"]).verdict().unwrap_err();
+        assert_eq!(silent, "the machine ended before the guest did: [nvmx ERROR] no module");
+        let dead = outcome(Ended::Itself, &[]).verdict().unwrap_err();
+        assert_eq!(dead, "the machine ended before the guest did: 3rd exception");
+        let late = outcome(Ended::Timeout, &["@L2 end status=pass failed=0"]).verdict().unwrap_err();
+        assert_eq!(late, "it did not end within 7 s");
+        let dead = outcome(Ended::Itself, &["@L1 epitaph who=L2 where=0x10 why=\"triple fault\""]).verdict();
+        assert_eq!(dead, Err("L2 died: triple fault (0x10)".into()));
+        assert!(outcome(Ended::Itself, &["@L2 x", "@L2 end status=pass failed=0"]).verdict().is_err());
+    }
+
+    #[test]
+    fn a_post_mortem_names_the_last_word_of_each_level() {
+        let lines = ["@L2 say text=a", "@L3 say text=b", "@L1 epitaph who=L2 last_l2=cpuid last_l3=hlt", "end of log"];
+        let text = outcome(Ended::Timeout, &lines).post_mortem().join("\n");
+        assert!(text.contains("L3 last said: @L3 say text=b"), "{text}");
+        assert!(text.contains("last exit of L3: hlt"));
+        assert!(text.contains("  end of log"));
+        assert!(text.contains("3rd exception"));
+    }
+}

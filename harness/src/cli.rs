@@ -1,0 +1,184 @@
+//! The command line.
+
+use crate::backend::host::L0;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// nvmx: an L1 hypervisor that virtualizes VMX itself.
+///
+/// Builds the images, sets up an emulated VMX machine where there is no real one, boots, tests and measures.
+#[derive(Debug, Parser)]
+#[command(name = "nvmx", bin_name = "./nvmx", version, after_help = AFTER_HELP)]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Cmd,
+
+    /// Show nvmx's log, all records, and what the build says
+    #[arg(long, short, global = true)]
+    pub verbose: bool,
+}
+
+const AFTER_HELP: &str = "Exit codes: 0 success, 1 a guest or a test failed, 2 usage, 3 the machine lacks something.\n\
+    Levels: L0 the machine or KVM, L1 nvmx, L2 the guest hypervisor, L3 its guest.";
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Cmd {
+    /// Run an L2 hypervisor and its L3 guest under nvmx and show what each exit costs
+    Run(RunArgs),
+    /// Run every test: host tests, then boots
+    Test(TestArgs),
+    /// Say what is there, what is missing, and which L0 would be used and why
+    Doctor(DoctorArgs),
+    /// Compare the counts of a run with the limits in benches/budget.json
+    Bench(BenchArgs),
+}
+
+/// Where boots run.
+#[derive(Clone, Debug, Args)]
+pub struct L0Args {
+    /// What runs nvmx: the machine that is emulated by Bochs, or KVM
+    #[arg(long, value_enum, default_value = "auto", help_heading = "Machine")]
+    pub l0: L0,
+
+    /// Use this Bochs instead of building one
+    #[arg(long, value_name = "PATH", help_heading = "Machine")]
+    pub bochs: Option<PathBuf>,
+
+    /// CPU model of Bochs (`tigerlake` has the most VMX features)
+    #[arg(long, value_name = "MODEL", help_heading = "Machine")]
+    pub cpu_model: Option<String>,
+
+    /// Memory of the machine
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(16..=65536), help_heading = "Machine")]
+    pub memory: u32,
+
+    /// End a boot after so many seconds and tell where each level stopped
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = seconds, help_heading = "Machine")]
+    pub timeout: Duration,
+}
+
+/// How L2's VMREAD and VMWRITE reach vmcs12.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Fields {
+    /// The best that the CPU can do
+    Auto,
+    /// VMCS shadowing, no copies
+    ZeroCopy,
+    /// Every access exits
+    Trapped,
+}
+
+impl Fields {
+    /// The value of nvmx's option `fields=`.
+    pub fn option(self) -> &'static str {
+        match self {
+            Fields::Auto => "auto",
+            Fields::ZeroCopy => "zero-copy",
+            Fields::Trapped => "trapped",
+        }
+    }
+}
+
+/// `run`
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Which guest hypervisor of l2-guests/ runs as L2
+    #[arg(long, value_name = "NAME", default_value = "cascade")]
+    pub l2: String,
+
+    /// How L2's VMREAD and VMWRITE reach nvmx
+    #[arg(long, value_enum, default_value = "auto")]
+    pub fields: Fields,
+
+    /// Write the figures to this file too (docs/run-schema.md)
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
+    /// The machine
+    #[command(flatten)]
+    pub l0: L0Args,
+}
+
+/// `bench`
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// The limits
+    #[arg(long, value_name = "FILE")]
+    pub budget: Option<PathBuf>,
+
+    /// The machine
+    #[command(flatten)]
+    pub l0: L0Args,
+}
+
+/// `test`
+#[derive(Debug, Args)]
+pub struct TestArgs {
+    /// Only boot tests with this in their name
+    #[arg(long, value_name = "TEXT")]
+    pub filter: Option<String>,
+
+    /// List the boot tests and stop
+    #[arg(long)]
+    pub list: bool,
+
+    /// Only tests that need no machine
+    #[arg(long, conflicts_with_all = ["boot_only", "filter"])]
+    pub host_only: bool,
+
+    /// Only tests that boot
+    #[arg(long)]
+    pub boot_only: bool,
+
+    /// Boots at the same time
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub jobs: u32,
+
+    /// Use this Bochs instead of building one
+    #[arg(long, value_name = "PATH")]
+    pub bochs: Option<PathBuf>,
+}
+
+/// `doctor`
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// What would run nvmx
+    #[arg(long, value_enum, default_value = "auto")]
+    pub l0: L0,
+
+    /// Look at this Bochs
+    #[arg(long, value_name = "PATH")]
+    pub bochs: Option<PathBuf>,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    match text.parse::<u64>() {
+        Ok(0) | Err(_) => Err("a number of seconds above 0 is expected".into()),
+        Ok(n) => Ok(Duration::from_secs(n)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_have_the_documented_defaults() {
+        let cli = Cli::try_parse_from(["nvmx", "run", "--fields", "trapped", "--json", "x.json", "--verbose"]).unwrap();
+        assert!(cli.verbose);
+        let Cmd::Run(run) = cli.command else { panic!("not run") };
+        assert_eq!((run.l2.as_str(), run.fields, run.l0.l0), ("cascade", Fields::Trapped, L0::Auto));
+        assert_eq!((run.l0.memory, run.l0.timeout), (256, Duration::from_secs(120)));
+        assert!(Cli::try_parse_from(["nvmx", "run", "--timeout", "0"]).is_err());
+        assert!(Cli::try_parse_from(["nvmx"]).is_err());
+    }
+}

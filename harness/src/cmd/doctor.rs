@@ -1,0 +1,192 @@
+//! `doctor`: what is there, what is missing, and which L0 would be used and why. Changes nothing.
+
+use crate::backend::host::{self, Device, HostFacts};
+use crate::backend::kvm::QEMU;
+use crate::cli::DoctorArgs;
+use crate::error::Stop;
+use crate::paths::Paths;
+use crate::setup::apt::{self, Power};
+use crate::setup::toolchain::{self, Compiler};
+use crate::setup::{Need, What, bochs, grub, sources};
+use crate::ui::Ui;
+use anyhow::Result;
+use owo_colors::Style;
+
+enum State {
+    Ok,
+    Will,
+    Missing,
+    Info,
+}
+
+struct Doctor<'a> {
+    ui: &'a Ui,
+    power: Power,
+    packages: Vec<&'static str>,
+    blocked: usize,
+}
+
+impl Doctor<'_> {
+    fn say(&mut self, state: State, what: &str, text: &str) {
+        let (mark, style) = match state {
+            State::Ok => ("ok     ", Style::new().green()),
+            State::Will => ("set up ", Style::new().yellow()),
+            State::Missing => ("MISSING", Style::new().red()),
+            State::Info => ("       ", Style::new()),
+        };
+        if matches!(state, State::Missing) {
+            self.blocked += 1;
+        }
+        self.ui.line(&format!("{} {what:<10} {text}", self.ui.paint(mark, style)));
+    }
+
+    /// Whether `run` can install packages by itself.
+    fn can_install(&self) -> bool {
+        matches!(self.power, Power::Root | Power::Sudo)
+    }
+
+    fn need(&mut self, topic: &str, need: &Need) {
+        let name = match need.what {
+            What::Program(name) => name.to_string(),
+            What::File(places) => places.first().copied().unwrap_or_default().to_string(),
+        };
+        match need.find() {
+            Some(path) => self.say(State::Ok, topic, &format!("{}", path.display())),
+            None => {
+                self.packages.push(need.package);
+                let state = if self.can_install() { State::Will } else { State::Missing };
+                self.say(state, topic, &format!("{name}: package {}", need.package));
+            }
+        }
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// [`Stop::Environment`] if `run` could neither work now nor set itself up.
+pub fn run(ui: &Ui, args: &DoctorArgs) -> Result<()> {
+    let paths = Paths::find()?;
+    let mut doctor = Doctor { ui, power: Power::find(), packages: Vec::new(), blocked: 0 };
+    let (id, codename) = sources::distribution().unwrap_or_default();
+    doctor.say(State::Info, "system", format!("{id} {codename}").trim());
+    let power = doctor.power.text();
+    doctor.say(State::Info, "packages", power);
+    compiler(&mut doctor, &paths);
+    let kvm = l0(&mut doctor, args);
+    if kvm {
+        doctor.need("QEMU", &QEMU);
+    } else {
+        for need in &grub::NEEDS {
+            doctor.need("boot disk", need);
+        }
+        emulator(&mut doctor, &paths, args);
+        doctor.need("BIOS", &bochs::BIOS);
+        doctor.need("VGA BIOS", &bochs::VGA_BIOS);
+    }
+    cache(&mut doctor, &paths);
+    let (blocked, packages) = (doctor.blocked, doctor.packages);
+    if blocked == 0 {
+        let text = if packages.is_empty() { "`./nvmx run` can start" } else { "`./nvmx run` sets up what is missing" };
+        ui.line(text);
+        return Ok(());
+    }
+    let todo = if packages.is_empty() { Vec::new() } else { vec![apt::command_line(&packages)] };
+    Err(Stop::Environment { what: format!("`./nvmx run` cannot work here yet: {blocked} things are missing"), todo }
+        .into())
+}
+
+fn compiler(doctor: &mut Doctor<'_>, paths: &Paths) {
+    if let Some(host) = Compiler::of_host() {
+        doctor.say(State::Ok, "cargo", &format!("{} (Rust {})", host.cargo.display(), host.release()));
+    }
+    if let Some(toolchain) = toolchain::ready(paths) {
+        return doctor.say(State::Ok, "compiler", &toolchain.text);
+    }
+    let distribution = Compiler::of_distribution();
+    if let Some(c) = distribution.filter(|c| c.sources().is_some()) {
+        let text =
+            format!("core for the bare machine will be made from the sources of {} (1 minute)", c.rustc.display());
+        return doctor.say(State::Will, "compiler", &text);
+    }
+    if doctor.can_install() {
+        doctor.say(State::Will, "compiler", "the distribution's Rust and its sources will be installed");
+    } else {
+        let text = format!("no compiler for {}: `rustup target add {0}` gives one", toolchain::TARGET);
+        doctor.say(State::Missing, "compiler", &text);
+    }
+}
+
+/// Tells about KVM; whether it would be used.
+fn l0(doctor: &mut Doctor<'_>, args: &DoctorArgs) -> bool {
+    let facts = HostFacts::find();
+    doctor.say(State::Info, "CPU", &facts.cpu);
+    doctor.say(State::Info, "VMX", if facts.vmx { "Intel VMX is there" } else { "no Intel VMX" });
+    let device = match facts.device {
+        Device::Missing => "/dev/kvm is not there",
+        Device::Denied => "/dev/kvm may not be opened by you",
+        Device::Usable => "/dev/kvm can be used",
+    };
+    doctor.say(State::Info, "KVM", device);
+    if let Some(nested) = &facts.nested {
+        doctor.say(State::Info, "nesting", &format!("kvm_intel nested={nested}"));
+    }
+    let wish = if args.bochs.is_some() { host::L0::Bochs } else { args.l0 };
+    match host::choose(wish, &facts) {
+        Ok(choice) => {
+            let name = if choice.kvm { "KVM" } else { "Bochs" };
+            doctor.say(State::Ok, "L0", &format!("{name}, because {}", choice.why));
+            if let (false, true, Some((_, Some(help)))) = (choice.kvm, facts.vmx, facts.obstacle()) {
+                doctor.say(State::Info, "", &format!("for KVM: {help}"));
+            }
+            choice.kvm
+        }
+        Err((what, help)) => {
+            let help = help.map_or(String::new(), |h| format!("; this helps: {h}"));
+            doctor.say(State::Missing, "L0", &format!("KVM cannot be used: {what}{help}"));
+            true
+        }
+    }
+}
+
+fn emulator(doctor: &mut Doctor<'_>, paths: &Paths, args: &DoctorArgs) {
+    if let Some(path) = &args.bochs {
+        match bochs::look_at(path) {
+            Ok(b) => {
+                let lost = b.lost.map_or(String::new(), |l| format!(" ({l})"));
+                doctor.say(State::Ok, "Bochs", &format!("{} {}{lost}", path.display(), b.version));
+            }
+            Err(error) => doctor.say(State::Missing, "Bochs", &format!("{}: {error}", path.display())),
+        }
+        return;
+    }
+    let own = bochs::built(paths);
+    if own.exists() {
+        return doctor.say(State::Ok, "Bochs", &format!("3.0 with nvmx's fix: {}", own.display()));
+    }
+    let installed = crate::setup::program("bochs");
+    let missing: Vec<&'static str> =
+        bochs::BUILD_NEEDS.iter().filter(|n| n.find().is_none()).map(|n| n.package).collect();
+    if doctor.power != Power::None && (missing.is_empty() || doctor.can_install()) {
+        doctor.say(State::Will, "Bochs", "3.0 will be built from Debian's source package (2 minutes)");
+    } else if let Some(path) = installed {
+        doctor.say(State::Ok, "Bochs", &format!("{} (installed; slower and without nvmx's fix)", path.display()));
+    } else {
+        doctor.say(State::Missing, "Bochs", "3.0 cannot be built yet, and none is installed");
+        doctor.packages.extend(missing);
+    }
+}
+
+fn cache(doctor: &mut Doctor<'_>, paths: &Paths) {
+    doctor.say(State::Info, "cache", &paths.cache.display().to_string());
+    let mut names: Vec<String> = std::fs::read_dir(&paths.cache)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|e| e.path().is_dir())
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    let text = if names.is_empty() { "(empty)".into() } else { names.join(", ") };
+    doctor.say(State::Info, "", &text);
+}

@@ -1,0 +1,6 @@
+//! The subcommands.
+
+pub mod bench;
+pub mod doctor;
+pub mod run;
+pub mod test;

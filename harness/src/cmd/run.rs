@@ -1,0 +1,59 @@
+//! `run`: the main job. The guest boots twice, alone on the machine and under nvmx; the table puts the costs side by side.
+
+use crate::boot::{self, Outcome};
+use crate::cli::RunArgs;
+use crate::error::Stop;
+use crate::report::{self, json::Run, stack, table};
+use crate::session::Session;
+use crate::transcript::{Show, View};
+use crate::ui::Ui;
+use anyhow::Result;
+use owo_colors::Style;
+
+/// Runs the command.
+///
+/// # Errors
+/// [`Stop::Guest`] if one of the boots fails.
+pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
+    let session = Session::start(ui, &args.l0)?;
+    let (bare, nested) = (session.bare(&args.l2)?, session.nested(&args.l2, args.fields)?);
+    let l0 = session.l0();
+    ui.line(&ui.paint(&format!("L0 | {}", stack::banner_line(&l0, None)), Style::new().bold()));
+    let step = ui.step(&format!("{} alone, and under nvmx", args.l2));
+    let (bare, nested) = std::thread::scope(|scope| {
+        let backend = session.backend.as_ref();
+        let one = scope.spawn(|| boot::boot(&session.paths, backend, &bare, &View::new(ui, Show::Warnings)));
+        let two = boot::boot(&session.paths, backend, &nested, &View::new(ui, Show::All));
+        (one.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the boot of {} panicked", bare.name))), two)
+    });
+    let (bare, nested) = (bare?, nested?);
+    drop(step);
+    let failed = [tell_failure(ui, &bare), tell_failure(ui, &nested)];
+    let events = report::events(Some(&bare.transcript), &nested.transcript);
+    let unit = session.backend.unit();
+    if !events.is_empty() {
+        ui.line("");
+        ui.line(&ui.paint(&table::title(unit), Style::new().bold()));
+        ui.line(&table::render(&events));
+        for line in table::footer(&events, unit) {
+            ui.line(&line);
+        }
+        ui.line(&format!("Alone: {:.1} s; under nvmx: {:.1} s.", bare.took.as_secs_f64(), nested.took.as_secs_f64()));
+    }
+    if let Some(path) = &args.json {
+        let levels = stack::stack(l0, &nested.transcript);
+        Run::new(levels, stack::strategy(&nested.transcript), unit, events).write(path)?;
+    }
+    let failed: Vec<String> = failed.into_iter().flatten().collect();
+    if failed.is_empty() { Ok(()) } else { Err(Stop::Guest(failed.join("\n")).into()) }
+}
+
+/// Tells where each level stopped if the boot failed.
+pub fn tell_failure(ui: &Ui, outcome: &Outcome) -> Option<String> {
+    let reason = outcome.verdict().err()?;
+    ui.note(&format!("--- {}", outcome.name));
+    for line in outcome.post_mortem() {
+        ui.note(&line);
+    }
+    Some(format!("{}: {reason}", outcome.name))
+}

@@ -1,0 +1,187 @@
+//! Building the images: nvmx and the guests of `l2-guests/`, and a look at what came out.
+
+use crate::error::Stop;
+use crate::paths::Paths;
+use crate::proc;
+use crate::setup::toolchain::{TARGET, Toolchain, clean};
+use crate::ui::Ui;
+use anyhow::{Context, Result, ensure};
+use object::{Object, ObjectSegment};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The images of one build.
+#[derive(Clone, Debug)]
+pub struct Images {
+    /// nvmx
+    pub nvmx: PathBuf,
+    /// The guests by name
+    pub guests: BTreeMap<String, PathBuf>,
+}
+
+impl Images {
+    /// The image of a guest.
+    ///
+    /// # Errors
+    /// [`Stop::Usage`] with the names there are.
+    pub fn guest(&self, name: &str) -> Result<&Path> {
+        let names = || self.guests.keys().cloned().collect::<Vec<_>>().join(", ");
+        let missing = || Stop::Usage(format!("there is no L2 guest `{name}`; there are: {}", names()));
+        Ok(self.guests.get(name).ok_or_else(missing)?)
+    }
+}
+
+/// A bootable program of the workspace.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+struct Program {
+    package: String,
+    bin: String,
+    features: Vec<String>,
+    guest: bool,
+}
+
+/// Builds all images.
+///
+/// # Errors
+/// [`Stop::Environment`] with the compiler's last lines if one does not build.
+pub fn build(ui: &Ui, paths: &Paths, toolchain: &Toolchain) -> Result<Images> {
+    let mut step = ui.step("building the images");
+    let target = paths.target.join("image");
+    let (guests, nvmx): (Vec<Program>, Vec<Program>) = programs(paths, toolchain)?.into_iter().partition(|p| p.guest);
+    ensure!(!nvmx.is_empty(), "the workspace has no bootable nvmx");
+    for group in [&nvmx, &guests] {
+        if group.is_empty() {
+            continue;
+        }
+        let mut cargo = command(toolchain, &target);
+        cargo
+            .current_dir(&paths.root)
+            .args(["build", "--release", "--locked", "--target", TARGET])
+            .args(arguments(group));
+        let said = proc::run(&mut cargo, None, |line| step.at(line))?;
+        ui.detail(said.text.trim_end());
+        if !said.status.success() {
+            return Err(Stop::environment(format!("the images did not build:\n{}", said.tail(40))).into());
+        }
+    }
+    let place = |p: &Program| target.join(TARGET).join("release").join(&p.bin);
+    let mut images = Images { nvmx: place(&nvmx[0]), guests: BTreeMap::new() };
+    for program in &guests {
+        images.guests.insert(program.bin.clone(), place(program));
+    }
+    for path in images.guests.values().chain([&images.nvmx]) {
+        let data = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let shape = check(&data).with_context(|| format!("{} cannot boot", path.display()))?;
+        ui.detail(&format!("{}: {shape}", path.display()));
+    }
+    if step.elapsed().as_secs() >= 2 {
+        step.done("the images are built");
+    }
+    Ok(images)
+}
+
+/// A cargo that builds for the bare machine.
+pub fn command(toolchain: &Toolchain, target: &Path) -> Command {
+    let mut cargo = Command::new(&toolchain.cargo);
+    clean(&mut cargo).env("RUSTC", &toolchain.rustc).env("CARGO_TARGET_DIR", target);
+    if let Some(linker) = &toolchain.linker {
+        cargo.env("CARGO_TARGET_X86_64_UNKNOWN_NONE_LINKER", linker);
+    }
+    // The images are linked for fixed addresses.
+    cargo.env("CARGO_TARGET_X86_64_UNKNOWN_NONE_RUSTFLAGS", "-Crelocation-model=static");
+    cargo
+}
+
+fn programs(paths: &Paths, toolchain: &Toolchain) -> Result<Vec<Program>> {
+    let mut cargo = command(toolchain, &paths.target);
+    cargo.current_dir(&paths.root).args(["metadata", "--no-deps", "--locked", "--format-version=1"]);
+    let metadata = serde_json::from_str(&proc::stdout_of(&mut cargo)?).context("cargo metadata is no JSON")?;
+    Ok(bootable(&metadata, &paths.root.to_string_lossy()))
+}
+
+/// nvmx itself and every program under `l2-guests/`.
+fn bootable(metadata: &serde_json::Value, root: &str) -> Vec<Program> {
+    let text = |v: &serde_json::Value| v.as_str().unwrap_or_default().to_string();
+    let list = |v: &serde_json::Value| v.as_array().cloned().unwrap_or_default();
+    let mut found = Vec::new();
+    for package in list(&metadata["packages"]) {
+        let (name, manifest) = (text(&package["name"]), text(&package["manifest_path"]));
+        let guest = manifest.starts_with(&format!("{root}/l2-guests/"));
+        if !guest && name != "nvmx" {
+            continue;
+        }
+        for target in list(&package["targets"]) {
+            if list(&target["kind"]).iter().any(|k| k == "bin") {
+                let features = list(&target["required-features"]).iter().map(text).collect();
+                found.push(Program { package: name.clone(), bin: text(&target["name"]), features, guest });
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn arguments(programs: &[Program]) -> Vec<String> {
+    let mut list = Vec::new();
+    for program in programs {
+        list.extend(["-p".into(), program.package.clone(), "--bin".into(), program.bin.clone()]);
+        for feature in &program.features {
+            list.extend(["--features".into(), format!("{}/{feature}", program.package)]);
+        }
+    }
+    list
+}
+
+/// What a boot loader will find: an error names what it would stumble over.
+fn check(data: &[u8]) -> Result<String> {
+    let elf = object::File::parse(data).context("it is no ELF file")?;
+    ensure!(elf.is_64() && elf.architecture() == object::Architecture::X86_64, "it is no 64-bit x86 ELF file");
+    let one = multiboot_header(data, 8192, 4, 0x1BAD_B002).context("it has no multiboot header in its first 8 KiB")?;
+    let flags = one.get(4..8).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes).unwrap_or_default();
+    ensure!(flags & 1 << 16 != 0, "its multiboot header has no address fields, which QEMU needs for a 64-bit image");
+    multiboot_header(data, 32768, 8, 0xE852_50D6).context("it has no multiboot2 header in its first 32 KiB")?;
+    let loaded = elf.segments().filter(|s| s.size() > 0).count();
+    ensure!(loaded > 0, "it has nothing to load");
+    Ok(format!("{} KiB, {loaded} segments, entry {:#x}", data.len() / 1024, elf.entry()))
+}
+
+fn multiboot_header(data: &[u8], within: usize, align: usize, magic: u32) -> Option<&[u8]> {
+    let head = data.get(..within.min(data.len()))?;
+    (0..head.len()).step_by(align).map(|at| &data[at..]).find(|d| d.starts_with(&magic.to_le_bytes()))
+}
+
+/// The function at an address, for messages about where a machine stopped.
+pub fn symbol(image: &Path, address: u64) -> Option<String> {
+    let data = std::fs::read(image).ok()?;
+    let elf = object::File::parse(&*data).ok()?;
+    let map = elf.symbol_map();
+    let found = map.before(address)?;
+    let offset = address.checked_sub(found.address())?;
+    (offset < 0x10000).then(|| format!("{}+{offset:#x}", found.name()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_program_of_the_guests_folder_is_built_with_the_features_it_requires() {
+        let metadata = serde_json::json!({"packages": [
+            {"name": "nvmx", "manifest_path": "/r/Cargo.toml", "targets": [
+                {"kind": ["lib"], "name": "nvmx"}, {"kind": ["bin"], "name": "nvmx", "required-features": ["image"]}]},
+            {"name": "nvmx-harness", "manifest_path": "/r/harness/Cargo.toml", "targets": [{"kind": ["bin"], "name": "nvmx-harness"}]},
+            {"name": "l2-cascade", "manifest_path": "/r/l2-guests/cascade/Cargo.toml", "targets": [{"kind": ["bin"], "name": "cascade"}]},
+            {"name": "l2-kit", "manifest_path": "/r/l2-guests/kit/Cargo.toml", "targets": [{"kind": ["lib"], "name": "l2_kit"}]},
+        ]});
+        let found = bootable(&metadata, "/r");
+        assert_eq!(found.len(), 2);
+        assert_eq!(arguments(&found[..1]), ["-p", "l2-cascade", "--bin", "cascade"]);
+        assert_eq!(arguments(&found[1..]), ["-p", "nvmx", "--bin", "nvmx", "--features", "nvmx/image"]);
+    }
+
+    #[test]
+    fn what_is_no_elf_cannot_boot() {
+        assert_eq!(check(b"hello").unwrap_err().to_string(), "it is no ELF file");
+    }
+}

@@ -1,0 +1,202 @@
+//! From records to averages per event: one table for people, one JSON file for programs.
+
+pub mod budget;
+pub mod json;
+pub mod stack;
+pub mod table;
+
+use crate::transcript::Transcript;
+use l2_protocol::{Kind, OwnedRecord};
+use serde::Serialize;
+
+/// The event whose bracket holds nothing: what the bracket itself costs.
+const CALIBRATION: &str = "empty";
+
+macro_rules! event {
+    ($( $(#[$doc:meta])* $name:ident, )*) => {
+        /// Averages of one event over the boots of a run. Figures without a value are `null`: not measured there.
+        #[derive(Clone, PartialEq, Debug, Default, Serialize)]
+        pub struct Event {
+            /// Its name
+            pub event: String,
+            /// Who handles the exit under nvmx: `L2`, `nvmx` or `none`
+            pub handled_by: String,
+            /// Events in the bracket under nvmx
+            pub count: u64,
+            $( $(#[$doc])* pub $name: Option<f64>, )*
+        }
+
+        impl Event {
+            /// A figure by its JSON name.
+            pub fn figure(&self, name: &str) -> Option<f64> {
+                match name {
+                    $( stringify!($name) => self.$name, )*
+                    _ => None,
+                }
+            }
+
+            /// The names of all figures.
+            pub const FIGURES: &'static [&'static str] = &[$( stringify!($name), )*];
+        }
+    };
+}
+
+event! {
+    /// Ticks without any hypervisor
+    native,
+    /// Ticks with one hypervisor
+    one_level,
+    /// Ticks under nvmx
+    nested,
+    /// Hardware exits, of all levels
+    hw_exits,
+    /// ... of L2
+    exits_l2,
+    /// ... of L3
+    exits_l3,
+    /// Exits that L2 got to see
+    reflected,
+    /// Ticks inside nvmx
+    l1_instructions,
+    /// VMREAD executed by nvmx
+    l1_vmread,
+    /// VMWRITE executed by nvmx
+    l1_vmwrite,
+    /// VMPTRLD executed by nvmx
+    l1_vmptrld,
+    /// VMCLEAR executed by nvmx
+    l1_vmclear,
+    /// INVEPT executed by nvmx
+    l1_invept,
+    /// INVVPID executed by nvmx
+    l1_invvpid,
+    /// VMREAD of L2 that exited
+    trapped_vmread,
+    /// VMWRITE of L2 that exited
+    trapped_vmwrite,
+    /// Entries filled in ept02
+    ept02_fills,
+    /// ept02 contexts dropped
+    ept02_flushes,
+}
+
+/// The averages of a run: `bare` is the guest alone on the machine, `nested` the same guest under nvmx.
+pub fn events(bare: Option<&Transcript>, nested: &Transcript) -> Vec<Event> {
+    let mut rows: Vec<Event> = Vec::new();
+    // The order in which the guest measures is the order of the table.
+    let all = nested.of_kind(Kind::Event).chain(bare.into_iter().flat_map(|t| t.of_kind(Kind::Event)));
+    for record in all {
+        let Some(name) = record.get("name").filter(|n| *n != CALIBRATION) else { continue };
+        if !rows.iter().any(|row| row.event == name) {
+            rows.push(row(name, bare, nested));
+        }
+    }
+    rows
+}
+
+fn row(name: &str, bare: Option<&Transcript>, nested: &Transcript) -> Event {
+    // Events of L3 are compared by L3's bracket; one that only L2 has (its own CPUID, say) by L2's.
+    let (inner, inner_scope) = match bracket(nested, name, "l3") {
+        Some(record) => (Some(record), "l3".to_string()),
+        None => {
+            let own = nested.of_kind(Kind::Event).find(|r| r.get("name") == Some(name));
+            (own, own.and_then(|r| r.get("scope")).unwrap_or("native").to_string())
+        }
+    };
+    let bare_of = |scope: &str| bare.and_then(|t| average(t, bracket(t, name, scope)?, scope, "ticks"));
+    let native = bare_of("native").or_else(|| if inner_scope == "l3" { None } else { bare_of(&inner_scope) });
+    let of = |key: &str| average(nested, inner?, &inner_scope, key);
+    let text = |key: &str| inner.and_then(|r| r.get(key)).unwrap_or_default().to_string();
+    Event {
+        event: name.to_string(),
+        handled_by: text("handled_by"),
+        count: inner.and_then(|r| r.number("count").ok()).unwrap_or(0),
+        native,
+        one_level: bare_of("l3"),
+        nested: of("ticks"),
+        hw_exits: of("hw_exits"),
+        exits_l2: of("exits_l2"),
+        exits_l3: of("exits_l3"),
+        reflected: of("reflected"),
+        l1_instructions: of("l1_ticks"),
+        l1_vmread: of("l1_vmread"),
+        l1_vmwrite: of("l1_vmwrite"),
+        l1_vmptrld: of("l1_vmptrld"),
+        l1_vmclear: of("l1_vmclear"),
+        l1_invept: of("l1_invept"),
+        l1_invvpid: of("l1_invvpid"),
+        trapped_vmread: of("trapped_vmread"),
+        trapped_vmwrite: of("trapped_vmwrite"),
+        ept02_fills: of("ept02_fills"),
+        ept02_flushes: of("ept02_flushes"),
+    }
+}
+
+fn bracket<'a>(transcript: &'a Transcript, name: &str, scope: &str) -> Option<&'a OwnedRecord> {
+    transcript.of_kind(Kind::Event).find(|r| r.get("name") == Some(name) && r.get("scope") == Some(scope))
+}
+
+/// A total without what the bracket itself costs, per event; three decimals.
+fn average(transcript: &Transcript, record: &OwnedRecord, scope: &str, key: &str) -> Option<f64> {
+    let total = record.number(key).ok()? as f64;
+    let count = record.number("count").ok().filter(|&n| n > 0)? as f64;
+    let empty = bracket(transcript, CALIBRATION, scope).and_then(|r| r.number(key).ok()).unwrap_or(0) as f64;
+    // Zero is not written as -0.
+    Some((((total - empty) / count * 1000.0).round() / 1000.0) + 0.0)
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use crate::transcript::Line;
+
+    /// A transcript of these lines.
+    pub fn transcript(lines: &[&str]) -> Transcript {
+        Transcript { lines: lines.iter().map(|l| Line::parse(l)).collect() }
+    }
+
+    /// A run with a CPUID of L3 and one of L2.
+    pub fn sample() -> Vec<Event> {
+        let bare = transcript(&[
+            "@L2 event name=empty handled_by=none scope=native count=1 ticks=10",
+            "@L2 event name=cpuid handled_by=none scope=native count=1000 ticks=3010",
+            "@L2 event name=empty handled_by=none scope=l3 count=1 ticks=50",
+            "@L2 event name=cpuid handled_by=L2 scope=l3 count=1000 ticks=260050",
+            "@L2 event name=l2_cpuid handled_by=none scope=native count=100 ticks=310",
+        ]);
+        let nested = transcript(&[
+            "@L2 event name=empty handled_by=none scope=l3 count=1 ticks=100 hw_exits=2 l1_ticks=7 l1_vmread=5",
+            "@L2 event name=cpuid handled_by=L2 scope=native count=1000 ticks=9999",
+            "@L2 event name=cpuid handled_by=L2 scope=l3 count=1000 ticks=1200100 hw_exits=2002 l1_ticks=900007 l1_vmread=19005",
+            "@L2 event name=l2_cpuid handled_by=nvmx scope=native count=100 ticks=20000 hw_exits=100",
+        ]);
+        events(Some(&bare), &nested)
+    }
+
+    #[test]
+    fn the_cost_of_the_bracket_is_subtracted_before_dividing() {
+        let rows = sample();
+        let cpuid = &rows[0];
+        assert_eq!((cpuid.native, cpuid.one_level, cpuid.nested), (Some(3.0), Some(260.0), Some(1200.0)));
+        assert_eq!((cpuid.hw_exits, cpuid.l1_vmread, cpuid.l1_instructions), (Some(2.0), Some(19.0), Some(900.0)));
+        assert_eq!(cpuid.l1_vmwrite, None);
+        assert_eq!((cpuid.count, cpuid.handled_by.as_str()), (1000, "L2"));
+    }
+
+    #[test]
+    fn an_event_of_l2_alone_is_compared_with_the_bare_machine() {
+        let rows = sample();
+        let own = rows.iter().find(|r| r.event == "l2_cpuid").unwrap();
+        assert_eq!((own.native, own.one_level), (Some(3.0), None));
+        assert_eq!((own.nested, own.hw_exits), (Some(200.0), Some(1.0)));
+        assert_eq!(own.handled_by, "nvmx");
+    }
+
+    #[test]
+    fn the_calibration_is_no_row_and_a_count_of_zero_has_no_average() {
+        let rows = sample();
+        assert!(rows.iter().all(|r| r.event != "empty"));
+        let none = events(None, &transcript(&["@L2 event name=x scope=l3 count=0 ticks=5"]));
+        assert_eq!(none[0].nested, None);
+    }
+}

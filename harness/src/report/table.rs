@@ -1,0 +1,144 @@
+//! The table of `run`, and what it says in plain words.
+
+use super::Event;
+use crate::backend::Unit;
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+
+const HEAD: [&str; 13] = [
+    "event",
+    "handled\nby",
+    "native",
+    "one\nlevel",
+    "under\nnvmx",
+    "hardware\nexits",
+    "nvmx\nVMREAD",
+    "nvmx\nVMWRITE",
+    "VMPTRLD\nVMCLEAR",
+    "INVEPT\nINVVPID",
+    "L2 VMREAD\ntrapped",
+    "L2 VMWRITE\ntrapped",
+    "inside\nnvmx",
+];
+
+/// The table: averages per event.
+pub fn render(events: &[Event]) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(HEAD);
+    for column in table.column_iter_mut().skip(2) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    for e in events {
+        table.add_row(vec![
+            e.event.clone(),
+            e.handled_by.clone(),
+            number(e.native),
+            number(e.one_level),
+            number(e.nested),
+            number(e.hw_exits),
+            number(e.l1_vmread),
+            number(e.l1_vmwrite),
+            number(sum(e.l1_vmptrld, e.l1_vmclear)),
+            number(sum(e.l1_invept, e.l1_invvpid)),
+            number(e.trapped_vmread),
+            number(e.trapped_vmwrite),
+            number(e.l1_instructions),
+        ]);
+    }
+    table.to_string()
+}
+
+/// The line above the table.
+pub fn title(unit: Unit) -> String {
+    let how = match unit {
+        Unit::Instructions => "counted, exact and repeatable",
+        Unit::Cycles => "timed by the TSC",
+    };
+    format!("What each event of the guest costs, in {} per event ({how}); `-`: does not apply", unit.name())
+}
+
+/// The table's gist.
+pub fn footer(events: &[Event], unit: Unit) -> Vec<String> {
+    let mut lines = Vec::new();
+    let find = |name: &str| events.iter().find(|e| e.event == name);
+    let unit = unit.name();
+    if let Some((e, nested)) = find("cpuid").and_then(|e| Some((e, e.nested?))) {
+        let native = e.native.map_or(String::new(), |v| format!("{} without a hypervisor, ", number(Some(v))));
+        let one = e.one_level.map_or(String::new(), |v| format!("{} with one, ", number(Some(v))));
+        lines.push(format!(
+            "A CPUID of L3 that L2 handles costs {native}{one}{} {unit} under nvmx.",
+            number(Some(nested))
+        ));
+        if let (Some(exits), Some(inside)) = (e.hw_exits, e.l1_instructions) {
+            let trapped = sum(e.trapped_vmread, e.trapped_vmwrite);
+            lines.push(format!(
+                "nvmx takes {} hardware exits for it, spends {} {unit} inside itself, and {} VMREAD/VMWRITE of L2 trap.",
+                number(Some(exits)),
+                number(Some(inside)),
+                number(trapped)
+            ));
+        }
+    }
+    let own = find("l2_cpuid").filter(|e| e.hw_exits.is_some());
+    if let Some(e) = own {
+        let (exits, inside) = (number(e.hw_exits), number(e.l1_instructions));
+        lines.push(format!(
+            "A CPUID of L2 itself, which nvmx answers alone: {exits} hardware exit, {inside} {unit} inside nvmx."
+        ));
+    }
+    lines
+}
+
+fn sum(a: Option<f64>, b: Option<f64>) -> Option<f64> {
+    if a.is_none() && b.is_none() { None } else { Some(a.unwrap_or(0.0) + b.unwrap_or(0.0)) }
+}
+
+/// Thousands apart, one decimal where it says something.
+fn number(value: Option<f64>) -> String {
+    let Some(value) = value else { return "-".into() };
+    let tenths = (value.abs() * 10.0).round() as u64;
+    let (whole, tenth) = if tenths >= 1000 { ((value.abs().round()) as u64, 0) } else { (tenths / 10, tenths % 10) };
+    let digits = whole.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    if tenth != 0 {
+        text.push_str(&format!(".{tenth}"));
+    }
+    if value < 0.0 && text != "0" { format!("-{text}") } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::sample;
+    use super::*;
+
+    #[test]
+    fn numbers_read_easily() {
+        let texts = [0.0, 2.0, 0.96, 12.34, 99.97, 123.4, 1200.0, 1_234_567.8, -3.0, -0.001].map(|v| number(Some(v)));
+        assert_eq!(texts, ["0", "2", "1", "12.3", "100", "123", "1,200", "1,234,568", "-3", "0"]);
+        assert_eq!(number(None), "-");
+    }
+
+    #[test]
+    fn each_event_has_its_row_with_all_three_costs() {
+        let text = render(&sample());
+        let row = text.lines().find(|l| l.trim_start().starts_with("cpuid")).unwrap();
+        let cells: Vec<&str> = row.split_whitespace().collect();
+        assert_eq!(cells, ["cpuid", "L2", "3", "260", "1,200", "2", "19", "-", "-", "-", "-", "-", "900"]);
+        assert!(text.lines().any(|l| l.trim_start().starts_with("l2_cpuid")));
+    }
+
+    #[test]
+    fn the_gist_is_told_in_words() {
+        let text = footer(&sample(), Unit::Instructions).join("\n");
+        assert!(text.contains("costs 3 without a hypervisor, 260 with one, 1,200 instructions under nvmx"), "{text}");
+        assert!(text.contains("nvmx takes 2 hardware exits for it"), "{text}");
+        assert!(text.contains("A CPUID of L2 itself, which nvmx answers alone: 1 hardware exit"), "{text}");
+        assert!(footer(&[], Unit::Cycles).is_empty());
+    }
+}

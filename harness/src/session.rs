@@ -1,0 +1,148 @@
+//! Everything set up: L0, images, and the boots that all commands make.
+
+use crate::backend::host::{self, HostFacts};
+use crate::backend::kvm::{Kvm, QEMU};
+use crate::backend::{Backend, Machine, Payload, Protocol, Spec};
+use crate::boot;
+use crate::cli::{Fields, L0Args};
+use crate::error::Stop;
+use crate::image::{self, Images};
+use crate::paths::Paths;
+use crate::report::stack::StackLevel;
+use crate::setup::{self, toolchain};
+use crate::ui::Ui;
+use anyhow::Result;
+use std::path::Path;
+use std::time::Duration;
+
+/// The CPU models to try, best first, where the user names none.
+const MODELS: [&str; 4] = ["tigerlake", "corei7_icelake_u", "corei7_skylake_x", "corei7_haswell_4770"];
+
+/// A machine on which boots can be made.
+pub struct Session {
+    /// The terminal
+    pub ui: Ui,
+    /// The folders
+    pub paths: Paths,
+    /// L0
+    pub backend: Box<dyn Backend>,
+    /// nvmx and its guests
+    pub images: Images,
+    /// The machine that boots where a test does not say otherwise
+    pub machine: Machine,
+    /// The longest that a boot may take
+    pub timeout: Duration,
+}
+
+impl Session {
+    /// Sets up all that is missing and builds the images.
+    ///
+    /// # Errors
+    /// [`Stop::Environment`] with what to type.
+    pub fn start(ui: &Ui, args: &L0Args) -> Result<Self> {
+        let paths = Paths::find()?;
+        boot::clear_old(&paths);
+        let lock = paths.lock(ui)?;
+        let toolchain = toolchain::set_up(ui, &paths)?;
+        ui.detail(&format!("compiler: {}", toolchain.text));
+        let (backend, model) = set_up_l0(ui, &paths, args)?;
+        let images = image::build(ui, &paths, &toolchain)?;
+        drop(lock);
+        let machine = Machine { memory: args.memory, model };
+        Ok(Session { ui: ui.clone(), paths, backend, images, machine, timeout: args.timeout })
+    }
+
+    /// L0 for the banner.
+    pub fn l0(&self) -> StackLevel {
+        let name = self.backend.name();
+        let (name, version) = name.rsplit_once(' ').unwrap_or((&name, ""));
+        StackLevel {
+            level: "L0".into(),
+            name: name.into(),
+            version: version.into(),
+            cpu: self.backend.cpu(&self.machine),
+            features: Vec::new(),
+        }
+    }
+
+    /// A guest alone on the machine.
+    ///
+    /// # Errors
+    /// [`Stop::Usage`] if there is no such guest.
+    pub fn bare(&self, guest: &str) -> Result<Spec> {
+        let kernel = Payload::new(self.images.guest(guest)?, "");
+        Ok(self.spec(format!("{guest}-bare"), kernel, Vec::new()))
+    }
+
+    /// A guest under nvmx.
+    ///
+    /// # Errors
+    /// [`Stop::Usage`] if there is no such guest.
+    pub fn nested(&self, guest: &str, fields: Fields) -> Result<Spec> {
+        let options = format!("log={} fields={}", if self.ui.verbose { "debug" } else { "warn" }, fields.option());
+        let module = Payload::new(self.images.guest(guest)?, "");
+        let name = format!("{guest}-{}", fields.option());
+        Ok(self.spec(name, Payload::new(&self.images.nvmx, options), vec![module]))
+    }
+
+    /// A boot on the session's machine.
+    pub fn spec(&self, name: String, kernel: Payload, modules: Vec<Payload>) -> Spec {
+        let (machine, timeout) = (self.machine.clone(), self.timeout);
+        Spec { name, kernel, modules, protocol: Protocol::Multiboot2, machine, timeout }
+    }
+}
+
+fn set_up_l0(ui: &Ui, paths: &Paths, args: &L0Args) -> Result<(Box<dyn Backend>, String)> {
+    let facts = HostFacts::find();
+    let wish = if args.bochs.is_some() { host::L0::Bochs } else { args.l0 };
+    let choice = host::choose(wish, &facts).map_err(|(what, help)| Stop::Environment {
+        what: format!("KVM cannot be L0: {what}"),
+        todo: help.into_iter().collect(),
+    })?;
+    if choice.kvm {
+        setup::require(ui, &[QEMU], "KVM as L0")?;
+        let qemu = QEMU.find().ok_or_else(|| Stop::environment("QEMU is not there although it was installed"))?;
+        ui.detail(&format!("L0 is KVM: {}", choice.why));
+        return Ok((Box::new(Kvm::new(qemu, facts.cpu)?), "host".into()));
+    }
+    setup::grub::set_up(ui)?;
+    let bochs = setup::bochs::set_up(ui, paths, args.bochs.as_deref())?;
+    ui.detail(&format!("L0 is {}: {}", bochs.name(), choice.why));
+    if let Some(lost) = &bochs.lost {
+        ui.note(&format!("{} is not nvmx's own build of Bochs: {lost}", bochs.path.display()));
+    }
+    let model = choose_model(args.cpu_model.as_deref(), &setup::bochs::models(&bochs.path))?;
+    Ok((Box::new(bochs), model))
+}
+
+fn choose_model(wish: Option<&str>, offered: &[String]) -> Result<String, Stop> {
+    let has = |model: &str| offered.iter().any(|m| m == model);
+    match wish {
+        Some(model) if has(model) => Ok(model.into()),
+        Some(model) => Err(Stop::Usage(format!("Bochs has no CPU model `{model}`; it has: {}", offered.join(", ")))),
+        None => MODELS
+            .iter()
+            .find(|m| has(m))
+            .map(|m| m.to_string())
+            .ok_or_else(|| Stop::environment("this Bochs has no CPU model with the VMX features that nvmx needs")),
+    }
+}
+
+/// The folder with limits on what events may cost.
+pub fn budget_file(root: &Path) -> std::path::PathBuf {
+    root.join("benches/budget.json")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_model_that_bochs_has_is_taken() {
+        let offered = ["pentium", "corei7_skylake_x", "corei7_haswell_4770"].map(String::from);
+        assert_eq!(choose_model(None, &offered).unwrap(), "corei7_skylake_x");
+        assert_eq!(choose_model(Some("pentium"), &offered).unwrap(), "pentium");
+        assert_eq!(choose_model(Some("z80"), &offered).unwrap_err().code(), 2);
+        assert_eq!(choose_model(None, &offered[..1]).unwrap_err().code(), 3);
+    }
+}

@@ -1,0 +1,143 @@
+//! The machine's package manager: asked for what is missing, used only with the right to, never in another way.
+
+use super::program;
+use crate::error::Stop;
+use crate::proc;
+use crate::ui::Ui;
+use anyhow::Result;
+use std::process::Command;
+
+/// How packages can be installed here.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Power {
+    /// As root
+    Root,
+    /// By `sudo -n`
+    Sudo,
+    /// Only by the user, who must type a password
+    Ask,
+    /// No apt on this machine
+    None,
+}
+
+impl Power {
+    /// Looks at the machine.
+    pub fn find() -> Self {
+        if program("apt-get").is_none() {
+            Power::None
+        } else if rustix::process::geteuid().is_root() {
+            Power::Root
+        } else if proc::stdout_of(Command::new("sudo").args(["-n", "true"])).is_ok() {
+            Power::Sudo
+        } else {
+            Power::Ask
+        }
+    }
+
+    /// What `doctor` says about it.
+    pub fn text(self) -> &'static str {
+        match self {
+            Power::Root => "apt-get as root",
+            Power::Sudo => "apt-get by sudo -n",
+            Power::Ask => "apt-get, but only with your password: commands to type will be printed",
+            Power::None => "no apt-get on this machine: missing tools must be installed by hand",
+        }
+    }
+}
+
+/// The command that installs packages, as the user would type it.
+pub fn command_line(packages: &[&str]) -> String {
+    format!("sudo apt-get install --no-install-recommends {}", packages.join(" "))
+}
+
+/// The version of a package that apt would install.
+pub fn candidate(package: &str) -> Option<String> {
+    parse_candidate(&proc::stdout_of(Command::new("apt-cache").args(["policy", package])).ok()?)
+}
+
+/// Whether a package is installed.
+pub fn installed(package: &str) -> bool {
+    proc::stdout_of(Command::new("dpkg-query").args(["-W", "-f", "${db:Status-Abbrev}", package]))
+        .is_ok_and(|status| status.starts_with("ii"))
+}
+
+fn parse_candidate(policy: &str) -> Option<String> {
+    let version = policy.lines().find_map(|l| l.trim().strip_prefix("Candidate:"))?.trim();
+    (version != "(none)").then(|| version.to_string())
+}
+
+/// Brings apt's lists up to date, if that is in our power.
+///
+/// # Errors
+/// After Ctrl-C. Lists that cannot be fetched are no error here: the install that follows tells.
+pub fn update(ui: &Ui) -> Result<()> {
+    let power = Power::find();
+    if matches!(power, Power::Root | Power::Sudo) {
+        let mut step = ui.step("updating apt's package lists");
+        proc::run(apt_get(power).arg("update"), None, |line| step.at(line))?;
+    }
+    Ok(())
+}
+
+/// Installs packages, or says which command does.
+///
+/// # Errors
+/// [`Stop::Environment`] with the command to type if it is not in our power or apt fails.
+pub fn install(ui: &Ui, packages: &[&str], why: &str) -> Result<()> {
+    let names = packages.join(" ");
+    let ask = |what: String| Stop::Environment { what, todo: vec![command_line(packages)] };
+    let power = Power::find();
+    match power {
+        Power::Root | Power::Sudo => {}
+        Power::Ask => return Err(ask(format!("{why} needs the packages {names}")).into()),
+        Power::None => {
+            let text = format!("{why} needs what Debian calls {names}: please install it by your system's means");
+            return Err(Stop::environment(text).into());
+        }
+    }
+    if packages.iter().any(|p| candidate(p).is_none()) {
+        update(ui)?;
+    }
+    for attempt in 1..=2 {
+        let mut step = ui.step(&format!("installing {names}"));
+        let mut command = apt_get(power);
+        command.args(["install", "-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300"]).args(packages);
+        let said = proc::run(&mut command, None, |line| step.at(line))?;
+        if said.status.success() {
+            step.done(&format!("installed {names}"));
+            return Ok(());
+        }
+        drop(step);
+        if attempt == 2 {
+            return Err(ask(format!("{why} needs the packages {names}, and apt-get failed:\n{}", said.tail(8))).into());
+        }
+        // Old lists name versions that are gone from the archive.
+        update(ui)?;
+    }
+    Ok(())
+}
+
+fn apt_get(power: Power) -> Command {
+    let mut command = if power == Power::Sudo {
+        let mut sudo = Command::new("sudo");
+        sudo.args(["-n", "env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]);
+        sudo
+    } else {
+        Command::new("apt-get")
+    };
+    command.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C.UTF-8");
+    command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_candidate_is_read_from_the_policy() {
+        let policy = "rustc:\n  Installed: (none)\n  Candidate: 1.85.0+dfsg3-1\n  Version table:\n";
+        assert_eq!(parse_candidate(policy).as_deref(), Some("1.85.0+dfsg3-1"));
+        assert_eq!(parse_candidate("x:\n  Installed: (none)\n  Candidate: (none)\n"), None);
+        assert_eq!(parse_candidate(""), None);
+    }
+}

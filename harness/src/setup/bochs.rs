@@ -1,0 +1,302 @@
+//! Bochs: version 3.0 built from Debian's source package with one fix, or what is installed.
+
+use super::{Need, apt, program, require, sources};
+use crate::error::Stop;
+use crate::paths::Paths;
+use crate::proc;
+use crate::ui::Ui;
+use anyhow::{Context, Result, ensure};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// An emulator that can be started.
+#[derive(Clone, Debug)]
+pub struct Bochs {
+    /// The program
+    pub path: PathBuf,
+    /// "3.0"
+    pub version: String,
+    /// How it is built
+    pub flavour: Flavour,
+    /// What is lost against our own build
+    pub lost: Option<String>,
+}
+
+/// Builds differ in their display and in whether the debugger waits for a command first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Flavour {
+    /// No display, no debugger: ours
+    Plain,
+    /// A distribution's: display by rfb, starts in the debugger
+    Debugger,
+}
+
+/// The name of our build in the cache; the number changes with the fix or the options.
+const BUILD: &str = "bochs-3.0-nvmx1";
+/// The upstream version that the fix is written for.
+const UPSTREAM: &str = "3.0";
+const CONFIGURE: [&str; 10] = [
+    "--with-nogui",
+    "--enable-all-optimizations",
+    "--enable-cpu-level=6",
+    "--enable-x86-64",
+    "--enable-vmx=2",
+    "--enable-avx",
+    "--enable-evex",
+    "--enable-pci",
+    "--enable-smp",
+    "--disable-docbook",
+];
+
+/// The BIOS.
+pub const BIOS: Need =
+    Need::file(&["/usr/share/bochs/BIOS-bochs-latest", "/usr/local/share/bochs/BIOS-bochs-latest"], "bochsbios");
+/// The VGA BIOS.
+pub const VGA_BIOS: Need = Need::file(
+    &[
+        "/usr/share/vgabios/vgabios.stdvga.bin",
+        "/usr/share/vgabios/vgabios-stdvga.bin",
+        "/usr/share/bochs/VGABIOS-lgpl-latest",
+        "/usr/share/bochs/VGABIOS-lgpl-latest.bin",
+        "/usr/local/share/bochs/VGABIOS-lgpl-latest.bin",
+        "/usr/share/vgabios/vgabios.bin",
+    ],
+    "vgabios",
+);
+/// What building takes.
+pub const BUILD_NEEDS: [Need; 4] = [
+    Need::program("g++", "g++"),
+    Need::program("make", "make"),
+    Need::program("xz", "xz-utils"),
+    Need::program("pkg-config", "pkg-config"),
+];
+
+/// Where our build is or will be.
+pub fn built(paths: &Paths) -> PathBuf {
+    paths.cache.join(BUILD).join("bochs")
+}
+
+/// Finds or builds Bochs.
+///
+/// # Errors
+/// [`Stop::Environment`] with what to type.
+pub fn set_up(ui: &Ui, paths: &Paths, given: Option<&Path>) -> Result<Bochs> {
+    if let Some(path) = given {
+        require(ui, &[BIOS, VGA_BIOS], "Bochs")?;
+        return look_at(path).map_err(|e| Stop::Usage(format!("--bochs {}: {e}", path.display())).into());
+    }
+    let own = built(paths);
+    if !own.exists() {
+        if let Err(error) = build(ui, paths) {
+            proc::check_interrupt()?;
+            let Some(installed) = program("bochs") else { return Err(error) };
+            ui.note(&format!("Bochs 3.0 cannot be built here ({error}); using {}", installed.display()));
+            require(ui, &[BIOS, VGA_BIOS], "Bochs")?;
+            return look_at(&installed);
+        }
+    }
+    require(ui, &[BIOS, VGA_BIOS], "Bochs")?;
+    Ok(Bochs { path: own, version: UPSTREAM.into(), flavour: Flavour::Plain, lost: None })
+}
+
+/// Asks a Bochs that we did not build what it is.
+///
+/// # Errors
+/// If it is no Bochs.
+pub fn look_at(path: &Path) -> Result<Bochs> {
+    let run = |args: &[&str]| -> Result<String> {
+        let out = Command::new(path).args(args).stdin(std::process::Stdio::null()).output()?;
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr))
+    };
+    let text = run(&["--help"]).context("cannot be started")?;
+    let version = version_of(&text).context("does not say that it is a Bochs x86 emulator")?;
+    let flavour = flavour_of(&text);
+    let lost = lost(&version, flavour);
+    Ok(Bochs { path: path.to_path_buf(), version, flavour, lost: Some(lost) })
+}
+
+/// The CPU models that a Bochs offers.
+pub fn models(path: &Path) -> Vec<String> {
+    let out = Command::new(path).args(["--help", "cpu"]).stdin(std::process::Stdio::null()).output();
+    out.map(|out| models_of(&String::from_utf8_lossy(&out.stdout))).unwrap_or_default()
+}
+
+fn models_of(help: &str) -> Vec<String> {
+    let after = help.split_once("Supported CPU models:").map_or("", |(_, after)| after);
+    let lines = after.lines().map(str::trim).skip_while(|l| l.is_empty());
+    lines.take_while(|l| !l.is_empty()).map(str::to_string).collect()
+}
+
+fn version_of(help: &str) -> Option<String> {
+    Some(help.split_once("Bochs x86 Emulator ")?.1.split_whitespace().next()?.to_string())
+}
+
+/// Only a build with the debugger offers `-rc`.
+fn flavour_of(help: &str) -> Flavour {
+    if help.lines().any(|l| l.trim_start().starts_with("-rc ")) { Flavour::Debugger } else { Flavour::Plain }
+}
+
+fn lost(version: &str, flavour: Flavour) -> String {
+    let mut lost = vec!["without nvmx's fix an L3 guest that has interrupts off may not be left on an interrupt"];
+    if flavour == Flavour::Debugger {
+        lost.push("about a third of the speed");
+    }
+    if version.starts_with("2.") {
+        lost.push("some VMX features (the monitor trap flag, parts of APIC virtualization)");
+    }
+    lost.join("; ")
+}
+
+fn build(ui: &Ui, paths: &Paths) -> Result<()> {
+    require(ui, &BUILD_NEEDS, "building Bochs 3.0")?;
+    let work = tempfile::Builder::new().prefix("bochs-").tempdir_in(&paths.cache)?;
+    let tarball = download(ui, work.path())?;
+    let mut step = ui.step("building Bochs 3.0");
+    let source = work.path().join("source");
+    std::fs::create_dir(&source)?;
+    step.at("unpacking");
+    let mut tar = Command::new("tar");
+    tar.args(["--strip-components=1", "-xf"]).arg(&tarball).arg("-C").arg(&source);
+    must(&proc::run(&mut tar, None, |_| {})?, "unpacking Bochs")?;
+    let file = source.join("cpu/vmx.cc");
+    let text = std::fs::read(&file).context("the Bochs source has no cpu/vmx.cc")?;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    std::fs::write(&file, patch(&text)?)?;
+    // The folder is a temporary one: make sure that no file of it looks newer than what was made from it.
+    let mut configure = Command::new("./configure");
+    configure.args(CONFIGURE).current_dir(&source);
+    must(&proc::run(&mut configure, None, |line| step.at(line))?, "configuring Bochs")?;
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut make = Command::new("make");
+    make.arg(format!("-j{jobs}")).current_dir(&source);
+    must(&proc::run(&mut make, None, |line| step.at(&short(line)))?, "building Bochs")?;
+    let output = work.path().join("output");
+    std::fs::create_dir(&output)?;
+    std::fs::copy(source.join("bochs"), output.join("bochs")).context("the build left no bochs")?;
+    let found = look_at(&output.join("bochs"))?;
+    ensure!(found.version == UPSTREAM, "the built Bochs says it is {}", found.version);
+    let folder = paths.cache.join(BUILD);
+    if folder.exists() {
+        std::fs::remove_dir_all(&folder)?;
+    }
+    std::fs::rename(&output, &folder)?;
+    step.done("Bochs 3.0 is built");
+    Ok(())
+}
+
+fn must(said: &proc::Said, what: &str) -> Result<()> {
+    if said.status.success() {
+        Ok(())
+    } else {
+        Err(Stop::environment(format!("{what} failed:\n{}", said.tail(15))).into())
+    }
+}
+
+/// The file that a long compiler line is about.
+fn short(line: &str) -> String {
+    let source = |w: &&str| w.ends_with(".cc") || w.ends_with(".a") || w.ends_with(".o");
+    line.split_whitespace().rev().find(source).unwrap_or("").to_string()
+}
+
+/// Computes the interrupt mask again once the CPU counts as being in a guest. Before, it is computed with the state of the
+/// hypervisor, so a guest entered with interrupts off under external-interrupt exiting is not left on an interrupt until
+/// its RFLAGS.IF changes.
+fn patch(source: &str) -> Result<String> {
+    const PLACE: &str = "BX_CPU_THIS_PTR in_vmx_guest = true;";
+    let (before, after) = source.split_once(PLACE).context("the Bochs source has no place for the fix")?;
+    ensure!(!after.contains(PLACE), "the Bochs source has more than one place for the fix");
+    Ok(format!("{before}{PLACE}\n  handleInterruptMaskChange();{after}"))
+}
+
+/// Fetches the source by apt, from the archive that the machine uses anyway: apt checks signature, size and digest.
+fn download(ui: &Ui, work: &Path) -> Result<PathBuf> {
+    if apt::Power::find() == apt::Power::None {
+        return Err(
+            Stop::environment("Bochs 3.0 is built from Debian's source package, and there is no apt here").into()
+        );
+    }
+    let (id, codename) = sources::distribution()?;
+    let entries = sources::of_machine(Path::new("/etc/apt"));
+    let archive = sources::main_archive(&entries, &codename)
+        .ok_or_else(|| Stop::environment("apt has no archive with the component main"))?;
+    let mut step = ui.step("fetching the source of Bochs 3.0");
+    let mut last = String::new();
+    for (suite, component) in suites(&id) {
+        let tree = work.join(format!("apt-{suite}"));
+        for folder in ["lists/partial", "cache/archives/partial", "sources.list.d", "download"] {
+            std::fs::create_dir_all(tree.join(folder))?;
+        }
+        let paragraph = sources::source_paragraph(archive, suite, component);
+        std::fs::write(tree.join("sources.list.d/nvmx.sources"), paragraph)?;
+        let apt = |args: &[&str]| {
+            let mut command = Command::new("apt-get");
+            for (key, value) in
+                [("Dir::State::lists", "lists"), ("Dir::Cache", "cache"), ("Dir::Etc::sourceparts", "sources.list.d")]
+            {
+                command.arg("-o").arg(format!("{key}={}", tree.join(value).display()));
+            }
+            // Without this apt, when root, drops to a user who may not enter the cache folder.
+            command.args(["-o", "APT::Sandbox::User=root", "-o", "Dir::Etc::sourcelist=/dev/null"]);
+            command.args(args).current_dir(tree.join("download")).env("LC_ALL", "C.UTF-8");
+            command
+        };
+        let updated = proc::run(&mut apt(&["update"]), None, |line| step.at(line))?;
+        let mut fetch = apt(&["source", "--download-only", "--tar-only", "bochs"]);
+        let fetched = proc::run(&mut fetch, None, |line| step.at(line))?;
+        if let Some(tarball) = tarball_in(&tree.join("download")) {
+            if fetched.status.success() {
+                drop(step);
+                return Ok(tarball);
+            }
+        }
+        last = format!("{}\n{}", updated.tail(3), fetched.tail(3));
+    }
+    Err(Stop::environment(format!("the source of Bochs 3.0 cannot be fetched:\n{}", last.trim())).into())
+}
+
+/// Releases whose archive has Bochs 3.0.
+fn suites(id: &str) -> &'static [(&'static str, &'static str)] {
+    if id == "ubuntu" { &[("questing", "universe"), ("resolute", "universe")] } else { &[("trixie", "main")] }
+}
+
+fn tarball_in(folder: &Path) -> Option<PathBuf> {
+    let is_it = |name: &str| name.starts_with("bochs_3.0") && name.contains(".orig.tar.") && !name.ends_with(".asc");
+    let files = std::fs::read_dir(folder).ok()?.flatten();
+    files.map(|e| e.path()).find(|p| p.file_name().and_then(|n| n.to_str()).is_some_and(is_it))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_fix_goes_in_once_and_only_where_it_belongs() {
+        let source = "a;\n  BX_CPU_THIS_PTR in_vmx_guest = false;\n  BX_CPU_THIS_PTR in_vmx_guest = true;\n  b;\n";
+        let fixed = patch(source).unwrap();
+        assert!(fixed.contains("in_vmx_guest = true;\n  handleInterruptMaskChange();\n  b;"), "{fixed}");
+        assert_eq!(fixed.matches("handleInterruptMaskChange").count(), 1);
+        assert!(patch("nothing").is_err());
+        assert!(patch(&format!("{source}{source}")).is_err());
+    }
+
+    #[test]
+    fn a_distribution_build_is_known_by_its_debugger_option() {
+        let head = "  Bochs x86 Emulator 2.7\n  -f configfile    specify configuration file\n";
+        assert_eq!(flavour_of(head), Flavour::Plain);
+        assert_eq!(flavour_of(&format!("{head}  -rc filename     execute debugger commands\n")), Flavour::Debugger);
+        assert_eq!(version_of(head).as_deref(), Some("2.7"));
+        assert!(lost("2.7", Flavour::Debugger).contains("speed"));
+    }
+
+    #[test]
+    fn the_cpu_models_are_read_from_the_help() {
+        let help = "=== \nSupported CPU models:\n\ni386\ntigerlake\n\n000i[SIM   ] quit_sim\n";
+        assert_eq!(models_of(help), ["i386", "tigerlake"]);
+    }
+
+    #[test]
+    fn the_live_line_shows_the_file_that_is_compiled() {
+        assert_eq!(short("g++ -c -I.. -O3 cpu/vmx.cc -o cpu/vmx.o"), "cpu/vmx.o");
+        assert_eq!(short("make[1]: Entering directory"), "");
+    }
+}

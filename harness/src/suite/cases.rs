@@ -1,0 +1,184 @@
+//! The boot tests by name.
+
+use super::{Case, Judge, Suite, all_pass, compare, fixtures::Fixtures, messages, refused};
+use crate::backend::{Machine, Payload, Protocol, Spec};
+use crate::boot::Outcome;
+use crate::cli::Fields;
+use crate::report::{self, budget::Budget};
+use crate::session::{Session, budget_file};
+use anyhow::Result;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A 64-bit Intel CPU without VMX.
+const NO_VMX: &str = "p4_prescott_celeron_336";
+/// A CPU with VMX and without EPT.
+const NO_EPT: &str = "core2_penryn_t9600";
+/// MiB that GRUB can boot from but nvmx cannot use.
+const LITTLE_MEMORY: u32 = 16;
+/// A refusal comes at once; a machine that takes longer hangs.
+const SOON: Duration = Duration::from_secs(60);
+
+struct Builder<'a> {
+    session: &'a Session,
+    suite: Suite,
+}
+
+/// All boot tests.
+///
+/// # Errors
+/// If a fixture cannot be written or the budget cannot be read.
+pub fn all(session: &Session) -> Result<Suite> {
+    let fixtures = Fixtures::write(&session.paths.target, session.machine.memory)?;
+    let budget = Arc::new(Budget::read(&budget_file(&session.paths.root))?);
+    let mut b = Builder { session, suite: Suite { boots: BTreeMap::new(), cases: Vec::new() } };
+    b.guest("cascade");
+    b.guest("vmxtest");
+    b.case(
+        "the costs of cascade are within benches/budget.json",
+        &["cascade-zero-copy"],
+        Box::new(move |o| kept(&budget, o)),
+    );
+    b.protocols();
+    b.refusals(&fixtures);
+    b.broken_guests();
+    Ok(b.suite)
+}
+
+impl Builder<'_> {
+    fn boot(&mut self, name: &str, spec: Result<Spec>) {
+        let spec = spec.map(|spec| Spec { name: name.into(), ..spec }).map_err(|e| format!("{e:#}"));
+        self.suite.boots.insert(name.into(), spec);
+    }
+
+    fn case(&mut self, name: &str, boots: &[&str], judge: Judge) {
+        self.suite.cases.push(Case { name: name.into(), boots: boots.iter().map(|b| b.to_string()).collect(), judge });
+    }
+
+    /// A guest passes bare and under nvmx by both strategies, with the same records.
+    fn guest(&mut self, guest: &str) {
+        let names = ["bare", "zero-copy", "trapped"].map(|slot| format!("{guest}-{slot}"));
+        let [bare, shadowed, trapped] = names.each_ref().map(String::as_str);
+        self.boot(bare, self.session.bare(guest));
+        self.boot(shadowed, self.session.nested(guest, Fields::ZeroCopy));
+        self.boot(trapped, self.session.nested(guest, Fields::Trapped));
+        let pass = || -> Judge { Box::new(all_pass) };
+        let same = || -> Judge { Box::new(|o| compare::agree(o[0], o[1])) };
+        self.case(&format!("{guest} passes on the bare machine"), &[bare], pass());
+        self.case(&format!("{guest} passes under nvmx with VMCS shadowing"), &[shadowed], pass());
+        self.case(&format!("{guest} passes under nvmx with trapped field access"), &[trapped], pass());
+        self.case(&format!("{guest} sees with VMCS shadowing what it sees bare"), &[bare, shadowed], same());
+        self.case(&format!("{guest} sees with trapped field access what it sees bare"), &[bare, trapped], same());
+    }
+
+    fn protocols(&mut self) {
+        let nested = self.session.nested("cascade", Fields::Auto);
+        let one = nested.map(|spec| Spec { protocol: Protocol::Multiboot1, ..spec });
+        self.boot("cascade-multiboot1", one);
+        self.case("nvmx boots by multiboot, the first version", &["cascade-multiboot1"], Box::new(all_pass));
+        let bare = self.session.bare("cascade").map(|spec| Spec { protocol: Protocol::Multiboot1, ..spec });
+        self.boot("cascade-bare-multiboot1", bare);
+        self.case("cascade boots by multiboot, the first version", &["cascade-bare-multiboot1"], Box::new(all_pass));
+    }
+
+    fn refusal(&mut self, name: &str, boot: &str, spec: Result<Spec>, texts: &'static [&'static str]) {
+        self.boot(boot, spec.map(|spec| Spec { timeout: SOON, ..spec }));
+        self.case(name, &[boot], Box::new(move |o| refused(o[0], texts)));
+    }
+
+    fn nvmx(&self, options: &str, modules: Vec<Payload>) -> Spec {
+        let options = format!("log=info {options}");
+        self.session.spec(String::new(), Payload::new(&self.session.images.nvmx, options.trim()), modules)
+    }
+
+    fn refusals(&mut self, fixtures: &Fixtures) {
+        let module = |path| vec![Payload::new(path, "")];
+        let cascade = self.session.images.guest("cascade").map(|p| module(p.to_path_buf()));
+        let spec = self.nvmx("", Vec::new());
+        self.refusal("nvmx without a module says so", "no-module", Ok(spec), messages::NO_MODULE);
+        let spec = self.nvmx("", module(fixtures.text()));
+        self.refusal("a module that is no ELF file is refused", "no-elf", Ok(spec), messages::NO_ELF);
+        let spec = self.nvmx("", module(fixtures.headless()));
+        self.refusal("an ELF file without multiboot header is refused", "no-header", Ok(spec), messages::NO_HEADER);
+        let spec = self.nvmx("", module(fixtures.high()));
+        self.refusal("a module that overlaps nvmx is refused", "overlap", Ok(spec), messages::OVERLAP);
+        let with = |options: &str, machine: Machine| match &cascade {
+            Ok(modules) => Ok(Spec { machine, ..self.nvmx(options, modules.clone()) }),
+            Err(error) => Err(anyhow::anyhow!("{error:#}")),
+        };
+        let (model, memory) = (self.session.machine.model.clone(), self.session.machine.memory);
+        let specs = [
+            (
+                "a machine with too little memory is refused",
+                "little-memory",
+                with("", Machine { model: model.clone(), memory: LITTLE_MEMORY }),
+                messages::LITTLE_MEMORY,
+            ),
+            (
+                "a CPU without VMX is refused",
+                "no-vmx",
+                with("", Machine { model: NO_VMX.into(), memory }),
+                messages::NO_VMX,
+            ),
+            (
+                "a CPU without EPT is refused",
+                "no-ept",
+                with("", Machine { model: NO_EPT.into(), memory }),
+                messages::NO_EPT,
+            ),
+            (
+                "an unknown option is refused by name",
+                "unknown-option",
+                with("wibble=1", Machine { model: model.clone(), memory }),
+                messages::UNKNOWN_OPTION,
+            ),
+            (
+                "a bad value of an option is refused by name",
+                "bad-value",
+                with("fields=sideways", Machine { model, memory }),
+                messages::BAD_VALUE,
+            ),
+        ];
+        for (name, boot, spec, texts) in specs {
+            self.refusal(name, boot, spec, texts);
+        }
+    }
+
+    fn broken_guests(&mut self) {
+        let top = u64::from(self.session.machine.memory.saturating_sub(2)) << 20;
+        let touch = format!("touch={top:#x}");
+        for (name, boot, args, texts) in [
+            ("an L2 that triple-faults ends in an epitaph", "triple-fault", "triple-fault", messages::TRIPLE_FAULT),
+            ("an L2 that touches nvmx's memory ends in an epitaph", "touch", touch.as_str(), messages::TOUCH),
+        ] {
+            let module = self.session.images.guest("faulty").map(|p| vec![Payload::new(p, args)]);
+            let spec = module.map(|modules| self.nvmx("", modules));
+            self.refusal(name, boot, spec, texts);
+        }
+        let spin = self.session.images.guest("faulty").map(|p| {
+            let spec = self.nvmx("", vec![Payload::new(p, "spin")]);
+            Spec { timeout: Duration::from_secs(15), ..spec }
+        });
+        self.boot("spin", spin);
+        self.case("an L2 that hangs is ended by the time limit, with its place", &["spin"], Box::new(|o| hung(o[0])));
+    }
+}
+
+fn hung(outcome: &Outcome) -> Result<(), String> {
+    let reason = outcome.verdict().err().ok_or("it passed")?;
+    let text = outcome.post_mortem().join("\n");
+    if !reason.contains("did not end within") {
+        return Err(format!("it ended otherwise: {reason}"));
+    }
+    if outcome.transcript.lines.is_empty() || !text.contains("RIP") {
+        return Err(format!("the post-mortem does not say where it was:\n{text}"));
+    }
+    Ok(())
+}
+
+fn kept(budget: &Budget, outcomes: &[&Outcome]) -> Result<(), String> {
+    let events = report::events(None, &outcomes[0].transcript);
+    let broken: Vec<String> = budget.apply(&events).iter().filter(|r| !r.kept).map(|r| r.text()).collect();
+    if broken.is_empty() { Ok(()) } else { Err(format!("limits are broken:\n  {}", broken.join("\n  "))) }
+}

@@ -1,0 +1,24 @@
+//! What nvmx says when it refuses: parts of the line, kept in one place. Each refusal names what is wrong.
+
+/// No boot module.
+pub const NO_MODULE: &[&str] = &["ERROR", "no module"];
+/// The first module is no ELF file.
+pub const NO_ELF: &[&str] = &["ERROR", "ELF"];
+/// The module wants to be where nvmx is.
+pub const OVERLAP: &[&str] = &["ERROR", "overlap"];
+/// Not enough memory.
+pub const LITTLE_MEMORY: &[&str] = &["ERROR", "too little memory"];
+/// No VMX.
+pub const NO_VMX: &[&str] = &["ERROR", "lacks VMX"];
+/// No EPT.
+pub const NO_EPT: &[&str] = &["ERROR", "EPT"];
+/// An option that does not exist.
+pub const UNKNOWN_OPTION: &[&str] = &["ERROR", "unknown option", "wibble"];
+/// L2's triple fault.
+pub const TRIPLE_FAULT: &[&str] = &["@L1 epitaph who=L2", "triple fault"];
+/// L2 touched nvmx's memory.
+pub const TOUCH: &[&str] = &["@L1 epitaph who=L2", "memory"];
+/// The first module has no multiboot header.
+pub const NO_HEADER: &[&str] = &["ERROR", "multiboot"];
+/// A value that its option does not accept.
+pub const BAD_VALUE: &[&str] = &["ERROR", "sideways", "fields"];

@@ -1,0 +1,149 @@
+//! The boot tests: boots that run two at a time, and cases that judge what they said.
+
+pub mod cases;
+pub mod compare;
+pub mod fixtures;
+pub mod messages;
+
+use crate::backend::Spec;
+use crate::boot::{self, Ended, Outcome};
+use crate::proc;
+use crate::session::Session;
+use crate::transcript::{Show, View};
+use anyhow::Result;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// What a case sees: the outcomes of its boots, in the order it named them.
+pub type Judge = Box<dyn Fn(&[&Outcome]) -> Result<(), String> + Send + Sync>;
+
+/// One test: boots and a judgement.
+pub struct Case {
+    /// Named after the behaviour
+    pub name: String,
+    /// The names of its boots
+    pub boots: Vec<String>,
+    /// What must hold
+    pub judge: Judge,
+}
+
+/// Boots and the cases that use them.
+pub struct Suite {
+    /// By name; an error is a boot that cannot even be described (its guest does not exist)
+    pub boots: BTreeMap<String, Result<Spec, String>>,
+    /// In the order of the report
+    pub cases: Vec<Case>,
+}
+
+/// A case's end.
+pub struct Verdict<'a> {
+    /// The case
+    pub case: &'a Case,
+    /// `Err` has the reason
+    pub result: Result<(), String>,
+    /// Where to look for more
+    pub folders: Vec<String>,
+    /// How long its boots took
+    pub seconds: f64,
+}
+
+impl Suite {
+    /// Keeps the cases whose name has `text` in it, and their boots.
+    pub fn filter(&mut self, text: &str) {
+        self.cases.retain(|c| c.name.contains(text));
+        let cases = &self.cases;
+        self.boots.retain(|name, _| cases.iter().any(|c| c.boots.contains(name)));
+    }
+
+    /// Runs all boots, `jobs` at a time; `told` hears of each case when its last boot is over.
+    ///
+    /// # Errors
+    /// If L0 does not start, or after Ctrl-C.
+    pub fn run(&self, session: &Session, jobs: usize, told: impl Fn(&Verdict<'_>) + Sync) -> Result<()> {
+        let done: Mutex<BTreeMap<&str, Result<Outcome, String>>> = Mutex::new(BTreeMap::new());
+        let told_of: Mutex<Vec<&str>> = Mutex::new(Vec::new());
+        // Boots in the order in which the cases need them.
+        let mut order: Vec<&str> = Vec::new();
+        for name in self.cases.iter().flat_map(|c| &c.boots) {
+            if !order.contains(&name.as_str()) {
+                order.push(name);
+            }
+        }
+        let next = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..jobs.max(1) {
+                scope.spawn(|| {
+                    while let Some(name) = order.get(next.fetch_add(1, Ordering::SeqCst)) {
+                        if proc::interrupted() {
+                            return;
+                        }
+                        let result = match self.boots.get(*name) {
+                            Some(Ok(spec)) => boot::boot(
+                                &session.paths,
+                                session.backend.as_ref(),
+                                spec,
+                                &View::new(&session.ui, Show::Nothing),
+                            )
+                            .map_err(|e| format!("{e:#}")),
+                            Some(Err(error)) => Err(error.clone()),
+                            None => Err(format!("no boot is named {name}")),
+                        };
+                        let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
+                        done.insert(name, result);
+                        let mut told_of = told_of.lock().unwrap_or_else(PoisonError::into_inner);
+                        for case in &self.cases {
+                            let ready = case.boots.iter().all(|b| done.contains_key(b.as_str()));
+                            if ready && !told_of.contains(&case.name.as_str()) && !proc::interrupted() {
+                                told_of.push(&case.name);
+                                told(&judge(case, &done));
+                            }
+                        }
+                    }
+                });
+            }
+        });
+        proc::check_interrupt()
+    }
+}
+
+fn judge<'a>(case: &'a Case, done: &BTreeMap<&str, Result<Outcome, String>>) -> Verdict<'a> {
+    let mut outcomes = Vec::new();
+    let mut problem = None;
+    for name in &case.boots {
+        match done.get(name.as_str()) {
+            Some(Ok(outcome)) => outcomes.push(outcome),
+            Some(Err(error)) => problem = Some(error.clone()),
+            None => problem = Some(format!("{name} did not run")),
+        }
+    }
+    Verdict {
+        case,
+        result: problem.map_or_else(|| (case.judge)(&outcomes), Err),
+        folders: outcomes.iter().map(|o| o.folder.display().to_string()).collect(),
+        seconds: outcomes.iter().map(|o| o.took.as_secs_f64()).sum(),
+    }
+}
+
+/// Every boot ran to its end and passed.
+pub fn all_pass(outcomes: &[&Outcome]) -> Result<(), String> {
+    for outcome in outcomes {
+        outcome.verdict().map_err(|e| format!("{}: {e}", outcome.name))?;
+    }
+    Ok(())
+}
+
+/// The machine ended by itself, nothing passed, and one of the lines has all of these texts.
+pub fn refused(outcome: &Outcome, texts: &[&str]) -> Result<(), String> {
+    if outcome.ended == Ended::Timeout {
+        return Err(format!("it hung for {} s instead of ending", outcome.took.as_secs()));
+    }
+    if outcome.verdict().is_ok() {
+        return Err("it passed, although it should have been refused".into());
+    }
+    if !outcome.transcript.a_line_has(texts) {
+        let said = outcome.transcript.tail(3).join(" / ");
+        return Err(format!("no line says `{}`; the last lines: {said}", texts.join("` and `")));
+    }
+    Ok(())
+}

@@ -1,0 +1,240 @@
+//! The serial line of a boot: read while it grows, kept as records and text.
+
+use crate::report::stack;
+use crate::ui::Ui;
+use l2_protocol::{Kind, Level, OwnedRecord, is_record};
+use owo_colors::Style;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+/// One line.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Line {
+    /// A record
+    Record(OwnedRecord),
+    /// A line that claims to be a record and is none: what is wrong with it
+    Broken(String, String),
+    /// Text for people
+    Text(String),
+}
+
+impl Line {
+    /// Reads one line.
+    pub fn parse(line: &str) -> Self {
+        if !is_record(line) {
+            return Line::Text(line.to_string());
+        }
+        match OwnedRecord::parse(line) {
+            Ok(record) => Line::Record(record),
+            Err(error) => Line::Broken(line.to_string(), error.to_string()),
+        }
+    }
+}
+
+/// All that a boot has said.
+#[derive(Clone, Default, Debug)]
+pub struct Transcript {
+    /// In the order they came
+    pub lines: Vec<Line>,
+}
+
+impl Transcript {
+    /// The records.
+    pub fn records(&self) -> impl DoubleEndedIterator<Item = &OwnedRecord> {
+        self.lines.iter().filter_map(|line| if let Line::Record(record) = line { Some(record) } else { None })
+    }
+
+    /// The records of one kind.
+    pub fn of_kind(&self, kind: Kind) -> impl DoubleEndedIterator<Item = &OwnedRecord> {
+        self.records().filter(move |r| r.kind == kind)
+    }
+
+    /// The first record of a kind by a level.
+    pub fn first(&self, level: Level, kind: Kind) -> Option<&OwnedRecord> {
+        self.of_kind(kind).find(|r| r.level == level)
+    }
+
+    /// Whether the last word has been said: the guest's end, or an epitaph.
+    pub fn is_over(&self) -> bool {
+        self.records().any(|r| matches!(r.kind, Kind::End | Kind::Epitaph))
+    }
+
+    /// Lines that are not records.
+    pub fn texts(&self) -> impl DoubleEndedIterator<Item = &str> {
+        self.lines.iter().filter_map(|line| if let Line::Text(text) = line { Some(text.as_str()) } else { None })
+    }
+
+    /// The last lines, as they came.
+    pub fn tail(&self, count: usize) -> Vec<String> {
+        let from = self.lines.len().saturating_sub(count);
+        self.lines[from..].iter().map(raw).collect()
+    }
+
+    /// Whether some line, record or text, contains all of these.
+    pub fn a_line_has(&self, texts: &[&str]) -> bool {
+        self.lines.iter().map(raw).any(|line| texts.iter().all(|t| line.contains(t)))
+    }
+}
+
+fn raw(line: &Line) -> String {
+    match line {
+        Line::Record(record) => record.to_string(),
+        Line::Broken(line, _) | Line::Text(line) => line.clone(),
+    }
+}
+
+/// Reads a file that another process writes.
+pub struct Follower {
+    path: PathBuf,
+    at: u64,
+    rest: Vec<u8>,
+}
+
+impl Follower {
+    /// Follows a file that need not exist yet.
+    pub fn new(path: &Path) -> Self {
+        Follower { path: path.to_path_buf(), at: 0, rest: Vec::new() }
+    }
+
+    /// The complete lines since the last call; with `last` also an incomplete one.
+    pub fn lines(&mut self, last: bool) -> Vec<String> {
+        let mut fresh = Vec::new();
+        if let Ok(mut file) = File::open(&self.path) {
+            // A read that fails now is tried again with the next call.
+            if file.seek(SeekFrom::Start(self.at)).is_ok() && file.read_to_end(&mut fresh).is_ok() {
+                self.at += fresh.len() as u64;
+                self.rest.extend_from_slice(&fresh);
+            }
+        }
+        let mut lines = Vec::new();
+        while let Some(end) = self.rest.iter().position(|&b| b == b'\n') {
+            let line: Vec<u8> = self.rest.drain(..=end).collect();
+            lines.push(text(&line));
+        }
+        if last && !self.rest.is_empty() {
+            let rest = std::mem::take(&mut self.rest);
+            lines.push(text(&rest));
+        }
+        lines
+    }
+}
+
+/// Without line end and control characters (a terminal must not be steered by a guest).
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes)
+        .trim_end_matches(['\r', '\n'])
+        .replace(|c: char| c.is_control() && c != '\t', "\u{fffd}")
+}
+
+/// Shows a guest's lines as they come.
+pub struct View {
+    ui: Ui,
+    show: Show,
+}
+
+/// How much of a boot is shown.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Show {
+    /// What is for people
+    All,
+    /// Only warnings: the other boot of a comparison
+    Warnings,
+    /// Nothing: tests tell their outcome only
+    Nothing,
+}
+
+impl View {
+    /// A view on the terminal.
+    pub fn new(ui: &Ui, show: Show) -> Self {
+        View { ui: ui.clone(), show }
+    }
+
+    /// Shows a line, if people should see it.
+    pub fn show(&self, line: &Line) {
+        if let Some((who, text)) = shown(line, self.ui.verbose, self.show) {
+            let style = match who {
+                "L1" => Style::new().magenta(),
+                "L2" => Style::new().cyan(),
+                "L3" => Style::new().green(),
+                _ => Style::new().dimmed(),
+            };
+            self.ui.line(&format!("{} {text}", self.ui.paint(&format!("{who} |"), style)));
+        }
+    }
+}
+
+/// The level and the text of a line that is to be shown.
+fn shown(line: &Line, verbose: bool, show: Show) -> Option<(&'static str, String)> {
+    if show == Show::Nothing {
+        return None;
+    }
+    let shown = match line {
+        Line::Record(r) if r.kind == Kind::Hello && !verbose => {
+            (r.level.word(), stack::banner_line(&stack::of_hello(r), r.get("strategy")))
+        }
+        Line::Record(r) if r.kind == Kind::Say => (r.level.word(), r.get("text").unwrap_or_default().to_string()),
+        Line::Record(r) if r.kind == Kind::Epitaph => (r.level.word(), r.to_string()),
+        Line::Record(r) if verbose => (r.level.word(), r.to_string()),
+        Line::Record(_) => return None,
+        Line::Broken(line, error) => return Some(("??", format!("{line}   <- {error}"))),
+        Line::Text(text) if is_warning(text) => return Some(("L1", text.clone())),
+        Line::Text(text) if verbose && !text.is_empty() => (if is_log(text) { "L1" } else { "  " }, text.clone()),
+        Line::Text(_) => return None,
+    };
+    (show == Show::All).then_some(shown)
+}
+
+fn is_log(text: &str) -> bool {
+    text.starts_with("[nvmx ")
+}
+
+/// Whether nvmx logs a warning or an error.
+pub fn is_warning(text: &str) -> bool {
+    is_log(text) && text.split(']').next().is_some_and(|head| head.contains("ERROR") || head.contains("WARN"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn lines_arrive_whole_although_the_file_grows_in_pieces() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("serial.log");
+        let mut follower = Follower::new(&path);
+        assert!(follower.lines(false).is_empty());
+        let mut file = File::create(&path).unwrap();
+        file.write_all(b"one\r\ntw").unwrap();
+        assert_eq!(follower.lines(false), ["one"]);
+        file.write_all(b"o\nthr\x1b[31mee").unwrap();
+        assert_eq!(follower.lines(false), ["two"]);
+        assert_eq!(follower.lines(true), ["thr\u{fffd}[31mee"]);
+        assert!(follower.lines(true).is_empty());
+    }
+
+    #[test]
+    fn people_see_greetings_and_warnings_and_with_verbose_everything() {
+        let say = Line::parse("@L3 say text=\"hello from L3\"");
+        assert_eq!(shown(&say, false, Show::All), Some(("L3", "hello from L3".into())));
+        assert_eq!(shown(&say, false, Show::Warnings), None);
+        let event = Line::parse("@L2 event name=cpuid count=1");
+        assert_eq!(shown(&event, false, Show::All), None);
+        assert!(shown(&event, true, Show::All).is_some());
+        let info = Line::parse("[nvmx INFO ] x");
+        assert_eq!(shown(&info, false, Show::All), None);
+        assert_eq!(shown(&info, true, Show::All), Some(("L1", "[nvmx INFO ] x".into())));
+        assert!(shown(&Line::parse("[nvmx ERROR] no VMX"), false, Show::Warnings).is_some());
+        assert_eq!(shown(&Line::parse("[nvmx ERROR] no VMX"), true, Show::Nothing), None);
+        assert!(shown(&Line::parse("@L2 evnt"), false, Show::Warnings).unwrap().1.contains("evnt"));
+    }
+
+    #[test]
+    fn an_epitaph_or_an_end_is_the_last_word() {
+        let of = |lines: &[&str]| Transcript { lines: lines.iter().map(|l| Line::parse(l)).collect() };
+        assert!(!of(&["@L2 say text=x"]).is_over());
+        assert!(of(&["@L2 end status=pass failed=0"]).is_over());
+        assert!(of(&["@L1 epitaph who=L2 where=x why=y"]).is_over());
+    }
+}
