@@ -10,10 +10,12 @@ pub const PAGE: u64 = 4096;
 /// Size of a page that a page directory maps.
 pub const LARGE: u64 = 2 << 20;
 
-const POOL: usize = 16 << 20;
+/// 16 MiB, and what it takes to align them: a section aligned to more than 4 KiB would spread the image's file offsets, which
+/// multiboot wants linear with addresses.
+const POOL: usize = 18 << 20;
 
 /// The pool is part of the image, so that every loader keeps modules out of it and its addresses are the same in each slot.
-#[repr(C, align(0x200000))]
+#[repr(C, align(4096))]
 struct Pool(UnsafeCell<[u8; POOL]>);
 
 // SAFETY: single CPU; each byte is given away once.
@@ -22,18 +24,20 @@ unsafe impl Sync for Pool {}
 static MEMORY: Pool = Pool(UnsafeCell::new([0; POOL]));
 static USED: Global<u64> = Global::new(0);
 
-/// `size` bytes at a multiple of `align` (a power of two): the address.
+/// `size` bytes at a multiple of `align` (a power of two, at most [`LARGE`]): the address.
 pub fn take(size: u64, align: u64) -> u64 {
-    let start = MEMORY.0.get() as u64;
+    let (start, total) = pool();
     let at = USED.get().next_multiple_of(align);
-    assert!(at + size <= POOL as u64, "the guest's pool of pages is used up");
+    assert!(at + size <= total, "the guest's pool of pages is used up");
     USED.set(at + size);
     start + at
 }
 
-/// First address and size of the pool.
+/// First address (a multiple of [`LARGE`]) and size of the pool.
 pub fn pool() -> (u64, u64) {
-    (MEMORY.0.get() as u64, POOL as u64)
+    let memory = MEMORY.0.get() as u64;
+    let start = memory.next_multiple_of(LARGE);
+    (start, memory + POOL as u64 - start)
 }
 
 /// A zeroed page.

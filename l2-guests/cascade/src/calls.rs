@@ -1,0 +1,27 @@
+//! What the guest asks its hypervisor for, by VMCALL: RAX = number, RBX and RCX = arguments.
+
+use core::arch::asm;
+
+/// Does nothing: the event `vmcall`.
+pub const NOTHING: u64 = 0;
+/// Prints RCX bytes of text at RBX.
+pub const SAY: u64 = 1;
+/// Event RBX comes next: set the machine up for it, observe its first exit.
+pub const PREPARE: u64 = 2;
+/// The bracket of event RBX begins.
+pub const BEGIN: u64 = 3;
+/// It ends.
+pub const END: u64 = 4;
+/// Lets the other guest run.
+pub const YIELD: u64 = 5;
+/// The guest has done its work.
+pub const DONE: u64 = 6;
+
+/// The guest's side of a call.
+#[inline(always)]
+pub fn call(number: u64, b: u64, c: u64) {
+    // SAFETY: the hypervisor returns behind the instruction with all registers as they were.
+    unsafe {
+        asm!("xchg rbx, {b}", "vmcall", "xchg rbx, {b}", b = inout(reg) b => _, in("rax") number, in("rcx") c, options(nostack));
+    }
+}
