@@ -3,8 +3,8 @@
 mod ept_model;
 
 use ept_model::*;
-use nvmx::addr::{Gpa, Ngpa};
-use nvmx::ept::{Ept02, Eptp, Outcome, Qualification, Rights, TableFrames};
+use nvmx::addr::{Gpa, Hpa, Ngpa};
+use nvmx::ept::{Block, Ept02, Eptp, Level, NotOwned, Outcome, Qualification, Rights, TableFrames};
 
 const ROOT: u64 = 0x10_0000;
 const PDPT: u64 = 0x10_1000;
@@ -75,7 +75,7 @@ fn every_size_rights_and_access_fill_or_reflect_as_ept12_says() {
                     if matches!(rights, W | 6) {
                         assert_eq!((outcome, seen), (Outcome::ReflectMisconfig, vec![]));
                     } else if rights & access == access {
-                        let page = [(KIB4, 0x77_7000), (MIB2, 9 * MIB2 | LARGE), (GIB1, 7 * GIB1 | LARGE)];
+                        let page = [(KIB4, 0x77_7000), (MIB2, (9 * MIB2) | LARGE), (GIB1, (7 * GIB1) | LARGE)];
                         let page = page.iter().find(|page| page.0 == size).unwrap().1;
                         let leaf = (ngpa - ngpa % size, size, page | WB | rights);
                         assert_eq!((outcome, seen), (Outcome::Filled, vec![leaf]));
@@ -213,7 +213,7 @@ fn a_large_page_and_a_table_replace_each_other() {
         m.l2.set(PD, 0, (9 * MIB2) | WB | LARGE | R);
         let _ = m.activate(EPTP);
         assert_eq!(m.fault(EPTP, 0x5000, READ), Outcome::Filled);
-        assert_eq!(m.activate(EPTP), (vec![(0, MIB2, 9 * MIB2 | WB | LARGE | R)], round > 0));
+        assert_eq!(m.activate(EPTP), (vec![(0, MIB2, (9 * MIB2) | WB | LARGE | R)], round > 0));
         m.l2.set(PD, 0, PT | 7);
         m.l2.set(PT, 5, 0x77_7000 | WB | 7);
         assert_eq!(m.fault(EPTP, 0x5000, WRITE), Outcome::Filled);
@@ -222,7 +222,7 @@ fn a_large_page_and_a_table_replace_each_other() {
     }
     m.l2.set(PDPT, 0, (7 * GIB1) | WB | LARGE | 7);
     assert_eq!(m.fault(EPTP, 0x6000, READ), Outcome::Filled);
-    assert_eq!(m.activate(EPTP), (vec![(0, GIB1, 7 * GIB1 | WB | LARGE | 7)], true));
+    assert_eq!(m.activate(EPTP), (vec![(0, GIB1, (7 * GIB1) | WB | LARGE | 7)], true));
     assert_eq!(m.ept.tables(), 1, "the tables of smaller pages are free");
 }
 
@@ -441,4 +441,34 @@ fn the_machines_pool_and_memory_serve_too() {
     assert_eq!(table, 0x5000, "the 2 MiB page meets nvmx, so its pieces are mapped");
     ept.forget_all(&mut frames);
     assert_eq!(pool.total() - pool.available(), 2 + 3);
+}
+
+#[test]
+fn the_budget_counts_what_is_in_use() {
+    let mut m = Small::with_budget(3);
+    m.l2.set(PT, 5, 0x77_7000 | WB | 7);
+    for _ in 0..3 {
+        for role in [ROOT | 0x1e, OTHER | 0x1e].map(Eptp::new) {
+            assert_eq!(m.fault(role, 0x5000, READ), Outcome::Filled);
+        }
+        assert_eq!(m.ept.tables(), 6, "three of the reserve and three of the budget");
+        m.ept.forget_all(&mut m.frames);
+    }
+    assert_eq!(m.ept.stats().evictions, 0);
+}
+
+#[test]
+fn a_block_is_as_large_as_ownership_and_alignment_on_the_host_allow() {
+    let gpa = Gpa::new(5 * GIB1 + 3 * MIB2 + 0x5678);
+    let at = |offset: u64, limit: u64| {
+        Block::largest(gpa, Level::Pdpt, Rights::all(), |start, bytes| {
+            (bytes <= limit).then_some(Hpa::new(start.get() + offset))
+        })
+    };
+    let block = |hpa, level| Ok(Block { hpa: Hpa::new(hpa), level, rights: Rights::all() });
+    assert_eq!(at(GIB1, GIB1), block(6 * GIB1, Level::Pdpt));
+    assert_eq!(at(GIB1, MIB2), block(6 * GIB1 + 3 * MIB2, Level::Pd));
+    assert_eq!(at(MIB2, GIB1), block(5 * GIB1 + 4 * MIB2, Level::Pd));
+    assert_eq!(at(KIB4, GIB1), block(5 * GIB1 + 3 * MIB2 + 0x6000, Level::Pt));
+    assert_eq!(at(0, KIB4 - 1), Err(NotOwned(gpa)));
 }

@@ -2,14 +2,13 @@
 
 mod ept_model;
 
-use ept_model::{Frames, GIB1, KIB4, LARGE, MIB2};
+use ept_model::{ACCESSED, Frames, GIB1, KIB4, LARGE, MIB2};
 use nvmx::addr::Gpa;
 use nvmx::ept::{Ept01, EptRules, MemoryType, Missing, TableFrames, WatchError};
 use nvmx::mm::Span;
 use proptest::prelude::*;
 
 const DIRTY: u64 = 1 << 9;
-const ACCESSED: u64 = 1 << 8;
 
 fn rules() -> EptRules {
     EptRules::new(40, true, true, true)
@@ -53,7 +52,7 @@ fn the_pointer_says_write_back_and_four_levels() {
 fn a_plain_machine_is_mapped_by_gibibytes() {
     let mut frames = Frames::new(8);
     let ept = Ept01::new(rules(), true, Gpa::new(3 * GIB1 + 1), Span::new(0, 0), write_back, &mut frames).unwrap();
-    let expected: Vec<_> = (0..4).map(|n| (n * GIB1, GIB1, n * GIB1 | LARGE | 6 << 3 | 7)).collect();
+    let expected: Vec<_> = (0..4).map(|n| (n * GIB1, GIB1, (n * GIB1) | LARGE | 6 << 3 | 7)).collect();
     assert_eq!(leaves(&ept, &frames), expected);
     assert_eq!(ept.tables() as usize, frames.used.len());
 }
@@ -72,7 +71,7 @@ fn pages_shrink_where_types_change_and_where_nvmx_lies() {
     assert_eq!(at(own.start()), None);
     assert_eq!(at(own.end() - 1), None);
     assert_eq!(at(own.end()), Some((own.end(), MIB2, own.end() | LARGE | 6 << 3 | 7)));
-    assert_eq!(at(3 * GIB1), Some((3 * GIB1, GIB1, 3 * GIB1 | LARGE | 7)));
+    assert_eq!(at(3 * GIB1), Some((3 * GIB1, GIB1, (3 * GIB1) | LARGE | 7)));
 }
 
 #[test]
@@ -103,7 +102,7 @@ fn what_is_missing_is_mapped_when_it_is_touched() {
         leaf_at(&ept, &frames, 0x80_0000_1234),
         Some((0x80_0000_0000, GIB1, 0x80_0000_0000 | LARGE | 6 << 3 | 7))
     );
-    assert_eq!(leaf_at(&ept, &frames, 3 * GIB1 + 5), Some((3 * GIB1, GIB1, 3 * GIB1 | LARGE | 7)));
+    assert_eq!(leaf_at(&ept, &frames, 3 * GIB1 + 5), Some((3 * GIB1, GIB1, (3 * GIB1) | LARGE | 7)));
     assert_eq!(leaf_at(&ept, &frames, own.start()), None);
 }
 
@@ -141,7 +140,7 @@ fn a_watched_page_has_its_own_leaf_and_the_rest_stays_as_it_was() {
     let page = 7 * MIB2 + 3 * KIB4;
     let watch = ept.watch(Gpa::new(page + 0x123), &mut frames).unwrap();
     assert_eq!(leaf_at(&ept, &frames, page), Some((page, KIB4, page | 6 << 3 | 7)));
-    assert_eq!(leaf_at(&ept, &frames, 8 * MIB2), Some((8 * MIB2, MIB2, 8 * MIB2 | LARGE | 6 << 3 | 7)));
+    assert_eq!(leaf_at(&ept, &frames, 8 * MIB2), Some((8 * MIB2, MIB2, (8 * MIB2) | LARGE | 6 << 3 | 7)));
     let all = leaves(&ept, &frames);
     assert_eq!(all.iter().map(|leaf| leaf.1).sum::<u64>(), GIB1);
     assert!(all.iter().all(|(start, size, entry)| entry & 0xf_ffff_ffff_f000 == *start && start % size == 0));
@@ -183,6 +182,25 @@ fn a_write_is_noticed_once() {
     // Watching a page that is dirty already starts clean.
     processor_writes(&ept, &mut frames, MIB2 + 8);
     assert!(!ept.watch(Gpa::new(MIB2), &mut frames).unwrap().take_dirty(&mut frames));
+}
+
+#[test]
+fn a_watch_outlives_mapping_that_goes_on_around_it() {
+    let own = Span::new(GIB1 - KIB4, GIB1);
+    let mut frames = Frames::new(3);
+    let mut ept = Ept01::new(rules(), true, Gpa::new(0), own, write_back, &mut frames).unwrap();
+    // All pages of 2 MiB but the last, which needs a table.
+    assert!(ept.map_missing(Gpa::new(0), write_back, &mut frames).is_err());
+    frames.free.push(0x71_0000_0000);
+    let watch = ept.watch(Gpa::new(KIB4), &mut frames).unwrap();
+    processor_writes(&ept, &mut frames, KIB4);
+    processor_writes(&ept, &mut frames, MIB2);
+    frames.free.push(0x71_0000_1000);
+    assert_eq!(ept.map_missing(Gpa::new(GIB1 - MIB2), write_back, &mut frames), Ok(Missing::Mapped));
+    assert!(watch.take_dirty(&mut frames), "the mark is still there");
+    processor_writes(&ept, &mut frames, KIB4);
+    assert!(watch.take_dirty(&mut frames), "and the leaf is still in use");
+    assert_ne!(leaf_at(&ept, &frames, MIB2).unwrap().2 & DIRTY, 0, "other pages keep their flags");
 }
 
 #[test]

@@ -40,10 +40,23 @@ fn entry() -> impl Strategy<Value = u64> {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let ngpa = (prop::array::uniform4(0u64..3), 0u64..KIB4)
+    let ngpa = (prop::array::uniform4(prop_oneof![3 => Just(0u64), 2 => Just(1), 1 => Just(2)]), 0u64..KIB4)
         .prop_map(|(n, offset)| n[0] << 39 | n[1] << 30 | n[2] << 21 | n[3] << 12 | offset);
     prop_oneof![
         5 => (0u64..6, 0u64..3, entry()).prop_map(|(table, index, entry)| Step::Write { table, index, entry }),
+        // A page of 2 MiB or 1 GiB in the place of a table, and back.
+        2 => (2u64..4, 0u64..2, 0u64..2, prop::sample::select(vec![R, R | W, R | X, X, 7])).prop_map(
+            |(table, index, page, rights)| Step::Write {
+                table,
+                index,
+                entry: (page * if table == 2 { GIB1 } else { MIB2 }) | LARGE | WB | rights,
+            },
+        ),
+        1 => (2u64..4, 0u64..2).prop_map(|(table, index)| Step::Write {
+            table,
+            index,
+            entry: (TABLES + (table + 1) * KIB4) | 7,
+        }),
         12 => (ngpa, prop::sample::select(vec![R, W, X, R | W])).prop_map(|(ngpa, access)| Step::Access { ngpa, access }),
         2 => (0..ROLES.len()).prop_map(Step::Switch),
         1 => (0..ROLES.len()).prop_map(Step::InveptSingle),

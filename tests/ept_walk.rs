@@ -40,8 +40,8 @@ fn path(rights: [u64; 4], depth: usize) -> L2 {
     for (n, (table, index, next)) in steps.into_iter().enumerate().take(depth + 1) {
         let entry = match (n == depth, depth) {
             (false, _) => next,
-            (_, 1) => 5 * GIB1 | WB | LARGE,
-            (_, 2) => 9 * MIB2 | WB | LARGE,
+            (_, 1) => (5 * GIB1) | WB | LARGE,
+            (_, 2) => (9 * MIB2) | WB | LARGE,
             _ => next | WB,
         };
         l2.set(table, index, entry | rights[n]);

@@ -198,14 +198,14 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         }
     }
 
-    /// Frees at least one table, if any root has one: of another root, or else of this one.
+    /// Empties one root that has tables: a stale one, or the one longest out of use; so the current one comes last.
     #[cold]
-    pub(super) fn make_room<F: TableFrames>(&mut self, current: usize, frames: &mut F) {
-        let oldest = (0..ROOTS)
-            .filter(|&index| index != current && self.roots[index].tables > 0)
-            .min_by_key(|&index| (!self.roots[index].stale, self.roots[index].last_used));
-        self.drop_contents(oldest.unwrap_or(current), frames);
-        self.stats.evictions += 1;
+    pub(super) fn make_room<F: TableFrames>(&mut self, frames: &mut F) {
+        let with_tables = (0..ROOTS).filter(|&index| self.roots[index].tables > 0);
+        if let Some(oldest) = with_tables.min_by_key(|&index| (!self.roots[index].stale, self.roots[index].last_used)) {
+            self.drop_contents(oldest, frames);
+            self.stats.evictions += 1;
+        }
     }
 
     fn drop_contents<F: TableFrames>(&mut self, index: usize, frames: &mut F) {

@@ -83,7 +83,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
                 self.stats.fills += 1;
                 return;
             }
-            self.make_room(index, frames);
+            self.make_room(frames);
         }
     }
 
