@@ -1,0 +1,293 @@
+//! What L2 is offered: never more than the hardware has, never what nvmx does not implement, and always consistent.
+
+mod core_support;
+
+use core_support::{rich, rich_msr};
+use nvmx::nested::caps::{self, offered};
+use nvmx::vmx::bitmap::{Access, is_shadowed};
+use nvmx::vmx::caps::{Allowed, Capabilities, msr};
+use nvmx::vmx::controls::Controls;
+use nvmx::vmx::requirements::REQUIREMENTS;
+use nvmx::vmx::{EntryControls, ExitControls, Field, PinControls, PrimaryControls, SecondaryControls};
+use proptest::prelude::*;
+use std::collections::BTreeSet;
+
+/// A machine whose control MSRs are as `may` says, default1 bits apart, which every processor has.
+fn machine(may: [u32; 5], ones: [u32; 5], misc: u64, ept_vpid: u64, basic: u64) -> Capabilities {
+    let allowed = |default1: u32, i: usize| {
+        let may = may[i] | default1;
+        u64::from(may) << 32 | u64::from(ones[i] & default1)
+    };
+    let plain = |default1: u32, i: usize| allowed(default1, i) | u64::from(default1);
+    let read = |index| match index {
+        msr::IA32_VMX_BASIC => basic,
+        msr::IA32_VMX_PINBASED_CTLS => plain(PinControls::DEFAULT1, 0),
+        msr::IA32_VMX_PROCBASED_CTLS => plain(PrimaryControls::DEFAULT1, 1),
+        msr::IA32_VMX_EXIT_CTLS => plain(ExitControls::DEFAULT1, 3),
+        msr::IA32_VMX_ENTRY_CTLS => plain(EntryControls::DEFAULT1, 4),
+        msr::IA32_VMX_TRUE_PINBASED_CTLS => allowed(PinControls::DEFAULT1, 0),
+        msr::IA32_VMX_TRUE_PROCBASED_CTLS => allowed(PrimaryControls::DEFAULT1, 1),
+        msr::IA32_VMX_TRUE_EXIT_CTLS => allowed(ExitControls::DEFAULT1, 3),
+        msr::IA32_VMX_TRUE_ENTRY_CTLS => allowed(EntryControls::DEFAULT1, 4),
+        msr::IA32_VMX_PROCBASED_CTLS2 => allowed(0, 2),
+        msr::IA32_VMX_MISC => misc,
+        msr::IA32_VMX_EPT_VPID_CAP => ept_vpid,
+        other => rich_msr(other),
+    };
+    Capabilities::read(read, 39, 48)
+}
+
+fn machines() -> impl Strategy<Value = Capabilities> {
+    (any::<[u32; 5]>(), any::<[u32; 5]>(), any::<u64>(), any::<u64>(), any::<u64>())
+        .prop_map(|(may, ones, misc, ept_vpid, basic)| machine(may, ones, misc, ept_vpid, basic))
+}
+
+fn implemented<C: Controls>(table: &[caps::Offer<C>]) -> u32 {
+    table.iter().fold(0, |bits, offer| bits | offer.control.bits())
+}
+
+fn subset<C: Controls>(offered: Allowed<C>, hardware: Allowed<C>, implemented: u32, value: u32) {
+    assert_eq!(offered.must_be_one() & !offered.may_be_one(), 0, "{}: a bit must be 1 and may not", C::MSR);
+    assert_eq!(hardware.must_be_one() & !offered.must_be_one(), 0, "{}: hardware needs the bit", C::MSR);
+    assert_eq!(offered.may_be_one() & !hardware.may_be_one(), 0, "{}: hardware has not the bit", C::MSR);
+    let selectable = offered.may_be_one() & !offered.must_be_one();
+    assert_eq!(selectable & !implemented, 0, "{}: a choice that nvmx does not implement", C::MSR);
+    // The sharpest form: what L2 may write, the processor accepts.
+    let candidate = value & offered.may_be_one() | offered.must_be_one();
+    assert!(offered.accepts(candidate) && hardware.accepts(candidate), "{}: {candidate:#x}", C::MSR);
+}
+
+proptest! {
+    #[test]
+    fn offered_is_a_subset_of_hardware_and_of_what_is_implemented(hw in machines(), value in any::<u32>()) {
+        let o = offered(&hw);
+        subset(o.pin, hw.pin, implemented(caps::PIN), value);
+        subset(o.primary, hw.primary, implemented(caps::PRIMARY), value);
+        subset(o.secondary, hw.secondary, implemented(caps::SECONDARY), value);
+        subset(o.exit, hw.exit, implemented(caps::EXIT), value);
+        subset(o.entry, hw.entry, implemented(caps::ENTRY), value);
+        prop_assert_eq!(o.ept_vpid.0 & !(hw.ept_vpid.0 & caps::EPT_VPID), 0);
+        prop_assert_eq!(o.misc.0 & !(caps::MISC | 0x1FF << 16), 0);
+        prop_assert!(o.misc.cr3_targets() <= hw.misc.cr3_targets().min(4));
+    }
+
+    #[test]
+    fn original_msrs_report_default1_bits_as_fixed(hw in machines()) {
+        fn fixed<C: Controls>(original: Allowed<C>, true_one: Allowed<C>) {
+            assert_eq!(original.must_be_one() & C::DEFAULT1, C::DEFAULT1, "{}", C::MSR);
+            assert_eq!(original.may_be_one(), true_one.may_be_one(), "{}", C::MSR);
+        }
+        let o = offered(&hw);
+        fixed(o.pin_default, o.pin);
+        fixed(o.primary_default, o.primary);
+        fixed(o.exit_default, o.exit);
+        fixed(o.entry_default, o.entry);
+    }
+
+    #[test]
+    fn what_is_offered_reads_back_through_its_msrs(hw in machines()) {
+        let o = offered(&hw);
+        let read = |index| o.msr(index).unwrap_or_else(|| panic!("reads an MSR that it does not have: {index:#x}"));
+        let again = Capabilities::read(read, o.physical_width, o.linear_width);
+        prop_assert_eq!(again, o);
+    }
+
+    #[test]
+    fn offering_again_changes_nothing(hw in machines()) {
+        // An nvmx in L2 offers its own guest the same machine.
+        let once = offered(&hw);
+        prop_assert_eq!(offered(&once), once);
+    }
+
+    #[test]
+    fn no_field_is_offered_that_hardware_has_not(hw in machines()) {
+        let o = offered(&hw);
+        for &field in Field::ALL {
+            prop_assert!(!o.has_field(field) || hw.has_field(field), "{}", field);
+            for access in [Access::Read, Access::Write] {
+                prop_assert!(!is_shadowed(field, access, &o) || o.has_field(field), "{}", field);
+            }
+        }
+        let highest = Field::ALL.iter().filter(|f| o.has_field(**f)).map(|f| f.encoding() & 0x3FE).max();
+        prop_assert_eq!(o.vmcs_enum, u64::from(highest.unwrap_or(0)));
+    }
+
+    #[test]
+    fn dependent_features_come_together(hw in machines()) {
+        let o = offered(&hw);
+        let ept = o.secondary.allows(SecondaryControls::ENABLE_EPT);
+        prop_assert!(ept || !o.secondary.allows(SecondaryControls::UNRESTRICTED_GUEST));
+        prop_assert!(ept || o.ept_vpid.0 as u32 == 0);
+        prop_assert!(o.secondary.allows(SecondaryControls::ENABLE_VPID) || o.ept_vpid.0 >> 32 == 0);
+        let timer = o.pin.allows(PinControls::PREEMPTION_TIMER);
+        prop_assert_eq!(timer, o.exit.allows(ExitControls::SAVE_PREEMPTION_TIMER));
+    }
+}
+
+#[test]
+fn a_rich_machine_offers_all_that_is_implemented() {
+    let o = offered(&rich());
+    assert_eq!(o.pin.may_be_one(), implemented(caps::PIN) | PinControls::DEFAULT1);
+    assert_eq!(o.primary.may_be_one(), implemented(caps::PRIMARY) | PrimaryControls::DEFAULT1);
+    assert_eq!(o.secondary.may_be_one(), implemented(caps::SECONDARY));
+    assert_eq!(o.exit.may_be_one(), implemented(caps::EXIT) | ExitControls::DEFAULT1);
+    assert_eq!(o.entry.may_be_one(), implemented(caps::ENTRY) | EntryControls::DEFAULT1);
+    assert_eq!(o.ept_vpid.0, caps::EPT_VPID);
+}
+
+#[test]
+fn what_nvmx_does_not_implement_is_withheld() {
+    let o = offered(&rich());
+    let primary = PrimaryControls::USE_TPR_SHADOW | PrimaryControls::ACTIVATE_TERTIARY_CONTROLS;
+    let secondary = SecondaryControls::VIRTUALIZE_APIC_ACCESSES
+        | SecondaryControls::VIRTUALIZE_X2APIC_MODE
+        | SecondaryControls::APIC_REGISTER_VIRTUALIZATION
+        | SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY
+        | SecondaryControls::ENABLE_VM_FUNCTIONS
+        | SecondaryControls::VMCS_SHADOWING
+        | SecondaryControls::ENABLE_PML
+        | SecondaryControls::EPT_VIOLATION_VE
+        | SecondaryControls::MODE_BASED_EXECUTE_CONTROL
+        | SecondaryControls::USE_TSC_SCALING;
+    let exit = ExitControls::LOAD_PERF_GLOBAL_CTRL | ExitControls::LOAD_CET | ExitControls::CLEAR_BNDCFGS;
+    let entry = EntryControls::LOAD_PERF_GLOBAL_CTRL | EntryControls::LOAD_CET | EntryControls::ENTRY_TO_SMM;
+    assert_eq!(o.pin.may_be_one() & PinControls::POSTED_INTERRUPTS.bits(), 0);
+    assert_eq!(o.primary.may_be_one() & primary.bits(), 0);
+    assert_eq!(o.secondary.may_be_one() & secondary.bits(), 0);
+    assert_eq!(o.exit.may_be_one() & exit.bits(), 0);
+    assert_eq!(o.entry.may_be_one() & entry.bits(), 0);
+    assert!(!o.ept_vpid.accessed_dirty() && !o.ept_vpid.walk_5() && !o.ept_vpid.advanced_exit_information());
+    assert!(!o.misc.vmwrite_any_field() && !o.misc.activity_shutdown() && !o.misc.activity_wait_for_sipi());
+    assert!(!o.misc.pt_in_vmx() && !o.misc.smbase_msr());
+    assert_eq!(o.msr(msr::IA32_VMX_VMFUNC), None);
+}
+
+#[test]
+fn regions_are_nvmx_s_own() {
+    let o = offered(&rich());
+    assert_eq!(o.basic.revision(), caps::REVISION);
+    assert_eq!(caps::REVISION >> 31, 0, "bit 31 marks a shadow VMCS");
+    assert_eq!((o.basic.region_size(), o.basic.memory_type()), (4096, 6));
+    assert!(!o.basic.addresses_limited_to_32_bits());
+}
+
+#[test]
+fn without_true_msrs_the_original_ones_rule_and_the_true_ones_do_not_exist() {
+    let basic = rich_msr(msr::IA32_VMX_BASIC) & !(1 << 55);
+    let hw = Capabilities::read(
+        |index| match index {
+            msr::IA32_VMX_BASIC => basic,
+            msr::IA32_VMX_TRUE_PINBASED_CTLS..=msr::IA32_VMX_TRUE_ENTRY_CTLS => panic!("#GP: {index:#x}"),
+            other => rich_msr(other),
+        },
+        39,
+        48,
+    );
+    assert_eq!((hw.pin, hw.primary, hw.exit, hw.entry), (hw.pin_default, hw.primary_default, hw.exit_default, hw.entry_default));
+    let o = offered(&hw);
+    for index in msr::IA32_VMX_TRUE_PINBASED_CTLS..=msr::IA32_VMX_TRUE_ENTRY_CTLS {
+        assert_eq!(o.msr(index), None);
+    }
+    assert_eq!(o.primary.must_be_one() & 1 << 15, 1 << 15, "CR3-load exiting cannot be turned off there");
+}
+
+#[test]
+fn every_row_says_how() {
+    fn rows<C: Controls>(table: &[caps::Offer<C>]) {
+        let mut seen = 0;
+        for offer in table {
+            assert_eq!(offer.control.bits().count_ones(), 1);
+            assert_eq!(seen & offer.control.bits(), 0, "{}: bit listed twice", C::MSR);
+            seen |= offer.control.bits();
+            assert!(!offer.how.is_empty());
+        }
+    }
+    rows(caps::PIN);
+    rows(caps::PRIMARY);
+    rows(caps::SECONDARY);
+    rows(caps::EXIT);
+    rows(caps::ENTRY);
+}
+
+#[test]
+fn a_rich_machine_meets_every_requirement() {
+    assert_eq!(rich().missing_requirements().collect::<Vec<_>>(), Vec::<&str>::new());
+}
+
+#[test]
+fn each_requirement_is_named_when_its_msr_bit_is_missing() {
+    // What must be taken from which MSR for the requirement with this text to fail.
+    let cases: &[(&str, u32, u64)] = &[
+        ("MSR bitmaps", msr::IA32_VMX_TRUE_PROCBASED_CTLS, 1 << 60),
+        ("secondary processor-based", msr::IA32_VMX_TRUE_PROCBASED_CTLS, 1 << 63),
+        ("extended page tables", msr::IA32_VMX_PROCBASED_CTLS2, 1 << 33),
+        ("virtual-processor identifiers", msr::IA32_VMX_PROCBASED_CTLS2, 1 << 37),
+        ("unrestricted guest", msr::IA32_VMX_PROCBASED_CTLS2, 1 << 39),
+        ("4 levels", msr::IA32_VMX_EPT_VPID_CAP, 1 << 6),
+        ("write-back EPT", msr::IA32_VMX_EPT_VPID_CAP, 1 << 14),
+        ("INVEPT of a single", msr::IA32_VMX_EPT_VPID_CAP, 1 << 25),
+        ("INVEPT of all", msr::IA32_VMX_EPT_VPID_CAP, 1 << 26),
+        ("INVVPID of a single", msr::IA32_VMX_EPT_VPID_CAP, 1 << 41),
+        ("INVVPID of all", msr::IA32_VMX_EPT_VPID_CAP, 1 << 42),
+        ("64-bit host", msr::IA32_VMX_TRUE_EXIT_CTLS, 1 << 41),
+        ("PAT saved", msr::IA32_VMX_TRUE_EXIT_CTLS, 1 << 50),
+        ("EFER saved", msr::IA32_VMX_TRUE_EXIT_CTLS, 1 << 53),
+        ("IA-32e mode", msr::IA32_VMX_TRUE_ENTRY_CTLS, 1 << 41),
+        ("PAT loaded", msr::IA32_VMX_TRUE_ENTRY_CTLS, 1 << 46),
+        ("EFER loaded", msr::IA32_VMX_TRUE_ENTRY_CTLS, 1 << 47),
+        ("write-back memory type", msr::IA32_VMX_BASIC, 6 << 50),
+    ];
+    let mut named = BTreeSet::new();
+    for &(text, index, bits) in cases {
+        let hw = Capabilities::read(|i| if i == index { rich_msr(i) & !bits } else { rich_msr(i) }, 39, 48);
+        let missing: Vec<_> = hw.missing_requirements().collect();
+        assert!(missing.iter().any(|line| line.contains(text)), "{text}: {missing:?}");
+        named.extend(missing);
+    }
+    for (text, bit) in [("4096", 1 << 44 | 1 << 32), ("above 4 GiB", 1 << 48)] {
+        let basic = rich_msr(msr::IA32_VMX_BASIC) | bit;
+        let hw = Capabilities::read(|i| if i == msr::IA32_VMX_BASIC { basic } else { rich_msr(i) }, 39, 48);
+        let missing: Vec<_> = hw.missing_requirements().collect();
+        assert!(missing.len() == 1 && missing[0].contains(text), "{text}: {missing:?}");
+        named.extend(missing);
+    }
+    let all: BTreeSet<_> = REQUIREMENTS.iter().map(|r| r.text).collect();
+    assert_eq!(named, all, "a requirement without a case here");
+    assert!(all.iter().all(|text| text.contains("IA32_VMX_")), "each line names its MSR");
+}
+
+#[test]
+fn msrs_that_only_exist_with_a_feature_are_not_read_without_it() {
+    let no_secondary = |index| match index {
+        msr::IA32_VMX_TRUE_PROCBASED_CTLS => rich_msr(index) & !(1 << 63),
+        msr::IA32_VMX_PROCBASED_CTLS2 | msr::IA32_VMX_EPT_VPID_CAP | msr::IA32_VMX_VMFUNC => panic!("#GP: {index:#x}"),
+        other => rich_msr(other),
+    };
+    let hw = Capabilities::read(no_secondary, 39, 48);
+    assert!(!hw.has_secondary_controls());
+    assert_eq!(hw.msr(msr::IA32_VMX_PROCBASED_CTLS2), None);
+    assert_eq!(hw.msr(msr::IA32_VMX_EPT_VPID_CAP), None);
+    assert!(!hw.has_field(Field::EPT_POINTER) && hw.has_field(Field::GUEST_RIP));
+    assert_eq!(hw.msr(msr::IA32_VMX_BASIC - 1), None);
+    assert_eq!(hw.msr(msr::LAST), None);
+}
+
+#[test]
+fn addresses_and_registers_are_judged_by_the_machine_s_widths() {
+    let hw = rich();
+    assert!(hw.is_physical((1 << 39) - 1) && !hw.is_physical(1 << 39));
+    for (address, canonical) in [
+        (0, true),
+        (0x0000_7FFF_FFFF_FFFF, true),
+        (0x0000_8000_0000_0000, false),
+        (0xFFFF_7FFF_FFFF_FFFF, false),
+        (0xFFFF_8000_0000_0000, true),
+        (u64::MAX, true),
+    ] {
+        assert_eq!(hw.is_canonical(address), canonical, "{address:#x}");
+    }
+    let wide = Capabilities { linear_width: 57, ..hw };
+    assert!(wide.is_canonical(0x00FF_FFFF_FFFF_FFFF) && !wide.is_canonical(0x0100_0000_0000_0000));
+    assert!(hw.cr0_ok(0x8000_0021) && !hw.cr0_ok(0x8000_0020) && !hw.cr0_ok(0x1_8000_0021));
+    assert!(hw.cr4_ok(0x2000) && !hw.cr4_ok(0) && !hw.cr4_ok(0x2000 | 1 << 63));
+}
