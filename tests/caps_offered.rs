@@ -183,7 +183,10 @@ fn without_true_msrs_the_original_ones_rule_and_the_true_ones_do_not_exist() {
         39,
         48,
     );
-    assert_eq!((hw.pin, hw.primary, hw.exit, hw.entry), (hw.pin_default, hw.primary_default, hw.exit_default, hw.entry_default));
+    assert_eq!(
+        (hw.pin, hw.primary, hw.exit, hw.entry),
+        (hw.pin_default, hw.primary_default, hw.exit_default, hw.entry_default)
+    );
     let o = offered(&hw);
     for index in msr::IA32_VMX_TRUE_PINBASED_CTLS..=msr::IA32_VMX_TRUE_ENTRY_CTLS {
         assert_eq!(o.msr(index), None);
