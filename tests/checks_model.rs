@@ -1,0 +1,204 @@
+//! The rules on control fields against a second statement of them: bit numbers instead of names, all violations instead of
+//! the first, written from the SDM's paragraphs.
+
+mod core_support;
+
+use core_support::{Vmcs, rich, valid_vmcs12};
+use nvmx::nested::caps::offered;
+use nvmx::nested::checks::{check_controls, check_live_controls};
+use nvmx::vmx::caps::Misc;
+use nvmx::vmx::{Capabilities, Field, Field::*, Fields};
+use proptest::prelude::*;
+use proptest::sample::select;
+use std::collections::BTreeSet;
+
+const PHYSICAL_WIDTH: u32 = 39;
+
+fn bit(value: u64, number: u32) -> bool {
+    (value >> number) % 2 == 1
+}
+
+/// "Reserved bits ... must be set properly": each bit on its own.
+fn allowed(value: u64, msr: u64) -> bool {
+    (0..32).all(|i| if bit(value, i) { bit(msr, i + 32) } else { !bit(msr, i) })
+}
+
+fn beyond_width(address: u64) -> bool {
+    (PHYSICAL_WIDTH..64).any(|i| bit(address, i))
+}
+
+fn page_pointer(address: u64) -> bool {
+    address % 4096 == 0 && !beyond_width(address)
+}
+
+fn list(address: u64, count: u64) -> bool {
+    // In 128 bits nothing wraps.
+    let end = u128::from(address) + 16 * u128::from(count);
+    count == 0 || address % 16 == 0 && end <= 1 << PHYSICAL_WIDTH
+}
+
+/// Names of all rules that `v` violates.
+fn violations(v: &Vmcs, caps: &Capabilities) -> BTreeSet<&'static str> {
+    let pin = v.get(PIN_BASED_VM_EXEC_CONTROL);
+    let primary = v.get(CPU_BASED_VM_EXEC_CONTROL);
+    let written = v.get(SECONDARY_VM_EXEC_CONTROL);
+    let secondary = if bit(primary, 31) { written } else { 0 };
+    let exit = v.get(VM_EXIT_CONTROLS);
+    let entry = v.get(VM_ENTRY_CONTROLS);
+    let msr = |index| caps.msr(index).unwrap();
+    let mut broken = BTreeSet::new();
+    let mut demand = |name, holds: bool| {
+        if !holds {
+            broken.insert(name);
+        }
+    };
+
+    demand("PinControls", allowed(pin, msr(0x48D)));
+    demand("PrimaryControls", allowed(primary, msr(0x48E)));
+    demand("SecondaryControls", !bit(primary, 31) || allowed(secondary, msr(0x48B)));
+    demand("Cr3TargetCount", v.get(CR3_TARGET_COUNT) <= msr(0x485) >> 16 & 0x1FF);
+    if bit(primary, 25) {
+        demand("IoBitmapAddress", page_pointer(v.get(IO_BITMAP_A)) && page_pointer(v.get(IO_BITMAP_B)));
+    }
+    if bit(primary, 28) {
+        demand("MsrBitmapAddress", page_pointer(v.get(MSR_BITMAP)));
+    }
+    if !bit(pin, 3) {
+        demand("VirtualNmisNeedNmiExiting", !bit(pin, 5));
+    }
+    if !bit(pin, 5) {
+        demand("NmiWindowNeedsVirtualNmis", !bit(primary, 22));
+    }
+    if bit(secondary, 5) {
+        demand("VpidNotZero", v.get(VIRTUAL_PROCESSOR_ID) != 0);
+    }
+    let eptp = v.get(EPT_POINTER);
+    if bit(secondary, 1) {
+        let capability = msr(0x48C);
+        demand("EptpMemoryType", [(0, 8), (6, 14)].iter().any(|&(kind, cap)| eptp % 8 == kind && bit(capability, cap)));
+        demand(
+            "EptpWalkLength",
+            [(3, 6), (4, 7)].iter().any(|&(len, cap)| eptp / 8 % 8 == len && bit(capability, cap)),
+        );
+        demand("EptpAccessedDirty", !bit(eptp, 6) || bit(capability, 21));
+        demand(
+            "EptpReserved",
+            (!bit(eptp, 7) || bit(capability, 23)) && (8..12).all(|i| !bit(eptp, i)) && !beyond_width(eptp),
+        );
+    } else {
+        demand("UnrestrictedGuestNeedsEpt", !bit(secondary, 7));
+    }
+
+    demand("ExitControls", allowed(exit, msr(0x48F)));
+    if !bit(pin, 6) {
+        demand("SaveTimerNeedsTimer", !bit(exit, 22));
+    }
+    demand("ExitMsrStoreList", list(v.get(VM_EXIT_MSR_STORE_ADDR), v.get(VM_EXIT_MSR_STORE_COUNT)));
+    demand("ExitMsrLoadList", list(v.get(VM_EXIT_MSR_LOAD_ADDR), v.get(VM_EXIT_MSR_LOAD_COUNT)));
+
+    demand("EntryControls", allowed(entry, msr(0x490)));
+    demand("EntryMsrLoadList", list(v.get(VM_ENTRY_MSR_LOAD_ADDR), v.get(VM_ENTRY_MSR_LOAD_COUNT)));
+    let info = v.get(VM_ENTRY_INTR_INFO_FIELD);
+    if bit(info, 31) {
+        let (vector, kind, deliver) = (info & 0xFF, info >> 8 & 7, bit(info, 11));
+        let mtf = bit(msr(0x48E), 32 + 27);
+        demand("EventType", kind != 1 && (kind != 7 || mtf));
+        demand("EventVector", (kind != 2 || vector == 2) && (kind != 3 || vector < 32) && (kind != 7 || vector == 0));
+        let pushes = [8, 10, 11, 12, 13, 14, 17].contains(&vector);
+        let protected = bit(v.get(GUEST_CR0), 0);
+        let right = match (kind == 3 && protected, bit(msr(0x480), 56)) {
+            (false, _) => !deliver,
+            (true, true) => true,
+            (true, false) => deliver == pushes,
+        };
+        demand("EventErrorCodeBit", right);
+        demand("EventReserved", (12..31).all(|i| !bit(info, i)));
+        demand("EventErrorCode", !deliver || v.get(VM_ENTRY_EXCEPTION_ERROR_CODE) < 0x1_0000);
+        let length = v.get(VM_ENTRY_INSTRUCTION_LEN);
+        let shortest = if bit(msr(0x485), 30) { 0 } else { 1 };
+        demand("EventInstructionLength", ![4, 5, 6].contains(&kind) || (shortest..16).contains(&length));
+    }
+    broken
+}
+
+const TOUCHED: &[Field] = &[
+    PIN_BASED_VM_EXEC_CONTROL,
+    CPU_BASED_VM_EXEC_CONTROL,
+    SECONDARY_VM_EXEC_CONTROL,
+    VM_EXIT_CONTROLS,
+    VM_ENTRY_CONTROLS,
+    IO_BITMAP_A,
+    IO_BITMAP_B,
+    MSR_BITMAP,
+    VIRTUAL_PROCESSOR_ID,
+    EPT_POINTER,
+    CR3_TARGET_COUNT,
+    VM_EXIT_MSR_STORE_ADDR,
+    VM_EXIT_MSR_STORE_COUNT,
+    VM_EXIT_MSR_LOAD_ADDR,
+    VM_EXIT_MSR_LOAD_COUNT,
+    VM_ENTRY_MSR_LOAD_ADDR,
+    VM_ENTRY_MSR_LOAD_COUNT,
+    VM_ENTRY_INTR_INFO_FIELD,
+    VM_ENTRY_EXCEPTION_ERROR_CODE,
+    VM_ENTRY_INSTRUCTION_LEN,
+    GUEST_CR0,
+];
+
+#[derive(Clone, Debug)]
+enum Change {
+    Flip(Field, u32),
+    Set(Field, u64),
+}
+
+fn changes() -> impl Strategy<Value = Vec<Change>> {
+    let event = (0u64..32, 0u64..8, any::<bool>(), 0u32..20).prop_map(|(vector, kind, deliver, stray)| {
+        let reserved = if stray > 17 { 1 << (stray - 5) } else { 0 };
+        Change::Set(VM_ENTRY_INTR_INFO_FIELD, 1 << 31 | vector | kind << 8 | u64::from(deliver) << 11 | reserved)
+    });
+    let interesting =
+        select(vec![0, 1, 4, 5, 15, 16, 0x1000, 1 << 38, (1 << 39) - 16, 1 << 39, u64::MAX - 15, u64::MAX]);
+    let change = prop_oneof![
+        4 => (select(TOUCHED), 0u32..64).prop_map(|(field, bit)| Change::Flip(field, bit)),
+        2 => (select(TOUCHED), interesting).prop_map(|(field, value)| Change::Set(field, value)),
+        1 => (select(TOUCHED), any::<u64>()).prop_map(|(field, value)| Change::Set(field, value)),
+        3 => event,
+    ];
+    prop::collection::vec(change, 0..5)
+}
+
+fn machines() -> impl Strategy<Value = Capabilities> {
+    (any::<bool>(), any::<bool>(), 0u64..5).prop_map(|(zero_length, any_error_code, targets)| {
+        let mut caps = offered(&rich());
+        let misc = caps.misc.0 & !(1 << 30 | 0x1FF << 16);
+        caps.misc = Misc(misc | u64::from(zero_length) << 30 | targets << 16);
+        caps.basic.0 |= u64::from(any_error_code) << 56;
+        caps
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4096))]
+
+    #[test]
+    fn both_statements_of_the_rules_agree(caps in machines(), changes in changes()) {
+        let mut v = valid_vmcs12(&caps);
+        for change in changes {
+            match change {
+                Change::Flip(field, bit) => {
+                    let value = (v.get(field) ^ 1 << bit) & field.mask();
+                    v.set(field, value);
+                }
+                Change::Set(field, value) => _ = v.set(field, value & field.mask()),
+            }
+        }
+        let broken = violations(&v, &caps);
+        match check_controls(&v, &caps) {
+            Ok(_) => prop_assert!(broken.is_empty(), "not found: {:?}", broken),
+            Err(failure) => prop_assert!(broken.contains(failure.check.name()), "{} but {:?}", failure.check, broken),
+        }
+        if let Err(failure) = check_live_controls(&v, &caps) {
+            prop_assert!(broken.contains(failure.check.name()), "{} but {:?}", failure.check, broken);
+        }
+    }
+}
