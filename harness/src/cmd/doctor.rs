@@ -23,6 +23,7 @@ struct Doctor<'a> {
     ui: &'a Ui,
     power: Power,
     packages: Vec<&'static str>,
+    to_do: usize,
     blocked: usize,
 }
 
@@ -34,8 +35,10 @@ impl Doctor<'_> {
             State::Missing => ("MISSING", Style::new().red()),
             State::Info => ("       ", Style::new()),
         };
-        if matches!(state, State::Missing) {
-            self.blocked += 1;
+        match state {
+            State::Missing => self.blocked += 1,
+            State::Will => self.to_do += 1,
+            State::Ok | State::Info => {}
         }
         self.ui.line(&format!("{} {what:<10} {text}", self.ui.paint(mark, style)));
     }
@@ -67,7 +70,7 @@ impl Doctor<'_> {
 /// [`Stop::Environment`] if `run` could neither work now nor set itself up.
 pub fn run(ui: &Ui, args: &DoctorArgs) -> Result<()> {
     let paths = Paths::find()?;
-    let mut doctor = Doctor { ui, power: Power::find(), packages: Vec::new(), blocked: 0 };
+    let mut doctor = Doctor { ui, power: Power::find(), packages: Vec::new(), to_do: 0, blocked: 0 };
     let (id, codename) = sources::distribution().unwrap_or_default();
     doctor.say(State::Info, "system", format!("{id} {codename}").trim());
     let power = doctor.power.text();
@@ -85,9 +88,9 @@ pub fn run(ui: &Ui, args: &DoctorArgs) -> Result<()> {
         doctor.need("VGA BIOS", &bochs::VGA_BIOS);
     }
     cache(&mut doctor, &paths);
-    let (blocked, packages) = (doctor.blocked, doctor.packages);
+    let (blocked, to_do, packages) = (doctor.blocked, doctor.to_do, doctor.packages);
     if blocked == 0 {
-        let text = if packages.is_empty() { "`./nvmx run` can start" } else { "`./nvmx run` sets up what is missing" };
+        let text = if to_do == 0 { "`./nvmx run` can start" } else { "`./nvmx run` sets up what is missing" };
         ui.line(text);
         return Ok(());
     }

@@ -104,21 +104,22 @@ pub fn set_up(ui: &Ui, paths: &Paths, given: Option<&Path>) -> Result<Bochs> {
 /// # Errors
 /// If it is no Bochs.
 pub fn look_at(path: &Path) -> Result<Bochs> {
-    let run = |args: &[&str]| -> Result<String> {
-        let out = Command::new(path).args(args).stdin(std::process::Stdio::null()).output()?;
-        Ok(String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr))
-    };
-    let text = run(&["--help"]).context("cannot be started")?;
+    let text = ask(path, &["--help"]).context("cannot be started")?;
     let version = version_of(&text).context("does not say that it is a Bochs x86 emulator")?;
     let flavour = flavour_of(&text);
     let lost = lost(&version, flavour);
     Ok(Bochs { path: path.to_path_buf(), version, flavour, lost: Some(lost) })
 }
 
+/// What it prints; its help goes to stderr.
+fn ask(path: &Path, args: &[&str]) -> Result<String> {
+    let out = Command::new(path).args(args).stdin(std::process::Stdio::null()).output()?;
+    Ok(String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr))
+}
+
 /// The CPU models that a Bochs offers.
 pub fn models(path: &Path) -> Vec<String> {
-    let out = Command::new(path).args(["--help", "cpu"]).stdin(std::process::Stdio::null()).output();
-    out.map(|out| models_of(&String::from_utf8_lossy(&out.stdout))).unwrap_or_default()
+    ask(path, &["--help", "cpu"]).map(|text| models_of(&text)).unwrap_or_default()
 }
 
 fn models_of(help: &str) -> Vec<String> {
