@@ -19,7 +19,7 @@ macro_rules! event {
         pub struct Event {
             /// Its name
             pub event: String,
-            /// Who handles the exit under nvmx: `L2`, `nvmx` or `none`
+            /// Who handles the exit under nvmx: `L2`, `nvmx` or `hardware`
             pub handled_by: String,
             /// Events in the bracket under nvmx
             pub count: u64,
@@ -96,22 +96,22 @@ pub fn events(bare: Option<&Transcript>, nested: &Transcript) -> Vec<Event> {
 
 fn row(name: &str, bare: Option<&Transcript>, nested: &Transcript) -> Event {
     // Events of L3 are compared by L3's bracket; one that only L2 has (its own CPUID, say) by L2's.
-    let (inner, inner_scope) = match bracket(nested, name, "l3") {
-        Some(record) => (Some(record), "l3".to_string()),
-        None => {
-            let own = nested.of_kind(Kind::Event).find(|r| r.get("name") == Some(name));
-            (own, own.and_then(|r| r.get("scope")).unwrap_or("native").to_string())
-        }
+    let scope_in = |t: &Transcript| {
+        let scopes: Vec<&str> = named(t, name).filter_map(|r| r.get("scope")).collect();
+        if scopes.contains(&"l3") { Some("l3".to_string()) } else { scopes.first().map(|s| s.to_string()) }
     };
+    let scope = scope_in(nested).or_else(|| bare.and_then(scope_in)).unwrap_or_default();
+    let inner = bracket(nested, name, &scope);
     let bare_of = |scope: &str| bare.and_then(|t| average(t, bracket(t, name, scope)?, scope, "ticks"));
-    let native = bare_of("native").or_else(|| if inner_scope == "l3" { None } else { bare_of(&inner_scope) });
-    let of = |key: &str| average(nested, inner?, &inner_scope, key);
-    let text = |key: &str| inner.and_then(|r| r.get(key)).unwrap_or_default().to_string();
+    let own = if scope == "l3" { None } else { bare_of(&scope) };
+    let of = |key: &str| average(nested, inner?, &scope, key);
+    let any = inner.or_else(|| bracket(bare?, name, &scope));
+    let handled_by = any.and_then(|r| r.get("handled_by")).unwrap_or_default();
     Event {
         event: name.to_string(),
-        handled_by: text("handled_by"),
+        handled_by: handled_by.to_string(),
         count: inner.and_then(|r| r.number("count").ok()).unwrap_or(0),
-        native,
+        native: bare_of("native").or(own),
         one_level: bare_of("l3"),
         nested: of("ticks"),
         hw_exits: of("hw_exits"),
@@ -130,6 +130,10 @@ fn row(name: &str, bare: Option<&Transcript>, nested: &Transcript) -> Event {
         ept02_fills: of("ept02_fills"),
         ept02_flushes: of("ept02_flushes"),
     }
+}
+
+fn named<'a>(transcript: &'a Transcript, name: &'a str) -> impl Iterator<Item = &'a OwnedRecord> {
+    transcript.of_kind(Kind::Event).filter(move |r| r.get("name") == Some(name))
 }
 
 fn bracket<'a>(transcript: &'a Transcript, name: &str, scope: &str) -> Option<&'a OwnedRecord> {
@@ -158,17 +162,17 @@ pub mod tests {
     /// A run with a CPUID of L3 and one of L2.
     pub fn sample() -> Vec<Event> {
         let bare = transcript(&[
-            "@L2 event name=empty handled_by=none scope=native count=1 ticks=10",
-            "@L2 event name=cpuid handled_by=none scope=native count=1000 ticks=3010",
-            "@L2 event name=empty handled_by=none scope=l3 count=1 ticks=50",
+            "@L2 event name=empty handled_by=hardware scope=native count=1 ticks=10",
+            "@L2 event name=cpuid handled_by=hardware scope=native count=1000 ticks=3010",
+            "@L2 event name=empty handled_by=hardware scope=l3 count=1 ticks=50",
             "@L2 event name=cpuid handled_by=L2 scope=l3 count=1000 ticks=260050",
-            "@L2 event name=l2_cpuid handled_by=none scope=native count=100 ticks=310",
+            "@L2 event name=l2_cpuid handled_by=nvmx scope=l2 count=100 ticks=310",
         ]);
         let nested = transcript(&[
-            "@L2 event name=empty handled_by=none scope=l3 count=1 ticks=100 hw_exits=2 l1_ticks=7 l1_vmread=5",
+            "@L2 event name=empty handled_by=hardware scope=l3 count=1 ticks=100 hw_exits=2 l1_ticks=7 l1_vmread=5",
             "@L2 event name=cpuid handled_by=L2 scope=native count=1000 ticks=9999",
             "@L2 event name=cpuid handled_by=L2 scope=l3 count=1000 ticks=1200100 hw_exits=2002 l1_ticks=900007 l1_vmread=19005",
-            "@L2 event name=l2_cpuid handled_by=nvmx scope=native count=100 ticks=20000 hw_exits=100",
+            "@L2 event name=l2_cpuid handled_by=nvmx scope=l2 count=100 ticks=20000 hw_exits=100",
         ]);
         events(Some(&bare), &nested)
     }
@@ -187,7 +191,7 @@ pub mod tests {
     fn an_event_of_l2_alone_is_compared_with_the_bare_machine() {
         let rows = sample();
         let own = rows.iter().find(|r| r.event == "l2_cpuid").unwrap();
-        assert_eq!((own.native, own.one_level), (Some(3.0), None));
+        assert_eq!((own.native, own.one_level), (Some(3.1), None));
         assert_eq!((own.nested, own.hw_exits), (Some(200.0), Some(1.0)));
         assert_eq!(own.handled_by, "nvmx");
     }

@@ -2,7 +2,7 @@
 
 use super::Event;
 use crate::backend::Unit;
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
 
 const HEAD: [&str; 13] = [
     "event",
@@ -23,7 +23,10 @@ const HEAD: [&str; 13] = [
 /// The table: averages per event.
 pub fn render(events: &[Event]) -> String {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
+    let rule = LineStyle::none().fill('─').junction('─');
+    table
+        .load_style(presets::NOTHING.header_separator(rule).bottom_border(rule))
+        .set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(HEAD);
     for column in table.column_iter_mut().skip(2) {
         column.set_cell_alignment(CellAlignment::Right);

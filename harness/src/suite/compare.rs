@@ -22,6 +22,9 @@ pub const WAIVERS: &[Waiver] = &[];
 /// # Errors
 /// The first differences, one per line.
 pub fn agree(one: &Outcome, other: &Outcome) -> Result<(), String> {
+    for boot in [one, other] {
+        boot.verdict().map_err(|e| format!("{}: {e}; nothing to compare", boot.name))?;
+    }
     let (a, b) = (checks(one), checks(other));
     if a.is_empty() {
         return Err(format!("{} has no check records: nothing is compared", one.name));
@@ -29,13 +32,13 @@ pub fn agree(one: &Outcome, other: &Outcome) -> Result<(), String> {
     let mut differences = Vec::new();
     for (key, left) in &a {
         match b.get(key) {
-            None => differences.push(format!("{}: only in {}: {left}", key.0, one.name)),
+            None => differences.push(format!("{}: only in {}: {}", key.0, one.name, short(left))),
             Some(right) => differences.extend(differ(left, right)),
         }
     }
     for (key, right) in &b {
         if !a.contains_key(key) {
-            differences.push(format!("{}: only in {}: {right}", key.0, other.name));
+            differences.push(format!("{}: only in {}: {}", key.0, other.name, short(right)));
         }
     }
     if differences.is_empty() {
@@ -63,6 +66,15 @@ fn checks(outcome: &Outcome) -> BTreeMap<(String, usize), &OwnedRecord> {
     all
 }
 
+/// Enough of a record to find it.
+fn short(record: &OwnedRecord) -> String {
+    let text = record.to_string();
+    match text.char_indices().nth(100) {
+        Some((end, _)) => format!("{} ...", &text[..end]),
+        None => text,
+    }
+}
+
 fn differ(left: &OwnedRecord, right: &OwnedRecord) -> Vec<String> {
     let name = left.get("name").unwrap_or("?");
     let mut keys: Vec<&str> = left.fields.iter().chain(&right.fields).map(|(k, _)| k.as_str()).collect();
@@ -84,9 +96,10 @@ mod tests {
     use std::time::Duration;
 
     fn outcome(name: &str, lines: &[&str]) -> Outcome {
+        let end = Line::parse("@L2 end status=pass failed=0");
         Outcome {
             name: name.into(),
-            transcript: Transcript { lines: lines.iter().map(|l| Line::parse(l)).collect() },
+            transcript: Transcript { lines: lines.iter().map(|l| Line::parse(l)).chain([end]).collect() },
             ended: Ended::Itself,
             machine: Vec::new(),
             took: Duration::ZERO,
@@ -116,8 +129,11 @@ mod tests {
 
     #[test]
     fn boots_without_check_records_do_not_agree() {
-        let empty = outcome("bare", &["@L2 end status=pass failed=0"]);
+        let empty = outcome("bare", &[]);
         assert!(agree(&empty, &empty).is_err());
+        let unfinished = outcome("nvmx", &["@L2 check name=a", "@L1 epitaph who=L2 where=x why=y"]);
+        let whole = outcome("bare", &["@L2 check name=a"]);
+        assert!(agree(&whole, &unfinished).is_err());
     }
 
     #[test]

@@ -121,7 +121,7 @@ fn judge<'a>(case: &'a Case, done: &BTreeMap<&str, Result<Outcome, String>>) -> 
         case,
         result: problem.map_or_else(|| (case.judge)(&outcomes), Err),
         folders: outcomes.iter().map(|o| o.folder.display().to_string()).collect(),
-        seconds: outcomes.iter().map(|o| o.took.as_secs_f64()).sum(),
+        seconds: outcomes.iter().fold(0.0, |sum, o| sum + o.took.as_secs_f64()),
     }
 }
 
