@@ -5,6 +5,9 @@
 //!
 //! Source: Intel SDM vol. 3C, "VMX Instruction Reference": "Conventions" and "VM Instruction Error Numbers".
 
+use crate::vmx::exit::ExitReason;
+use core::fmt;
+
 /// An exception to be delivered to the guest that executed the instruction.
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -108,4 +111,23 @@ pub enum KillReason {
     UnexpectedExit(u32),
     /// INIT arrived, or another request to reset the machine.
     Reset,
+}
+
+impl fmt::Display for KillReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            KillReason::TripleFault => f.write_str("triple fault of L2"),
+            KillReason::ForbiddenMemory(at) => {
+                write!(f, "access to {at}, where L2 owns no memory (nvmx's own range, or beyond the physical width)")
+            }
+            KillReason::VmxAbort(indicator) => write!(f, "VMX abort {indicator}: L2's VM-exit state cannot be loaded"),
+            KillReason::EntryFailed { reason, qualification } => {
+                write!(f, "the processor refused the VM entry: reason {reason:#x}, qualification {qualification:#x}")
+            }
+            KillReason::UnexpectedExit(reason) => {
+                write!(f, "VM exit {:?} that nvmx does not handle", ExitReason(reason))
+            }
+            KillReason::Reset => f.write_str("INIT: the machine is to be reset"),
+        }
+    }
 }

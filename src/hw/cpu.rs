@@ -28,7 +28,7 @@ use crate::{
 const STACKS: u64 = 0xFFFF_C000_0000_0000;
 const STACK_SLOT: u64 = 0x2_0000;
 const STACKS_PER_CPU: u64 = 4;
-const MAIN_STACK: u64 = 0x1_0000;
+const MAIN_STACK: u64 = 0x1_C000;
 const IST_STACK: u64 = 0x4000;
 
 /// Selectors of the GDT of every processor.
@@ -48,7 +48,7 @@ const IA32_GS_BASE: u32 = 0xC000_0101;
 pub struct PerCpu {
     /// Its own address: `gs:[0]`.
     this: *const PerCpu,
-    nmi_pending: AtomicBool,
+    pub(super) nmi_pending: AtomicBool,
     index: u32,
     apic_id: u32,
     last_l2: LastExit,

@@ -142,11 +142,8 @@ global_asm!(
     "iretq",
     ".pushsection .rodata.entry_window, \"a\", @progbits",
     ".balign 8",
-    // The window in which an NMI must not be overlooked: between the last look at the flag and the VM entry. Its
-    // labels are in `vmenter`; without one the window is empty.
-    ".weak nvmx_entry_window_start",
-    ".weak nvmx_entry_window_end",
-    ".weak nvmx_entry_window_bail",
+    // The window in which an NMI must not be overlooked: between the last look at the flag and the VM entry, in
+    // `vmenter`.
     "entry_window:",
     ".quad nvmx_entry_window_start, nvmx_entry_window_end, nvmx_entry_window_bail",
     ".popsection",

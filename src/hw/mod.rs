@@ -1,6 +1,7 @@
 //! The only place with unsafe code: instructions, registers, boot.
 
 pub mod boot;
+pub mod cache;
 pub mod cpu;
 pub mod cr;
 pub mod epitaph;
@@ -9,3 +10,5 @@ pub mod msr;
 pub mod phys;
 mod port;
 pub mod serial;
+pub mod vmenter;
+pub mod vmx;

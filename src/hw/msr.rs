@@ -83,3 +83,10 @@ pub unsafe fn wrmsr_safe(index: u32, value: u64) -> Result<(), Fault> {
     }
     if failed == 0 { Ok(()) } else { Err(Fault::GeneralProtection(0)) }
 }
+
+/// IA32_EFER as nvmx runs with it.
+pub fn efer() -> u64 {
+    const IA32_EFER: u32 = 0xC000_0080;
+    // SAFETY: every 64-bit processor has IA32_EFER.
+    unsafe { rdmsr(IA32_EFER) }
+}

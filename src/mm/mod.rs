@@ -9,6 +9,7 @@
 pub mod frames;
 pub mod guest;
 pub mod l2_image;
+pub mod linear;
 pub mod map;
 pub mod mtrr;
 pub mod paging;

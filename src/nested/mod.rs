@@ -1,6 +1,97 @@
-//! Virtual VMX: the state machine, instructions, checks, merge, route, reflect.
+//! Virtual VMX: what L2 gets when it executes VMX instructions.
+//!
+//! The state machine is [`Operation`]. Each active vmcs12 has a [`Slot`] with nvmx's copy of it and a vmcs02 of its own, so
+//! that switching between vmcs12s costs no copy; a slot is the counterpart of what a processor keeps of an active VMCS.
+//! Source: Intel SDM vol. 3C, "Virtual-Machine Control Structures" and "VMX Instruction Reference" (December 2024).
 
 pub mod caps;
 pub mod checks;
+pub mod entry;
+pub mod events;
+pub mod inherit;
+pub mod instr;
+pub mod l3_exit;
 pub mod merge;
+pub mod msr_lists;
+pub mod reflect;
 pub mod route;
+pub mod slot;
+pub mod vmcs12;
+pub mod vpid;
+
+pub use state::{Nested, Operation, SLOTS};
+
+mod state {
+    use super::slot::Slot;
+    use super::vpid::VpidMap;
+    use crate::addr::Gpa;
+    use crate::nested::checks::CheckId;
+    use arrayvec::ArrayVec;
+
+    /// How many vmcs12s can be active at once; a further VMPTRLD writes the least recently used one back.
+    pub const SLOTS: usize = 8;
+
+    /// Where L2 stands with VMX.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub enum Operation {
+        /// Outside VMX operation.
+        Off,
+        /// VMX root operation: L2 runs.
+        Root {
+            /// Operand of VMXON.
+            vmxon_ptr: Gpa,
+            /// The slot of the current vmcs12.
+            current: Option<usize>,
+        },
+        /// VMX non-root operation: L3 runs on the vmcs02 of this slot.
+        NonRoot {
+            /// Operand of VMXON.
+            vmxon_ptr: Gpa,
+            /// The slot of the current vmcs12.
+            current: usize,
+        },
+    }
+
+    /// The virtual VMX of one CPU.
+    pub struct Nested {
+        /// Where L2 stands.
+        pub operation: Operation,
+        /// Active vmcs12s.
+        pub slots: ArrayVec<Slot, SLOTS>,
+        /// vpid12 to vpid02.
+        pub vpids: VpidMap,
+        /// The rule that the last refused VM entry broke.
+        pub last_failure: Option<CheckId>,
+        /// Counts VMPTRLDs, for the order of use.
+        pub uses: u64,
+    }
+
+    impl Nested {
+        /// Outside VMX operation, with these free slots.
+        pub fn new(slots: ArrayVec<Slot, SLOTS>) -> Self {
+            Nested { operation: Operation::Off, slots, vpids: VpidMap::new(), last_failure: None, uses: 0 }
+        }
+
+        /// Operand of VMXON while in VMX operation.
+        pub fn vmxon_ptr(&self) -> Option<Gpa> {
+            match self.operation {
+                Operation::Off => None,
+                Operation::Root { vmxon_ptr, .. } | Operation::NonRoot { vmxon_ptr, .. } => Some(vmxon_ptr),
+            }
+        }
+
+        /// Index of the slot of the current vmcs12.
+        pub fn current(&self) -> Option<usize> {
+            match self.operation {
+                Operation::Off => None,
+                Operation::Root { current, .. } => current,
+                Operation::NonRoot { current, .. } => Some(current),
+            }
+        }
+
+        /// The slot of the vmcs12 at `vmptr`, if it is active.
+        pub fn find(&self, vmptr: Gpa) -> Option<usize> {
+            self.slots.iter().position(|s| s.vmptr == Some(vmptr))
+        }
+    }
+}

@@ -1,1 +1,14 @@
-//! One virtual CPU: state, the run loop, exit dispatch.
+//! One virtual CPU: the state, the run loop, and what both levels have in common.
+
+pub mod counters;
+mod cpu;
+pub mod host;
+pub mod inject;
+pub mod l2_exit;
+pub mod operand;
+mod run;
+mod start;
+pub mod vmcs01;
+
+pub use cpu::{Config, Cpu, Next, Stop};
+pub use start::start;

@@ -228,3 +228,15 @@ fn event_instruction_length(v: &View<impl Fields>) -> bool {
     let shortest = if v.caps.misc.zero_length_injection() { 0 } else { 1 };
     implies(used, (shortest..=15).contains(&v.get32(Field::VM_ENTRY_INSTRUCTION_LEN)))
 }
+
+/// Would this EPTP pass the checks of a VM entry? INVEPT asks the same.
+pub fn eptp_is_valid(eptp: u64, caps: &Capabilities) -> bool {
+    let fields = |field| match field {
+        Field::EPT_POINTER => eptp,
+        Field::CPU_BASED_VM_EXEC_CONTROL => PrimaryControls::ACTIVATE_SECONDARY_CONTROLS.bits() as u64,
+        Field::SECONDARY_VM_EXEC_CONTROL => SecondaryControls::ENABLE_EPT.bits() as u64,
+        _ => 0,
+    };
+    let v = &View { fields: &fields, caps };
+    eptp_memory_type(v) && eptp_walk_length(v) && eptp_accessed_dirty(v) && eptp_reserved(v)
+}

@@ -15,7 +15,7 @@ mod segments;
 mod state;
 mod view;
 
-pub use controls::{check_cached_controls, check_controls, check_live_controls};
+pub use controls::{check_cached_controls, check_controls, check_live_controls, eptp_is_valid};
 pub use guest::{GuestContext, GuestMemory, check_guest, check_guest_beyond_hardware};
 pub use host::check_host;
 pub use id::CheckId;

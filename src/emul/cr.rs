@@ -1,0 +1,211 @@
+//! MOV to CR0, LMSW, CLTS and MOV to CR4 of L2, where they touch a bit that nvmx owns: pure decisions.
+//!
+//! nvmx owns CR4.VMXE always, CR0.NE always (VMX needs it; L2 sees its own value), and CR0.PE and CR0.PG while L2 is in VMX
+//! operation. Source: SDM vol. 3A, "Control Registers", vol. 3C, "Restrictions on VMX Operation".
+
+use crate::error::Fault;
+use bitflags::bitflags;
+
+bitflags! {
+    /// Bits of CR0 that matter here.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub struct Cr0: u64 {
+        /// Protection enable
+        const PE = 1 << 0;
+        /// Task switched
+        const TS = 1 << 3;
+        /// Numeric error
+        const NE = 1 << 5;
+        /// Write protect
+        const WP = 1 << 16;
+        /// Not write-through
+        const NW = 1 << 29;
+        /// Cache disable
+        const CD = 1 << 30;
+        /// Paging
+        const PG = 1 << 31;
+        const _ = !0;
+    }
+}
+
+bitflags! {
+    /// Bits of CR4 that matter here.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub struct Cr4: u64 {
+        /// Page size extensions
+        const PSE = 1 << 4;
+        /// Physical address extension
+        const PAE = 1 << 5;
+        /// Global pages
+        const PGE = 1 << 7;
+        /// 57-bit linear addresses
+        const LA57 = 1 << 12;
+        /// VMX enable
+        const VMXE = 1 << 13;
+        /// SMX enable
+        const SMXE = 1 << 14;
+        /// PCIDs
+        const PCIDE = 1 << 17;
+        /// XSAVE and XGETBV enable
+        const OSXSAVE = 1 << 18;
+        /// Supervisor-mode execution prevention
+        const SMEP = 1 << 20;
+        /// Supervisor-mode access prevention
+        const SMAP = 1 << 21;
+        /// Protection keys
+        const PKE = 1 << 22;
+        const _ = !0;
+    }
+}
+
+const EFER_LME: u64 = 1 << 8;
+
+/// The state that the rules depend on.
+#[derive(Clone, Copy, Debug)]
+pub struct Mode {
+    /// CR0 as L2 sees it.
+    pub cr0: u64,
+    /// CR4 as L2 sees it.
+    pub cr4: u64,
+    /// IA32_EFER
+    pub efer: u64,
+    /// CS.L
+    pub cs_long: bool,
+    /// L2 is in VMX operation.
+    pub vmx_operation: bool,
+}
+
+/// What else a new value of CR0 or CR4 brings about.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Effects {
+    /// IA32_EFER.LMA changes to this.
+    pub long_mode: Option<bool>,
+    /// PDPTEs must be loaded from CR3.
+    pub load_pdptes: bool,
+    /// The TLB must forget translations.
+    pub flush: bool,
+}
+
+/// MOV to CR0 of `new`: the faults and the effects, in 64-bit or protected mode with CPL 0.
+pub fn write_cr0(mode: Mode, new: u64) -> Result<Effects, Fault> {
+    let (old, new) = (Cr0::from_bits_retain(mode.cr0), Cr0::from_bits_retain(new));
+    let cr4 = Cr4::from_bits_retain(mode.cr4);
+    let gp = Err(Fault::GeneralProtection(0));
+    if new.bits() >> 32 != 0
+        || new.contains(Cr0::PG) && !new.contains(Cr0::PE)
+        || new.contains(Cr0::NW) && !new.contains(Cr0::CD)
+    {
+        return gp;
+    }
+    // IA32_VMX_CR0_FIXED0 as L2 sees it: no unrestricted root operation.
+    if mode.vmx_operation && !new.contains(Cr0::PE | Cr0::PG | Cr0::NE) {
+        return gp;
+    }
+    let mut effects = Effects { flush: (old ^ new).intersects(Cr0::PG | Cr0::WP), ..Effects::default() };
+    let starts = new.contains(Cr0::PG) && !old.contains(Cr0::PG);
+    let stops = old.contains(Cr0::PG) && !new.contains(Cr0::PG);
+    let long = mode.efer & EFER_LME != 0;
+    if starts && long {
+        if !cr4.contains(Cr4::PAE) || mode.cs_long {
+            return gp;
+        }
+        effects.long_mode = Some(true);
+    }
+    if stops {
+        if long && mode.cs_long || cr4.contains(Cr4::PCIDE) {
+            return gp;
+        }
+        if long {
+            effects.long_mode = Some(false);
+        }
+    }
+    let pae = new.contains(Cr0::PG) && cr4.contains(Cr4::PAE) && !long;
+    effects.load_pdptes = pae && (old ^ new).intersects(Cr0::PG | Cr0::CD | Cr0::NW);
+    Ok(effects)
+}
+
+/// MOV to CR4 of `new`, where `allowed` are the bits this processor knows (IA32_VMX_CR4_FIXED1).
+pub fn write_cr4(mode: Mode, new: u64, allowed: u64) -> Result<Effects, Fault> {
+    let (old, new) = (Cr4::from_bits_retain(mode.cr4), Cr4::from_bits_retain(new));
+    let gp = Err(Fault::GeneralProtection(0));
+    let paging = mode.cr0 & Cr0::PG.bits() != 0;
+    let long_mode = paging && mode.efer & EFER_LME != 0;
+    if new.bits() & !allowed != 0 || mode.vmx_operation && !new.contains(Cr4::VMXE) {
+        return gp;
+    }
+    if long_mode && (!new.contains(Cr4::PAE) || (old ^ new).contains(Cr4::LA57)) {
+        return gp;
+    }
+    if new.contains(Cr4::PCIDE) && !long_mode {
+        return gp;
+    }
+    let translation = Cr4::PSE | Cr4::PAE | Cr4::PGE | Cr4::SMEP | Cr4::SMAP | Cr4::PCIDE | Cr4::PKE;
+    Ok(Effects {
+        long_mode: None,
+        load_pdptes: paging
+            && !long_mode
+            && new.contains(Cr4::PAE)
+            && (old ^ new).intersects(Cr4::PSE | Cr4::PAE | Cr4::PGE | Cr4::SMEP),
+        flush: (old ^ new).intersects(translation),
+    })
+}
+
+/// The value LMSW makes of CR0: it sets PE, MP, EM, TS from the source and never clears PE.
+pub fn lmsw(cr0: u64, source: u16) -> u64 {
+    (cr0 & !0xE) | (source as u64 & 0xF)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PROTECTED: Mode = Mode { cr0: 0x11, cr4: 0, efer: 0, cs_long: false, vmx_operation: false };
+    const LONG: Mode = Mode { cr0: 0x8000_0031, cr4: 0x20, efer: 0x500, cs_long: true, vmx_operation: true };
+
+    #[test]
+    fn paging_without_protection_faults() {
+        assert_eq!(write_cr0(PROTECTED, 0x8000_0010), Err(Fault::GeneralProtection(0)));
+    }
+
+    #[test]
+    fn paging_with_lme_starts_long_mode_and_needs_pae() {
+        let mode = Mode { efer: 0x100, ..PROTECTED };
+        assert_eq!(write_cr0(mode, 0x8000_0031), Err(Fault::GeneralProtection(0)));
+        let effects = write_cr0(Mode { cr4: 0x20, ..mode }, 0x8000_0031).unwrap();
+        assert_eq!(effects.long_mode, Some(true));
+        assert!(!effects.load_pdptes && effects.flush);
+    }
+
+    #[test]
+    fn paging_with_pae_loads_pdptes() {
+        assert!(write_cr0(Mode { cr4: 0x20, ..PROTECTED }, 0x8000_0031).unwrap().load_pdptes);
+    }
+
+    #[test]
+    fn in_vmx_operation_the_fixed_bits_stay() {
+        for cleared in [0x8000_0030, 0x8000_0011, 0x31] {
+            assert_eq!(write_cr0(LONG, cleared), Err(Fault::GeneralProtection(0)), "{cleared:#x}");
+        }
+        assert_eq!(write_cr4(Mode { cr4: 0x2020, ..LONG }, 0x20, 0x3767FF), Err(Fault::GeneralProtection(0)));
+        assert!(write_cr0(LONG, 0x8005_0033).is_ok());
+    }
+
+    #[test]
+    fn unknown_bits_of_cr4_fault() {
+        assert_eq!(write_cr4(PROTECTED, 1 << 30, 0x3767FF), Err(Fault::GeneralProtection(0)));
+    }
+
+    #[test]
+    fn pae_cannot_be_cleared_in_long_mode() {
+        let mode = Mode { vmx_operation: false, ..LONG };
+        assert_eq!(write_cr4(mode, 0, 0x3767FF), Err(Fault::GeneralProtection(0)));
+    }
+
+    #[test]
+    fn lmsw_sets_but_never_clears_pe() {
+        assert_eq!(lmsw(0x8000_0011, 0), 0x8000_0011);
+        assert_eq!(lmsw(0x10, 0xFFFF), 0x1F);
+        assert_eq!(lmsw(0x1E, 1), 0x11);
+    }
+}

@@ -1,0 +1,90 @@
+//! Exits of L2 for control registers: it touched a bit that nvmx owns. vmcs01 is current.
+
+use super::cr::{self, Cr0, Effects, Mode};
+use crate::addr::Gpa;
+use crate::error::{Fault, KillReason};
+use crate::hw::vmx::Invalidate;
+use crate::nested::Operation;
+use crate::nested::vpid::VPID01;
+use crate::vcpu::{Cpu, Next, Stop, operand, vmcs01};
+use crate::vmx::Field;
+use crate::vmx::controls::EntryControls;
+use crate::vmx::exit::{BasicReason, ExitReason};
+use crate::vmx::qualification::CrAccess;
+
+const EFER_LMA: u64 = 1 << 10;
+const CS_LONG: u64 = 1 << 13;
+const CR0_FIXED_BY_VMX: u64 = Cr0::NE.bits();
+
+/// Emulates the access.
+pub fn handle(cpu: &mut Cpu) -> Result<Next, Stop> {
+    let access = CrAccess::decode(cpu.vmx.read(Field::EXIT_QUALIFICATION));
+    let mode = Mode {
+        cr0: vmcs01::cr0_of_l2(cpu),
+        cr4: vmcs01::cr4_of_l2(cpu),
+        efer: cpu.vmx.read(Field::GUEST_IA32_EFER),
+        cs_long: cpu.vmx.read(Field::GUEST_CS_AR_BYTES) & CS_LONG != 0,
+        vmx_operation: cpu.nested.operation != Operation::Off,
+    };
+    match access {
+        CrAccess::Write { cr: 0, gpr } => {
+            let value = register(cpu, gpr);
+            set_cr0(cpu, mode, value)?;
+        }
+        CrAccess::Write { cr: 4, gpr } => {
+            let value = register(cpu, gpr);
+            let effects = cr::write_cr4(mode, value, cpu.config.offered.cr4_fixed1)?;
+            // CR4.VMXE stays set in the processor; L2 sees its own value in the shadow.
+            cpu.vmx.write(Field::GUEST_CR4, value | cpu.config.hardware.cr4_fixed0);
+            cpu.vmx.write(Field::CR4_READ_SHADOW, value);
+            apply(cpu, effects)?;
+        }
+        CrAccess::Clts => set_cr0(cpu, mode, mode.cr0 & !Cr0::TS.bits())?,
+        CrAccess::Lmsw { source, .. } => set_cr0(cpu, mode, cr::lmsw(mode.cr0, source))?,
+        _ => {
+            let reason = ExitReason::exit(BasicReason::CR_ACCESS);
+            return Err(KillReason::UnexpectedExit(reason.0).into());
+        }
+    }
+    Ok(Next::Advance)
+}
+
+fn register(cpu: &mut Cpu, number: u8) -> u64 {
+    let value = operand::gpr(cpu, number);
+    if operand::in_64_bit_mode(cpu) { value } else { value & 0xFFFF_FFFF }
+}
+
+fn set_cr0(cpu: &mut Cpu, mode: Mode, value: u64) -> Result<(), Stop> {
+    /// ET is hardwired to 1.
+    const ET: u64 = 1 << 4;
+    let effects = cr::write_cr0(mode, value)?;
+    cpu.vmx.write(Field::GUEST_CR0, value | ET | CR0_FIXED_BY_VMX);
+    cpu.vmx.write(Field::CR0_READ_SHADOW, value | ET);
+    apply(cpu, effects)
+}
+
+fn apply(cpu: &mut Cpu, effects: Effects) -> Result<(), Stop> {
+    if let Some(long) = effects.long_mode {
+        let bit = EntryControls::IA32E_MODE_GUEST.bits() as u64;
+        let (efer, controls) = (cpu.vmx.read(Field::GUEST_IA32_EFER), cpu.vmx.read(Field::VM_ENTRY_CONTROLS));
+        cpu.vmx.write(Field::GUEST_IA32_EFER, if long { efer | EFER_LMA } else { efer & !EFER_LMA });
+        cpu.vmx.write(Field::VM_ENTRY_CONTROLS, if long { controls | bit } else { controls & !bit });
+    }
+    if effects.load_pdptes {
+        let table = cpu.vmx.read(Field::GUEST_CR3) & 0xFFFF_FFE0;
+        let reserved = !(cpu.guest.limit() - 1) | 0x1E6;
+        let fields = [Field::GUEST_PDPTE0, Field::GUEST_PDPTE1, Field::GUEST_PDPTE2, Field::GUEST_PDPTE3];
+        for (i, field) in fields.into_iter().enumerate() {
+            let at = Gpa::new(table + 8 * i as u64);
+            let entry = cpu.guest.read_u64(at).map_err(|e| KillReason::ForbiddenMemory(e.0))?;
+            if entry & 1 != 0 && entry & reserved != 0 {
+                return Err(Fault::GeneralProtection(0).into());
+            }
+            cpu.vmx.write(field, entry);
+        }
+    }
+    if effects.flush {
+        cpu.vmx.invvpid(Invalidate::Single, VPID01, 0);
+    }
+    Ok(())
+}

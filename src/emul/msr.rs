@@ -1,0 +1,75 @@
+//! RDMSR and WRMSR of L2 that exit: the VMX capability MSRs, IA32_FEATURE_CONTROL, and what belongs to the outer hypervisor.
+//!
+//! Everything else goes to the processor directly, by the MSR bitmap of vmcs01. Source: SDM vol. 4,
+//! "Model-Specific Registers (MSRs)", and vol. 3D, appendix "VMX Capability Reporting Facility".
+
+use crate::error::Fault;
+use crate::vcpu::Cpu;
+use crate::vmx::Field;
+use crate::vmx::bitmap::{Access, MsrBitmap};
+use crate::vmx::caps::msr::{FIRST, LAST};
+
+const IA32_FEATURE_CONTROL: u32 = 0x3A;
+/// KVM's first clock MSRs (wall clock, system time): inside the bitmap's range, writes make L0 write to memory.
+const KVM_CLOCK_OLD: core::ops::RangeInclusive<u32> = 0x11..=0x12;
+
+/// IA32_FEATURE_CONTROL: lock, VMX outside SMX.
+pub const FEATURE_LOCK: u64 = 1 << 0;
+/// VMXON outside SMX operation is allowed.
+pub const FEATURE_VMX: u64 = 1 << 2;
+
+/// MSRs that nvmx answers itself and never lets a guest, or an MSR area of a guest, reach.
+pub fn is_emulated(index: u32) -> bool {
+    index == IA32_FEATURE_CONTROL
+        || (FIRST..=LAST).contains(&index)
+        || KVM_CLOCK_OLD.contains(&index)
+        || MsrBitmap::index(index, Access::Read).is_none()
+}
+
+/// Sets what nvmx must see in an MSR bitmap.
+pub fn intercept(bitmap: &mut MsrBitmap) {
+    for index in (FIRST..=LAST).chain(KVM_CLOCK_OLD).chain([IA32_FEATURE_CONTROL]) {
+        bitmap.set(index, Access::Read, true);
+        bitmap.set(index, Access::Write, true);
+    }
+}
+
+/// The guest-state field that holds an MSR while VM exits switch it.
+pub fn vmcs_field(index: u32) -> Option<Field> {
+    Some(match index {
+        0x174 => Field::GUEST_SYSENTER_CS,
+        0x175 => Field::GUEST_SYSENTER_ESP,
+        0x176 => Field::GUEST_SYSENTER_EIP,
+        0x1D9 => Field::GUEST_IA32_DEBUGCTL,
+        0x277 => Field::GUEST_IA32_PAT,
+        0xC000_0080 => Field::GUEST_IA32_EFER,
+        0xC000_0100 => Field::GUEST_FS_BASE,
+        0xC000_0101 => Field::GUEST_GS_BASE,
+        _ => return None,
+    })
+}
+
+/// RDMSR that exited.
+pub fn read(cpu: &mut Cpu) -> Result<(), Fault> {
+    let index = cpu.regs.gpr[1] as u32;
+    let value = match index {
+        IA32_FEATURE_CONTROL => cpu.feature_control,
+        _ => cpu.config.offered.msr(index).ok_or(Fault::GeneralProtection(0))?,
+    };
+    cpu.regs.gpr[0] = value & 0xFFFF_FFFF;
+    cpu.regs.gpr[2] = value >> 32;
+    Ok(())
+}
+
+/// WRMSR that exited.
+pub fn write(cpu: &mut Cpu) -> Result<(), Fault> {
+    let index = cpu.regs.gpr[1] as u32;
+    let value = (cpu.regs.gpr[2] & 0xFFFF_FFFF) << 32 | cpu.regs.gpr[0] & 0xFFFF_FFFF;
+    // L2 may set what the machine has without SMX and SGX, until it sets the lock.
+    let known = FEATURE_LOCK | FEATURE_VMX;
+    if index == IA32_FEATURE_CONTROL && cpu.feature_control & FEATURE_LOCK == 0 && value & !known == 0 {
+        cpu.feature_control = value;
+        return Ok(());
+    }
+    Err(Fault::GeneralProtection(0))
+}

@@ -1,0 +1,162 @@
+//! VMX instructions as nvmx executes them, each counted.
+//!
+//! Source: Intel SDM vol. 3C, "VMX Instruction Reference" (December 2024).
+
+use super::cr;
+use crate::addr::Hpa;
+use crate::vcpu::counters::Counters;
+use crate::vmx::Field;
+use core::arch::asm;
+use l2_protocol::abi::Counter;
+
+/// RFLAGS after a VMX instruction.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HwResult {
+    /// VMsucceed
+    Ok,
+    /// VMfailInvalid
+    FailInvalid,
+    /// VMfailValid
+    FailValid,
+}
+
+impl HwResult {
+    fn from_flags(carry: u8, zero: u8) -> Self {
+        match (carry, zero) {
+            (0, 0) => HwResult::Ok,
+            (0, _) => HwResult::FailValid,
+            _ => HwResult::FailInvalid,
+        }
+    }
+
+    /// Panics when the instruction failed: for operands that nvmx made itself, where failing means a bug in nvmx.
+    pub fn expect(self, what: &str) {
+        assert!(self == HwResult::Ok, "{what}: {self:?}");
+    }
+}
+
+/// INVEPT and INVVPID types (SDM vol. 3C, "INVEPT" and "INVVPID").
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u64)]
+pub enum Invalidate {
+    /// INVVPID only: one linear address of one VPID
+    Individual = 0,
+    /// One EPTP or one VPID
+    Single = 1,
+    /// All contexts
+    All = 2,
+    /// INVVPID only: one VPID except global translations
+    SingleRetainingGlobals = 3,
+}
+
+/// The right to execute VMX instructions on this CPU: it exists once VMXON succeeded. Counts what it executes.
+pub struct Vmx {
+    /// All counters of this CPU.
+    pub counters: Counters,
+}
+
+impl Vmx {
+    /// Enters VMX operation with a VMXON region: a frame of nvmx's own that holds the revision identifier and is used for
+    /// nothing else. `None` if the processor refuses it.
+    ///
+    /// `cr0` and `cr4` are the bits that VMX operation needs set (IA32_VMX_CR0_FIXED0, IA32_VMX_CR4_FIXED0).
+    pub fn enter(region: Hpa, cr0: u64, cr4: u64) -> Option<Vmx> {
+        let (carry, zero): (u8, u8);
+        // SAFETY: 1. nvmx runs in long mode with paging, so the fixed bits of CR0 add NE at most and those of CR4 VMXE;
+        // neither changes how nvmx's own code runs. 2. IA32_FEATURE_CONTROL was checked at boot, so VMXON does not fault.
+        // 3. The region is a frame that the caller took from nvmx's pool.
+        unsafe {
+            cr::set_cr0(cr::cr0() | cr0);
+            cr::set_cr4(cr::cr4() | cr4);
+            asm!("vmxon [{p}]", "setc {c}", "setz {z}", p = in(reg) &region.get(), c = out(reg_byte) carry, z = out(reg_byte) zero);
+        }
+        (HwResult::from_flags(carry, zero) == HwResult::Ok).then(|| Vmx { counters: Counters::new() })
+    }
+
+    /// Reads a field of the current VMCS; the caller asks only for fields that the processor has.
+    #[inline(always)]
+    pub fn read(&mut self, field: Field) -> u64 {
+        self.counters.bump(Counter::Vmread);
+        let value: u64;
+        // SAFETY: VMREAD has no effect but on its destination and RFLAGS.
+        unsafe { asm!("vmread {v}, {f}", v = out(reg) value, f = in(reg) field.encoding() as u64, options(nostack)) };
+        value
+    }
+
+    /// Writes a field of the current VMCS; the caller asks only for fields that the processor has.
+    #[inline(always)]
+    pub fn write(&mut self, field: Field, value: u64) {
+        self.counters.bump(Counter::Vmwrite);
+        #[cfg(debug_assertions)]
+        let (carry, zero): (u8, u8);
+        // SAFETY: VMWRITE changes a field of a VMCS that nvmx owns; what an entry may load from it is decided by the
+        // code that composes the VMCS (vcpu::vmcs01, nested::entry), the processor checks it before use.
+        #[cfg(debug_assertions)]
+        unsafe {
+            asm!("vmwrite {f}, {v}", "setc {c}", "setz {z}", v = in(reg) value, f = in(reg) field.encoding() as u64, c = out(reg_byte) carry, z = out(reg_byte) zero, options(nostack));
+            assert!(carry | zero == 0, "VMWRITE {field} failed");
+        }
+        // SAFETY: as above.
+        #[cfg(not(debug_assertions))]
+        unsafe {
+            asm!("vmwrite {f}, {v}", v = in(reg) value, f = in(reg) field.encoding() as u64, options(nostack))
+        };
+    }
+
+    /// Writes a field only if it does not hold `value` yet.
+    #[inline(always)]
+    pub fn update(&mut self, field: Field, value: u64) {
+        if self.read(field) != value {
+            self.write(field, value);
+        }
+    }
+
+    /// Makes `vmcs` current and active.
+    #[inline(always)]
+    pub fn ptrld(&mut self, vmcs: Hpa) {
+        self.counters.bump(Counter::Vmptrld);
+        let (carry, zero): (u8, u8);
+        // SAFETY: callers pass VMCS regions out of nvmx's own frames (type Vmcs); the processor refuses a wrong revision.
+        unsafe {
+            asm!("vmptrld [{p}]", "setc {c}", "setz {z}", p = in(reg) &vmcs.get(), c = out(reg_byte) carry, z = out(reg_byte) zero);
+        }
+        HwResult::from_flags(carry, zero).expect("VMPTRLD");
+    }
+
+    /// Makes `vmcs` inactive and clear, with all its data in memory.
+    #[inline(always)]
+    pub fn clear(&mut self, vmcs: Hpa) {
+        self.counters.bump(Counter::Vmclear);
+        let (carry, zero): (u8, u8);
+        // SAFETY: callers pass VMCS regions out of nvmx's own frames (type Vmcs).
+        unsafe {
+            asm!("vmclear [{p}]", "setc {c}", "setz {z}", p = in(reg) &vmcs.get(), c = out(reg_byte) carry, z = out(reg_byte) zero);
+        }
+        HwResult::from_flags(carry, zero).expect("VMCLEAR");
+    }
+
+    /// INVEPT; `eptp` is ignored for all contexts.
+    pub fn invept(&mut self, kind: Invalidate, eptp: u64) {
+        self.counters.bump(Counter::Invept);
+        let descriptor = [eptp, 0];
+        let (carry, zero): (u8, u8);
+        // SAFETY: dropping cached translations is always allowed.
+        unsafe {
+            asm!("invept {k}, [{d}]", "setc {c}", "setz {z}", k = in(reg) kind as u64, d = in(reg) &descriptor, c = out(reg_byte) carry, z = out(reg_byte) zero);
+        }
+        HwResult::from_flags(carry, zero).expect("INVEPT");
+    }
+
+    /// INVVPID; `linear` only counts for an individual address.
+    pub fn invvpid(&mut self, kind: Invalidate, vpid: u16, linear: u64) {
+        self.counters.bump(Counter::Invvpid);
+        let descriptor = [vpid as u64, linear];
+        let (carry, zero): (u8, u8);
+        // SAFETY: dropping cached translations is always allowed.
+        unsafe {
+            asm!("invvpid {k}, [{d}]", "setc {c}", "setz {z}", k = in(reg) kind as u64, d = in(reg) &descriptor, c = out(reg_byte) carry, z = out(reg_byte) zero);
+        }
+        HwResult::from_flags(carry, zero).expect("INVVPID");
+    }
+}

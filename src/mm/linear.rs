@@ -1,0 +1,221 @@
+//! Linear addresses of L2: its own paging, walked in software for the memory operands of VMX instructions.
+//!
+//! Only supervisor-mode data accesses: VMX instructions need CPL 0. Sets accessed and dirty flags as the processor would.
+//! Protection keys are not applied. Source: Intel SDM vol. 3A, "Paging" (December 2024), tables "Format of a
+//! Page-Table Entry ..." and figure "Page-Fault Error Code".
+
+use crate::addr::Gpa;
+use crate::error::Fault;
+use crate::mm::PhysMem;
+use crate::mm::guest::{GuestMemory, NotOwned};
+
+/// The registers that paging depends on.
+#[derive(Clone, Copy, Debug)]
+pub struct Paging {
+    /// CR0
+    pub cr0: u64,
+    /// CR3
+    pub cr3: u64,
+    /// CR4
+    pub cr4: u64,
+    /// IA32_EFER
+    pub efer: u64,
+    /// RFLAGS
+    pub rflags: u64,
+    /// The PDPTE registers, used with PAE paging.
+    pub pdptes: [u64; 4],
+    /// Physical-address width.
+    pub physical_width: u32,
+}
+
+/// A data access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DataAccess {
+    /// Load
+    Read,
+    /// Store
+    Write,
+}
+
+/// Why an access did not happen.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum AccessError {
+    /// The guest gets this exception.
+    Fault(Fault),
+    /// The walk or the operand lies in memory that L2 does not own.
+    NotOwned(NotOwned),
+}
+
+impl From<NotOwned> for AccessError {
+    fn from(e: NotOwned) -> Self {
+        AccessError::NotOwned(e)
+    }
+}
+
+const CR0_WP: u64 = 1 << 16;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PSE: u64 = 1 << 4;
+const CR4_PAE: u64 = 1 << 5;
+const CR4_LA57: u64 = 1 << 12;
+const CR4_SMAP: u64 = 1 << 21;
+const EFER_LMA: u64 = 1 << 10;
+const EFER_NXE: u64 = 1 << 11;
+const RFLAGS_AC: u64 = 1 << 18;
+
+const PRESENT: u64 = 1 << 0;
+const WRITABLE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
+const PAGE_SIZE_BIT: u64 = 1 << 7;
+const NX: u64 = 1 << 63;
+
+const ERROR_PRESENT: u32 = 1 << 0;
+const ERROR_WRITE: u32 = 1 << 1;
+const ERROR_RESERVED: u32 = 1 << 3;
+
+/// How entries look: bytes of an entry and index bits of a level.
+#[derive(Clone, Copy)]
+struct Format {
+    entry_bytes: u64,
+    index_bits: u32,
+}
+
+const WIDE: Format = Format { entry_bytes: 8, index_bits: 9 };
+const NARROW: Format = Format { entry_bytes: 4, index_bits: 10 };
+
+impl Paging {
+    /// The guest-physical address behind `linear` for a supervisor-mode data access.
+    pub fn translate(
+        &self,
+        memory: &GuestMemory<impl PhysMem>,
+        linear: u64,
+        access: DataAccess,
+    ) -> Result<Gpa, AccessError> {
+        if self.cr0 & CR0_PG == 0 {
+            return Ok(Gpa::new(linear & 0xFFFF_FFFF));
+        }
+        let fault = |code: u32| {
+            let write = if access == DataAccess::Write { ERROR_WRITE } else { 0 };
+            AccessError::Fault(Fault::Page { error_code: code | write, linear })
+        };
+        let long = self.efer & EFER_LMA != 0;
+        let (format, mut table, mut level) = match (long, self.cr4 & CR4_PAE != 0) {
+            (true, _) => (WIDE, self.cr3 & self.address_mask(), if self.cr4 & CR4_LA57 != 0 { 5 } else { 4 }),
+            (false, true) => {
+                let pdpte = self.pdptes[(linear >> 30 & 3) as usize];
+                if pdpte & PRESENT == 0 {
+                    return Err(fault(0));
+                }
+                (WIDE, pdpte & self.address_mask(), 2)
+            }
+            (false, false) => (NARROW, self.cr3 & 0xFFFF_F000, 2),
+        };
+        let (mut writable, mut user) = (true, true);
+        loop {
+            let shift = 12 + (level - 1) * format.index_bits;
+            let index = linear >> shift & ((1 << format.index_bits) - 1);
+            let at = Gpa::new(table | index * format.entry_bytes);
+            let entry = match format.entry_bytes {
+                8 => memory.read_u64(at)?,
+                _ => memory.read_u32(at)? as u64,
+            };
+            if entry & PRESENT == 0 {
+                return Err(fault(0));
+            }
+            let large = entry & PAGE_SIZE_BIT != 0 && level > 1 && self.large_allowed(format, level);
+            if self.reserved(format, entry, level, large) {
+                return Err(fault(ERROR_PRESENT | ERROR_RESERVED));
+            }
+            writable &= entry & WRITABLE != 0;
+            user &= entry & USER != 0;
+            let leaf = large || level == 1;
+            if leaf {
+                let denied = access == DataAccess::Write && !writable && self.cr0 & CR0_WP != 0;
+                let smap = user && self.cr4 & CR4_SMAP != 0 && self.rflags & RFLAGS_AC == 0;
+                if denied || smap {
+                    return Err(fault(ERROR_PRESENT));
+                }
+            }
+            let flags = ACCESSED | if leaf && access == DataAccess::Write { DIRTY } else { 0 };
+            if entry & flags != flags {
+                match format.entry_bytes {
+                    8 => memory.write_u64(at, entry | flags)?,
+                    _ => memory.write_bytes(at, &((entry | flags) as u32).to_le_bytes())?,
+                }
+            }
+            if leaf {
+                let offset = linear & ((1 << shift) - 1);
+                return Ok(Gpa::new(self.frame(format, entry, shift) | offset));
+            }
+            table = entry & if format.entry_bytes == 8 { self.address_mask() } else { 0xFFFF_F000 };
+            level -= 1;
+        }
+    }
+
+    const fn address_mask(&self) -> u64 {
+        ((1 << self.physical_width) - 1) & !0xFFF
+    }
+
+    fn large_allowed(&self, format: Format, level: u32) -> bool {
+        if format.entry_bytes == 4 { self.cr4 & CR4_PSE != 0 } else { level <= 3 }
+    }
+
+    /// Reserved bits that are set.
+    fn reserved(&self, format: Format, entry: u64, level: u32, large: bool) -> bool {
+        if format.entry_bytes == 4 {
+            // PSE-36: bits 20:13 of a 4 MiB PDE are address bits 39:32; bit 21 is reserved.
+            return large && entry & (1 << 21) != 0;
+        }
+        let beyond = !self.address_mask() & 0x000F_FFFF_FFFF_F000;
+        let no_nx = if self.efer & EFER_NXE == 0 { NX } else { 0 };
+        // Without long mode bits 62:52 are reserved as well.
+        let ignored = if self.efer & EFER_LMA == 0 { 0x7FF0_0000_0000_0000 } else { 0 };
+        let size = match (large, level) {
+            (true, _) => (1u64 << (12 + (level - 1) * 9)) - 1 & !0x1FFF,
+            (false, 4 | 5) => PAGE_SIZE_BIT,
+            (false, _) => 0,
+        };
+        entry & (beyond | no_nx | ignored | size) != 0
+    }
+
+    fn frame(&self, format: Format, entry: u64, shift: u32) -> u64 {
+        if format.entry_bytes == 4 && shift == 22 {
+            return entry & 0xFFC0_0000 | (entry >> 13 & 0xFF) << 32;
+        }
+        entry & self.address_mask() & !((1 << shift) - 1)
+    }
+
+    /// Reads bytes at a linear address, page by page.
+    pub fn read(&self, memory: &GuestMemory<impl PhysMem>, linear: u64, into: &mut [u8]) -> Result<(), AccessError> {
+        let split = split_at_page(linear, into.len());
+        let (first, second) = into.split_at_mut(split);
+        let a = self.translate(memory, linear, DataAccess::Read)?;
+        let b = match second.is_empty() {
+            true => a,
+            false => self.translate(memory, linear.wrapping_add(split as u64), DataAccess::Read)?,
+        };
+        memory.read_bytes(a, first)?;
+        Ok(memory.read_bytes(b, second)?)
+    }
+
+    /// Writes bytes at a linear address; nothing is written unless all of it can be.
+    pub fn write(&self, memory: &GuestMemory<impl PhysMem>, linear: u64, bytes: &[u8]) -> Result<(), AccessError> {
+        let split = split_at_page(linear, bytes.len());
+        let (first, second) = bytes.split_at(split);
+        let a = self.translate(memory, linear, DataAccess::Write)?;
+        let b = match second.is_empty() {
+            true => a,
+            false => self.translate(memory, linear.wrapping_add(split as u64), DataAccess::Write)?,
+        };
+        memory.owns(a, first.len() as u64)?;
+        memory.write_bytes(b, second)?;
+        Ok(memory.write_bytes(a, first)?)
+    }
+}
+
+/// Bytes of an operand (at most a page long) before the page boundary.
+fn split_at_page(linear: u64, len: usize) -> usize {
+    len.min((0x1000 - (linear & 0xFFF)) as usize)
+}

@@ -1,0 +1,309 @@
+//! VM entry of L3: from L2's VMLAUNCH or VMRESUME to vmcs02.
+//!
+//! Steady state does no checks and no merge: they run again only after L2 wrote a field they depend on.
+//! Source: SDM vol. 3C, chapter "VM Entries".
+
+use super::checks::{self, CheckId, GuestContext};
+use super::merge::{self, Duties, NvmxNeeds, Translated, Vmcs02Controls};
+use super::vmcs12::FieldSet;
+use super::vpid::VPID01;
+use super::{Operation, reflect};
+use crate::addr::{Gpa, Hpa};
+use crate::emul::cr::{Cr0, Cr4};
+use crate::ept::Eptp;
+use crate::error::{KillReason, VmxError, VmxResult};
+use crate::hw::vmx::{Invalidate, Vmx};
+use crate::mm::{GuestMemory, PhysMem};
+use crate::vcpu::{Cpu, Next, Stop, inject};
+use crate::vmx::Field;
+use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
+use crate::vmx::exit::{BasicReason, ExitReason};
+use l2_protocol::abi::Strategy;
+
+const PDPTES: [Field; 4] = [Field::GUEST_PDPTE0, Field::GUEST_PDPTE1, Field::GUEST_PDPTE2, Field::GUEST_PDPTE3];
+const EFER_LMA: u64 = 1 << 10;
+
+/// Enters L3 on the slot's vmcs12, as VMLAUNCH or VMRESUME; vmcs01 is current and the launch state was checked.
+#[inline]
+pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
+    if cpu.nested.slots[index].stale {
+        if let Err(error) = prepare(cpu, index) {
+            inject::vmx_result(cpu, VmxResult::FailValid(error));
+            return Ok(Next::Advance);
+        }
+    }
+    let slot = &mut cpu.nested.slots[index];
+    let (vmx, config) = (&mut cpu.vmx, &cpu.config);
+    let Some(controls) = slot.merged else { return Err(KillReason::UnexpectedExit(0).into()) };
+    slot.inherited.leave_l2(vmx);
+    if controls.msr_bitmap.is_some() {
+        let written = match slot.bitmap_watch {
+            Some(watch) if watch.take_dirty(&mut Cpu::tables(&mut cpu.frames, &cpu.phys)) => {
+                vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
+                true
+            }
+            Some(_) => false,
+            None => true,
+        };
+        if written {
+            let from = Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP));
+            merge_msr_bitmap(&cpu.phys, cpu.guest.translate(from).ok(), cpu.msr_bitmap01, slot.msr_bitmap);
+        }
+    }
+
+    slot.load_vmcs02(vmx, &cpu.phys, config.hardware.basic.revision());
+    slot.flush_dirty(vmx, config.strategy, &config.exists);
+    if slot.unwritten {
+        write_controls(vmx, &controls);
+        slot.unwritten = false;
+    }
+    if !controls.duties.contains(Duties::LOAD_PDPTES) {
+        let eptp12 = Eptp::new(slot.vmcs12.get(Field::EPT_POINTER));
+        let activation = cpu.ept02.activate(eptp12, &mut Cpu::tables(&mut cpu.frames, &cpu.phys));
+        if slot.eptp02 != activation.eptp02.get() {
+            slot.eptp02 = activation.eptp02.get();
+            vmx.write(Field::EPT_POINTER, slot.eptp02);
+        }
+        if activation.invept {
+            vmx.invept(Invalidate::Single, slot.eptp02);
+        }
+    }
+    let vpid02 = if controls.duties.contains(Duties::FLUSH_VPID) {
+        vmx.invvpid(Invalidate::Single, VPID01, 0);
+        VPID01
+    } else {
+        cpu.nested.vpids.assign(vmx, slot.vmcs12.get(Field::VIRTUAL_PROCESSOR_ID) as u16)
+    };
+    if slot.vpid02 != vpid02 {
+        slot.vpid02 = vpid02;
+        vmx.write(Field::VIRTUAL_PROCESSOR_ID, vpid02 as u64);
+    }
+    if controls.pin.contains(PinControls::PREEMPTION_TIMER) {
+        vmx.write(Field::VMX_PREEMPTION_TIMER_VALUE, slot.vmcs12.get(Field::VMX_PREEMPTION_TIMER_VALUE));
+    }
+    slot.inherited.enter_l3(vmx);
+    let count = slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_COUNT);
+    if count != 0 {
+        slot.msr_lists.arm_entry(vmx, &cpu.phys, &cpu.guest, slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_ADDR), count);
+    }
+    if let Operation::Root { vmxon_ptr, .. } = cpu.nested.operation {
+        cpu.nested.operation = Operation::NonRoot { vmxon_ptr, current: index };
+    }
+    if controls.duties.contains(Duties::LOAD_PDPTES) {
+        load_pdptes(vmx, &cpu.guest);
+    }
+    if slot.guest_stale {
+        return check_guest_state(cpu, index);
+    }
+    Ok(Next::Stay)
+}
+
+/// A guest without EPT of L2: with PAE paging the entry loads the PDPTEs from the table at CR3. vmcs02 has EPT, so the
+/// processor takes (and checks) those in its fields.
+fn load_pdptes(vmx: &mut Vmx, guest: &GuestMemory<impl PhysMem>) {
+    let pae = vmx.read(Field::GUEST_CR0) & Cr0::PG.bits() != 0
+        && vmx.read(Field::GUEST_CR4) & Cr4::PAE.bits() != 0
+        && vmx.read(Field::VM_ENTRY_CONTROLS) & EntryControls::IA32E_MODE_GUEST.bits() as u64 == 0;
+    if pae {
+        let table = vmx.read(Field::GUEST_CR3) & 0xFFFF_FFE0;
+        for (i, field) in PDPTES.into_iter().enumerate() {
+            // No memory there: all ones, which the processor refuses as it would on the machine that L2 sees.
+            vmx.write(field, guest.read_u64(Gpa::new(table + 8 * i as u64)).unwrap_or(u64::MAX));
+        }
+    }
+}
+
+/// Runs the checks on what L2 wrote and merges anew; vmcs01 is current.
+#[cold]
+fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
+    let long_mode = cpu.vmx.read(Field::GUEST_IA32_EFER) & EFER_LMA != 0;
+    let slot = &mut cpu.nested.slots[index];
+    let offered = &cpu.config.offered;
+    let checked = checks::check_cached_controls(&slot.vmcs12, offered)
+        .and_then(|c| checks::check_host(&slot.vmcs12, offered, long_mode).map(|_| c));
+    let checked = match checked {
+        Ok(checked) => checked,
+        Err(failure) => {
+            log::debug!("VM entry refused: {}: {}", failure.check.name(), failure.check.text());
+            cpu.nested.last_failure = Some(failure.check);
+            return Err(failure.error);
+        }
+    };
+    let primary = PrimaryControls::from_bits_retain(slot.vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32);
+    let io = |field| cpu.guest.translate(Gpa::new(slot.vmcs12.get(field))).ok();
+    let io_bitmaps = primary
+        .contains(PrimaryControls::USE_IO_BITMAPS)
+        .then(|| io(Field::IO_BITMAP_A).zip(io(Field::IO_BITMAP_B)))
+        .flatten();
+    let uses_msr_bitmap = primary.contains(PrimaryControls::USE_MSR_BITMAPS) && io(Field::MSR_BITMAP).is_some();
+    watch_msr_bitmap(cpu, index, uses_msr_bitmap);
+
+    let slot = &mut cpu.nested.slots[index];
+    let to = Translated {
+        eptp: cpu.ept01.eptp().get(),
+        vpid: VPID01,
+        io_bitmaps,
+        msr_bitmap: uses_msr_bitmap.then_some(slot.msr_bitmap),
+    };
+    let merged = merge::merge(&NvmxNeeds::new(&cpu.config.hardware), &slot.vmcs12, checked, &to);
+    let entry12 = EntryControls::from_bits_retain(slot.vmcs12.get(Field::VM_ENTRY_CONTROLS) as u32);
+    let exit12 = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
+    slot.inherited.plan(merged.duties, entry12, exit12);
+    slot.eptp02 = to.eptp;
+    slot.vpid02 = to.vpid;
+    slot.merged = Some(merged);
+    slot.unwritten = true;
+    slot.stale = false;
+    Ok(())
+}
+
+/// Starts to watch L2's MSR bitmap and merges it once; without dirty flags it is merged at every entry.
+fn watch_msr_bitmap(cpu: &mut Cpu, index: usize, used: bool) {
+    let slot = &mut cpu.nested.slots[index];
+    let at = Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP));
+    if !used {
+        slot.bitmap_watch = None;
+        return;
+    }
+    slot.bitmap_watch = cpu.ept01.watch(at, &mut Cpu::tables(&mut cpu.frames, &cpu.phys)).ok();
+    if slot.bitmap_watch.is_some() {
+        cpu.vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
+        merge_msr_bitmap(&cpu.phys, cpu.guest.translate(at).ok(), cpu.msr_bitmap01, slot.msr_bitmap);
+    }
+}
+
+/// `to` = `ours` OR `theirs`; a page that L2 does not own reads as all ones.
+fn merge_msr_bitmap(phys: &impl PhysMem, theirs: Option<Hpa>, ours: Hpa, to: Hpa) {
+    let word = |page: Hpa, i: u64| phys.read_u64(Hpa::new(page.get() + 8 * i));
+    for i in 0..512 {
+        let merged = word(ours, i) | theirs.map_or(u64::MAX, |page| word(page, i));
+        phys.write_u64(Hpa::new(to.get() + 8 * i), merged);
+    }
+}
+
+/// Writes merged controls to vmcs02, which is current.
+fn write_controls(vmx: &mut Vmx, c: &Vmcs02Controls) {
+    for (field, value) in [
+        (Field::PIN_BASED_VM_EXEC_CONTROL, c.pin.bits() as u64),
+        (Field::CPU_BASED_VM_EXEC_CONTROL, c.primary.bits() as u64),
+        (Field::SECONDARY_VM_EXEC_CONTROL, c.secondary.bits() as u64),
+        (Field::VM_EXIT_CONTROLS, c.exit.bits() as u64),
+        (Field::VM_ENTRY_CONTROLS, c.entry.bits() as u64),
+        (Field::EPT_POINTER, c.eptp),
+        (Field::VIRTUAL_PROCESSOR_ID, c.vpid as u64),
+    ] {
+        vmx.write(field, value);
+    }
+    if let Some((a, b)) = c.io_bitmaps {
+        vmx.write(Field::IO_BITMAP_A, a.get());
+        vmx.write(Field::IO_BITMAP_B, b.get());
+    }
+    if let Some(bitmap) = c.msr_bitmap {
+        vmx.write(Field::MSR_BITMAP, bitmap.get());
+    }
+    if c.secondary.contains(SecondaryControls::ENABLE_XSAVES) {
+        vmx.write(Field::XSS_EXITING_BITMAP, c.xss_exiting_bitmap);
+    }
+    if c.secondary.contains(SecondaryControls::PAUSE_LOOP_EXITING) {
+        vmx.write(Field::PLE_GAP, c.ple_gap as u64);
+        vmx.write(Field::PLE_WINDOW, c.ple_window as u64);
+    }
+}
+
+/// The rules on guest state that the processor does not apply to vmcs02 as it would to vmcs12. vmcs02 is current and
+/// complete.
+#[cold]
+fn check_guest_state(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
+    let verdict = with_guest_state(cpu, index, |cpu, vmcs12| {
+        checks::check_guest_beyond_hardware(vmcs12, &cpu.config.offered, &context(cpu, index), &Pages(&cpu.guest))
+    });
+    let slot = &mut cpu.nested.slots[index];
+    slot.guest_stale = false;
+    match verdict {
+        Ok(()) => Ok(Next::Stay),
+        Err(failure) => {
+            slot.guest_stale = true;
+            note_failure(cpu, failure.check);
+            reflect::entry_failure(cpu, BasicReason::ENTRY_INVALID_GUEST_STATE, failure.qualification)?;
+            Ok(Next::Stay)
+        }
+    }
+}
+
+fn context(cpu: &Cpu, index: usize) -> GuestContext {
+    let vmptr = cpu.nested.slots.get(index).and_then(|slot| slot.vmptr);
+    GuestContext { current_vmptr: vmptr.unwrap_or(Gpa::new(u64::MAX)) }
+}
+
+/// L2's memory for the checks.
+struct Pages<'a, P>(&'a GuestMemory<P>);
+
+impl<P: PhysMem> checks::GuestMemory for Pages<'_, P> {
+    fn read_u32(&self, address: Gpa) -> Option<u32> {
+        self.0.read_u32(address).ok()
+    }
+
+    fn read_u64(&self, address: Gpa) -> Option<u64> {
+        self.0.read_u64(address).ok()
+    }
+}
+
+fn note_failure(cpu: &mut Cpu, check: CheckId) {
+    log::debug!("VM entry failed: {}: {}", check.name(), check.text());
+    cpu.nested.last_failure = Some(check);
+}
+
+/// Runs `f` on the whole of vmcs12, guest state fetched from vmcs02, which is current.
+fn with_guest_state<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&Cpu, &super::vmcs12::Vmcs12) -> T) -> T {
+    let slot = &mut cpu.nested.slots[index];
+    slot.fetch_all(&mut cpu.vmx, &cpu.config.exists);
+    let result = f(cpu, &cpu.nested.slots[index].vmcs12);
+    if cpu.config.strategy == Strategy::ZeroCopy {
+        cpu.nested.slots[index].vmcs12.valid = FieldSet::CACHED;
+    }
+    result
+}
+
+/// The processor refused vmcs02 at VMLAUNCH or VMRESUME: of the rules on controls, those on fields that live in vmcs02.
+#[cold]
+pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
+    let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation else {
+        return Err(KillReason::UnexpectedExit(0));
+    };
+    let error = cpu.vmx.read(Field::VM_INSTRUCTION_ERROR) as u32;
+    if error != VmxError::EntryInvalidControlField as u32 {
+        return Err(KillReason::EntryFailed { reason: error, qualification: 0 });
+    }
+    let offered_check = with_guest_state(cpu, current, |cpu, vmcs12| {
+        checks::check_live_controls(vmcs12, &cpu.config.offered).err().map(|f| f.check)
+    });
+    if let Some(check) = offered_check {
+        note_failure(cpu, check);
+    }
+    let slot = &mut cpu.nested.slots[current];
+    slot.inherited.undo(&mut cpu.vmx);
+    slot.unload_vmcs02(&mut cpu.vmx, &cpu.phys, cpu.config.hardware.basic.revision(), cpu.config.strategy);
+    cpu.vmx.ptrld(cpu.vmcs01);
+    cpu.nested.operation = Operation::Root { vmxon_ptr, current: Some(current) };
+    inject::vmx_result(cpu, VmxResult::FailValid(VmxError::EntryInvalidControlField));
+    inject::advance(cpu);
+    Ok(())
+}
+
+/// An entry that the processor let in and then failed (exit reason with bit 31): L2's state, L2's failure.
+#[cold]
+pub fn failed_late(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReason> {
+    if reason.basic() == BasicReason::ENTRY_INVALID_GUEST_STATE {
+        let found = with_guest_state(cpu, index, |cpu, vmcs12| {
+            checks::check_guest(vmcs12, &cpu.config.offered, &context(cpu, index), &Pages(&cpu.guest))
+                .err()
+                .map(|f| f.check)
+        });
+        match found {
+            Some(check) => note_failure(cpu, check),
+            None => log::debug!("VM entry failed: the processor refused a guest state that the checks accept"),
+        }
+    }
+    let qualification = cpu.vmx.read(Field::EXIT_QUALIFICATION);
+    reflect::entry_failure(cpu, reason.basic(), qualification)
+}

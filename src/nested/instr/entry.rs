@@ -1,0 +1,34 @@
+//! VMLAUNCH and VMRESUME of L2.
+
+use super::{done, require_root};
+use crate::error::{VmxError, VmxResult};
+use crate::nested::entry;
+use crate::vcpu::{Cpu, Next, Stop};
+use crate::vmx::Field;
+
+const BLOCKING_BY_MOV_SS: u64 = 1 << 1;
+
+/// VMLAUNCH
+pub fn vmlaunch(cpu: &mut Cpu) -> Result<Next, Stop> {
+    vmentry(cpu, true)
+}
+
+/// VMRESUME
+#[inline(always)]
+pub fn vmresume(cpu: &mut Cpu) -> Result<Next, Stop> {
+    vmentry(cpu, false)
+}
+
+#[inline(always)]
+fn vmentry(cpu: &mut Cpu, launch: bool) -> Result<Next, Stop> {
+    require_root(cpu)?;
+    let Some(index) = cpu.nested.current() else { return done(cpu, VmxResult::FailInvalid) };
+    if cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & BLOCKING_BY_MOV_SS != 0 {
+        return done(cpu, VmxResult::FailValid(VmxError::EntryEventsBlockedByMovSs));
+    }
+    match (launch, cpu.nested.slots[index].vmcs12.launched) {
+        (true, true) => done(cpu, VmxResult::FailValid(VmxError::VmlaunchNonClearVmcs)),
+        (false, false) => done(cpu, VmxResult::FailValid(VmxError::VmresumeNonLaunchedVmcs)),
+        _ => entry::enter(cpu, index),
+    }
+}

@@ -1,0 +1,107 @@
+//! VMREAD and VMWRITE of L2 that exit: all of them without VMCS shadowing, else those on fields that are not open.
+
+use super::{done, require_root};
+use crate::error::{VmxError, VmxResult};
+use crate::nested::vmcs12::FieldSet;
+use crate::vcpu::{Cpu, Next, Stop, operand};
+use crate::vmx::Field;
+use crate::vmx::field::Home;
+use crate::vmx::instr::InstructionInfo;
+use l2_protocol::abi::{Counter, Strategy};
+
+/// VMREAD
+pub fn vmread(cpu: &mut Cpu) -> Result<Next, Stop> {
+    cpu.vmx.counters.bump(Counter::TrappedVmread);
+    require_root(cpu)?;
+    let Some(index) = cpu.nested.current() else { return done(cpu, VmxResult::FailInvalid) };
+    let info = InstructionInfo(cpu.vmx.read(Field::VMX_INSTRUCTION_INFO) as u32);
+    let encoding = operand::gpr(cpu, info.reg2());
+    let Some((field, high)) = offered_field(cpu, encoding) else {
+        return done(cpu, VmxResult::FailValid(VmxError::UnsupportedVmcsComponent));
+    };
+    let value = read_field(cpu, index, field);
+    operand::store(cpu, info, if high { value >> 32 } else { value })?;
+    done(cpu, VmxResult::Succeed)
+}
+
+/// VMWRITE
+pub fn vmwrite(cpu: &mut Cpu) -> Result<Next, Stop> {
+    cpu.vmx.counters.bump(Counter::TrappedVmwrite);
+    require_root(cpu)?;
+    let Some(index) = cpu.nested.current() else { return done(cpu, VmxResult::FailInvalid) };
+    let info = InstructionInfo(cpu.vmx.read(Field::VMX_INSTRUCTION_INFO) as u32);
+    let value = operand::load(cpu, info)?;
+    let encoding = operand::gpr(cpu, info.reg2());
+    let Some((field, high)) = offered_field(cpu, encoding) else {
+        return done(cpu, VmxResult::FailValid(VmxError::UnsupportedVmcsComponent));
+    };
+    if field.is_read_only() && !cpu.config.offered.misc.vmwrite_any_field() {
+        return done(cpu, VmxResult::FailValid(VmxError::VmwriteReadOnlyComponent));
+    }
+    // A full write in 32-bit mode clears the upper half of a 64-bit field, a "high" write keeps the lower one.
+    let value = if high { read_field(cpu, index, field) & 0xFFFF_FFFF | value << 32 } else { value };
+    write_field(cpu, index, field, value);
+    done(cpu, VmxResult::Succeed)
+}
+
+/// The field of an encoding, if the processor that L2 sees has it.
+fn offered_field(cpu: &mut Cpu, encoding: u64) -> Option<(Field, bool)> {
+    let encoding = if operand::in_64_bit_mode(cpu) { encoding } else { encoding & 0xFFFF_FFFF };
+    let (field, high) = Field::decode(u32::try_from(encoding).ok()?)?;
+    cpu.config.offered.has_field(field).then_some((field, high))
+}
+
+/// The value of a field as L2 sees it.
+pub fn read_field(cpu: &mut Cpu, index: usize, field: Field) -> u64 {
+    let slot = &mut cpu.nested.slots[index];
+    if !slot.vmcs12.valid.contains(field) {
+        let value = on_vmcs02(cpu, index, |vmx| vmx.read(field));
+        cpu.nested.slots[index].vmcs12.fetched(field, value);
+        if cpu.config.strategy == Strategy::ZeroCopy {
+            // The next value comes from the shadow VMCS again.
+            cpu.nested.slots[index].vmcs12.valid = FieldSet::CACHED;
+        }
+    }
+    cpu.nested.slots[index].vmcs12.get(field)
+}
+
+fn write_field(cpu: &mut Cpu, index: usize, field: Field, value: u64) {
+    let slot = &mut cpu.nested.slots[index];
+    match (field.home(), cpu.config.strategy) {
+        (Home::Cache, _) => {
+            if slot.vmcs12.get(field) != value & field.mask() {
+                slot.vmcs12.set(field, value);
+                note_write(slot, field);
+            }
+        }
+        (_, Strategy::Trapped) => {
+            slot.vmcs12.written(field, value);
+            slot.guest_stale |= field.home() == Home::Watched;
+        }
+        (home, Strategy::ZeroCopy) => {
+            slot.guest_stale |= home == Home::Watched;
+            on_vmcs02(cpu, index, |vmx| vmx.write(field, value & field.mask()));
+        }
+    }
+}
+
+/// What must be done again before the next entry because L2 wrote a field of nvmx's copy.
+fn note_write(slot: &mut crate::nested::slot::Slot, field: Field) {
+    match field {
+        // Taken from the copy at every entry or exit, without a rule on their value.
+        Field::VMX_PREEMPTION_TIMER_VALUE | Field::EXECUTIVE_VMCS_POINTER | Field::VM_INSTRUCTION_ERROR => {}
+        Field::VMCS_LINK_POINTER => slot.guest_stale = true,
+        _ => slot.stale = true,
+    }
+}
+
+/// Runs `f` with the slot's vmcs02 as the current VMCS.
+fn on_vmcs02<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&mut crate::hw::vmx::Vmx) -> T) -> T {
+    let revision = cpu.config.hardware.basic.revision();
+    let slot = &mut cpu.nested.slots[index];
+    slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, revision);
+    let result = f(&mut cpu.vmx);
+    slot.unload_vmcs02(&mut cpu.vmx, &cpu.phys, revision, cpu.config.strategy);
+    cpu.vmx.ptrld(cpu.vmcs01);
+    result
+}

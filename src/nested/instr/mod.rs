@@ -1,0 +1,55 @@
+//! VMX instructions of L2, a file a family. vmcs01 is current throughout.
+//!
+//! The processor itself raises #UD for the wrong mode before the exit; CPL and the rest are nvmx's to check, in the order
+//! of the pseudocode in SDM vol. 3C, "VMX Instruction Reference".
+
+pub mod entry;
+pub mod fields;
+pub mod invalidate;
+pub mod pointers;
+pub mod switch;
+
+use super::Operation;
+use crate::addr::Gpa;
+use crate::error::{Fault, VmxResult};
+use crate::vcpu::{Cpu, Next, Stop, inject, operand};
+use crate::vmx::Field;
+use crate::vmx::instr::Direction;
+
+/// #UD outside VMX operation, #GP(0) above CPL 0.
+#[inline(always)]
+fn require_root(cpu: &mut Cpu) -> Result<(), Fault> {
+    if cpu.nested.operation == Operation::Off {
+        return Err(Fault::InvalidOpcode);
+    }
+    require_cpl0(cpu)
+}
+
+/// #GP(0) above CPL 0. The DPL of SS is the CPL.
+#[inline(always)]
+fn require_cpl0(cpu: &mut Cpu) -> Result<(), Fault> {
+    match cpu.vmx.read(Field::GUEST_SS_AR_BYTES) >> 5 & 3 {
+        0 => Ok(()),
+        _ => Err(Fault::GeneralProtection(0)),
+    }
+}
+
+/// Reports a result in RFLAGS and goes on behind the instruction.
+#[inline(always)]
+fn done(cpu: &mut Cpu, result: VmxResult) -> Result<Next, Stop> {
+    inject::vmx_result(cpu, result);
+    Ok(Next::Advance)
+}
+
+/// The 64-bit memory operand of VMXON, VMPTRLD and VMCLEAR.
+fn pointer_operand(cpu: &mut Cpu) -> Result<Gpa, Stop> {
+    let linear = operand::linear(cpu, 8, Direction::Load)?;
+    let mut bytes = [0; 8];
+    operand::read(cpu, linear, &mut bytes)?;
+    Ok(Gpa::new(u64::from_le_bytes(bytes)))
+}
+
+/// 4 KiB aligned and within the physical-address width.
+fn is_region_address(cpu: &Cpu, at: Gpa) -> bool {
+    at.is_aligned(crate::addr::PAGE_SIZE) && at.get() >> cpu.config.physical_width == 0
+}

@@ -1,0 +1,54 @@
+//! VMXON, VMXOFF and VMCALL of L2.
+
+use super::pointers::{make_current, write_back};
+use super::{done, is_region_address, pointer_operand, require_cpl0, require_root};
+use crate::emul::cr::Cr4;
+use crate::emul::msr::{FEATURE_LOCK, FEATURE_VMX};
+use crate::error::{Fault, VmxError, VmxResult};
+use crate::nested::Operation;
+use crate::nested::caps;
+use crate::nested::vmcs12::Vmcs12;
+use crate::vcpu::{Cpu, Next, Stop, vmcs01};
+
+/// VMXON
+pub fn vmxon(cpu: &mut Cpu) -> Result<Next, Stop> {
+    // The real CR4.VMXE is always set, so this #UD is nvmx's to raise.
+    if vmcs01::cr4_of_l2(cpu) & Cr4::VMXE.bits() == 0 {
+        return Err(Fault::InvalidOpcode.into());
+    }
+    require_cpl0(cpu)?;
+    if cpu.nested.operation != Operation::Off {
+        return done(cpu, VmxResult::FailValid(VmxError::VmxonInVmxRootOperation));
+    }
+    let (cr0, cr4) = (vmcs01::cr0_of_l2(cpu), vmcs01::cr4_of_l2(cpu));
+    let allowed = FEATURE_LOCK | FEATURE_VMX;
+    if !cpu.config.offered.cr0_ok(cr0) || !cpu.config.offered.cr4_ok(cr4) || cpu.feature_control & allowed != allowed {
+        return Err(Fault::GeneralProtection(0).into());
+    }
+    let at = pointer_operand(cpu)?;
+    if !is_region_address(cpu, at) || Vmcs12::revision(&cpu.guest, at) != Ok(caps::REVISION) {
+        return done(cpu, VmxResult::FailInvalid);
+    }
+    cpu.nested.operation = Operation::Root { vmxon_ptr: at, current: None };
+    vmcs01::own_control_bits(cpu, true);
+    done(cpu, VmxResult::Succeed)
+}
+
+/// VMXOFF
+pub fn vmxoff(cpu: &mut Cpu) -> Result<Next, Stop> {
+    require_root(cpu)?;
+    make_current(cpu, None);
+    for index in 0..cpu.nested.slots.len() {
+        write_back(cpu, index);
+    }
+    cpu.ept02.forget_all(&mut Cpu::tables(&mut cpu.frames, &cpu.phys));
+    cpu.nested.operation = Operation::Off;
+    vmcs01::own_control_bits(cpu, false);
+    done(cpu, VmxResult::Succeed)
+}
+
+/// VMCALL in VMX root operation: there is no SMM monitor to call.
+pub fn vmcall(cpu: &mut Cpu) -> Result<Next, Stop> {
+    require_root(cpu)?;
+    done(cpu, VmxResult::FailValid(VmxError::VmcallInVmxRootOperation))
+}

@@ -1,0 +1,153 @@
+//! Exits of L3: whose they are, and those that nvmx handles itself. vmcs02 is current.
+
+use super::Operation;
+use super::route::{ExitInfo, L2Wants, Route, route};
+use super::{entry, reflect};
+use crate::addr::{Gpa, Hpa, Ngpa};
+use crate::emul::msr;
+use crate::ept::{Eptp, Outcome, Qualification};
+use crate::error::{Fault, KillReason};
+use crate::hw::vmx::Invalidate;
+use crate::mm::PhysMem;
+use crate::nested::merge::Duties;
+use crate::nested::slot::Slot;
+use crate::vcpu::{Cpu, inject, l2_exit};
+use crate::vmx::Field;
+use crate::vmx::bitmap::{Access, MsrBitmap};
+use crate::vmx::controls::{PinControls, PrimaryControls, SecondaryControls};
+use crate::vmx::event::EventInfo;
+use crate::vmx::exit::{BasicReason, ExitReason};
+use l2_protocol::abi::Counter;
+
+/// Must the next entry of L3 be a VMLAUNCH?
+#[inline(always)]
+pub fn needs_launch(cpu: &Cpu) -> bool {
+    match cpu.nested.operation {
+        Operation::NonRoot { current, .. } => cpu.nested.slots[current].needs_launch(),
+        _ => true,
+    }
+}
+
+/// Handles an exit of L3. On return L2 or L3 is ready to run.
+#[inline]
+pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
+    let Operation::NonRoot { current, .. } = cpu.nested.operation else {
+        return Err(KillReason::UnexpectedExit(reason.0));
+    };
+    if reason.is_entry_failure() {
+        return entry::failed_late(cpu, current, reason);
+    }
+    let slot = &mut cpu.nested.slots[current];
+    slot.mark_launched();
+    // Only these reasons need more than the reason itself to find their way.
+    let (mut qualification, mut event) = (0, EventInfo::NONE);
+    match reason.basic() {
+        BasicReason::CR_ACCESS => qualification = cpu.vmx.read(Field::EXIT_QUALIFICATION),
+        BasicReason::EXCEPTION_OR_NMI => event = EventInfo(cpu.vmx.read(Field::VM_EXIT_INTR_INFO) as u32),
+        _ => {}
+    }
+    let info = ExitInfo { reason, qualification, event, ecx: cpu.regs.gpr[1] as u32 };
+    let bitmap = cpu.guest.translate(Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP))).ok();
+    match route(&info, &Wants { slot, bitmap, phys: &cpu.phys }) {
+        Route::Reflect => reflect::reflect(cpu, current, None),
+        Route::Nvmx => keep(cpu, current, reason),
+    }
+}
+
+/// What L2 asked for, from nvmx's copy of vmcs12 and L2's MSR bitmap.
+struct Wants<'a, P> {
+    slot: &'a Slot,
+    bitmap: Option<Hpa>,
+    phys: &'a P,
+}
+
+impl<P: PhysMem> L2Wants for Wants<'_, P> {
+    #[inline(always)]
+    fn pin(&self) -> PinControls {
+        PinControls::from_bits_retain(self.slot.vmcs12.get(Field::PIN_BASED_VM_EXEC_CONTROL) as u32)
+    }
+
+    #[inline(always)]
+    fn primary(&self) -> PrimaryControls {
+        PrimaryControls::from_bits_retain(self.slot.vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32)
+    }
+
+    #[inline(always)]
+    fn secondary(&self) -> SecondaryControls {
+        match self.primary().contains(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS) {
+            true => SecondaryControls::from_bits_retain(self.slot.vmcs12.get(Field::SECONDARY_VM_EXEC_CONTROL) as u32),
+            false => SecondaryControls::empty(),
+        }
+    }
+
+    fn msr_bitmap(&self, index: u32, access: Access) -> bool {
+        let Some((page, bit)) = self.bitmap.zip(MsrBitmap::index(index, access)) else { return true };
+        let word = self.phys.read_u64(Hpa::new(page.get() + (bit as u64 / 64) * 8));
+        word >> (bit % 64) & 1 == 1
+    }
+}
+
+/// Handles an exit that L2 does not see, or finds out that it must.
+#[inline]
+fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReason> {
+    match reason.basic() {
+        BasicReason::EPT_VIOLATION => violation(cpu, index)?,
+        BasicReason::EPT_MISCONFIGURATION => {
+            // ept02 holds only what compose wrote: a misconfiguration in it is a bug of nvmx.
+            return Err(KillReason::UnexpectedExit(reason.0));
+        }
+        BasicReason::RDMSR => msr_of_l3(cpu, msr::read),
+        BasicReason::WRMSR => msr_of_l3(cpu, msr::write),
+        _ => return Err(KillReason::UnexpectedExit(reason.0)),
+    }
+    if matches!(cpu.nested.operation, Operation::NonRoot { .. }) {
+        cpu.nested.slots[index].msr_lists.disarm_entry(&mut cpu.vmx);
+    }
+    Ok(())
+}
+
+/// An MSR that only nvmx intercepts: L3 sees what L2 would.
+fn msr_of_l3(cpu: &mut Cpu, emulate: fn(&mut Cpu) -> Result<(), Fault>) {
+    match emulate(cpu) {
+        Ok(()) => inject::advance(cpu),
+        Err(fault) => inject::fault(cpu, fault),
+    }
+}
+
+/// An EPT violation of L3: fills ept02, or tells L2.
+#[inline]
+fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
+    let slot = &mut cpu.nested.slots[index];
+    let at = cpu.vmx.read(Field::GUEST_PHYSICAL_ADDRESS);
+    if slot.merged.is_some_and(|m| m.duties.contains(Duties::LOAD_PDPTES)) {
+        // L2 uses no EPT for this guest: its physical addresses are L2's, under ept01.
+        return l2_exit::map_missing(cpu, Gpa::new(at));
+    }
+    let eptp12 = Eptp::new(slot.vmcs12.get(Field::EPT_POINTER));
+    let qualification = Qualification::from_bits_retain(cpu.vmx.read(Field::EXIT_QUALIFICATION));
+    let mut tables = Cpu::tables(&mut cpu.frames, &cpu.phys);
+    match cpu.ept02.violation(eptp12, Ngpa::new(at), qualification, &cpu.guest, &mut tables) {
+        Outcome::Filled => {
+            cpu.vmx.counters.bump(Counter::Ept02Fills);
+            let activation = cpu.ept02.activate(eptp12, &mut tables);
+            if slot.eptp02 != activation.eptp02.get() {
+                slot.eptp02 = activation.eptp02.get();
+                cpu.vmx.write(Field::EPT_POINTER, slot.eptp02);
+            }
+            if activation.invept {
+                cpu.vmx.invept(Invalidate::Single, slot.eptp02);
+            }
+            l2_exit::redeliver(cpu);
+            Ok(())
+        }
+        Outcome::ReflectViolation(qualification) => {
+            let reason = ExitReason::exit(BasicReason::EPT_VIOLATION);
+            reflect::reflect(cpu, index, Some((reason, qualification.bits())))
+        }
+        Outcome::ReflectMisconfig => {
+            let reason = ExitReason::exit(BasicReason::EPT_MISCONFIGURATION);
+            reflect::reflect(cpu, index, Some((reason, 0)))
+        }
+        Outcome::Forbidden { gpa } => Err(KillReason::ForbiddenMemory(gpa)),
+    }
+}

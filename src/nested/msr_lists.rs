@@ -1,0 +1,123 @@
+//! The three MSR areas of a vmcs12.
+//!
+//! The two that load are copied to frames of nvmx and given to the processor, which applies the rules and reports the
+//! failing entry exactly as the SDM says; the VM-exit area is loaded by the entry to L2 that follows the reflected exit.
+//! The one that stores is done by nvmx: a failing store would be a VMX abort of the real machine.
+//! Source: SDM vol. 3C, "VM-Exit Controls for MSRs", "Loading MSRs", table "Format of an MSR Entry".
+
+use crate::addr::{Gpa, Hpa, PAGE_SIZE};
+use crate::emul::msr;
+use crate::error::KillReason;
+use crate::hw::msr as hw_msr;
+use crate::hw::phys::DirectMap;
+use crate::hw::vmx::Vmx;
+use crate::mm::PhysMem;
+use crate::mm::guest::GuestMemory;
+use crate::vmx::Field;
+
+/// Entries that fit: the recommended maximum that IA32_VMX_MISC reports to L2.
+pub const MAX_ENTRIES: u64 = 512;
+/// Frames of one area.
+pub const AREA_FRAMES: usize = (MAX_ENTRIES * 16 / PAGE_SIZE) as usize;
+
+/// An entry that the processor refuses: reserved bits set.
+const REFUSED: u64 = u64::MAX;
+
+/// VMX abort indicators (SDM table "VMX Aborts").
+const ABORT_SAVING: u32 = 1;
+/// Failure to load MSRs on VM exit.
+pub const ABORT_LOADING: u32 = 4;
+
+/// nvmx's copies: each `AREA_FRAMES` contiguous frames.
+pub struct MsrLists {
+    entry_load: Hpa,
+    exit_load: Hpa,
+    /// vmcs02's count is not 0.
+    armed: bool,
+}
+
+impl MsrLists {
+    /// On frames that nothing else uses.
+    pub fn new(entry_load: Hpa, exit_load: Hpa) -> Self {
+        MsrLists { entry_load, exit_load, armed: false }
+    }
+
+    /// Copies the VM-entry MSR-load area of vmcs12 and arms vmcs02, which is current, with it.
+    pub fn arm_entry(
+        &mut self,
+        vmx: &mut Vmx,
+        phys: &DirectMap,
+        memory: &GuestMemory<impl PhysMem>,
+        at: u64,
+        count: u64,
+    ) {
+        let count = count.min(MAX_ENTRIES);
+        copy_area(phys, memory, Gpa::new(at), count, self.entry_load);
+        vmx.write(Field::VM_ENTRY_MSR_LOAD_ADDR, self.entry_load.get());
+        vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, count);
+        self.armed = true;
+    }
+
+    /// The list was loaded: further entries of nvmx's own must not load it again. vmcs02 is current.
+    #[inline(always)]
+    pub fn disarm_entry(&mut self, vmx: &mut Vmx) {
+        if self.armed {
+            vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, 0);
+            self.armed = false;
+        }
+    }
+
+    /// Stores MSRs to the VM-exit MSR-store area of vmcs12; vmcs02 is current.
+    pub fn store(vmx: &mut Vmx, memory: &GuestMemory<impl PhysMem>, at: u64, count: u64) -> Result<(), KillReason> {
+        for i in 0..count.min(MAX_ENTRIES) {
+            let entry = Gpa::new(at).checked_add(16 * i).ok_or(KillReason::VmxAbort(ABORT_SAVING))?;
+            let index = memory.read_u64(entry).unwrap_or(REFUSED);
+            let value = (index >> 32 == 0).then(|| read_of_l3(vmx, index as u32)).flatten();
+            let value = value.ok_or(KillReason::VmxAbort(ABORT_SAVING))?;
+            // Memory that L2 does not own takes no write, like an address without memory behind it.
+            let _ = entry.checked_add(8).map(|to| memory.write_u64(to, value));
+        }
+        Ok(())
+    }
+
+    /// Has vmcs01, which is current, load the VM-exit MSR-load area of vmcs12 with the next entry.
+    pub fn arm_exit(
+        &mut self,
+        vmx: &mut Vmx,
+        phys: &DirectMap,
+        memory: &GuestMemory<impl PhysMem>,
+        at: u64,
+        count: u64,
+    ) {
+        let count = count.min(MAX_ENTRIES);
+        copy_area(phys, memory, Gpa::new(at), count, self.exit_load);
+        vmx.write(Field::VM_ENTRY_MSR_LOAD_ADDR, self.exit_load.get());
+        vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, count);
+    }
+}
+
+/// Copies `count` entries once. What nvmx would not let L2 write becomes an entry that the processor refuses.
+fn copy_area(phys: &DirectMap, memory: &GuestMemory<impl PhysMem>, at: Gpa, count: u64, to: Hpa) {
+    for i in 0..count {
+        let entry = at.checked_add(16 * i);
+        let word = |bytes| entry.and_then(|e: Gpa| e.checked_add(bytes)).and_then(|e| memory.read_u64(e).ok());
+        let (index, value) = (word(0).unwrap_or(REFUSED), word(8).unwrap_or(0));
+        let refused = index >> 32 == 0 && msr::is_emulated(index as u32);
+        phys.write_u64(Hpa::new(to.get() + 16 * i), if refused { REFUSED } else { index });
+        phys.write_u64(Hpa::new(to.get() + 16 * i + 8), value);
+    }
+}
+
+/// The value an MSR has for L3: from vmcs02 where VM exits switch it, else from the processor.
+fn read_of_l3(vmx: &mut Vmx, index: u32) -> Option<u64> {
+    /// x2APIC registers and IA32_SMBASE may not be in the list (SDM, "Saving MSRs").
+    const X2APIC: core::ops::RangeInclusive<u32> = 0x800..=0x8FF;
+    const SMBASE: u32 = 0x9E;
+    if X2APIC.contains(&index) || index == SMBASE || msr::is_emulated(index) {
+        return None;
+    }
+    match msr::vmcs_field(index) {
+        Some(field) => Some(vmx.read(field)),
+        None => hw_msr::rdmsr_safe(index).ok(),
+    }
+}

@@ -1,0 +1,242 @@
+//! VM exit from L3 to L2: vmcs02's state becomes vmcs12's, vmcs12's host state becomes L2's.
+//!
+//! Source: SDM vol. 3C, chapter "VM Exits": "Saving Guest State", "Loading Host State"; for failed entries "VM-Entry
+//! Failures During or After Loading Guest State".
+
+use super::Operation;
+use super::merge::Duties;
+use super::msr_lists::MsrLists;
+use super::vmcs12::{FieldSet, Vmcs12};
+use super::vpid::VPID01;
+use crate::addr::Gpa;
+use crate::emul::cr::Cr4;
+use crate::error::KillReason;
+use crate::hw::vmx::{Invalidate, Vmx};
+use crate::mm::{GuestMemory, PhysMem};
+use crate::vcpu::Cpu;
+use crate::vmx::Field;
+use crate::vmx::controls::{EntryControls, ExitControls, PinControls, SecondaryControls};
+use crate::vmx::event::{EventInfo, EventKind};
+use crate::vmx::exit::{BasicReason, ExitReason};
+use l2_protocol::abi::{Counter, Strategy};
+
+const BLOCKING_BY_NMI: u64 = 1 << 3;
+const UNUSABLE: u64 = 1 << 16;
+
+/// Fields that L2 reads after nearly every exit: fetched at once where each access of L2 exits.
+const HOT: [Field; 12] = [
+    Field::VM_EXIT_REASON,
+    Field::EXIT_QUALIFICATION,
+    Field::VM_EXIT_INSTRUCTION_LEN,
+    Field::VM_EXIT_INTR_INFO,
+    Field::IDT_VECTORING_INFO_FIELD,
+    Field::GUEST_RIP,
+    Field::GUEST_RSP,
+    Field::GUEST_RFLAGS,
+    Field::GUEST_CR0,
+    Field::GUEST_CR3,
+    Field::GUEST_CR4,
+    Field::GUEST_INTERRUPTIBILITY_INFO,
+];
+
+/// Exit reason and qualification that nvmx reports in place of the processor's.
+pub type Info = (ExitReason, u64);
+
+/// Takes L2 out of an exit of L3 whose information stands in vmcs02, which is current, except for `info`.
+#[inline]
+pub fn reflect(cpu: &mut Cpu, index: usize, info: Option<Info>) -> Result<(), KillReason> {
+    cpu.vmx.counters.bump(Counter::Reflected);
+    let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[index]);
+    let pin = PinControls::from_bits_retain(slot.vmcs12.get(Field::PIN_BASED_VM_EXEC_CONTROL) as u32);
+    let exit = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
+    let secondary = slot.merged.map_or(SecondaryControls::empty(), |m| m.secondary);
+    // L3 can leave or enter IA-32e mode on its own only as an unrestricted guest; the processor keeps the control in step.
+    if secondary.contains(SecondaryControls::UNRESTRICTED_GUEST) {
+        let bit = EntryControls::IA32E_MODE_GUEST.bits() as u64;
+        let entry = slot.vmcs12.get(Field::VM_ENTRY_CONTROLS);
+        let live = vmx.read(Field::VM_ENTRY_CONTROLS);
+        slot.vmcs12.set(Field::VM_ENTRY_CONTROLS, entry & !bit | live & bit);
+    }
+    if pin.contains(PinControls::PREEMPTION_TIMER) && exit.contains(ExitControls::SAVE_PREEMPTION_TIMER) {
+        let left = vmx.read(Field::VMX_PREEMPTION_TIMER_VALUE);
+        slot.vmcs12.set(Field::VMX_PREEMPTION_TIMER_VALUE, left);
+    }
+    let nmi_blocked = nmi_blocked(vmx, pin);
+    slot.inherited.leave_l3(vmx);
+    let stored = slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_COUNT);
+    if stored != 0 {
+        MsrLists::store(vmx, &cpu.guest, slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_ADDR), stored)?;
+    }
+    slot.vmcs12.launched = true;
+    leave_vmcs02(cpu, index, nmi_blocked, info)
+}
+
+/// Takes L2 out of an entry that failed late: no guest state is saved. vmcs02 is current.
+#[cold]
+pub fn entry_failure(cpu: &mut Cpu, basic: BasicReason, qualification: u64) -> Result<(), KillReason> {
+    let Some(index) = cpu.nested.current() else { return Err(KillReason::UnexpectedExit(basic.0 as u32)) };
+    cpu.vmx.counters.bump(Counter::Reflected);
+    let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[index]);
+    slot.inherited.undo(vmx);
+    let info = Some((ExitReason::entry_failure(basic), qualification));
+    leave_vmcs02(cpu, index, false, info)
+}
+
+/// NMIs are blocked for L2 after an exit by an NMI, and if L3 ran with them blocked in the processor.
+#[inline(always)]
+fn nmi_blocked(vmx: &mut Vmx, pin: PinControls) -> bool {
+    if pin.contains(PinControls::NMI_EXITING) {
+        let by_nmi = ExitReason(vmx.read(Field::VM_EXIT_REASON) as u32).basic() == BasicReason::EXCEPTION_OR_NMI
+            && EventInfo(vmx.read(Field::VM_EXIT_INTR_INFO) as u32).is(EventKind::Nmi);
+        if by_nmi || pin.contains(PinControls::VIRTUAL_NMIS) {
+            return by_nmi;
+        }
+    }
+    vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & BLOCKING_BY_NMI != 0
+}
+
+#[inline(always)]
+fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Info>) -> Result<(), KillReason> {
+    let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[index]);
+    match (cpu.config.strategy, info) {
+        (Strategy::ZeroCopy, None) => {}
+        (Strategy::ZeroCopy, Some((reason, qualification))) => {
+            vmx.write(Field::VM_EXIT_REASON, reason.0 as u64);
+            vmx.write(Field::EXIT_QUALIFICATION, qualification);
+        }
+        (Strategy::Trapped, info) => {
+            slot.vmcs12.valid = FieldSet::CACHED;
+            for field in HOT {
+                let value = vmx.read(field);
+                slot.vmcs12.fetched(field, value);
+            }
+            if let Some((reason, qualification)) = info {
+                slot.vmcs12.fetched(Field::VM_EXIT_REASON, reason.0 as u64);
+                slot.vmcs12.fetched(Field::EXIT_QUALIFICATION, qualification);
+            }
+        }
+    }
+    slot.unload_vmcs02(vmx, &cpu.phys, cpu.config.hardware.basic.revision(), cpu.config.strategy);
+    vmx.ptrld(cpu.vmcs01);
+    let efer = slot.inherited.efer_of_l2(slot.vmcs12.get(Field::HOST_IA32_EFER));
+    let pat = slot.inherited.pat_of_l2(slot.vmcs12.get(Field::HOST_IA32_PAT));
+    load_vmcs12_host_state(vmx, &slot.vmcs12, efer, pat);
+    vmx.update(Field::GUEST_INTERRUPTIBILITY_INFO, if nmi_blocked { BLOCKING_BY_NMI } else { 0 });
+    if slot.vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 == 0 {
+        load_pdptes_of_l2(vmx, &cpu.guest, &slot.vmcs12)?;
+    }
+    if slot.merged.is_some_and(|m| m.duties.contains(Duties::FLUSH_VPID)) {
+        vmx.invvpid(Invalidate::Single, VPID01, 0);
+    }
+    let count = slot.vmcs12.get(Field::VM_EXIT_MSR_LOAD_COUNT);
+    if count != 0 {
+        let at = slot.vmcs12.get(Field::VM_EXIT_MSR_LOAD_ADDR);
+        slot.msr_lists.arm_exit(vmx, &cpu.phys, &cpu.guest, at, count);
+        cpu.loads_msrs01 = true;
+    }
+    if let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation {
+        cpu.nested.operation = Operation::Root { vmxon_ptr, current: Some(current) };
+    }
+    Ok(())
+}
+
+/// L2's state after a VM exit, written to vmcs01, which is current.
+///
+/// vmcs01 still holds L2's state at its VMRESUME. Where the SDM's value is a constant, or L2's host area repeats what L2
+/// runs with, that is nearly always the same: such fields are read and written only if they differ.
+#[inline(always)]
+fn load_vmcs12_host_state(vmx: &mut Vmx, vmcs12: &Vmcs12, efer: u64, pat: u64) {
+    let long = vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 != 0;
+    vmx.write(Field::GUEST_RIP, vmcs12.get(Field::HOST_RIP));
+    vmx.write(Field::GUEST_RSP, vmcs12.get(Field::HOST_RSP));
+    vmx.write(Field::GUEST_RFLAGS, 2);
+    vmx.write(Field::GUEST_CR0, vmcs12.get(Field::HOST_CR0));
+    vmx.write(Field::GUEST_CR3, vmcs12.get(Field::HOST_CR3));
+    let cr4 = Cr4::from_bits_retain(vmcs12.get(Field::HOST_CR4));
+    let cr4 = if long { cr4 | Cr4::PAE } else { cr4 - Cr4::PCIDE };
+    vmx.write(Field::GUEST_CR4, cr4.bits());
+    vmx.write(Field::GUEST_IA32_EFER, efer);
+    vmx.write(Field::GUEST_IA32_PAT, pat);
+    vmx.write(Field::GUEST_DR7, 0x400);
+    vmx.write(Field::GUEST_IA32_DEBUGCTL, 0);
+    vmx.write(Field::GUEST_PENDING_DBG_EXCEPTIONS, 0);
+    vmx.write(Field::GUEST_SYSENTER_CS, vmcs12.get(Field::HOST_IA32_SYSENTER_CS));
+    vmx.write(Field::GUEST_SYSENTER_ESP, vmcs12.get(Field::HOST_IA32_SYSENTER_ESP));
+    vmx.write(Field::GUEST_SYSENTER_EIP, vmcs12.get(Field::HOST_IA32_SYSENTER_EIP));
+    vmx.write(Field::GUEST_GDTR_BASE, vmcs12.get(Field::HOST_GDTR_BASE));
+    vmx.write(Field::GUEST_IDTR_BASE, vmcs12.get(Field::HOST_IDTR_BASE));
+    vmx.write(Field::GUEST_GDTR_LIMIT, 0xFFFF);
+    vmx.write(Field::GUEST_IDTR_LIMIT, 0xFFFF);
+    load_segments(vmx, vmcs12, long);
+    // The control follows IA32_EFER.LMA; it changes only if L2 has hosts of both kinds.
+    if (vmx.read(Field::VM_ENTRY_CONTROLS) & EntryControls::IA32E_MODE_GUEST.bits() as u64 != 0) != long {
+        let controls = vmx.read(Field::VM_ENTRY_CONTROLS) ^ EntryControls::IA32E_MODE_GUEST.bits() as u64;
+        vmx.write(Field::VM_ENTRY_CONTROLS, controls);
+    }
+}
+
+/// Segment registers (SDM vol. 3C, "Loading Host Segment and Descriptor-Table Registers").
+#[inline(always)]
+fn load_segments(vmx: &mut Vmx, vmcs12: &Vmcs12, long: bool) {
+    /// Type 11, S, P, G; L or D.
+    const CODE: u64 = 0x809B;
+    const LONG: u64 = 1 << 13;
+    const DEFAULT_32: u64 = 1 << 14;
+    /// Type 3, S, P, D/B, G.
+    const DATA: u64 = 0xC093;
+    /// Type 11, P.
+    const TSS: u64 = 0x8B;
+    const FLAT: u64 = 0xFFFF_FFFF;
+    vmx.update(Field::GUEST_CS_SELECTOR, vmcs12.get(Field::HOST_CS_SELECTOR));
+    vmx.update(Field::GUEST_CS_AR_BYTES, CODE | if long { LONG } else { DEFAULT_32 });
+    vmx.update(Field::GUEST_CS_BASE, 0);
+    vmx.update(Field::GUEST_CS_LIMIT, FLAT);
+    macro_rules! data {
+        ($($host:ident $selector:ident $rights:ident $base:ident = $value:expr, $limit:ident;)*) => { $(
+            let selector = vmcs12.get(Field::$host);
+            vmx.update(Field::$selector, selector);
+            if selector == 0 {
+                vmx.update(Field::$rights, UNUSABLE);
+            } else {
+                vmx.update(Field::$rights, DATA);
+                vmx.update(Field::$limit, FLAT);
+            }
+            vmx.update(Field::$base, $value);
+        )* };
+    }
+    data! {
+        HOST_SS_SELECTOR GUEST_SS_SELECTOR GUEST_SS_AR_BYTES GUEST_SS_BASE = 0, GUEST_SS_LIMIT;
+        HOST_DS_SELECTOR GUEST_DS_SELECTOR GUEST_DS_AR_BYTES GUEST_DS_BASE = 0, GUEST_DS_LIMIT;
+        HOST_ES_SELECTOR GUEST_ES_SELECTOR GUEST_ES_AR_BYTES GUEST_ES_BASE = 0, GUEST_ES_LIMIT;
+        HOST_FS_SELECTOR GUEST_FS_SELECTOR GUEST_FS_AR_BYTES GUEST_FS_BASE = vmcs12.get(Field::HOST_FS_BASE), GUEST_FS_LIMIT;
+        HOST_GS_SELECTOR GUEST_GS_SELECTOR GUEST_GS_AR_BYTES GUEST_GS_BASE = vmcs12.get(Field::HOST_GS_BASE), GUEST_GS_LIMIT;
+    }
+    vmx.update(Field::GUEST_TR_SELECTOR, vmcs12.get(Field::HOST_TR_SELECTOR));
+    vmx.update(Field::GUEST_TR_AR_BYTES, TSS);
+    vmx.update(Field::GUEST_TR_BASE, vmcs12.get(Field::HOST_TR_BASE));
+    vmx.update(Field::GUEST_TR_LIMIT, 0x67);
+    vmx.update(Field::GUEST_LDTR_SELECTOR, 0);
+    vmx.update(Field::GUEST_LDTR_AR_BYTES, UNUSABLE);
+}
+
+/// A host outside IA-32e mode with PAE paging gets its PDPTEs from the table at CR3; reserved bits in them are a VMX abort
+/// (SDM, "Checking and Loading Host Page-Directory-Pointer-Table Entries").
+#[cold]
+fn load_pdptes_of_l2(vmx: &mut Vmx, guest: &GuestMemory<impl PhysMem>, vmcs12: &Vmcs12) -> Result<(), KillReason> {
+    const ABORT_PDPTES: u32 = 2;
+    const PRESENT: u64 = 1;
+    if vmcs12.get(Field::HOST_CR4) & Cr4::PAE.bits() == 0 {
+        return Ok(());
+    }
+    let reserved = !(guest.limit() - 1) | 0x1E6;
+    let table = vmcs12.get(Field::HOST_CR3) & 0xFFFF_FFE0;
+    let fields = [Field::GUEST_PDPTE0, Field::GUEST_PDPTE1, Field::GUEST_PDPTE2, Field::GUEST_PDPTE3];
+    for (i, field) in fields.into_iter().enumerate() {
+        let entry = guest.read_u64(Gpa::new(table + 8 * i as u64)).unwrap_or(u64::MAX);
+        if entry & PRESENT != 0 && entry & reserved != 0 {
+            return Err(KillReason::VmxAbort(ABORT_PDPTES));
+        }
+        vmx.write(field, entry);
+    }
+    Ok(())
+}

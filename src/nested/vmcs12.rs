@@ -1,0 +1,170 @@
+//! nvmx's copy of a vmcs12, and the page in L2's memory that it comes from and goes back to.
+//!
+//! A field whose [`Home`] is `Cache` always lives here. One whose home is vmcs02 lives here only while its bit in `valid`
+//! is set; `dirty` marks the values here that vmcs02 does not have yet.
+//!
+//! The page's layout is nvmx's own business (SDM vol. 3C, "VMCS Data" is implementation-specific): after the revision
+//! identifier and the abort indicator follow the launch state and one 64-bit slot a field, in the order of the table.
+
+use crate::addr::Gpa;
+use crate::mm::PhysMem;
+use crate::mm::guest::{GuestMemory, NotOwned};
+use crate::vmx::field::{Field, Fields, Home};
+
+/// Offset of the VMX-abort indicator in any VMCS region (SDM table "Format of the VMCS Region").
+pub const ABORT_OFFSET: u64 = 4;
+
+const LAUNCH_OFFSET: u64 = 8;
+const VALUES_OFFSET: u64 = 16;
+const LAUNCHED: u64 = 1;
+
+/// A set of fields.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct FieldSet([u64; FieldSet::WORDS]);
+
+impl FieldSet {
+    const WORDS: usize = Field::COUNT.div_ceil(64);
+
+    /// No field.
+    pub const EMPTY: FieldSet = FieldSet([0; Self::WORDS]);
+
+    /// The fields whose value L2 sees lives in nvmx's copy, always.
+    pub const CACHED: FieldSet = {
+        let mut set = Self::EMPTY;
+        let mut i = 0;
+        while i < Field::COUNT {
+            if matches!(Field::ALL[i].home(), Home::Cache) {
+                set.0[i / 64] |= 1 << (i % 64);
+            }
+            i += 1;
+        }
+        set
+    };
+
+    /// Adds a field.
+    #[inline(always)]
+    pub const fn insert(&mut self, field: Field) {
+        let i = field.index();
+        self.0[i / 64] |= 1 << (i % 64);
+    }
+
+    /// Takes a field out.
+    #[inline(always)]
+    pub const fn remove(&mut self, field: Field) {
+        let i = field.index();
+        self.0[i / 64] &= !(1 << (i % 64));
+    }
+
+    /// Is it in?
+    #[inline(always)]
+    pub const fn contains(&self, field: Field) -> bool {
+        let i = field.index();
+        self.0[i / 64] >> (i % 64) & 1 == 1
+    }
+
+    /// True when no field is in.
+    #[inline(always)]
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(|w| *w == 0)
+    }
+
+    /// The fields in it, in the order of the table.
+    pub fn iter(self) -> impl Iterator<Item = Field> {
+        Field::ALL.iter().copied().filter(move |f| self.contains(*f))
+    }
+}
+
+/// The copy.
+pub struct Vmcs12 {
+    values: [u64; Field::COUNT],
+    /// Fields whose value here is what L2 sees.
+    pub valid: FieldSet,
+    /// Fields that vmcs02 does not have yet.
+    pub dirty: FieldSet,
+    /// Launch state: true after a VMLAUNCH that entered.
+    pub launched: bool,
+}
+
+impl Default for Vmcs12 {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Vmcs12 {
+    /// All fields zero.
+    pub const fn new() -> Self {
+        Vmcs12 { values: [0; Field::COUNT], valid: FieldSet::CACHED, dirty: FieldSet::EMPTY, launched: false }
+    }
+
+    /// The value here; meaningful while the field is valid.
+    #[inline(always)]
+    pub fn get(&self, field: Field) -> u64 {
+        self.values[field.index()]
+    }
+
+    /// Sets a value without marking anything: for fields that live here.
+    #[inline(always)]
+    pub fn set(&mut self, field: Field, value: u64) {
+        self.values[field.index()] = value & field.mask();
+    }
+
+    /// Keeps what was read from vmcs02.
+    #[inline(always)]
+    pub fn fetched(&mut self, field: Field, value: u64) {
+        self.set(field, value);
+        self.valid.insert(field);
+    }
+
+    /// A value that L2 wrote and vmcs02 must get before the next entry.
+    pub fn written(&mut self, field: Field, value: u64) {
+        self.fetched(field, value);
+        self.dirty.insert(field);
+    }
+
+    /// The revision identifier in the region at `at`, with bit 31.
+    pub fn revision(memory: &GuestMemory<impl PhysMem>, at: Gpa) -> Result<u32, NotOwned> {
+        Ok(memory.read_u64(at)? as u32)
+    }
+
+    /// Copies the region at `at` once; every value is untrusted and masked to its width.
+    pub fn load(&mut self, memory: &GuestMemory<impl PhysMem>, at: Gpa) -> Result<(), NotOwned> {
+        self.launched = memory.read_u64(offset(at, LAUNCH_OFFSET))? == LAUNCHED;
+        for (i, field) in Field::ALL.iter().enumerate() {
+            self.set(*field, memory.read_u64(offset(at, VALUES_OFFSET + 8 * i as u64))?);
+            self.valid.insert(*field);
+            if field.home() != Home::Cache {
+                self.dirty.insert(*field);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes every value back to the region at `at`; all fields must be valid.
+    pub fn store(&self, memory: &GuestMemory<impl PhysMem>, at: Gpa) -> Result<(), NotOwned> {
+        memory.write_u64(offset(at, LAUNCH_OFFSET), if self.launched { LAUNCHED } else { 0 })?;
+        for (i, value) in self.values.iter().enumerate() {
+            memory.write_u64(offset(at, VALUES_OFFSET + 8 * i as u64), *value)?;
+        }
+        Ok(())
+    }
+
+    /// Sets the launch state in the region at `at` to clear, for a region that is not active.
+    pub fn clear_region(memory: &GuestMemory<impl PhysMem>, at: Gpa) -> Result<(), NotOwned> {
+        memory.write_u64(offset(at, LAUNCH_OFFSET), 0)
+    }
+}
+
+impl Fields for Vmcs12 {
+    #[inline(always)]
+    fn get(&self, field: Field) -> u64 {
+        self.values[field.index()]
+    }
+}
+
+const _: () = assert!(VALUES_OFFSET + 8 * Field::COUNT as u64 <= crate::addr::PAGE_SIZE);
+
+/// Within a region: the base is page-aligned, so the sum cannot overflow.
+fn offset(at: Gpa, bytes: u64) -> Gpa {
+    Gpa::new(at.page().get() | bytes)
+}

@@ -1,0 +1,159 @@
+//! Counters of one CPU: always on, a plain increment each.
+
+use crate::vmx::exit::ExitReason;
+use l2_protocol::abi::{Counter, EXITS_OF_L2, EXITS_OF_L3, REASONS};
+
+const NAMED: usize = Counter::ALL.len();
+
+/// All counters, the snapshot that L2 reads, and the last exits for the epitaph.
+pub struct Counters {
+    live: Values,
+    snapshot: Values,
+    recent: [Recent; RECENT],
+    next: usize,
+}
+
+#[derive(Clone)]
+struct Values {
+    named: [u64; NAMED],
+    exits_l2: [u64; REASONS],
+    exits_l3: [u64; REASONS],
+}
+
+const RECENT: usize = 16;
+
+/// One of the last exits.
+#[derive(Clone, Copy)]
+struct Recent {
+    reason: u16,
+    l3: bool,
+}
+
+impl Values {
+    const fn new() -> Self {
+        Values { named: [0; NAMED], exits_l2: [0; REASONS], exits_l3: [0; REASONS] }
+    }
+
+    fn get(&self, index: u32) -> Option<u64> {
+        let at = |base: u32| index.checked_sub(base).map(|i| i as usize);
+        self.named
+            .get(index as usize)
+            .or_else(|| at(EXITS_OF_L2).and_then(|i| self.exits_l2.get(i)))
+            .or_else(|| at(EXITS_OF_L3).and_then(|i| self.exits_l3.get(i)))
+            .copied()
+    }
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Counters {
+    /// All zero.
+    pub const fn new() -> Self {
+        Counters {
+            live: Values::new(),
+            snapshot: Values::new(),
+            recent: [Recent { reason: 0xFFFF, l3: false }; RECENT],
+            next: 0,
+        }
+    }
+
+    /// Adds one.
+    #[inline(always)]
+    pub fn bump(&mut self, counter: Counter) {
+        self.live.named[counter as usize] += 1;
+    }
+
+    /// Adds `count`.
+    #[inline(always)]
+    pub fn add(&mut self, counter: Counter, count: u64) {
+        self.live.named[counter as usize] += count;
+    }
+
+    /// Sets a counter that is kept elsewhere.
+    #[inline(always)]
+    pub fn set(&mut self, counter: Counter, value: u64) {
+        self.live.named[counter as usize] = value;
+    }
+
+    /// The live value.
+    #[inline(always)]
+    pub fn get(&self, counter: Counter) -> u64 {
+        self.live.named[counter as usize]
+    }
+
+    /// Counts a hardware exit of L2 or L3.
+    #[inline(always)]
+    pub fn exit(&mut self, from_l3: bool, reason: ExitReason) {
+        let slot = (reason.basic().0 as usize).min(REASONS - 1);
+        self.bump(Counter::HwExits);
+        if from_l3 {
+            self.bump(Counter::ExitsL3);
+            self.live.exits_l3[slot] += 1;
+        } else {
+            self.bump(Counter::ExitsL2);
+            self.live.exits_l2[slot] += 1;
+        }
+        self.recent[self.next % RECENT] = Recent { reason: reason.basic().0, l3: from_l3 };
+        self.next = self.next.wrapping_add(1);
+    }
+
+    /// Takes back the count of the exit just counted: it was for reading the counters.
+    pub fn forget_exit_of_l2(&mut self, reason: ExitReason) {
+        let slot = (reason.basic().0 as usize).min(REASONS - 1);
+        self.live.named[Counter::HwExits as usize] -= 1;
+        self.live.named[Counter::ExitsL2 as usize] -= 1;
+        self.live.exits_l2[slot] -= 1;
+    }
+
+    /// Copies the live values to the snapshot.
+    pub fn take_snapshot(&mut self) {
+        self.snapshot = self.live.clone();
+    }
+
+    /// A value of the snapshot by the index of the CPUID interface.
+    pub fn snapshot_value(&self, index: u32) -> Option<u64> {
+        self.snapshot.get(index)
+    }
+
+    /// The last exits, oldest first: (basic reason, of L3).
+    pub fn recent(&self) -> impl Iterator<Item = (ExitReason, bool)> + '_ {
+        (0..RECENT)
+            .map(move |i| self.recent[(self.next.wrapping_add(i)) % RECENT])
+            .filter(|r| r.reason != 0xFFFF)
+            .map(|r| (ExitReason(r.reason as u32), r.l3))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exit_for_reading_counters_leaves_no_trace() {
+        let mut c = Counters::new();
+        let cpuid = ExitReason(10);
+        c.exit(true, cpuid);
+        c.exit(false, cpuid);
+        c.forget_exit_of_l2(cpuid);
+        c.take_snapshot();
+        assert_eq!(c.snapshot_value(Counter::HwExits as u32), Some(1));
+        assert_eq!(c.snapshot_value(EXITS_OF_L3 + 10), Some(1));
+        assert_eq!(c.snapshot_value(EXITS_OF_L2 + 10), Some(0));
+        assert_eq!(c.snapshot_value(EXITS_OF_L3 + REASONS as u32), None);
+    }
+
+    #[test]
+    fn recent_exits_come_oldest_first() {
+        let mut c = Counters::new();
+        for reason in 0..20 {
+            c.exit(false, ExitReason(reason));
+        }
+        let first = c.recent().next().map(|(r, _)| r.basic().0);
+        assert_eq!(first, Some(4));
+        assert_eq!(c.recent().count(), RECENT);
+    }
+}

@@ -1,0 +1,114 @@
+//! The state of one virtual CPU.
+
+use crate::addr::Hpa;
+use crate::ept::{Ept01, Ept02, PoolFrames};
+use crate::error::{Fault, KillReason};
+use crate::hw::phys::DirectMap;
+use crate::hw::vmenter::GuestRegs;
+use crate::hw::vmx::Vmx;
+use crate::mm::linear::AccessError;
+use crate::mm::mtrr::Mtrrs;
+use crate::mm::{FramePool, GuestMemory};
+use crate::nested::Nested;
+use crate::nested::vmcs12::FieldSet;
+use crate::vmx::Capabilities;
+use l2_protocol::abi::Strategy;
+
+/// What is decided at start and never changes.
+pub struct Config {
+    /// The processor.
+    pub hardware: Capabilities,
+    /// The processor that L2 sees.
+    pub offered: Capabilities,
+    /// How L2's VMREAD and VMWRITE reach vmcs12.
+    pub strategy: Strategy,
+    /// Fields that the processor has.
+    pub exists: FieldSet,
+    /// Physical-address width.
+    pub physical_width: u8,
+    /// Memory types of the machine.
+    pub mtrrs: Mtrrs,
+}
+
+/// One virtual CPU. It never moves once it runs: HOST_RSP points into `regs`.
+pub struct Cpu {
+    /// General-purpose registers of the guest that exited last.
+    pub regs: GuestRegs,
+    /// The right to execute VMX instructions, and the counters.
+    pub vmx: Vmx,
+    /// Decided at start.
+    pub config: Config,
+    /// The VMCS that runs L2.
+    pub vmcs01: Hpa,
+    /// vmcs01 entered since its VMCLEAR.
+    pub launched01: bool,
+    /// vmcs01 loads an MSR area with the next entry (L2's VM-exit MSR-load area).
+    pub loads_msrs01: bool,
+    /// MSR bitmap of vmcs01: what nvmx itself must see.
+    pub msr_bitmap01: Hpa,
+    /// IA32_FEATURE_CONTROL as L2 sees it.
+    pub feature_control: u64,
+    /// Virtual VMX.
+    pub nested: Nested,
+    /// The machine one to one, without nvmx.
+    pub ept01: Ept01,
+    /// Composed tables for L3.
+    pub ept02: Ept02,
+    /// nvmx's frames.
+    pub frames: FramePool,
+    /// Physical memory.
+    pub phys: DirectMap,
+    /// L2's memory.
+    pub guest: GuestMemory<DirectMap>,
+    /// An NMI that arrived in nvmx and waits for a guest that can take it.
+    pub nmi_waits: bool,
+}
+
+impl Cpu {
+    /// nvmx's frames as EPT tables, beside the rest of the CPU.
+    #[inline(always)]
+    pub fn tables<'a>(frames: &'a mut FramePool, phys: &'a DirectMap) -> PoolFrames<'a, &'a DirectMap> {
+        PoolFrames { pool: frames, memory: phys }
+    }
+}
+
+/// How L2 goes on after an exit that nvmx handled.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Next {
+    /// Behind the instruction.
+    Advance,
+    /// Where it is: the instruction runs again, or the state was set otherwise.
+    Stay,
+}
+
+/// What keeps an instruction of L2 from completing.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stop {
+    /// L2 gets an exception.
+    Fault(Fault),
+    /// The machine ends.
+    Kill(KillReason),
+}
+
+impl From<Fault> for Stop {
+    fn from(fault: Fault) -> Self {
+        Stop::Fault(fault)
+    }
+}
+
+impl From<KillReason> for Stop {
+    fn from(reason: KillReason) -> Self {
+        Stop::Kill(reason)
+    }
+}
+
+impl From<AccessError> for Stop {
+    fn from(error: AccessError) -> Self {
+        match error {
+            AccessError::Fault(fault) => Stop::Fault(fault),
+            AccessError::NotOwned(at) => Stop::Kill(KillReason::ForbiddenMemory(at.0)),
+        }
+    }
+}

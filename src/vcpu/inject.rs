@@ -1,0 +1,73 @@
+//! What L2 sees of an instruction that nvmx completed or refused: RIP, RFLAGS, exceptions. vmcs01 is current throughout.
+//!
+//! Source: SDM vol. 3C, "Event Injection", table "Format of the VM-Entry Interruption-Information Field", and
+//! "Conventions" of the VMX instruction reference.
+
+use super::Cpu;
+use crate::error::{Fault, VmxError, VmxResult};
+use crate::hw::cr;
+use crate::vmx::Field;
+
+const RFLAGS_CF: u64 = 1 << 0;
+const RFLAGS_ZF: u64 = 1 << 6;
+const RFLAGS_TF: u64 = 1 << 8;
+/// CF, PF, AF, ZF, SF, OF
+const RFLAGS_ARITHMETIC: u64 = 0x8D5;
+const BLOCKING_BY_STI_OR_MOV_SS: u64 = 0b11;
+const PENDING_BS: u64 = 1 << 14;
+
+const VALID: u64 = 1 << 31;
+const DELIVER_ERROR_CODE: u64 = 1 << 11;
+const HARDWARE_EXCEPTION: u64 = 3 << 8;
+
+/// Moves L2 behind the instruction that exited.
+#[inline(always)]
+pub fn advance(cpu: &mut Cpu) {
+    let vmx = &mut cpu.vmx;
+    let rip = vmx.read(Field::GUEST_RIP).wrapping_add(vmx.read(Field::VM_EXIT_INSTRUCTION_LEN));
+    vmx.write(Field::GUEST_RIP, rip);
+    let blocking = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
+    if blocking & BLOCKING_BY_STI_OR_MOV_SS != 0 {
+        vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking & !BLOCKING_BY_STI_OR_MOV_SS);
+    }
+    // A single step over an instruction that nvmx emulates must still trap.
+    if vmx.read(Field::GUEST_RFLAGS) & RFLAGS_TF != 0 {
+        vmx.write(Field::GUEST_PENDING_DBG_EXCEPTIONS, PENDING_BS);
+    }
+}
+
+/// Delivers an exception to L2 with the next entry.
+pub fn fault(cpu: &mut Cpu, fault: Fault) {
+    let (vector, error_code) = match fault {
+        Fault::InvalidOpcode => (6, None),
+        Fault::StackSegment(code) => (12, Some(code as u32)),
+        Fault::GeneralProtection(code) => (13, Some(code as u32)),
+        Fault::Page { error_code, linear } => {
+            cr::set_cr2(linear);
+            (14, Some(error_code))
+        }
+        Fault::AlignmentCheck => (17, Some(0)),
+    };
+    let mut info = VALID | HARDWARE_EXCEPTION | vector;
+    if let Some(code) = error_code {
+        info |= DELIVER_ERROR_CODE;
+        cpu.vmx.write(Field::VM_ENTRY_EXCEPTION_ERROR_CODE, code as u64);
+    }
+    cpu.vmx.write(Field::VM_ENTRY_INTR_INFO_FIELD, info);
+}
+
+/// Reports the result of a VMX instruction in RFLAGS and, if it failed with a current vmcs12, in its error field.
+pub fn vmx_result(cpu: &mut Cpu, result: VmxResult) {
+    let current = cpu.nested.current();
+    // Without a current VMCS there is no field for the number (SDM, "Conventions": VMfail).
+    let (flag, error): (u64, Option<VmxError>) = match (result, current) {
+        (VmxResult::Succeed, _) => (0, None),
+        (VmxResult::FailInvalid, _) | (VmxResult::FailValid(_), None) => (RFLAGS_CF, None),
+        (VmxResult::FailValid(error), Some(_)) => (RFLAGS_ZF, Some(error)),
+    };
+    let flags = cpu.vmx.read(Field::GUEST_RFLAGS);
+    cpu.vmx.write(Field::GUEST_RFLAGS, flags & !RFLAGS_ARITHMETIC | flag);
+    if let (Some(error), Some(slot)) = (error, current.and_then(|i| cpu.nested.slots.get_mut(i))) {
+        slot.vmcs12.set(Field::VM_INSTRUCTION_ERROR, error as u64);
+    }
+}

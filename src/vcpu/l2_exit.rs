@@ -1,0 +1,119 @@
+//! Exits of L2: one line each.
+
+use super::{Cpu, Next, Stop, inject};
+use crate::addr::Gpa;
+use crate::emul;
+use crate::ept::Missing;
+use crate::error::{Fault, KillReason};
+use crate::hw::cache;
+use crate::nested::instr;
+use crate::vmx::Field;
+use crate::vmx::exit::{BasicReason, ExitReason};
+
+/// Handles an exit of L2; vmcs01 is current. On return L2 or L3 is ready to run.
+#[inline]
+pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
+    match dispatch(cpu, reason) {
+        Ok(Next::Advance) => inject::advance(cpu),
+        Ok(Next::Stay) => {}
+        Err(Stop::Fault(fault)) => inject::fault(cpu, fault),
+        Err(Stop::Kill(reason)) => return Err(reason),
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn dispatch(cpu: &mut Cpu, reason: ExitReason) -> Result<Next, Stop> {
+    let done = |()| Next::Advance;
+    if reason.is_entry_failure() {
+        return Err(entry_failure(cpu, reason).into());
+    }
+    match reason.basic() {
+        BasicReason::VMRESUME => instr::entry::vmresume(cpu),
+        BasicReason::CPUID => {
+            emul::cpuid::emulate(cpu);
+            Ok(Next::Advance)
+        }
+        BasicReason::VMREAD => instr::fields::vmread(cpu),
+        BasicReason::VMWRITE => instr::fields::vmwrite(cpu),
+        BasicReason::VMLAUNCH => instr::entry::vmlaunch(cpu),
+        BasicReason::VMPTRLD => instr::pointers::vmptrld(cpu),
+        BasicReason::VMPTRST => instr::pointers::vmptrst(cpu),
+        BasicReason::VMCLEAR => instr::pointers::vmclear(cpu),
+        BasicReason::VMXON => instr::switch::vmxon(cpu),
+        BasicReason::VMXOFF => instr::switch::vmxoff(cpu),
+        BasicReason::VMCALL => instr::switch::vmcall(cpu),
+        BasicReason::VMFUNC => Err(Fault::InvalidOpcode.into()),
+        BasicReason::INVEPT => instr::invalidate::invept(cpu),
+        BasicReason::INVVPID => instr::invalidate::invvpid(cpu),
+        BasicReason::RDMSR => Ok(emul::msr::read(cpu).map(done)?),
+        BasicReason::WRMSR => Ok(emul::msr::write(cpu).map(done)?),
+        BasicReason::CR_ACCESS => emul::cr_exit::handle(cpu),
+        BasicReason::XSETBV => Ok(emul::xsetbv::emulate(cpu).map(done)?),
+        BasicReason::INVD => {
+            // Writing back what L2 wants to drop is allowed, losing what nvmx wrote is not.
+            cache::write_back();
+            Ok(Next::Advance)
+        }
+        // SMX is not offered: CR4.SMXE is 0, so GETSEC is an invalid opcode.
+        BasicReason::GETSEC => Err(Fault::InvalidOpcode.into()),
+        BasicReason::EPT_VIOLATION => memory_missing(cpu),
+        BasicReason::TRIPLE_FAULT => Err(KillReason::TripleFault.into()),
+        BasicReason::INIT_SIGNAL => Err(KillReason::Reset.into()),
+        _ => Err(KillReason::UnexpectedExit(reason.0).into()),
+    }
+}
+
+/// L2 touched an address that ept01 does not map (yet).
+fn memory_missing(cpu: &mut Cpu) -> Result<Next, Stop> {
+    let at = Gpa::new(cpu.vmx.read(Field::GUEST_PHYSICAL_ADDRESS));
+    map_missing(cpu, at)?;
+    Ok(Next::Stay)
+}
+
+/// Maps what ept01 lacks at `at`, after a violation of the guest of the current VMCS.
+pub fn map_missing(cpu: &mut Cpu, at: Gpa) -> Result<(), KillReason> {
+    let mtrrs = &cpu.config.mtrrs;
+    let memory_type = |start: Gpa, bytes| mtrrs.type_of(start.get(), bytes);
+    match cpu.ept01.map_missing(at, memory_type, &mut Cpu::tables(&mut cpu.frames, &cpu.phys)) {
+        Ok(Missing::Mapped | Missing::Present) => {
+            redeliver(cpu);
+            Ok(())
+        }
+        Ok(Missing::Forbidden | Missing::BeyondPhysical) | Err(_) => Err(KillReason::ForbiddenMemory(at)),
+    }
+}
+
+/// An exit that hit the delivery of an event: delivers it again (SDM, "IDT-Vectoring Information").
+pub fn redeliver(cpu: &mut Cpu) {
+    const VALID: u64 = 1 << 31;
+    const NMI_UNBLOCKING: u64 = 1 << 12;
+    const BLOCKING_BY_NMI: u64 = 1 << 3;
+    let vmx = &mut cpu.vmx;
+    let vectoring = vmx.read(Field::IDT_VECTORING_INFO_FIELD);
+    if vectoring & VALID != 0 {
+        // Bit 12 is undefined in the one format and must be 0 in the other.
+        vmx.write(Field::VM_ENTRY_INTR_INFO_FIELD, vectoring & !(1 << 12));
+        let code = vmx.read(Field::IDT_VECTORING_ERROR_CODE);
+        vmx.write(Field::VM_ENTRY_EXCEPTION_ERROR_CODE, code);
+        let length = vmx.read(Field::VM_EXIT_INSTRUCTION_LEN);
+        vmx.write(Field::VM_ENTRY_INSTRUCTION_LEN, length);
+        // A redelivered NMI blocks NMIs by its own delivery.
+        if vectoring >> 8 & 7 == 2 {
+            let blocking = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
+            vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking & !BLOCKING_BY_NMI);
+        }
+    } else if vmx.read(Field::EXIT_QUALIFICATION) & NMI_UNBLOCKING != 0 {
+        // IRET had unblocked NMIs before the fault and will run again.
+        let blocking = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
+        vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking | BLOCKING_BY_NMI);
+    }
+}
+
+/// The processor refused vmcs01.
+fn entry_failure(cpu: &mut Cpu, reason: ExitReason) -> KillReason {
+    if cpu.loads_msrs01 && reason.basic() == BasicReason::ENTRY_MSR_LOADING {
+        return KillReason::VmxAbort(crate::nested::msr_lists::ABORT_LOADING);
+    }
+    KillReason::EntryFailed { reason: reason.0, qualification: cpu.vmx.read(Field::EXIT_QUALIFICATION) }
+}

@@ -1,0 +1,120 @@
+//! Operands of L2's instructions: registers, and memory through L2's segments and page tables. vmcs01 is current.
+//!
+//! Source: SDM vol. 3C, tables "Format of the VM-Exit Instruction-Information Field as Used for ...".
+
+use super::{Cpu, Stop};
+use crate::error::Fault;
+use crate::mm::linear::Paging;
+use crate::vmx::Field;
+use crate::vmx::field::Fields;
+use crate::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand};
+use crate::vmx::segment::Segment;
+
+const RSP: u8 = 4;
+const EFER_LMA: u64 = 1 << 10;
+
+/// True in 64-bit mode; a VMX instruction exits in no sub-mode of IA-32e mode but this one.
+pub fn in_64_bit_mode(cpu: &mut Cpu) -> bool {
+    cpu.vmx.read(Field::GUEST_IA32_EFER) & EFER_LMA != 0
+}
+
+/// A general-purpose register by number.
+pub fn gpr(cpu: &mut Cpu, number: u8) -> u64 {
+    match number {
+        RSP => cpu.vmx.read(Field::GUEST_RSP),
+        n => cpu.regs.gpr.get(n as usize).copied().unwrap_or(0),
+    }
+}
+
+fn set_gpr(cpu: &mut Cpu, number: u8, value: u64) {
+    match number {
+        RSP => cpu.vmx.write(Field::GUEST_RSP, value),
+        n => {
+            if let Some(register) = cpu.regs.gpr.get_mut(n as usize) {
+                *register = value;
+            }
+        }
+    }
+}
+
+/// Base, limit and rights of one segment.
+struct OneSegment([(Field, u64); 3]);
+
+impl Fields for OneSegment {
+    fn get(&self, field: Field) -> u64 {
+        self.0.iter().find(|(f, _)| *f == field).map_or(0, |(_, value)| *value)
+    }
+}
+
+/// The linear address of the memory operand of the instruction that exited.
+pub fn linear(cpu: &mut Cpu, bytes: u32, direction: Direction) -> Result<u64, Fault> {
+    let info = InstructionInfo(cpu.vmx.read(Field::VMX_INSTRUCTION_INFO) as u32);
+    let displacement = cpu.vmx.read(Field::EXIT_QUALIFICATION);
+    let long = in_64_bit_mode(cpu);
+    let mode = if long { CpuMode::Long64 { linear_width: linear_width(cpu) } } else { CpuMode::Protected };
+    let segment = info.segment().unwrap_or(Segment::Ds);
+    let fields = [segment.base(), segment.limit(), segment.rights()];
+    let state = OneSegment(fields.map(|field| (field, cpu.vmx.read(field))));
+    let rsp = cpu.vmx.read(Field::GUEST_RSP);
+    let gpr = |n: u8| if n == RSP { rsp } else { cpu.regs.gpr.get(n as usize).copied().unwrap_or(0) };
+    MemoryOperand { info, displacement, bytes, direction }.linear_address(mode, gpr, &state)
+}
+
+fn linear_width(cpu: &mut Cpu) -> u32 {
+    const CR4_LA57: u64 = 1 << 12;
+    if cpu.vmx.read(Field::GUEST_CR4) & CR4_LA57 != 0 { 57 } else { 48 }
+}
+
+fn paging(cpu: &mut Cpu) -> Paging {
+    let vmx = &mut cpu.vmx;
+    Paging {
+        cr0: vmx.read(Field::GUEST_CR0),
+        cr3: vmx.read(Field::GUEST_CR3),
+        cr4: vmx.read(Field::GUEST_CR4),
+        efer: vmx.read(Field::GUEST_IA32_EFER),
+        rflags: vmx.read(Field::GUEST_RFLAGS),
+        pdptes: [Field::GUEST_PDPTE0, Field::GUEST_PDPTE1, Field::GUEST_PDPTE2, Field::GUEST_PDPTE3]
+            .map(|field| vmx.read(field)),
+        physical_width: cpu.config.physical_width as u32,
+    }
+}
+
+/// Reads L2's memory at a linear address.
+pub fn read(cpu: &mut Cpu, linear: u64, into: &mut [u8]) -> Result<(), Stop> {
+    Ok(paging(cpu).read(&cpu.guest, linear, into)?)
+}
+
+/// Writes L2's memory at a linear address.
+pub fn write(cpu: &mut Cpu, linear: u64, bytes: &[u8]) -> Result<(), Stop> {
+    Ok(paging(cpu).write(&cpu.guest, linear, bytes)?)
+}
+
+/// Bytes of a register or memory operand of VMREAD and VMWRITE.
+fn width(cpu: &mut Cpu) -> u32 {
+    if in_64_bit_mode(cpu) { 8 } else { 4 }
+}
+
+/// The source operand of VMWRITE.
+pub fn load(cpu: &mut Cpu, info: InstructionInfo) -> Result<u64, Stop> {
+    let bytes = width(cpu);
+    let mask = if bytes == 8 { u64::MAX } else { 0xFFFF_FFFF };
+    if info.is_register() {
+        return Ok(gpr(cpu, info.reg1()) & mask);
+    }
+    let linear = linear(cpu, bytes, Direction::Load)?;
+    let mut buffer = [0; 8];
+    read(cpu, linear, &mut buffer[..bytes as usize])?;
+    Ok(u64::from_le_bytes(buffer))
+}
+
+/// The destination operand of VMREAD.
+pub fn store(cpu: &mut Cpu, info: InstructionInfo, value: u64) -> Result<(), Stop> {
+    let bytes = width(cpu);
+    let mask = if bytes == 8 { u64::MAX } else { 0xFFFF_FFFF };
+    if info.is_register() {
+        set_gpr(cpu, info.reg1(), value & mask);
+        return Ok(());
+    }
+    let linear = linear(cpu, bytes, Direction::Store)?;
+    write(cpu, linear, &value.to_le_bytes()[..bytes as usize])
+}

@@ -1,0 +1,56 @@
+//! The run loop.
+
+use super::{Cpu, l2_exit, vmcs01};
+use crate::error::KillReason;
+use crate::hw::cpu;
+use crate::hw::vmenter::{self, Entered};
+use crate::nested::{Operation, entry, events, l3_exit};
+use crate::vmx::Field;
+use crate::vmx::exit::ExitReason;
+
+/// Runs L2 and L3 until the machine ends.
+pub fn run(cpu: &mut Cpu) -> KillReason {
+    let this = cpu::this();
+    cpu.regs.start_clock();
+    loop {
+        if cpu.nmi_waits {
+            if let Err(reason) = events::deliver_nmi(cpu) {
+                return reason;
+            }
+        }
+        let nested = matches!(cpu.nested.operation, Operation::NonRoot { .. });
+        let launch = if nested { l3_exit::needs_launch(cpu) } else { !cpu.launched01 };
+        let entered = vmenter::enter(&mut cpu.vmx, &mut cpu.regs, launch);
+        let handled = match entered {
+            Entered::Exit => {
+                let reason = ExitReason(cpu.vmx.read(Field::VM_EXIT_REASON) as u32);
+                cpu.vmx.counters.exit(nested, reason);
+                if nested {
+                    this.note_exit_of_l3(reason.0, 0);
+                    l3_exit::handle(cpu, reason)
+                } else {
+                    this.note_exit_of_l2(reason.0, 0);
+                    if !reason.is_entry_failure() {
+                        cpu.launched01 = true;
+                        if cpu.loads_msrs01 {
+                            vmcs01::msrs_loaded(cpu);
+                        }
+                    }
+                    l2_exit::handle(cpu, reason)
+                }
+            }
+            Entered::Nmi => {
+                events::take_nmi(cpu);
+                Ok(())
+            }
+            Entered::VmFail if nested => entry::refused_by_processor(cpu),
+            Entered::VmFail => Err(KillReason::EntryFailed {
+                reason: cpu.vmx.read(Field::VM_INSTRUCTION_ERROR) as u32,
+                qualification: 0,
+            }),
+        };
+        if let Err(reason) = handled {
+            return reason;
+        }
+    }
+}

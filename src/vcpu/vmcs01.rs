@@ -1,0 +1,245 @@
+//! vmcs01: it runs L2, as thinly as VMX allows.
+//!
+//! Intercepts beyond the unconditional ones: some MSRs (emul::msr), CR4.VMXE, CR0.NE, and CR0.PE and CR0.PG while L2 is in
+//! VMX operation. Interrupts, ports, devices, timers and exceptions are L2's own.
+//! Source: SDM vol. 3C, "VM-Execution Control Fields", "VM-Exit Control Fields", "VM-Entry Control Fields".
+
+use super::Cpu;
+use crate::emul::cr::{Cr0, Cr4};
+use crate::mm::l2_image::Start;
+use crate::nested::vpid::VPID01;
+use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
+use crate::vmx::{Capabilities, Field};
+use l2_protocol::abi::Strategy;
+
+/// Pin-based controls of vmcs01.
+pub fn pin(caps: &Capabilities) -> PinControls {
+    caps.pin.with_required(PinControls::empty())
+}
+
+/// Primary processor-based controls of vmcs01.
+pub fn primary(caps: &Capabilities) -> PrimaryControls {
+    caps.primary.with_required(PrimaryControls::USE_MSR_BITMAPS | PrimaryControls::ACTIVATE_SECONDARY_CONTROLS)
+}
+
+/// Secondary processor-based controls of vmcs01; instructions that need a control to work get it if the CPU has it.
+pub fn secondary(caps: &Capabilities) -> SecondaryControls {
+    let enables = SecondaryControls::ENABLE_RDTSCP
+        | SecondaryControls::ENABLE_INVPCID
+        | SecondaryControls::ENABLE_XSAVES
+        | SecondaryControls::ENABLE_USER_WAIT_AND_PAUSE
+        | SecondaryControls::ENABLE_PCONFIG;
+    caps.secondary.with_required(
+        SecondaryControls::ENABLE_EPT
+            | SecondaryControls::ENABLE_VPID
+            | SecondaryControls::UNRESTRICTED_GUEST
+            | enables & caps.secondary.settable(),
+    )
+}
+
+/// VM-exit controls of vmcs01.
+pub fn exit(caps: &Capabilities) -> ExitControls {
+    caps.exit.with_required(
+        ExitControls::HOST_ADDRESS_SPACE_SIZE
+            | ExitControls::SAVE_DEBUG_CONTROLS
+            | ExitControls::SAVE_EFER
+            | ExitControls::LOAD_EFER
+            | ExitControls::SAVE_PAT
+            | ExitControls::LOAD_PAT,
+    )
+}
+
+/// VM-entry controls of vmcs01, for L2 outside IA-32e mode.
+pub fn entry(caps: &Capabilities) -> EntryControls {
+    caps.entry.with_required(EntryControls::LOAD_DEBUG_CONTROLS | EntryControls::LOAD_EFER | EntryControls::LOAD_PAT)
+}
+
+/// Writes vmcs01, which is current, for L2 at its first instruction.
+pub fn set_up(cpu: &mut Cpu, start: &Start) {
+    let caps = &cpu.config.hardware;
+    let vmx = &mut cpu.vmx;
+    super::host::write(vmx, &cpu.regs);
+    for (field, value) in [
+        (Field::PIN_BASED_VM_EXEC_CONTROL, pin(caps).bits() as u64),
+        (Field::CPU_BASED_VM_EXEC_CONTROL, primary(caps).bits() as u64),
+        (Field::SECONDARY_VM_EXEC_CONTROL, secondary(caps).bits() as u64),
+        (Field::VM_EXIT_CONTROLS, exit(caps).bits() as u64),
+        (Field::VM_ENTRY_CONTROLS, entry(caps).bits() as u64),
+        (Field::EXCEPTION_BITMAP, 0),
+        (Field::PAGE_FAULT_ERROR_CODE_MASK, 0),
+        (Field::PAGE_FAULT_ERROR_CODE_MATCH, 0),
+        (Field::CR3_TARGET_COUNT, 0),
+        (Field::VM_EXIT_MSR_STORE_COUNT, 0),
+        (Field::VM_EXIT_MSR_LOAD_COUNT, 0),
+        (Field::VM_ENTRY_MSR_LOAD_COUNT, 0),
+        (Field::VM_ENTRY_INTR_INFO_FIELD, 0),
+        (Field::MSR_BITMAP, cpu.msr_bitmap01.get()),
+        (Field::EPT_POINTER, cpu.ept01.eptp().get()),
+        (Field::VIRTUAL_PROCESSOR_ID, VPID01 as u64),
+        (Field::TSC_OFFSET, 0),
+        (Field::VMCS_LINK_POINTER, u64::MAX),
+    ] {
+        vmx.write(field, value);
+    }
+    if caps.has_field(Field::XSS_EXITING_BITMAP) {
+        vmx.write(Field::XSS_EXITING_BITMAP, 0);
+    }
+    write_entry_state(cpu, start);
+    own_control_bits(cpu, false);
+}
+
+/// 32-bit protected mode without paging, flat segments: the machine state of the multiboot protocols.
+fn write_entry_state(cpu: &mut Cpu, start: &Start) {
+    const CODE: u64 = 0xC09B;
+    const DATA: u64 = 0xC093;
+    const UNUSABLE: u64 = 1 << 16;
+    const BUSY_TSS: u64 = 0x8B;
+    let vmx = &mut cpu.vmx;
+    for (selector, base, limit, rights, value, size, access) in [
+        (
+            Field::GUEST_CS_SELECTOR,
+            Field::GUEST_CS_BASE,
+            Field::GUEST_CS_LIMIT,
+            Field::GUEST_CS_AR_BYTES,
+            8,
+            u32::MAX,
+            CODE,
+        ),
+        (
+            Field::GUEST_SS_SELECTOR,
+            Field::GUEST_SS_BASE,
+            Field::GUEST_SS_LIMIT,
+            Field::GUEST_SS_AR_BYTES,
+            16,
+            u32::MAX,
+            DATA,
+        ),
+        (
+            Field::GUEST_DS_SELECTOR,
+            Field::GUEST_DS_BASE,
+            Field::GUEST_DS_LIMIT,
+            Field::GUEST_DS_AR_BYTES,
+            16,
+            u32::MAX,
+            DATA,
+        ),
+        (
+            Field::GUEST_ES_SELECTOR,
+            Field::GUEST_ES_BASE,
+            Field::GUEST_ES_LIMIT,
+            Field::GUEST_ES_AR_BYTES,
+            16,
+            u32::MAX,
+            DATA,
+        ),
+        (
+            Field::GUEST_FS_SELECTOR,
+            Field::GUEST_FS_BASE,
+            Field::GUEST_FS_LIMIT,
+            Field::GUEST_FS_AR_BYTES,
+            16,
+            u32::MAX,
+            DATA,
+        ),
+        (
+            Field::GUEST_GS_SELECTOR,
+            Field::GUEST_GS_BASE,
+            Field::GUEST_GS_LIMIT,
+            Field::GUEST_GS_AR_BYTES,
+            16,
+            u32::MAX,
+            DATA,
+        ),
+        (
+            Field::GUEST_LDTR_SELECTOR,
+            Field::GUEST_LDTR_BASE,
+            Field::GUEST_LDTR_LIMIT,
+            Field::GUEST_LDTR_AR_BYTES,
+            0,
+            0,
+            UNUSABLE,
+        ),
+        (
+            Field::GUEST_TR_SELECTOR,
+            Field::GUEST_TR_BASE,
+            Field::GUEST_TR_LIMIT,
+            Field::GUEST_TR_AR_BYTES,
+            0,
+            0x67,
+            BUSY_TSS,
+        ),
+    ] {
+        vmx.write(selector, value);
+        vmx.write(base, 0);
+        vmx.write(limit, size as u64);
+        vmx.write(rights, access);
+    }
+    let cr0 = Cr0::PE | Cr0::NE | Cr0::from_bits_retain(1 << 4);
+    for (field, value) in [
+        (Field::GUEST_CR0, cr0.bits()),
+        (Field::CR0_READ_SHADOW, (cr0 - Cr0::NE).bits()),
+        (Field::GUEST_CR3, 0),
+        (Field::GUEST_CR4, Cr4::VMXE.bits()),
+        (Field::CR4_READ_SHADOW, 0),
+        (Field::GUEST_GDTR_BASE, 0),
+        (Field::GUEST_GDTR_LIMIT, 0),
+        (Field::GUEST_IDTR_BASE, 0),
+        (Field::GUEST_IDTR_LIMIT, 0),
+        (Field::GUEST_RIP, start.entry.get()),
+        (Field::GUEST_RSP, 0),
+        (Field::GUEST_RFLAGS, 2),
+        (Field::GUEST_DR7, 0x400),
+        (Field::GUEST_IA32_DEBUGCTL, 0),
+        (Field::GUEST_IA32_EFER, 0),
+        (Field::GUEST_IA32_PAT, 0x0007_0406_0007_0406),
+        (Field::GUEST_SYSENTER_CS, 0),
+        (Field::GUEST_SYSENTER_ESP, 0),
+        (Field::GUEST_SYSENTER_EIP, 0),
+        (Field::GUEST_INTERRUPTIBILITY_INFO, 0),
+        (Field::GUEST_ACTIVITY_STATE, 0),
+        (Field::GUEST_PENDING_DBG_EXCEPTIONS, 0),
+    ] {
+        vmx.write(field, value);
+    }
+    cpu.regs.gpr = [0; 16];
+    cpu.regs.gpr[0] = start.eax as u64;
+    cpu.regs.gpr[3] = start.ebx.get();
+}
+
+/// Sets which bits of CR0 and CR4 nvmx owns; vmcs01 is current.
+pub fn own_control_bits(cpu: &mut Cpu, vmx_operation: bool) {
+    let mode = if vmx_operation { Cr0::PE | Cr0::PG } else { Cr0::empty() };
+    cpu.vmx.write(Field::CR0_GUEST_HOST_MASK, (Cr0::NE | mode).bits());
+    if vmx_operation {
+        // VMXON was refused unless they are set.
+        cpu.vmx.write(Field::CR0_READ_SHADOW, (Cr0::NE | Cr0::PE | Cr0::PG).bits());
+    }
+    cpu.vmx.write(Field::CR4_GUEST_HOST_MASK, Cr4::VMXE.bits());
+    if cpu.config.strategy == Strategy::ZeroCopy {
+        let shadowing = if vmx_operation { SecondaryControls::VMCS_SHADOWING } else { SecondaryControls::empty() };
+        let controls = secondary(&cpu.config.hardware) | shadowing;
+        cpu.vmx.write(Field::SECONDARY_VM_EXEC_CONTROL, controls.bits() as u64);
+    }
+}
+
+/// L2's VM-exit MSR-load area was loaded: further entries must not load it again. vmcs01 is current.
+#[cold]
+pub fn msrs_loaded(cpu: &mut Cpu) {
+    cpu.vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, 0);
+    cpu.loads_msrs01 = false;
+}
+
+/// CR0 as L2 sees it; vmcs01 is current.
+pub fn cr0_of_l2(cpu: &mut Cpu) -> u64 {
+    seen(cpu, Field::GUEST_CR0, Field::CR0_READ_SHADOW, Field::CR0_GUEST_HOST_MASK)
+}
+
+/// CR4 as L2 sees it; vmcs01 is current.
+pub fn cr4_of_l2(cpu: &mut Cpu) -> u64 {
+    seen(cpu, Field::GUEST_CR4, Field::CR4_READ_SHADOW, Field::CR4_GUEST_HOST_MASK)
+}
+
+fn seen(cpu: &mut Cpu, value: Field, shadow: Field, mask: Field) -> u64 {
+    let mask = cpu.vmx.read(mask);
+    cpu.vmx.read(value) & !mask | cpu.vmx.read(shadow) & mask
+}
