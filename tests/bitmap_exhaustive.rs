@@ -1,0 +1,196 @@
+//! The bitmaps, bit by bit: MSRs, I/O ports, shadowed fields.
+
+mod core_support;
+
+use core_support::rich;
+use nvmx::nested::caps::offered;
+use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap, io_exits, is_shadowed, shadow_bitmap, shadow_index};
+use nvmx::vmx::field::{Area, Home, Width};
+use nvmx::vmx::{Capabilities, Field};
+use proptest::prelude::*;
+
+/// The bit at `index` of the page as bytes: how the processor addresses it.
+fn byte_bit(page: &BitmapPage, index: usize) -> bool {
+    let bytes: Vec<u8> = page.0.iter().flat_map(|word| word.to_le_bytes()).collect();
+    bytes[index / 8] >> (index % 8) & 1 == 1
+}
+
+#[test]
+fn msr_bitmap_has_its_four_kilobytes_in_the_sdm_s_order() {
+    let quarters = [
+        (Access::Read, 0x0000_0000, 0),
+        (Access::Read, 0xC000_0000, 1024),
+        (Access::Write, 0x0000_0000, 2048),
+        (Access::Write, 0xC000_0000, 3072),
+    ];
+    for (access, first, byte) in quarters {
+        for i in 0..0x2000u32 {
+            assert_eq!(MsrBitmap::index(first + i, access).map(usize::from), Some(byte * 8 + i as usize));
+        }
+    }
+    for access in [Access::Read, Access::Write] {
+        for msr in [0x2000, 0x3000, 0x4000_0000, 0x4B56_4D01, 0xBFFF_FFFF, 0xC000_2000, 0xC001_0000, u32::MAX] {
+            assert_eq!(MsrBitmap::index(msr, access), None);
+            assert!(MsrBitmap::PASS_ALL.exits(msr, access), "{msr:#x}");
+        }
+    }
+}
+
+#[test]
+fn setting_one_msr_sets_one_bit() {
+    for access in [Access::Read, Access::Write] {
+        for first in [0, 0xC000_0000] {
+            for msr in (first..first + 0x2000).step_by(97).chain([first + 0x1FFF]) {
+                let mut bitmap = MsrBitmap::PASS_ALL;
+                bitmap.set(msr, access, true);
+                assert!(bitmap.exits(msr, access));
+                assert!(byte_bit(&bitmap.0, usize::from(MsrBitmap::index(msr, access).unwrap())));
+                assert_eq!(bitmap.0.0.iter().map(|word| word.count_ones()).sum::<u32>(), 1);
+                bitmap.set(msr, access, false);
+                assert!(bitmap == MsrBitmap::PASS_ALL);
+            }
+        }
+    }
+    let mut bitmap = MsrBitmap::PASS_ALL;
+    bitmap.set(0x2000, Access::Read, true);
+    assert!(bitmap == MsrBitmap::PASS_ALL, "no bit for an MSR outside of both ranges");
+}
+
+#[test]
+fn pages_are_what_the_processor_expects() {
+    assert_eq!((size_of::<MsrBitmap>(), align_of::<MsrBitmap>()), (4096, 4096));
+    assert!(BitmapPage::SET.get(0x7FFF) && !BitmapPage::CLEAR.get(0x7FFF));
+    assert!(BitmapPage::CLEAR.get(0x8000), "beyond the page is the side that exits");
+    let mut page = BitmapPage::CLEAR;
+    page.put(0x8000, true);
+    assert!(page == BitmapPage::CLEAR);
+}
+
+proptest! {
+    #[test]
+    fn merged_msr_bitmap_exits_where_either_does(a in prop::collection::vec(any::<u64>(), 512), b in prop::collection::vec(any::<u64>(), 512)) {
+        let page = |words: Vec<u64>| MsrBitmap(BitmapPage(words.try_into().unwrap()));
+        let (a, b) = (page(a), page(b));
+        let mut merged = MsrBitmap::EXIT_ALL;
+        merged.merge(&a, &b);
+        for msr in (0..0x2000).chain(0xC000_0000..0xC000_2000) {
+            for access in [Access::Read, Access::Write] {
+                prop_assert_eq!(merged.exits(msr, access), a.exits(msr, access) || b.exits(msr, access));
+            }
+        }
+    }
+}
+
+#[test]
+fn every_port_has_its_bit() {
+    for port in 0..=u16::MAX {
+        let (mut a, mut b) = (BitmapPage::CLEAR, BitmapPage::CLEAR);
+        let page = if port < 0x8000 { &mut a } else { &mut b };
+        page.put(port % 0x8000, true);
+        assert!(io_exits(&a, &b, port, 1));
+        // Neighbours reach it with wider accesses, and only with those.
+        if let Some(below) = port.checked_sub(1) {
+            assert!(!io_exits(&a, &b, below, 1) && io_exits(&a, &b, below, 2) && io_exits(&a, &b, below, 4));
+        }
+        if let Some(above) = port.checked_add(1) {
+            assert!(!io_exits(&a, &b, above, 1));
+        }
+        if let Some(below) = port.checked_sub(3) {
+            assert!(!io_exits(&a, &b, below, 2) && io_exits(&a, &b, below, 4));
+        }
+        if let Some(below) = port.checked_sub(4) {
+            assert!(!io_exits(&a, &b, below, 4));
+        }
+    }
+}
+
+#[test]
+fn an_access_across_both_bitmaps_looks_at_both() {
+    let mut b = BitmapPage::CLEAR;
+    b.put(0, true);
+    assert!(io_exits(&BitmapPage::CLEAR, &b, 0x7FFF, 2));
+    assert!(io_exits(&BitmapPage::CLEAR, &b, 0x7FFD, 4));
+    assert!(!io_exits(&BitmapPage::CLEAR, &b, 0x7FFF, 1));
+}
+
+#[test]
+fn an_access_that_wraps_exits_whatever_the_bitmaps_say() {
+    let clear = BitmapPage::CLEAR;
+    assert!(io_exits(&clear, &clear, 0xFFFF, 2));
+    assert!(io_exits(&clear, &clear, 0xFFFD, 4));
+    assert!(!io_exits(&clear, &clear, 0xFFFE, 2));
+    assert!(!io_exits(&clear, &clear, 0xFFFC, 4));
+    assert!(!io_exits(&clear, &clear, 0xFFFF, 1));
+}
+
+fn built(access: Access, caps: &Capabilities) -> BitmapPage {
+    let mut page = BitmapPage::CLEAR;
+    shadow_bitmap(&mut page, access, caps);
+    page
+}
+
+#[test]
+fn shadow_bitmaps_open_exactly_the_fields_that_live_in_vmcs02() {
+    let caps = offered(&rich());
+    for access in [Access::Read, Access::Write] {
+        let page = built(access, &caps);
+        for encoding in 0..0x8000u32 {
+            let open = match Field::decode(encoding) {
+                None => false,
+                Some((field, _)) => {
+                    let lives_there = match access {
+                        Access::Read => field.home() != Home::Cache,
+                        Access::Write => field.home() == Home::Vmcs02 && field.area() != Area::ExitInfo,
+                    };
+                    lives_there && caps.has_field(field)
+                }
+            };
+            assert_eq!(!page.get(encoding as u16), open, "{access:?} {encoding:#x}");
+        }
+    }
+}
+
+#[test]
+fn no_field_in_nvmx_s_copy_is_open_and_no_host_field_either() {
+    let caps = offered(&rich());
+    for &field in Field::ALL {
+        if field.area() == Area::Host {
+            assert_eq!(field.home(), Home::Cache, "{field}: the host area of vmcs02 is nvmx's (I4)");
+        }
+        for access in [Access::Read, Access::Write] {
+            assert!(field.home() != Home::Cache || !is_shadowed(field, access, &caps), "{field}");
+        }
+        if field.home() == Home::Watched {
+            assert!(is_shadowed(field, Access::Read, &caps) && !is_shadowed(field, Access::Write, &caps), "{field}");
+        }
+    }
+}
+
+#[test]
+fn both_halves_of_a_64_bit_field_are_open_together() {
+    let caps = offered(&rich());
+    for access in [Access::Read, Access::Write] {
+        let page = built(access, &caps);
+        for &field in Field::ALL.iter().filter(|f| f.width() == Width::W64) {
+            let full = field.encoding() as u16;
+            assert_eq!(page.get(full), page.get(full + 1), "{field}");
+        }
+    }
+}
+
+#[test]
+fn a_field_that_is_not_offered_is_closed() {
+    let mut caps = offered(&rich());
+    caps.secondary = nvmx::vmx::caps::Allowed::from_msr(0);
+    let page = built(Access::Read, &caps);
+    assert!(page.get(Field::GUEST_PDPTE0.encoding() as u16), "it needs EPT");
+    assert!(!page.get(Field::GUEST_RIP.encoding() as u16));
+}
+
+#[test]
+fn encodings_beyond_bit_14_have_no_bit() {
+    assert_eq!(shadow_index(0x7FFF), Some(0x7FFF));
+    for encoding in [0x8000, 1 << 32 | 0x681E, u64::MAX] {
+        assert_eq!(shadow_index(encoding), None);
+    }
+}

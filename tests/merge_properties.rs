@@ -1,0 +1,235 @@
+//! What vmcs02 runs with: everything L2 asked for (I3), nothing of L2's on the host side (I4), only what hardware accepts.
+
+mod core_support;
+
+use core_support::{Vmcs, rich, rich_msr, valid_vmcs12};
+use nvmx::addr::Hpa;
+use nvmx::nested::caps::offered;
+use nvmx::nested::checks::{ControlsChecked, check_cached_controls};
+use nvmx::nested::merge::{Duties, NvmxNeeds, Translated, Vmcs02Controls, merge};
+use nvmx::vmx::caps::msr;
+use nvmx::vmx::{
+    Capabilities, EntryControls, ExitControls, Field, Field::*, Fields, PinControls, PrimaryControls, SecondaryControls,
+};
+use proptest::prelude::*;
+
+const TO: Translated = Translated {
+    eptp: 0x5_5000 | 0x1E,
+    vpid: 77,
+    io_bitmaps: Some((Hpa::new(0xA000), Hpa::new(0xB000))),
+    msr_bitmap: Some(Hpa::new(0xC000)),
+};
+
+/// A vmcs12 with these controls, as far as L2 is offered them and the rules between them allow.
+fn vmcs12(caps: &Capabilities, controls: [u32; 5]) -> Vmcs {
+    let [pin, primary, secondary, exit, entry] = controls;
+    let mut v = valid_vmcs12(caps);
+    let within = |may: u32, must: u32, value: u32| u64::from(value & may | must);
+    v.set(PIN_BASED_VM_EXEC_CONTROL, within(caps.pin.may_be_one(), caps.pin.must_be_one(), pin));
+    v.set(CPU_BASED_VM_EXEC_CONTROL, within(caps.primary.may_be_one(), caps.primary.must_be_one(), primary));
+    v.set(SECONDARY_VM_EXEC_CONTROL, within(caps.secondary.may_be_one(), caps.secondary.must_be_one(), secondary));
+    v.set(VM_EXIT_CONTROLS, within(caps.exit.may_be_one(), caps.exit.must_be_one(), exit));
+    v.set(VM_ENTRY_CONTROLS, within(caps.entry.may_be_one(), caps.entry.must_be_one(), entry));
+    let off = |v: &mut Vmcs, field: Field, bit: u32, needs: bool| {
+        if !needs {
+            v.clear(field, 1 << bit);
+        }
+    };
+    let has = |v: &Vmcs, field: Field, bit: u32| v.get(field) >> bit & 1 == 1;
+    let nmi = has(&v, PIN_BASED_VM_EXEC_CONTROL, 3);
+    off(&mut v, PIN_BASED_VM_EXEC_CONTROL, 5, nmi);
+    let virtual_nmis = has(&v, PIN_BASED_VM_EXEC_CONTROL, 5);
+    off(&mut v, CPU_BASED_VM_EXEC_CONTROL, 22, virtual_nmis);
+    let timer = has(&v, PIN_BASED_VM_EXEC_CONTROL, 6);
+    off(&mut v, VM_EXIT_CONTROLS, 22, timer);
+    let ept = has(&v, SECONDARY_VM_EXEC_CONTROL, 1);
+    off(&mut v, SECONDARY_VM_EXEC_CONTROL, 7, ept);
+    v
+}
+
+fn checked(v: &Vmcs, caps: &Capabilities) -> ControlsChecked {
+    check_cached_controls(v, caps).unwrap_or_else(|failure| panic!("{}", failure.check))
+}
+
+fn merged(v: &Vmcs, hw: &Capabilities, to: &Translated) -> Vmcs02Controls {
+    merge(&NvmxNeeds::new(hw), v, checked(v, &offered(hw)), to)
+}
+
+fn controls12(v: &Vmcs) -> (PinControls, PrimaryControls, SecondaryControls, ExitControls, EntryControls) {
+    let primary = PrimaryControls::from_bits_retain(v.get(CPU_BASED_VM_EXEC_CONTROL) as u32);
+    let secondary = if primary.contains(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS) {
+        v.get(SECONDARY_VM_EXEC_CONTROL)
+    } else {
+        0
+    };
+    (
+        PinControls::from_bits_retain(v.get(PIN_BASED_VM_EXEC_CONTROL) as u32),
+        primary,
+        SecondaryControls::from_bits_retain(secondary as u32),
+        ExitControls::from_bits_retain(v.get(VM_EXIT_CONTROLS) as u32),
+        EntryControls::from_bits_retain(v.get(VM_ENTRY_CONTROLS) as u32),
+    )
+}
+
+/// Primary controls whose 1-setting makes more exit; the two bitmap controls make less exit.
+fn intercepts(primary: PrimaryControls) -> PrimaryControls {
+    primary - PrimaryControls::USE_IO_BITMAPS - PrimaryControls::USE_MSR_BITMAPS
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2048))]
+
+    #[test]
+    fn nothing_that_l2_asked_for_is_dropped(controls in any::<[u32; 5]>()) {
+        let hw = rich();
+        let v = vmcs12(&offered(&hw), controls);
+        let (pin, primary, secondary, exit, entry) = controls12(&v);
+        let m = merged(&v, &hw, &TO);
+        prop_assert!(m.pin.contains(pin));
+        prop_assert!(m.primary.contains(primary));
+        prop_assert!(m.secondary.contains(secondary));
+        prop_assert_eq!(m.exit & ExitControls::ACK_INTERRUPT_ON_EXIT, exit & ExitControls::ACK_INTERRUPT_ON_EXIT);
+        prop_assert_eq!(m.entry & EntryControls::IA32E_MODE_GUEST, entry & EntryControls::IA32E_MODE_GUEST);
+    }
+
+    #[test]
+    fn nothing_is_added_that_l3_could_notice(controls in any::<[u32; 5]>()) {
+        let hw = rich();
+        let v = vmcs12(&offered(&hw), controls);
+        let (pin, primary, secondary, ..) = controls12(&v);
+        let m = merged(&v, &hw, &TO);
+        prop_assert_eq!(m.pin, pin);
+        prop_assert_eq!(m.primary - primary, PrimaryControls::ACTIVATE_SECONDARY_CONTROLS - primary);
+        let own = SecondaryControls::ENABLE_EPT | SecondaryControls::ENABLE_VPID;
+        prop_assert_eq!(m.secondary - own, secondary - own);
+    }
+
+    #[test]
+    fn a_lost_bitmap_makes_more_exit_and_never_less(controls in any::<[u32; 5]>(), io: bool, msr: bool) {
+        let hw = rich();
+        let v = vmcs12(&offered(&hw), controls);
+        let (_, primary, ..) = controls12(&v);
+        let to = Translated { io_bitmaps: TO.io_bitmaps.filter(|_| io), msr_bitmap: TO.msr_bitmap.filter(|_| msr), ..TO };
+        let m = merged(&v, &hw, &to);
+        prop_assert!(m.primary.contains(intercepts(primary)));
+        // A bitmap is used only if L2 uses one and it is there.
+        let uses = |control| m.primary.contains(control);
+        prop_assert_eq!(uses(PrimaryControls::USE_MSR_BITMAPS), primary.contains(PrimaryControls::USE_MSR_BITMAPS) && msr);
+        let l2_bitmaps = primary.contains(PrimaryControls::USE_IO_BITMAPS);
+        prop_assert_eq!(uses(PrimaryControls::USE_IO_BITMAPS), l2_bitmaps && io);
+        if l2_bitmaps && !io {
+            prop_assert!(uses(PrimaryControls::UNCONDITIONAL_IO_EXITING));
+        }
+    }
+
+    #[test]
+    fn the_host_side_is_a_function_of_nvmx_alone(a in any::<[u32; 5]>(), b in any::<[u32; 5]>()) {
+        let hw = rich();
+        let (a, b) = (vmcs12(&offered(&hw), a), vmcs12(&offered(&hw), b));
+        // These two describe L3 and not the host, so they follow L2.
+        let of_l3 = ExitControls::ACK_INTERRUPT_ON_EXIT | ExitControls::SAVE_PREEMPTION_TIMER;
+        let (a, b) = (merged(&a, &hw, &TO), merged(&b, &hw, &TO));
+        prop_assert_eq!(a.exit - of_l3, b.exit - of_l3);
+        let of_l3 = EntryControls::IA32E_MODE_GUEST;
+        prop_assert_eq!(a.entry - of_l3, b.entry - of_l3);
+        prop_assert_eq!((a.eptp, a.vpid), (TO.eptp, TO.vpid));
+        prop_assert_eq!((a.io_bitmaps, a.msr_bitmap), (TO.io_bitmaps, TO.msr_bitmap));
+    }
+
+    #[test]
+    fn hardware_accepts_what_comes_out(controls in any::<[u32; 5]>(), fixed: u32, io: bool) {
+        // Some of what nvmx implements is missing, and more of the default1 class than usual is fixed.
+        let hw = Capabilities::read(
+            |index| match index {
+                msr::IA32_VMX_TRUE_PINBASED_CTLS => rich_msr(index) & !(u64::from(fixed & 0x20) << 32),
+                msr::IA32_VMX_TRUE_PROCBASED_CTLS => rich_msr(index) | u64::from(fixed & (1 << 15 | 1 << 16)),
+                msr::IA32_VMX_TRUE_EXIT_CTLS => rich_msr(index) | u64::from(fixed & 1 << 2),
+                msr::IA32_VMX_TRUE_ENTRY_CTLS => rich_msr(index) | u64::from(fixed & 1 << 2),
+                msr::IA32_VMX_PROCBASED_CTLS2 => rich_msr(index) & !(u64::from(fixed & 0x11C40) << 32),
+                other => rich_msr(other),
+            },
+            39,
+            48,
+        );
+        let v = vmcs12(&offered(&hw), controls);
+        let to = Translated { io_bitmaps: TO.io_bitmaps.filter(|_| io), ..TO };
+        let m = merged(&v, &hw, &to);
+        prop_assert!(hw.pin.accepts(m.pin.bits()));
+        prop_assert!(hw.primary.accepts(m.primary.bits()));
+        prop_assert!(hw.secondary.accepts(m.secondary.bits()));
+        prop_assert!(hw.exit.accepts(m.exit.bits()));
+        prop_assert!(hw.entry.accepts(m.entry.bits()));
+        // Rules between controls, as the processor checks them.
+        let timer = m.pin.contains(PinControls::PREEMPTION_TIMER);
+        prop_assert_eq!(timer, m.exit.contains(ExitControls::SAVE_PREEMPTION_TIMER));
+        prop_assert!(m.pin.contains(PinControls::NMI_EXITING) || !m.pin.contains(PinControls::VIRTUAL_NMIS));
+        prop_assert!(m.vpid != 0);
+    }
+}
+
+#[test]
+fn nvmx_s_own_controls_are_always_there() {
+    let hw = rich();
+    let m = merged(&vmcs12(&offered(&hw), [0; 5]), &hw, &TO);
+    assert!(m.primary.contains(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS));
+    assert!(m.secondary.contains(SecondaryControls::ENABLE_EPT | SecondaryControls::ENABLE_VPID));
+    assert!(!m.secondary.contains(SecondaryControls::UNRESTRICTED_GUEST), "L2 has no EPT for this guest");
+    for control in [
+        ExitControls::HOST_ADDRESS_SPACE_SIZE,
+        ExitControls::SAVE_DEBUG_CONTROLS,
+        ExitControls::SAVE_PAT,
+        ExitControls::LOAD_PAT,
+        ExitControls::SAVE_EFER,
+        ExitControls::LOAD_EFER,
+    ] {
+        assert!(m.exit.contains(control), "{control:?}");
+    }
+    assert!(m.entry.contains(EntryControls::LOAD_EFER | EntryControls::LOAD_PAT | EntryControls::LOAD_DEBUG_CONTROLS));
+    assert!(!m.exit.contains(ExitControls::SAVE_PREEMPTION_TIMER), "it needs the timer");
+}
+
+#[test]
+fn secondary_controls_that_l2_did_not_activate_do_not_run() {
+    let hw = rich();
+    let mut v = valid_vmcs12(&offered(&hw));
+    v.clear(CPU_BASED_VM_EXEC_CONTROL, 1 << 31).set(SECONDARY_VM_EXEC_CONTROL, 0xFFFF_FFFF);
+    let m = merged(&v, &hw, &TO);
+    assert_eq!(m.secondary, SecondaryControls::ENABLE_EPT | SecondaryControls::ENABLE_VPID);
+    assert!(m.duties.contains(Duties::LOAD_PDPTES | Duties::FLUSH_VPID));
+}
+
+#[test]
+fn values_that_belong_to_a_control_come_along() {
+    let hw = rich();
+    let mut v = valid_vmcs12(&offered(&hw));
+    v.set(XSS_EXITING_BITMAP, 0x1234_5678_9ABC).set(PLE_GAP, 0x80).set(PLE_WINDOW, 0x1000);
+    let m = merged(&v, &hw, &TO);
+    assert_eq!((m.xss_exiting_bitmap, m.ple_gap, m.ple_window), (0x1234_5678_9ABC, 0x80, 0x1000));
+}
+
+#[test]
+fn each_duty_follows_one_control_of_l2() {
+    let hw = rich();
+    let caps = offered(&hw);
+    let cases = [
+        (VM_ENTRY_CONTROLS, 15, Duties::LOAD_EFER_OF_L2),
+        (VM_ENTRY_CONTROLS, 14, Duties::LOAD_PAT_OF_L2),
+        (VM_ENTRY_CONTROLS, 2, Duties::LOAD_DEBUG_OF_L2),
+        (VM_EXIT_CONTROLS, 20, Duties::KEEP_EFER),
+        (VM_EXIT_CONTROLS, 18, Duties::KEEP_PAT),
+        (VM_EXIT_CONTROLS, 2, Duties::KEEP_DEBUG),
+        (SECONDARY_VM_EXEC_CONTROL, 1, Duties::LOAD_PDPTES),
+        (SECONDARY_VM_EXEC_CONTROL, 5, Duties::FLUSH_VPID),
+    ];
+    let mut all_on = valid_vmcs12(&caps);
+    for (field, bit, _) in cases {
+        all_on.or(field, 1 << bit);
+    }
+    assert_eq!(merged(&all_on, &hw, &TO).duties, Duties::empty());
+    for (field, bit, duty) in cases {
+        let mut v = all_on.clone();
+        v.clear(field, 1 << bit);
+        assert_eq!(merged(&v, &hw, &TO).duties, duty);
+    }
+    assert_eq!(cases.iter().fold(Duties::empty(), |all, case| all | case.2), Duties::all());
+}
