@@ -129,7 +129,9 @@ impl Slot {
         if self.vmcs12.dirty.is_empty() {
             return;
         }
-        for field in self.vmcs12.dirty.iter().filter(|f| exists.contains(*f)) {
+        // Without shadowing exit information stays in the copy: not every processor can VMWRITE it.
+        let wanted = |f: &Field| exists.contains(*f) && (strategy == Strategy::ZeroCopy || !f.is_read_only());
+        for field in self.vmcs12.dirty.iter().filter(wanted) {
             vmx.write(field, self.vmcs12.get(field));
         }
         self.vmcs12.dirty = FieldSet::EMPTY;
