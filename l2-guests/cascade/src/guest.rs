@@ -77,7 +77,7 @@ impl Guest {
         setup::write_controls(&controls(who, vpid))?;
         setup::write_host_state();
         // No IDT: a fault that nobody intercepts ends the guest by a triple fault, which the hypervisor sees.
-        setup::write_guest_state(pages::identity_tables(), false);
+        setup::write_guest_state(pages::identity_tables(pages::Access::Kernel), false);
         let (io, msr) = (io_bitmaps(), msr_bitmap());
         let stack = pages::take(STACK, PAGE) + STACK - 8;
         for (field, value) in [

@@ -12,6 +12,7 @@ pub mod report;
 pub mod serial;
 pub mod setup;
 pub mod trap;
+pub mod user;
 pub mod vcpu;
 pub mod vmx;
 

@@ -61,17 +61,50 @@ pub unsafe fn at(address: u64) -> &'static mut Page {
     unsafe { &mut *(address as *mut Page) }
 }
 
+/// Who may use what page tables map.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// Ring 0
+    Kernel,
+    /// Ring 3 as well
+    User,
+}
+
 /// New page tables (four levels) that map the first 4 GiB one to one in 2 MiB pages, as the boot code's do; returns CR3.
-pub fn identity_tables() -> u64 {
-    const FLAGS: u64 = 0x03;
+pub fn identity_tables(access: Access) -> u64 {
+    let flags = if access == Access::User { 0x07 } else { 0x03 };
     let (root, pointers) = (page(), page());
-    root[0] = address(pointers) | FLAGS;
+    root[0] = address(pointers) | flags;
     for (gigabyte, entry) in (0u64..4).zip(pointers.iter_mut()) {
         let directory = page();
         for (i, large) in (0u64..).zip(directory.iter_mut()) {
-            *large = (gigabyte << 30) + i * LARGE | 0x80 | FLAGS;
+            *large = (gigabyte << 30) + i * LARGE | 0x80 | flags;
         }
-        *entry = address(directory) | FLAGS;
+        *entry = address(directory) | flags;
     }
     address(root)
+}
+
+/// Sets the entry of page tables that maps the 4 KiB page at `linear`; tables that are missing are made, a 2 MiB page in the
+/// way is split. Only the entry of the page decides what is allowed.
+pub fn set_entry(root: u64, linear: u64, entry: u64) {
+    const FLAGS: u64 = 0x07;
+    let mut table = root;
+    for level in (1..4).rev() {
+        // SAFETY: the tables are this image's memory, and nobody holds a reference to them.
+        let slot = &mut unsafe { at(table) }[(linear >> (12 + 9 * level)) as usize & 511];
+        if *slot & 1 == 0 {
+            *slot = address(page()) | FLAGS;
+        } else if *slot & 0x80 != 0 {
+            let small = page();
+            for (offset, page_entry) in (0..).step_by(PAGE as usize).zip(small.iter_mut()) {
+                *page_entry = (*slot & !0x80) + offset;
+            }
+            *slot = address(small) | FLAGS;
+        }
+        table = *slot & 0x000F_FFFF_FFFF_F000;
+    }
+    // SAFETY: as above.
+    let slot = &mut unsafe { at(table) }[(linear >> 12) as usize & 511];
+    *slot = entry;
 }

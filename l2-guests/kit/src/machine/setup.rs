@@ -31,14 +31,22 @@ pub mod primary {
     pub const INTERRUPT_WINDOW: u32 = 1 << 2;
     pub const TSC_OFFSET: u32 = 1 << 3;
     pub const HLT: u32 = 1 << 7;
+    pub const INVLPG: u32 = 1 << 9;
+    pub const MWAIT: u32 = 1 << 10;
+    pub const RDPMC: u32 = 1 << 11;
     pub const RDTSC: u32 = 1 << 12;
     pub const CR3_LOAD: u32 = 1 << 15;
     pub const CR3_STORE: u32 = 1 << 16;
+    pub const CR8_LOAD: u32 = 1 << 19;
+    pub const CR8_STORE: u32 = 1 << 20;
     pub const NMI_WINDOW: u32 = 1 << 22;
     pub const MOV_DR: u32 = 1 << 23;
     pub const UNCONDITIONAL_IO: u32 = 1 << 24;
     pub const IO_BITMAPS: u32 = 1 << 25;
+    pub const TRAP_FLAG: u32 = 1 << 27;
     pub const MSR_BITMAPS: u32 = 1 << 28;
+    pub const MONITOR: u32 = 1 << 29;
+    pub const PAUSE: u32 = 1 << 30;
     pub const SECONDARY: u32 = 1 << 31;
 }
 
@@ -46,8 +54,14 @@ pub mod primary {
 pub mod secondary {
     #![allow(missing_docs, reason = "the names are the SDM's")]
     pub const EPT: u32 = 1 << 1;
+    pub const DESCRIPTOR_TABLES: u32 = 1 << 2;
+    pub const RDTSCP: u32 = 1 << 3;
     pub const VPID: u32 = 1 << 5;
+    pub const WBINVD: u32 = 1 << 6;
     pub const UNRESTRICTED: u32 = 1 << 7;
+    pub const RDRAND: u32 = 1 << 11;
+    pub const INVPCID: u32 = 1 << 12;
+    pub const RDSEED: u32 = 1 << 16;
 }
 
 /// VM-exit controls.
@@ -55,6 +69,10 @@ pub mod exit_controls {
     #![allow(missing_docs, reason = "the names are the SDM's")]
     pub const HOST_64: u32 = 1 << 9;
     pub const ACKNOWLEDGE: u32 = 1 << 15;
+    pub const SAVE_DEBUG: u32 = 1 << 2;
+    pub const SAVE_PAT: u32 = 1 << 18;
+    pub const LOAD_PAT: u32 = 1 << 19;
+    pub const SAVE_TIMER: u32 = 1 << 22;
     pub const SAVE_EFER: u32 = 1 << 20;
     pub const LOAD_EFER: u32 = 1 << 21;
 }
@@ -63,6 +81,9 @@ pub mod exit_controls {
 pub mod entry_controls {
     #![allow(missing_docs, reason = "the names are the SDM's")]
     pub const IA32E: u32 = 1 << 9;
+    pub const LOAD_DEBUG: u32 = 1 << 2;
+    pub const SMM: u32 = 1 << 10;
+    pub const LOAD_PAT: u32 = 1 << 14;
     pub const LOAD_EFER: u32 = 1 << 15;
 }
 

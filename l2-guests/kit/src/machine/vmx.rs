@@ -2,6 +2,7 @@
 
 use crate::fields;
 use core::{arch::asm, fmt};
+use l2_protocol::Value;
 
 /// CF, PF, AF, ZF, SF, OF: what a VMX instruction sets or clears (SDM "Conventions").
 const ARITHMETIC: u64 = 0x8D5;
@@ -47,6 +48,12 @@ impl fmt::Display for Outcome {
             Outcome::FailValid(error) => write!(f, "fail-{error}"),
             Outcome::Strange(flags) => write!(f, "flags-{flags:#x}"),
         }
+    }
+}
+
+impl Value for Outcome {
+    fn write_to(&self, out: &mut dyn fmt::Write) -> fmt::Result {
+        write!(out, "{self}")
     }
 }
 
@@ -107,6 +114,21 @@ pub fn try_read(field: u64) -> (Outcome, u64) {
 /// VMWRITE with its outcome.
 pub fn try_write(field: u64, value: u64) -> Outcome {
     vmx!("vmwrite {f}, {v}", f = in(reg) field, v = in(reg) value)
+}
+
+/// VMLAUNCH that must fail: if it entered, nobody would be there for the exit. Real entries are [`Vcpu`](super::vcpu::Vcpu)'s.
+pub fn vmlaunch() -> Outcome {
+    vmx!("vmlaunch")
+}
+
+/// VMRESUME that must fail, as [`vmlaunch`].
+pub fn vmresume() -> Outcome {
+    vmx!("vmresume")
+}
+
+/// VMCALL in root operation.
+pub fn vmcall() -> Outcome {
+    vmx!("vmcall")
 }
 
 /// VMREAD of a field that exists.

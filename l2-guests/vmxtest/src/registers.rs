@@ -1,0 +1,88 @@
+//! Control registers and MSRs in VMX operation (SDM "Restrictions on VMX Operation", "VMX Capability Reporting Facility").
+
+use crate::expect::{GP, Got, SUCCEED, expect, got};
+use l2_kit::{
+    Check,
+    cpu::{self, CR0_AM, CR0_NE, CR0_PE, CR0_PG, CR4_PAE, CR4_TSD, CR4_VMXE},
+    serial::Serial,
+    setup,
+    vmx::Outcome,
+};
+
+/// All of it.
+pub fn all() {
+    control_registers();
+    capability_msrs();
+}
+
+fn try_cr0(value: u64) -> Got {
+    got(|| {
+        cpu::set_cr0(value);
+        Outcome::Succeed
+    })
+}
+
+fn try_cr4(value: u64) -> Got {
+    got(|| {
+        cpu::set_cr4(value);
+        Outcome::Succeed
+    })
+}
+
+fn control_registers() {
+    let (cr0, cr4) = (cpu::cr0(), cpu::cr4());
+    expect("CR0.NE off", try_cr0(cr0 & !CR0_NE), GP);
+    expect("CR0.PG off", try_cr0(cr0 & !CR0_PG), GP);
+    expect("CR0.PE off", try_cr0(cr0 & !CR0_PE), GP);
+    expect("CR0.PE and PG off", try_cr0(cr0 & !(CR0_PE | CR0_PG)), GP);
+    expect("CR0 with bit 32", try_cr0(cr0 | 1 << 32), GP);
+    expect("CR4.VMXE off", try_cr4(cr4 & !CR4_VMXE), GP);
+    expect("CR4.PAE off", try_cr4(cr4 & !CR4_PAE), GP);
+    expect("CR4 with bit 63", try_cr4(cr4 | 1 << 63), GP);
+    expect("CR0.AM on", try_cr0(cr0 | CR0_AM), SUCCEED);
+    expect("CR4.TSD on", try_cr4(cr4 | CR4_TSD), SUCCEED);
+    let seen = (cpu::cr0() ^ cr0, cpu::cr4() ^ cr4);
+    cpu::set_cr0(cr0);
+    cpu::set_cr4(cr4);
+    Check::new(&mut Serial, "CR0 and CR4 after all this")
+        .expect("cr0_changed", seen.0, CR0_AM)
+        .expect("cr4_changed", seen.1, CR4_TSD)
+        .expect("vmxe", cr4 & CR4_VMXE != 0, true)
+        .end();
+}
+
+/// Each capability MSR that the others say exists can be read; none can be written.
+fn capability_msrs() {
+    let has_true_controls = cpu::rdmsr(setup::VMX_BASIC) & 1 << 55 != 0;
+    for msr in 0x480..=0x490 {
+        if msr >= 0x48D && !has_true_controls {
+            continue;
+        }
+        let read = cpu::try_rdmsr(msr);
+        let write = cpu::try_wrmsr(msr, read.unwrap_or(0));
+        let mut out = Serial;
+        let check = Check::new(&mut out, format_args!("MSR {msr:#x}")).expect("read", read.is_ok(), true).expect(
+            "write",
+            write.err().map_or(SUCCEED, Got::from),
+            GP,
+        );
+        match msr {
+            // The revision and the size of a region
+            0x480 => check
+                .expect("bit31", read.unwrap_or(0) >> 31 & 1, 0)
+                .expect("size_fits", (1..=4096).contains(&(read.unwrap_or(0) >> 32 & 0x1FFF)), true)
+                .end(),
+            // Fixed bits: what must be 1 may be 1
+            0x487 | 0x489 => {
+                let fixed0 = cpu::rdmsr(msr - 1);
+                check.expect("fixed0_is_allowed", fixed0 & !read.unwrap_or(0), 0).end();
+            }
+            // Controls: what must be 1 may be 1
+            0x481..=0x484 | 0x48B | 0x48D..=0x490 => {
+                let value = read.unwrap_or(0);
+                check.expect("must_is_allowed", (value as u32) & !((value >> 32) as u32), 0).end();
+            }
+            _ => check.end(),
+        }
+    }
+}
