@@ -33,10 +33,8 @@ impl Operand {
             32 => 1,
             _ => 2,
         };
-        let register = |register: Option<u32>| match register {
-            Some(number) => number,
-            None => 0b1_0000,
-        };
+        const NONE: u32 = 1 << 4;
+        let register = |register: Option<u32>| register.unwrap_or(NONE);
         let defined =
             self.scale | size << 7 | self.segment << 15 | register(self.index) << 18 | register(self.base) << 23;
         // Reg1, bits 14:11 and Reg2; the number in a register field that is not valid.
