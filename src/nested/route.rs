@@ -47,16 +47,10 @@ pub trait L2Wants {
     fn msr_bitmap(&self, msr: u32, access: Access) -> bool;
 }
 
-/// Decides.
+/// Decides. An entry that failed late failed on L2's guest state or L2's MSR list.
+#[inline]
 pub fn route(exit: &ExitInfo, l2: &impl L2Wants) -> Route {
-    let wanted =
-        if exit.reason.is_entry_failure() { wants_entry_failure(exit.reason.basic()) } else { l2_wants_exit(exit, l2) };
-    if wanted { Route::Reflect } else { Route::Nvmx }
-}
-
-/// The guest state is L2's, so its failure is L2's; the MSR-load list of vmcs02 is nvmx's.
-fn wants_entry_failure(reason: BasicReason) -> bool {
-    matches!(reason, BasicReason::ENTRY_INVALID_GUEST_STATE | BasicReason::ENTRY_MACHINE_CHECK)
+    if exit.reason.is_entry_failure() || l2_wants_exit(exit, l2) { Route::Reflect } else { Route::Nvmx }
 }
 
 fn l2_wants_exit(exit: &ExitInfo, l2: &impl L2Wants) -> bool {
@@ -122,8 +116,14 @@ fn l2_wants_exit(exit: &ExitInfo, l2: &impl L2Wants) -> bool {
         R::BUS_LOCK => secondary(S::BUS_LOCK_DETECTION),
         R::INSTRUCTION_TIMEOUT => secondary(S::INSTRUCTION_TIMEOUT),
 
-        // SMM and start-up, tertiary controls, TDX, and whatever comes: data for nvmx's log.
-        _ => false,
+        // Exits only with the dual-monitor treatment of SMIs, in the wait-for-SIPI state, or with tertiary controls.
+        R::SIPI | R::IO_SMI | R::OTHER_SMI | R::RSM | R::LOADIWKEY | R::RDMSRLIST | R::WRMSRLIST => false,
+        // Entry failures come with bit 31; without it these numbers mean nothing.
+        R::ENTRY_INVALID_GUEST_STATE | R::ENTRY_MSR_LOADING | R::ENTRY_MACHINE_CHECK => false,
+
+        // TDX instructions, and whatever is newer than this table: no control of vmcs02 asked for it, so it exits on the
+        // machine that L2 believes in as well, and L3 must not be able to end L2 (I7).
+        _ => true,
     }
 }
 
