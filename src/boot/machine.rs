@@ -1,9 +1,10 @@
 //! What boot hands to the hypervisor.
 
 use arrayvec::ArrayVec;
+use l2_protocol::abi::Strategy;
 
 use crate::{
-    boot::Options,
+    boot::{Options, requirements::Processor},
     hw::phys::DirectMap,
     mm::{FramePool, GuestMemory, MemoryMap, Span, l2_image::Start, mtrr::Mtrrs, paging::PageTables},
 };
@@ -44,12 +45,12 @@ pub struct Machine {
     pub tables: PageTables,
     /// Memory types of the machine.
     pub mtrrs: Mtrrs,
-    /// Physical-address width of the processor.
-    pub max_phys_addr: u8,
-    /// All processors; the one with `boot_apic_id` runs.
+    /// What the processor is and what its VMX can do; the same for all processors.
+    pub processor: Processor,
+    /// How L2's VMREAD and VMWRITE reach vmcs12: the options' wish on this processor.
+    pub strategy: Strategy,
+    /// All processors; the one with `processor.apic_id` runs.
     pub cpus: CpuList,
-    /// The local APIC id of the processor that booted.
-    pub boot_apic_id: u32,
     /// How L2 starts.
     pub start: Start,
 }

@@ -3,6 +3,8 @@
 //! Everything here is pure: it reads tables through [`PhysMem`](crate::mm::PhysMem) and returns values. What touches the
 //! machine is in `hw::boot`.
 
+pub mod acpi;
+pub mod identity;
 pub mod info;
 pub mod layout;
 pub mod machine;
@@ -10,7 +12,9 @@ pub mod multiboot1;
 pub mod multiboot2;
 pub mod options;
 pub mod pvh;
+pub mod requirements;
 
 pub use info::BootInfo;
 pub use machine::{Cpu, CpuList, Machine};
 pub use options::Options;
+pub use requirements::Processor;

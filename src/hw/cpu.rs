@@ -26,9 +26,10 @@ use crate::{
 
 /// Stacks lie here, one slot each; what a stack does not use of its slot is not mapped, so an overflow faults.
 const STACKS: u64 = 0xFFFF_C000_0000_0000;
-const STACK_SLOT: u64 = 0x2_0000;
+const STACK_SLOT: u64 = 0x4_0000;
 const STACKS_PER_CPU: u64 = 4;
-const MAIN_STACK: u64 = 0x1_C000;
+/// Boot moves values of 10 KiB around; the run loop needs a fraction.
+const MAIN_STACK: u64 = 0x2_0000;
 const IST_STACK: u64 = 0x4000;
 
 /// Selectors of the GDT of every processor.
@@ -50,7 +51,6 @@ pub struct PerCpu {
     this: *const PerCpu,
     pub(super) nmi_pending: AtomicBool,
     index: u32,
-    apic_id: u32,
     last_l2: LastExit,
     last_l3: LastExit,
     main_stack_top: u64,
@@ -109,12 +109,6 @@ impl PerCpu {
     #[inline]
     pub fn index(&self) -> u32 {
         self.index
-    }
-
-    /// Its local APIC's id.
-    #[inline]
-    pub fn apic_id(&self) -> u32 {
-        self.apic_id
     }
 
     /// An NMI arrived in nvmx since the last [`PerCpu::take_nmi`].
@@ -215,19 +209,20 @@ pub fn try_this() -> Option<&'static PerCpu> {
 /// Gives this processor its block, its stacks and its tables, and loads them.
 ///
 /// `tables` must be the active page tables with `phys` in them. The main stack is mapped and not yet in use: see
-/// [`run_on_main_stack`].
+/// [`run_on_main_stack`]. `no_execute` says that the processor has execute-disable.
 pub fn install(
     index: u32,
-    apic_id: u32,
     idt: Idt,
+    no_execute: bool,
     pool: &mut FramePool,
     tables: &mut PageTables,
     phys: DirectMap,
 ) -> Result<(), OutOfFrames> {
+    let rights = if no_execute { Rights::WRITE | Rights::NO_EXECUTE } else { Rights::WRITE };
     let mut stack = |number: u64, size: u64| -> Result<u64, OutOfFrames> {
         let top = STACKS + (u64::from(index) * STACKS_PER_CPU + number + 1) * STACK_SLOT;
         let frames = pool.alloc_contiguous(&phys, (size / PAGE_SIZE) as usize).ok_or(OutOfFrames)?;
-        tables.map(pool, &phys, top - size, frames, size, Rights::WRITE | Rights::NO_EXECUTE)?;
+        tables.map(pool, &phys, top - size, frames, size, rights)?;
         Ok(top)
     };
     let main_stack_top = stack(0, MAIN_STACK)?;
@@ -247,7 +242,6 @@ pub fn install(
             this: block,
             nmi_pending: AtomicBool::new(false),
             index,
-            apic_id,
             last_l2: LastExit::default(),
             last_l3: LastExit::default(),
             main_stack_top,

@@ -122,20 +122,17 @@ impl PhysMem for VecMem {
 
     fn read_bytes(&self, at: Hpa, into: &mut [u8]) {
         let memory = self.0.borrow();
-        for (i, byte) in into.iter_mut().enumerate() {
-            let at = at.get().checked_add(i as u64).and_then(|a| usize::try_from(a).ok());
-            *byte = at.and_then(|a| memory.get(a)).copied().unwrap_or(0xFF);
-        }
+        let there = usize::try_from(at.get()).ok().and_then(|at| memory.get(at..)).unwrap_or_default();
+        let (known, beyond) = into.split_at_mut(there.len().min(into.len()));
+        known.copy_from_slice(&there[..known.len()]);
+        beyond.fill(0xFF);
     }
 
     fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
         let mut memory = self.0.borrow_mut();
-        for (i, byte) in bytes.iter().enumerate() {
-            let at = at.get().checked_add(i as u64).and_then(|a| usize::try_from(a).ok());
-            if let Some(slot) = at.and_then(|a| memory.get_mut(a)) {
-                *slot = *byte;
-            }
-        }
+        let there = usize::try_from(at.get()).ok().and_then(|at| memory.get_mut(at..)).unwrap_or_default();
+        let known = there.len().min(bytes.len());
+        there[..known].copy_from_slice(&bytes[..known]);
     }
 
     /// No processor shares the vector, so two steps are as good as one.

@@ -3,13 +3,11 @@
 use super::{Config, Cpu, run, vmcs01};
 use crate::addr::{Gpa, Hpa};
 use crate::boot::Machine;
-use crate::boot::options::Fields as FieldsOption;
 use crate::emul::msr::{self, FEATURE_LOCK, FEATURE_VMX};
 use crate::ept::{Ept01, Ept02, EptRules};
 use crate::error::KillReason;
 use crate::hw::epitaph::{self, Status, Who};
 use crate::hw::phys::DirectMap;
-use crate::hw::serial;
 use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::Vmx;
 use crate::mm::{FramePool, PhysMem};
@@ -19,22 +17,17 @@ use crate::nested::vmcs12::FieldSet;
 use crate::nested::{Nested, SLOTS, caps};
 use crate::vcpu::host;
 use crate::vmx::bitmap::{Access, BitmapPage, MsrBitmap, shadow_bitmap};
-use crate::vmx::controls::SecondaryControls;
 use crate::vmx::{Capabilities, Field};
 use arrayvec::ArrayVec;
-use l2_protocol::Kind;
 use l2_protocol::abi::Strategy;
 
 /// Tables that ept02 may hold beyond its reserve.
 const EPT02_BUDGET: u32 = 2048;
 
 /// Starts L2 on this CPU; returns never. The processor was found to have all that nvmx needs.
-pub fn start(mut machine: Machine, hardware: Capabilities) -> ! {
+pub fn start(mut machine: Machine) -> ! {
+    let (hardware, strategy) = (machine.processor.vmx, machine.strategy);
     let offered = caps::offered(&hardware);
-    let Some(strategy) = choose_strategy(&machine, &hardware) else {
-        log::error!("fields=zero-copy: this CPU lacks VMCS shadowing or VMWRITE to all fields; use fields=auto");
-        epitaph::end(Status::Fail)
-    };
     let built = build(&mut machine, &hardware, &offered);
     let Some((vmx, vmcs01, msr_bitmap01, shadow_bitmaps, slots, ept01, ept02)) = built else {
         log::error!("too little memory: nvmx's frames do not suffice for its VMCSs and EPT tables");
@@ -62,27 +55,13 @@ pub fn start(mut machine: Machine, hardware: Capabilities) -> ! {
             offered,
             strategy,
             exists,
-            physical_width: machine.max_phys_addr,
+            physical_width: machine.processor.max_phys_addr,
             mtrrs: machine.mtrrs,
         },
     };
     set_up(&mut cpu, &machine.start, shadow_bitmaps);
-    log::info!("starting L2 at {}, fields: {}", machine.start.entry, strategy.name());
-    serial::record(Kind::Hello, |r| {
-        r.add("version", &env!("CARGO_PKG_VERSION"));
-        r.add("strategy", &strategy.name());
-    });
     let reason = run::run(&mut cpu);
     end(&mut cpu, reason)
-}
-
-fn choose_strategy(machine: &Machine, hardware: &Capabilities) -> Option<Strategy> {
-    let able = hardware.secondary.allows(SecondaryControls::VMCS_SHADOWING) && hardware.misc.vmwrite_any_field();
-    match machine.options.fields {
-        FieldsOption::Trapped => Some(Strategy::Trapped),
-        FieldsOption::ZeroCopy => able.then_some(Strategy::ZeroCopy),
-        FieldsOption::Auto => Some(if able { Strategy::ZeroCopy } else { Strategy::Trapped }),
-    }
 }
 
 type Built = (Vmx, Hpa, Hpa, [Hpa; 2], ArrayVec<Slot, SLOTS>, Ept01, Ept02);

@@ -117,6 +117,18 @@ boot_start:
 
 # Says so on COM1 and ends: there is no Rust code for such a processor.
 boot_no_long_mode:
+    mov dx, 0x3FB                       # 115200 8N1, as hw::serial sets it
+    mov al, 0x80
+    out dx, al
+    mov dx, 0x3F8
+    mov al, 1
+    out dx, al
+    inc dx
+    mov al, 0
+    out dx, al
+    mov dx, 0x3FB
+    mov al, 3
+    out dx, al
     mov esi, offset boot_no_long_mode_text
 4:  mov dx, 0x3FD
 5:  in al, dx
@@ -180,7 +192,7 @@ boot_long:
 boot_pml4:
     .zero 7 * 4096
 .global boot_stack_top
-    .zero 65536
+    .zero 0x20000
 boot_stack_top:
 
 .text

@@ -8,6 +8,8 @@
 use core::arch::global_asm;
 use core::{arch::asm, fmt};
 
+use raw_cpuid::CpuId;
+
 use crate::{
     addr::Hpa,
     boot::{
@@ -16,7 +18,7 @@ use crate::{
         layout::{self, TooLittleMemory},
     },
     hw::{
-        cpu, cr,
+        cpu,
         idt::Idt,
         msr,
         phys::{DIRECT_MAP, DirectMap},
@@ -132,8 +134,12 @@ impl Handover {
     /// Moves nvmx to its own range, gives it its page tables, and this processor its stacks and descriptor tables. What
     /// was below is free afterwards: the old image is wiped.
     ///
-    /// `apic_id` is this processor's; `gib_pages` says that it has pages of 1 GiB. It must have execute-disable.
-    pub fn settle(self, info: &BootInfo, apic_id: u32, gib_pages: bool) -> Result<Home, SettleError> {
+    /// MSRs that may not exist can be read from then on.
+    pub fn settle(self, info: &BootInfo) -> Result<Home, SettleError> {
+        let cpuid = CpuId::new();
+        let extended = cpuid.get_extended_processor_and_feature_identifiers();
+        let no_execute = extended.as_ref().is_some_and(|e| e.has_execute_disable());
+        let gib_pages = extended.as_ref().is_some_and(|e| e.has_1gib_pages());
         let loaded = Span::new(address(&raw const boot_load_start), address(&raw const boot_bss_end));
         let image = Span::new(address(&raw const image_start), address(&raw const image_end));
         let occupied = info.modules.iter().map(|module| module.span).chain([loaded]);
@@ -144,11 +150,13 @@ impl Handover {
         let largest = if gib_pages { PageSize::Huge } else { PageSize::Large };
         let mut tables = PageTables::new(&mut frames, &early, largest)?;
         let end = info.memory.end_of_memory().clamp(EARLY_END, DIRECT_MAP_MAX).next_multiple_of(GIB);
-        let data = Rights::WRITE | Rights::NO_EXECUTE;
+        // A processor without execute-disable is refused, but only once nvmx can tell.
+        let rights = |rights: Rights| if no_execute { rights } else { rights - Rights::NO_EXECUTE };
+        let data = rights(Rights::WRITE | Rights::NO_EXECUTE);
         tables.map(&mut frames, &early, DIRECT_MAP, Hpa::new(0), end, data)?;
         for (start, end, rights) in [
             (&raw const image_text_start, &raw const image_text_end, Rights::empty()),
-            (&raw const image_rodata_start, &raw const image_rodata_end, Rights::NO_EXECUTE),
+            (&raw const image_rodata_start, &raw const image_rodata_end, rights(Rights::NO_EXECUTE)),
             (&raw const image_data_start, &raw const image_end, data),
         ] {
             let to = Hpa::new(own.start() + (address(start) - image.start()));
@@ -158,11 +166,11 @@ impl Handover {
         // SAFETY: 1. `own` is usable memory that neither the image nor a module occupies. 2. `tables` map the image to
         // its copy and all of memory at `DIRECT_MAP`. 3. `self` is gone: this happens once.
         let phys = unsafe {
-            move_image(image, own.start(), &tables);
+            move_image(image, own.start(), &tables, no_execute);
             DirectMap::new(Hpa::new(end))
         };
         let idt = Idt::new(&mut frames, phys)?;
-        cpu::install(0, apic_id, idt, &mut frames, &mut tables, phys)?;
+        cpu::install(0, idt, no_execute, &mut frames, &mut tables, phys)?;
         // Nothing of nvmx may be left where L2 can read it (invariant I9).
         phys.zero(Hpa::new(loaded.start()), loaded.len());
         Ok(Home { own, frames, tables, phys })
@@ -175,12 +183,14 @@ impl Handover {
 ///
 /// 1. Memory at `to` is usable and nobody's, for the length of the image.
 /// 2. `tables` map each address of `image` to its copy, and the direct map.
-unsafe fn move_image(image: Span, to: u64, tables: &PageTables) {
-    // SAFETY: 1. EFER exists; execute-disable was checked by the caller of `settle`, and no entry has bit 63 set yet.
+unsafe fn move_image(image: Span, to: u64, tables: &PageTables, no_execute: bool) {
+    // SAFETY: 1. EFER exists, with NXE where CPUID says execute-disable; no entry in use has bit 63 set yet.
     // 2. The stack lies in the image: it is copied as it is, and nothing is pushed until CR3 points to the copy. 3. Code
     // goes on at the same linear address, in the copy.
     unsafe {
-        msr::wrmsr(IA32_EFER, msr::rdmsr(IA32_EFER) | EFER_NXE);
+        if no_execute {
+            msr::wrmsr(IA32_EFER, msr::rdmsr(IA32_EFER) | EFER_NXE);
+        }
         asm!(
             "rep movsq",
             "mov cr3, {tables}",
@@ -190,8 +200,6 @@ unsafe fn move_image(image: Span, to: u64, tables: &PageTables) {
             inout("rdi") DIRECT_MAP + to => _,
             options(nostack, preserves_flags),
         );
-        // Loaders may leave caches of older settings: write-protect for the supervisor holds from here on in any case.
-        cr::set_cr0(cr::cr0() | 1 << 16);
     }
 }
 

@@ -1,6 +1,22 @@
 //! L2's image: from the first boot module to a loaded guest hypervisor that waits for its first instruction.
 
-use crate::addr::Gpa;
+mod elf;
+mod error;
+mod file;
+mod header;
+mod info;
+mod plan;
+#[cfg(test)]
+mod tests;
+
+pub use error::LoadError;
+
+use self::{file::File, header::Image};
+use crate::{
+    addr::{Gpa, Hpa},
+    boot::info::{Modules, Rsdp},
+    mm::{GuestMemory, MemoryMap, PhysMem, Span},
+};
 
 /// The protocol by which L2 is started.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,4 +51,55 @@ pub struct Start {
     pub eax: u32,
     /// EBX: the boot information
     pub ebx: Gpa,
+}
+
+/// Loads the first of `modules` as L2, with the others as its modules and its own command line. `memory` is L2's memory
+/// map, in which nvmx's range is not usable.
+///
+/// Nothing is moved before everything is known to fit.
+pub fn load<P: PhysMem>(
+    guest: &GuestMemory<P>,
+    memory: &MemoryMap,
+    modules: &Modules,
+    rsdp: Option<&Rsdp>,
+) -> Result<Start, LoadError> {
+    let Some((first, rest)) = modules.split_first() else { return Err(LoadError::NoModule) };
+    let rest: Modules = rest.iter().cloned().collect();
+    let image = Image::read(&File::new(guest.phys(), first.span))?;
+    let plan = plan::plan(&image, first.span, &rest, memory, guest.own())?;
+
+    for (from, to) in rest.iter().map(|m| m.span).zip(plan.modules.iter().map(|m| m.span)) {
+        copy(guest, from, to)?;
+    }
+    copy(guest, first.span, plan.file)?;
+    for segment in &image.segments {
+        let (content, zeros) = (segment.in_file, segment.to.len() - segment.in_file);
+        let to = segment.to.start();
+        copy(guest, Span::sized(plan.file.start() + segment.offset, content), Span::sized(to, content))?;
+        guest.phys().zero(place(guest, Span::sized(to + content, zeros))?, zeros);
+    }
+    let told = info::Told { command_line: &first.command_line, modules: &plan.modules, memory, rsdp };
+    info::write(image.protocol, &told, guest, plan.info)?;
+    Ok(Start {
+        protocol: image.protocol,
+        entry: Gpa::new(image.entry),
+        eax: image.protocol.magic(),
+        ebx: Gpa::new(plan.info.start()),
+    })
+}
+
+/// Copies within L2's memory, unless it already lies there.
+fn copy<P: PhysMem>(guest: &GuestMemory<P>, from: Span, to: Span) -> Result<(), LoadError> {
+    if from != to {
+        guest.phys().copy(Hpa::new(from.start()), place(guest, to)?, to.len());
+    }
+    Ok(())
+}
+
+/// L2's memory at `to`, all of it.
+fn place<P: PhysMem>(guest: &GuestMemory<P>, to: Span) -> Result<Hpa, LoadError> {
+    let start = Gpa::new(to.start());
+    let owned =
+        guest.owns(start, to.len()).and_then(|()| if to.is_empty() { Ok(Hpa::new(0)) } else { guest.translate(start) });
+    owned.map_err(|_| LoadError::OverlapsNvmx { wanted: to, own: guest.own() })
 }

@@ -1,0 +1,204 @@
+//! What the processor must have, and what it is.
+//!
+//! Source: Intel SDM vol. 3C, "Discovering Support for VMX" and "Enabling and Entering VMX Operation"; vol. 2A, "CPUID".
+
+use core::fmt;
+
+use arrayvec::{ArrayString, ArrayVec};
+use raw_cpuid::{CpuId, CpuIdReader, Hypervisor};
+
+use crate::vmx::caps::Capabilities;
+
+/// Index of IA32_FEATURE_CONTROL.
+pub const IA32_FEATURE_CONTROL: u32 = 0x3A;
+const LOCKED: u64 = 1 << 0;
+const VMX_OUTSIDE_SMX: u64 = 1 << 2;
+
+/// A requirement that the processor does not meet; its text is one line for a person.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Missing {
+    /// No VMX at all
+    Vmx,
+    /// VMX, but firmware has forbidden it
+    EnabledByFirmware,
+    /// No execute-disable pages
+    NoExecute,
+    /// Something that a capability MSR denies
+    Capability(&'static str),
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vmx => f.write_str(
+                "this CPU lacks VMX (CPUID.1:ECX.VMX = 0): nvmx needs an Intel CPU with VT-x; on KVM start with -cpu host \
+                 and nested=1",
+            ),
+            Self::EnabledByFirmware => f.write_str(
+                "firmware has disabled VMX (IA32_FEATURE_CONTROL is locked with bit 2 = 0): enable virtualization in the \
+                 firmware's set-up",
+            ),
+            Self::NoExecute => {
+                f.write_str("this CPU lacks execute-disable (CPUID.80000001H:EDX.NX = 0), or firmware has disabled it")
+            }
+            Self::Capability(what) => write!(f, "this CPU lacks {what}, which nvmx needs"),
+        }
+    }
+}
+
+/// What is known of the processor.
+#[derive(Debug)]
+pub struct Processor {
+    /// Its name, as CPUID has it.
+    pub brand: ArrayString<48>,
+    /// What runs below nvmx: `bare`, or a hypervisor's name.
+    pub l0: &'static str,
+    /// Its local APIC's id.
+    pub apic_id: u32,
+    /// Physical-address width in bits.
+    pub max_phys_addr: u8,
+    /// Pages of 1 GiB in page tables.
+    pub gib_pages: bool,
+    /// It has MTRRs.
+    pub mtrrs: bool,
+    /// What VMX can do.
+    pub vmx: Capabilities,
+}
+
+/// All requirements that are not met, at least one.
+pub type MissingList = ArrayVec<Missing, 32>;
+
+impl Processor {
+    /// Examines this processor. MSRs are read only when CPUID says that they exist.
+    #[expect(clippy::result_large_err, reason = "it happens once, and there is no heap")]
+    pub fn examine<R: CpuIdReader>(cpuid: &CpuId<R>, mut rdmsr: impl FnMut(u32) -> u64) -> Result<Self, MissingList> {
+        let features = cpuid.get_feature_info();
+        let extended = cpuid.get_extended_processor_and_feature_identifiers();
+        let sizes = cpuid.get_processor_capacity_feature_info();
+        let mut missing = MissingList::new();
+        if !extended.as_ref().is_some_and(|e| e.has_execute_disable()) {
+            missing.push(Missing::NoExecute);
+        }
+        if !features.as_ref().is_some_and(|f| f.has_vmx()) {
+            missing.push(Missing::Vmx);
+            return Err(missing);
+        }
+        if rdmsr(IA32_FEATURE_CONTROL) & (LOCKED | VMX_OUTSIDE_SMX) == LOCKED {
+            missing.push(Missing::EnabledByFirmware);
+        }
+        let max_phys_addr = sizes.as_ref().map_or(36, |s| s.physical_address_bits());
+        let linear = sizes.as_ref().map_or(48, |s| s.linear_address_bits());
+        let vmx = Capabilities::read(rdmsr, max_phys_addr.into(), linear.into());
+        for what in vmx.missing_requirements() {
+            if missing.try_push(Missing::Capability(what)).is_err() {
+                break;
+            }
+        }
+        if !missing.is_empty() {
+            return Err(missing);
+        }
+        let short_id = features.as_ref().map_or(0, |f| u32::from(f.initial_local_apic_id()));
+        let long_id = cpuid.get_extended_topology_info().and_then(|mut levels| levels.next()).map(|l| l.x2apic_id());
+        Ok(Self {
+            brand: brand(cpuid),
+            l0: l0(cpuid),
+            apic_id: long_id.unwrap_or(short_id),
+            max_phys_addr,
+            gib_pages: extended.as_ref().is_some_and(|e| e.has_1gib_pages()),
+            mtrrs: features.as_ref().is_some_and(|f| f.has_mtrr()),
+            vmx,
+        })
+    }
+}
+
+/// The brand string without the blanks that pad it, or the vendor.
+fn brand<R: CpuIdReader>(cpuid: &CpuId<R>) -> ArrayString<48> {
+    let text = |text: &str| ArrayString::from(text.trim()).unwrap_or_default();
+    match (cpuid.get_processor_brand_string(), cpuid.get_vendor_info()) {
+        (Some(brand), _) if !brand.as_str().trim().is_empty() => text(brand.as_str()),
+        (_, Some(vendor)) => text(vendor.as_str()),
+        _ => text("unknown"),
+    }
+}
+
+/// The hypervisor that CPUID shows, if any.
+fn l0<R: CpuIdReader>(cpuid: &CpuId<R>) -> &'static str {
+    if !cpuid.get_feature_info().is_some_and(|f| f.has_hypervisor()) {
+        return "bare";
+    }
+    let leaf = cpuid.get_hypervisor_info();
+    match leaf.as_ref().map(|info| info.identify()) {
+        Some(Hypervisor::KVM) => "KVM",
+        Some(Hypervisor::QEMU) => "QEMU",
+        Some(Hypervisor::Xen) => "Xen",
+        Some(Hypervisor::HyperV) => "Hyper-V",
+        Some(Hypervisor::VMware) => "VMware",
+        Some(Hypervisor::Bhyve) => "bhyve",
+        Some(Hypervisor::Unknown(ebx, ecx, edx)) => {
+            let signature = [ebx, ecx, edx].map(u32::to_le_bytes);
+            if signature.as_flattened() == l2_protocol::abi::SIGNATURE { "nvmx" } else { "hypervisor" }
+        }
+        _ => "hypervisor",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use raw_cpuid::CpuIdResult;
+
+    use super::*;
+
+    const VMX: u32 = 1 << 5;
+    const NX: u32 = 1 << 20;
+
+    fn examine(ecx: u32, edx: u32, feature_control: u64, msr: u64) -> Result<Processor, MissingList> {
+        let leaves = move |leaf: u32, _: u32| {
+            let (eax, ebx, ecx, edx) = match leaf {
+                0 => (0x16, u32::from_le_bytes(*b"Genu"), u32::from_le_bytes(*b"ntel"), u32::from_le_bytes(*b"ineI")),
+                1 => (0x806C1, 7 << 24, ecx, 0),
+                0x4000_0000 => (
+                    0x4000_0000,
+                    u32::from_le_bytes(*b"nvmx"),
+                    u32::from_le_bytes(*b"nvmx"),
+                    u32::from_le_bytes(*b"nvmx"),
+                ),
+                0x8000_0000 => (0x8000_0008, 0, 0, 0),
+                0x8000_0001 => (0, 0, 0, edx),
+                0x8000_0008 => (39 | 48 << 8, 0, 0, 0),
+                _ => (0, 0, 0, 0),
+            };
+            CpuIdResult { eax, ebx, ecx, edx }
+        };
+        let rdmsr = |index| {
+            assert!(ecx & VMX != 0, "no MSR of VMX may be read without VMX");
+            if index == IA32_FEATURE_CONTROL { feature_control } else { msr }
+        };
+        Processor::examine(&CpuId::with_cpuid_reader(leaves), rdmsr)
+    }
+
+    fn texts(missing: Result<Processor, MissingList>) -> Vec<String> {
+        missing.err().into_iter().flatten().map(|m| m.to_string()).collect()
+    }
+
+    #[test]
+    fn a_processor_without_vmx_is_named_in_one_line() {
+        let texts = texts(examine(0, NX, 0, 0));
+        assert_eq!(texts.len(), 1);
+        assert!(texts[0].starts_with("this CPU lacks VMX (CPUID.1:ECX.VMX = 0): nvmx needs an Intel CPU with VT-x"));
+    }
+
+    #[test]
+    fn every_missing_requirement_is_listed() {
+        let texts = texts(examine(VMX, 0, LOCKED, 0));
+        assert!(texts[0].contains("execute-disable"), "{texts:?}");
+        assert!(texts[1].contains("firmware has disabled VMX"), "{texts:?}");
+        assert!(texts.iter().any(|t| t.starts_with("this CPU lacks extended page tables")), "{texts:?}");
+        assert!(texts.iter().any(|t| t.starts_with("this CPU lacks unrestricted guest")), "{texts:?}");
+    }
+
+    #[test]
+    fn vmx_that_firmware_left_unlocked_is_fine() {
+        assert!(!texts(examine(VMX, NX, 0, 0)).iter().any(|t| t.contains("firmware has disabled")));
+        assert!(!texts(examine(VMX, NX, 5, 0)).iter().any(|t| t.contains("firmware has disabled")));
+    }
+}

@@ -1,0 +1,195 @@
+//! Reading the image: its multiboot header and what it says about loading.
+//!
+//! Sources: Multiboot Specification 0.6.96 and Multiboot2 Specification 2.0, "OS image format"; System V ABI, "ELF
+//! header" and "Program header".
+
+use arrayvec::ArrayVec;
+
+use super::{LoadError, Protocol, elf, file::File};
+use crate::mm::{PhysMem, Span};
+
+/// Most loadable segments of an image.
+pub const MAX_SEGMENTS: usize = 16;
+
+/// A piece of the file and where it belongs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Segment {
+    /// Where it starts in the file.
+    pub offset: u64,
+    /// Bytes from the file; the rest of `to` is zeros.
+    pub in_file: u64,
+    /// Where it goes.
+    pub to: Span,
+}
+
+/// Segments of an image.
+pub type Segments = ArrayVec<Segment, MAX_SEGMENTS>;
+
+/// What the file says about loading it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Image {
+    /// How it wants to be started.
+    pub protocol: Protocol,
+    /// Physical address of its first instruction.
+    pub entry: u64,
+    /// What is loaded.
+    pub segments: Segments,
+}
+
+const MULTIBOOT1_MAGIC: u32 = 0x1BAD_B002;
+const MULTIBOOT1_SEARCH: u64 = 8192;
+/// Flags 0 and 1 ask for what nvmx gives anyway: modules on page boundaries, the memory map.
+const MULTIBOOT1_KNOWN: u32 = 0b11;
+const MULTIBOOT1_VIDEO: u32 = 1 << 2;
+const MULTIBOOT1_ADDRESSES: u32 = 1 << 16;
+
+const MULTIBOOT2_MAGIC: u32 = 0xE852_50D6;
+const MULTIBOOT2_SEARCH: u64 = 32768;
+const TAG_OPTIONAL: u16 = 1;
+
+/// Where multiboot headers say that the image goes; all zero when the ELF headers decide.
+struct Addresses {
+    header: u32,
+    load: u32,
+    load_end: u32,
+    bss_end: u32,
+}
+
+impl Image {
+    /// Reads the headers. An image with both multiboot headers is started by multiboot 1.
+    pub fn read<M: PhysMem>(file: &File<'_, M>) -> Result<Self, LoadError> {
+        elf::check(file)?;
+        if let Some(at) = find_multiboot1(file) {
+            return Self::multiboot1(file, at);
+        }
+        if let Some(at) = find_multiboot2(file) {
+            return Self::multiboot2(file, at);
+        }
+        Err(LoadError::NoHeader { size: file.len() })
+    }
+
+    fn multiboot1<M: PhysMem>(file: &File<'_, M>, at: u64) -> Result<Self, LoadError> {
+        let field = |offset| file.u32(at + offset).ok_or(LoadError::BrokenHeader("it is cut short"));
+        let flags = field(4)?;
+        if flags & MULTIBOOT1_VIDEO != 0 {
+            return Err(LoadError::Unsupported("a video mode"));
+        }
+        if flags & 0xFFFF & !MULTIBOOT1_KNOWN != 0 {
+            return Err(LoadError::Unsupported("an unknown multiboot feature"));
+        }
+        let protocol = Protocol::Multiboot1;
+        if flags & MULTIBOOT1_ADDRESSES != 0 {
+            let addresses =
+                Addresses { header: field(12)?, load: field(16)?, load_end: field(20)?, bss_end: field(24)? };
+            let segments = flat_file(file, at, &addresses)?;
+            return Ok(Self { protocol, entry: field(28)?.into(), segments });
+        }
+        let (entry, segments) = elf::read(file)?;
+        Ok(Self { protocol, entry, segments })
+    }
+
+    fn multiboot2<M: PhysMem>(file: &File<'_, M>, at: u64) -> Result<Self, LoadError> {
+        const CUT: LoadError = LoadError::BrokenHeader("it is cut short");
+        let end = at + u64::from(file.u32(at + 8).ok_or(CUT)?);
+        let (mut addresses, mut entry) = (None, None);
+        let mut tag = at + 16;
+        loop {
+            let (kind, flags) = (file.u16(tag).ok_or(CUT)?, file.u16(tag + 2).ok_or(CUT)?);
+            let size = u64::from(file.u32(tag + 4).ok_or(CUT)?);
+            if size < 8 || tag + size > end {
+                return Err(LoadError::BrokenHeader("a tag reaches beyond its end"));
+            }
+            let field = |offset| file.u32(tag + offset).ok_or(CUT);
+            let required = flags & TAG_OPTIONAL == 0;
+            match kind {
+                0 => break,
+                1 if required => information_request(file, tag, size)?,
+                2 => {
+                    addresses = Some(Addresses {
+                        header: field(8)?,
+                        load: field(12)?,
+                        load_end: field(16)?,
+                        bss_end: field(20)?,
+                    });
+                }
+                3 => entry = Some(u64::from(field(8)?)),
+                5 if required => return Err(LoadError::Unsupported("a framebuffer")),
+                // Console flags, module alignment, EFI, relocatable image: nothing to do, or not for a BIOS machine.
+                1 | 4..=10 => {}
+                _ if required => return Err(LoadError::Unsupported("an unknown multiboot2 feature")),
+                _ => {}
+            }
+            tag += size.next_multiple_of(8);
+        }
+        let protocol = Protocol::Multiboot2;
+        match (addresses, entry) {
+            (Some(addresses), Some(entry)) => Ok(Self { protocol, entry, segments: flat_file(file, at, &addresses)? }),
+            (Some(_), None) => Err(LoadError::BrokenHeader("it has an address tag and no entry tag")),
+            (None, entry) => {
+                let (elf_entry, segments) = elf::read(file)?;
+                Ok(Self { protocol, entry: entry.unwrap_or(elf_entry), segments })
+            }
+        }
+    }
+}
+
+/// Information that nvmx writes for L2: command line, loader's name, modules, basic memory, memory map, RSDPs.
+fn information_request<M: PhysMem>(file: &File<'_, M>, tag: u64, size: u64) -> Result<(), LoadError> {
+    let mut offset = 8;
+    while offset + 4 <= size {
+        let kind = file.u32(tag + offset).ok_or(LoadError::BrokenHeader("it is cut short"))?;
+        if !matches!(kind, 1..=4 | 6 | 14 | 15) {
+            return Err(LoadError::UnsupportedInformation(kind));
+        }
+        offset += 4;
+    }
+    Ok(())
+}
+
+/// The file as one piece, as the address fields say.
+fn flat_file<M: PhysMem>(file: &File<'_, M>, header_at: u64, addresses: &Addresses) -> Result<Segments, LoadError> {
+    const BROKEN: LoadError = LoadError::BrokenHeader("its address fields contradict each other or the file's size");
+    let Addresses { header, load, load_end, bss_end } = *addresses;
+    // A load address of all ones means: from the start of the file.
+    let offset = if load == u32::MAX {
+        0
+    } else {
+        header_at.checked_sub(u64::from(header.checked_sub(load).ok_or(BROKEN)?)).ok_or(BROKEN)?
+    };
+    let start = u64::from(header).checked_sub(header_at - offset).ok_or(BROKEN)?;
+    let available = file.len().checked_sub(offset).ok_or(BROKEN)?;
+    let in_file = match load_end {
+        0 => available,
+        end => u64::from(end).checked_sub(start).ok_or(BROKEN)?,
+    };
+    if in_file > available {
+        return Err(BROKEN);
+    }
+    let end = match bss_end {
+        0 => start + in_file,
+        end if u64::from(end) >= start + in_file => end.into(),
+        _ => return Err(BROKEN),
+    };
+    Ok(Segments::from_iter([Segment { offset, in_file, to: Span::new(start, end) }]))
+}
+
+fn find_multiboot1<M: PhysMem>(file: &File<'_, M>) -> Option<u64> {
+    (0..MULTIBOOT1_SEARCH).step_by(4).find(|at| {
+        file.u32(*at) == Some(MULTIBOOT1_MAGIC) && {
+            let sum = |flags: u32, checksum: u32| MULTIBOOT1_MAGIC.wrapping_add(flags).wrapping_add(checksum);
+            file.u32(at + 4).zip(file.u32(at + 8)).is_some_and(|(flags, checksum)| sum(flags, checksum) == 0)
+        }
+    })
+}
+
+fn find_multiboot2<M: PhysMem>(file: &File<'_, M>) -> Option<u64> {
+    (0..MULTIBOOT2_SEARCH).step_by(8).find(|at| {
+        let word = |offset| file.u32(at + offset);
+        // The architecture is 0: 32-bit protected mode of i386.
+        word(0) == Some(MULTIBOOT2_MAGIC)
+            && word(4) == Some(0)
+            && word(8)
+                .zip(word(12))
+                .is_some_and(|(length, sum)| MULTIBOOT2_MAGIC.wrapping_add(length).wrapping_add(sum) == 0)
+    })
+}
