@@ -102,7 +102,7 @@ impl Processor {
     fn walk(&mut self, frames: &Frames, root: u64, ngpa: u64) -> Option<Kept> {
         let mut table = root;
         for shift in [39, 30, 21, 12] {
-            let entry = frames.read(Hpa::new(table | (ngpa >> shift & 511) * 8));
+            let entry = frames.read(Hpa::new(table | ((ngpa >> shift & 511) * 8)));
             if entry & 7 == 0 {
                 return None;
             }
@@ -120,7 +120,7 @@ impl Processor {
         let path = |ngpa: u64, until: u32| {
             let mut table = root;
             for shift in [39, 30, 21, 12] {
-                let entry = frames.read(Hpa::new(table | (ngpa >> shift & 511) * 8));
+                let entry = frames.read(Hpa::new(table | ((ngpa >> shift & 511) * 8)));
                 if entry & 7 == 0 || shift == 12 || entry & LARGE != 0 || shift == until {
                     return (shift, entry);
                 }
