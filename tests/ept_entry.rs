@@ -1,7 +1,7 @@
 //! One entry at a time: every combination of the low bits, each reserved bit alone.
 
 use nvmx::addr::Hpa;
-use nvmx::ept::entry::{Level, Meaning, Misconfig, Rights, decode, leaf_entry, table_entry};
+use nvmx::ept::entry::{Caching, Level, Meaning, Misconfig, Rights, decode, leaf_entry, table_entry};
 use nvmx::ept::{EptRules, MemoryType, Qualification};
 
 const LEVELS: [Level; 4] = [Level::Pml4, Level::Pdpt, Level::Pd, Level::Pt];
@@ -121,9 +121,11 @@ fn what_is_encoded_decodes_again() {
     for level in [Level::Pt, Level::Pd, Level::Pdpt] {
         for memory_type in types {
             for ignore_pat in [false, true] {
+                let caching = Caching::new(memory_type, ignore_pat);
                 for rights in [Rights::READ, Rights::EXECUTE, Rights::READ | Rights::WRITE, Rights::all()] {
-                    let entry = leaf_entry(Hpa::new(0x12_4000_0000), level, rights, memory_type, ignore_pat);
-                    let meaning = Meaning::Leaf { address: 0x12_4000_0000, memory_type, ignore_pat };
+                    let entry = leaf_entry(Hpa::new(0x12_4000_0000), level, rights, caching);
+                    let meaning = Meaning::Leaf { address: 0x12_4000_0000, caching };
+                    assert_eq!((caching.memory_type(), caching.ignore_pat()), (memory_type, ignore_pat));
                     assert_eq!(decode(entry, level, &rules(true, true, true)), meaning);
                     assert_eq!(Rights::of(entry), rights);
                 }

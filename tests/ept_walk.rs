@@ -26,7 +26,7 @@ fn walked(l2: &L2, root: u64, ngpa: u64, execute_only: bool) -> Said {
             leaf.page.get(),
             leaf.level.bytes(),
             leaf.rights.bits().into(),
-            (leaf.memory_type as u64) << 3 | u64::from(leaf.ignore_pat) << 6,
+            (leaf.caching.memory_type() as u64) << 3 | u64::from(leaf.caching.ignore_pat()) << 6,
         ),
         Walk::NotPresent(_) => Said::Nothing,
         Walk::Misconfigured(..) | Walk::Unreadable(_) => Said::Wrong,

@@ -163,6 +163,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         self.switch(role, frames)
     }
 
+    #[cold]
     fn switch<F: TableFrames>(&mut self, role: Eptp, frames: &mut F) -> usize {
         let index = match self.roots.iter().position(|root| root.role == Some(role)) {
             Some(index) => index,

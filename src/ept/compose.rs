@@ -67,28 +67,37 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         if !rights.contains(access) {
             return Outcome::Forbidden { gpa };
         }
-        let composed = entry::leaf_entry(block.hpa, block.level, rights, leaf.memory_type, leaf.ignore_pat);
+        let composed = entry::leaf_entry(block.hpa, block.level, rights, leaf.caching);
         let index = self.enter(eptp12, frames);
-        self.install(index, ngpa, block.level, composed, frames);
+        if self.install(index, ngpa, block.level, composed, frames).is_err() {
+            self.install_with_room(index, ngpa, block.level, composed, frames);
+        }
+        self.stats.fills += 1;
         Outcome::Filled
     }
 
-    /// Writes a leaf, making room until its tables fit. Each attempt starts at the root: making room may free any
-    /// table.
-    #[inline]
-    fn install<F: TableFrames>(&mut self, index: usize, ngpa: Ngpa, level: Level, leaf: u64, frames: &mut F) {
-        // Every other root and then the own one can be emptied; after that the reserve suffices.
-        for _ in 0..=ROOTS {
-            if self.try_install(index, ngpa, level, leaf, frames).is_ok() {
-                self.stats.fills += 1;
-                return;
-            }
+    /// Makes room until the tables of a leaf fit. Each attempt starts at the root: making room may free any table.
+    #[cold]
+    fn install_with_room<F: TableFrames>(
+        &mut self,
+        index: usize,
+        ngpa: Ngpa,
+        target: Level,
+        leaf: u64,
+        frames: &mut F,
+    ) {
+        // The other roots are emptied, and then the current one; after that the reserve suffices.
+        for _ in 0..ROOTS {
             self.make_room(frames);
+            if self.install(index, ngpa, target, leaf, frames).is_ok() {
+                break;
+            }
         }
     }
 
-    #[inline]
-    fn try_install<F: TableFrames>(
+    /// Writes a leaf into a table of `target`, and the tables above it that are missing.
+    #[inline(always)]
+    fn install<F: TableFrames>(
         &mut self,
         index: usize,
         ngpa: Ngpa,
@@ -96,40 +105,75 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         leaf: u64,
         frames: &mut F,
     ) -> Result<(), OutOfFrames> {
+        // Step by step rather than in a loop: the level is a constant in each.
+        let pdpt = self.descend(index, self.roots[index % ROOTS].table, Level::Pml4, ngpa, frames)?;
+        if target == Level::Pdpt {
+            self.put(index, pdpt, Level::Pdpt, ngpa, leaf, frames);
+            return Ok(());
+        }
+        let pd = self.descend(index, pdpt, Level::Pdpt, ngpa, frames)?;
+        if target == Level::Pd {
+            self.put(index, pd, Level::Pd, ngpa, leaf, frames);
+            return Ok(());
+        }
+        let pt = self.descend(index, pd, Level::Pd, ngpa, frames)?;
+        self.put(index, pt, Level::Pt, ngpa, leaf, frames);
+        Ok(())
+    }
+
+    /// The table below `table` on the way to `ngpa`, made if there is none.
+    #[inline(always)]
+    fn descend<F: TableFrames>(
+        &mut self,
+        index: usize,
+        table: Hpa,
+        level: Level,
+        ngpa: Ngpa,
+        frames: &mut F,
+    ) -> Result<Hpa, OutOfFrames> {
+        let at = Hpa::new(table.get() | level.entry_offset(ngpa.get()));
+        let old = frames.read(at);
+        if entry::is_own_table(old) {
+            return Ok(Hpa::new(old & entry::ADDRESS));
+        }
+        self.grow(index, at, old, frames)
+    }
+
+    /// Writes the leaf of `ngpa` into its table.
+    #[inline(always)]
+    fn put<F: TableFrames>(&mut self, index: usize, table: Hpa, level: Level, ngpa: Ngpa, leaf: u64, frames: &mut F) {
+        let at = Hpa::new(table.get() | level.entry_offset(ngpa.get()));
+        let old = frames.read(at);
+        frames.write(at, leaf);
+        if entry::is_present(old) && !is_upgrade(old, leaf) {
+            self.replaced(index, level, old, frames);
+        }
+    }
+
+    /// Hangs an empty table into the entry at `at`, which was `old`.
+    #[cold]
+    fn grow<F: TableFrames>(&mut self, index: usize, at: Hpa, old: u64, frames: &mut F) -> Result<Hpa, OutOfFrames> {
+        let table = self.reserve.alloc(frames).ok_or(OutOfFrames)?;
+        frames.write(at, entry::table_entry(table));
+        let root = self.root(index);
+        root.tables += 1;
+        // A large page gives way to a table: the rest of it faults in again.
+        root.invept |= entry::is_present(old);
+        Ok(table)
+    }
+
+    /// A present entry of a table of `level` is gone: so is what hung in it.
+    #[cold]
+    fn replaced<F: TableFrames>(&mut self, index: usize, level: Level, old: u64, frames: &mut F) {
         let root = &mut self.roots[index % ROOTS];
-        let mut table = root.table;
-        let mut level = Level::Pml4;
-        loop {
-            let at = Hpa::new(table.get() | level.entry_offset(ngpa.get()));
-            let old = frames.read(at);
-            let below = match level.below() {
-                Some(below) if level > target => below,
-                _ => {
-                    frames.write(at, leaf);
-                    if entry::is_present(old) && !is_upgrade(old, leaf) {
-                        root.invept = true;
-                        if !entry::is_leaf(old, level) {
-                            let child = Hpa::new(old & entry::ADDRESS);
-                            root.tables = root.tables.saturating_sub(1);
-                            if let Some(below) = level.below() {
-                                free_below(child, below, &mut root.tables, &mut self.reserve, frames);
-                            }
-                            self.reserve.free(child, frames);
-                        }
-                    }
-                    return Ok(());
-                }
-            };
-            if entry::is_present(old) && !entry::is_leaf(old, level) {
-                table = Hpa::new(old & entry::ADDRESS);
-            } else {
-                table = self.reserve.alloc(frames).ok_or(OutOfFrames)?;
-                frames.write(at, entry::table_entry(table));
-                root.tables += 1;
-                // A large page gives way to a table: the rest of it faults in again.
-                root.invept |= entry::is_present(old);
+        root.invept = true;
+        if !entry::is_leaf(old, level) {
+            let table = Hpa::new(old & entry::ADDRESS);
+            root.tables = root.tables.saturating_sub(1);
+            if let Some(below) = level.below() {
+                free_below(table, below, &mut root.tables, &mut self.reserve, frames);
             }
-            level = below;
+            self.reserve.free(table, frames);
         }
     }
 }

@@ -8,6 +8,7 @@ use crate::addr::Hpa;
 use crate::mm::mtrr::MemoryType;
 use crate::vmx::caps::Capabilities;
 use bitflags::bitflags;
+use core::fmt;
 
 /// Bits 51:12: the physical address of a table or a page, before the address width is looked at.
 pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -56,6 +57,9 @@ pub enum Level {
 }
 
 impl Level {
+    /// From the root to the page.
+    pub const DOWN: [Self; 4] = [Self::Pml4, Self::Pdpt, Self::Pd, Self::Pt];
+
     /// Bytes that one entry of this table covers.
     #[inline]
     pub const fn bytes(self) -> u64 {
@@ -71,7 +75,7 @@ impl Level {
     /// Where the entry that translates `address` lies in its table, in bytes: 0 to 4088.
     #[inline]
     pub const fn entry_offset(self, address: u64) -> u64 {
-        (address >> (self.shift() - 3)) & 0xff8
+        (address >> (9 * self as u32)) & 0xff8
     }
 
     /// The next table towards the page.
@@ -91,16 +95,40 @@ impl Level {
     }
 }
 
-/// The memory type with this number; 2, 3, 7 and everything above are reserved.
-#[inline]
-pub const fn memory_type(number: u64) -> Option<MemoryType> {
-    match number {
-        0 => Some(MemoryType::Uncacheable),
-        1 => Some(MemoryType::WriteCombining),
-        4 => Some(MemoryType::WriteThrough),
-        5 => Some(MemoryType::WriteProtected),
-        6 => Some(MemoryType::WriteBack),
-        _ => None,
+/// How accesses to a page are cached: bits 6:3 of a leaf, with a memory type that is not reserved.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Caching(u8);
+
+impl Caching {
+    const BITS: u64 = 0x78;
+    /// Bit n is set for the memory types that exist: 0, 1, 4, 5, 6.
+    const TYPES: u8 = 0b0111_0011;
+
+    /// A memory type, and whether the guest's PAT is ignored.
+    pub const fn new(memory_type: MemoryType, ignore_pat: bool) -> Self {
+        Self((memory_type as u8) << 3 | (ignore_pat as u8) << 6)
+    }
+
+    /// The memory type.
+    pub const fn memory_type(self) -> MemoryType {
+        MemoryType::from_raw(self.0 >> 3 & 7)
+    }
+
+    /// The guest's PAT is ignored.
+    pub const fn ignore_pat(self) -> bool {
+        self.0 as u64 & IGNORE_PAT != 0
+    }
+
+    /// Of a leaf; `None` for the reserved types 2, 3 and 7.
+    #[inline]
+    const fn of(entry: u64) -> Option<Self> {
+        if Self::TYPES >> (entry >> 3 & 7) & 1 != 0 { Some(Self((entry & Self::BITS) as u8)) } else { None }
+    }
+}
+
+impl fmt::Debug for Caching {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}{}", self.memory_type(), if self.ignore_pat() { ", PAT ignored" } else { "" })
     }
 }
 
@@ -169,17 +197,19 @@ pub enum Meaning {
         /// Its physical address.
         address: u64,
         /// Its memory type.
-        memory_type: MemoryType,
-        /// The guest's PAT is ignored.
-        ignore_pat: bool,
+        caching: Caching,
     },
     /// The processor would exit with an EPT misconfiguration.
     Misconfigured(Misconfig),
 }
 
 /// What `entry` means in a table of `level`.
-#[inline]
+#[inline(always)] // A handful of instructions once the level is a constant.
 pub const fn decode(entry: u64, level: Level, rules: &EptRules) -> Meaning {
+    // The usual entry for a table, told by one comparison: all rights, and no bit that could be wrong.
+    if entry & (rules.reserved_address | 0xff) == RIGHTS && !matches!(level, Level::Pt) {
+        return Meaning::Table(entry & ADDRESS);
+    }
     if entry & RIGHTS == 0 {
         return Meaning::NotPresent;
     }
@@ -190,13 +220,11 @@ pub const fn decode(entry: u64, level: Level, rules: &EptRules) -> Meaning {
         return Meaning::Misconfigured(Misconfig::ReservedBit);
     }
     if is_leaf(entry, level) {
-        if !rules.allows_leaf(level) || level.offset(entry & ADDRESS) != 0 {
+        if !matches!(level, Level::Pt) && (!rules.allows_leaf(level) || level.offset(entry & ADDRESS) != 0) {
             return Meaning::Misconfigured(Misconfig::ReservedBit);
         }
-        return match memory_type(entry >> 3 & 7) {
-            Some(memory_type) => {
-                Meaning::Leaf { address: entry & ADDRESS, memory_type, ignore_pat: entry & IGNORE_PAT != 0 }
-            }
+        return match Caching::of(entry) {
+            Some(caching) => Meaning::Leaf { address: entry & ADDRESS, caching },
             None => Meaning::Misconfigured(Misconfig::MemoryType),
         };
     }
@@ -220,6 +248,12 @@ pub const fn is_present(entry: u64) -> bool {
     entry & RIGHTS != 0
 }
 
+/// True for what [`table_entry`] makes, in a table of any level but the last.
+#[inline]
+pub const fn is_own_table(entry: u64) -> bool {
+    entry & (LARGE | RIGHTS) == RIGHTS
+}
+
 /// The entry that references a table, with all rights: in nvmx's tables rights stand in the leaves alone.
 #[inline]
 pub const fn table_entry(table: Hpa) -> u64 {
@@ -228,8 +262,7 @@ pub const fn table_entry(table: Hpa) -> u64 {
 
 /// The entry that maps a page.
 #[inline]
-pub const fn leaf_entry(page: Hpa, level: Level, rights: Rights, memory_type: MemoryType, ignore_pat: bool) -> u64 {
+pub const fn leaf_entry(page: Hpa, level: Level, rights: Rights, caching: Caching) -> u64 {
     let large = if matches!(level, Level::Pt) { 0 } else { LARGE };
-    let pat = if ignore_pat { IGNORE_PAT } else { 0 };
-    page.get() & ADDRESS | large | pat | (memory_type as u64) << 3 | rights.bits() as u64
+    page.get() & ADDRESS | large | caching.0 as u64 | rights.bits() as u64
 }

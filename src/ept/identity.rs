@@ -5,7 +5,7 @@
 //!
 //! Source: Intel SDM vol. 3C (December 2024), "EPT Translation Mechanism" and "EPT and Memory Typing".
 
-use super::entry::{self, ADDRESS, EptRules, Level, Rights};
+use super::entry::{self, ADDRESS, Caching, EptRules, Level, Rights};
 use super::eptp::Eptp;
 use super::{OutOfFrames, TableFrames};
 use crate::addr::{Gpa, Hpa};
@@ -161,7 +161,8 @@ impl Ept01 {
         if entry::is_present(old) && entry::is_leaf(old, level) {
             return Ok(());
         }
-        let page = |memory_type| entry::leaf_entry(Hpa::new(start), level, Rights::all(), memory_type, false);
+        let page =
+            |memory_type| entry::leaf_entry(Hpa::new(start), level, Rights::all(), Caching::new(memory_type, false));
         let uniform = memory_type(Gpa::new(start), level.bytes());
         let Some(below) = level.below() else {
             frames.write(at, page(uniform.unwrap_or(MemoryType::Uncacheable)));

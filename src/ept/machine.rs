@@ -2,7 +2,7 @@
 
 use super::entry::{Level, Rights};
 use super::{Block, GuestView, NotOwned, TableFrames};
-use crate::addr::{Gpa, Hpa};
+use crate::addr::{Gpa, Hpa, PAGE_SIZE};
 use crate::mm::{Frame, FramePool, GuestMemory, PhysMem};
 
 impl<P: PhysMem> GuestView for GuestMemory<P> {
@@ -14,7 +14,10 @@ impl<P: PhysMem> GuestView for GuestMemory<P> {
     #[inline]
     fn block(&self, gpa: Gpa, at_most: Level) -> Result<Block, NotOwned> {
         Block::largest(gpa, at_most, Rights::all(), |start, bytes| {
-            self.owns(start, bytes).ok()?;
+            // L2 owns whole pages or nothing of them.
+            if bytes > PAGE_SIZE {
+                self.owns(start, bytes).ok()?;
+            }
             self.translate(start).ok()
         })
     }

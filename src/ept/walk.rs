@@ -4,10 +4,9 @@
 //! and EPT Violations": an entry that is not present ends the walk with a violation, one that is present but wrong with
 //! a misconfiguration; rights are looked at when the page is found.
 
-use super::entry::{EptRules, Level, Meaning, Misconfig, Rights, decode};
+use super::entry::{Caching, EptRules, Level, Meaning, Misconfig, Rights, decode};
 use super::{GuestView, NotOwned, TableFrames};
 use crate::addr::{Gpa, Hpa};
-use crate::mm::mtrr::MemoryType;
 use core::convert::Infallible;
 
 /// An address in the space that a table's entries point into.
@@ -76,9 +75,7 @@ pub struct Leaf<A> {
     /// Rights, ANDed over all entries of the walk.
     pub rights: Rights,
     /// Memory type of the page.
-    pub memory_type: MemoryType,
-    /// The guest's PAT is ignored.
-    pub ignore_pat: bool,
+    pub caching: Caching,
 }
 
 /// What a walk came to.
@@ -107,27 +104,25 @@ pub fn walk<R: TableReader>(
         return Walk::NotPresent(Level::Pml4);
     }
     let mut table = root.raw();
-    let mut level = Level::Pml4;
     let mut rights = Rights::all();
-    loop {
+    // A loop over a constant: unrolled, so that the level is known in each step.
+    for level in Level::DOWN {
         let at = R::Address::from_raw(table | level.entry_offset(address));
         let entry = match reader.read(at) {
             Ok(entry) => entry,
             Err(error) => return Walk::Unreadable(error),
         };
         rights = rights.intersection(Rights::of(entry));
-        match (decode(entry, level, rules), level.below()) {
-            (Meaning::Table(next), Some(below)) => {
-                table = next;
-                level = below;
-            }
-            (Meaning::Leaf { address, memory_type, ignore_pat }, _) => {
+        match decode(entry, level, rules) {
+            Meaning::Table(next) => table = next,
+            Meaning::Leaf { address, caching } => {
                 let page = R::Address::from_raw(address);
-                return Walk::Leaf(Leaf { page, level, entry: at, rights, memory_type, ignore_pat });
+                return Walk::Leaf(Leaf { page, level, entry: at, rights, caching });
             }
-            // A page table has no entries that reference tables, so the second pattern never matches.
-            (Meaning::NotPresent, _) | (Meaning::Table(_), None) => return Walk::NotPresent(level),
-            (Meaning::Misconfigured(rule), _) => return Walk::Misconfigured(level, rule),
+            Meaning::NotPresent => return Walk::NotPresent(level),
+            Meaning::Misconfigured(rule) => return Walk::Misconfigured(level, rule),
         }
     }
+    // Not reached: no entry of a page table references a table.
+    Walk::NotPresent(Level::Pt)
 }
