@@ -116,7 +116,7 @@ impl Paging {
         loop {
             let shift = 12 + (level - 1) * format.index_bits;
             let index = linear >> shift & ((1 << format.index_bits) - 1);
-            let at = Gpa::new(table | index * format.entry_bytes);
+            let at = Gpa::new(table | (index * format.entry_bytes));
             let entry = match format.entry_bytes {
                 8 => memory.read_u64(at)?,
                 _ => memory.read_u32(at)? as u64,
@@ -173,7 +173,7 @@ impl Paging {
         // Without long mode bits 62:52 are reserved as well.
         let ignored = if self.efer & EFER_LMA == 0 { 0x7FF0_0000_0000_0000 } else { 0 };
         let size = match (large, level) {
-            (true, _) => (1u64 << (12 + (level - 1) * 9)) - 1 & !0x1FFF,
+            (true, _) => ((1u64 << (12 + (level - 1) * 9)) - 1) & !0x1FFF,
             (false, 4 | 5) => PAGE_SIZE_BIT,
             (false, _) => 0,
         };

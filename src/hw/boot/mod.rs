@@ -18,7 +18,7 @@ use crate::{
         layout::{self, TooLittleMemory},
     },
     hw::{
-        cpu,
+        cpu, cr,
         idt::Idt,
         msr,
         phys::{DIRECT_MAP, DirectMap},
@@ -41,6 +41,7 @@ const GIB: u64 = 1 << 30;
 
 const IA32_EFER: u32 = 0xC000_0080;
 const EFER_NXE: u64 = 1 << 11;
+const CR4_OSXSAVE: u64 = 1 << 18;
 
 /// Names the function that runs after the entry code: `fn(Handover) -> !`.
 #[macro_export]
@@ -161,6 +162,12 @@ impl Handover {
         ] {
             let to = Hpa::new(own.start() + (address(start) - image.start()));
             tables.map(&mut frames, &early, address(start), to, address(end) - address(start), rights)?;
+        }
+
+        // XSETBV of L2 is executed for it by nvmx, which needs it enabled.
+        if cpuid.get_feature_info().is_some_and(|f| f.has_xsave()) {
+            // SAFETY: the processor has the bit; it enables instructions and changes nothing else.
+            unsafe { cr::set_cr4(cr::cr4() | CR4_OSXSAVE) };
         }
 
         // SAFETY: 1. `own` is usable memory that neither the image nor a module occupies. 2. `tables` map the image to
