@@ -32,6 +32,8 @@ pub enum Cmd {
     Test(TestArgs),
     /// Say what is there, what is missing, and which L0 would be used and why
     Doctor(DoctorArgs),
+    /// Set up the compiler for the bare machine and print, as shell variables, how to call it
+    Toolchain,
     /// Compare the counts of a run with the limits in benches/budget.json
     Bench(BenchArgs),
 }

@@ -30,6 +30,7 @@ fn main() -> ExitCode {
         Cmd::Run(args) => cmd::run::run(&ui, args),
         Cmd::Test(args) => cmd::test::run(&ui, args),
         Cmd::Doctor(args) => cmd::doctor::run(&ui, args),
+        Cmd::Toolchain => cmd::toolchain::run(&ui),
         Cmd::Bench(args) => cmd::bench::run(&ui, args),
     });
     match result {

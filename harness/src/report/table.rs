@@ -15,8 +15,8 @@ const HEAD: [&str; 13] = [
     "nvmx\nVMWRITE",
     "VMPTRLD\nVMCLEAR",
     "INVEPT\nINVVPID",
-    "L2 VMREAD\ntrapped",
-    "L2 VMWRITE\ntrapped",
+    "trapped\nVMREAD",
+    "trapped\nVMWRITE",
     "inside\nnvmx",
 ];
 
@@ -28,9 +28,6 @@ pub fn render(events: &[Event]) -> String {
         .load_style(presets::NOTHING.header_separator(rule).bottom_border(rule))
         .set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(HEAD);
-    for column in table.column_iter_mut().skip(2) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
     for e in events {
         table.add_row(vec![
             e.event.clone(),
@@ -47,6 +44,12 @@ pub fn render(events: &[Event]) -> String {
             number(e.trapped_vmwrite),
             number(e.l1_instructions),
         ]);
+    }
+    for (i, column) in table.column_iter_mut().enumerate() {
+        column.set_padding((1, 0));
+        if i >= 2 {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
     }
     table.to_string()
 }

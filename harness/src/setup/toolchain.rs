@@ -30,6 +30,18 @@ pub struct Toolchain {
     pub text: String,
 }
 
+impl Toolchain {
+    /// Where rustc looks for libraries.
+    ///
+    /// # Errors
+    /// If rustc fails.
+    pub fn sysroot(&self) -> Result<PathBuf> {
+        let mut rustc = Command::new(&self.rustc);
+        let text = proc::stdout_of(clean(rustc.args(["--print", "sysroot"])))?;
+        Ok(PathBuf::from(text.trim()))
+    }
+}
+
 /// A compiler of the host, as found.
 #[derive(Clone, Debug)]
 pub struct Compiler {
