@@ -2,7 +2,7 @@
 
 use super::Event;
 use crate::backend::Unit;
-use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
 
 const HEAD: [&str; 13] = [
     "event",
@@ -23,10 +23,11 @@ const HEAD: [&str; 13] = [
 /// The table: averages per event.
 pub fn render(events: &[Event]) -> String {
     let mut table = Table::new();
-    let rule = LineStyle::none().fill('─').junction('─');
-    table
-        .load_style(presets::NOTHING.header_separator(rule).bottom_border(rule))
-        .set_content_arrangement(ContentArrangement::Disabled);
+    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    use TableComponent::{BottomBorder, BottomBorderIntersections, HeaderLines, MiddleHeaderIntersections};
+    for rule in [BottomBorder, BottomBorderIntersections, HeaderLines, MiddleHeaderIntersections] {
+        table.set_style(rule, '─');
+    }
     table.set_header(HEAD);
     for e in events {
         table.add_row(vec![
