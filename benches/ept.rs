@@ -1,7 +1,7 @@
-//! What composing costs on this host, per event: a fill under tables that exist, a fault that is reflected, an activation that finds nothing
-//! to do, and INVEPT of L2 with a given number of pages to fault in again.
+//! What composing costs on this host, per event: a fill under tables that exist, a fault that is reflected, an
+//! activation that finds nothing to do, and dropping what L2 invalidated.
 //!
-//! `cargo bench --bench ept`; with `count ROUNDS` as arguments it runs fills only, for an instruction counter around it.
+//! `cargo bench --bench ept`; with the arguments `count ROUNDS` it runs fills only, for an instruction counter to watch.
 
 use nvmx::addr::{Hpa, Ngpa};
 use nvmx::ept::{Ept02, EptRules, Eptp, Outcome, PoolFrames, Qualification};

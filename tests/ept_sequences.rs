@@ -1,5 +1,5 @@
-//! Whole histories: L2 rewrites ept12, switches, invalidates; L3 accesses memory; the processor caches what it may. Invariants
-//! I1 and I2 hold after every step, with as few frames as there can be.
+//! Whole histories: L2 rewrites ept12, switches, invalidates; L3 accesses memory; the processor caches what it may.
+//! Invariants I1 and I2 hold after every step, with as few frames as there can be.
 //!
 //! The processor here is the most forgetful of its duties that the SDM allows: it caches every translation it used, in
 //! pieces of 4 KiB, and every reference to a table, and drops them only when it must.
@@ -34,7 +34,13 @@ fn entry() -> impl Strategy<Value = u64> {
         3 => (0u64..8).prop_map(|n| 2 * GIB1 + n * MIB2),
         3 => (0u64..10).prop_map(|n| OWN.0 - 3 * KIB4 + n * KIB4),
     ];
-    let low = prop_oneof![8 => Just(7u64), 3 => 0u64..8, 3 => (0u64..16).prop_map(|bits| LARGE | WB | bits & 7), 3 => (0u64..8).prop_map(|rights| WB | rights), 1 => 0u64..0x100];
+    let low = prop_oneof![
+        8 => Just(7u64),
+        3 => 0u64..8,
+        3 => (0u64..8).prop_map(|rights| LARGE | WB | rights),
+        3 => (0u64..8).prop_map(|rights| WB | rights),
+        1 => 0u64..0x100,
+    ];
     let noise = prop_oneof![19 => Just(0u64), 1 => (0u32..64).prop_map(|bit| 1 << bit)];
     (address, low, noise).prop_map(|(address, low, noise)| (address | low) ^ noise)
 }

@@ -5,7 +5,8 @@
 //! * [`identity`] builds ept01: the machine one to one without nvmx; [`watch`] notices there that L2 wrote a page.
 //! * [`compose`] and [`cache`] are ept02: composed on demand from ept12, kept by role.
 //!
-//! Everything here is pure: what it needs of the machine are the two traits below; [`machine`] implements them on top of `mm`.
+//! Everything here is pure: what it needs of the machine are the two traits below; [`machine`] implements them on top
+//! of `mm`.
 
 pub mod cache;
 pub mod compose;

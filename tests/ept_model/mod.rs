@@ -1,5 +1,5 @@
-//! What the EPT tests share: frames that catch misuse, L2's memory on a map, and a reference for ept12 that has nothing in
-//! common with the walker: it reads entries as text of bits, by the SDM's tables.
+//! What the EPT tests share: frames that catch misuse, L2's memory on a map, and a reference for ept12 that has nothing
+//! in common with the walker: it reads entries as text of bits, by the SDM's tables.
 #![allow(dead_code)]
 
 use nvmx::addr::{Gpa, Hpa};
