@@ -5,7 +5,7 @@ mod core_support;
 use core_support::{rich, rich_msr};
 use nvmx::nested::caps::{self, offered};
 use nvmx::vmx::bitmap::{Access, is_shadowed};
-use nvmx::vmx::caps::{Allowed, Capabilities, msr};
+use nvmx::vmx::caps::{Allowed, Capabilities, Misc, msr};
 use nvmx::vmx::controls::Controls;
 use nvmx::vmx::requirements::REQUIREMENTS;
 use nvmx::vmx::{EntryControls, ExitControls, Field, PinControls, PrimaryControls, SecondaryControls};
@@ -293,4 +293,17 @@ fn addresses_and_registers_are_judged_by_the_machine_s_widths() {
     assert!(wide.is_canonical(0x00FF_FFFF_FFFF_FFFF) && !wide.is_canonical(0x0100_0000_0000_0000));
     assert!(hw.cr0_ok(0x8000_0021) && !hw.cr0_ok(0x8000_0020) && !hw.cr0_ok(0x1_8000_0021));
     assert!(hw.cr4_ok(0x2000) && !hw.cr4_ok(0) && !hw.cr4_ok(0x2000 | 1 << 63));
+}
+
+#[test]
+fn miscellaneous_data_is_read_by_its_bits() {
+    let misc = Misc(7 | 3 << 16 | 2 << 25);
+    assert_eq!((misc.preemption_timer_shift(), misc.cr3_targets(), misc.max_msr_list()), (7, 3, 1536));
+    assert_eq!(offered(&rich()).misc.max_msr_list(), 512);
+    for (bits, supported) in [(0, 0b0001), (1 << 6, 0b0011), (1 << 7, 0b0101), (1 << 8, 0b1001)] {
+        for state in 0..4 {
+            assert_eq!(Misc(bits).supports_activity(state), supported >> state & 1 == 1, "{bits:#x} {state}");
+        }
+    }
+    assert!(!Misc(u64::MAX).supports_activity(4));
 }

@@ -300,6 +300,8 @@ const CASES: &[(CheckId, Change)] = &[
     }),
     (CheckId::GuestBlockingEnclave, |v| _ = v.set(GUEST_INTERRUPTIBILITY_INFO, 0x12)),
     (CheckId::GuestPendingDebugReserved, |v| _ = v.set(GUEST_PENDING_DBG_EXCEPTIONS, 1 << 4)),
+    (CheckId::GuestPendingDebugReserved, |v| _ = v.set(GUEST_PENDING_DBG_EXCEPTIONS, 1 << 13)),
+    (CheckId::GuestPendingDebugReserved, |v| _ = v.set(GUEST_PENDING_DBG_EXCEPTIONS, 1 << 15)),
     (CheckId::GuestPendingDebugReserved, |v| _ = v.set(GUEST_PENDING_DBG_EXCEPTIONS, 1 << 63)),
     (CheckId::GuestPendingDebugStep, |v| _ = v.set(GUEST_INTERRUPTIBILITY_INFO, 2).or(GUEST_RFLAGS, 1 << 8)),
     (CheckId::GuestPendingDebugStep, |v| _ = v.set(GUEST_ACTIVITY_STATE, 1).set(GUEST_PENDING_DBG_EXCEPTIONS, 1 << 14)),
@@ -390,6 +392,11 @@ fn the_valid_vmcs12_passes_and_so_do_its_variants() {
             _ = v.set(VM_EXIT_MSR_LOAD_ADDR, (1 << 39) - 16).set(VM_EXIT_MSR_LOAD_COUNT, 1)
         }),
         ("conforming code", |v| _ = v.set(GUEST_CS_AR_BYTES, 0xA09F)),
+        ("conforming code of ring 0 run in ring 3", |v| {
+            v.set(GUEST_CS_AR_BYTES, 0xA09F).or(GUEST_CS_SELECTOR, 3);
+            v.or(GUEST_SS_AR_BYTES, 3 << 5).or(GUEST_SS_SELECTOR, 3);
+        }),
+        ("conforming code in a data register", |v| _ = v.set(GUEST_DS_AR_BYTES, 0xC09F).or(GUEST_DS_SELECTOR, 3)),
         ("unusable data segments", |v| {
             for field in [GUEST_SS_AR_BYTES, GUEST_DS_AR_BYTES, GUEST_ES_AR_BYTES, GUEST_FS_AR_BYTES, GUEST_GS_AR_BYTES]
             {
@@ -397,6 +404,7 @@ fn the_valid_vmcs12_passes_and_so_do_its_variants() {
             }
             v.set(GUEST_SS_SELECTOR, 0);
         }),
+        ("RIP in the upper half", |v| _ = v.set(GUEST_RIP, 0xFFFF_8000_0000_0000)),
         ("RIP just above the lower half", |v| _ = v.set(GUEST_RIP, 1 << 47)),
         ("stepping past MOV SS", |v| {
             v.set(GUEST_INTERRUPTIBILITY_INFO, 2).or(GUEST_RFLAGS, 1 << 8);
@@ -575,4 +583,50 @@ fn rules_ask_for_no_exit_information() {
     assert!(check_controls(&v, &caps()).is_ok());
     assert!(check_host(&v, &caps(), true).is_ok());
     assert!(check_guest(&v, &caps(), &CONTEXT, &Memory::default()).is_ok());
+}
+
+#[test]
+fn every_base_and_every_sysenter_address_must_be_canonical() {
+    let fails = |field, edge| {
+        let mut v = valid_vmcs12(&caps());
+        usable_ldtr(&mut v);
+        v.set(field, edge);
+        run(&v, &Memory::default(), &caps())
+    };
+    let cases = [
+        (CheckId::HostBaseCanonical, &[HOST_FS_BASE, HOST_GS_BASE, HOST_GDTR_BASE, HOST_IDTR_BASE, HOST_TR_BASE][..]),
+        (CheckId::HostSysenter, &[HOST_IA32_SYSENTER_ESP, HOST_IA32_SYSENTER_EIP][..]),
+        (CheckId::GuestBaseCanonical, &[GUEST_FS_BASE, GUEST_GS_BASE, GUEST_TR_BASE, GUEST_LDTR_BASE][..]),
+        (CheckId::GuestSysenter, &[GUEST_SYSENTER_ESP, GUEST_SYSENTER_EIP][..]),
+        (CheckId::GuestTableBase, &[GUEST_GDTR_BASE, GUEST_IDTR_BASE][..]),
+    ];
+    for (check, fields) in cases {
+        for &field in fields {
+            assert_eq!(fails(field, 1 << 47), expected(check), "{field}");
+            assert_eq!(fails(field, (u64::MAX << 47) - 1), expected(check), "{field}");
+            assert_eq!(fails(field, (1 << 47) - 1), Verdict::Passed, "{field}");
+            assert_eq!(fails(field, u64::MAX << 47), Verdict::Passed, "{field}");
+        }
+    }
+}
+
+#[test]
+fn events_that_each_activity_state_takes() {
+    // The machine under nvmx has all four states; the rules are the same for it.
+    let hw = rich();
+    let mc = 1 << 31 | 3 << 8 | 18;
+    let db = 1 << 31 | 3 << 8 | 1;
+    let mtf = 1 << 31 | 7 << 8;
+    let events = [NMI, mc, db, mtf, GP, INT3, EXTERNAL_INTERRUPT];
+    let taken = [(0, 0b111_1111), (1, 0b100_1111), (2, 0b000_0011), (3, 0)];
+    for (state, taken) in taken {
+        for (i, event) in events.into_iter().enumerate() {
+            let mut v = valid_vmcs12(&hw);
+            inject(&mut v, event).set(VM_ENTRY_INSTRUCTION_LEN, 1).set(GUEST_ACTIVITY_STATE, state);
+            v.or(GUEST_RFLAGS, 1 << 9);
+            let verdict = run(&v, &Memory::default(), &hw);
+            let expected = if taken >> i & 1 == 1 { Verdict::Passed } else { expected(CheckId::GuestActivityEvent) };
+            assert_eq!(verdict, expected, "state {state}, event {event:#x}");
+        }
+    }
 }

@@ -192,6 +192,23 @@ proptest! {
 }
 
 #[test]
+fn limits_hold_to_the_byte() {
+    let operand = Operand { size: 32, segment: 3, base: Some(0), index: None, scale: 0, displacement: 0, undefined: 0 };
+    let at = |offset: u64, limit: u64, kind: u32, big: bool| {
+        let mut state = Vmcs::default();
+        let rights = u64::from(kind | 0x90 | u32::from(big) << 14);
+        state.set(Field::GUEST_DS_LIMIT, limit).set(Field::GUEST_DS_AR_BYTES, rights);
+        operand.memory(8, Direction::Load).linear_address(CpuMode::Protected, |_| offset, &state).is_ok()
+    };
+    // Read/write data: the last byte is at the limit.
+    assert!(at(0xFF8, 0xFFF, 3, true) && !at(0xFF9, 0xFFF, 3, true));
+    assert!(at(0xFFFF_FFF8, 0xFFFF_FFFF, 3, true) && !at(0xFFFF_FFF9, 0xFFFF_FFFF, 3, true));
+    // Expand-down: the first byte is above the limit, the last within 16 or 32 bits.
+    assert!(at(0x1000, 0xFFF, 7, true) && !at(0xFFF, 0xFFF, 7, true));
+    assert!(at(0xFFF8, 0xFFF, 7, false) && !at(0xFFF9, 0xFFF, 7, false) && at(0xFFF9, 0xFFF, 7, true));
+}
+
+#[test]
 fn an_address_relative_to_rip_has_neither_base_nor_index() {
     let operand = Operand { size: 64, segment: 3, base: None, index: None, scale: 0, displacement: 0, undefined: 0 };
     let memory = MemoryOperand { displacement: 0xFFFF_8000_1234_5678, ..operand.memory(8, Direction::Load) };
