@@ -3,6 +3,7 @@
 use super::{Config, Cpu, run, vmcs01};
 use crate::addr::{Gpa, Hpa};
 use crate::boot::Machine;
+use crate::emul::cr::Cr4;
 use crate::emul::msr::{self, FEATURE_LOCK, FEATURE_VMX};
 use crate::ept::{Ept01, Ept02, EptRules};
 use crate::error::KillReason;
@@ -71,7 +72,9 @@ fn build(machine: &mut Machine, hardware: &Capabilities, offered: &Capabilities)
     let (frames, phys) = (&mut machine.frames, &machine.phys);
     let revision = hardware.basic.revision();
     let vmxon = region(frames, phys, revision)?;
-    let vmx = Vmx::enter(vmxon, hardware.cr0_fixed0, hardware.cr4_fixed0)?;
+    // XSETBV of L2 is executed by nvmx, so nvmx's own CR4 must allow it where the processor has it.
+    let xsave = hardware.cr4_fixed1 & Cr4::OSXSAVE.bits();
+    let vmx = Vmx::enter(vmxon, hardware.cr0_fixed0, hardware.cr4_fixed0 | xsave)?;
     let vmcs01 = region(frames, phys, revision)?;
     let msr_bitmap01 = page(frames, phys, &msr_bitmap01())?;
     let mut shadow = [Hpa::new(0); 2];
