@@ -91,6 +91,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "NAME", default_value = "cascade")]
     pub l2: String,
 
+    /// The guest's command line
+    #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
+    pub l2_args: String,
+
     /// How L2's VMREAD and VMWRITE reach nvmx
     #[arg(long, value_enum, default_value = "auto")]
     pub fields: Fields,

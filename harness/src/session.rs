@@ -69,8 +69,8 @@ impl Session {
     ///
     /// # Errors
     /// [`Stop::Usage`] if there is no such guest.
-    pub fn bare(&self, guest: &str) -> Result<Spec> {
-        let kernel = Payload::new(self.images.guest(guest)?, "");
+    pub fn bare(&self, guest: &str, args: &str) -> Result<Spec> {
+        let kernel = Payload::new(self.images.guest(guest)?, args);
         Ok(self.spec(format!("{guest}-bare"), kernel, Vec::new()))
     }
 
@@ -78,9 +78,9 @@ impl Session {
     ///
     /// # Errors
     /// [`Stop::Usage`] if there is no such guest.
-    pub fn nested(&self, guest: &str, fields: Fields) -> Result<Spec> {
+    pub fn nested(&self, guest: &str, args: &str, fields: Fields) -> Result<Spec> {
         let options = format!("log={} fields={}", if self.ui.verbose { "debug" } else { "warn" }, fields.option());
-        let module = Payload::new(self.images.guest(guest)?, "");
+        let module = Payload::new(self.images.guest(guest)?, args);
         let name = format!("{guest}-{}", fields.option());
         Ok(self.spec(name, Payload::new(&self.images.nvmx, options), vec![module]))
     }

@@ -23,7 +23,7 @@ pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
         ui.note(&format!("the limits are for the CPU model {}, this is {}", budget.cpu_model, session.machine.model));
     }
     let fields = if budget.strategy == Fields::Trapped.option() { Fields::Trapped } else { Fields::ZeroCopy };
-    let spec = session.nested("cascade", fields)?;
+    let spec = session.nested("cascade", "", fields)?;
     let step = ui.step("cascade under nvmx");
     let outcome = boot::boot(&session.paths, session.backend.as_ref(), &spec, &View::new(ui, Show::Warnings))?;
     drop(step);

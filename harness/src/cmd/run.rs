@@ -16,7 +16,8 @@ use owo_colors::Style;
 /// [`Stop::Guest`] if one of the boots fails.
 pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let session = Session::start(ui, &args.l0)?;
-    let (bare, nested) = (session.bare(&args.l2)?, session.nested(&args.l2, args.fields)?);
+    let (bare, nested) =
+        (session.bare(&args.l2, &args.l2_args)?, session.nested(&args.l2, &args.l2_args, args.fields)?);
     let l0 = session.l0();
     ui.line(&ui.paint(&format!("L0 | {}", stack::banner_line(&l0, None)), Style::new().bold()));
     let step = ui.step(&format!("{} alone, and under nvmx", args.l2));

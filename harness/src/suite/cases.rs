@@ -60,9 +60,9 @@ impl Builder<'_> {
     fn guest(&mut self, guest: &str) {
         let names = ["bare", "zero-copy", "trapped"].map(|slot| format!("{guest}-{slot}"));
         let [bare, shadowed, trapped] = names.each_ref().map(String::as_str);
-        self.boot(bare, self.session.bare(guest));
-        self.boot(shadowed, self.session.nested(guest, Fields::ZeroCopy));
-        self.boot(trapped, self.session.nested(guest, Fields::Trapped));
+        self.boot(bare, self.session.bare(guest, ""));
+        self.boot(shadowed, self.session.nested(guest, "", Fields::ZeroCopy));
+        self.boot(trapped, self.session.nested(guest, "", Fields::Trapped));
         let pass = || -> Judge { Box::new(all_pass) };
         let same = || -> Judge { Box::new(|o| compare::agree(o[0], o[1])) };
         self.case(&format!("{guest} passes on the bare machine"), &[bare], pass());
@@ -73,11 +73,11 @@ impl Builder<'_> {
     }
 
     fn protocols(&mut self) {
-        let nested = self.session.nested("cascade", Fields::Auto);
+        let nested = self.session.nested("cascade", "", Fields::Auto);
         let one = nested.map(|spec| Spec { protocol: Protocol::Multiboot1, ..spec });
         self.boot("cascade-multiboot1", one);
         self.case("nvmx boots by multiboot, the first version", &["cascade-multiboot1"], Box::new(all_pass));
-        let bare = self.session.bare("cascade").map(|spec| Spec { protocol: Protocol::Multiboot1, ..spec });
+        let bare = self.session.bare("cascade", "").map(|spec| Spec { protocol: Protocol::Multiboot1, ..spec });
         self.boot("cascade-bare-multiboot1", bare);
         self.case("cascade boots by multiboot, the first version", &["cascade-bare-multiboot1"], Box::new(all_pass));
     }
@@ -156,12 +156,12 @@ impl Builder<'_> {
             let spec = module.map(|modules| self.nvmx("", modules));
             self.refusal(name, boot, spec, texts);
         }
-        let spin = self.session.images.guest("faulty").map(|p| {
-            let spec = self.nvmx("", vec![Payload::new(p, "spin")]);
-            Spec { timeout: Duration::from_secs(15), ..spec }
-        });
-        self.boot("spin", spin);
-        self.case("an L2 that hangs is ended by the time limit, with its place", &["spin"], Box::new(|o| hung(o[0])));
+        let soon = |spec: Spec| Spec { timeout: Duration::from_secs(15), ..spec };
+        self.boot("spin-bare", self.session.bare("faulty", "spin").map(soon));
+        self.boot("spin", self.session.nested("faulty", "spin", Fields::Auto).map(soon));
+        let ended = "is ended by the time limit, which tells where it was";
+        self.case(&format!("a guest that hangs on the bare machine {ended}"), &["spin-bare"], Box::new(|o| hung(o[0])));
+        self.case(&format!("an L2 that hangs under nvmx {ended}"), &["spin"], Box::new(|o| hung(o[0])));
     }
 }
 
