@@ -9,6 +9,7 @@
 mod expect;
 mod instructions;
 mod modes;
+mod operands;
 
 mod registers;
 mod vmxon;
@@ -50,6 +51,7 @@ fn main(_: &BootInfo) {
     instructions::without_vmcs(region);
     instructions::with_vmcs(region);
 
+    operands::all();
     registers::all();
     expect::expect("vmxoff", expect::got(vmx::vmxoff), expect::SUCCEED);
     modes::outside("after VMXOFF");

@@ -68,8 +68,8 @@ static TABLES: Global<Tables> = Global::new(Tables {
         io_map: size_of::<TaskState>() as u16,
     },
 });
-/// For traps out of ring 3, for #DF, for NMI and #MC.
-static STACKS: Global<[Stack; 3]> = Global::new([Stack([0; STACK]); 3]);
+/// For traps out of ring 3, for #DF, for NMI and #MC, for #SS, #GP and #PF.
+static STACKS: Global<[Stack; 4]> = Global::new([Stack([0; STACK]); 4]);
 
 /// A pointer to memory and its limit, as LGDT, LIDT, SGDT and SIDT use it.
 #[derive(Clone, Copy, Default, Debug)]
@@ -100,7 +100,7 @@ pub fn load() {
     let stacks = core::ptr::from_ref(&STACKS) as u64;
     let top = |n: u64| stacks + n * STACK as u64;
     tables.tss.rsp = [top(1); 3];
-    tables.tss.ist = [top(2), top(3), 0, 0, 0, 0, 0];
+    tables.tss.ist = [top(2), top(3), top(4), 0, 0, 0, 0];
     TABLES.set(tables);
     let pointer = TablePointer { limit: GDT_LIMIT, base: gdt_base() };
     // SAFETY: single CPU, ring 0; the GDT is complete and stays where it is. CS keeps its selector, whose descriptor is the

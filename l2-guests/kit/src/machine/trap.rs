@@ -106,6 +106,8 @@ pub fn load() {
         let ist = match vector as u8 {
             DF => 1u64,
             NMI | MC => 2,
+            // The stack pointer may be what is wrong.
+            SS | GP | PF => 3,
             _ => 0,
         };
         // #BP and #OF may be raised by ring 3.

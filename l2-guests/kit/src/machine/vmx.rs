@@ -57,18 +57,20 @@ impl Value for Outcome {
     }
 }
 
-/// Runs one VMX instruction with all arithmetic flags set before, so that one it forgets to clear shows.
+/// Runs one VMX instruction, given as for `asm!`, with all arithmetic flags set before, so that one it forgets to clear
+/// shows: `vmx!("vmread [rax], {f}", in("rax") p, f = in(reg) field)` is its [`Outcome`](crate::vmx::Outcome).
+#[macro_export]
 macro_rules! vmx {
-    ($instruction:literal $(, $($operand:tt)*)?) => {{
+    ($instruction:expr $(, $($operand:tt)*)?) => {{
         let rflags: u64;
         // SAFETY: single CPU, ring 0; a bad operand traps or fails, and that is the caller's experiment.
         unsafe {
-            asm!(
+            ::core::arch::asm!(
                 "push 0x8D7", "popfq", $instruction, "pushfq", "pop {rflags}",
                 rflags = out(reg) rflags $(, $($operand)*)?
             );
         }
-        Outcome::from_rflags(rflags)
+        $crate::vmx::Outcome::from_rflags(rflags)
     }};
 }
 
