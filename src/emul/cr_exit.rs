@@ -1,8 +1,9 @@
 //! Exits of L2 for control registers: it touched a bit that nvmx owns. vmcs01 is current.
 
-use super::cr::{self, Cr0, Effects, Mode};
+use super::cr::{Cr0, Effects, Mode, lmsw, write_cr0, write_cr4};
 use crate::addr::Gpa;
 use crate::error::{Fault, KillReason};
+use crate::hw::cr;
 use crate::hw::vmx::Invalidate;
 use crate::nested::Operation;
 use crate::nested::vpid::VPID01;
@@ -33,14 +34,14 @@ pub fn handle(cpu: &mut Cpu) -> Result<Next, Stop> {
         }
         CrAccess::Write { cr: 4, gpr } => {
             let value = register(cpu, gpr);
-            let effects = cr::write_cr4(mode, value, cpu.config.offered.cr4_fixed1)?;
+            let effects = write_cr4(mode, value, cpu.config.offered.cr4_fixed1)?;
             // CR4.VMXE stays set in the processor; L2 sees its own value in the shadow.
             cpu.vmx.write(Field::GUEST_CR4, value | cpu.config.hardware.cr4_fixed0);
             cpu.vmx.write(Field::CR4_READ_SHADOW, value);
             apply(cpu, effects)?;
         }
         CrAccess::Clts => set_cr0(cpu, mode, mode.cr0 & !Cr0::TS.bits())?,
-        CrAccess::Lmsw { source, .. } => set_cr0(cpu, mode, cr::lmsw(mode.cr0, source))?,
+        CrAccess::Lmsw { source, .. } => set_cr0(cpu, mode, lmsw(mode.cr0, source))?,
         _ => {
             let reason = ExitReason::exit(BasicReason::CR_ACCESS);
             return Err(KillReason::UnexpectedExit(reason.0).into());
@@ -57,7 +58,9 @@ fn register(cpu: &mut Cpu, number: u8) -> u64 {
 fn set_cr0(cpu: &mut Cpu, mode: Mode, value: u64) -> Result<(), Stop> {
     /// ET is hardwired to 1.
     const ET: u64 = 1 << 4;
-    let effects = cr::write_cr0(mode, value)?;
+    let effects = write_cr0(mode, value)?;
+    // VM entry leaves CD and NW as they are in the processor (SDM, "Loading Guest Control Registers, ...").
+    cr::set_caching(value);
     cpu.vmx.write(Field::GUEST_CR0, value | ET | CR0_FIXED_BY_VMX);
     cpu.vmx.write(Field::CR0_READ_SHADOW, value | ET);
     apply(cpu, effects)

@@ -49,6 +49,16 @@ pub fn set_cr2(value: u64) {
     unsafe { asm!("mov cr2, {}", in(reg) value, options(nomem, nostack, preserves_flags)) };
 }
 
+/// Takes CD and NW of CR0 from `value`, which does not have NW without CD.
+pub fn set_caching(value: u64) {
+    const CD_NW: u64 = 0b11 << 29;
+    let (old, new) = (cr0(), cr0() & !CD_NW | value & CD_NW);
+    if old != new {
+        // SAFETY: how memory is cached changes the speed of nvmx only; the combination was checked.
+        unsafe { set_cr0(new) };
+    }
+}
+
 /// XSETBV; `Err(#GP(0))` when the processor refuses the value or the register, `Err(#UD)` is reported the same way when
 /// CR4.OSXSAVE is clear: check that before.
 ///

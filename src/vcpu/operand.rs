@@ -13,7 +13,7 @@ use crate::vmx::segment::Segment;
 const RSP: u8 = 4;
 const EFER_LMA: u64 = 1 << 10;
 
-/// True in 64-bit mode; a VMX instruction exits in no sub-mode of IA-32e mode but this one.
+/// True in IA-32e mode, which is 64-bit mode here: all VMX instructions but VMCALL exit in no other sub-mode of it.
 pub fn in_64_bit_mode(cpu: &mut Cpu) -> bool {
     cpu.vmx.read(Field::GUEST_IA32_EFER) & EFER_LMA != 0
 }

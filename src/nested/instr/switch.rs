@@ -8,7 +8,8 @@ use crate::error::{Fault, VmxError, VmxResult};
 use crate::nested::Operation;
 use crate::nested::caps;
 use crate::nested::vmcs12::Vmcs12;
-use crate::vcpu::{Cpu, Next, Stop, vmcs01};
+use crate::vcpu::{Cpu, Next, Stop, operand, vmcs01};
+use crate::vmx::Field;
 
 /// VMXON
 pub fn vmxon(cpu: &mut Cpu) -> Result<Next, Stop> {
@@ -48,7 +49,15 @@ pub fn vmxoff(cpu: &mut Cpu) -> Result<Next, Stop> {
 }
 
 /// VMCALL in VMX root operation: there is no SMM monitor to call.
+///
+/// The one VMX instruction that exits before the processor looks at the mode.
 pub fn vmcall(cpu: &mut Cpu) -> Result<Next, Stop> {
+    const CS_LONG: u64 = 1 << 13;
+    const RFLAGS_VM: u64 = 1 << 17;
+    let compatibility = operand::in_64_bit_mode(cpu) && cpu.vmx.read(Field::GUEST_CS_AR_BYTES) & CS_LONG == 0;
+    if compatibility || cpu.vmx.read(Field::GUEST_RFLAGS) & RFLAGS_VM != 0 {
+        return Err(Fault::InvalidOpcode.into());
+    }
     require_root(cpu)?;
     done(cpu, VmxResult::FailValid(VmxError::VmcallInVmxRootOperation))
 }
