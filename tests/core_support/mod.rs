@@ -1,6 +1,8 @@
 //! A rich VMX machine and a vmcs12 that passes every check on it: what the tests of the pure core start from.
 #![allow(dead_code)]
 
+pub mod broken;
+
 use nvmx::addr::Gpa;
 use nvmx::nested::checks::{GuestContext, GuestMemory};
 use nvmx::vmx::caps::{Capabilities, msr};
