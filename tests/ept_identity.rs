@@ -4,7 +4,7 @@ mod ept_model;
 
 use ept_model::{ACCESSED, Frames, GIB1, KIB4, LARGE, MIB2};
 use nvmx::addr::Gpa;
-use nvmx::ept::{Ept01, EptRules, MemoryType, Missing, TableFrames, WatchError};
+use nvmx::ept::{Ept01, EptRules, MemoryType, Missing, TableFrames, WatchError, Written};
 use nvmx::mm::Span;
 use proptest::prelude::*;
 
@@ -138,13 +138,13 @@ fn a_watched_page_has_its_own_leaf_and_the_rest_stays_as_it_was() {
     let mut frames = Frames::new(8);
     let mut ept = Ept01::new(rules(), true, Gpa::new(GIB1), Span::new(0, 0), write_back, &mut frames).unwrap();
     let page = 7 * MIB2 + 3 * KIB4;
-    let watch = ept.watch(Gpa::new(page + 0x123), &mut frames).unwrap();
+    let mut watch = ept.watch(Gpa::new(page + 0x123), &mut frames).unwrap();
     assert_eq!(leaf_at(&ept, &frames, page), Some((page, KIB4, page | 6 << 3 | 7)));
     assert_eq!(leaf_at(&ept, &frames, 8 * MIB2), Some((8 * MIB2, MIB2, (8 * MIB2) | LARGE | 6 << 3 | 7)));
     let all = leaves(&ept, &frames);
     assert_eq!(all.iter().map(|leaf| leaf.1).sum::<u64>(), GIB1);
     assert!(all.iter().all(|(start, size, entry)| entry & 0xf_ffff_ffff_f000 == *start && start % size == 0));
-    assert!(!watch.take_dirty(&mut frames));
+    assert_eq!(ept.written(&mut watch, &mut frames), NO);
     assert_eq!(ept.tables() as usize, frames.used.len());
     assert_eq!(ept.watch(Gpa::new(page), &mut frames), Ok(watch), "a second watch finds the same leaf");
     assert_eq!(ept.tables() as usize, frames.used.len());
@@ -166,22 +166,43 @@ fn processor_writes(ept: &Ept01, frames: &mut Frames, at: u64) {
     }
 }
 
+const NO: Written = Written::No;
+const YES: Written = Written::Yes { invept: true };
+
 #[test]
 fn a_write_is_noticed_once() {
     let mut frames = Frames::new(8);
     let mut ept = Ept01::new(rules(), true, Gpa::new(GIB1), Span::new(0, 0), write_back, &mut frames).unwrap();
     // The large page was written before: its pages start clean all the same.
     processor_writes(&ept, &mut frames, MIB2);
-    let watch = ept.watch(Gpa::new(MIB2), &mut frames).unwrap();
-    let other = ept.watch(Gpa::new(MIB2 + KIB4), &mut frames).unwrap();
-    assert!(!watch.take_dirty(&mut frames));
+    let mut watch = ept.watch(Gpa::new(MIB2), &mut frames).unwrap();
+    let mut other = ept.watch(Gpa::new(MIB2 + KIB4), &mut frames).unwrap();
+    assert_eq!(ept.written(&mut watch, &mut frames), NO);
     processor_writes(&ept, &mut frames, MIB2 + 8);
-    assert!(!other.take_dirty(&mut frames));
-    assert!(watch.take_dirty(&mut frames));
-    assert!(!watch.take_dirty(&mut frames));
-    // Watching a page that is dirty already starts clean.
-    processor_writes(&ept, &mut frames, MIB2 + 8);
-    assert!(!ept.watch(Gpa::new(MIB2), &mut frames).unwrap().take_dirty(&mut frames));
+    assert_eq!(ept.written(&mut other, &mut frames), NO);
+    assert_eq!(ept.written(&mut watch, &mut frames), YES);
+    assert_eq!(ept.written(&mut watch, &mut frames), NO);
+    processor_writes(&ept, &mut frames, MIB2 + 0xfff);
+    assert_eq!(ept.written(&mut watch, &mut frames), YES);
+}
+
+#[test]
+fn everyone_who_watches_a_page_learns_of_a_write() {
+    let mut frames = Frames::new(8);
+    let mut ept = Ept01::new(rules(), true, Gpa::new(GIB1), Span::new(0, 0), write_back, &mut frames).unwrap();
+    let mut first = ept.watch(Gpa::new(MIB2), &mut frames).unwrap();
+    let mut second = ept.watch(Gpa::new(MIB2 + 8), &mut frames).unwrap();
+    processor_writes(&ept, &mut frames, MIB2);
+    assert_eq!(ept.written(&mut first, &mut frames), YES);
+    assert_eq!(ept.written(&mut second, &mut frames), Written::Yes { invept: false }, "the flag is clear already");
+    assert_eq!(ept.written(&mut second, &mut frames), NO);
+    // A watch that begins after a write does not hide it from the others.
+    processor_writes(&ept, &mut frames, MIB2);
+    let mut third = ept.watch(Gpa::new(MIB2), &mut frames).unwrap();
+    assert_eq!(ept.written(&mut first, &mut frames), YES);
+    assert_eq!(ept.written(&mut second, &mut frames), Written::Yes { invept: false });
+    assert_eq!(ept.written(&mut third, &mut frames), Written::Yes { invept: false });
+    assert_eq!(ept.written(&mut first, &mut frames), NO);
 }
 
 #[test]
@@ -192,14 +213,14 @@ fn a_watch_outlives_mapping_that_goes_on_around_it() {
     // All pages of 2 MiB but the last, which needs a table.
     assert!(ept.map_missing(Gpa::new(0), write_back, &mut frames).is_err());
     frames.free.push(0x71_0000_0000);
-    let watch = ept.watch(Gpa::new(KIB4), &mut frames).unwrap();
+    let mut watch = ept.watch(Gpa::new(KIB4), &mut frames).unwrap();
     processor_writes(&ept, &mut frames, KIB4);
     processor_writes(&ept, &mut frames, MIB2);
     frames.free.push(0x71_0000_1000);
     assert_eq!(ept.map_missing(Gpa::new(GIB1 - MIB2), write_back, &mut frames), Ok(Missing::Mapped));
-    assert!(watch.take_dirty(&mut frames), "the mark is still there");
+    assert_eq!(ept.written(&mut watch, &mut frames), YES, "the mark is still there");
     processor_writes(&ept, &mut frames, KIB4);
-    assert!(watch.take_dirty(&mut frames), "and the leaf is still in use");
+    assert_eq!(ept.written(&mut watch, &mut frames), YES, "and the leaf is still in use");
     assert_ne!(leaf_at(&ept, &frames, MIB2).unwrap().2 & DIRTY, 0, "other pages keep their flags");
 }
 
@@ -214,6 +235,52 @@ fn a_page_that_cannot_be_watched_says_why() {
     assert_eq!(ept.watch(Gpa::new(GIB1), &mut frames), Err(WatchError::NotMapped));
     assert_eq!(ept.watch(Gpa::new(0), &mut frames), Err(WatchError::OutOfFrames));
     assert_eq!(leaf_at(&ept, &frames, 0), Some((0, MIB2, LARGE | 6 << 3 | 7)), "nothing changed");
+}
+
+proptest! {
+    /// A watcher may be told too often, but never too seldom, however many there are and whatever they share.
+    #[test]
+    fn no_write_is_ever_missed(steps in prop::collection::vec((0u8..3, 0usize..40, 0u64..24), 1..200)) {
+        let mut frames = Frames::new(8);
+        let mut ept = Ept01::new(rules(), true, Gpa::new(1), Span::new(0, 0), write_back, &mut frames).unwrap();
+        // Each watcher with its page, and whether it must learn of a write.
+        let mut watchers: Vec<(nvmx::ept::Watch, u64, bool)> = vec![];
+        for (step, who, page) in steps {
+            match (step, watchers.is_empty()) {
+                (0, _) => watchers.push((ept.watch(Gpa::new(page * KIB4), &mut frames).unwrap(), page, false)),
+                (1, false) => {
+                    let count = watchers.len();
+                    let (watch, _, due) = &mut watchers[who % count];
+                    let written = ept.written(watch, &mut frames);
+                    prop_assert!(!*due || written != NO);
+                    *due = false;
+                }
+                (2, false) => {
+                    processor_writes(&ept, &mut frames, page * KIB4);
+                    watchers.iter_mut().filter(|watcher| watcher.1 == page).for_each(|watcher| watcher.2 = true);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn up_to_sixteen_pages_are_told_apart_exactly(steps in prop::collection::vec((any::<bool>(), 0usize..16), 1..200)) {
+        let mut frames = Frames::new(8);
+        let mut ept = Ept01::new(rules(), true, Gpa::new(1), Span::new(0, 0), write_back, &mut frames).unwrap();
+        let mut watchers: Vec<_> =
+            (0..16).map(|page| (ept.watch(Gpa::new(page * KIB4), &mut frames).unwrap(), false)).collect();
+        for (writes, page) in steps {
+            if writes {
+                processor_writes(&ept, &mut frames, page as u64 * KIB4);
+                watchers[page].1 = true;
+            } else {
+                let (watch, written) = &mut watchers[page];
+                prop_assert_eq!(ept.written(watch, &mut frames), if *written { YES } else { NO });
+                *written = false;
+            }
+        }
+    }
 }
 
 proptest! {

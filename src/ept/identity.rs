@@ -7,6 +7,7 @@
 
 use super::entry::{self, ADDRESS, Caching, EptRules, Level, Rights};
 use super::eptp::Eptp;
+use super::watch::Watched;
 use super::{OutOfFrames, TableFrames};
 use crate::addr::{Gpa, Hpa};
 use crate::mm::Span;
@@ -35,6 +36,7 @@ pub struct Ept01 {
     forbidden: Span,
     accessed_dirty: bool,
     tables: u32,
+    pub(super) watched: Watched,
 }
 
 impl Ept01 {
@@ -52,7 +54,14 @@ impl Ept01 {
         frames: &mut F,
     ) -> Result<Self, OutOfFrames> {
         let root = frames.alloc().ok_or(OutOfFrames)?;
-        let mut ept = Self { root, rules, forbidden: forbidden.outer_pages(), accessed_dirty, tables: 1 };
+        let mut ept = Self {
+            root,
+            rules,
+            forbidden: forbidden.outer_pages(),
+            accessed_dirty,
+            tables: 1,
+            watched: Watched::default(),
+        };
         let mut start = 0u64;
         while start < end.get() && rules.allows_address(start) && start >> 48 == 0 {
             ept.map_gib(start, &memory_type, frames)?;

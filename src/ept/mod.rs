@@ -30,7 +30,7 @@ pub use eptp::Eptp;
 pub use identity::{Ept01, Missing};
 pub use machine::PoolFrames;
 pub use violation::Qualification;
-pub use watch::{Watch, WatchError};
+pub use watch::{Watch, WatchError, Written};
 
 /// The pool of frames is empty.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,7 +1,10 @@
 //! Noticing, without an exit, that L2 wrote one of its pages.
 //!
-//! The page gets a 4 KiB leaf of its own in ept01, and the processor sets the dirty flag there. Writes that do not go
-//! through ept01 are not seen: those of nvmx itself, of L3 through ept02, and of devices.
+//! The page gets a 4 KiB leaf of its own in ept01, and the processor sets the dirty flag there. The flag is one, those
+//! who watch a page may be several: whoever finds it set clears it and gives the page a new version, which the others
+//! miss in theirs.
+//!
+//! Writes that do not go through ept01 are not seen: those of nvmx itself, of L3 through ept02, and of devices.
 //!
 //! Source: Intel SDM vol. 3C (December 2024), "Accessed and Dirty Flags for EPT".
 
@@ -9,11 +12,31 @@ use super::entry::DIRTY;
 use super::identity::Ept01;
 use super::{OutOfFrames, TableFrames};
 use crate::addr::{Gpa, Hpa};
+use arrayvec::ArrayVec;
 
-/// A watched page. Stays valid as long as its [`Ept01`].
+/// Pages whose versions are kept. With more than that in turn, a page counts as written more often than it is.
+const PAGES: usize = 16;
+
+/// A watched page, and how far its watcher knows it. Stays valid as long as its [`Ept01`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Watch {
     entry: Hpa,
+    place: usize,
+    version: u64,
+}
+
+/// What [`Ept01::written`] found.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Written {
+    /// Nothing was written since this watch was asked last.
+    No,
+    /// Something was. If `invept` is set, execute INVEPT for ept01, and only then read the page: so each later write
+    /// marks it again.
+    Yes {
+        /// The flag was cleared just now.
+        invept: bool,
+    },
 }
 
 /// Why a page cannot be watched: to be treated as always written.
@@ -33,6 +56,34 @@ impl From<OutOfFrames> for WatchError {
     }
 }
 
+/// The pages that are watched, with the version of each: never the same twice, for any page.
+#[derive(Debug, Default)]
+pub(super) struct Watched {
+    pages: ArrayVec<(Hpa, u64), PAGES>,
+    versions: u64,
+    /// Whose place the next page takes when all are taken.
+    next: usize,
+}
+
+impl Watched {
+    /// Where the page with this leaf stands; with a new version if it was not there.
+    fn place(&mut self, entry: Hpa) -> usize {
+        if let Some(place) = self.pages.iter().position(|page| page.0 == entry) {
+            return place;
+        }
+        self.versions += 1;
+        let page = (entry, self.versions);
+        if self.pages.try_push(page).is_ok() {
+            return self.pages.len() - 1;
+        }
+        self.next = (self.next + 1) % PAGES;
+        if let Some(old) = self.pages.get_mut(self.next) {
+            *old = page;
+        }
+        self.next
+    }
+}
+
 impl Ept01 {
     /// Starts to watch the page of `gpa`. Before the page is read for the first time, execute INVEPT for ept01: until
     /// then a write may go through a cached translation and leave no mark.
@@ -41,17 +92,32 @@ impl Ept01 {
             return Err(WatchError::NoDirtyFlags);
         }
         let entry = self.split(gpa, frames)?.ok_or(WatchError::NotMapped)?;
-        frames.take_bits(entry, DIRTY);
-        Ok(Watch { entry })
+        let place = self.watched.place(entry);
+        // A flag that is set already stays: somebody else may wait for it.
+        Ok(Watch { entry, place, version: self.watched.pages.get(place).map_or(0, |page| page.1) })
     }
-}
 
-impl Watch {
-    /// True when the page was written since the last call; the flag is cleared. After `true`: execute INVEPT for ept01,
-    /// then read the page, in this order, so that each later write marks it again.
+    /// Tells whether the page was written since this watch was asked last.
     #[inline]
-    #[must_use]
-    pub fn take_dirty<F: TableFrames>(&self, frames: &mut F) -> bool {
-        frames.read(self.entry) & DIRTY != 0 && frames.take_bits(self.entry, DIRTY) != 0
+    pub fn written<F: TableFrames>(&mut self, watch: &mut Watch, frames: &mut F) -> Written {
+        let known = self.watched.pages.get(watch.place) == Some(&(watch.entry, watch.version));
+        if known && frames.read(watch.entry) & DIRTY == 0 {
+            return Written::No;
+        }
+        self.written_since(watch, frames)
+    }
+
+    #[cold]
+    fn written_since<F: TableFrames>(&mut self, watch: &mut Watch, frames: &mut F) -> Written {
+        watch.place = self.watched.place(watch.entry);
+        let invept = frames.take_bits(watch.entry, DIRTY) != 0;
+        if let Some(page) = self.watched.pages.get_mut(watch.place) {
+            if invept {
+                self.watched.versions += 1;
+                page.1 = self.watched.versions;
+            }
+            watch.version = page.1;
+        }
+        Written::Yes { invept }
     }
 }

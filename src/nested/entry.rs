@@ -10,7 +10,7 @@ use super::vpid::VPID01;
 use super::{Operation, reflect};
 use crate::addr::{Gpa, Hpa};
 use crate::emul::cr::{Cr0, Cr4};
-use crate::ept::Eptp;
+use crate::ept::{Eptp, Written};
 use crate::error::{KillReason, VmxError, VmxResult};
 use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::{GuestMemory, PhysMem};
@@ -37,15 +37,14 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     let Some(controls) = slot.merged else { return Err(KillReason::UnexpectedExit(0).into()) };
     slot.inherited.leave_l2(vmx);
     if controls.msr_bitmap.is_some() {
-        let written = match slot.bitmap_watch {
-            Some(watch) if watch.take_dirty(&mut Cpu::tables(&mut cpu.frames, &cpu.phys)) => {
-                vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
-                true
-            }
-            Some(_) => false,
-            None => true,
+        let written = match &mut slot.bitmap_watch {
+            Some(watch) => cpu.ept01.written(watch, &mut Cpu::tables(&mut cpu.frames, &cpu.phys)),
+            None => Written::Yes { invept: false },
         };
-        if written {
+        if written == (Written::Yes { invept: true }) {
+            vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
+        }
+        if written != Written::No {
             let from = Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP));
             merge_msr_bitmap(&cpu.phys, cpu.guest.translate(from).ok(), cpu.msr_bitmap01, slot.msr_bitmap);
         }
