@@ -151,6 +151,7 @@ mod tests {
     const VMX: u32 = 1 << 5;
     const NX: u32 = 1 << 20;
 
+    #[expect(clippy::result_large_err, reason = "as in what it tests")]
     fn examine(ecx: u32, edx: u32, feature_control: u64, msr: u64) -> Result<Processor, MissingList> {
         let leaves = move |leaf: u32, _: u32| {
             let (eax, ebx, ecx, edx) = match leaf {

@@ -63,6 +63,8 @@ pub fn init(level: LevelFilter) {
         outb(COM1 + 2, 0xC7);
         outb(COM1 + 4, 0x03);
     }
+    // Firmware may have left half a line there.
+    fresh_line();
     // A second call finds the logger set, which is what it wants.
     let _ = log::set_logger(&LOGGER);
     log::set_max_level(level);
@@ -89,8 +91,6 @@ fn line(write: impl FnOnce(&mut Port) -> fmt::Result) {
 }
 
 /// Writes a record of level L1; `fields` adds what it says.
-///
-/// It starts on a line of its own even when L2 was interrupted in the middle of one.
 pub fn record(kind: Kind, fields: impl FnOnce(&mut Record<'_>)) {
     line(|port| {
         let mut record = Record::new(port, Level::L1, kind);
