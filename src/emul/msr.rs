@@ -71,5 +71,9 @@ pub fn write(cpu: &mut Cpu) -> Result<(), Fault> {
         cpu.feature_control = value;
         return Ok(());
     }
+    let canonical = cpu.config.offered.is_canonical(value);
+    if let Some(result) = cpu.tracked.wrmsr(&mut cpu.vmx, index, value, canonical) {
+        return result;
+    }
     Err(Fault::GeneralProtection(0))
 }

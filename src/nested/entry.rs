@@ -46,7 +46,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         }
         if written != Written::No {
             let from = Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP));
-            merge_msr_bitmap(&cpu.phys, cpu.guest.translate(from).ok(), cpu.msr_bitmap01, slot.msr_bitmap);
+            merge_msr_bitmap(&cpu.phys, cpu.guest.translate(from).ok(), cpu.msr_bitmap_l3, slot.msr_bitmap);
         }
     }
 
@@ -80,7 +80,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     if controls.pin.contains(PinControls::PREEMPTION_TIMER) {
         vmx.write(Field::VMX_PREEMPTION_TIMER_VALUE, slot.vmcs12.get(Field::VMX_PREEMPTION_TIMER_VALUE));
     }
-    slot.inherited.enter_l3(vmx);
+    slot.inherited.enter_l3(vmx, &slot.vmcs12, &cpu.tracked);
     let count = slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_COUNT);
     if count != 0 {
         slot.msr_lists.arm_entry(vmx, &cpu.phys, &cpu.guest, slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_ADDR), count);
@@ -167,7 +167,7 @@ fn watch_msr_bitmap(cpu: &mut Cpu, index: usize, used: bool) {
     slot.bitmap_watch = cpu.ept01.watch(at, &mut Cpu::tables(&mut cpu.frames, &cpu.phys)).ok();
     if slot.bitmap_watch.is_some() {
         cpu.vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
-        merge_msr_bitmap(&cpu.phys, cpu.guest.translate(at).ok(), cpu.msr_bitmap01, slot.msr_bitmap);
+        merge_msr_bitmap(&cpu.phys, cpu.guest.translate(at).ok(), cpu.msr_bitmap_l3, slot.msr_bitmap);
     }
 }
 

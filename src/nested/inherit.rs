@@ -3,54 +3,90 @@
 //! On the machine that L2 believes in, such state simply stays in the processor across VM entry and VM exit. Under nvmx the
 //! processor always loads and saves it (nvmx's own values must come and go), so it is carried between vmcs01 and vmcs02
 //! here, and the field that L2 sees in vmcs12 keeps L2's value.
+//!
+//! IA32_PAT is kept apart: hypervisors that leave it alone are common, and so L2's field lives in nvmx's copy of vmcs12.
 //! Source: SDM vol. 3C, "Loading Guest State", "Saving Guest State", "Loading Host State".
 
 use super::merge::Duties;
+use super::vmcs12::Vmcs12;
 use crate::hw::vmx::Vmx;
+use crate::vcpu::tracked::Tracked;
 use crate::vmx::Field;
 use crate::vmx::controls::{EntryControls, ExitControls};
 
 /// IA32_EFER.LME and LMA, which VM entry and VM exit set from a control in any case.
 const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
 
-const FIELDS: [Field; 4] =
-    [Field::GUEST_IA32_EFER, Field::GUEST_IA32_PAT, Field::GUEST_DR7, Field::GUEST_IA32_DEBUGCTL];
+const FIELDS: [Field; 3] = [Field::GUEST_IA32_EFER, Field::GUEST_DR7, Field::GUEST_IA32_DEBUGCTL];
 const EFER: usize = 0;
-const PAT: usize = 1;
+const ALL: u8 = 0b111;
+
+/// No value of IA32_PAT.
+const NO_PAT: u64 = u64::MAX;
 
 /// What vmcs12 asks for, and the values on their way.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub struct Inherited {
     /// Bit i: the VM entry loads item i from vmcs12.
     loaded: u8,
     /// Bit i: the VM exit saves item i to vmcs12.
     saved: u8,
-    /// Bit i: the VM exit loads item i from vmcs12's host area, or with a constant.
-    host: u8,
+    /// The VM exit loads IA32_EFER from vmcs12's host area.
+    host_efer: bool,
+    loads_pat: bool,
+    saves_pat: bool,
+    host_pat: bool,
     long_mode_guest: bool,
     long_mode_host: bool,
     /// The value in the processor.
-    live: [u64; 4],
+    live: [u64; 3],
     /// The value of vmcs12's field.
-    original: [u64; 4],
+    original: [u64; 3],
+    /// IA32_PAT in vmcs02.
+    pat02: u64,
 }
 
-const ALL: u8 = 0b1111;
+impl Default for Inherited {
+    fn default() -> Self {
+        Inherited {
+            loaded: ALL,
+            saved: ALL,
+            host_efer: true,
+            loads_pat: true,
+            saves_pat: true,
+            host_pat: true,
+            long_mode_guest: true,
+            long_mode_host: true,
+            live: [0; 3],
+            original: [0; 3],
+            pat02: NO_PAT,
+        }
+    }
+}
 
 impl Inherited {
     /// Notes what vmcs12's controls ask for.
     pub fn plan(&mut self, duties: Duties, entry: EntryControls, exit: ExitControls) {
-        let bits = |efer, pat, debug| efer as u8 | (pat as u8) << 1 | if debug { 0b1100 } else { 0 };
-        let from = |efer, pat, debug| bits(!duties.contains(efer), !duties.contains(pat), !duties.contains(debug));
-        self.loaded = from(Duties::LOAD_EFER_OF_L2, Duties::LOAD_PAT_OF_L2, Duties::LOAD_DEBUG_OF_L2);
-        self.saved = from(Duties::KEEP_EFER, Duties::KEEP_PAT, Duties::KEEP_DEBUG);
-        self.host = bits(exit.contains(ExitControls::LOAD_EFER), exit.contains(ExitControls::LOAD_PAT), true);
+        let bits =
+            |efer, debug| !duties.contains(efer) as u8 | if duties.contains(debug) { 0 } else { ALL & !(1 << EFER) };
+        self.loaded = bits(Duties::LOAD_EFER_OF_L2, Duties::LOAD_DEBUG_OF_L2);
+        self.saved = bits(Duties::KEEP_EFER, Duties::KEEP_DEBUG);
+        self.host_efer = exit.contains(ExitControls::LOAD_EFER);
+        self.loads_pat = !duties.contains(Duties::LOAD_PAT_OF_L2);
+        self.saves_pat = !duties.contains(Duties::KEEP_PAT);
+        self.host_pat = exit.contains(ExitControls::LOAD_PAT);
         self.long_mode_guest = entry.contains(EntryControls::IA32E_MODE_GUEST);
         self.long_mode_host = exit.contains(ExitControls::HOST_ADDRESS_SPACE_SIZE);
     }
 
+    /// L3 entered or left IA-32e mode on its own.
+    #[inline(always)]
+    pub fn set_long_mode_guest(&mut self, on: bool) {
+        self.long_mode_guest = on;
+    }
+
     fn items(bits: u8) -> impl Iterator<Item = usize> {
-        (0..4).filter(move |i| bits >> i & 1 == 1)
+        (0..FIELDS.len()).filter(move |i| bits >> i & 1 == 1)
     }
 
     /// Before the entry, vmcs01 current: what L3 will find in the processor.
@@ -67,7 +103,12 @@ impl Inherited {
 
     /// Before the entry, vmcs02 current and holding L2's values.
     #[inline(always)]
-    pub fn enter_l3(&mut self, vmx: &mut Vmx) {
+    pub fn enter_l3(&mut self, vmx: &mut Vmx, vmcs12: &Vmcs12, l2: &Tracked) {
+        let pat = if self.loads_pat { vmcs12.get(Field::GUEST_IA32_PAT) } else { l2.pat() };
+        if pat != self.pat02 {
+            vmx.write(Field::GUEST_IA32_PAT, pat);
+            self.pat02 = pat;
+        }
         if self.loaded & self.saved == ALL {
             return;
         }
@@ -81,12 +122,18 @@ impl Inherited {
 
     /// After an exit of L3 that goes to L2, vmcs02 current.
     #[inline(always)]
-    pub fn leave_l3(&mut self, vmx: &mut Vmx) {
-        for i in Self::items(ALL & !self.host) {
-            self.live[i] = vmx.read(FIELDS[i]);
+    pub fn leave_l3(&mut self, vmx: &mut Vmx, vmcs12: &mut Vmcs12) {
+        self.pat02 = vmx.read(Field::GUEST_IA32_PAT);
+        if self.saves_pat {
+            vmcs12.set(Field::GUEST_IA32_PAT, self.pat02);
         }
-        for i in Self::items(ALL & !self.saved) {
-            vmx.write(FIELDS[i], self.original[i]);
+        if !self.host_efer {
+            self.live[EFER] = vmx.read(Field::GUEST_IA32_EFER);
+        }
+        if self.saved != ALL {
+            for i in Self::items(ALL & !self.saved) {
+                vmx.write(FIELDS[i], self.original[i]);
+            }
         }
     }
 
@@ -100,13 +147,18 @@ impl Inherited {
     /// L2's IA32_EFER after the exit, given the host field of vmcs12.
     #[inline(always)]
     pub fn efer_of_l2(&self, host: u64) -> u64 {
-        if self.host >> EFER & 1 == 1 { host } else { long_mode(self.live[EFER], self.long_mode_host) }
+        if self.host_efer { host } else { long_mode(self.live[EFER], self.long_mode_host) }
     }
 
     /// L2's IA32_PAT after the exit, given the host field of vmcs12.
     #[inline(always)]
     pub fn pat_of_l2(&self, host: u64) -> u64 {
-        if self.host >> PAT & 1 == 1 { host } else { self.live[PAT] }
+        if self.host_pat { host } else { self.pat02 }
+    }
+
+    /// vmcs02 gets a new owner.
+    pub fn forget(&mut self) {
+        *self = Self::default();
     }
 }
 

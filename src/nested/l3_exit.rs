@@ -3,12 +3,12 @@
 use super::Operation;
 use super::route::{ExitInfo, L2Wants, Route, route};
 use super::{entry, reflect};
-use crate::addr::{Gpa, Hpa, Ngpa};
+use crate::addr::{Gpa, Ngpa};
 use crate::emul::msr;
 use crate::ept::{Eptp, Outcome, Qualification};
 use crate::error::{Fault, KillReason};
 use crate::hw::vmx::Invalidate;
-use crate::mm::PhysMem;
+use crate::mm::{GuestMemory, PhysMem};
 use crate::nested::merge::Duties;
 use crate::nested::slot::Slot;
 use crate::vcpu::{Cpu, inject, l2_exit};
@@ -47,8 +47,7 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
         _ => {}
     }
     let info = ExitInfo { reason, qualification, event, ecx: cpu.regs.gpr[1] as u32 };
-    let bitmap = cpu.guest.translate(Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP))).ok();
-    match route(&info, &Wants { slot, bitmap, phys: &cpu.phys }) {
+    match route(&info, &Wants { slot, guest: &cpu.guest }) {
         Route::Reflect => reflect::reflect(cpu, current, None),
         Route::Nvmx => keep(cpu, current, reason),
     }
@@ -57,8 +56,7 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
 /// What L2 asked for, from nvmx's copy of vmcs12 and L2's MSR bitmap.
 struct Wants<'a, P> {
     slot: &'a Slot,
-    bitmap: Option<Hpa>,
-    phys: &'a P,
+    guest: &'a GuestMemory<P>,
 }
 
 impl<P: PhysMem> L2Wants for Wants<'_, P> {
@@ -81,8 +79,10 @@ impl<P: PhysMem> L2Wants for Wants<'_, P> {
     }
 
     fn msr_bitmap(&self, index: u32, access: Access) -> bool {
-        let Some((page, bit)) = self.bitmap.zip(MsrBitmap::index(index, access)) else { return true };
-        let word = self.phys.read_u64(Hpa::new(page.get() + (bit as u64 / 64) * 8));
+        let Some(bit) = MsrBitmap::index(index, access) else { return true };
+        let page = Gpa::new(self.slot.vmcs12.get(Field::MSR_BITMAP)).page();
+        // A page that L2 does not own reads as all ones.
+        let word = self.guest.read_u64(Gpa::new(page.get() | (bit as u64 / 64) * 8)).unwrap_or(u64::MAX);
         word >> (bit % 64) & 1 == 1
     }
 }

@@ -1,6 +1,6 @@
 //! Virtual VMX: what L2 gets when it executes VMX instructions.
 //!
-//! The state machine is [`Operation`]. Each active vmcs12 has a [`Slot`] with nvmx's copy of it and a vmcs02 of its own, so
+//! The state machine is [`Operation`]. Each active vmcs12 has a [`slot::Slot`] with nvmx's copy of it and a vmcs02 of its own, so
 //! that switching between vmcs12s costs no copy; a slot is the counterpart of what a processor keeps of an active VMCS.
 //! Source: Intel SDM vol. 3C, "Virtual-Machine Control Structures" and "VMX Instruction Reference" (December 2024).
 
@@ -62,6 +62,8 @@ mod state {
         pub vpids: VpidMap,
         /// The rule that the last refused VM entry broke.
         pub last_failure: Option<CheckId>,
+        /// Interruptibility state of L2 at its last VMLAUNCH or VMRESUME.
+        pub blocking01: u64,
         /// Counts VMPTRLDs, for the order of use.
         pub uses: u64,
     }
@@ -69,7 +71,14 @@ mod state {
     impl Nested {
         /// Outside VMX operation, with these free slots.
         pub fn new(slots: ArrayVec<Slot, SLOTS>) -> Self {
-            Nested { operation: Operation::Off, slots, vpids: VpidMap::new(), last_failure: None, uses: 0 }
+            Nested {
+                operation: Operation::Off,
+                slots,
+                vpids: VpidMap::new(),
+                last_failure: None,
+                blocking01: 0,
+                uses: 0,
+            }
         }
 
         /// Operand of VMXON while in VMX operation.

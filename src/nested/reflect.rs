@@ -14,6 +14,7 @@ use crate::error::KillReason;
 use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::vcpu::Cpu;
+use crate::vcpu::tracked::HostMsrs;
 use crate::vmx::Field;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, SecondaryControls};
 use crate::vmx::event::{EventInfo, EventKind};
@@ -56,13 +57,14 @@ pub fn reflect(cpu: &mut Cpu, index: usize, info: Option<Info>) -> Result<(), Ki
         let entry = slot.vmcs12.get(Field::VM_ENTRY_CONTROLS);
         let live = vmx.read(Field::VM_ENTRY_CONTROLS);
         slot.vmcs12.set(Field::VM_ENTRY_CONTROLS, entry & !bit | live & bit);
+        slot.inherited.set_long_mode_guest(live & bit != 0);
     }
     if pin.contains(PinControls::PREEMPTION_TIMER) && exit.contains(ExitControls::SAVE_PREEMPTION_TIMER) {
         let left = vmx.read(Field::VMX_PREEMPTION_TIMER_VALUE);
         slot.vmcs12.set(Field::VMX_PREEMPTION_TIMER_VALUE, left);
     }
     let nmi_blocked = nmi_blocked(vmx, pin);
-    slot.inherited.leave_l3(vmx);
+    slot.inherited.leave_l3(vmx, &mut slot.vmcs12);
     let stored = slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_COUNT);
     if stored != 0 {
         MsrLists::store(vmx, &cpu.guest, slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_ADDR), stored)?;
@@ -120,8 +122,14 @@ fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Inf
     vmx.ptrld(cpu.vmcs01);
     let efer = slot.inherited.efer_of_l2(slot.vmcs12.get(Field::HOST_IA32_EFER));
     let pat = slot.inherited.pat_of_l2(slot.vmcs12.get(Field::HOST_IA32_PAT));
-    load_vmcs12_host_state(vmx, &slot.vmcs12, efer, pat);
-    vmx.update(Field::GUEST_INTERRUPTIBILITY_INFO, if nmi_blocked { BLOCKING_BY_NMI } else { 0 });
+    load_vmcs12_host_state(vmx, &slot.vmcs12);
+    let sysenter = [Field::HOST_IA32_SYSENTER_CS, Field::HOST_IA32_SYSENTER_ESP, Field::HOST_IA32_SYSENTER_EIP]
+        .map(|f| slot.vmcs12.get(f));
+    cpu.tracked.load(vmx, &HostMsrs { sysenter, pat, efer });
+    let blocking = if nmi_blocked { BLOCKING_BY_NMI } else { 0 };
+    if cpu.nested.blocking01 != blocking {
+        vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking);
+    }
     if slot.vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 == 0 {
         load_pdptes_of_l2(vmx, &cpu.guest, &slot.vmcs12)?;
     }
@@ -145,7 +153,7 @@ fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Inf
 /// vmcs01 still holds L2's state at its VMRESUME. Where the SDM's value is a constant, or L2's host area repeats what L2
 /// runs with, that is nearly always the same: such fields are read and written only if they differ.
 #[inline(always)]
-fn load_vmcs12_host_state(vmx: &mut Vmx, vmcs12: &Vmcs12, efer: u64, pat: u64) {
+fn load_vmcs12_host_state(vmx: &mut Vmx, vmcs12: &Vmcs12) {
     let long = vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 != 0;
     vmx.write(Field::GUEST_RIP, vmcs12.get(Field::HOST_RIP));
     vmx.write(Field::GUEST_RSP, vmcs12.get(Field::HOST_RSP));
@@ -155,24 +163,14 @@ fn load_vmcs12_host_state(vmx: &mut Vmx, vmcs12: &Vmcs12, efer: u64, pat: u64) {
     let cr4 = Cr4::from_bits_retain(vmcs12.get(Field::HOST_CR4));
     let cr4 = if long { cr4 | Cr4::PAE } else { cr4 - Cr4::PCIDE };
     vmx.write(Field::GUEST_CR4, cr4.bits());
-    vmx.write(Field::GUEST_IA32_EFER, efer);
-    vmx.write(Field::GUEST_IA32_PAT, pat);
     vmx.write(Field::GUEST_DR7, 0x400);
     vmx.write(Field::GUEST_IA32_DEBUGCTL, 0);
     vmx.write(Field::GUEST_PENDING_DBG_EXCEPTIONS, 0);
-    vmx.write(Field::GUEST_SYSENTER_CS, vmcs12.get(Field::HOST_IA32_SYSENTER_CS));
-    vmx.write(Field::GUEST_SYSENTER_ESP, vmcs12.get(Field::HOST_IA32_SYSENTER_ESP));
-    vmx.write(Field::GUEST_SYSENTER_EIP, vmcs12.get(Field::HOST_IA32_SYSENTER_EIP));
     vmx.write(Field::GUEST_GDTR_BASE, vmcs12.get(Field::HOST_GDTR_BASE));
     vmx.write(Field::GUEST_IDTR_BASE, vmcs12.get(Field::HOST_IDTR_BASE));
     vmx.write(Field::GUEST_GDTR_LIMIT, 0xFFFF);
     vmx.write(Field::GUEST_IDTR_LIMIT, 0xFFFF);
     load_segments(vmx, vmcs12, long);
-    // The control follows IA32_EFER.LMA; it changes only if L2 has hosts of both kinds.
-    if (vmx.read(Field::VM_ENTRY_CONTROLS) & EntryControls::IA32E_MODE_GUEST.bits() as u64 != 0) != long {
-        let controls = vmx.read(Field::VM_ENTRY_CONTROLS) ^ EntryControls::IA32E_MODE_GUEST.bits() as u64;
-        vmx.write(Field::VM_ENTRY_CONTROLS, controls);
-    }
 }
 
 /// Segment registers (SDM vol. 3C, "Loading Host Segment and Descriptor-Table Registers").
@@ -189,8 +187,8 @@ fn load_segments(vmx: &mut Vmx, vmcs12: &Vmcs12, long: bool) {
     const FLAT: u64 = 0xFFFF_FFFF;
     vmx.update(Field::GUEST_CS_SELECTOR, vmcs12.get(Field::HOST_CS_SELECTOR));
     vmx.update(Field::GUEST_CS_AR_BYTES, CODE | if long { LONG } else { DEFAULT_32 });
-    vmx.update(Field::GUEST_CS_BASE, 0);
-    vmx.update(Field::GUEST_CS_LIMIT, FLAT);
+    vmx.write(Field::GUEST_CS_BASE, 0);
+    vmx.write(Field::GUEST_CS_LIMIT, FLAT);
     macro_rules! data {
         ($($host:ident $selector:ident $rights:ident $base:ident = $value:expr, $limit:ident;)*) => { $(
             let selector = vmcs12.get(Field::$host);
@@ -199,7 +197,7 @@ fn load_segments(vmx: &mut Vmx, vmcs12: &Vmcs12, long: bool) {
                 vmx.update(Field::$rights, UNUSABLE);
             } else {
                 vmx.update(Field::$rights, DATA);
-                vmx.update(Field::$limit, FLAT);
+                vmx.write(Field::$limit, FLAT);
             }
             vmx.update(Field::$base, $value);
         )* };
@@ -214,7 +212,7 @@ fn load_segments(vmx: &mut Vmx, vmcs12: &Vmcs12, long: bool) {
     vmx.update(Field::GUEST_TR_SELECTOR, vmcs12.get(Field::HOST_TR_SELECTOR));
     vmx.update(Field::GUEST_TR_AR_BYTES, TSS);
     vmx.update(Field::GUEST_TR_BASE, vmcs12.get(Field::HOST_TR_BASE));
-    vmx.update(Field::GUEST_TR_LIMIT, 0x67);
+    vmx.write(Field::GUEST_TR_LIMIT, 0x67);
     vmx.update(Field::GUEST_LDTR_SELECTOR, 0);
     vmx.update(Field::GUEST_LDTR_AR_BYTES, UNUSABLE);
 }

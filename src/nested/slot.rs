@@ -158,6 +158,7 @@ impl Slot {
         self.vmcs12 = Vmcs12::new();
         self.bitmap_watch = None;
         self.merged = None;
+        self.inherited.forget();
         self.stale = true;
         self.unwritten = true;
         self.guest_stale = true;

@@ -1,5 +1,6 @@
 //! The state of one virtual CPU.
 
+use super::tracked::Tracked;
 use crate::addr::Hpa;
 use crate::ept::{Ept01, Ept02, PoolFrames};
 use crate::error::{Fault, KillReason};
@@ -46,8 +47,12 @@ pub struct Cpu {
     pub loads_msrs01: bool,
     /// MSR bitmap of vmcs01: what nvmx itself must see.
     pub msr_bitmap01: Hpa,
+    /// What nvmx must see of L3, to be merged with L2's bitmap.
+    pub msr_bitmap_l3: Hpa,
     /// IA32_FEATURE_CONTROL as L2 sees it.
     pub feature_control: u64,
+    /// MSRs of L2 whose values nvmx knows.
+    pub tracked: Tracked,
     /// Virtual VMX.
     pub nested: Nested,
     /// The machine one to one, without nvmx.

@@ -8,6 +8,7 @@ pub mod l2_exit;
 pub mod operand;
 mod run;
 mod start;
+pub mod tracked;
 pub mod vmcs01;
 
 pub use cpu::{Config, Cpu, Next, Stop};

@@ -1,5 +1,6 @@
 //! From a settled machine to the run loop.
 
+use super::tracked::Tracked;
 use super::{Config, Cpu, run, vmcs01};
 use crate::addr::{Gpa, Hpa};
 use crate::boot::Machine;
@@ -30,7 +31,7 @@ pub fn start(mut machine: Machine) -> ! {
     let (hardware, strategy) = (machine.processor.vmx, machine.strategy);
     let offered = caps::offered(&hardware);
     let built = build(&mut machine, &hardware, &offered);
-    let Some((vmx, vmcs01, msr_bitmap01, shadow_bitmaps, slots, ept01, ept02)) = built else {
+    let Some((vmx, vmcs01, [msr_bitmap01, msr_bitmap_l3], shadow_bitmaps, slots, ept01, ept02)) = built else {
         log::error!("too little memory: nvmx's frames do not suffice for its VMCSs and EPT tables");
         epitaph::end(Status::Fail)
     };
@@ -43,7 +44,9 @@ pub fn start(mut machine: Machine) -> ! {
         launched01: false,
         loads_msrs01: false,
         msr_bitmap01,
+        msr_bitmap_l3,
         feature_control: FEATURE_LOCK | FEATURE_VMX,
+        tracked: Tracked::default(),
         nested: Nested::new(slots),
         ept01,
         ept02,
@@ -65,7 +68,7 @@ pub fn start(mut machine: Machine) -> ! {
     end(&mut cpu, reason)
 }
 
-type Built = (Vmx, Hpa, Hpa, [Hpa; 2], ArrayVec<Slot, SLOTS>, Ept01, Ept02);
+type Built = (Vmx, Hpa, [Hpa; 2], [Hpa; 2], ArrayVec<Slot, SLOTS>, Ept01, Ept02);
 
 /// Everything that takes frames; `None` when they run out.
 fn build(machine: &mut Machine, hardware: &Capabilities, offered: &Capabilities) -> Option<Built> {
@@ -76,7 +79,7 @@ fn build(machine: &mut Machine, hardware: &Capabilities, offered: &Capabilities)
     let xsave = hardware.cr4_fixed1 & Cr4::OSXSAVE.bits();
     let vmx = Vmx::enter(vmxon, hardware.cr0_fixed0, hardware.cr4_fixed0 | xsave)?;
     let vmcs01 = region(frames, phys, revision)?;
-    let msr_bitmap01 = page(frames, phys, &msr_bitmap01())?;
+    let msr_bitmaps = [page(frames, phys, &msr_bitmap01())?, page(frames, phys, &msr_bitmap_l3())?];
     let mut shadow = [Hpa::new(0); 2];
     for (at, access) in shadow.iter_mut().zip([Access::Read, Access::Write]) {
         let mut bitmap = BitmapPage::SET;
@@ -105,7 +108,7 @@ fn build(machine: &mut Machine, hardware: &Capabilities, offered: &Capabilities)
     .ok()?;
     let advanced = offered.ept_vpid.advanced_exit_information();
     let ept02 = Ept02::new(EptRules::of(offered), advanced, EPT02_BUDGET, &mut tables).ok()?;
-    Some((vmx, vmcs01, msr_bitmap01, shadow, slots, ept01, ept02))
+    Some((vmx, vmcs01, msr_bitmaps, shadow, slots, ept01, ept02))
 }
 
 /// A VMCS or VMXON region.
@@ -124,7 +127,15 @@ fn page(frames: &mut FramePool, phys: &DirectMap, content: &BitmapPage) -> Optio
     Some(at)
 }
 
+/// What nvmx must see of L2: also the MSRs that it tracks.
 fn msr_bitmap01() -> BitmapPage {
+    let mut bitmap = MsrBitmap(msr_bitmap_l3());
+    Tracked::indexes().for_each(|index| bitmap.set(index, Access::Write, true));
+    bitmap.0
+}
+
+/// What nvmx must see of L3.
+fn msr_bitmap_l3() -> BitmapPage {
     let mut bitmap = MsrBitmap::PASS_ALL;
     msr::intercept(&mut bitmap);
     bitmap.0
@@ -145,6 +156,7 @@ fn set_up(cpu: &mut Cpu, start: &crate::mm::l2_image::Start, shadow_bitmaps: [Hp
     cpu.vmx.clear(cpu.vmcs01);
     cpu.vmx.ptrld(cpu.vmcs01);
     vmcs01::set_up(cpu, start);
+    cpu.tracked.refresh(&mut cpu.vmx);
     if cpu.config.strategy == Strategy::ZeroCopy {
         cpu.vmx.write(Field::VMREAD_BITMAP, shadow_bitmaps[0].get());
         cpu.vmx.write(Field::VMWRITE_BITMAP, shadow_bitmaps[1].get());

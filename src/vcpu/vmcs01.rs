@@ -227,6 +227,7 @@ pub fn own_control_bits(cpu: &mut Cpu, vmx_operation: bool) {
 pub fn msrs_loaded(cpu: &mut Cpu) {
     cpu.vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, 0);
     cpu.loads_msrs01 = false;
+    cpu.tracked.refresh(&mut cpu.vmx);
 }
 
 /// CR0 as L2 sees it; vmcs01 is current.

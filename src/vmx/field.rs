@@ -180,7 +180,7 @@ fields! {
 
     VMCS_LINK_POINTER                   = 0x2800, W64,     Cache,    Always;
     GUEST_IA32_DEBUGCTL                 = 0x2802, W64,     Vmcs02,   Always;
-    GUEST_IA32_PAT                      = 0x2804, W64,     Vmcs02,   ExitOrEntry(1 << 18, 1 << 14);
+    GUEST_IA32_PAT                      = 0x2804, W64,     Cache,    ExitOrEntry(1 << 18, 1 << 14);
     GUEST_IA32_EFER                     = 0x2806, W64,     Vmcs02,   ExitOrEntry(1 << 20, 1 << 15);
     GUEST_IA32_PERF_GLOBAL_CTRL         = 0x2808, W64,     Cache,    ExitOrEntry(0, 1 << 13);
     GUEST_PDPTE0                        = 0x280A, W64,     Vmcs02,   Secondary(1);

@@ -23,7 +23,8 @@ pub fn vmresume(cpu: &mut Cpu) -> Result<Next, Stop> {
 fn vmentry(cpu: &mut Cpu, launch: bool) -> Result<Next, Stop> {
     require_root(cpu)?;
     let Some(index) = cpu.nested.current() else { return done(cpu, VmxResult::FailInvalid) };
-    if cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & BLOCKING_BY_MOV_SS != 0 {
+    cpu.nested.blocking01 = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
+    if cpu.nested.blocking01 & BLOCKING_BY_MOV_SS != 0 {
         return done(cpu, VmxResult::FailValid(VmxError::EntryEventsBlockedByMovSs));
     }
     match (launch, cpu.nested.slots[index].vmcs12.launched) {

@@ -32,6 +32,8 @@ pub fn vmxon(cpu: &mut Cpu) -> Result<Next, Stop> {
     }
     cpu.nested.operation = Operation::Root { vmxon_ptr: at, current: None };
     vmcs01::own_control_bits(cpu, true);
+    // IA32_EFER.LMA can change without a write; from here on CR0.PG cannot.
+    cpu.tracked.refresh(&mut cpu.vmx);
     done(cpu, VmxResult::Succeed)
 }
 
