@@ -6,7 +6,9 @@
 #![no_std]
 #![no_main]
 
+mod entries;
 mod expect;
+mod guest;
 mod instructions;
 mod modes;
 mod operands;
@@ -17,6 +19,9 @@ mod vmxon;
 use l2_kit::{BootInfo, apic, cpu, identity, log, protocol::Kind, report, setup, vmx};
 
 l2_kit::entry!(main);
+
+/// The parts that need guests.
+const PARTS: [(&str, fn() -> Result<(), setup::Missing>); 1] = [("entries", entries::all)];
 
 fn main(_: &BootInfo) {
     report::record(
@@ -53,6 +58,11 @@ fn main(_: &BootInfo) {
 
     operands::all();
     registers::all();
+    for (name, part) in PARTS {
+        if let Err(missing) = part() {
+            report::fail(format_args!("{name}: {missing}"));
+        }
+    }
     expect::expect("vmxoff", expect::got(vmx::vmxoff), expect::SUCCEED);
     modes::outside("after VMXOFF");
 }

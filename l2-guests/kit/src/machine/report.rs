@@ -2,6 +2,7 @@
 
 use super::{exit, serial::Serial};
 use crate::Global;
+use arrayvec::ArrayString;
 use core::fmt::{self, Write};
 use l2_protocol::{Kind, Level, Record, Value};
 
@@ -89,7 +90,9 @@ impl<'a> Check<'a> {
         self.record.add(key, &value);
         if value != wanted {
             self.failed += 1;
-            self.record.add("wanted", &wanted);
+            let mut wanted_key = ArrayString::<40>::from("wanted_").unwrap_or_default();
+            let _ = wanted_key.try_push_str(key);
+            self.record.add(&wanted_key, &wanted);
         }
         self
     }

@@ -82,7 +82,6 @@ pub mod entry_controls {
     #![allow(missing_docs, reason = "the names are the SDM's")]
     pub const IA32E: u32 = 1 << 9;
     pub const LOAD_DEBUG: u32 = 1 << 2;
-    pub const SMM: u32 = 1 << 10;
     pub const LOAD_PAT: u32 = 1 << 14;
     pub const LOAD_EFER: u32 = 1 << 15;
 }
