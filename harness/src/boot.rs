@@ -1,6 +1,6 @@
 //! One boot from start to verdict.
 
-use crate::backend::{Backend, SERIAL, Spec};
+use crate::backend::{Backend, SERIAL, Spec, memory};
 use crate::image;
 use crate::paths::Paths;
 use crate::proc;
@@ -75,7 +75,9 @@ pub fn boot(paths: &Paths, backend: &dyn Backend, spec: &Spec, view: &View) -> R
             break (Ended::Lingered, Vec::new());
         }
         if start.elapsed() > spec.timeout {
-            break (Ended::Timeout, backend.stop(&mut child, folder.path()));
+            let mut machine = memory::last_exits(child.id());
+            machine.extend(backend.stop(&mut child, folder.path()));
+            break (Ended::Timeout, machine);
         }
         std::thread::sleep(POLL);
     };

@@ -6,7 +6,7 @@ use crate::proc;
 use crate::setup::toolchain::{TARGET, Toolchain, clean};
 use crate::ui::Ui;
 use anyhow::{Context, Result, ensure};
-use object::{Object, ObjectSegment};
+use object::{Object, ObjectSegment, ObjectSymbol};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -155,10 +155,11 @@ fn multiboot_header(data: &[u8], within: usize, align: usize, magic: u32) -> Opt
 pub fn symbol(image: &Path, address: u64) -> Option<String> {
     let data = std::fs::read(image).ok()?;
     let elf = object::File::parse(&*data).ok()?;
-    let map = elf.symbol_map();
-    let found = map.before(address)?;
-    let offset = address.checked_sub(found.address())?;
-    (offset < 0x10000).then(|| format!("{}+{offset:#x}", found.name()))
+    // Only what covers the address: two images may be linked for the same place, and labels have no size.
+    let found = elf.symbols().find(|s| address.checked_sub(s.address()).is_some_and(|offset| offset < s.size()))?;
+    let name = rustc_demangle::demangle(found.name().ok()?).to_string();
+    let short = name.rsplit_once("::h").map_or(name.as_str(), |(path, _)| path);
+    Some(format!("{short}+{:#x}", address - found.address()))
 }
 
 #[cfg(test)]

@@ -81,6 +81,11 @@ impl Child {
         Ok(Child { child, group, over: None })
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The exit status if the child has ended.
     ///
     /// # Errors

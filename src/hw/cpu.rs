@@ -15,6 +15,8 @@ use x86_64::{
     structures::{DescriptorTablePointer, gdt::SegmentSelector, tss::TaskStateSegment},
 };
 
+use l2_protocol::abi;
+
 use crate::{
     addr::PAGE_SIZE,
     hw::{idt::Idt, msr, phys::DirectMap},
@@ -51,16 +53,27 @@ pub struct PerCpu {
     this: *const PerCpu,
     pub(super) nmi_pending: AtomicBool,
     index: u32,
-    last_l2: LastExit,
-    last_l3: LastExit,
+    last: LastBlock,
     main_stack_top: u64,
     idt: u64,
     gdt: [u64; 5],
     tss: TaskStateSegment,
 }
 
+/// The last exits as [`l2_protocol::abi::LAST_EXITS_MARK`] lays them out: also found from outside when the machine hangs.
+#[repr(C)]
+struct LastBlock {
+    mark: u64,
+    this: u64,
+    l2: LastExit,
+    l3: LastExit,
+}
+
+const _: () = assert!(size_of::<LastBlock>() == abi::LAST_EXITS_WORDS * 8);
+
 /// The last exit of one level, for the epitaph. Written on every exit: two plain stores.
 #[derive(Default)]
+#[repr(C)]
 struct LastExit {
     /// Exit reason field, plus one so that zero means none.
     reason: AtomicU64,
@@ -137,18 +150,18 @@ impl PerCpu {
     /// Notes an exit of L2 for the epitaph.
     #[inline]
     pub fn note_exit_of_l2(&self, reason: u32, rip: u64) {
-        self.last_l2.set(reason, rip);
+        self.last.l2.set(reason, rip);
     }
 
     /// Notes an exit of L3 for the epitaph.
     #[inline]
     pub fn note_exit_of_l3(&self, reason: u32, rip: u64) {
-        self.last_l3.set(reason, rip);
+        self.last.l3.set(reason, rip);
     }
 
     /// What was noted.
     pub fn last_exits(&self) -> LastExits {
-        LastExits { l2: self.last_l2.get(), l3: self.last_l3.get() }
+        LastExits { l2: self.last.l2.get(), l3: self.last.l3.get() }
     }
 
     /// What the host-state area of a VMCS needs to come back to this processor's tables.
@@ -242,8 +255,12 @@ pub fn install(
             this: block,
             nmi_pending: AtomicBool::new(false),
             index,
-            last_l2: LastExit::default(),
-            last_l3: LastExit::default(),
+            last: LastBlock {
+                mark: abi::LAST_EXITS_MARK,
+                this: &raw const (*block).last as u64,
+                l2: LastExit::default(),
+                l3: LastExit::default(),
+            },
             main_stack_top,
             idt: idt.base(),
             gdt: gdt(tss_base),

@@ -92,7 +92,8 @@ fn rc(machine: &Machine, flavour: Flavour, bios: &Path, vga: &Path) -> String {
 /// Panics in the log, but not the one that is the normal end: the guest's "Shutdown".
 fn panics(log: &str) -> Vec<String> {
     let is_panic = |l: &&str| l.contains(">>PANIC<<") || l.get(11..13) == Some("p[");
-    let normal = |l: &&str| l.contains("shutdown requested") || l.contains("Shutdown port");
+    // The guest's own end, and ours.
+    let normal = |l: &&str| l.contains("Shutdown port") || l.contains("SIGNAL 2 caught");
     log.lines().filter(is_panic).filter(|l| !normal(l)).map(message).collect()
 }
 

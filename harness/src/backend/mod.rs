@@ -4,6 +4,7 @@ pub mod bochs;
 pub mod host;
 pub mod iso;
 pub mod kvm;
+pub mod memory;
 
 use crate::proc::Child;
 use anyhow::Result;

@@ -1,12 +1,17 @@
 //! The boot tests by name.
 
-use super::{Case, Judge, Suite, all_pass, compare, fixtures::Fixtures, messages, refused};
+use super::{
+    Case, Judge, Suite, all_pass, compare,
+    fixtures::{Fixtures, inside_nvmx},
+    messages, refused,
+};
 use crate::backend::{Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
 use crate::cli::Fields;
 use crate::report::{self, budget::Budget};
 use crate::session::{Session, budget_file};
 use anyhow::Result;
+use l2_protocol::{Kind, Level};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -146,8 +151,7 @@ impl Builder<'_> {
     }
 
     fn broken_guests(&mut self) {
-        let top = u64::from(self.session.machine.memory.saturating_sub(2)) << 20;
-        let touch = format!("touch={top:#x}");
+        let touch = format!("touch={:#x}", inside_nvmx(self.session.machine.memory));
         for (name, boot, args, texts) in [
             ("an L2 that triple-faults ends in an epitaph", "triple-fault", "triple-fault", messages::TRIPLE_FAULT),
             ("an L2 that touches nvmx's memory ends in an epitaph", "touch", touch.as_str(), messages::TOUCH),
@@ -170,6 +174,10 @@ fn hung(outcome: &Outcome) -> Result<(), String> {
     let text = outcome.post_mortem().join("\n");
     if !reason.contains("did not end within") {
         return Err(format!("it ended otherwise: {reason}"));
+    }
+    let nested = outcome.transcript.first(Level::L1, Kind::Hello).is_some();
+    if nested && !text.contains("last exit of L2: basic reason") {
+        return Err(format!("the post-mortem does not tell L2's last exit:\n{text}"));
     }
     if outcome.transcript.lines.is_empty() || !text.contains("RIP") {
         return Err(format!("the post-mortem does not say where it was:\n{text}"));

@@ -19,9 +19,7 @@ impl Fixtures {
         let fixtures = Fixtures { folder };
         std::fs::write(fixtures.text(), "This is no ELF file, however long it is looked at.\n")?;
         std::fs::write(fixtures.headless(), elf(0x20_0000, false))?;
-        // The last MiB of memory but one: nvmx lives at the top.
-        let top = memory.saturating_sub(2).saturating_mul(1 << 20);
-        std::fs::write(fixtures.high(), elf(top, true))?;
+        std::fs::write(fixtures.high(), elf(inside_nvmx(memory), true))?;
         Ok(fixtures)
     }
 
@@ -39,6 +37,12 @@ impl Fixtures {
     pub fn high(&self) -> PathBuf {
         self.folder.join("high")
     }
+}
+
+/// An address that nvmx's memory surely covers on a machine with so many MiB: nvmx lives at the top, in some tens of MiB, and
+/// firmware tables may lie above it.
+pub fn inside_nvmx(memory: u32) -> u32 {
+    memory.saturating_sub(8).saturating_mul(1 << 20)
 }
 
 const ELF_HEADER: u32 = 52;

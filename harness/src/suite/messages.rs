@@ -1,7 +1,7 @@
 //! What nvmx says when it refuses: parts of the line, kept in one place. Each refusal names what is wrong.
 
 /// No boot module.
-pub const NO_MODULE: &[&str] = &["ERROR", "no module"];
+pub const NO_MODULE: &[&str] = &["ERROR", "no boot module"];
 /// The first module is no ELF file.
 pub const NO_ELF: &[&str] = &["ERROR", "ELF"];
 /// The module wants to be where nvmx is.
