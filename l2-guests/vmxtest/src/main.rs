@@ -10,6 +10,7 @@ mod entries;
 mod expect;
 mod guest;
 mod instructions;
+mod memory;
 mod modes;
 mod operands;
 
@@ -21,7 +22,7 @@ use l2_kit::{BootInfo, apic, cpu, identity, log, protocol::Kind, report, setup, 
 l2_kit::entry!(main);
 
 /// The parts that need guests.
-const PARTS: [(&str, fn() -> Result<(), setup::Missing>); 1] = [("entries", entries::all)];
+const PARTS: [(&str, fn() -> Result<(), setup::Missing>); 2] = [("entries", entries::all), ("memory", memory::all)];
 
 fn main(_: &BootInfo) {
     report::record(

@@ -56,20 +56,37 @@ impl Ept {
     /// Sets the entry that maps `address` by a page of `size` (4 KiB or 2 MiB); a 2 MiB page in the way is split.
     pub fn set(&self, address: u64, size: u64, entry: u64) {
         let last = if size == PAGE { 0 } else { 1 };
-        let mut table = self.root;
         for level in (last + 1..4).rev() {
-            // SAFETY: the tree is this image's memory, and nobody holds a reference to its pages.
-            let slot = &mut unsafe { pages::at(table) }[index(address, level)];
-            if *slot & rights::RWX == 0 {
-                *slot = pages::address(pages::page()) | rights::RWX;
-            } else if *slot & LARGE_BIT != 0 {
-                *slot = split(*slot) | rights::RWX;
+            let upper = self.entry(address, level);
+            if upper & rights::RWX == 0 {
+                self.set_entry(address, level, pages::address(pages::page()) | rights::RWX);
+            } else if upper & LARGE_BIT != 0 {
+                self.set_entry(address, level, split(upper) | rights::RWX);
             }
-            table = *slot & ADDRESS;
         }
+        self.set_entry(address, last, entry);
+    }
+
+    /// The entry for `address` in the table of a level (0: the one that maps 4 KiB pages), whose tables exist.
+    pub fn entry(&self, address: u64, level: u32) -> u64 {
+        // SAFETY: the tree is this image's memory, and nobody holds a reference to its pages.
+        let table = unsafe { pages::at(self.table(address, level)) };
+        table[index(address, level)]
+    }
+
+    /// Sets the entry that [`Ept::entry`] reads.
+    pub fn set_entry(&self, address: u64, level: u32, entry: u64) {
         // SAFETY: as above.
-        let slot = &mut unsafe { pages::at(table) }[index(address, last)];
-        *slot = entry;
+        let table = unsafe { pages::at(self.table(address, level)) };
+        table[index(address, level)] = entry;
+    }
+
+    fn table(&self, address: u64, level: u32) -> u64 {
+        (level + 1..4).rev().fold(self.root, |table, upper| {
+            // SAFETY: as above.
+            let table = unsafe { pages::at(table) };
+            table[index(address, upper)] & ADDRESS
+        })
     }
 
     /// Maps a page of `size` one to one with these rights, write-back.

@@ -108,3 +108,12 @@ pub fn set_entry(root: u64, linear: u64, entry: u64) {
     let slot = &mut unsafe { at(table) }[(linear >> 12) as usize & 511];
     *slot = entry;
 }
+
+/// The page table (of 4 KiB pages) that [`set_entry`] changes for `linear`; it must be there.
+pub fn table_of(root: u64, linear: u64) -> u64 {
+    (1..4).rev().fold(root, |table, level| {
+        // SAFETY: the tables are this image's memory, and nobody holds a reference to them.
+        let table = unsafe { at(table) };
+        table[(linear >> (12 + 9 * level)) as usize & 511] & 0x000F_FFFF_FFFF_F000
+    })
+}
