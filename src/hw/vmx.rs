@@ -9,32 +9,7 @@ use crate::vmx::Field;
 use core::arch::asm;
 use l2_protocol::abi::Counter;
 
-/// RFLAGS after a VMX instruction.
-#[must_use]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum HwResult {
-    /// VMsucceed
-    Ok,
-    /// VMfailInvalid
-    FailInvalid,
-    /// VMfailValid
-    FailValid,
-}
-
-impl HwResult {
-    fn from_flags(carry: u8, zero: u8) -> Self {
-        match (carry, zero) {
-            (0, 0) => HwResult::Ok,
-            (0, _) => HwResult::FailValid,
-            _ => HwResult::FailInvalid,
-        }
-    }
-
-    /// Panics when the instruction failed: for operands that nvmx made itself, where failing means a bug in nvmx.
-    pub fn expect(self, what: &str) {
-        assert!(self == HwResult::Ok, "{what}: {self:?}");
-    }
-}
+// VMfailInvalid sets CF, VMfailValid sets ZF (SDM, "Conventions"): SETBE sees both.
 
 /// INVEPT and INVVPID types (SDM vol. 3C, "INVEPT" and "INVVPID").
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -62,16 +37,16 @@ impl Vmx {
     ///
     /// `cr0` and `cr4` are the bits that VMX operation needs set (IA32_VMX_CR0_FIXED0, IA32_VMX_CR4_FIXED0).
     pub fn enter(region: Hpa, cr0: u64, cr4: u64) -> Option<Vmx> {
-        let (carry, zero): (u8, u8);
+        let failed: u8;
         // SAFETY: 1. nvmx runs in long mode with paging, so the fixed bits of CR0 add NE at most and those of CR4 VMXE;
         // neither changes how nvmx's own code runs. 2. IA32_FEATURE_CONTROL was checked at boot, so VMXON does not fault.
         // 3. The region is a frame that the caller took from nvmx's pool.
         unsafe {
             cr::set_cr0(cr::cr0() | cr0);
             cr::set_cr4(cr::cr4() | cr4);
-            asm!("vmxon [{p}]", "setc {c}", "setz {z}", p = in(reg) &region.get(), c = out(reg_byte) carry, z = out(reg_byte) zero);
+            asm!("vmxon [{p}]", "setbe {f}", p = in(reg) &region.get(), f = out(reg_byte) failed);
         }
-        (HwResult::from_flags(carry, zero) == HwResult::Ok).then(|| Vmx { counters: Counters::new() })
+        (failed == 0).then(|| Vmx { counters: Counters::new() })
     }
 
     /// Reads a field of the current VMCS; the caller asks only for fields that the processor has.
@@ -89,13 +64,13 @@ impl Vmx {
     pub fn write(&mut self, field: Field, value: u64) {
         self.counters.bump(Counter::Vmwrite);
         #[cfg(debug_assertions)]
-        let (carry, zero): (u8, u8);
+        let failed: u8;
         // SAFETY: VMWRITE changes a field of a VMCS that nvmx owns; what an entry may load from it is decided by the
         // code that composes the VMCS (vcpu::vmcs01, nested::entry), the processor checks it before use.
         #[cfg(debug_assertions)]
         unsafe {
-            asm!("vmwrite {f}, {v}", "setc {c}", "setz {z}", v = in(reg) value, f = in(reg) field.encoding() as u64, c = out(reg_byte) carry, z = out(reg_byte) zero, options(nostack));
-            assert!(carry | zero == 0, "VMWRITE {field} failed");
+            asm!("vmwrite {f}, {v}", "setbe {x}", v = in(reg) value, f = in(reg) field.encoding() as u64, x = out(reg_byte) failed, options(nostack));
+            assert!(failed == 0, "VMWRITE {field} failed");
         }
         // SAFETY: as above.
         #[cfg(not(debug_assertions))]
@@ -116,47 +91,47 @@ impl Vmx {
     #[inline(always)]
     pub fn ptrld(&mut self, vmcs: Hpa) {
         self.counters.bump(Counter::Vmptrld);
-        let (carry, zero): (u8, u8);
+        let failed: u8;
         // SAFETY: callers pass VMCS regions out of nvmx's own frames (type Vmcs); the processor refuses a wrong revision.
         unsafe {
-            asm!("vmptrld [{p}]", "setc {c}", "setz {z}", p = in(reg) &vmcs.get(), c = out(reg_byte) carry, z = out(reg_byte) zero);
+            asm!("vmptrld [{p}]", "setbe {f}", p = in(reg) &vmcs.get(), f = out(reg_byte) failed);
         }
-        HwResult::from_flags(carry, zero).expect("VMPTRLD");
+        assert!(failed == 0, "VMPTRLD of nvmx's own failed");
     }
 
     /// Makes `vmcs` inactive and clear, with all its data in memory.
     #[inline(always)]
     pub fn clear(&mut self, vmcs: Hpa) {
         self.counters.bump(Counter::Vmclear);
-        let (carry, zero): (u8, u8);
+        let failed: u8;
         // SAFETY: callers pass VMCS regions out of nvmx's own frames (type Vmcs).
         unsafe {
-            asm!("vmclear [{p}]", "setc {c}", "setz {z}", p = in(reg) &vmcs.get(), c = out(reg_byte) carry, z = out(reg_byte) zero);
+            asm!("vmclear [{p}]", "setbe {f}", p = in(reg) &vmcs.get(), f = out(reg_byte) failed);
         }
-        HwResult::from_flags(carry, zero).expect("VMCLEAR");
+        assert!(failed == 0, "VMCLEAR of nvmx's own failed");
     }
 
     /// INVEPT; `eptp` is ignored for all contexts.
     pub fn invept(&mut self, kind: Invalidate, eptp: u64) {
         self.counters.bump(Counter::Invept);
         let descriptor = [eptp, 0];
-        let (carry, zero): (u8, u8);
+        let failed: u8;
         // SAFETY: dropping cached translations is always allowed.
         unsafe {
-            asm!("invept {k}, [{d}]", "setc {c}", "setz {z}", k = in(reg) kind as u64, d = in(reg) &descriptor, c = out(reg_byte) carry, z = out(reg_byte) zero);
+            asm!("invept {k}, [{d}]", "setbe {f}", k = in(reg) kind as u64, d = in(reg) &descriptor, f = out(reg_byte) failed);
         }
-        HwResult::from_flags(carry, zero).expect("INVEPT");
+        assert!(failed == 0, "INVEPT of nvmx's own failed");
     }
 
     /// INVVPID; `linear` only counts for an individual address.
     pub fn invvpid(&mut self, kind: Invalidate, vpid: u16, linear: u64) {
         self.counters.bump(Counter::Invvpid);
         let descriptor = [vpid as u64, linear];
-        let (carry, zero): (u8, u8);
+        let failed: u8;
         // SAFETY: dropping cached translations is always allowed.
         unsafe {
-            asm!("invvpid {k}, [{d}]", "setc {c}", "setz {z}", k = in(reg) kind as u64, d = in(reg) &descriptor, c = out(reg_byte) carry, z = out(reg_byte) zero);
+            asm!("invvpid {k}, [{d}]", "setbe {f}", k = in(reg) kind as u64, d = in(reg) &descriptor, f = out(reg_byte) failed);
         }
-        HwResult::from_flags(carry, zero).expect("INVVPID");
+        assert!(failed == 0, "INVVPID of nvmx's own failed");
     }
 }

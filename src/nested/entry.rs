@@ -34,9 +34,11 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     }
     let slot = &mut cpu.nested.slots[index];
     let (vmx, config) = (&mut cpu.vmx, &cpu.config);
-    let Some(controls) = slot.merged else { return Err(KillReason::UnexpectedExit(0).into()) };
+    let Some(merged) = &slot.merged else { return Err(KillReason::UnexpectedExit(0).into()) };
+    let (duties, uses_msr_bitmap) = (merged.duties, merged.msr_bitmap.is_some());
+    let uses_timer = merged.pin.contains(PinControls::PREEMPTION_TIMER);
     slot.inherited.leave_l2(vmx);
-    if controls.msr_bitmap.is_some() {
+    if uses_msr_bitmap {
         let written = match &mut slot.bitmap_watch {
             Some(watch) => cpu.ept01.written(watch, &mut Cpu::tables(&mut cpu.frames, &cpu.phys)),
             None => Written::Yes { invept: false },
@@ -53,10 +55,10 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     slot.load_vmcs02(vmx, &cpu.phys, config.hardware.basic.revision());
     slot.flush_dirty(vmx, config.strategy, &config.exists);
     if slot.unwritten {
-        write_controls(vmx, &controls);
+        slot.merged.iter().for_each(|merged| write_controls(vmx, merged));
         slot.unwritten = false;
     }
-    if !controls.duties.contains(Duties::LOAD_PDPTES) {
+    if !duties.contains(Duties::LOAD_PDPTES) {
         let eptp12 = Eptp::new(slot.vmcs12.get(Field::EPT_POINTER));
         let activation = cpu.ept02.activate(eptp12, &mut Cpu::tables(&mut cpu.frames, &cpu.phys));
         if slot.eptp02 != activation.eptp02.get() {
@@ -67,7 +69,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
             vmx.invept(Invalidate::Single, slot.eptp02);
         }
     }
-    let vpid02 = if controls.duties.contains(Duties::FLUSH_VPID) {
+    let vpid02 = if duties.contains(Duties::FLUSH_VPID) {
         vmx.invvpid(Invalidate::Single, VPID01, 0);
         VPID01
     } else {
@@ -77,7 +79,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         slot.vpid02 = vpid02;
         vmx.write(Field::VIRTUAL_PROCESSOR_ID, vpid02 as u64);
     }
-    if controls.pin.contains(PinControls::PREEMPTION_TIMER) {
+    if uses_timer {
         vmx.write(Field::VMX_PREEMPTION_TIMER_VALUE, slot.vmcs12.get(Field::VMX_PREEMPTION_TIMER_VALUE));
     }
     slot.inherited.enter_l3(vmx, &slot.vmcs12, &cpu.tracked);
@@ -88,7 +90,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     if let Operation::Root { vmxon_ptr, .. } = cpu.nested.operation {
         cpu.nested.operation = Operation::NonRoot { vmxon_ptr, current: index };
     }
-    if controls.duties.contains(Duties::LOAD_PDPTES) {
+    if duties.contains(Duties::LOAD_PDPTES) {
         load_pdptes(vmx, &cpu.guest);
     }
     if slot.guest_stale {

@@ -126,9 +126,12 @@ impl Slot {
     /// Writes L2's pending values to vmcs02, which is current.
     #[inline(always)]
     pub fn flush_dirty(&mut self, vmx: &mut Vmx, strategy: Strategy, exists: &FieldSet) {
-        if self.vmcs12.dirty.is_empty() {
-            return;
+        if !self.vmcs12.dirty.is_empty() {
+            self.write_dirty(vmx, strategy, exists);
         }
+    }
+
+    fn write_dirty(&mut self, vmx: &mut Vmx, strategy: Strategy, exists: &FieldSet) {
         // Without shadowing exit information stays in the copy: not every processor can VMWRITE it.
         let wanted = |f: &Field| exists.contains(*f) && (strategy == Strategy::ZeroCopy || !f.is_read_only());
         for field in self.vmcs12.dirty.iter().filter(wanted) {

@@ -94,7 +94,7 @@ macro_rules! fields {
             pub const ALL: &'static [Field] = &[ $( Field::$name, )* ];
 
             /// Position in [`Field::ALL`]: dense, for storage.
-            #[inline]
+            #[inline(always)]
             pub const fn index(self) -> usize {
                 match self { $( Field::$name => Dense::$name as usize, )* }
             }
