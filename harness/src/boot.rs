@@ -7,6 +7,7 @@ use crate::proc;
 use crate::transcript::{Follower, Line, Transcript, View};
 use anyhow::Result;
 use l2_protocol::{Kind, Level};
+use rustix::process::Signal;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -75,7 +76,10 @@ pub fn boot(paths: &Paths, backend: &dyn Backend, spec: &Spec, view: &View) -> R
             break (Ended::Lingered, Vec::new());
         }
         if start.elapsed() > spec.timeout {
+            // Held while it is looked at.
+            child.signal(Signal::STOP);
             let mut machine = memory::last_exits(child.id());
+            child.signal(Signal::CONT);
             machine.extend(backend.stop(&mut child, folder.path()));
             break (Ended::Timeout, machine);
         }
