@@ -16,7 +16,7 @@ use super::entry::{self, EptRules, Level};
 use super::eptp::Eptp;
 use super::reserve::Reserve;
 use super::{OutOfFrames, TableFrames};
-use crate::addr::Hpa;
+use crate::addr::{Hpa, Ngpa};
 
 /// What to run L3 with.
 #[must_use]
@@ -52,7 +52,18 @@ pub(super) struct Root {
     pub(super) stale: bool,
     /// The processor may have cached something that is no longer in the tables.
     pub(super) invept: bool,
+    /// The page table that was filled last, and the addresses it serves (bits 63:21): faults come in runs. Forgotten as
+    /// soon as any table of the tree is freed.
+    pub(super) last_filled: Option<(u64, Hpa)>,
     last_used: u64,
+}
+
+impl Root {
+    /// The page table of `ngpa`, if it was the last to be filled.
+    #[inline]
+    pub(super) fn page_table(&self, ngpa: Ngpa) -> Option<Hpa> {
+        self.last_filled.filter(|last| last.0 == ngpa.get() >> 21).map(|last| last.1)
+    }
 }
 
 /// The composed EPTs of one processor: at most `ROOTS`, with `RESERVE` frames of their own.
@@ -93,6 +104,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             stale: false,
             // The frame may have been a root before, under an earlier owner.
             invept: true,
+            last_filled: None,
             last_used: 0,
         });
         Ok(Self { rules, advanced_information, roots, reserve, stats: Stats::default(), current: 0, clock: 0 })
@@ -154,7 +166,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     }
 
     /// Makes the root of this role the current one, without stale contents, and returns its index.
-    #[inline]
+    #[inline(always)]
     pub(super) fn enter<F: TableFrames>(&mut self, role: Eptp, frames: &mut F) -> usize {
         let root = self.root(self.current);
         if root.role == Some(role) && !root.stale {
@@ -212,6 +224,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     fn drop_contents<F: TableFrames>(&mut self, index: usize, frames: &mut F) {
         let root = &mut self.roots[index % ROOTS];
         root.stale = false;
+        root.last_filled = None;
         if root.tables > 0 {
             root.invept = true;
             free_below(root.table, Level::Pml4, &mut root.tables, &mut self.reserve, frames);

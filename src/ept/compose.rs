@@ -15,7 +15,7 @@ use super::cache::{Ept02, free_below};
 use super::entry::{self, Level, Rights};
 use super::eptp::Eptp;
 use super::violation::Qualification;
-use super::walk::{GuestTables, Walk, walk};
+use super::walk::{GuestTables, Leaf, Walk, walk};
 use super::{GuestView, OutOfFrames, TableFrames};
 use crate::addr::{Gpa, Hpa, Ngpa};
 
@@ -59,8 +59,41 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         if !leaf.rights.contains(access) {
             return Outcome::ReflectViolation(qualification.reflected(leaf.rights, self.advanced_information));
         }
-        let gpa = Gpa::new(leaf.page.get() | leaf.level.offset(ngpa.get()));
-        let Ok(block) = guest.block(gpa, leaf.level) else {
+        match leaf.level {
+            Level::Pt => self.fill(eptp12, ngpa, leaf, Level::Pt, access, guest, frames),
+            _ => self.fill_large(eptp12, ngpa, leaf, access, guest, frames),
+        }
+    }
+
+    #[inline(never)]
+    fn fill_large<G: GuestView, F: TableFrames>(
+        &mut self,
+        eptp12: Eptp,
+        ngpa: Ngpa,
+        leaf: Leaf<Gpa>,
+        access: Rights,
+        guest: &G,
+        frames: &mut F,
+    ) -> Outcome {
+        self.fill(eptp12, ngpa, leaf, leaf.level, access, guest, frames)
+    }
+
+    /// Composes the leaf of ept12 at `level` with ept01 and writes what comes out. Called with a constant level for small
+    /// pages, where it melts down to little.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    fn fill<G: GuestView, F: TableFrames>(
+        &mut self,
+        eptp12: Eptp,
+        ngpa: Ngpa,
+        leaf: Leaf<Gpa>,
+        level: Level,
+        access: Rights,
+        guest: &G,
+        frames: &mut F,
+    ) -> Outcome {
+        let gpa = Gpa::new(leaf.page.get() | level.offset(ngpa.get()));
+        let Ok(block) = guest.block(gpa, level) else {
             return Outcome::Forbidden { gpa };
         };
         let rights = leaf.rights & block.rights;
@@ -69,15 +102,16 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         }
         let composed = entry::leaf_entry(block.hpa, block.level, rights, leaf.caching);
         let index = self.enter(eptp12, frames);
-        if self.install(index, ngpa, block.level, composed, frames).is_err() {
-            self.install_with_room(index, ngpa, block.level, composed, frames);
-        }
         self.stats.fills += 1;
+        match self.root(index).page_table(ngpa) {
+            Some(table) if block.level == Level::Pt => self.put(index, table, Level::Pt, ngpa, composed, frames),
+            _ => self.install_with_room(index, ngpa, block.level, composed, frames),
+        }
         Outcome::Filled
     }
 
-    /// Makes room until the tables of a leaf fit. Each attempt starts at the root: making room may free any table.
-    #[cold]
+    /// Writes a leaf, making room until its tables fit. Each attempt starts at the root: making room may free any table.
+    #[inline(never)]
     fn install_with_room<F: TableFrames>(
         &mut self,
         index: usize,
@@ -87,16 +121,16 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         frames: &mut F,
     ) {
         // The other roots are emptied, and then the current one; after that the reserve suffices.
-        for _ in 0..ROOTS {
-            self.make_room(frames);
+        for _ in 0..=ROOTS {
             if self.install(index, ngpa, target, leaf, frames).is_ok() {
                 break;
             }
+            self.make_room(frames);
         }
     }
 
     /// Writes a leaf into a table of `target`, and the tables above it that are missing.
-    #[inline(always)]
+    #[inline]
     fn install<F: TableFrames>(
         &mut self,
         index: usize,
@@ -118,6 +152,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         }
         let pt = self.descend(index, pd, Level::Pd, ngpa, frames)?;
         self.put(index, pt, Level::Pt, ngpa, leaf, frames);
+        self.root(index).last_filled = Some((ngpa.get() >> 21, pt));
         Ok(())
     }
 
@@ -167,6 +202,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     fn replaced<F: TableFrames>(&mut self, index: usize, level: Level, old: u64, frames: &mut F) {
         let root = &mut self.roots[index % ROOTS];
         root.invept = true;
+        root.last_filled = None;
         if !entry::is_leaf(old, level) {
             let table = Hpa::new(old & entry::ADDRESS);
             root.tables = root.tables.saturating_sub(1);
