@@ -56,7 +56,9 @@ impl From<OutOfFrames> for WatchError {
     }
 }
 
-/// The pages that are watched, with the version of each: never the same twice, for any page.
+/// The pages that are watched, each with the number of the last write that was found in it. Writes of all pages are
+/// counted together: so a page that lost its place and comes back with the count of the day is ahead of every watch that
+/// missed a write.
 #[derive(Debug, Default)]
 pub(super) struct Watched {
     pages: ArrayVec<(Hpa, u64), PAGES>,
@@ -66,12 +68,11 @@ pub(super) struct Watched {
 }
 
 impl Watched {
-    /// Where the page with this leaf stands; with a new version if it was not there.
+    /// Where the page with this leaf stands; it gets a place if it has none.
     fn place(&mut self, entry: Hpa) -> usize {
         if let Some(place) = self.pages.iter().position(|page| page.0 == entry) {
             return place;
         }
-        self.versions += 1;
         let page = (entry, self.versions);
         if self.pages.try_push(page).is_ok() {
             return self.pages.len() - 1;
