@@ -9,6 +9,7 @@
 mod entries;
 mod expect;
 mod guest;
+mod injection;
 mod instructions;
 mod memory;
 mod modes;
@@ -16,13 +17,15 @@ mod operands;
 
 mod registers;
 mod vmxon;
+mod windows;
 
 use l2_kit::{BootInfo, apic, cpu, identity, log, protocol::Kind, report, setup, vmx};
 
 l2_kit::entry!(main);
 
 /// The parts that need guests.
-const PARTS: [(&str, fn() -> Result<(), setup::Missing>); 2] = [("entries", entries::all), ("memory", memory::all)];
+const PARTS: [(&str, fn() -> Result<(), setup::Missing>); 4] =
+    [("entries", entries::all), ("memory", memory::all), ("injection", injection::all), ("windows", windows::all)];
 
 fn main(_: &BootInfo) {
     report::record(
