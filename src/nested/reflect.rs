@@ -190,7 +190,7 @@ fn load_segments(vmx: &mut Vmx, vmcs12: &Vmcs12, long: bool) {
     vmx.write(Field::GUEST_CS_BASE, 0);
     vmx.write(Field::GUEST_CS_LIMIT, FLAT);
     macro_rules! data {
-        ($($host:ident $selector:ident $rights:ident $base:ident = $value:expr, $limit:ident;)*) => { $(
+        ($($host:ident $selector:ident $rights:ident $limit:ident $base:ident $write:ident $value:expr;)*) => { $(
             let selector = vmcs12.get(Field::$host);
             vmx.update(Field::$selector, selector);
             if selector == 0 {
@@ -199,15 +199,15 @@ fn load_segments(vmx: &mut Vmx, vmcs12: &Vmcs12, long: bool) {
                 vmx.update(Field::$rights, DATA);
                 vmx.write(Field::$limit, FLAT);
             }
-            vmx.update(Field::$base, $value);
+            vmx.$write(Field::$base, $value);
         )* };
     }
     data! {
-        HOST_SS_SELECTOR GUEST_SS_SELECTOR GUEST_SS_AR_BYTES GUEST_SS_BASE = 0, GUEST_SS_LIMIT;
-        HOST_DS_SELECTOR GUEST_DS_SELECTOR GUEST_DS_AR_BYTES GUEST_DS_BASE = 0, GUEST_DS_LIMIT;
-        HOST_ES_SELECTOR GUEST_ES_SELECTOR GUEST_ES_AR_BYTES GUEST_ES_BASE = 0, GUEST_ES_LIMIT;
-        HOST_FS_SELECTOR GUEST_FS_SELECTOR GUEST_FS_AR_BYTES GUEST_FS_BASE = vmcs12.get(Field::HOST_FS_BASE), GUEST_FS_LIMIT;
-        HOST_GS_SELECTOR GUEST_GS_SELECTOR GUEST_GS_AR_BYTES GUEST_GS_BASE = vmcs12.get(Field::HOST_GS_BASE), GUEST_GS_LIMIT;
+        HOST_SS_SELECTOR GUEST_SS_SELECTOR GUEST_SS_AR_BYTES GUEST_SS_LIMIT GUEST_SS_BASE write 0;
+        HOST_DS_SELECTOR GUEST_DS_SELECTOR GUEST_DS_AR_BYTES GUEST_DS_LIMIT GUEST_DS_BASE write 0;
+        HOST_ES_SELECTOR GUEST_ES_SELECTOR GUEST_ES_AR_BYTES GUEST_ES_LIMIT GUEST_ES_BASE write 0;
+        HOST_FS_SELECTOR GUEST_FS_SELECTOR GUEST_FS_AR_BYTES GUEST_FS_LIMIT GUEST_FS_BASE update vmcs12.get(Field::HOST_FS_BASE);
+        HOST_GS_SELECTOR GUEST_GS_SELECTOR GUEST_GS_AR_BYTES GUEST_GS_LIMIT GUEST_GS_BASE update vmcs12.get(Field::HOST_GS_BASE);
     }
     vmx.update(Field::GUEST_TR_SELECTOR, vmcs12.get(Field::HOST_TR_SELECTOR));
     vmx.update(Field::GUEST_TR_AR_BYTES, TSS);

@@ -61,7 +61,7 @@ pub fn handle(hypervisor: &mut Hypervisor, reason: u32) -> Result<Next, Stop> {
     match reason {
         r::VMCALL => return call(hypervisor),
         r::CPUID => {
-            let [a, b, c, d] = cpu::cpuid(registers.rax as u32, registers.rcx as u32);
+            let [a, b, c, d] = hypervisor.leaves.answer(registers.rax as u32, registers.rcx as u32);
             (registers.rax, registers.rbx) = (a.into(), b.into());
             (registers.rcx, registers.rdx) = (c.into(), d.into());
             advance();

@@ -119,8 +119,10 @@ fn controls(who: Who, vpid: u16) -> Controls {
             | primary::MSR_BITMAPS
             | if who == Who::Strict { primary::RDTSC | primary::CR3_LOAD } else { 0 },
         secondary: secondary::EPT | if vpid != 0 { secondary::VPID } else { 0 },
-        exit: exit_controls::ACKNOWLEDGE | if efer { exit_controls::SAVE_EFER | exit_controls::LOAD_EFER } else { 0 },
-        entry: entry_controls::IA32E | if efer { entry_controls::LOAD_EFER } else { 0 },
+        exit: exit_controls::ACKNOWLEDGE
+            | exit_controls::SAVE_DEBUG
+            | if efer { exit_controls::SAVE_EFER | exit_controls::LOAD_EFER } else { 0 },
+        entry: entry_controls::IA32E | entry_controls::LOAD_DEBUG | if efer { entry_controls::LOAD_EFER } else { 0 },
     }
 }
 

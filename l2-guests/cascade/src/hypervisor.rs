@@ -1,6 +1,7 @@
 //! The hypervisor: its guests, and the loop that runs them.
 
 use crate::{
+    cpuid::Leaves,
     events::{self, TIMER, Who, XSETBV},
     exits::{self, Next},
     guest::{self, Guest},
@@ -32,6 +33,8 @@ pub struct Hypervisor {
     pub exits: u64,
     /// What the guests see in the intercepted MSR
     pub virtual_msr: u64,
+    /// What the guests see of CPUID
+    pub leaves: Leaves,
     /// Physical addresses that the guests find missing and get when they touch them
     pub holes: Range<u64>,
     /// How often the timer is still to fire
@@ -78,6 +81,7 @@ impl Hypervisor {
             observed: None,
             exits: 0,
             virtual_msr: 0,
+            leaves: Leaves::default(),
             holes: hole..hole + LARGE,
             timer: 0,
         })

@@ -7,6 +7,7 @@
 #![no_main]
 
 mod calls;
+mod cpuid;
 mod events;
 mod exits;
 mod guest;
