@@ -7,6 +7,7 @@
 #![no_main]
 
 mod entries;
+mod exits;
 mod expect;
 mod guest;
 mod injection;
@@ -14,8 +15,10 @@ mod instructions;
 mod memory;
 mod modes;
 mod operands;
+mod paging;
 
 mod registers;
+mod state;
 mod vmxon;
 mod windows;
 
@@ -24,8 +27,15 @@ use l2_kit::{BootInfo, apic, cpu, identity, log, protocol::Kind, report, setup, 
 l2_kit::entry!(main);
 
 /// The parts that need guests.
-const PARTS: [(&str, fn() -> Result<(), setup::Missing>); 4] =
-    [("entries", entries::all), ("memory", memory::all), ("injection", injection::all), ("windows", windows::all)];
+const PARTS: [(&str, fn() -> Result<(), setup::Missing>); 7] = [
+    ("entries", entries::all),
+    ("memory", memory::all),
+    ("injection", injection::all),
+    ("windows", windows::all),
+    ("exits", exits::all),
+    ("state", state::all),
+    ("paging", paging::all),
+];
 
 fn main(_: &BootInfo) {
     report::record(
