@@ -5,7 +5,7 @@
 
 use crate::vcpu::Cpu;
 use crate::vmx::Field;
-use core::arch::x86_64::{__cpuid_count, CpuidResult};
+use raw_cpuid::{CpuIdResult as CpuidResult, native_cpuid::cpuid_count};
 use l2_protocol::abi::{
     Counter, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_INTERFACE, LEAF_MAX, LEAF_SIGNATURE, SIGNATURE, SNAPSHOT,
 };
@@ -28,7 +28,7 @@ pub fn emulate(cpu: &mut Cpu) {
     let answer = if HYPERVISOR_LEAVES.contains(&leaf) {
         hypervisor_leaf(cpu, leaf, subleaf)
     } else {
-        let mut answer = __cpuid_count(leaf, subleaf);
+        let mut answer = cpuid_count(leaf, subleaf);
         match (leaf, subleaf) {
             (1, _) => {
                 // OSXSAVE mirrors CR4, and CPUID here ran under nvmx's CR4.
