@@ -1,7 +1,8 @@
-//! The four outcomes that are never mixed.
+//! The outcomes that are never mixed.
 //!
-//! [`Fault`] goes into the guest, [`VmxResult`] is what a VMX instruction reports in RFLAGS, [`EntryOutcome`] is what a VM
-//! entry of L3 came to, [`KillReason`] ends the L2 machine. A panic is none of them: it means a bug in nvmx.
+//! [`Fault`] goes into the guest, [`VmxResult`] is what a VMX instruction reports in RFLAGS, [`KillReason`] ends the L2
+//! machine. A VM entry that fails late is an exit of L3 (`nested::reflect::entry_failure`). A panic is none of them: it
+//! means a bug in nvmx.
 //!
 //! Source: Intel SDM vol. 3C, "VMX Instruction Reference": "Conventions" and "VM Instruction Error Numbers".
 
@@ -71,23 +72,6 @@ pub enum VmxResult {
     FailInvalid,
     /// ZF set, and the number goes to the VM-instruction error field of the current VMCS.
     FailValid(VmxError),
-}
-
-/// What an attempt to enter L3 came to.
-#[must_use]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum EntryOutcome {
-    /// L3 runs.
-    Entered,
-    /// VMLAUNCH/VMRESUME failed as an instruction: RFLAGS and the error number say why.
-    VmFail(VmxResult),
-    /// The entry failed late: L2 sees a VM exit with bit 31 of the exit reason set.
-    EntryExit {
-        /// Basic exit reason (33 invalid guest state, 34 MSR loading).
-        reason: u16,
-        /// Exit qualification.
-        qualification: u64,
-    },
 }
 
 /// Why an L2 machine was ended.

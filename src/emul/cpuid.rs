@@ -5,10 +5,10 @@
 
 use crate::vcpu::Cpu;
 use crate::vmx::Field;
-use raw_cpuid::{CpuIdResult as CpuidResult, native_cpuid::cpuid_count};
 use l2_protocol::abi::{
     Counter, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_INTERFACE, LEAF_MAX, LEAF_SIGNATURE, SIGNATURE, SNAPSHOT,
 };
+use raw_cpuid::{CpuIdResult as CpuidResult, native_cpuid::cpuid_count};
 
 const HYPERVISOR_LEAVES: core::ops::RangeInclusive<u32> = 0x4000_0000..=0x4FFF_FFFF;
 

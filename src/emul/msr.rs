@@ -1,6 +1,7 @@
-//! RDMSR and WRMSR of L2 that exit: the VMX capability MSRs, IA32_FEATURE_CONTROL, and what belongs to the outer hypervisor.
+//! MSRs that nvmx answers itself: the VMX capability MSRs, IA32_FEATURE_CONTROL, and what belongs to the outer hypervisor.
 //!
-//! Everything else goes to the processor directly, by the MSR bitmap of vmcs01. Source: SDM vol. 4,
+//! Writes of L2 to the tracked MSRs (`vcpu::tracked`) exit too. All others go to the processor directly, by the MSR bitmap
+//! of vmcs01. Source: SDM vol. 4,
 //! "Model-Specific Registers (MSRs)", and vol. 3D, appendix "VMX Capability Reporting Facility".
 
 use crate::error::Fault;
@@ -49,7 +50,7 @@ pub fn vmcs_field(index: u32) -> Option<Field> {
     })
 }
 
-/// RDMSR that exited.
+/// RDMSR of an emulated MSR.
 pub fn read(cpu: &mut Cpu) -> Result<(), Fault> {
     let index = cpu.regs.gpr[1] as u32;
     let value = match index {
@@ -61,19 +62,27 @@ pub fn read(cpu: &mut Cpu) -> Result<(), Fault> {
     Ok(())
 }
 
-/// WRMSR that exited.
+/// WRMSR of L2 that exited; vmcs01 is current.
+pub fn write_of_l2(cpu: &mut Cpu) -> Result<(), Fault> {
+    let (index, value) = written(cpu);
+    let canonical = cpu.config.offered.is_canonical(value);
+    cpu.tracked.wrmsr(&mut cpu.vmx, index, value, canonical).unwrap_or_else(|| write(cpu))
+}
+
+/// WRMSR to an emulated MSR.
 pub fn write(cpu: &mut Cpu) -> Result<(), Fault> {
-    let index = cpu.regs.gpr[1] as u32;
-    let value = (cpu.regs.gpr[2] & 0xFFFF_FFFF) << 32 | cpu.regs.gpr[0] & 0xFFFF_FFFF;
+    let (index, value) = written(cpu);
     // L2 may set what the machine has without SMX and SGX, until it sets the lock.
     let known = FEATURE_LOCK | FEATURE_VMX;
     if index == IA32_FEATURE_CONTROL && cpu.feature_control & FEATURE_LOCK == 0 && value & !known == 0 {
         cpu.feature_control = value;
         return Ok(());
     }
-    let canonical = cpu.config.offered.is_canonical(value);
-    if let Some(result) = cpu.tracked.wrmsr(&mut cpu.vmx, index, value, canonical) {
-        return result;
-    }
     Err(Fault::GeneralProtection(0))
+}
+
+/// ECX and EDX:EAX.
+fn written(cpu: &Cpu) -> (u32, u64) {
+    let [rax, rcx, rdx, ..] = cpu.regs.gpr;
+    (rcx as u32, (rdx & 0xFFFF_FFFF) << 32 | rax & 0xFFFF_FFFF)
 }

@@ -2,7 +2,6 @@
 
 use core::{
     arch::asm,
-    fmt,
     mem::{ManuallyDrop, offset_of, size_of},
     ptr,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -24,6 +23,7 @@ use crate::{
         FramePool,
         paging::{OutOfFrames, PageTables, Rights},
     },
+    vmx::ExitReason,
 };
 
 /// Stacks lie here, one slot each; what a stack does not use of its slot is not mapped, so an overflow faults.
@@ -71,49 +71,30 @@ struct LastBlock {
 
 const _: () = assert!(size_of::<LastBlock>() == abi::LAST_EXITS_WORDS * 8);
 
-/// The last exit of one level, for the epitaph. Written on every exit: two plain stores.
+/// The last exit of one level, for the epitaph: the exit-reason field plus one, so that zero means none. Written on every
+/// exit: one plain store.
 #[derive(Default)]
-#[repr(C)]
-struct LastExit {
-    /// Exit reason field, plus one so that zero means none.
-    reason: AtomicU64,
-    rip: AtomicU64,
-}
-
-/// An exit as the epitaph shows it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct ExitMark {
-    /// The exit-reason field.
-    pub reason: u32,
-    /// RIP of the guest.
-    pub rip: u64,
-}
-
-impl fmt::Display for ExitMark {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "exit {:#x} at {:#x}", self.reason, self.rip)
-    }
-}
+#[repr(transparent)]
+struct LastExit(AtomicU64);
 
 /// The last exits of this processor, if there were any.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LastExits {
     /// Of the guest hypervisor.
-    pub l2: Option<ExitMark>,
+    pub l2: Option<ExitReason>,
     /// Of its guest.
-    pub l3: Option<ExitMark>,
+    pub l3: Option<ExitReason>,
 }
 
 impl LastExit {
-    fn get(&self) -> Option<ExitMark> {
-        let reason = self.reason.load(Ordering::Relaxed).checked_sub(1)? as u32;
-        Some(ExitMark { reason, rip: self.rip.load(Ordering::Relaxed) })
+    fn get(&self) -> Option<ExitReason> {
+        let reason = self.0.load(Ordering::Relaxed).checked_sub(1)? as u32;
+        Some(ExitReason(reason))
     }
 
     #[inline]
-    fn set(&self, reason: u32, rip: u64) {
-        self.reason.store(u64::from(reason) + 1, Ordering::Relaxed);
-        self.rip.store(rip, Ordering::Relaxed);
+    fn set(&self, reason: ExitReason) {
+        self.0.store(u64::from(reason.0) + 1, Ordering::Relaxed);
     }
 }
 
@@ -149,14 +130,14 @@ impl PerCpu {
 
     /// Notes an exit of L2 for the epitaph.
     #[inline]
-    pub fn note_exit_of_l2(&self, reason: u32, rip: u64) {
-        self.last.l2.set(reason, rip);
+    pub fn note_exit_of_l2(&self, reason: ExitReason) {
+        self.last.l2.set(reason);
     }
 
     /// Notes an exit of L3 for the epitaph.
     #[inline]
-    pub fn note_exit_of_l3(&self, reason: u32, rip: u64) {
-        self.last.l3.set(reason, rip);
+    pub fn note_exit_of_l3(&self, reason: ExitReason) {
+        self.last.l3.set(reason);
     }
 
     /// What was noted.

@@ -92,7 +92,7 @@ impl Vmx {
     pub fn ptrld(&mut self, vmcs: Hpa) {
         self.counters.bump(Counter::Vmptrld);
         let failed: u8;
-        // SAFETY: callers pass VMCS regions out of nvmx's own frames (type Vmcs); the processor refuses a wrong revision.
+        // SAFETY: callers pass VMCS regions out of nvmx's own frames; the processor refuses a wrong revision.
         unsafe {
             asm!("vmptrld [{p}]", "setbe {f}", p = in(reg) &vmcs.get(), f = out(reg_byte) failed);
         }
@@ -104,7 +104,7 @@ impl Vmx {
     pub fn clear(&mut self, vmcs: Hpa) {
         self.counters.bump(Counter::Vmclear);
         let failed: u8;
-        // SAFETY: callers pass VMCS regions out of nvmx's own frames (type Vmcs).
+        // SAFETY: callers pass VMCS regions out of nvmx's own frames.
         unsafe {
             asm!("vmclear [{p}]", "setbe {f}", p = in(reg) &vmcs.get(), f = out(reg_byte) failed);
         }

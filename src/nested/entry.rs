@@ -5,6 +5,7 @@
 
 use super::checks::{self, CheckId, GuestContext};
 use super::merge::{self, Duties, NvmxNeeds, Translated, Vmcs02Controls};
+use super::slot::Slot;
 use super::vmcs12::FieldSet;
 use super::vpid::VPID01;
 use super::{Operation, reflect};
@@ -47,8 +48,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
             vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
         }
         if written != Written::No {
-            let from = Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP));
-            merge_msr_bitmap(&cpu.phys, cpu.guest.translate(from).ok(), cpu.msr_bitmap_l3, slot.msr_bitmap);
+            merge_bitmaps(&cpu.phys, &cpu.guest, slot, cpu.msr_bitmap_l3);
         }
     }
 
@@ -84,7 +84,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     }
     slot.inherited.enter_l3(vmx, &slot.vmcs12, &cpu.tracked);
     let count = slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_COUNT);
-    if count != 0 {
+    if count != 0 || slot.msr_lists.is_armed() {
         slot.msr_lists.arm_entry(vmx, &cpu.phys, &cpu.guest, slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_ADDR), count);
     }
     if let Operation::Root { vmxon_ptr, .. } = cpu.nested.operation {
@@ -169,16 +169,23 @@ fn watch_msr_bitmap(cpu: &mut Cpu, index: usize, used: bool) {
     slot.bitmap_watch = cpu.ept01.watch(at, &mut Cpu::tables(&mut cpu.frames, &cpu.phys)).ok();
     if slot.bitmap_watch.is_some() {
         cpu.vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
-        merge_msr_bitmap(&cpu.phys, cpu.guest.translate(at).ok(), cpu.msr_bitmap_l3, slot.msr_bitmap);
+        merge_bitmaps(&cpu.phys, &cpu.guest, slot, cpu.msr_bitmap_l3);
     }
 }
 
-/// `to` = `ours` OR `theirs`; a page that L2 does not own reads as all ones.
-fn merge_msr_bitmap(phys: &impl PhysMem, theirs: Option<Hpa>, ours: Hpa, to: Hpa) {
+/// Merges the MSR bitmaps of a slot anew.
+#[cold]
+pub fn merge_msr_bitmap(cpu: &mut Cpu, index: usize) {
+    merge_bitmaps(&cpu.phys, &cpu.guest, &cpu.nested.slots[index], cpu.msr_bitmap_l3);
+}
+
+/// The slot's MSR bitmap = nvmx's OR L2's; a page that L2 does not own reads as all ones.
+fn merge_bitmaps<P: PhysMem>(phys: &P, guest: &GuestMemory<P>, slot: &Slot, ours: Hpa) {
+    let theirs = guest.translate(Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP))).ok();
     let word = |page: Hpa, i: u64| phys.read_u64(Hpa::new(page.get() + 8 * i));
     for i in 0..512 {
         let merged = word(ours, i) | theirs.map_or(u64::MAX, |page| word(page, i));
-        phys.write_u64(Hpa::new(to.get() + 8 * i), merged);
+        phys.write_u64(Hpa::new(slot.msr_bitmap.get() + 8 * i), merged);
     }
 }
 

@@ -44,6 +44,8 @@ pub struct Inherited {
     original: [u64; 3],
     /// IA32_PAT in vmcs02.
     pat02: u64,
+    /// IA32_PAT in the processor when L3 leaves.
+    live_pat: u64,
 }
 
 impl Default for Inherited {
@@ -60,6 +62,7 @@ impl Default for Inherited {
             live: [0; 3],
             original: [0; 3],
             pat02: NO_PAT,
+            live_pat: 0,
         }
     }
 }
@@ -124,6 +127,7 @@ impl Inherited {
     #[inline(always)]
     pub fn leave_l3(&mut self, vmx: &mut Vmx, vmcs12: &mut Vmcs12) {
         self.pat02 = vmx.read(Field::GUEST_IA32_PAT);
+        self.live_pat = self.pat02;
         if self.saves_pat {
             vmcs12.set(Field::GUEST_IA32_PAT, self.pat02);
         }
@@ -135,6 +139,19 @@ impl Inherited {
                 vmx.write(FIELDS[i], self.original[i]);
             }
         }
+    }
+
+    /// After an entry that failed late, vmcs02 current: what L2 finds in the processor. The guest state was loaded only if
+    /// the entry came as far as its MSR area.
+    pub fn leave_failed_entry(&mut self, vmx: &mut Vmx, l2: &Tracked, guest_state_loaded: bool) {
+        if guest_state_loaded {
+            self.live_pat = self.pat02;
+            self.live[EFER] = vmx.read(Field::GUEST_IA32_EFER);
+        } else {
+            self.live_pat = l2.pat();
+            self.live[EFER] = l2.efer();
+        }
+        self.undo(vmx);
     }
 
     /// After an entry that failed: vmcs02, which is current, gets L2's values back.
@@ -153,7 +170,7 @@ impl Inherited {
     /// L2's IA32_PAT after the exit, given the host field of vmcs12.
     #[inline(always)]
     pub fn pat_of_l2(&self, host: u64) -> u64 {
-        if self.host_pat { host } else { self.pat02 }
+        if self.host_pat { host } else { self.live_pat }
     }
 
     /// vmcs02 gets a new owner.

@@ -96,8 +96,8 @@ fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReaso
             // ept02 holds only what compose wrote: a misconfiguration in it is a bug of nvmx.
             return Err(KillReason::UnexpectedExit(reason.0));
         }
-        BasicReason::RDMSR => msr_of_l3(cpu, msr::read),
-        BasicReason::WRMSR => msr_of_l3(cpu, msr::write),
+        BasicReason::RDMSR => msr_of_l3(cpu, index, msr::read),
+        BasicReason::WRMSR => msr_of_l3(cpu, index, msr::write),
         _ => return Err(KillReason::UnexpectedExit(reason.0)),
     }
     if matches!(cpu.nested.operation, Operation::NonRoot { .. }) {
@@ -107,7 +107,11 @@ fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReaso
 }
 
 /// An MSR that only nvmx intercepts: L3 sees what L2 would.
-fn msr_of_l3(cpu: &mut Cpu, emulate: fn(&mut Cpu) -> Result<(), Fault>) {
+fn msr_of_l3(cpu: &mut Cpu, index: usize, emulate: fn(&mut Cpu) -> Result<(), Fault>) {
+    if !msr::is_emulated(cpu.regs.gpr[1] as u32) {
+        // L2's bitmap lost the bit while L3 ran. Merged again, it lets the instruction through.
+        return entry::merge_msr_bitmap(cpu, index);
+    }
     match emulate(cpu) {
         Ok(()) => inject::advance(cpu),
         Err(fault) => inject::fault(cpu, fault),

@@ -42,6 +42,12 @@ impl MsrLists {
         MsrLists { entry_load, exit_load, armed: false }
     }
 
+    /// vmcs02 would load a list.
+    #[inline(always)]
+    pub fn is_armed(&self) -> bool {
+        self.armed
+    }
+
     /// Copies the VM-entry MSR-load area of vmcs12 and arms vmcs02, which is current, with it.
     pub fn arm_entry(
         &mut self,
@@ -55,7 +61,7 @@ impl MsrLists {
         copy_area(phys, memory, Gpa::new(at), count, self.entry_load);
         vmx.write(Field::VM_ENTRY_MSR_LOAD_ADDR, self.entry_load.get());
         vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, count);
-        self.armed = true;
+        self.armed = count != 0;
     }
 
     /// The list was loaded: further entries of nvmx's own must not load it again. vmcs02 is current.

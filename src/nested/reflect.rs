@@ -64,11 +64,11 @@ pub fn reflect(cpu: &mut Cpu, index: usize, info: Option<Info>) -> Result<(), Ki
         slot.vmcs12.set(Field::VMX_PREEMPTION_TIMER_VALUE, left);
     }
     let nmi_blocked = nmi_blocked(vmx, pin);
-    slot.inherited.leave_l3(vmx, &mut slot.vmcs12);
     let stored = slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_COUNT);
     if stored != 0 {
         MsrLists::store(vmx, &cpu.guest, slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_ADDR), stored)?;
     }
+    slot.inherited.leave_l3(vmx, &mut slot.vmcs12);
     slot.vmcs12.launched = true;
     leave_vmcs02(cpu, index, nmi_blocked, info)
 }
@@ -78,8 +78,9 @@ pub fn reflect(cpu: &mut Cpu, index: usize, info: Option<Info>) -> Result<(), Ki
 pub fn entry_failure(cpu: &mut Cpu, basic: BasicReason, qualification: u64) -> Result<(), KillReason> {
     let Some(index) = cpu.nested.current() else { return Err(KillReason::UnexpectedExit(basic.0 as u32)) };
     cpu.vmx.counters.bump(Counter::Reflected);
-    let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[index]);
-    slot.inherited.undo(vmx);
+    let slot = &mut cpu.nested.slots[index];
+    let guest_state_loaded = basic == BasicReason::ENTRY_MSR_LOADING;
+    slot.inherited.leave_failed_entry(&mut cpu.vmx, &cpu.tracked, guest_state_loaded);
     let info = Some((ExitReason::entry_failure(basic), qualification));
     leave_vmcs02(cpu, index, false, info)
 }
@@ -150,8 +151,8 @@ fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Inf
 
 /// L2's state after a VM exit, written to vmcs01, which is current.
 ///
-/// vmcs01 still holds L2's state at its VMRESUME. Where the SDM's value is a constant, or L2's host area repeats what L2
-/// runs with, that is nearly always the same: such fields are read and written only if they differ.
+/// vmcs01 still holds L2's state at its VMRESUME, and most of that is what the host area asks for. Selectors, rights and
+/// bases that are rarely different are read and written only then; the rest is written.
 #[inline(always)]
 fn load_vmcs12_host_state(vmx: &mut Vmx, vmcs12: &Vmcs12) {
     let long = vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 != 0;

@@ -11,9 +11,6 @@ use crate::mm::PhysMem;
 use crate::mm::guest::{GuestMemory, NotOwned};
 use crate::vmx::field::{Field, Fields, Home};
 
-/// Offset of the VMX-abort indicator in any VMCS region (SDM table "Format of the VMCS Region").
-pub const ABORT_OFFSET: u64 = 4;
-
 const LAUNCH_OFFSET: u64 = 8;
 const VALUES_OFFSET: u64 = 16;
 const LAUNCHED: u64 = 1;

@@ -1,9 +1,11 @@
-//! What L2 sees of an instruction that nvmx completed or refused: RIP, RFLAGS, exceptions. vmcs01 is current throughout.
+//! What a guest sees of an instruction that nvmx completed or refused: RIP, RFLAGS, exceptions. The guest is that of the
+//! current VMCS; results of VMX instructions are L2's alone.
 //!
 //! Source: SDM vol. 3C, "Event Injection", table "Format of the VM-Entry Interruption-Information Field", and
 //! "Conventions" of the VMX instruction reference.
 
 use super::Cpu;
+use crate::emul::cr::Cr0;
 use crate::error::{Fault, VmxError, VmxResult};
 use crate::hw::cr;
 use crate::vmx::Field;
@@ -20,7 +22,7 @@ const VALID: u64 = 1 << 31;
 const DELIVER_ERROR_CODE: u64 = 1 << 11;
 const HARDWARE_EXCEPTION: u64 = 3 << 8;
 
-/// Moves L2 behind the instruction that exited.
+/// Moves the guest behind the instruction that exited.
 #[inline(always)]
 pub fn advance(cpu: &mut Cpu) {
     let vmx = &mut cpu.vmx;
@@ -36,7 +38,7 @@ pub fn advance(cpu: &mut Cpu) {
     }
 }
 
-/// Delivers an exception to L2 with the next entry.
+/// Delivers an exception to the guest with the next entry.
 pub fn fault(cpu: &mut Cpu, fault: Fault) {
     let (vector, error_code) = match fault {
         Fault::InvalidOpcode => (6, None),
@@ -49,6 +51,8 @@ pub fn fault(cpu: &mut Cpu, fault: Fault) {
         Fault::AlignmentCheck => (17, Some(0)),
     };
     let mut info = VALID | HARDWARE_EXCEPTION | vector;
+    // Real mode pushes no error codes.
+    let error_code = error_code.filter(|_| cpu.vmx.read(Field::GUEST_CR0) & Cr0::PE.bits() != 0);
     if let Some(code) = error_code {
         info |= DELIVER_ERROR_CODE;
         cpu.vmx.write(Field::VM_ENTRY_EXCEPTION_ERROR_CODE, code as u64);

@@ -47,7 +47,7 @@ fn dispatch(cpu: &mut Cpu, reason: ExitReason) -> Result<Next, Stop> {
         BasicReason::INVEPT => instr::invalidate::invept(cpu),
         BasicReason::INVVPID => instr::invalidate::invvpid(cpu),
         BasicReason::RDMSR => Ok(emul::msr::read(cpu).map(done)?),
-        BasicReason::WRMSR => Ok(emul::msr::write(cpu).map(done)?),
+        BasicReason::WRMSR => Ok(emul::msr::write_of_l2(cpu).map(done)?),
         BasicReason::CR_ACCESS => emul::cr_exit::handle(cpu),
         BasicReason::XSETBV => Ok(emul::xsetbv::emulate(cpu).map(done)?),
         BasicReason::INVD => {
@@ -55,7 +55,7 @@ fn dispatch(cpu: &mut Cpu, reason: ExitReason) -> Result<Next, Stop> {
             cache::write_back();
             Ok(Next::Advance)
         }
-        // SMX is not offered: CR4.SMXE is 0, so GETSEC is an invalid opcode.
+        // SMX is not offered and CR4.SMXE stays 0, so GETSEC is an invalid opcode.
         BasicReason::GETSEC => Err(Fault::InvalidOpcode.into()),
         BasicReason::EPT_VIOLATION => memory_missing(cpu),
         BasicReason::TRIPLE_FAULT => Err(KillReason::TripleFault.into()),

@@ -26,10 +26,10 @@ pub fn run(cpu: &mut Cpu) -> KillReason {
                 let reason = ExitReason(cpu.vmx.read(Field::VM_EXIT_REASON) as u32);
                 cpu.vmx.counters.exit(nested, reason);
                 if nested {
-                    this.note_exit_of_l3(reason.0, 0);
+                    this.note_exit_of_l3(reason);
                     l3_exit::handle(cpu, reason)
                 } else {
-                    this.note_exit_of_l2(reason.0, 0);
+                    this.note_exit_of_l2(reason);
                     if !reason.is_entry_failure() {
                         cpu.launched01 = true;
                         if cpu.loads_msrs01 {

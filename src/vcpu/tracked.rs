@@ -57,6 +57,11 @@ impl Tracked {
         self.0[PAT]
     }
 
+    /// L2's IA32_EFER, in VMX operation.
+    pub fn efer(&self) -> u64 {
+        self.0[EFER]
+    }
+
     /// Writes what differs to vmcs01, which is current.
     #[inline(always)]
     pub fn load(&mut self, vmx: &mut Vmx, host: &HostMsrs) {

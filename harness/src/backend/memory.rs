@@ -2,6 +2,7 @@
 //! holds that memory.
 
 use l2_protocol::abi::{LAST_EXITS_MARK, LAST_EXITS_WORDS};
+use nvmx::vmx::ExitReason;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -52,19 +53,18 @@ fn blocks(memory: &[u8], address: u64) -> Vec<String> {
         // The block knows its linear address; a copy of the mark in nvmx's code does not.
         let here = address + at as u64;
         let genuine = word(1).is_some_and(|this| this >> 63 == 1 && this % 4096 == here % 4096);
-        if let (true, Some(l2), Some(at_l2), Some(l3), Some(at_l3)) = (genuine, word(2), word(3), word(4), word(5)) {
-            texts.push(format!("last exit of L2: {}", exit(l2, at_l2)));
-            texts.push(format!("last exit of L3: {}", exit(l3, at_l3)));
+        if let (true, Some(l2), Some(l3)) = (genuine, word(2), word(3)) {
+            texts.push(format!("last exit of L2: {}", exit(l2)));
+            texts.push(format!("last exit of L3: {}", exit(l3)));
         }
     }
     texts
 }
 
-fn exit(reason: u64, rip: u64) -> String {
+fn exit(reason: u64) -> String {
     match reason.checked_sub(1) {
         None => "none yet".into(),
-        Some(reason) if rip == 0 => format!("basic reason {}", reason & 0xFFFF),
-        Some(reason) => format!("basic reason {} at {rip:#x}", reason & 0xFFFF),
+        Some(reason) => ExitReason(reason as u32).to_string(),
     }
 }
 
@@ -72,17 +72,17 @@ fn exit(reason: u64, rip: u64) -> String {
 mod tests {
     use super::*;
 
-    fn block(words: [u64; 6]) -> Vec<u8> {
+    fn block(words: [u64; 4]) -> Vec<u8> {
         words.iter().flat_map(|w| w.to_le_bytes()).collect()
     }
 
     #[test]
     fn a_genuine_block_is_found_and_a_copy_of_its_mark_is_not() {
         let mut memory = vec![0; 64];
-        memory.extend(block([LAST_EXITS_MARK, 0xFFFF_8000_0000_5040, 11, 0x1234, 0, 0]));
-        memory.extend(block([LAST_EXITS_MARK, 0, 1, 2, 3, 4]));
+        memory.extend(block([LAST_EXITS_MARK, 0xFFFF_8000_0000_5040, 11, 0]));
+        memory.extend(block([LAST_EXITS_MARK, 0, 1, 2]));
         let texts = blocks(&memory, 0x7F00_0000_0000);
-        assert_eq!(texts, ["last exit of L2: basic reason 10 at 0x1234", "last exit of L3: none yet"]);
+        assert_eq!(texts, ["last exit of L2: CPUID", "last exit of L3: none yet"]);
         assert!(blocks(&memory, 0x7F00_0000_0008).is_empty());
     }
 
@@ -98,11 +98,11 @@ mod tests {
         // Ours: the emulator is a child, which is as readable.
         let mut memory = vec![0u8; SMALLEST as usize * 2];
         let offset = memory.as_ptr().align_offset(4096) + 8192;
-        let words = block([LAST_EXITS_MARK, 0xFFFF_8000_0000_0000, 19, 0xABC, 49, 0xDEF]);
+        let words = block([LAST_EXITS_MARK, 0xFFFF_8000_0000_0000, 19, 49]);
         memory[offset..offset + words.len()].copy_from_slice(&words);
         let texts = last_exits(std::process::id());
-        assert!(texts.contains(&"last exit of L2: basic reason 18 at 0xabc".to_string()), "{texts:?}");
-        assert!(texts.contains(&"last exit of L3: basic reason 48 at 0xdef".to_string()));
+        assert!(texts.contains(&"last exit of L2: VMCALL".to_string()), "{texts:?}");
+        assert!(texts.contains(&"last exit of L3: EPT_VIOLATION".to_string()));
         drop(memory);
     }
 }

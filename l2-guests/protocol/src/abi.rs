@@ -26,11 +26,11 @@ pub const EXITS_OF_L3: u32 = 0x200;
 pub const REASONS: usize = 80;
 
 /// First word of the block of last exits that each CPU of nvmx keeps in its memory, for whoever looks at a machine that hangs
-/// from outside. Six words: this mark, the block's own linear address, then for L2 and for L3 the exit-reason field plus one
-/// (0: no exit yet) and the RIP.
+/// from outside. Four words: this mark, the block's own linear address, then for L2 and for L3 the exit-reason field plus one
+/// (0: no exit yet).
 pub const LAST_EXITS_MARK: u64 = u64::from_le_bytes(*b"nvmxlast");
 /// Words of that block.
-pub const LAST_EXITS_WORDS: usize = 6;
+pub const LAST_EXITS_WORDS: usize = 4;
 
 macro_rules! counters {
     ($( $(#[$doc:meta])* $variant:ident = $name:literal; )*) => {

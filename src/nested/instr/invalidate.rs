@@ -73,11 +73,16 @@ pub fn invvpid(cpu: &mut Cpu) -> Result<Next, Stop> {
     match (kind, vpids.lookup(vpid12)) {
         // Also what L2 has cached itself under vpid01, which costs it no more than time.
         (2, _) => vmx.invvpid(Invalidate::All, 0, 0),
-        (0, Some(vpid02)) => vmx.invvpid(Invalidate::Individual, vpid02, linear),
-        (1, Some(vpid02)) => vmx.invvpid(Invalidate::Single, vpid02, 0),
+        // A processor in 4-level paging may refuse an address that is canonical for 5 levels only.
+        (0, Some(vpid02)) if is_canonical_48(linear) => vmx.invvpid(Invalidate::Individual, vpid02, linear),
+        (0 | 1, Some(vpid02)) => vmx.invvpid(Invalidate::Single, vpid02, 0),
         (3, Some(vpid02)) => vmx.invvpid(Invalidate::SingleRetainingGlobals, vpid02, 0),
         // Nothing was ever cached under that VPID.
         _ => {}
     }
     done(cpu, VmxResult::Succeed)
+}
+
+fn is_canonical_48(linear: u64) -> bool {
+    matches!(linear as i64 >> 47, 0 | -1)
 }
