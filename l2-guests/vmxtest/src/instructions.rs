@@ -16,8 +16,14 @@ use l2_kit::{
 /// An encoding that no CPU knows: the highest index of a 16-bit control.
 const NO_FIELD: u64 = 0x03FE;
 
+/// All of it, given the address of the VMXON region.
+pub fn all(vmxon: u64) {
+    without_vmcs(vmxon);
+    with_vmcs(vmxon);
+}
+
 /// While there is no current VMCS every failure is VMfailInvalid.
-pub fn without_vmcs(vmxon: u64) {
+fn without_vmcs(vmxon: u64) {
     let (outcome, pointer) = vmx::vmptrst();
     Check::new(&mut Serial, "no VMCS: vmptrst")
         .fact("result", outcome)
@@ -39,7 +45,7 @@ pub fn without_vmcs(vmxon: u64) {
 }
 
 /// With a current VMCS failures have numbers.
-pub fn with_vmcs(vmxon: u64) {
+fn with_vmcs(vmxon: u64) {
     let (a, b) = (setup::region(), setup::region());
     expect("vmclear", got(|| vmx::vmclear(a)), SUCCEED);
     expect("vmclear again", got(|| vmx::vmclear(a)), SUCCEED);

@@ -22,22 +22,39 @@ mod state;
 mod vmxon;
 mod windows;
 
-use l2_kit::{BootInfo, apic, cpu, identity, log, protocol::Kind, report, setup, vmx};
+use l2_kit::{
+    BootInfo, apic, cpu, identity, log,
+    protocol::Kind,
+    report,
+    setup::{self, Missing},
+    vmx,
+};
 
 l2_kit::entry!(main);
 
-/// The parts that need guests.
-const PARTS: [(&str, fn() -> Result<(), setup::Missing>); 7] = [
-    ("entries", entries::all),
-    ("memory", memory::all),
-    ("injection", injection::all),
-    ("windows", windows::all),
-    ("exits", exits::all),
-    ("state", state::all),
-    ("paging", paging::all),
+/// A part that works in VMX operation, with the address of the VMXON region.
+type Part = fn(u64) -> Result<(), Missing>;
+
+/// The parts; `part=NAME` on the command line chooses one.
+const PARTS: [(&str, Part); 11] = [
+    ("modes", |_| done(modes::inside())),
+    ("instructions", |vmxon| done(instructions::all(vmxon))),
+    ("operands", |_| done(operands::all())),
+    ("registers", |_| done(registers::all())),
+    ("entries", |_| entries::all()),
+    ("memory", |_| memory::all()),
+    ("injection", |_| injection::all()),
+    ("windows", |_| windows::all()),
+    ("exits", |_| exits::all()),
+    ("state", |_| state::all()),
+    ("paging", |_| paging::all()),
 ];
 
-fn main(_: &BootInfo) {
+fn done((): ()) -> Result<(), Missing> {
+    Ok(())
+}
+
+fn main(info: &BootInfo) {
     report::record(
         Kind::Hello,
         &[
@@ -47,8 +64,15 @@ fn main(_: &BootInfo) {
             ("cpu", &identity::cpu_name().as_str()),
         ],
     );
+    let chosen = info.option("part");
+    if let Some(name) = chosen {
+        if !PARTS.iter().any(|(part, _)| *part == name) {
+            report::fail(format_args!("there is no part `{name}`"));
+            return;
+        }
+    }
     if cpu::cpuid(1, 0)[2] & 1 << 5 == 0 {
-        report::fail(format_args!("{}", setup::Missing::Vmx));
+        report::fail(format_args!("{}", Missing::Vmx));
         return;
     }
     for msr in 0x480..=0x491 {
@@ -57,26 +81,27 @@ fn main(_: &BootInfo) {
         }
     }
     apic::init();
+    if let Err(missing) = run(chosen) {
+        report::fail(format_args!("{missing}"));
+    }
+}
+
+/// Into VMX operation, the parts, and out again.
+fn run(chosen: Option<&str>) -> Result<(), Missing> {
     modes::outside("without CR4.VMXE");
     vmxon::unlocked();
-    if let Err(missing) = setup::prepare_vmx() {
-        report::fail(format_args!("{missing}"));
-        return;
-    }
+    setup::prepare_vmx()?;
     modes::outside("with CR4.VMXE");
     let region = vmxon::errors();
     vmxon::enter(region);
-    modes::inside();
-    instructions::without_vmcs(region);
-    instructions::with_vmcs(region);
-
-    operands::all();
-    registers::all();
     for (name, part) in PARTS {
-        if let Err(missing) = part() {
-            report::fail(format_args!("{name}: {missing}"));
+        if chosen.is_none_or(|c| c == name) {
+            if let Err(missing) = part(region) {
+                report::fail(format_args!("{name}: {missing}"));
+            }
         }
     }
     expect::expect("vmxoff", expect::got(vmx::vmxoff), expect::SUCCEED);
     modes::outside("after VMXOFF");
+    Ok(())
 }
