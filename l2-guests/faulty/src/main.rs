@@ -13,7 +13,10 @@ use l2_kit::{
 
 l2_kit::entry!(main);
 
-const FAULTS: [(&str, fn(&str)); 5] =
+/// Goes wrong, given the value of its option.
+type Fault = fn(&str);
+
+const FAULTS: [(&str, Fault); 5] =
     [("triple-fault", triple_fault), ("touch", touch), ("spin", spin), ("halt", halt), ("panic", panic)];
 
 fn main(info: &BootInfo) {

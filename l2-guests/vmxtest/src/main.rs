@@ -6,6 +6,7 @@
 #![no_std]
 #![no_main]
 
+mod bitmaps;
 mod entries;
 mod exits;
 mod expect;
@@ -32,27 +33,32 @@ use l2_kit::{
 
 l2_kit::entry!(main);
 
-/// A part that works in VMX operation, with the address of the VMXON region.
-type Part = fn(u64) -> Result<(), Missing>;
+/// A part that works in VMX operation.
+#[derive(Clone, Copy)]
+enum Part {
+    /// Instructions only; gets the address of the VMXON region
+    Instructions(fn(u64)),
+    /// With guests
+    Guests(fn() -> Result<(), Missing>),
+}
+
+use Part::{Guests, Instructions};
 
 /// The parts; `part=NAME` on the command line chooses one.
-const PARTS: [(&str, Part); 11] = [
-    ("modes", |_| done(modes::inside())),
-    ("instructions", |vmxon| done(instructions::all(vmxon))),
-    ("operands", |_| done(operands::all())),
-    ("registers", |_| done(registers::all())),
-    ("entries", |_| entries::all()),
-    ("memory", |_| memory::all()),
-    ("injection", |_| injection::all()),
-    ("windows", |_| windows::all()),
-    ("exits", |_| exits::all()),
-    ("state", |_| state::all()),
-    ("paging", |_| paging::all()),
+const PARTS: [(&str, Part); 12] = [
+    ("modes", Instructions(|_| modes::inside())),
+    ("instructions", Instructions(instructions::all)),
+    ("operands", Instructions(|_| operands::all())),
+    ("registers", Instructions(|_| registers::all())),
+    ("entries", Guests(entries::all)),
+    ("memory", Guests(memory::all)),
+    ("injection", Guests(injection::all)),
+    ("windows", Guests(windows::all)),
+    ("exits", Guests(exits::all)),
+    ("state", Guests(state::all)),
+    ("bitmaps", Guests(bitmaps::all)),
+    ("paging", Guests(paging::all)),
 ];
-
-fn done((): ()) -> Result<(), Missing> {
-    Ok(())
-}
 
 fn main(info: &BootInfo) {
     report::record(
@@ -94,10 +100,13 @@ fn run(chosen: Option<&str>) -> Result<(), Missing> {
     modes::outside("with CR4.VMXE");
     let region = vmxon::errors();
     vmxon::enter(region);
-    for (name, part) in PARTS {
-        if chosen.is_none_or(|c| c == name) {
-            if let Err(missing) = part(region) {
-                report::fail(format_args!("{name}: {missing}"));
+    for (name, part) in PARTS.into_iter().filter(|(name, _)| chosen.is_none_or(|c| c == *name)) {
+        match part {
+            Instructions(part) => part(region),
+            Guests(part) => {
+                if let Err(missing) = part() {
+                    report::fail(format_args!("{name}: {missing}"));
+                }
             }
         }
     }

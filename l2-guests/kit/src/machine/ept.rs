@@ -43,7 +43,8 @@ impl Ept {
         let ept = Self::new();
         for page in 0..4 << 30 >> 21 {
             let kind = if page >= 3 << 30 >> 21 { UNCACHEABLE } else { WRITE_BACK };
-            ept.set(page * LARGE, LARGE, page * LARGE | kind | LARGE_BIT | rights::RWX);
+            let address = page * LARGE;
+            ept.set(address, LARGE, address | kind | LARGE_BIT | rights::RWX);
         }
         ept
     }

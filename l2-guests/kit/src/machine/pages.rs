@@ -78,7 +78,7 @@ pub fn identity_tables(access: Access) -> u64 {
     for (gigabyte, entry) in (0u64..4).zip(pointers.iter_mut()) {
         let directory = page();
         for (i, large) in (0u64..).zip(directory.iter_mut()) {
-            *large = (gigabyte << 30) + i * LARGE | 0x80 | flags;
+            *large = ((gigabyte << 30) + i * LARGE) | 0x80 | flags;
         }
         *entry = address(directory) | flags;
     }

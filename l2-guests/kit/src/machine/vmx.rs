@@ -63,6 +63,7 @@ impl Value for Outcome {
 macro_rules! vmx {
     ($instruction:expr $(, $($operand:tt)*)?) => {{
         let rflags: u64;
+        #[allow(clippy::macro_metavars_in_unsafe, reason = "operands of asm! cannot be named outside of it")]
         // SAFETY: single CPU, ring 0; a bad operand traps or fails, and that is the caller's experiment.
         unsafe {
             ::core::arch::asm!(

@@ -1,10 +1,9 @@
 //! EPT: what each right allows at each page size, what is recorded when it does not, what is misconfigured, what INVEPT must
 //! do (SDM "The Extended Page Table Mechanism", "Exit Qualification for EPT Violations").
 
-use crate::{
-    guest::{Exit, Guest},
-    vmxon::too_wide,
-};
+mod misconfigured;
+
+use crate::guest::{Exit, Guest};
 use core::ptr;
 use l2_kit::{
     Check, cpu,
@@ -55,7 +54,7 @@ impl Pages {
     fn new(guest: &Guest) -> Self {
         let pages = Self { first: pages::take(LARGE, LARGE), second: pages::take(LARGE, LARGE) };
         for offset in [0, PAGE] {
-            pages::set_entry(guest.cr3, ALIAS + offset, pages.first + offset | 3);
+            pages::set_entry(guest.cr3, ALIAS + offset, (pages.first + offset) | 3);
         }
         for (page, value) in [(pages.first, 0xA), (pages.second, 0xB)] {
             // SAFETY: fresh memory.
@@ -82,8 +81,8 @@ pub fn all() -> Result<(), Missing> {
     let Some(ept) = guest.ept else { return Ok(()) };
     let pages = Pages::new(&guest);
     allowed(&mut guest, ept, &pages);
-    misconfigured(&mut guest, ept, &pages);
-    page_tables(&mut guest, ept);
+    misconfigured::entries(&mut guest, ept, pages.first);
+    misconfigured::page_tables(&mut guest, ept);
     upgrades(&mut guest, ept, &pages);
     switching(&mut guest, ept, &pages);
     sizes(&mut guest, ept, &pages);
@@ -157,91 +156,6 @@ fn allowed(guest: &mut Guest, ept: Ept, pages: &Pages) {
     ept.set_entry(pages.first, 1, ept.entry(pages.first, 1) | rights::W);
     let wanted = Exit::Reason(r::EPT_VIOLATION, rights::W | 5 << 3 | LINEAR | FINAL);
     Check::new(&mut Serial, "ept: an upper entry without w").expect("result", exit, wanted).end();
-}
-
-fn misconfigured(guest: &mut Guest, ept: Ept, pages: &Pages) {
-    let at = pages.first;
-    let wide = too_wide();
-    let small = at | ept::WRITE_BACK;
-    let large = at | ept::WRITE_BACK | 1 << 7;
-    let no_execute_only = cpu::rdmsr(setup::VMX_EPT_VPID_CAP) & 1 == 0;
-    let cases = [
-        ("4K w", 0, small | 2, true),
-        ("4K wx", 0, small | 6, true),
-        ("4K x", 0, small | 4, no_execute_only),
-        ("4K memory type 2", 0, at | 2 << 3 | 7, true),
-        ("4K memory type 3", 0, at | 3 << 3 | 7, true),
-        ("4K memory type 7", 0, at | 7 << 3 | 7, true),
-        ("4K beyond the address width", 0, small | wide | 7, true),
-        ("2M w", 1, large | 2, true),
-        ("2M wx", 1, large | 6, true),
-        ("2M memory type 2", 1, at | 2 << 3 | 1 << 7 | 7, true),
-        ("2M with bit 20", 1, large | 1 << 20 | 7, true),
-        ("directory entry with bit 3", 1, ept.entry(at, 1) | 1 << 3, true),
-        ("directory entry wx", 1, ept.entry(at, 1) & !1, true),
-        ("directory entry beyond the address width", 1, ept.entry(at, 1) | wide, true),
-        ("PDPT entry with bit 5", 2, 1 << 5, true),
-        ("PML4 entry with bit 7", 3, 1 << 7, true),
-    ];
-    for (name, level, entry, applies) in cases {
-        if !applies {
-            Check::new(&mut Serial, format_args!("misconfigured {name}")).fact("applies", false).end();
-            continue;
-        }
-        let (tree, address, alias) = match level {
-            0 | 1 => (ept, at, ALIAS),
-            // What governs the guest itself stays as it is: the bad entry is in another tree, far away.
-            _ => far(guest, at, level),
-        };
-        let before = tree.entry(address, level);
-        tree.set_entry(address, level, if level < 2 { entry } else { before | entry & 0xF8 });
-        vmx::write(f::EPTP, tree.pointer());
-        invalidate();
-        let exit = masked(guest.execute(read, alias + 8));
-        Check::new(&mut Serial, format_args!("misconfigured {name}"))
-            .expect("result", exit, Exit::Reason(r::EPT_MISCONFIGURATION, 0))
-            .expect("physical", Hex(vmx::read(f::GUEST_PHYSICAL_ADDRESS)), Hex(address + 8))
-            .end();
-        tree.set_entry(address, level, before);
-        vmx::write(f::EPTP, ept.pointer());
-    }
-    invalidate();
-}
-
-/// A tree, a physical address in it under a PDPT or PML4 entry that nothing else is under, and a linear address for it.
-fn far(guest: &Guest, target: u64, level: u32) -> (Ept, u64, u64) {
-    let tree = Ept::identity();
-    let address = if level == 2 { 16 << 30 } else { 1 << 39 };
-    tree.set(address, LARGE, target | ept::WRITE_BACK | 1 << 7 | rights::RWX);
-    let alias = ALIAS + u64::from(level) * LARGE;
-    pages::set_entry(guest.cr3, alias, address | 3);
-    (tree, address, alias)
-}
-
-/// The guest's own page tables are accessed through EPT as well.
-fn page_tables(guest: &mut Guest, ept: Ept) {
-    let linear = ALIAS + 16 * LARGE;
-    let target = pages::address(pages::page());
-    pages::set_entry(guest.cr3, linear, target | 3);
-    let table = pages::table_of(guest.cr3, linear);
-    for (name, right) in [("missing", rights::NONE), ("read-only", rights::R)] {
-        pages::set_entry(guest.cr3, linear, target | 3);
-        ept.map(table, PAGE, right);
-        invalidate();
-        let exit = masked(guest.execute(read, linear));
-        let mut out = Serial;
-        let check = Check::new(&mut out, format_args!("ept: the guest's page table is {name}")).fact("result", exit);
-        match exit {
-            Exit::Reason(..) => check
-                .expect("page", Hex(vmx::read(f::GUEST_PHYSICAL_ADDRESS) & !(PAGE - 1)), Hex(table))
-                .expect("linear", Hex(vmx::read(f::GUEST_LINEAR_ADDRESS)), Hex(linear))
-                .end(),
-            // Some CPUs find the accessed bit set already, or set it without asking EPT.
-            _ => check.end(),
-        }
-        ept.map(table, PAGE, rights::RWX);
-    }
-    invalidate();
 }
 
 /// More rights need no INVEPT: the violation has thrown away what was cached. Fewer rights need it.
