@@ -2,7 +2,7 @@
 //!
 //! A record is one line that starts with `@`, for instance
 //! `@L2 event name=cpuid handled_by=L2 scope=l3 count=1000 ticks=123456`. Lines without `@` are free text for people.
-//! Guests write with [`Record`]; the harness reads with [`OwnedRecord`] (feature `std`).
+//! Guests write with [`Record`]; the harness reads with `OwnedRecord` (feature `std`).
 #![cfg_attr(not(feature = "std"), no_std)]
 
 pub mod abi;
