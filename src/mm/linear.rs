@@ -165,8 +165,11 @@ impl Paging {
     /// Reserved bits that are set.
     fn reserved(&self, format: Format, entry: u64, level: u32, large: bool) -> bool {
         if format.entry_bytes == 4 {
-            // PSE-36: bits 20:13 of a 4 MiB PDE are address bits 39:32; bit 21 is reserved.
-            return large && entry & (1 << 21) != 0;
+            // PSE-36: bits 20:13 of a 4 MiB PDE are address bits 39:32, as far as the processor has them; the rest up to
+            // bit 21 is reserved.
+            let address_bits = self.physical_width.clamp(32, 40) - 32;
+            let reserved = 0x1FF << 13 & !(((1 << address_bits) - 1) << 13);
+            return large && entry & reserved != 0;
         }
         let beyond = !self.address_mask() & 0x000F_FFFF_FFFF_F000;
         let no_nx = if self.efer & EFER_NXE == 0 { NX } else { 0 };
@@ -187,6 +190,12 @@ impl Paging {
         entry & self.address_mask() & !((1 << shift) - 1)
     }
 
+    /// `bytes` behind `linear`: addresses wrap at 4 GiB outside of IA-32e mode.
+    fn further(&self, linear: u64, bytes: usize) -> u64 {
+        let sum = linear.wrapping_add(bytes as u64);
+        if self.efer & EFER_LMA != 0 { sum } else { sum & 0xFFFF_FFFF }
+    }
+
     /// Reads bytes at a linear address, page by page.
     pub fn read(&self, memory: &GuestMemory<impl PhysMem>, linear: u64, into: &mut [u8]) -> Result<(), AccessError> {
         let split = split_at_page(linear, into.len());
@@ -194,7 +203,7 @@ impl Paging {
         let a = self.translate(memory, linear, DataAccess::Read)?;
         let b = match second.is_empty() {
             true => a,
-            false => self.translate(memory, linear.wrapping_add(split as u64), DataAccess::Read)?,
+            false => self.translate(memory, self.further(linear, split), DataAccess::Read)?,
         };
         memory.read_bytes(a, first)?;
         Ok(memory.read_bytes(b, second)?)
@@ -207,7 +216,7 @@ impl Paging {
         let a = self.translate(memory, linear, DataAccess::Write)?;
         let b = match second.is_empty() {
             true => a,
-            false => self.translate(memory, linear.wrapping_add(split as u64), DataAccess::Write)?,
+            false => self.translate(memory, self.further(linear, split), DataAccess::Write)?,
         };
         memory.owns(a, first.len() as u64)?;
         memory.write_bytes(b, second)?;

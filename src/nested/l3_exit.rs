@@ -82,7 +82,7 @@ impl<P: PhysMem> L2Wants for Wants<'_, P> {
         let Some(bit) = MsrBitmap::index(index, access) else { return true };
         let page = Gpa::new(self.slot.vmcs12.get(Field::MSR_BITMAP)).page();
         // A page that L2 does not own reads as all ones.
-        let word = self.guest.read_u64(Gpa::new(page.get() | (bit as u64 / 64) * 8)).unwrap_or(u64::MAX);
+        let word = self.guest.read_u64(Gpa::new(page.get() + bit as u64 / 64 * 8)).unwrap_or(u64::MAX);
         word >> (bit % 64) & 1 == 1
     }
 }
