@@ -20,6 +20,7 @@ mod paging;
 
 mod registers;
 mod state;
+mod traps;
 mod vmxon;
 mod windows;
 
@@ -45,7 +46,7 @@ enum Part {
 use Part::{Guests, Instructions};
 
 /// The parts; `part=NAME` on the command line chooses one.
-const PARTS: [(&str, Part); 12] = [
+const PARTS: [(&str, Part); 13] = [
     ("modes", Instructions(|_| modes::inside())),
     ("instructions", Instructions(instructions::all)),
     ("operands", Instructions(|_| operands::all())),
@@ -54,6 +55,7 @@ const PARTS: [(&str, Part); 12] = [
     ("memory", Guests(memory::all)),
     ("injection", Guests(injection::all)),
     ("windows", Guests(windows::all)),
+    ("traps", Guests(traps::all)),
     ("exits", Guests(exits::all)),
     ("state", Guests(state::all)),
     ("bitmaps", Guests(bitmaps::all)),
