@@ -294,6 +294,34 @@ proptest! {
     }
 }
 
+#[test]
+fn each_single_bit_of_each_entry_means_what_it_means_to_the_reference() {
+    let modes = [(0, 0), (PSE, 0), (PAE, 0), (PAE, LMA), (PAE | LA57, LMA)];
+    let levels = |cr4, efer| if efer & LMA == 0 { 2 } else { 4 + u64::from(cr4 & LA57 != 0) };
+    for ((cr4, efer), nxe, width) in modes.iter().flat_map(|m| [(m, 0, 36), (m, NXE, 39), (m, NXE, 46)]) {
+        let p = Paging { cr4: *cr4, efer: efer | nxe, pdptes: [1; 4], physical_width: width, ..LONG };
+        // Page i holds a table whose first entry leads to page i + 1; one of them is changed, some as a large page.
+        for (level, bit, large) in
+            (0..levels(*cr4, *efer)).flat_map(|l| (0..64).flat_map(move |b| [(l, b, false), (l, b, true)]))
+        {
+            let mut bytes = Bytes(vec![0; (PAGES * PAGE_SIZE) as usize]);
+            for page in 0..levels(*cr4, *efer) {
+                let mut entry: u64 = if page == level && large { 0x83 } else { (page + 1) << 12 | 3 };
+                if page == level {
+                    entry ^= 1 << bit;
+                }
+                let at = (page << 12) as usize;
+                bytes.0[at..at + 8].copy_from_slice(&entry.to_le_bytes());
+            }
+            let memory = guest(&bytes, width);
+            let want = reference(&p, &mut bytes, 0x234, true);
+            let what = format!("{p:x?} level {level} bit {bit} large {large}");
+            assert_eq!(verdict(p.translate(&memory, 0x234, DataAccess::Write), 0x234), want, "{what}");
+            assert!(content(&memory) == bytes.0, "{what}");
+        }
+    }
+}
+
 const LONG: Paging =
     Paging { cr0: PG | WP | 1, cr3: 0, cr4: PAE, efer: LMA | NXE, rflags: 2, pdptes: [0; 4], physical_width: 36 };
 
