@@ -35,20 +35,75 @@ impl VpidMap {
 
     /// The vpid02 that holds the translations of `vpid12` (not 0), making room for it.
     pub fn assign(&mut self, vmx: &mut Vmx, vpid12: u16) -> u16 {
-        let place = Self::place(vpid12);
-        let vpid02 = FIRST + place as u16;
-        if self.places[place] != vpid12 {
-            if self.places[place] != 0 {
-                vmx.invvpid(Invalidate::Single, vpid02, 0);
-            }
-            self.places[place] = vpid12;
+        let (vpid02, evicted) = self.take(vpid12);
+        if evicted.is_some() {
+            vmx.invvpid(Invalidate::Single, vpid02, 0);
         }
         vpid02
+    }
+
+    /// Gives `vpid12` its vpid02, and tells whose translations are still under it.
+    fn take(&mut self, vpid12: u16) -> (u16, Option<u16>) {
+        let place = Self::place(vpid12);
+        let before = core::mem::replace(&mut self.places[place], vpid12);
+        let evicted = (before != 0 && before != vpid12).then_some(before);
+        (FIRST + place as u16, evicted)
     }
 
     /// The vpid02 of `vpid12` if there can be translations under it.
     pub fn lookup(&self, vpid12: u16) -> Option<u16> {
         let place = Self::place(vpid12);
         (vpid12 != 0 && self.places[place] == vpid12).then_some(FIRST + place as u16)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    proptest! {
+        /// A processor that caches everything: a vpid02 holds the translations of each vpid12 that ran under it since it
+        /// was flushed.
+        #[test]
+        fn no_vpid12_ever_runs_on_translations_of_another(
+            runs in prop::collection::vec(prop_oneof![1u16..200, 1u16..=u16::MAX], 1..400),
+        ) {
+            let mut map = VpidMap::new();
+            let mut cached: HashMap<u16, Vec<u16>> = HashMap::new();
+            for vpid12 in runs {
+                let (vpid02, evicted) = map.take(vpid12);
+                prop_assert!(vpid02 != 0 && vpid02 != VPID01);
+                let held = cached.entry(vpid02).or_default();
+                if evicted.is_some() {
+                    held.clear();
+                }
+                held.push(vpid12);
+                prop_assert!(held.iter().all(|h| *h == vpid12), "{held:?}");
+                prop_assert_eq!(map.lookup(vpid12), Some(vpid02));
+            }
+            // INVVPID must find all that is cached.
+            for (vpid02, held) in cached {
+                prop_assert!(held.iter().all(|vpid12| map.lookup(*vpid12) == Some(vpid02)));
+            }
+        }
+    }
+
+    #[test]
+    fn a_vpid_that_stays_keeps_its_translations() {
+        let mut map = VpidMap::new();
+        let (first, evicted) = map.take(7);
+        assert_eq!(evicted, None);
+        assert_eq!(map.take(8), (first + 1, None));
+        assert_eq!(map.take(7), (first, None));
+        assert_eq!(map.take(7 + PLACES as u16), (first, Some(7)));
+        assert_eq!(map.lookup(7), None);
+    }
+
+    #[test]
+    fn nothing_is_cached_under_vpid_0_or_one_never_used() {
+        assert_eq!(VpidMap::new().lookup(0), None);
+        assert_eq!(VpidMap::new().lookup(9), None);
     }
 }
