@@ -86,3 +86,46 @@ fn written(cpu: &Cpu) -> (u32, u64) {
     let [rax, rcx, rdx, ..] = cpu.regs.gpr;
     (rcx as u32, (rdx & 0xFFFF_FFFF) << 32 | rax & 0xFFFF_FFFF)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// What nvmx keeps for itself, as ranges: the old KVM clock, feature control, VMX capabilities, and everything that an
+    /// MSR bitmap cannot let through.
+    const OWN: [core::ops::RangeInclusive<u32>; 5] =
+        [0x11..=0x12, 0x3A..=0x3A, 0x480..=0x493, 0x2000..=0xBFFF_FFFF, 0xC000_2000..=0xFFFF_FFFF];
+
+    fn is_own(index: u32) -> bool {
+        OWN.iter().any(|range| range.contains(&index))
+    }
+
+    #[test]
+    fn each_msr_in_reach_of_a_bitmap_is_emulated_exactly_if_it_is_intercepted() {
+        let mut bitmap = MsrBitmap::PASS_ALL;
+        intercept(&mut bitmap);
+        for index in (0..=0x1FFF).chain(0xC000_0000..=0xC000_1FFF) {
+            assert_eq!(is_emulated(index), is_own(index), "{index:#x}");
+            for access in [Access::Read, Access::Write] {
+                assert_eq!(bitmap.exits(index, access), is_own(index), "{index:#x} {access:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_edges_of_the_ranges_are_emulated() {
+        for range in &OWN {
+            for index in [range.start().wrapping_sub(1), *range.start(), *range.end(), range.end().wrapping_add(1)] {
+                assert_eq!(is_emulated(index), is_own(index), "{index:#x}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_msr_beyond_the_bitmaps_is_ever_let_through(index: u32) {
+            prop_assert_eq!(is_emulated(index), is_own(index));
+        }
+    }
+}

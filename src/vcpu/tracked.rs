@@ -16,6 +16,9 @@ const MSRS: [(u32, Field); 5] = [
     (0x277, Field::GUEST_IA32_PAT),
     (0xC000_0080, Field::GUEST_IA32_EFER),
 ];
+const CS: usize = 0;
+const ESP: usize = 1;
+const EIP: usize = 2;
 const PAT: usize = 3;
 const EFER: usize = 4;
 
@@ -77,31 +80,86 @@ impl Tracked {
     /// WRMSR of L2 to a tracked MSR: `None` if it is not one. vmcs01 is current.
     pub fn wrmsr(&mut self, vmx: &mut Vmx, index: u32, value: u64, canonical: bool) -> Option<Result<(), Fault>> {
         let i = MSRS.iter().position(|(msr, _)| *msr == index)?;
-        let legal = match index {
-            0x174 => true,
-            0x175 | 0x176 => canonical,
-            0x277 => is_pat(value),
+        let value = match i {
+            CS => Ok(value & Field::GUEST_SYSENTER_CS.mask()),
+            ESP | EIP => legal(canonical, value),
+            PAT => legal(is_pat(value), value),
             _ => {
-                // LMA follows from LME and CR0.PG; paging freezes LME.
-                let old = vmx.read(Field::GUEST_IA32_EFER);
                 let paging = vmx.read(Field::GUEST_CR0) & Cr0::PG.bits() != 0;
-                value & !EFER_DEFINED == 0 && !(paging && (old ^ value) & EFER_LME != 0)
+                new_efer(vmx.read(Field::GUEST_IA32_EFER), paging, value)
             }
         };
-        if !legal {
-            return Some(Err(Fault::GeneralProtection(0)));
-        }
-        let value = match i {
-            EFER => value & !EFER_LMA | vmx.read(Field::GUEST_IA32_EFER) & EFER_LMA,
-            _ => value & MSRS[i].1.mask(),
-        };
-        self.0[i] = value;
-        vmx.write(MSRS[i].1, value);
-        Some(Ok(()))
+        Some(value.map(|value| {
+            self.0[i] = value;
+            vmx.write(MSRS[i].1, value);
+        }))
     }
+}
+
+fn legal(holds: bool, value: u64) -> Result<u64, Fault> {
+    if holds { Ok(value) } else { Err(Fault::GeneralProtection(0)) }
+}
+
+/// What WRMSR of `value` makes of IA32_EFER: LMA follows from LME and CR0.PG and takes no write, paging freezes LME
+/// (SDM vol. 3A, "IA-32e Mode Initialization").
+fn new_efer(old: u64, paging: bool, value: u64) -> Result<u64, Fault> {
+    let frozen = if paging { EFER_LME } else { 0 };
+    legal(value & !EFER_DEFINED == 0 && (old ^ value) & frozen == 0, value & !EFER_LMA | old & EFER_LMA)
 }
 
 /// Each byte is a memory type (SDM vol. 3A, table "Memory Types That Can Be Encoded With PAT").
 fn is_pat(value: u64) -> bool {
     value.to_le_bytes().iter().all(|t| matches!(t, 0 | 1 | 4..=7))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GP: Result<u64, Fault> = Err(Fault::GeneralProtection(0));
+
+    #[test]
+    fn each_byte_of_pat_is_one_of_six_types() {
+        for byte in 0..8 {
+            for value in 0..=255u64 {
+                let known = [0, 1, 4, 5, 6, 7].contains(&value);
+                assert_eq!(
+                    is_pat(0x0007_0406_0007_0406 & !(0xFF << (8 * byte)) | value << (8 * byte)),
+                    known,
+                    "{value}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn efer_has_four_bits_and_lma_takes_no_write() {
+        for bit in 0..64 {
+            let expected = match bit {
+                0 | 8 | 11 => Ok(1 << bit),
+                10 => Ok(0),
+                _ => GP,
+            };
+            assert_eq!(new_efer(0, false, 1 << bit), expected, "bit {bit}");
+        }
+        assert_eq!(new_efer(0xD00, true, 0x901), Ok(0xD01), "LMA stays");
+    }
+
+    #[test]
+    fn lme_is_frozen_while_paging_is_on() {
+        assert_eq!(new_efer(0, true, 0x100), GP);
+        assert_eq!(new_efer(0x500, true, 0x400), GP);
+        assert_eq!(new_efer(0x500, true, 0x900), Ok(0xD00));
+        assert_eq!(new_efer(0, false, 0x100), Ok(0x100));
+    }
+
+    #[test]
+    fn the_tracked_msrs_are_those_of_their_fields() {
+        for (index, field) in MSRS {
+            assert_eq!(crate::emul::msr::vmcs_field(index), Some(field));
+        }
+        assert_eq!(MSRS[CS].1, Field::GUEST_SYSENTER_CS);
+        assert_eq!([MSRS[ESP].1, MSRS[EIP].1], [Field::GUEST_SYSENTER_ESP, Field::GUEST_SYSENTER_EIP]);
+        assert_eq!([MSRS[PAT].1, MSRS[EFER].1], [Field::GUEST_IA32_PAT, Field::GUEST_IA32_EFER]);
+    }
 }
