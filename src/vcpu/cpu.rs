@@ -25,8 +25,6 @@ pub struct Config {
     pub strategy: Strategy,
     /// Fields that the processor has.
     pub exists: FieldSet,
-    /// Physical-address width.
-    pub physical_width: u8,
     /// Memory types of the machine.
     pub mtrrs: Mtrrs,
 }

@@ -75,7 +75,7 @@ fn paging(cpu: &mut Cpu) -> Paging {
         rflags: vmx.read(Field::GUEST_RFLAGS),
         pdptes: [Field::GUEST_PDPTE0, Field::GUEST_PDPTE1, Field::GUEST_PDPTE2, Field::GUEST_PDPTE3]
             .map(|field| vmx.read(field)),
-        physical_width: cpu.config.physical_width as u32,
+        physical_width: cpu.config.offered.physical_width,
     }
 }
 

@@ -54,14 +54,7 @@ pub fn start(mut machine: Machine) -> ! {
         phys: machine.phys,
         guest: machine.guest,
         nmi_waits: false,
-        config: Config {
-            hardware,
-            offered,
-            strategy,
-            exists,
-            physical_width: machine.processor.max_phys_addr,
-            mtrrs: machine.mtrrs,
-        },
+        config: Config { hardware, offered, strategy, exists, mtrrs: machine.mtrrs },
     };
     set_up(&mut cpu, &machine.start, shadow_bitmaps);
     let reason = run::run(&mut cpu);

@@ -10,11 +10,11 @@ pub mod pointers;
 pub mod switch;
 
 use super::Operation;
-use crate::addr::Gpa;
+use crate::addr::{Gpa, PAGE_SIZE};
 use crate::error::{Fault, VmxResult};
 use crate::vcpu::{Cpu, Next, Stop, inject, operand};
-use crate::vmx::Field;
 use crate::vmx::instr::Direction;
+use crate::vmx::{Capabilities, Field};
 
 /// #UD outside VMX operation, #GP(0) above CPL 0.
 #[inline(always)]
@@ -50,6 +50,22 @@ fn pointer_operand(cpu: &mut Cpu) -> Result<Gpa, Stop> {
 }
 
 /// 4 KiB aligned and within the physical-address width.
-fn is_region_address(cpu: &Cpu, at: Gpa) -> bool {
-    at.is_aligned(crate::addr::PAGE_SIZE) && at.get() >> cpu.config.physical_width == 0
+fn is_region_address(offered: &Capabilities, at: Gpa) -> bool {
+    at.is_aligned(PAGE_SIZE) && offered.is_physical(at.get())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vmx_region_is_a_page_within_the_physical_width() {
+        for width in [32, 36, 39, 46, 52] {
+            let machine = Capabilities::read(|_| 0, width, 48);
+            for bit in 0..64 {
+                let expected = (12..width).contains(&bit);
+                assert_eq!(is_region_address(&machine, Gpa::new(1 << bit)), expected, "bit {bit}, width {width}");
+            }
+        }
+    }
 }

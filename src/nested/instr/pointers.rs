@@ -17,7 +17,7 @@ const NO_VMCS: u64 = u64::MAX;
 pub fn vmptrld(cpu: &mut Cpu) -> Result<Next, Stop> {
     require_root(cpu)?;
     let at = pointer_operand(cpu)?;
-    if !is_region_address(cpu, at) {
+    if !is_region_address(&cpu.config.offered, at) {
         return done(cpu, VmxResult::FailValid(VmxError::VmptrldInvalidAddress));
     }
     if cpu.nested.vmxon_ptr() == Some(at) {
@@ -51,7 +51,7 @@ pub fn vmptrst(cpu: &mut Cpu) -> Result<Next, Stop> {
 pub fn vmclear(cpu: &mut Cpu) -> Result<Next, Stop> {
     require_root(cpu)?;
     let at = pointer_operand(cpu)?;
-    if !is_region_address(cpu, at) {
+    if !is_region_address(&cpu.config.offered, at) {
         return done(cpu, VmxResult::FailValid(VmxError::VmclearInvalidAddress));
     }
     if cpu.nested.vmxon_ptr() == Some(at) {

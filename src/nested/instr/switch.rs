@@ -27,7 +27,7 @@ pub fn vmxon(cpu: &mut Cpu) -> Result<Next, Stop> {
         return Err(Fault::GeneralProtection(0).into());
     }
     let at = pointer_operand(cpu)?;
-    if !is_region_address(cpu, at) || Vmcs12::revision(&cpu.guest, at) != Ok(caps::REVISION) {
+    if !is_region_address(&cpu.config.offered, at) || Vmcs12::revision(&cpu.guest, at) != Ok(caps::REVISION) {
         return done(cpu, VmxResult::FailInvalid);
     }
     cpu.nested.operation = Operation::Root { vmxon_ptr: at, current: None };
