@@ -1,0 +1,73 @@
+//! The part of init: file systems, kernel modules, and whether KVM is what it has to be.
+
+use crate::plan::Item;
+use anyhow::{Context, Result, ensure};
+use std::ffi::CString;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+/// Mounts `/dev`, `/proc` and `/sys`.
+///
+/// # Errors
+/// If the kernel has no such file system.
+pub fn mount() -> Result<()> {
+    for (kind, place) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")] {
+        std::fs::create_dir_all(place)?;
+        let (kind_c, place_c) = (CString::new(kind)?, CString::new(place)?);
+        // SAFETY: the strings live until the call returns; the data pointer may be null.
+        let failed =
+            unsafe { libc::mount(kind_c.as_ptr(), place_c.as_ptr(), kind_c.as_ptr(), 0, std::ptr::null()) } != 0;
+        let error = std::io::Error::last_os_error();
+        // A kernel that mounts /dev by itself has done it before.
+        ensure!(!failed || error.raw_os_error() == Some(libc::EBUSY), "cannot mount {place}: {error}");
+    }
+    Ok(())
+}
+
+/// Loads a kernel module.
+///
+/// # Errors
+/// What the kernel says; for the module of a CPU without VMX that is "operation not supported".
+pub fn load_module(module: &Item) -> Result<()> {
+    let file = File::open(&module.path).with_context(|| format!("kernel module {}", module.path))?;
+    let args = CString::new(module.args.as_str())?;
+    // SAFETY: the descriptor is open, the string lives until the call returns.
+    let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), args.as_ptr(), 0) };
+    let error = std::io::Error::last_os_error();
+    ensure!(
+        result == 0 || error.raw_os_error() == Some(libc::EEXIST),
+        "kernel module {} does not load: {error}",
+        module.path
+    );
+    Ok(())
+}
+
+fn parameter(name: &str) -> Option<String> {
+    let text = std::fs::read_to_string(Path::new("/sys/module/kvm_intel/parameters").join(name)).ok()?;
+    Some(text.trim().to_string())
+}
+
+/// The kernel's release and the parameters of kvm_intel in one line.
+///
+/// # Errors
+/// If there is no `/proc`.
+pub fn describe_kvm() -> Result<String> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").context("no /proc")?;
+    let names = ["nested", "ept", "vpid", "unrestricted_guest", "enable_shadow_vmcs", "enable_apicv", "pml"];
+    let parameters: Vec<String> =
+        names.iter().filter_map(|name| Some(format!("{name}={}", parameter(name)?))).collect();
+    Ok(format!("KVM of Linux {}, {}", release.trim(), parameters.join(" ")))
+}
+
+/// Whether KVM can do what is needed.
+///
+/// # Errors
+/// What it lacks.
+pub fn check_kvm(nested: bool) -> Result<()> {
+    ensure!(parameter("nested").is_some(), "kvm_intel is not there: this CPU has no VMX, or its module is not loaded");
+    let on = |name: &str| matches!(parameter(name).as_deref(), Some("Y" | "1"));
+    ensure!(on("ept"), "KVM works without EPT here: nvmx needs it");
+    ensure!(!nested || on("nested"), "kvm_intel has nesting off: load it with nested=1");
+    Ok(())
+}

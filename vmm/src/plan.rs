@@ -1,0 +1,90 @@
+//! What to do: a text file, one order per line.
+//!
+//! ```text
+//! module /kvm.ko              load a kernel module, in this order, with its parameters
+//! module /kvm-intel.ko nested=1
+//! nested on                   KVM must offer VMX to its guest (the default; `off` for a guest without)
+//! memory 256                  MiB
+//! kernel /nvmx log=warn       a multiboot image and its command line
+//! payload /cascade            its modules, in order
+//! ```
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// A file with its command line or parameters.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Item {
+    /// Where the file is
+    pub path: String,
+    /// What it is given
+    pub args: String,
+}
+
+/// The orders.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Plan {
+    /// Kernel modules of the host
+    pub modules: Vec<Item>,
+    /// KVM must offer VMX
+    pub nested: bool,
+    /// Memory of the guest in MiB
+    pub memory: u32,
+    /// The image
+    pub kernel: Item,
+    /// Its modules
+    pub payloads: Vec<Item>,
+}
+
+impl Plan {
+    /// Reads the file's text.
+    ///
+    /// # Errors
+    /// The first line that makes no sense, or what is missing.
+    pub fn parse(text: &str) -> Result<Self> {
+        let mut kernel = None;
+        let mut plan = Plan {
+            modules: Vec::new(),
+            nested: true,
+            memory: 0,
+            kernel: Item { path: String::new(), args: String::new() },
+            payloads: Vec::new(),
+        };
+        for line in text.lines().filter(|l| !l.trim().is_empty()) {
+            let (order, rest) = line.split_once(' ').with_context(|| format!("plan: `{line}` lacks a value"))?;
+            let item = || {
+                let (path, args) = rest.split_once(' ').unwrap_or((rest, ""));
+                Item { path: path.into(), args: args.into() }
+            };
+            match order {
+                "module" => plan.modules.push(item()),
+                "nested" => plan.nested = rest == "on",
+                "memory" => plan.memory = rest.parse().with_context(|| format!("plan: memory {rest}"))?,
+                "kernel" => kernel = Some(item()),
+                "payload" => plan.payloads.push(item()),
+                _ => bail!("plan: unknown order `{order}`"),
+            }
+        }
+        plan.kernel = kernel.context("plan: no kernel")?;
+        // Above, the devices of a PC begin.
+        ensure!((4..=3072).contains(&plan.memory), "plan: memory must be 4 to 3072 MiB, not {}", plan.memory);
+        Ok(plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_are_read_and_mistakes_are_named() {
+        let plan = Plan::parse("module /a.ko x=1 y=2\nmemory 64\nkernel /k a b\npayload /m\npayload /n c\n").unwrap();
+        assert_eq!(plan.modules, [Item { path: "/a.ko".into(), args: "x=1 y=2".into() }]);
+        assert_eq!((plan.memory, plan.nested, plan.kernel.args.as_str()), (64, true, "a b"));
+        assert_eq!(plan.payloads.len(), 2);
+        let error = |text: &str| Plan::parse(text).unwrap_err().to_string();
+        assert_eq!(error("memory 64"), "plan: no kernel");
+        assert_eq!(error("kernel /k\nmemory 5000"), "plan: memory must be 4 to 3072 MiB, not 5000");
+        assert_eq!(error("frobnicate /k"), "plan: unknown order `frobnicate`");
+        assert!(!Plan::parse("kernel /k\nmemory 64\nnested off").unwrap().nested);
+    }
+}
