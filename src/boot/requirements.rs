@@ -11,8 +11,10 @@ use crate::vmx::caps::Capabilities;
 
 /// Index of IA32_FEATURE_CONTROL.
 pub const IA32_FEATURE_CONTROL: u32 = 0x3A;
-const LOCKED: u64 = 1 << 0;
-const VMX_OUTSIDE_SMX: u64 = 1 << 2;
+/// IA32_FEATURE_CONTROL: what it says holds until reset.
+pub const LOCKED: u64 = 1 << 0;
+/// IA32_FEATURE_CONTROL: VMXON is allowed outside SMX operation.
+pub const VMX_OUTSIDE_SMX: u64 = 1 << 2;
 
 /// A requirement that the processor does not meet; its text is one line for a person.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -2,8 +2,9 @@
 //!
 //! Source: Intel SDM vol. 3C, "VMX Instruction Reference" (December 2024).
 
-use super::cr;
+use super::{cr, msr};
 use crate::addr::Hpa;
+use crate::boot::requirements::{IA32_FEATURE_CONTROL, LOCKED, VMX_OUTSIDE_SMX};
 use crate::vcpu::counters::Counters;
 use crate::vmx::Field;
 use core::arch::asm;
@@ -31,15 +32,29 @@ pub struct Vmx {
     pub counters: Counters,
 }
 
+/// Allows VMX in IA32_FEATURE_CONTROL where firmware has left that open, as a machine without firmware does.
+/// `None` if the processor refuses.
+///
+/// Source: SDM vol. 3C, "Enabling and Entering VMX Operation".
+fn unlock() -> Option<()> {
+    let control = msr::rdmsr_safe(IA32_FEATURE_CONTROL).ok()?;
+    if control & LOCKED != 0 {
+        return (control & VMX_OUTSIDE_SMX != 0).then_some(());
+    }
+    // SAFETY: the register decides only whether VMXON faults.
+    unsafe { msr::wrmsr_safe(IA32_FEATURE_CONTROL, control | LOCKED | VMX_OUTSIDE_SMX) }.ok()
+}
+
 impl Vmx {
     /// Enters VMX operation with a VMXON region: a frame of nvmx's own that holds the revision identifier and is used for
     /// nothing else. `None` if the processor refuses it.
     ///
     /// `cr0` and `cr4` are the bits that VMX operation needs set (IA32_VMX_CR0_FIXED0, IA32_VMX_CR4_FIXED0).
     pub fn enter(region: Hpa, cr0: u64, cr4: u64) -> Option<Vmx> {
+        unlock()?;
         let failed: u8;
         // SAFETY: 1. nvmx runs in long mode with paging, so the fixed bits of CR0 add NE at most and those of CR4 VMXE;
-        // neither changes how nvmx's own code runs. 2. IA32_FEATURE_CONTROL was checked at boot, so VMXON does not fault.
+        // neither changes how nvmx's own code runs. 2. IA32_FEATURE_CONTROL allows VMX, so VMXON does not fault.
         // 3. The region is a frame that the caller took from nvmx's pool.
         unsafe {
             cr::set_cr0(cr::cr0() | cr0);

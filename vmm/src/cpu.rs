@@ -5,7 +5,7 @@
 
 use crate::multiboot::{MAGIC, Start};
 use anyhow::{Context, Result, ensure};
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuFd};
 
 const CR0_PE: u64 = 1;
@@ -22,9 +22,28 @@ pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, start: Start) -> Result<()> {
     for entry in cpuid.as_mut_slice() {
         match entry.function {
             // One CPU, its local APIC has id 0.
-            1 => entry.ebx = entry.ebx & 0xFFFF | 1 << 16,
+            1 => {
+                entry.ebx = entry.ebx & 0xFFFF | 1 << 16;
+                // KVM leaves it to the VMM to tell the guest that there is a hypervisor.
+                entry.ecx |= 1 << 31;
+            }
             0xB | 0x1F => entry.edx = 0,
             _ => {}
+        }
+    }
+    // KVM does not name the CPU's brand.
+    for function in 0x8000_0002..=0x8000_0004 {
+        let leaf = std::arch::x86_64::__cpuid(function);
+        if !cpuid.as_slice().iter().any(|e| e.function == function) {
+            let entry = kvm_cpuid_entry2 {
+                function,
+                eax: leaf.eax,
+                ebx: leaf.ebx,
+                ecx: leaf.ecx,
+                edx: leaf.edx,
+                ..Default::default()
+            };
+            cpuid.push(entry).context("KVM takes no more CPUID leaves")?;
         }
     }
     vcpu.set_cpuid2(&cpuid).context("KVM does not take its own CPUID leaves")?;
