@@ -150,8 +150,16 @@ mod tests {
 
     fn image(flags: u32) -> Vec<u8> {
         let mut bytes = vec![0; 64];
-        let words =
-            [HEADER_MAGIC, flags, 0u32.wrapping_sub(HEADER_MAGIC + flags), 0x10_0010, 0x10_0000, 0x10_0040, 0x10_2000, 0x10_0030];
+        let words = [
+            HEADER_MAGIC,
+            flags,
+            0u32.wrapping_sub(HEADER_MAGIC + flags),
+            0x10_0010,
+            0x10_0000,
+            0x10_0040,
+            0x10_2000,
+            0x10_0030,
+        ];
         words.iter().for_each(|w| bytes.extend(w.to_le_bytes()));
         bytes.resize(64 + 48, 0x90);
         bytes

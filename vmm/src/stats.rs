@@ -67,9 +67,8 @@ impl Stats {
 /// Finds the counters: header {flags, name size, count, id offset, descriptor offset, data offset}; a descriptor is
 /// {flags, exponent: 16 bits, size: 16 bits, offset, bucket size, name}.
 fn offsets(header: &[u8; 24], read: impl Fn(&mut [u8], u64) -> bool) -> Result<[Option<u64>; NAMES.len()]> {
-    let word = |bytes: &[u8], at: usize| {
-        bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes)
-    };
+    let word =
+        |bytes: &[u8], at: usize| bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
     let (name_size, count) = (word(header, 4), word(header, 8));
     let (descriptors, data) = (u64::from(word(header, 16)), u64::from(word(header, 20)));
     ensure!(name_size <= 256 && count <= 4096, "KVM's counters have a strange header");
