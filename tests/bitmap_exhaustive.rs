@@ -1,10 +1,14 @@
-//! The bitmaps, bit by bit: MSRs, I/O ports, shadowed fields.
+//! The bitmaps, bit by bit: MSRs, shadowed fields.
 
 mod core_support;
 
 use core_support::rich;
+use nvmx::addr::{Gpa, Hpa};
+use nvmx::mm::phys::VecMem;
+use nvmx::mm::{GuestMemory, PhysMem, Span};
 use nvmx::nested::caps::offered;
-use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap, io_exits, is_shadowed, shadow_bitmap, shadow_index};
+use nvmx::nested::merge::msr_bitmaps;
+use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap, is_shadowed, shadow_bitmap, shadow_index};
 use nvmx::vmx::field::{Area, Home, Width};
 use nvmx::vmx::{Capabilities, Field};
 use proptest::prelude::*;
@@ -66,13 +70,27 @@ fn pages_are_what_the_processor_expects() {
     assert!(page == BitmapPage::CLEAR);
 }
 
+/// Frames 0 to 2: nvmx's bitmap, L2's, and the one for vmcs02; nvmx owns frames 0 and 2.
+fn merged(ours: &BitmapPage, theirs: &BitmapPage, at: Gpa) -> MsrBitmap {
+    let memory = VecMem::new(0x4000);
+    for (page, start) in [(ours, 0x0000), (theirs, 0x1000), (&BitmapPage::CLEAR, 0x2000)] {
+        for (i, word) in page.0.iter().enumerate() {
+            memory.write_u64(Hpa::new(start + 8 * i as u64), *word);
+        }
+    }
+    let guest = GuestMemory::new(&memory, Span::new(0x2000, 0x3000), 36);
+    msr_bitmaps(&&memory, Hpa::new(0), &guest, at, Hpa::new(0x2000));
+    MsrBitmap(BitmapPage(std::array::from_fn(|i| memory.read_u64(Hpa::new(0x2000 + 8 * i as u64)))))
+}
+
 proptest! {
     #[test]
-    fn merged_msr_bitmap_exits_where_either_does(a in prop::collection::vec(any::<u64>(), 512), b in prop::collection::vec(any::<u64>(), 512)) {
+    fn merged_msr_bitmap_exits_where_either_does(
+        a in prop::collection::vec(any::<u64>(), 512), b in prop::collection::vec(any::<u64>(), 512),
+    ) {
         let page = |words: Vec<u64>| MsrBitmap(BitmapPage(words.try_into().unwrap()));
         let (a, b) = (page(a), page(b));
-        let mut merged = MsrBitmap::EXIT_ALL;
-        merged.merge(&a, &b);
+        let merged = merged(&a.0, &b.0, Gpa::new(0x1000));
         for msr in (0..0x2000).chain(0xC000_0000..0xC000_2000) {
             for access in [Access::Read, Access::Write] {
                 prop_assert_eq!(merged.exits(msr, access), a.exits(msr, access) || b.exits(msr, access));
@@ -82,45 +100,11 @@ proptest! {
 }
 
 #[test]
-fn every_port_has_its_bit() {
-    for port in 0..=u16::MAX {
-        let (mut a, mut b) = (BitmapPage::CLEAR, BitmapPage::CLEAR);
-        let page = if port < 0x8000 { &mut a } else { &mut b };
-        page.put(port % 0x8000, true);
-        assert!(io_exits(&a, &b, port, 1));
-        // Neighbours reach it with wider accesses, and only with those.
-        if let Some(below) = port.checked_sub(1) {
-            assert!(!io_exits(&a, &b, below, 1) && io_exits(&a, &b, below, 2) && io_exits(&a, &b, below, 4));
-        }
-        if let Some(above) = port.checked_add(1) {
-            assert!(!io_exits(&a, &b, above, 1));
-        }
-        if let Some(below) = port.checked_sub(3) {
-            assert!(!io_exits(&a, &b, below, 2) && io_exits(&a, &b, below, 4));
-        }
-        if let Some(below) = port.checked_sub(4) {
-            assert!(!io_exits(&a, &b, below, 4));
-        }
+fn an_msr_bitmap_outside_of_l2_s_memory_makes_everything_exit() {
+    for at in [0x2000, 1 << 36] {
+        let merged = merged(&BitmapPage::CLEAR, &BitmapPage::CLEAR, Gpa::new(at));
+        assert!(merged.0 == BitmapPage::SET, "{at:#x}");
     }
-}
-
-#[test]
-fn an_access_across_both_bitmaps_looks_at_both() {
-    let mut b = BitmapPage::CLEAR;
-    b.put(0, true);
-    assert!(io_exits(&BitmapPage::CLEAR, &b, 0x7FFF, 2));
-    assert!(io_exits(&BitmapPage::CLEAR, &b, 0x7FFD, 4));
-    assert!(!io_exits(&BitmapPage::CLEAR, &b, 0x7FFF, 1));
-}
-
-#[test]
-fn an_access_that_wraps_exits_whatever_the_bitmaps_say() {
-    let clear = BitmapPage::CLEAR;
-    assert!(io_exits(&clear, &clear, 0xFFFF, 2));
-    assert!(io_exits(&clear, &clear, 0xFFFD, 4));
-    assert!(!io_exits(&clear, &clear, 0xFFFE, 2));
-    assert!(!io_exits(&clear, &clear, 0xFFFC, 4));
-    assert!(!io_exits(&clear, &clear, 0xFFFF, 1));
 }
 
 fn built(access: Access, caps: &Capabilities) -> BitmapPage {

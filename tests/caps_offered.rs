@@ -299,7 +299,7 @@ fn addresses_and_registers_are_judged_by_the_machine_s_widths() {
 fn miscellaneous_data_is_read_by_its_bits() {
     let misc = Misc(7 | 3 << 16 | 2 << 25);
     assert_eq!((misc.preemption_timer_shift(), misc.cr3_targets(), misc.max_msr_list()), (7, 3, 1536));
-    assert_eq!(offered(&rich()).misc.max_msr_list(), 512);
+    assert_eq!(u64::from(offered(&rich()).misc.max_msr_list()), nvmx::nested::msr_lists::MAX_ENTRIES);
     for (bits, supported) in [(0, 0b0001), (1 << 6, 0b0011), (1 << 7, 0b0101), (1 << 8, 0b1001)] {
         for state in 0..4 {
             assert_eq!(Misc(bits).supports_activity(state), supported >> state & 1 == 1, "{bits:#x} {state}");

@@ -197,10 +197,3 @@ fn mask_is_as_wide_as_the_field() {
         assert_eq!(field.mask().trailing_ones(), bits, "{field}");
     }
 }
-
-#[test]
-fn highest_index_is_that_of_the_longest_section() {
-    let highest = sdm().values().map(|(encoding, ..)| encoding >> 1 & 0x1FF).max().unwrap();
-    assert_eq!(Field::highest_index(), highest);
-    assert_eq!(highest, 0x19); // TSC multiplier
-}

@@ -3,7 +3,7 @@
 mod core_support;
 
 use nvmx::nested::route::{ExitInfo, L2Wants, Route, route};
-use nvmx::vmx::bitmap::{Access, MsrBitmap};
+use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap};
 use nvmx::vmx::event::{EventInfo, EventKind};
 use nvmx::vmx::{BasicReason, ExitReason, PinControls, PrimaryControls, SecondaryControls};
 
@@ -30,7 +30,7 @@ impl L2 {
             pin: PinControls::all(),
             primary: PrimaryControls::all(),
             secondary: SecondaryControls::all(),
-            bitmap: MsrBitmap::EXIT_ALL,
+            bitmap: MsrBitmap(BitmapPage::SET),
         }
     }
 }

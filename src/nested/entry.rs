@@ -121,7 +121,7 @@ fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
     let slot = &mut cpu.nested.slots[index];
     let offered = &cpu.config.offered;
     let checked = checks::check_cached_controls(&slot.vmcs12, offered)
-        .and_then(|c| checks::check_host(&slot.vmcs12, offered, long_mode).map(|_| c));
+        .and_then(|c| checks::check_host(&slot.vmcs12, offered, long_mode).map(|()| c));
     let checked = match checked {
         Ok(checked) => checked,
         Err(failure) => {
@@ -179,14 +179,9 @@ pub fn merge_msr_bitmap(cpu: &mut Cpu, index: usize) {
     merge_bitmaps(&cpu.phys, &cpu.guest, &cpu.nested.slots[index], cpu.msr_bitmap_l3);
 }
 
-/// The slot's MSR bitmap = nvmx's OR L2's; a page that L2 does not own reads as all ones.
+/// The slot's MSR bitmap = nvmx's ∪ L2's.
 fn merge_bitmaps<P: PhysMem>(phys: &P, guest: &GuestMemory<P>, slot: &Slot, ours: Hpa) {
-    let theirs = guest.translate(Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP))).ok();
-    let word = |page: Hpa, i: u64| phys.read_u64(Hpa::new(page.get() + 8 * i));
-    for i in 0..512 {
-        let merged = word(ours, i) | theirs.map_or(u64::MAX, |page| word(page, i));
-        phys.write_u64(Hpa::new(slot.msr_bitmap.get() + 8 * i), merged);
-    }
+    merge::msr_bitmaps(phys, ours, guest, Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP)), slot.msr_bitmap);
 }
 
 /// Writes merged controls to vmcs02, which is current.

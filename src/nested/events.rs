@@ -9,12 +9,11 @@ use crate::hw::cpu;
 use crate::vcpu::Cpu;
 use crate::vmx::Field;
 use crate::vmx::controls::PinControls;
-use crate::vmx::event::{EventInfo, EventKind};
+use crate::vmx::event::{EventInfo, EventKind, vector};
 use crate::vmx::exit::{BasicReason, ExitReason};
 
 /// Blocking by STI, MOV SS, SMI or NMI.
 const NMI_UNDELIVERABLE: u64 = 0b1111;
-const VECTOR_NMI: u8 = 2;
 
 /// The entry was called off because an NMI is pending: takes it over.
 pub fn take_nmi(cpu: &mut Cpu) {
@@ -27,7 +26,7 @@ pub fn deliver_nmi(cpu: &mut Cpu) -> Result<(), KillReason> {
     if EventInfo(cpu.vmx.read(Field::VM_ENTRY_INTR_INFO_FIELD) as u32).is_valid() {
         return Ok(());
     }
-    let nmi = EventInfo::new(EventKind::Nmi, VECTOR_NMI);
+    let nmi = EventInfo::new(EventKind::Nmi, vector::NMI);
     if let Operation::NonRoot { current, .. } = cpu.nested.operation {
         let slot = &mut cpu.nested.slots[current];
         let pin = PinControls::from_bits_retain(slot.vmcs12.get(Field::PIN_BASED_VM_EXEC_CONTROL) as u32);

@@ -1,13 +1,14 @@
 //! What vmcs02 runs with: nvmx's needs and a checked vmcs12, merged.
 //!
-//! Pure. Every address comes in translated; what L2 wants intercepted is a subset of what comes out (invariant I3), and
-//! nothing of vmcs12 reaches the host side of the VM exit (invariant I4).
+//! Pure; only [`msr_bitmaps`] works in memory. Every address comes in translated; what L2 wants intercepted is a subset of
+//! what comes out (invariant I3), and nothing of vmcs12 reaches the host side of the VM exit (invariant I4).
 //!
 //! Exception bitmap, CR masks and shadows, CR3 targets, TSC offset, the PF mask and all guest state are not here: L2's
 //! values live in vmcs02 and nvmx adds none of its own.
 
 use super::checks::ControlsChecked;
-use crate::addr::Hpa;
+use crate::addr::{Gpa, Hpa, PAGE_SIZE};
+use crate::mm::{GuestMemory, PhysMem};
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::{Capabilities, Field, Fields};
 use bitflags::bitflags;
@@ -166,4 +167,14 @@ fn duties(entry12: EntryControls, exit12: ExitControls, secondary12: SecondaryCo
     duties.set(Duties::LOAD_PDPTES, !secondary12.contains(SecondaryControls::ENABLE_EPT));
     duties.set(Duties::FLUSH_VPID, !secondary12.contains(SecondaryControls::ENABLE_VPID));
     duties
+}
+
+/// Makes the MSR bitmap in the frame `to` the union of nvmx's in the frame `ours` and L2's at `theirs`; a page that L2 does
+/// not own reads as all ones.
+pub fn msr_bitmaps<P: PhysMem>(phys: &P, ours: Hpa, guest: &GuestMemory<P>, theirs: Gpa, to: Hpa) {
+    let theirs = guest.translate(theirs.page()).ok();
+    for offset in (0..PAGE_SIZE).step_by(8) {
+        let word = |page: Hpa| phys.read_u64(Hpa::new(page.get() + offset));
+        phys.write_u64(Hpa::new(to.get() + offset), word(ours) | theirs.map_or(u64::MAX, word));
+    }
 }

@@ -9,6 +9,7 @@ use crate::emul::cr::Cr0;
 use crate::error::{Fault, VmxError, VmxResult};
 use crate::hw::cr;
 use crate::vmx::Field;
+use crate::vmx::event::{EventInfo, EventKind, vector};
 
 const RFLAGS_CF: u64 = 1 << 0;
 const RFLAGS_ZF: u64 = 1 << 6;
@@ -17,10 +18,6 @@ const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_ARITHMETIC: u64 = 0x8D5;
 const BLOCKING_BY_STI_OR_MOV_SS: u64 = 0b11;
 const PENDING_BS: u64 = 1 << 14;
-
-const VALID: u64 = 1 << 31;
-const DELIVER_ERROR_CODE: u64 = 1 << 11;
-const HARDWARE_EXCEPTION: u64 = 3 << 8;
 
 /// Moves the guest behind the instruction that exited.
 #[inline(always)]
@@ -41,23 +38,23 @@ pub fn advance(cpu: &mut Cpu) {
 /// Delivers an exception to the guest with the next entry.
 pub fn fault(cpu: &mut Cpu, fault: Fault) {
     let (vector, error_code) = match fault {
-        Fault::InvalidOpcode => (6, None),
-        Fault::StackSegment(code) => (12, Some(code as u32)),
-        Fault::GeneralProtection(code) => (13, Some(code as u32)),
+        Fault::InvalidOpcode => (vector::UD, None),
+        Fault::StackSegment(code) => (vector::SS, Some(code as u32)),
+        Fault::GeneralProtection(code) => (vector::GP, Some(code as u32)),
         Fault::Page { error_code, linear } => {
             cr::set_cr2(linear);
-            (14, Some(error_code))
+            (vector::PF, Some(error_code))
         }
-        Fault::AlignmentCheck => (17, Some(0)),
+        Fault::AlignmentCheck => (vector::AC, Some(0)),
     };
-    let mut info = VALID | HARDWARE_EXCEPTION | vector;
+    let mut info = EventInfo::new(EventKind::HardwareException, vector);
     // Real mode pushes no error codes.
     let error_code = error_code.filter(|_| cpu.vmx.read(Field::GUEST_CR0) & Cr0::PE.bits() != 0);
     if let Some(code) = error_code {
-        info |= DELIVER_ERROR_CODE;
+        info = info.with_error_code();
         cpu.vmx.write(Field::VM_ENTRY_EXCEPTION_ERROR_CODE, code as u64);
     }
-    cpu.vmx.write(Field::VM_ENTRY_INTR_INFO_FIELD, info);
+    cpu.vmx.write(Field::VM_ENTRY_INTR_INFO_FIELD, info.0 as u64);
 }
 
 /// Reports the result of a VMX instruction in RFLAGS and, if it failed with a current vmcs12, in its error field.

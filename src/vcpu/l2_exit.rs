@@ -8,6 +8,7 @@ use crate::error::{Fault, KillReason};
 use crate::hw::cache;
 use crate::nested::instr;
 use crate::vmx::Field;
+use crate::vmx::event::{EventInfo, EventKind};
 use crate::vmx::exit::{BasicReason, ExitReason};
 
 /// Handles an exit of L2; vmcs01 is current. On return L2 or L3 is ready to run.
@@ -86,20 +87,18 @@ pub fn map_missing(cpu: &mut Cpu, at: Gpa) -> Result<(), KillReason> {
 
 /// An exit that hit the delivery of an event: delivers it again (SDM, "IDT-Vectoring Information").
 pub fn redeliver(cpu: &mut Cpu) {
-    const VALID: u64 = 1 << 31;
     const NMI_UNBLOCKING: u64 = 1 << 12;
     const BLOCKING_BY_NMI: u64 = 1 << 3;
     let vmx = &mut cpu.vmx;
-    let vectoring = vmx.read(Field::IDT_VECTORING_INFO_FIELD);
-    if vectoring & VALID != 0 {
-        // Bit 12 is undefined in the one format and must be 0 in the other.
-        vmx.write(Field::VM_ENTRY_INTR_INFO_FIELD, vectoring & !(1 << 12));
+    let vectoring = EventInfo(vmx.read(Field::IDT_VECTORING_INFO_FIELD) as u32);
+    if vectoring.is_valid() {
+        vmx.write(Field::VM_ENTRY_INTR_INFO_FIELD, vectoring.to_entry().0 as u64);
         let code = vmx.read(Field::IDT_VECTORING_ERROR_CODE);
         vmx.write(Field::VM_ENTRY_EXCEPTION_ERROR_CODE, code);
         let length = vmx.read(Field::VM_EXIT_INSTRUCTION_LEN);
         vmx.write(Field::VM_ENTRY_INSTRUCTION_LEN, length);
         // A redelivered NMI blocks NMIs by its own delivery.
-        if vectoring >> 8 & 7 == 2 {
+        if vectoring.is(EventKind::Nmi) {
             let blocking = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
             vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking & !BLOCKING_BY_NMI);
         }

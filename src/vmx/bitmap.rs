@@ -1,6 +1,6 @@
-//! The bitmaps that decide what exits: MSRs, I/O ports, VMREAD and VMWRITE.
+//! The bitmaps that decide what exits: MSRs, VMREAD and VMWRITE. I/O bitmaps are L2's own, used where they lie.
 //!
-//! Source: Intel SDM vol. 3C (December 2024), "MSR-Bitmap Address", "I/O-Bitmap Addresses", "VMREAD-Bitmap Address and
+//! Source: Intel SDM vol. 3C (December 2024), "MSR-Bitmap Address", "VMREAD-Bitmap Address and
 //! VMWRITE-Bitmap Address", and "Instructions That Cause VM Exits Conditionally".
 
 use super::caps::Capabilities;
@@ -50,8 +50,6 @@ pub struct MsrBitmap(pub BitmapPage);
 impl MsrBitmap {
     /// Nothing in its ranges exits.
     pub const PASS_ALL: Self = Self(BitmapPage::CLEAR);
-    /// Everything exits.
-    pub const EXIT_ALL: Self = Self(BitmapPage::SET);
 
     /// Index of the bit for an access, or `None` for an MSR outside of both ranges, which always exits.
     #[inline]
@@ -80,24 +78,6 @@ impl MsrBitmap {
             self.0.put(index, exits);
         }
     }
-
-    /// Becomes `a ∪ b`: whatever exits in one of them exits.
-    #[inline]
-    pub fn merge(&mut self, a: &MsrBitmap, b: &MsrBitmap) {
-        for ((out, a), b) in self.0.0.iter_mut().zip(&a.0.0).zip(&b.0.0) {
-            *out = a | b;
-        }
-    }
-}
-
-/// True if an access of `size` bytes at `port` exits under the I/O bitmaps `a` (ports 0-7FFFH) and `b` (8000H-FFFFH): one
-/// set bit is enough, and so is an access that wraps around the 16-bit I/O space.
-pub fn io_exits(a: &BitmapPage, b: &BitmapPage, port: u16, size: u8) -> bool {
-    (0..u16::from(size)).any(|i| match port.checked_add(i) {
-        Some(port) if port < 0x8000 => a.get(port),
-        Some(port) => b.get(port & 0x7FFF),
-        None => true,
-    })
 }
 
 /// Index of the bit for a field encoding in the VMREAD and VMWRITE bitmaps: bits 14:0. `None` if a higher bit is set: then

@@ -57,8 +57,6 @@ impl EventInfo {
     pub const NONE: Self = Self(0);
     /// Bit 11: there is an error code, in a field of its own.
     pub const ERROR_CODE: u32 = 1 << 11;
-    /// Bit 12 of an exit's information: NMI blocking was lifted by an IRET that then faulted.
-    pub const NMI_UNBLOCKED_BY_IRET: u32 = 1 << 12;
     /// Bit 31: the field holds an event.
     pub const VALID: u32 = 1 << 31;
     /// Bits that must be 0 on VM entry.

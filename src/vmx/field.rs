@@ -354,19 +354,6 @@ impl Field {
             _ => None,
         }
     }
-
-    /// The highest index (bits 9:1) of any field: what IA32_VMX_VMCS_ENUM reports.
-    pub const fn highest_index() -> u32 {
-        let (mut i, mut high) = (0, 0);
-        while i < Self::COUNT {
-            let index = (Self::ALL[i] as u32 >> 1) & 0x1FF;
-            if index > high {
-                high = index;
-            }
-            i += 1;
-        }
-        high
-    }
 }
 
 impl fmt::Debug for Field {

@@ -5,7 +5,7 @@
 use super::view::{
     CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, EFER_DEFINED, EFER_LMA, EFER_LME, View, implies, is_pat,
 };
-use super::{CheckId, GuestChecked, GuestFailure, first_failure, segments, state};
+use super::{CheckId, GuestFailure, first_failure, segments, state};
 use crate::addr::Gpa;
 use crate::vmx::controls::{EntryControls, SecondaryControls};
 use crate::vmx::event::EventKind;
@@ -39,7 +39,7 @@ pub fn check_guest(
     caps: &Capabilities,
     context: &GuestContext,
     memory: &impl GuestMemory,
-) -> Result<GuestChecked, GuestFailure> {
+) -> Result<(), GuestFailure> {
     let v = &View { fields, caps };
     let registers = first_failure! { v;
         GuestCr0 => cr0;
@@ -70,8 +70,7 @@ pub fn check_guest(
     conclude(failed)?;
     state::link_pointer(v, context, memory)?;
     state::pdptes(v, memory)?;
-    conclude(state::model_dependent_failure(v))?;
-    Ok(GuestChecked(()))
+    conclude(state::model_dependent_failure(v))
 }
 
 /// The rules on the guest state that the processor cannot check for L2, because vmcs02 differs there or nvmx offers less:

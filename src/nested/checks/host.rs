@@ -4,7 +4,7 @@
 //! Descriptor-Table Registers", "Checks Related to Address-Space Size" of the chapter "VM Entries".
 
 use super::view::{CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, EFER_DEFINED, EFER_LMA, EFER_LME, View, implies, is_pat};
-use super::{Failure, HostChecked, first_failure};
+use super::{Failure, first_failure};
 use crate::error::VmxError;
 use crate::vmx::controls::{EntryControls, ExitControls};
 use crate::vmx::{Capabilities, Field, Fields};
@@ -12,7 +12,7 @@ use crate::vmx::{Capabilities, Field, Fields};
 /// Checks all rules on the host-state area; `long_mode` is L2's IA32_EFER.LMA at the time of the entry.
 ///
 /// Every field it reads is in nvmx's copy of vmcs12.
-pub fn check_host(fields: &impl Fields, caps: &Capabilities, long_mode: bool) -> Result<HostChecked, Failure> {
+pub fn check_host(fields: &impl Fields, caps: &Capabilities, long_mode: bool) -> Result<(), Failure> {
     let v = &View { fields, caps };
     let address_space_fits_mode = |v: &View<_>| address_space_fits_mode(v, long_mode);
     let failed = first_failure! { v;
@@ -36,7 +36,7 @@ pub fn check_host(fields: &impl Fields, caps: &Capabilities, long_mode: bool) ->
         HostRip => rip;
     };
     match failed {
-        None => Ok(HostChecked(())),
+        None => Ok(()),
         Some(check) => Err(Failure { check, error: VmxError::EntryInvalidHostStateField }),
     }
 }

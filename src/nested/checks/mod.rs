@@ -42,24 +42,11 @@ pub struct GuestFailure {
     pub qualification: u64,
 }
 
-macro_rules! proofs {
-    ($( $(#[$doc:meta])* $name:ident; )*) => { $(
-        $(#[$doc])*
-        #[must_use]
-        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-        pub struct $name(());
-    )* };
-}
-
-proofs! {
-    /// Proof that the rules on control fields in nvmx's copy held for the values they had. Only [`check_controls`] and
-    /// [`check_cached_controls`] make one; whoever keeps it drops it when such a field is written.
-    ControlsChecked;
-    /// Proof that the rules on the host-state area held. Only [`check_host`] makes one.
-    HostChecked;
-    /// Proof that the rules on the guest-state area held. Only [`check_guest`] makes one.
-    GuestChecked;
-}
+/// Proof that the rules on control fields in nvmx's copy held for the values they had: what the merge asks for. Only
+/// [`check_controls`] and [`check_cached_controls`] make one; whoever keeps it drops it when such a field is written.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ControlsChecked(());
 
 /// Runs rules in order and leaves with the first that does not hold.
 macro_rules! first_failure {
