@@ -73,11 +73,12 @@ pub fn enter(vmx: &mut Vmx, regs: &mut GuestRegs, launch: bool) -> Entered {
     // registers). 2. the asm restores all callee-saved registers. 3. `regs` is exclusively borrowed.
     let code = unsafe { nvmx_vmenter(regs, launch as u64) };
     vmx.counters.set(Counter::L1Ticks, regs.ticks);
-    match code {
-        0 => Entered::Exit,
-        1 => Entered::VmFail,
-        _ => Entered::Nmi,
-    }
+    if code == 0 { Entered::Exit } else { not_entered(code) }
+}
+
+#[cold]
+fn not_entered(code: u64) -> Entered {
+    if code == 1 { Entered::VmFail } else { Entered::Nmi }
 }
 
 // rdi = &GuestRegs, rsi = launch. Returns 0 exit, 1 VMfail, 2 NMI pending.

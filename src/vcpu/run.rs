@@ -24,11 +24,12 @@ pub fn run(cpu: &mut Cpu) -> KillReason {
         let handled = match entered {
             Entered::Exit => {
                 let reason = ExitReason(cpu.vmx.read(Field::VM_EXIT_REASON) as u32);
-                cpu.vmx.counters.exit(nested, reason);
                 if nested {
+                    cpu.vmx.counters.exit(true, reason);
                     this.note_exit_of_l3(reason);
                     l3_exit::handle(cpu, reason)
                 } else {
+                    cpu.vmx.counters.exit(false, reason);
                     this.note_exit_of_l2(reason);
                     if !reason.is_entry_failure() {
                         cpu.launched01 = true;
