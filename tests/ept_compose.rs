@@ -45,6 +45,11 @@ impl<const ROOTS: usize, const RESERVE: usize> Machine<ROOTS, RESERVE> {
         self.ept.violation(eptp, Ngpa::new(ngpa), qualification, &self.l2, &mut self.frames)
     }
 
+    fn refill(&mut self, eptp: Eptp, ngpa: u64, qualification: u64) -> bool {
+        let qualification = Qualification::from_bits_retain(qualification);
+        self.ept.refill(eptp, Ngpa::new(ngpa), qualification, &self.l2, &mut self.frames)
+    }
+
     /// Leaves under an EPTP, and whether activating it asked for INVEPT.
     fn activate(&mut self, eptp: Eptp) -> (Vec<(u64, u64, u64)>, bool) {
         let activation = self.ept.activate(eptp, &mut self.frames);
@@ -234,6 +239,115 @@ fn a_fill_fetches_each_entry_of_ept12_once() {
         assert_eq!(m.fault(EPTP, 0x5000, READ), Outcome::Filled);
         assert_eq!(m.l2.fetched.borrow().len(), 4);
         assert_eq!(m.l2.most_fetches(), 1);
+    }
+}
+
+/// A machine on which L3 just touched the page at 0x5000, with pages to follow.
+fn in_a_run() -> Small {
+    let mut m = machine();
+    for index in 5..10 {
+        m.l2.set(PT, index, (0x77_2000 + (index << 12)) | WB | 7);
+    }
+    let _ = m.activate(EPTP);
+    assert!(!m.refill(EPTP, 0x5000, READ), "there must be a first");
+    assert_eq!(m.fault(EPTP, 0x5000, READ), Outcome::Filled);
+    m.l2.fetched.take();
+    m
+}
+
+#[test]
+fn the_next_pages_of_a_run_cost_one_fetch_and_nothing_to_activate() {
+    let mut m = in_a_run();
+    for index in [6, 7, 9] {
+        assert!(m.refill(EPTP, index << 12 | 0x123, WRITE));
+        assert_eq!(m.l2.fetched.take().into_iter().collect::<Vec<_>>(), [(PT + index * 8, 1)]);
+    }
+    let page = |index: u64| (index << 12, KIB4, (0x77_2000 + (index << 12)) | WB | 7);
+    assert_eq!(m.activate(EPTP), ([5, 6, 7, 9].map(page).to_vec(), false));
+    assert_eq!(m.ept.stats().fills, 4);
+}
+
+#[test]
+fn what_a_run_does_not_resolve_is_left_alone() {
+    let cases = [
+        ("not present", 6, 0, READ, true),
+        ("without the right", 6, 0x77_8000 | WB | R, WRITE, true),
+        ("writable only", 6, 0x77_8000 | WB | W, WRITE, true),
+        ("reserved memory type", 6, 0x77_8000 | 2 << 3 | 7, READ, true),
+        ("beyond the address width", 6, 1 << WIDTH | WB | 7, READ, true),
+        ("nvmx's memory", 6, OWN.0 | WB | 7, READ, true),
+        ("another page in the place of one that is mapped", 5, 0x77_8000 | WB | 7, WRITE, true),
+        ("fewer rights in the place of a page", 5, 0x77_7000 | WB | R | X, FETCH, true),
+        ("another 2 MiB", 512 + 6, 0, READ, false),
+    ];
+    for (what, index, entry, access, write) in cases {
+        let mut m = in_a_run();
+        if write {
+            m.l2.set(PT, index, entry);
+        }
+        let before = m.activate(EPTP);
+        assert!(!m.refill(EPTP, index << 12, access), "{what}");
+        assert_eq!(m.activate(EPTP), before, "{what}");
+        assert_eq!(m.ept.stats().fills, 1, "{what}");
+    }
+    let mut m = in_a_run();
+    assert!(!m.refill(Eptp::new(ROOT | 0x18), 0x6000, READ), "another role");
+    assert!(!m.refill(Eptp::new(OTHER | 0x1e), 0x6000, READ), "another root");
+    assert!(m.refill(EPTP, 0x6000, READ));
+}
+
+#[test]
+fn more_rights_continue_a_run() {
+    let mut m = in_a_run();
+    m.l2.set(PT, 6, 0x77_8000 | WB | R);
+    assert!(m.refill(EPTP, 0x6000, READ));
+    m.l2.set(PT, 6, 0x77_8000 | WB | R | W);
+    assert!(m.refill(EPTP, 0x6000, WRITE));
+    assert_eq!(m.activate(EPTP).0[1], (0x6000, KIB4, 0x77_8000 | WB | R | W));
+}
+
+#[test]
+fn the_rights_above_the_page_table_hold_for_the_whole_run() {
+    let mut m = machine();
+    m.l2.set(PD, 0, PT | R | X);
+    m.l2.set(PT, 5, 0x77_7000 | WB | 7);
+    m.l2.set(PT, 6, 0x77_8000 | WB | 7);
+    assert_eq!(m.fault(EPTP, 0x5000, READ), Outcome::Filled);
+    assert!(!m.refill(EPTP, 0x6000, WRITE));
+    assert!(m.refill(EPTP, 0x6000, FETCH));
+    assert_eq!(m.activate(EPTP).0[1], (0x6000, KIB4, 0x77_8000 | WB | R | X));
+}
+
+/// As with a processor's paging-structure cache: a change of an upper entry counts after INVEPT, or after a violation.
+#[test]
+fn a_run_ends_where_a_processor_forgets() {
+    const NEW: u64 = 0x10_4000;
+    type End = fn(&mut Small);
+    let ends: [(&str, End); 6] = [
+        ("INVEPT", |m| m.ept.invept_single(EPTP)),
+        ("INVEPT of all", |m| m.ept.invept_all()),
+        ("VMXOFF", |m| m.ept.forget_all(&mut m.frames)),
+        ("a violation that L2 sees, for want of a page", |m| {
+            assert!(matches!(m.fault(EPTP, 0xf000, READ), Outcome::ReflectViolation(_)));
+        }),
+        ("a violation that L2 sees, for want of a right", |m| {
+            m.l2.set(PT, 9, 0x77_b000 | WB | R);
+            assert!(matches!(m.fault(EPTP, 0x9000, WRITE), Outcome::ReflectViolation(_)));
+        }),
+        ("a switch and back", |m| {
+            let _ = (m.activate(Eptp::new(OTHER | 0x1e)), m.activate(EPTP));
+        }),
+    ];
+    for (what, end) in ends {
+        let mut m = in_a_run();
+        assert!(m.refill(EPTP, 0x6000, READ));
+        end(&mut m);
+        m.l2.set(PD, 0, NEW | 7);
+        m.l2.set(NEW, 7, 0x99_9000 | WB | 7);
+        assert!(!m.refill(EPTP, 0x7000, READ), "{what}");
+        assert_eq!(m.fault(EPTP, 0x7000, READ), Outcome::Filled);
+        let leaves = m.activate(EPTP).0;
+        assert!(leaves.contains(&(0x7000, KIB4, 0x99_9000 | WB | 7)), "{what}");
     }
 }
 

@@ -1,6 +1,9 @@
 //! Whole histories: L2 rewrites ept12, switches, invalidates; L3 accesses memory; the processor caches what it may.
 //! Invariants I1 and I2 hold after every step, with as few frames as there can be.
 //!
+//! ept12 counts as it stands, except that a page table may be reached as it was reached before, until L2 must expect
+//! otherwise: after INVEPT, or a violation there.
+//!
 //! The processor here is the most forgetful of its duties that the SDM allows: it caches every translation it used, in
 //! pieces of 4 KiB, and every reference to a table, and drops them only when it must.
 
@@ -19,8 +22,20 @@ const ROLES: [u64; 5] =
 
 #[derive(Clone, Debug)]
 enum Step {
-    Write { table: u64, index: u64, entry: u64 },
-    Access { ngpa: u64, access: u64 },
+    Write {
+        table: u64,
+        index: u64,
+        entry: u64,
+    },
+    Access {
+        ngpa: u64,
+        access: u64,
+    },
+    /// The page of this number in the same 2 MiB as the last access.
+    AccessNear {
+        page: u64,
+        access: u64,
+    },
     Switch(usize),
     InveptSingle(usize),
     InveptAll,
@@ -64,6 +79,7 @@ fn step() -> impl Strategy<Value = Step> {
             entry: (TABLES + (table + 1) * KIB4) | 7,
         }),
         12 => (ngpa, prop::sample::select(vec![R, W, X, R | W])).prop_map(|(ngpa, access)| Step::Access { ngpa, access }),
+        9 => (0u64..3, prop::sample::select(vec![R, W, X])).prop_map(|(page, access)| Step::AccessNear { page, access }),
         2 => (0..ROLES.len()).prop_map(Step::Switch),
         1 => (0..ROLES.len()).prop_map(Step::InveptSingle),
         1 => Just(Step::InveptAll),
@@ -158,6 +174,10 @@ struct History<const ROOTS: usize, const RESERVE: usize> {
     roots: HashMap<u64, u64>,
     /// Leaves that may be in use, by role, the newest last: none from before an INVEPT.
     filled: HashMap<u64, Vec<(u64, u64, u64)>>,
+    /// Page tables of ept12 that were used, with the rights above them, by role and bits 63:21 of the address.
+    ways: HashMap<(u64, u64), Vec<(u64, u64)>>,
+    /// The last address that L3 accessed.
+    last: u64,
 }
 
 impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
@@ -172,8 +192,18 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         let mut frames = Frames::new((ROOTS + RESERVE) as u64 + pool);
         let total = frames.free.len();
         let ept = Ept02::new(rules(), false, budget, &mut frames).unwrap();
-        let filled = HashMap::new();
-        Self { l2, frames, total, ept, processor: Processor::default(), role: ROLES[0], roots: HashMap::new(), filled }
+        Self {
+            l2,
+            frames,
+            total,
+            ept,
+            processor: Processor::default(),
+            role: ROLES[0],
+            roots: HashMap::new(),
+            filled: HashMap::new(),
+            ways: HashMap::new(),
+            last: 0,
+        }
     }
 
     /// What a VM entry does: returns the root.
@@ -198,12 +228,20 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
 
     /// L3 accesses memory until it succeeds or L2 must see an exit.
     fn access(&mut self, ngpa: u64, access: u64) -> Result<(), TestCaseError> {
+        self.last = ngpa;
         let root = self.enter()?;
         let lacking = match self.processor.access(&self.frames, root, ngpa, access) {
             Ok(kept) => return self.check_page(ngpa, kept),
             Err(granted) => granted,
         };
         let hardware = Qualification::from_bits_retain(access | lacking << 3 | 3 << 7);
+        let fills = self.ept.stats().fills;
+        if self.ept.refill(Eptp::new(self.role), Ngpa::new(ngpa), hardware, &self.l2, &mut self.frames) {
+            prop_assert!(self.l2.most_fetches() == 1, "one entry, fetched once");
+            return self.refilled(root, ngpa, access);
+        }
+        prop_assert!(self.l2.most_fetches() <= 1);
+        prop_assert_eq!(self.ept.stats().fills, fills);
         let said = reference(&self.l2, self.role & 0xf_ffff_ffff_f000, ngpa, true);
         let outcome = self.ept.violation(Eptp::new(self.role), Ngpa::new(ngpa), hardware, &self.l2, &mut self.frames);
         prop_assert!(self.l2.most_fetches() <= 4, "a table may serve at four levels");
@@ -211,6 +249,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             Said::Nothing => {
                 let told = Qualification::from_bits_retain(access | 3 << 7);
                 prop_assert_eq!(outcome, Outcome::ReflectViolation(told));
+                self.ways.remove(&(self.role, ngpa >> 21));
                 return Ok(());
             }
             Said::Wrong => {
@@ -222,6 +261,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         if rights & access != access {
             let told = Qualification::from_bits_retain(access | rights << 3 | 3 << 7);
             prop_assert_eq!(outcome, Outcome::ReflectViolation(told));
+            self.ways.remove(&(self.role, ngpa >> 21));
             return Ok(());
         }
         let Some(leaf) = composed(page, size, rights, types, ngpa) else {
@@ -231,7 +271,34 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         };
         prop_assert_eq!(outcome, Outcome::Filled);
         self.filled.entry(self.role).or_default().push(leaf);
+        if size == KIB4 {
+            let way = way(&self.l2, self.role & 0xf_ffff_ffff_f000, ngpa);
+            self.ways.entry((self.role, ngpa >> 21)).or_default().push(way);
+        }
         let root = self.enter()?;
+        match self.processor.access(&self.frames, root, ngpa, access) {
+            Ok(kept) => self.check_page(ngpa, kept),
+            Err(_) => Err(TestCaseError::fail("L3 does not get on")),
+        }
+    }
+
+    /// After a fill that did not walk ept12 from its root: it went a way that may still be known, and L3 gets on as it was.
+    fn refilled(&mut self, root: u64, ngpa: u64, access: u64) -> Result<(), TestCaseError> {
+        let leaves = self.frames.leaves(root);
+        let written = leaves.iter().find(|leaf| leaf.0 == ngpa & !0xfff && leaf.1 == KIB4).copied();
+        let known = self.ways.get(&(self.role, ngpa >> 21)).into_iter().flatten();
+        let mut possible =
+            known.filter_map(|(table, rights)| match reference_from(&self.l2, 3, *table, *rights, ngpa, true) {
+                Said::Page(page, size, rights, types) if rights & access == access => {
+                    composed(page, size, rights, types, ngpa)
+                }
+                _ => None,
+            });
+        prop_assert!(possible.any(|leaf| Some(leaf) == written), "no way that L2 must expect leads there");
+        self.filled.entry(self.role).or_default().extend(written);
+        let again = self.ept.activate(Eptp::new(self.role), &mut self.frames);
+        prop_assert_eq!((again.eptp02.ep4ta(), again.invept), (root, false), "nothing to activate");
+        self.enter()?;
         match self.processor.access(&self.frames, root, ngpa, access) {
             Ok(kept) => self.check_page(ngpa, kept),
             Err(_) => Err(TestCaseError::fail("L3 does not get on")),
@@ -255,18 +322,22 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         match *step {
             Step::Write { table, index, entry } => self.l2.set(TABLES + table * KIB4, index, entry),
             Step::Access { ngpa, access } => self.access(ngpa, access)?,
+            Step::AccessNear { page, access } => self.access(self.last & !(MIB2 - 1) | page << 12, access)?,
             Step::Switch(role) => self.role = ROLES[role],
             Step::InveptSingle(role) => {
                 self.ept.invept_single(Eptp::new(ROLES[role]));
                 self.filled.retain(|filled, _| filled >> 12 != ROLES[role] >> 12);
+                self.ways.retain(|way, _| way.0 >> 12 != ROLES[role] >> 12);
             }
             Step::InveptAll => {
                 self.ept.invept_all();
                 self.filled.clear();
+                self.ways.clear();
             }
             Step::Forget => {
                 self.ept.forget_all(&mut self.frames);
                 self.filled.clear();
+                self.ways.clear();
                 prop_assert_eq!(self.frames.used.len(), ROOTS + RESERVE, "nothing is kept");
             }
         }

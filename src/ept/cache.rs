@@ -15,8 +15,9 @@
 use super::entry::{self, EptRules, Level};
 use super::eptp::Eptp;
 use super::reserve::Reserve;
+use super::run::Run;
 use super::{OutOfFrames, TableFrames};
-use crate::addr::{Hpa, Ngpa};
+use crate::addr::Hpa;
 
 /// What to run L3 with.
 #[must_use]
@@ -52,18 +53,7 @@ pub(super) struct Root {
     pub(super) stale: bool,
     /// The processor may have cached something that is no longer in the tables.
     pub(super) invept: bool,
-    /// The page table that was filled last, and the addresses it serves (bits 63:21): faults come in runs. Forgotten as
-    /// soon as any table of the tree is freed.
-    pub(super) last_filled: Option<(u64, Hpa)>,
     last_used: u64,
-}
-
-impl Root {
-    /// The page table of `ngpa`, if it was the last to be filled.
-    #[inline]
-    pub(super) fn page_table(&self, ngpa: Ngpa) -> Option<Hpa> {
-        self.last_filled.filter(|last| last.0 == ngpa.get() >> 21).map(|last| last.1)
-    }
 }
 
 /// The composed EPTs of one processor: at most `ROOTS`, with `RESERVE` frames of their own.
@@ -77,6 +67,8 @@ pub struct Ept02<const ROOTS: usize = 8, const RESERVE: usize = 128> {
     pub(super) roots: [Root; ROOTS],
     pub(super) reserve: Reserve<RESERVE>,
     pub(super) stats: Stats,
+    /// Where the last fill was, in the current root and with nothing stale in it.
+    pub(super) run: Option<Run>,
     current: usize,
     clock: u64,
 }
@@ -104,10 +96,18 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             stale: false,
             // The frame may have been a root before, under an earlier owner.
             invept: true,
-            last_filled: None,
             last_used: 0,
         });
-        Ok(Self { rules, advanced_information, roots, reserve, stats: Stats::default(), current: 0, clock: 0 })
+        Ok(Self {
+            rules,
+            advanced_information,
+            roots,
+            reserve,
+            stats: Stats::default(),
+            run: None,
+            current: 0,
+            clock: 0,
+        })
     }
 
     /// The EPTP to enter L3 with, for the EPTP that L2 set up. To be called before every VM entry into L3; costs a few
@@ -177,6 +177,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
 
     #[cold]
     fn switch<F: TableFrames>(&mut self, role: Eptp, frames: &mut F) -> usize {
+        self.run = None;
         let index = match self.roots.iter().position(|root| root.role == Some(role)) {
             Some(index) => index,
             None => {
@@ -202,6 +203,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     }
 
     fn invalidate(&mut self, concerned: impl Fn(Eptp) -> bool) {
+        self.run = None;
         for root in &mut self.roots {
             // The processor does not cache what is not present, so an empty root owes nothing new.
             if root.tables > 0 && !root.stale && root.role.is_some_and(&concerned) {
@@ -222,9 +224,9 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     }
 
     fn drop_contents<F: TableFrames>(&mut self, index: usize, frames: &mut F) {
+        self.run = None;
         let root = &mut self.roots[index % ROOTS];
         root.stale = false;
-        root.last_filled = None;
         if root.tables > 0 {
             root.invept = true;
             free_below(root.table, Level::Pml4, &mut root.tables, &mut self.reserve, frames);

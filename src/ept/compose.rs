@@ -4,8 +4,8 @@
 //! two. The memory type and "ignore PAT" are ept12's alone: on the bare machine too, a guest under EPT gets its type
 //! from EPT and PAT while the MTRRs, which are what ept01 stands in for, have no say.
 //!
-//! ept12 is walked afresh at each fault, each entry fetched once, since L2 may change it at any moment without a trap.
-//! Rights stand in the leaves of ept02; its upper entries grant everything.
+//! ept12 is walked afresh, each entry fetched once, since L2 may change it at any moment without a trap; only the way to
+//! the page table of the last fill is remembered, in [`run`](super::run). Rights stand in the leaves of ept02; its upper entries grant everything.
 //!
 //! Source: Intel SDM vol. 3C (December 2024), "EPT Violations", "EPT Misconfigurations", "EPT and Memory Typing",
 //! "Operations that Invalidate Cached Mappings" (a violation drops what is cached for its address), "Guidelines for Use
@@ -14,6 +14,7 @@
 use super::cache::{Ept02, free_below};
 use super::entry::{self, Level, Rights};
 use super::eptp::Eptp;
+use super::run::Run;
 use super::violation::Qualification;
 use super::walk::{GuestTables, Leaf, Walk, walk};
 use super::{GuestView, OutOfFrames, TableFrames};
@@ -39,7 +40,7 @@ pub enum Outcome {
 
 impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     /// Handles an EPT violation of L3 at `ngpa` under `eptp12`. `qualification` is the hardware's.
-    #[inline]
+    #[inline(never)] // Whoever continues a run does without.
     pub fn violation<G: GuestView, F: TableFrames>(
         &mut self,
         eptp12: Eptp,
@@ -48,6 +49,9 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         guest: &G,
         frames: &mut F,
     ) -> Outcome {
+        if let Some(run) = &mut self.run {
+            run.lose_way();
+        }
         let leaf = match walk(&GuestTables(guest), eptp12.guest_root(), ngpa.get(), &self.rules) {
             Walk::Leaf(leaf) => leaf,
             Walk::NotPresent(_) => {
@@ -103,14 +107,22 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         let composed = entry::leaf_entry(block.hpa, block.level, rights, leaf.caching);
         let index = self.enter(eptp12, frames);
         self.stats.fills += 1;
-        match self.root(index).page_table(ngpa) {
-            Some(table) if block.level == Level::Pt => self.put(index, table, Level::Pt, ngpa, composed, frames),
-            _ => self.install_with_room(index, ngpa, block.level, composed, frames),
+        if level == Level::Pt {
+            let table = match self.run.as_ref().and_then(|run| run.table02(eptp12, ngpa)) {
+                Some(table) => {
+                    self.put(index, table, Level::Pt, ngpa, composed, frames);
+                    Some(table)
+                }
+                None => self.install_with_room(index, ngpa, Level::Pt, composed, frames),
+            };
+            self.run = table.map(|table| Run::new(eptp12, ngpa, &leaf, table));
+        } else {
+            self.install_with_room(index, ngpa, block.level, composed, frames);
         }
         Outcome::Filled
     }
 
-    /// Writes a leaf, making room until its tables fit. Each attempt starts at the root: making room may free any table.
+    /// Writes a leaf, making room until its tables fit, and returns the table it is in. Each attempt starts at the root: making room may free any table.
     #[inline(never)]
     fn install_with_room<F: TableFrames>(
         &mut self,
@@ -119,17 +131,18 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         target: Level,
         leaf: u64,
         frames: &mut F,
-    ) {
+    ) -> Option<Hpa> {
         // The other roots are emptied, and then the current one; after that the reserve suffices.
         for _ in 0..=ROOTS {
-            if self.install(index, ngpa, target, leaf, frames).is_ok() {
-                break;
+            if let Ok(table) = self.install(index, ngpa, target, leaf, frames) {
+                return Some(table);
             }
             self.make_room(frames);
         }
+        None
     }
 
-    /// Writes a leaf into a table of `target`, and the tables above it that are missing.
+    /// Writes a leaf into a table of `target`, which it returns, and the tables above it that are missing.
     #[inline]
     fn install<F: TableFrames>(
         &mut self,
@@ -138,22 +151,21 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         target: Level,
         leaf: u64,
         frames: &mut F,
-    ) -> Result<(), OutOfFrames> {
+    ) -> Result<Hpa, OutOfFrames> {
         // Step by step rather than in a loop: the level is a constant in each.
         let pdpt = self.descend(index, self.roots[index % ROOTS].table, Level::Pml4, ngpa, frames)?;
         if target == Level::Pdpt {
             self.put(index, pdpt, Level::Pdpt, ngpa, leaf, frames);
-            return Ok(());
+            return Ok(pdpt);
         }
         let pd = self.descend(index, pdpt, Level::Pdpt, ngpa, frames)?;
         if target == Level::Pd {
             self.put(index, pd, Level::Pd, ngpa, leaf, frames);
-            return Ok(());
+            return Ok(pd);
         }
         let pt = self.descend(index, pd, Level::Pd, ngpa, frames)?;
         self.put(index, pt, Level::Pt, ngpa, leaf, frames);
-        self.root(index).last_filled = Some((ngpa.get() >> 21, pt));
-        Ok(())
+        Ok(pt)
     }
 
     /// The table below `table` on the way to `ngpa`, made if there is none.
@@ -180,7 +192,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         let at = Hpa::new(table.get() | level.entry_offset(ngpa.get()));
         let old = frames.read(at);
         frames.write(at, leaf);
-        if entry::is_present(old) && !is_upgrade(old, leaf) {
+        if entry::is_present(old) && !entry::is_upgrade(old, leaf) {
             self.replaced(index, level, old, frames);
         }
     }
@@ -200,9 +212,9 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     /// A present entry of a table of `level` is gone: so is what hung in it.
     #[cold]
     fn replaced<F: TableFrames>(&mut self, index: usize, level: Level, old: u64, frames: &mut F) {
+        self.run = None;
         let root = &mut self.roots[index % ROOTS];
         root.invept = true;
-        root.last_filled = None;
         if !entry::is_leaf(old, level) {
             let table = Hpa::new(old & entry::ADDRESS);
             root.tables = root.tables.saturating_sub(1);
@@ -212,12 +224,4 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             self.reserve.free(table, frames);
         }
     }
-}
-
-/// True when `new` differs from the leaf `old` by more rights at most. The violation itself made the processor forget
-/// `old` for this address; at other addresses of the page the old rights may stay cached, and cost no more than another
-/// violation.
-#[inline]
-const fn is_upgrade(old: u64, new: u64) -> bool {
-    (old ^ new) & !7 == 0 && old & !new == 0
 }

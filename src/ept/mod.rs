@@ -19,6 +19,7 @@ pub mod walk;
 pub mod watch;
 
 mod reserve;
+mod run;
 
 use crate::addr::{Gpa, Hpa};
 

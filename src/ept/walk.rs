@@ -74,6 +74,8 @@ pub struct Leaf<A> {
     pub entry: A,
     /// Rights, ANDed over all entries of the walk.
     pub rights: Rights,
+    /// Rights, ANDed over the entries above the leaf.
+    pub upper: Rights,
     /// Memory type of the page.
     pub caching: Caching,
 }
@@ -112,12 +114,13 @@ pub fn walk<R: TableReader>(
             Ok(entry) => entry,
             Err(error) => return Walk::Unreadable(error),
         };
-        rights = rights.intersection(Rights::of(entry));
+        let upper = rights;
+        rights = upper.intersection(Rights::of(entry));
         match decode(entry, level, rules) {
             Meaning::Table(next) => table = next,
             Meaning::Leaf { address, caching } => {
                 let page = R::Address::from_raw(address);
-                return Walk::Leaf(Leaf { page, level, entry: at, rights, caching });
+                return Walk::Leaf(Leaf { page, level, entry: at, rights, upper, caching });
             }
             Meaning::NotPresent => return Walk::NotPresent(level),
             Meaning::Misconfigured(rule) => return Walk::Misconfigured(level, rule),

@@ -150,11 +150,16 @@ pub fn reference(l2: &L2, root: u64, ngpa: u64, execute_only: bool) -> Said {
     if ngpa >= 1 << 48 {
         return Said::Nothing;
     }
+    reference_from(l2, 0, root, 7, ngpa, execute_only)
+}
+
+/// The same from a table `depth` steps below the root, with the rights that the entries above it grant.
+pub fn reference_from(l2: &L2, depth: usize, table: u64, rights: u64, ngpa: u64, execute_only: bool) -> Said {
     let text = format!("{ngpa:048b}");
     let indexes: Vec<u64> = (0..4).map(|n| u64::from_str_radix(&text[n * 9..n * 9 + 9], 2).unwrap()).collect();
-    let mut table = root;
-    let mut granted = [true; 3];
-    for (depth, index) in indexes.iter().enumerate() {
+    let mut table = table;
+    let mut granted = [0, 1, 2].map(|n| rights >> n & 1 == 1);
+    for (depth, index) in indexes.iter().enumerate().skip(depth) {
         let at = table + index * 8;
         let entry = if owned(at, 8) { l2.get(at) } else { u64::MAX };
         // Character n of the text is bit n.
@@ -188,6 +193,14 @@ pub fn reference(l2: &L2, root: u64, ngpa: u64, execute_only: bool) -> Said {
         return Said::Page(entry & 0xf_ffff_ffff_f000, 1 << size_bits, rights, entry & 0x78);
     }
     unreachable!("the fourth entry ends the walk")
+}
+
+/// The page table of an address that has one, and the rights that the entries above it grant.
+pub fn way(l2: &L2, root: u64, ngpa: u64) -> (u64, u64) {
+    [39, 30, 21].into_iter().fold((root, 7), |(table, rights), shift| {
+        let entry = l2.get(table + (ngpa >> shift & 511) * 8);
+        (entry & 0xf_ffff_ffff_f000, rights & entry)
+    })
 }
 
 /// The ept02 leaf that belongs to such a page at `ngpa`: (address, size, entry), or `None` where L2 owns nothing.

@@ -1,0 +1,86 @@
+//! Runs of faults: pages of 4 KiB that lie next to each other fault one after the other, in one page table of ept12
+//! and one of ept02. Whoever knows both need not walk to them.
+//!
+//! A run is the counterpart of a processor's paging-structure cache: it remembers the way to a page table of ept12, not
+//! what stands in it, and only as long as a processor may. L2's INVEPT ends it, and so does each violation that it does
+//! not resolve, before ept12 is walked from its root.
+//!
+//! Source: Intel SDM vol. 3C (December 2024), "Information That May Be Cached" (guest-physical paging-structure-cache
+//! entries, with the rights of all entries on the way), "Operations that Invalidate Cached Mappings", "Guidelines for
+//! Use of the INVEPT Instruction".
+
+use super::cache::Ept02;
+use super::entry::{self, Level, Meaning, Rights};
+use super::eptp::Eptp;
+use super::violation::Qualification;
+use super::walk::Leaf;
+use super::{GuestView, TableFrames};
+use crate::addr::{Gpa, Hpa, Ngpa};
+
+/// Where the last fill was.
+#[derive(Debug)]
+pub(super) struct Run {
+    /// The role of the root.
+    eptp12: Eptp,
+    /// What the page tables serve: bits 63:21 of an address.
+    region: u64,
+    /// The page table of ept12.
+    table12: Gpa,
+    /// Rights, ANDed over the entries above it; none once the way to it must be found again.
+    rights: Rights,
+    /// The page table of ept02.
+    table02: Hpa,
+}
+
+impl Run {
+    /// Starts at a leaf of ept12 for a 4 KiB page whose counterpart stands in `table02`.
+    pub(super) const fn new(eptp12: Eptp, ngpa: Ngpa, leaf: &Leaf<Gpa>, table02: Hpa) -> Self {
+        Self { eptp12, region: ngpa.get() >> 21, table12: leaf.entry.page(), rights: leaf.upper, table02 }
+    }
+
+    /// The page table of ept02 for an address, if this is it.
+    #[inline(always)]
+    pub(super) fn table02(&self, eptp12: Eptp, ngpa: Ngpa) -> Option<Hpa> {
+        (self.eptp12 == eptp12 && self.region == ngpa.get() >> 21).then_some(self.table02)
+    }
+
+    /// Forgets the way to the page table of ept12.
+    #[inline(always)]
+    pub(super) const fn lose_way(&mut self) {
+        self.rights = Rights::empty();
+    }
+}
+
+impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
+    /// Handles an EPT violation of L3 if it goes on where the last fill was and both page tables allow it: L3 can be
+    /// entered again as it was. Otherwise nothing happened, and [`Ept02::violation`] is to be asked.
+    #[inline(always)]
+    pub fn refill<G: GuestView, F: TableFrames>(
+        &mut self,
+        eptp12: Eptp,
+        ngpa: Ngpa,
+        qualification: Qualification,
+        guest: &G,
+        frames: &mut F,
+    ) -> bool {
+        let access = qualification.access();
+        let Some(run) = self.run.as_ref().filter(|run| run.rights.contains(access)) else { return false };
+        let Some(table02) = run.table02(eptp12, ngpa) else { return false };
+        let offset = Level::Pt.entry_offset(ngpa.get());
+        let Ok(entry12) = guest.read_entry(Gpa::new(run.table12.get() | offset)) else { return false };
+        let Meaning::Leaf { address, caching } = entry::decode(entry12, Level::Pt, &self.rules) else { return false };
+        let Ok(block) = guest.block(Gpa::new(address), Level::Pt) else { return false };
+        let rights = run.rights & Rights::of(entry12) & block.rights;
+        if !rights.contains(access) {
+            return false;
+        }
+        let entry02 = Hpa::new(table02.get() | offset);
+        let (old, new) = (frames.read(entry02), entry::leaf_entry(block.hpa, Level::Pt, rights, caching));
+        if entry::is_present(old) && !entry::is_upgrade(old, new) {
+            return false;
+        }
+        frames.write(entry02, new);
+        self.stats.fills += 1;
+        true
+    }
+}
