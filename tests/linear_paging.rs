@@ -4,7 +4,7 @@
 
 use nvmx::addr::{Gpa, PAGE_SIZE};
 use nvmx::error::Fault;
-use nvmx::mm::linear::{AccessError, DataAccess, Paging};
+use nvmx::mm::linear::{AccessError, DataAccess, Paging, fetch_pdptes, pdptes_are_valid};
 use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, NotOwned, Span};
 use proptest::prelude::*;
@@ -417,4 +417,26 @@ fn a_4_mib_page_reaches_as_far_as_the_physical_width() {
     assert_eq!(far(40, 20), Ok(Gpa::new(1 << 39 | 0x12345)));
     assert_eq!(far(46, 20), Ok(Gpa::new(1 << 39 | 0x12345)));
     assert_eq!(far(46, 21).map(|_| ()), page_fault(0b1001, 0x12345));
+}
+
+#[test]
+fn pdptes_have_reserved_bits_and_end_at_the_physical_width() {
+    for bit in 0..64 {
+        let reserved = matches!(bit, 1 | 2 | 5..=8 | 36..);
+        for i in 0..4 {
+            let mut entries = [0x1001; 4];
+            entries[i] |= 1 << bit;
+            assert_eq!(pdptes_are_valid(&entries, 1 << 36), !reserved, "bit {bit} of entry {i}");
+            entries[i] = !1 & 1 << bit;
+            assert!(pdptes_are_valid(&entries, 1 << 36), "an entry that is not present may hold anything");
+        }
+    }
+}
+
+#[test]
+fn pdptes_are_fetched_from_a_table_of_32_bytes() {
+    let memory = two_pages([0x11, 0x22]);
+    assert_eq!(fetch_pdptes(&memory, 0xFFFF_0000_0000_3018), [0x11, 0x22, 0, 0], "32-byte aligned, below 4 GiB");
+    let nowhere = fetch_pdptes(&memory, OWN.start());
+    assert!(nowhere == [u64::MAX; 4] && !pdptes_are_valid(&nowhere, 1 << 36));
 }

@@ -54,6 +54,8 @@ bitflags! {
         const SMAP = 1 << 21;
         /// Protection keys
         const PKE = 1 << 22;
+        /// Control-flow enforcement
+        const CET = 1 << 23;
         const _ = !0;
     }
 }
@@ -67,6 +69,8 @@ pub struct Mode {
     pub cr0: u64,
     /// CR4 as L2 sees it.
     pub cr4: u64,
+    /// CR3
+    pub cr3: u64,
     /// IA32_EFER
     pub efer: u64,
     /// CS.L
@@ -100,6 +104,10 @@ pub fn write_cr0(mode: Mode, new: u64) -> Result<Effects, Fault> {
     }
     // IA32_VMX_CR0_FIXED0 as L2 sees it: no unrestricted root operation.
     if mode.vmx_operation && !new.contains(Cr0::PE | Cr0::PG | Cr0::NE) {
+        return gp;
+    }
+    // Shadow stacks rely on write protection.
+    if cr4.contains(Cr4::CET) && !new.contains(Cr0::WP) {
         return gp;
     }
     let mut effects = Effects { flush: (old ^ new).intersects(Cr0::PG | Cr0::WP), ..Effects::default() };
@@ -137,7 +145,12 @@ pub fn write_cr4(mode: Mode, new: u64, allowed: u64) -> Result<Effects, Fault> {
     if long_mode && (!new.contains(Cr4::PAE) || (old ^ new).contains(Cr4::LA57)) {
         return gp;
     }
-    if new.contains(Cr4::PCIDE) && !long_mode {
+    // With PCIDs the low bits of CR3 are one, so they must be 0 when that begins.
+    let pcids_start = new.contains(Cr4::PCIDE) && !old.contains(Cr4::PCIDE);
+    if new.contains(Cr4::PCIDE) && !long_mode || pcids_start && mode.cr3 & 0xFFF != 0 {
+        return gp;
+    }
+    if new.contains(Cr4::CET) && mode.cr0 & Cr0::WP.bits() == 0 {
         return gp;
     }
     let translation = Cr4::PSE | Cr4::PAE | Cr4::PGE | Cr4::SMEP | Cr4::SMAP | Cr4::PCIDE | Cr4::PKE;
@@ -160,8 +173,9 @@ pub fn lmsw(cr0: u64, source: u16) -> u64 {
 mod tests {
     use super::*;
 
-    const PROTECTED: Mode = Mode { cr0: 0x11, cr4: 0, efer: 0, cs_long: false, vmx_operation: false };
-    const LONG: Mode = Mode { cr0: 0x8000_0031, cr4: 0x20, efer: 0x500, cs_long: true, vmx_operation: true };
+    const PROTECTED: Mode = Mode { cr0: 0x11, cr4: 0, cr3: 0, efer: 0, cs_long: false, vmx_operation: false };
+    const LONG: Mode =
+        Mode { cr0: 0x8000_0031, cr4: 0x20, cr3: 0x1000, efer: 0x500, cs_long: true, vmx_operation: true };
 
     #[test]
     fn paging_without_protection_faults() {
@@ -200,6 +214,96 @@ mod tests {
     fn pae_cannot_be_cleared_in_long_mode() {
         let mode = Mode { vmx_operation: false, ..LONG };
         assert_eq!(write_cr4(mode, 0, 0x3767FF), Err(Fault::GeneralProtection(0)));
+    }
+
+    /// CR4 bits of a processor that has all that is named here.
+    const ALLOWED: u64 = 0x00FF_FFFF;
+    const PAGED_32: Mode = Mode { cr0: 0x8001_0011, ..PROTECTED };
+    const GP: Result<Effects, Fault> = Err(Fault::GeneralProtection(0));
+
+    #[test]
+    fn upper_bits_and_nw_without_cd_fault() {
+        for bit in 32..64 {
+            assert_eq!(write_cr0(PROTECTED, 0x11 | 1 << bit), GP, "bit {bit}");
+        }
+        assert_eq!(write_cr0(PROTECTED, 0x11 | 1 << 29), GP);
+        assert!(write_cr0(PROTECTED, 0x11 | 3 << 29).is_ok());
+    }
+
+    #[test]
+    fn long_mode_ends_only_outside_64_bit_code_and_without_pcids() {
+        let mode = Mode { vmx_operation: false, ..LONG };
+        assert_eq!(write_cr0(mode, 0x31), GP);
+        let compatibility = Mode { cs_long: false, ..mode };
+        assert_eq!(write_cr0(compatibility, 0x31).unwrap().long_mode, Some(false));
+        assert_eq!(write_cr0(Mode { cr4: 0x2_0020, ..compatibility }, 0x31), GP);
+    }
+
+    #[test]
+    fn long_mode_does_not_start_in_64_bit_code() {
+        let mode = Mode { cr4: 0x20, efer: 0x100, cs_long: true, ..PROTECTED };
+        assert_eq!(write_cr0(mode, 0x8000_0031), GP);
+    }
+
+    #[test]
+    fn the_depth_of_paging_is_frozen_in_long_mode() {
+        let mode = Mode { vmx_operation: false, ..LONG };
+        assert_eq!(write_cr4(mode, 0x1020, ALLOWED), GP);
+        assert!(write_cr4(Mode { cr4: 0x1020, ..mode }, 0x1020, ALLOWED).is_ok());
+        assert!(write_cr4(PROTECTED, 0x1020, ALLOWED).is_ok());
+    }
+
+    #[test]
+    fn pcids_start_in_long_mode_with_pcid_0() {
+        let mode = Mode { vmx_operation: false, ..LONG };
+        assert!(write_cr4(mode, 0x2_0020, ALLOWED).unwrap().flush);
+        assert_eq!(write_cr4(Mode { cr3: 0x1001, ..mode }, 0x2_0020, ALLOWED), GP);
+        assert_eq!(write_cr4(PAGED_32, 0x2_0020, ALLOWED), GP);
+        let on = Mode { cr3: 0x1001, cr4: 0x2_0020, ..mode };
+        assert!(write_cr4(on, 0x2_00A0, ALLOWED).is_ok(), "they may stay on");
+    }
+
+    #[test]
+    fn shadow_stacks_need_write_protection() {
+        let cet = Mode { cr4: 1 << 23, ..PROTECTED };
+        assert_eq!(write_cr0(Mode { cr0: 0x1_0011, ..cet }, 0x11), GP);
+        assert!(write_cr0(Mode { cr0: 0x1_0011, ..cet }, 0x1_0019).is_ok());
+        assert_eq!(write_cr4(PROTECTED, 1 << 23, ALLOWED), GP);
+        assert!(write_cr4(Mode { cr0: 0x1_0011, ..PROTECTED }, 1 << 23, ALLOWED).is_ok());
+    }
+
+    #[test]
+    fn changes_that_load_pdptes_do_so_with_pae_paging_alone() {
+        // CR0: PG, CD, NW. CR4: PSE, PAE, PGE, SMEP.
+        for bit in [4, 5, 7, 20] {
+            let on = Mode { cr4: 0x20 ^ 1 << bit, ..PAGED_32 };
+            assert!(write_cr4(on, 0x20, ALLOWED).unwrap().load_pdptes, "CR4 bit {bit}");
+            assert!(!write_cr4(Mode { cr0: 0x11, ..on }, 0x20, ALLOWED).unwrap().load_pdptes, "without paging");
+        }
+        assert!(!write_cr4(Mode { cr4: 0x20, ..PAGED_32 }, 0x24, ALLOWED).unwrap().load_pdptes, "CR4.TSD");
+        let pae = Mode { cr4: 0x20, ..PAGED_32 };
+        assert!(write_cr0(pae, 0xC001_0011).unwrap().load_pdptes, "CD");
+        assert!(write_cr0(pae, 0xE001_0011).unwrap().load_pdptes, "NW");
+        assert!(!write_cr0(pae, 0x8001_0019).unwrap().load_pdptes, "TS");
+        assert!(!write_cr0(PAGED_32, 0xC001_0011).unwrap().load_pdptes, "32-bit paging");
+        let long = Mode { cs_long: false, vmx_operation: false, ..LONG };
+        assert!(!write_cr0(long, 0xC000_0031).unwrap().load_pdptes, "long mode");
+    }
+
+    #[test]
+    fn changes_of_translation_flush_and_others_do_not() {
+        for bit in 0..24 {
+            let old = Mode { cr0: 0x1_0011, ..PROTECTED };
+            let translation = [4, 5, 7, 20, 21, 22].contains(&bit);
+            let effects = write_cr4(old, 1 << bit, ALLOWED);
+            assert_eq!(
+                effects.map(|e| e.flush),
+                if bit == 17 { GP.map(|e| e.flush) } else { Ok(translation) },
+                "{bit}"
+            );
+        }
+        assert!(write_cr0(PAGED_32, 0x8000_0011).unwrap().flush, "WP");
+        assert!(!write_cr0(PAGED_32, 0x8001_0019).unwrap().flush, "TS");
     }
 
     #[test]

@@ -1,16 +1,17 @@
 //! Exits of L2 for control registers: it touched a bit that nvmx owns. vmcs01 is current.
 
 use super::cr::{Cr0, Cr4, Effects, Mode, lmsw, write_cr0, write_cr4};
-use crate::addr::Gpa;
 use crate::error::{Fault, KillReason};
 use crate::hw::cr;
 use crate::hw::vmx::Invalidate;
+use crate::mm::linear::{fetch_pdptes, pdptes_are_valid};
 use crate::nested::Operation;
 use crate::nested::vpid::VPID01;
 use crate::vcpu::{Cpu, Next, Stop, operand, vmcs01};
 use crate::vmx::Field;
 use crate::vmx::controls::EntryControls;
 use crate::vmx::exit::{BasicReason, ExitReason};
+use crate::vmx::field::PDPTES;
 use crate::vmx::qualification::CrAccess;
 
 const EFER_LMA: u64 = 1 << 10;
@@ -23,6 +24,7 @@ pub fn handle(cpu: &mut Cpu) -> Result<Next, Stop> {
     let mode = Mode {
         cr0: vmcs01::cr0_of_l2(cpu),
         cr4: vmcs01::cr4_of_l2(cpu),
+        cr3: cpu.vmx.read(Field::GUEST_CR3),
         efer: cpu.vmx.read(Field::GUEST_IA32_EFER),
         cs_long: cpu.vmx.read(Field::GUEST_CS_AR_BYTES) & CS_LONG != 0,
         vmx_operation: cpu.nested.operation != Operation::Off,
@@ -35,10 +37,10 @@ pub fn handle(cpu: &mut Cpu) -> Result<Next, Stop> {
         CrAccess::Write { cr: 4, gpr } => {
             let value = register(cpu, gpr);
             let effects = write_cr4(mode, value, cpu.config.offered.cr4_fixed1 & !Cr4::SMXE.bits())?;
+            apply(cpu, effects)?;
             // CR4.VMXE stays set in the processor; L2 sees its own value in the shadow.
             cpu.vmx.write(Field::GUEST_CR4, value | cpu.config.hardware.cr4_fixed0);
             cpu.vmx.write(Field::CR4_READ_SHADOW, value);
-            apply(cpu, effects)?;
         }
         CrAccess::Clts => set_cr0(cpu, mode, mode.cr0 & !Cr0::TS.bits())?,
         CrAccess::Lmsw { source, .. } => set_cr0(cpu, mode, lmsw(mode.cr0, source))?,
@@ -55,36 +57,32 @@ fn register(cpu: &mut Cpu, number: u8) -> u64 {
     if operand::in_64_bit_mode(cpu) { value } else { value & 0xFFFF_FFFF }
 }
 
-fn set_cr0(cpu: &mut Cpu, mode: Mode, value: u64) -> Result<(), Stop> {
+fn set_cr0(cpu: &mut Cpu, mode: Mode, value: u64) -> Result<(), Fault> {
     /// ET is hardwired to 1.
     const ET: u64 = 1 << 4;
     let effects = write_cr0(mode, value)?;
+    apply(cpu, effects)?;
     // VM entry leaves CD and NW as they are in the processor (SDM, "Loading Guest Control Registers, ...").
     cr::set_caching(value);
     cpu.vmx.write(Field::GUEST_CR0, value | ET | CR0_FIXED_BY_VMX);
     cpu.vmx.write(Field::CR0_READ_SHADOW, value | ET);
-    apply(cpu, effects)
+    Ok(())
 }
 
-fn apply(cpu: &mut Cpu, effects: Effects) -> Result<(), Stop> {
+/// What comes with the new value; a fault, which must leave the register as it was, comes first.
+fn apply(cpu: &mut Cpu, effects: Effects) -> Result<(), Fault> {
+    if effects.load_pdptes {
+        let entries = fetch_pdptes(&cpu.guest, cpu.vmx.read(Field::GUEST_CR3));
+        if !pdptes_are_valid(&entries, cpu.guest.limit()) {
+            return Err(Fault::GeneralProtection(0));
+        }
+        PDPTES.into_iter().zip(entries).for_each(|(field, entry)| cpu.vmx.write(field, entry));
+    }
     if let Some(long) = effects.long_mode {
         let bit = EntryControls::IA32E_MODE_GUEST.bits() as u64;
         let (efer, controls) = (cpu.vmx.read(Field::GUEST_IA32_EFER), cpu.vmx.read(Field::VM_ENTRY_CONTROLS));
         cpu.vmx.write(Field::GUEST_IA32_EFER, if long { efer | EFER_LMA } else { efer & !EFER_LMA });
         cpu.vmx.write(Field::VM_ENTRY_CONTROLS, if long { controls | bit } else { controls & !bit });
-    }
-    if effects.load_pdptes {
-        let table = cpu.vmx.read(Field::GUEST_CR3) & 0xFFFF_FFE0;
-        let reserved = !(cpu.guest.limit() - 1) | 0x1E6;
-        let fields = [Field::GUEST_PDPTE0, Field::GUEST_PDPTE1, Field::GUEST_PDPTE2, Field::GUEST_PDPTE3];
-        for (i, field) in fields.into_iter().enumerate() {
-            let at = Gpa::new(table + 8 * i as u64);
-            let entry = cpu.guest.read_u64(at).map_err(|e| KillReason::ForbiddenMemory(e.0))?;
-            if entry & 1 != 0 && entry & reserved != 0 {
-                return Err(Fault::GeneralProtection(0).into());
-            }
-            cpu.vmx.write(field, entry);
-        }
     }
     if effects.flush {
         cpu.vmx.invvpid(Invalidate::Single, VPID01, 0);

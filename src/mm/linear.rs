@@ -224,6 +224,21 @@ impl Paging {
     }
 }
 
+/// The PDPTEs of a guest that loads them from the table at `cr3` (PAE paging). Where L2 owns no memory they read as all ones,
+/// which no rule on them accepts.
+pub fn fetch_pdptes(memory: &GuestMemory<impl PhysMem>, cr3: u64) -> [u64; 4] {
+    let table = cr3 & 0xFFFF_FFE0;
+    [0, 8, 16, 24].map(|offset| memory.read_u64(Gpa::new(table + offset)).unwrap_or(u64::MAX))
+}
+
+/// True unless a present entry has a reserved bit set (SDM vol. 3A, table "Format of a PAE
+/// Page-Directory-Pointer-Table Entry (PDPTE)"). `limit` is the first address beyond the physical width.
+pub fn pdptes_are_valid(entries: &[u64; 4], limit: u64) -> bool {
+    /// Bits 2:1 and 8:5.
+    const RESERVED: u64 = 0x1E6;
+    entries.iter().all(|entry| entry & PRESENT == 0 || entry & RESERVED == 0 && *entry < limit)
+}
+
 /// Bytes of an operand (at most a page long) before the page boundary.
 fn split_at_page(linear: u64, len: usize) -> usize {
     len.min((0x1000 - (linear & 0xFFF)) as usize)

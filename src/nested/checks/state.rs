@@ -10,6 +10,7 @@ use crate::addr::Gpa;
 use crate::nested::caps::REVISION;
 use crate::vmx::controls::{PinControls, SecondaryControls};
 use crate::vmx::event::{EventKind, vector};
+use crate::vmx::field::PDPTES;
 use crate::vmx::segment::AccessRights;
 use crate::vmx::{Field, Fields};
 
@@ -213,8 +214,7 @@ pub(super) fn pdptes(v: &View<impl Fields>, memory: &impl GuestMemory) -> Result
         entry & PDPTE_PRESENT == 0 || entry & PDPTE_RESERVED == 0 && !beyond
     };
     let all_hold = if v.secondary().contains(SecondaryControls::ENABLE_EPT) {
-        let fields = [Field::GUEST_PDPTE0, Field::GUEST_PDPTE1, Field::GUEST_PDPTE2, Field::GUEST_PDPTE3];
-        fields.iter().all(|&field| holds(v.get(field)))
+        PDPTES.iter().all(|&field| holds(v.get(field)))
     } else {
         let table = Gpa::new(v.get(Field::GUEST_CR3) & 0xFFFF_FFE0);
         let entry = |i: u64| table.checked_add(i * 8).and_then(|address| memory.read_u64(address));
