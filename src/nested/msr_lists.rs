@@ -57,11 +57,7 @@ impl MsrLists {
         at: u64,
         count: u64,
     ) {
-        let count = count.min(MAX_ENTRIES);
-        copy_area(phys, memory, Gpa::new(at), count, self.entry_load);
-        vmx.write(Field::VM_ENTRY_MSR_LOAD_ADDR, self.entry_load.get());
-        vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, count);
-        self.armed = count != 0;
+        self.armed = arm(vmx, phys, memory, at, count, self.entry_load) != 0;
     }
 
     /// The list was loaded: further entries of nvmx's own must not load it again. vmcs02 is current.
@@ -87,30 +83,28 @@ impl MsrLists {
     }
 
     /// Has vmcs01, which is current, load the VM-exit MSR-load area of vmcs12 with the next entry.
-    pub fn arm_exit(
-        &mut self,
-        vmx: &mut Vmx,
-        phys: &DirectMap,
-        memory: &GuestMemory<impl PhysMem>,
-        at: u64,
-        count: u64,
-    ) {
-        let count = count.min(MAX_ENTRIES);
-        copy_area(phys, memory, Gpa::new(at), count, self.exit_load);
-        vmx.write(Field::VM_ENTRY_MSR_LOAD_ADDR, self.exit_load.get());
-        vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, count);
+    pub fn arm_exit(&self, vmx: &mut Vmx, phys: &DirectMap, memory: &GuestMemory<impl PhysMem>, at: u64, count: u64) {
+        arm(vmx, phys, memory, at, count, self.exit_load);
     }
 }
 
+/// Has the current VMCS load a copy of the area at `at` with the next entry; tells how many entries that are.
+fn arm(vmx: &mut Vmx, phys: &DirectMap, memory: &GuestMemory<impl PhysMem>, at: u64, count: u64, copy: Hpa) -> u64 {
+    let count = count.min(MAX_ENTRIES);
+    copy_area(phys, memory, Gpa::new(at), count, copy);
+    vmx.write(Field::VM_ENTRY_MSR_LOAD_ADDR, copy.get());
+    vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, count);
+    count
+}
+
 /// Copies `count` entries once. What nvmx would not let L2 write becomes an entry that the processor refuses.
-fn copy_area(phys: &DirectMap, memory: &GuestMemory<impl PhysMem>, at: Gpa, count: u64, to: Hpa) {
-    for i in 0..count {
-        let entry = at.checked_add(16 * i);
-        let word = |bytes| entry.and_then(|e: Gpa| e.checked_add(bytes)).and_then(|e| memory.read_u64(e).ok());
+fn copy_area(phys: &impl PhysMem, memory: &GuestMemory<impl PhysMem>, at: Gpa, count: u64, to: Hpa) {
+    for offset in (0..count).map(|i| 16 * i) {
+        let word = |further| at.checked_add(offset + further).and_then(|e| memory.read_u64(e).ok());
         let (index, value) = (word(0).unwrap_or(REFUSED), word(8).unwrap_or(0));
         let refused = index >> 32 == 0 && msr::is_emulated(index as u32);
-        phys.write_u64(Hpa::new(to.get() + 16 * i), if refused { REFUSED } else { index });
-        phys.write_u64(Hpa::new(to.get() + 16 * i + 8), value);
+        phys.write_u64(Hpa::new(to.get() + offset), if refused { REFUSED } else { index });
+        phys.write_u64(Hpa::new(to.get() + offset + 8), value);
     }
 }
 
@@ -125,5 +119,66 @@ fn read_of_l3(vmx: &mut Vmx, index: u32) -> Option<u64> {
     match msr::vmcs_field(index) {
         Some(field) => Some(vmx.read(field)),
         None => hw_msr::rdmsr_safe(index).ok(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mm::Span;
+    use crate::mm::phys::VecMem;
+    use proptest::prelude::*;
+
+    const COPY: Hpa = Hpa::new(0x4000);
+    const OWN: Span = Span::new(0x4000, 0x8000);
+
+    /// The entries of L2 at `at`, copied.
+    fn copied(at: u64, entries: &[(u64, u64)], count: u64) -> Vec<(u64, u64)> {
+        let memory = VecMem::new(0x8000);
+        for (i, (index, value)) in entries.iter().enumerate() {
+            memory.write_u64(Hpa::new(at + 16 * i as u64), *index);
+            memory.write_u64(Hpa::new(at + 16 * i as u64 + 8), *value);
+        }
+        let guest = GuestMemory::new(&memory, OWN, 36);
+        copy_area(&memory, &guest, Gpa::new(at), count, COPY);
+        let word = |at| memory.read_u64(Hpa::new(COPY.get() + at));
+        (0..count).map(|i| (word(16 * i), word(16 * i + 8))).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn entries_are_copied_unless_nvmx_answers_for_their_msr(
+            entries in prop::collection::vec(
+                (prop_oneof![0u64..0x2000, 0xC000_0000u64..0xC000_2000, 0x47Eu64..0x496, any::<u64>()], any::<u64>()),
+                0..64,
+            ),
+        ) {
+            let expected: Vec<_> = entries
+                .iter()
+                .map(|&(index, value)| match u32::try_from(index) {
+                    Ok(index) if msr::is_emulated(index) => (REFUSED, value),
+                    _ => (index, value),
+                })
+                .collect();
+            prop_assert_eq!(copied(0x1000, &entries, entries.len() as u64), expected);
+        }
+    }
+
+    #[test]
+    fn an_area_that_runs_into_nvmx_s_memory_or_past_the_last_address_is_refused_there() {
+        let ok = (0x174, 5);
+        assert_eq!(copied(OWN.start() - 16, &[ok], 2), [ok, (REFUSED, 0)]);
+        assert_eq!(copied(u64::MAX - 15, &[], 2), [(REFUSED, 0), (REFUSED, 0)]);
+    }
+
+    #[test]
+    fn the_processor_refuses_what_stands_for_a_refused_entry() {
+        // Bits 63:32 of an entry's first word are reserved (SDM table "Format of an MSR Entry").
+        assert_ne!(REFUSED >> 32, 0);
+    }
+
+    #[test]
+    fn the_frames_hold_the_longest_area() {
+        assert_eq!(AREA_FRAMES as u64 * PAGE_SIZE, MAX_ENTRIES * 16);
     }
 }
