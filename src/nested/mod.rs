@@ -53,6 +53,10 @@ mod state {
     }
 
     /// The virtual VMX of one CPU.
+    ///
+    /// An index of a slot (in [`Operation`], and handed around as `index`) is nvmx's own: it comes from [`Nested::find`] or
+    /// from a search of `slots`, whose length never changes. No value of a guest becomes one, so `slots[index]` cannot
+    /// panic (invariant I6).
     pub struct Nested {
         /// Where L2 stands.
         pub operation: Operation,

@@ -79,12 +79,6 @@ impl Counters {
         self.live.named[counter as usize] = value;
     }
 
-    /// The live value.
-    #[inline(always)]
-    pub fn get(&self, counter: Counter) -> u64 {
-        self.live.named[counter as usize]
-    }
-
     /// Counts a hardware exit of L2 or L3.
     #[inline(always)]
     pub fn exit(&mut self, from_l3: bool, reason: ExitReason) {
@@ -144,6 +138,67 @@ mod tests {
         assert_eq!(c.snapshot_value(EXITS_OF_L3 + 10), Some(1));
         assert_eq!(c.snapshot_value(EXITS_OF_L2 + 10), Some(0));
         assert_eq!(c.snapshot_value(EXITS_OF_L3 + REASONS as u32), None);
+    }
+
+    #[test]
+    fn every_exit_is_counted_by_level_and_by_reason() {
+        // Reasons beyond the last slot share it.
+        let (mut c, known) = (Counters::new(), REASONS as u32 - 1);
+        for reason in (0..=known + 5).chain([0xFFFF]) {
+            c.exit(true, ExitReason(reason));
+            c.exit(true, ExitReason(1 << 31 | reason));
+            c.exit(false, ExitReason(reason));
+        }
+        c.take_snapshot();
+        for reason in 0..known {
+            assert_eq!(c.snapshot_value(EXITS_OF_L3 + reason), Some(2), "{reason}");
+            assert_eq!(c.snapshot_value(EXITS_OF_L2 + reason), Some(1), "{reason}");
+        }
+        assert_eq!(c.snapshot_value(EXITS_OF_L2 + known), Some(7));
+        assert_eq!(c.snapshot_value(EXITS_OF_L3 + known), Some(14));
+        let total = |named| c.snapshot_value(named as u32);
+        assert_eq!(total(Counter::ExitsL2).zip(total(Counter::ExitsL3)), Some((86, 172)));
+        assert_eq!(total(Counter::HwExits), Some(258));
+    }
+
+    #[test]
+    fn an_index_is_a_counter_or_none() {
+        let c = Counters::new();
+        let exists = |index: u32| {
+            (index as usize) < Counter::ALL.len()
+                || (EXITS_OF_L2..EXITS_OF_L2 + REASONS as u32).contains(&index)
+                || (EXITS_OF_L3..EXITS_OF_L3 + REASONS as u32).contains(&index)
+        };
+        for index in (0..0x1_0000).chain([u32::MAX - 1, u32::MAX]) {
+            assert_eq!(c.snapshot_value(index).is_some(), exists(index), "{index:#x}");
+        }
+    }
+
+    #[test]
+    fn a_snapshot_stays_while_counting_goes_on() {
+        let mut c = Counters::new();
+        for (i, counter) in Counter::ALL.iter().enumerate() {
+            c.add(*counter, 10 + i as u64);
+        }
+        c.take_snapshot();
+        for (i, counter) in Counter::ALL.iter().enumerate() {
+            c.bump(*counter);
+            assert_eq!(c.snapshot_value(*counter as u32), Some(10 + i as u64), "{counter:?}");
+        }
+        c.take_snapshot();
+        for (i, counter) in Counter::ALL.iter().enumerate() {
+            assert_eq!(c.snapshot_value(*counter as u32), Some(11 + i as u64), "{counter:?}");
+        }
+    }
+
+    #[test]
+    fn recent_exits_tell_whose_they_were() {
+        let mut c = Counters::new();
+        assert_eq!(c.recent().count(), 0);
+        c.exit(true, ExitReason(10));
+        c.exit(false, ExitReason(24));
+        let seen: Vec<_> = c.recent().map(|(reason, l3)| (reason.basic().0, l3)).collect();
+        assert_eq!(seen, [(10, true), (24, false)]);
     }
 
     #[test]
