@@ -318,6 +318,15 @@ fn the_rights_above_the_page_table_hold_for_the_whole_run() {
     assert_eq!(m.activate(EPTP).0[1], (0x6000, KIB4, 0x77_8000 | WB | R | X));
 }
 
+#[test]
+fn a_run_survives_a_switch() {
+    let mut m = in_a_run();
+    assert!(m.activate(Eptp::new(OTHER | 0x1e)).0.is_empty());
+    let _ = m.activate(EPTP);
+    assert!(m.refill(EPTP, 0x6000, READ));
+    assert_eq!(m.activate(EPTP).0.len(), 2);
+}
+
 /// As with a processor's paging-structure cache: a change of an upper entry counts after INVEPT, or after a violation.
 #[test]
 fn a_run_ends_where_a_processor_forgets() {
@@ -334,8 +343,8 @@ fn a_run_ends_where_a_processor_forgets() {
             m.l2.set(PT, 9, 0x77_b000 | WB | R);
             assert!(matches!(m.fault(EPTP, 0x9000, WRITE), Outcome::ReflectViolation(_)));
         }),
-        ("a switch and back", |m| {
-            let _ = (m.activate(Eptp::new(OTHER | 0x1e)), m.activate(EPTP));
+        ("its root given to others", |m| {
+            let _ = [OTHER | 0x1e, OTHER | 0x18, ROOT | 0x1e].map(|role| m.activate(Eptp::new(role)));
         }),
     ];
     for (what, end) in ends {

@@ -67,7 +67,7 @@ pub struct Ept02<const ROOTS: usize = 8, const RESERVE: usize = 128> {
     pub(super) roots: [Root; ROOTS],
     pub(super) reserve: Reserve<RESERVE>,
     pub(super) stats: Stats,
-    /// Where the last fill was, in the current root and with nothing stale in it.
+    /// Where the last fill was; its root is not stale and has the table still.
     pub(super) run: Option<Run>,
     current: usize,
     clock: u64,
@@ -177,7 +177,6 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
 
     #[cold]
     fn switch<F: TableFrames>(&mut self, role: Eptp, frames: &mut F) -> usize {
-        self.run = None;
         let index = match self.roots.iter().position(|root| root.role == Some(role)) {
             Some(index) => index,
             None => {
@@ -224,11 +223,11 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     }
 
     fn drop_contents<F: TableFrames>(&mut self, index: usize, frames: &mut F) {
-        self.run = None;
         let root = &mut self.roots[index % ROOTS];
         root.stale = false;
         if root.tables > 0 {
             root.invept = true;
+            self.run = None;
             free_below(root.table, Level::Pml4, &mut root.tables, &mut self.reserve, frames);
         }
     }
