@@ -41,7 +41,7 @@ pub enum Cmd {
 /// Where boots run.
 #[derive(Clone, Debug, Args)]
 pub struct L0Args {
-    /// What runs nvmx: the machine that is emulated by Bochs, or KVM
+    /// What runs nvmx: the machine that is emulated by Bochs, KVM, or KVM on the emulated machine
     #[arg(long, value_enum, default_value = "auto", help_heading = "Machine")]
     pub l0: L0,
 
@@ -57,9 +57,18 @@ pub struct L0Args {
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(16..=65536), help_heading = "Machine")]
     pub memory: u32,
 
-    /// End a boot after so many seconds and tell where each level stopped
-    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = seconds, help_heading = "Machine")]
-    pub timeout: Duration,
+    /// End a boot after so many seconds and tell where each level stopped [default: 120, with KVM on Bochs 600]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Machine")]
+    pub timeout: Option<Duration>,
+}
+
+/// Who does L1's job.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum L1 {
+    /// nvmx
+    Nvmx,
+    /// nvmx, and for comparison KVM in its place, with the same guest on the same machine
+    Kvm,
 }
 
 /// How L2's VMREAD and VMWRITE reach vmcs12.
@@ -98,6 +107,10 @@ pub struct RunArgs {
     /// How L2's VMREAD and VMWRITE reach nvmx
     #[arg(long, value_enum, default_value = "auto")]
     pub fields: Fields,
+
+    /// Who runs L2: nvmx, or for comparison KVM too
+    #[arg(long, value_enum, default_value = "nvmx")]
+    pub l1: L1,
 
     /// Write the figures to this file too (docs/run-schema.md)
     #[arg(long, value_name = "FILE")]
@@ -183,7 +196,7 @@ mod tests {
         assert!(cli.verbose);
         let Cmd::Run(run) = cli.command else { panic!("not run") };
         assert_eq!((run.l2.as_str(), run.fields, run.l0.l0), ("cascade", Fields::Trapped, L0::Auto));
-        assert_eq!((run.l0.memory, run.l0.timeout), (256, Duration::from_secs(120)));
+        assert_eq!((run.l0.memory, run.l0.timeout), (256, None));
         assert!(Cli::try_parse_from(["nvmx", "run", "--timeout", "0"]).is_err());
         assert!(Cli::try_parse_from(["nvmx"]).is_err());
     }

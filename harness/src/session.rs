@@ -2,6 +2,7 @@
 
 use crate::backend::host::{self, HostFacts};
 use crate::backend::kvm::{Kvm, QEMU};
+use crate::backend::kvm_in_bochs::KvmInBochs;
 use crate::backend::{Backend, Machine, Payload, Protocol, Spec};
 use crate::boot;
 use crate::cli::{Fields, L0Args};
@@ -17,6 +18,13 @@ use std::time::Duration;
 
 /// The CPU models to try, best first, where the user names none.
 const MODELS: [&str; 4] = ["tigerlake", "corei7_icelake_u", "corei7_skylake_x", "corei7_haswell_4770"];
+
+/// The longest boot on a machine, and with a Linux below.
+const SHORT: Duration = Duration::from_secs(120);
+/// As [`SHORT`].
+pub const LONG: Duration = Duration::from_secs(600);
+/// The "model" of a machine that has the host's CPU.
+const HOST_MODEL: &str = "host";
 
 /// A machine on which boots can be made.
 pub struct Session {
@@ -49,7 +57,25 @@ impl Session {
         let images = image::build(ui, &paths, &toolchain)?;
         drop(lock);
         let machine = Machine { memory: args.memory, model };
-        Ok(Session { ui: ui.clone(), paths, backend, images, machine, timeout: args.timeout })
+        let default = if args.l0 == host::L0::KvmInBochs { LONG } else { SHORT };
+        let timeout = args.timeout.unwrap_or(default);
+        Ok(Session { ui: ui.clone(), paths, backend, images, machine, timeout })
+    }
+
+    /// The session's machine with a Linux and its KVM on it: for KVM in nvmx's place.
+    ///
+    /// # Errors
+    /// [`Stop::Environment`] with what to type, [`Stop::Usage`] if the session's machine is not Bochs.
+    pub fn kvm_in_place(&self, args: &L0Args) -> Result<KvmInBochs> {
+        let lock = self.paths.lock(&self.ui)?;
+        let wrong = || Stop::Usage("--l1 kvm needs --l0 bochs: KVM then runs on the emulated machine".into());
+        if args.l0 == host::L0::KvmInBochs || self.machine.model == HOST_MODEL {
+            return Err(wrong().into());
+        }
+        let bochs = setup::bochs::set_up(&self.ui, &self.paths, args.bochs.as_deref())?;
+        let kvm = kvm_in_bochs(&self.ui, &self.paths, bochs);
+        drop(lock);
+        kvm
     }
 
     /// L0 for the banner.
@@ -94,7 +120,8 @@ impl Session {
 
 fn set_up_l0(ui: &Ui, paths: &Paths, args: &L0Args) -> Result<(Box<dyn Backend>, String)> {
     let facts = HostFacts::find();
-    let wish = if args.bochs.is_some() { host::L0::Bochs } else { args.l0 };
+    let own = args.bochs.is_some() && args.l0 != host::L0::KvmInBochs;
+    let wish = if own { host::L0::Bochs } else { args.l0 };
     let choice = host::choose(wish, &facts).map_err(|(what, help)| Stop::Environment {
         what: format!("KVM cannot be L0: {what}"),
         todo: help.into_iter().collect(),
@@ -103,7 +130,7 @@ fn set_up_l0(ui: &Ui, paths: &Paths, args: &L0Args) -> Result<(Box<dyn Backend>,
         setup::require(ui, &[QEMU], "KVM as L0")?;
         let qemu = QEMU.find().ok_or_else(|| Stop::environment("QEMU is not there although it was installed"))?;
         ui.detail(&format!("L0 is KVM: {}", choice.why));
-        return Ok((Box::new(Kvm::new(qemu, facts.cpu)?), "host".into()));
+        return Ok((Box::new(Kvm::new(qemu, facts.cpu)?), HOST_MODEL.into()));
     }
     setup::grub::set_up(ui)?;
     let bochs = setup::bochs::set_up(ui, paths, args.bochs.as_deref())?;
@@ -112,7 +139,16 @@ fn set_up_l0(ui: &Ui, paths: &Paths, args: &L0Args) -> Result<(Box<dyn Backend>,
         ui.note(&format!("{} is not nvmx's own build of Bochs: {lost}", bochs.path.display()));
     }
     let model = choose_model(args.cpu_model.as_deref(), &setup::bochs::models(&bochs.path))?;
+    if wish == host::L0::KvmInBochs {
+        return Ok((Box::new(kvm_in_bochs(ui, paths, bochs)?), model));
+    }
     Ok((Box::new(bochs), model))
+}
+
+fn kvm_in_bochs(ui: &Ui, paths: &Paths, bochs: setup::bochs::Bochs) -> Result<KvmInBochs> {
+    let linux = setup::linux::set_up(ui, paths)?;
+    let vmm = setup::linux::build_vmm(ui, paths)?;
+    Ok(KvmInBochs { bochs, linux, vmm })
 }
 
 fn choose_model(wish: Option<&str>, offered: &[String]) -> Result<String, Stop> {

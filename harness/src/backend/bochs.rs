@@ -15,6 +15,16 @@ pub const IPS: u64 = 100_000_000;
 /// The most host memory that released builds of Bochs take, in MiB; more of the guest's is swapped to a file.
 const HOST_MEMORY: u32 = 2048;
 const LOG: &str = "bochs.log";
+const OUT: &str = "bochs.out";
+
+/// Where the machine's text goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Serial {
+    /// COM1, a file in the boot's folder
+    pub file: &'static str,
+    /// Whether what is written to the port E9 goes to standard output
+    pub debug_port: bool,
+}
 
 impl Backend for Bochs {
     fn name(&self) -> String {
@@ -31,18 +41,7 @@ impl Backend for Bochs {
 
     fn start(&self, spec: &Spec, folder: &Path) -> Result<Child> {
         iso::make(spec, folder)?;
-        let bios = BIOS.find().context("the BIOS of Bochs is missing (package bochsbios)")?;
-        let vga = VGA_BIOS.find().context("the VGA BIOS is missing (package vgabios)")?;
-        std::fs::write(folder.join("bochsrc"), rc(&spec.machine, self.flavour, &bios, &vga))?;
-        let out = File::create(folder.join("bochs.out"))?;
-        let mut command = Command::new(&self.path);
-        // Relative names throughout: a comma or a space in the checkout's path would end an option.
-        command.current_dir(folder).args(["-q", "-f", "bochsrc"]);
-        if self.flavour == Flavour::Debugger {
-            std::fs::write(folder.join("go"), "c\n")?;
-            command.args(["-rc", "go"]);
-        }
-        Child::spawn(command.stdout(out.try_clone()?).stderr(out))
+        start(self, &spec.machine, Serial { file: SERIAL, debug_port: false }, OUT, folder)
     }
 
     fn stop(&self, child: &mut Child, folder: &Path) -> Vec<String> {
@@ -58,14 +57,33 @@ impl Backend for Bochs {
         let text = std::fs::read(folder.join(LOG)).unwrap_or_default();
         let mut words = panics(&String::from_utf8_lossy(&text));
         if text.is_empty() {
-            let out = std::fs::read(folder.join("bochs.out")).unwrap_or_default();
+            let out = std::fs::read(folder.join(OUT)).unwrap_or_default();
             words.extend(String::from_utf8_lossy(&out).lines().rev().take(5).map(str::to_string));
         }
         words
     }
 }
 
-fn rc(machine: &Machine, flavour: Flavour, bios: &Path, vga: &Path) -> String {
+/// Starts the machine on the boot disk that is in the folder; `out` there gets what Bochs itself prints.
+///
+/// # Errors
+/// If a file cannot be written or Bochs does not start.
+pub fn start(bochs: &Bochs, machine: &Machine, serial: Serial, out: &str, folder: &Path) -> Result<Child> {
+    let bios = BIOS.find().context("the BIOS of Bochs is missing (package bochsbios)")?;
+    let vga = VGA_BIOS.find().context("the VGA BIOS is missing (package vgabios)")?;
+    std::fs::write(folder.join("bochsrc"), rc(machine, bochs.flavour, serial, &bios, &vga))?;
+    let out = File::create(folder.join(out))?;
+    let mut command = Command::new(&bochs.path);
+    // Relative names throughout: a comma or a space in the checkout's path would end an option.
+    command.current_dir(folder).args(["-q", "-f", "bochsrc"]);
+    if bochs.flavour == Flavour::Debugger {
+        std::fs::write(folder.join("go"), "c\n")?;
+        command.args(["-rc", "go"]);
+    }
+    Child::spawn(command.stdout(out.try_clone()?).stderr(out))
+}
+
+fn rc(machine: &Machine, flavour: Flavour, serial: Serial, bios: &Path, vga: &Path) -> String {
     let memory = machine.memory;
     let display = match flavour {
         Flavour::Plain => "nogui",
@@ -79,7 +97,8 @@ fn rc(machine: &Machine, flavour: Flavour, bios: &Path, vga: &Path) -> String {
         "clock: sync=none".into(),
         "ata0-master: type=cdrom, path=boot.iso, status=inserted".into(),
         "boot: cdrom".into(),
-        format!("com1: enabled=1, mode=file, dev={SERIAL}"),
+        format!("com1: enabled=1, mode=file, dev={}", serial.file),
+        format!("port_e9_hack: enabled={}", u8::from(serial.debug_port)),
         format!("log: {LOG}"),
         "panic: action=fatal".into(),
         "error: action=report".into(),
@@ -122,7 +141,7 @@ mod tests {
 
     fn rc_of(memory: u32, flavour: Flavour) -> String {
         let machine = Machine { memory, model: "tigerlake".into() };
-        rc(&machine, flavour, &PathBuf::from("/b"), &PathBuf::from("/v"))
+        rc(&machine, flavour, Serial { file: SERIAL, debug_port: false }, &PathBuf::from("/b"), &PathBuf::from("/v"))
     }
 
     #[test]

@@ -12,6 +12,8 @@ pub enum L0 {
     Bochs,
     /// QEMU with KVM
     Kvm,
+    /// A Linux with KVM on the emulated machine
+    KvmInBochs,
 }
 
 /// What there is for KVM.
@@ -101,7 +103,7 @@ pub struct Choice {
 /// If KVM is asked for and cannot be used.
 pub fn choose(wish: L0, facts: &HostFacts) -> Result<Choice, (String, Option<String>)> {
     match (wish, facts.obstacle()) {
-        (L0::Bochs, _) => Ok(Choice { kvm: false, why: "you asked for it".into() }),
+        (L0::Bochs | L0::KvmInBochs, _) => Ok(Choice { kvm: false, why: "you asked for it".into() }),
         (L0::Kvm, None) => Ok(Choice { kvm: true, why: "you asked for it".into() }),
         (L0::Kvm, Some(obstacle)) => Err(obstacle),
         (L0::Auto, None) => Ok(Choice { kvm: true, why: "this CPU has VMX and KVM nests".into() }),

@@ -2,8 +2,10 @@
 
 pub mod bochs;
 pub mod host;
+pub mod initramfs;
 pub mod iso;
 pub mod kvm;
+pub mod kvm_in_bochs;
 pub mod memory;
 
 use crate::proc::Child;

@@ -7,7 +7,7 @@ use crate::error::Stop;
 use crate::paths::Paths;
 use crate::setup::apt::{self, Power};
 use crate::setup::toolchain::{self, Compiler};
-use crate::setup::{Need, What, bochs, grub, sources};
+use crate::setup::{Need, What, bochs, grub, linux, sources};
 use crate::ui::Ui;
 use anyhow::Result;
 use owo_colors::Style;
@@ -87,6 +87,15 @@ pub fn run(ui: &Ui, args: &DoctorArgs) -> Result<()> {
         doctor.need("BIOS", &bochs::BIOS);
         doctor.need("VGA BIOS", &bochs::VGA_BIOS);
     }
+    if args.l0 == host::L0::KvmInBochs {
+        for need in &linux::NEEDS {
+            doctor.need("Linux", need);
+        }
+        match linux::ready(&paths) {
+            Some(linux) => doctor.say(State::Ok, "Linux", &format!("{}: {}", linux.release, linux.folder.display())),
+            None => doctor.say(State::Will, "Linux", "a kernel package will be fetched and unpacked, not installed"),
+        }
+    }
     cache(&mut doctor, &paths);
     let (blocked, to_do, packages) = (doctor.blocked, doctor.to_do, doctor.packages);
     if blocked == 0 {
@@ -134,7 +143,8 @@ fn l0(doctor: &mut Doctor<'_>, args: &DoctorArgs) -> bool {
     if let Some(nested) = &facts.nested {
         doctor.say(State::Info, "nesting", &format!("kvm_intel nested={nested}"));
     }
-    let wish = if args.bochs.is_some() { host::L0::Bochs } else { args.l0 };
+    let own = args.bochs.is_some() && args.l0 != host::L0::KvmInBochs;
+    let wish = if own { host::L0::Bochs } else { args.l0 };
     match host::choose(wish, &facts) {
         Ok(choice) => {
             let name = if choice.kvm { "KVM" } else { "Bochs" };

@@ -1,10 +1,12 @@
 //! `run`: the main job. The guest boots twice, alone on the machine and under nvmx; the table puts the costs side by side.
 
+use crate::backend::{Backend, Spec};
 use crate::boot::{self, Outcome};
-use crate::cli::RunArgs;
+use crate::cli::{L1, RunArgs};
 use crate::error::Stop;
 use crate::report::{self, json::Run, stack, table};
-use crate::session::Session;
+use crate::session::{LONG, Session};
+use crate::suite::compare;
 use crate::transcript::{Show, View};
 use crate::ui::Ui;
 use anyhow::Result;
@@ -18,6 +20,7 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let session = Session::start(ui, &args.l0)?;
     let (bare, nested) =
         (session.bare(&args.l2, &args.l2_args)?, session.nested(&args.l2, &args.l2_args, args.fields)?);
+    let peer = if args.l1 == L1::Kvm { Some(session.kvm_in_place(&args.l0)?) } else { None };
     let l0 = session.l0();
     ui.line(&ui.paint(&format!("L0 | {}", stack::banner_line(&l0, None)), Style::new().bold()));
     let step = ui.step(&format!("{} alone, and under nvmx", args.l2));
@@ -29,8 +32,18 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     });
     let (bare, nested) = (bare?, nested?);
     drop(step);
-    let failed = [tell_failure(ui, &bare), tell_failure(ui, &nested)];
-    let events = report::events(Some(&bare.transcript), &nested.transcript);
+    let mut failed = vec![tell_failure(ui, &bare), tell_failure(ui, &nested)];
+    let mut events = report::events(Some(&bare.transcript), &nested.transcript);
+    if let Some(kvm) = peer {
+        let name = format!("{}-kvm", args.l2);
+        let spec = Spec { name, timeout: args.l0.timeout.unwrap_or(LONG), ..session.bare(&args.l2, &args.l2_args)? };
+        let step = ui.step(&format!("{} under {}", args.l2, kvm.name()));
+        let peer = boot::boot(&session.paths, &kvm, &spec, &View::new(ui, Show::Warnings))?;
+        drop(step);
+        report::add_peer(&mut events, &peer.transcript);
+        let differs = |e| format!("nvmx and KVM do not do the same: {e}");
+        failed.push(tell_failure(ui, &peer).or_else(|| compare::agree(&nested, &peer).err().map(differs)));
+    }
     let unit = session.backend.unit();
     if !events.is_empty() {
         ui.line("");

@@ -78,6 +78,12 @@ event! {
     ept02_fills,
     /// ept02 contexts dropped
     ept02_flushes,
+    /// Exits to KVM, where KVM is below nvmx, by KVM's own count
+    l0_exits,
+    /// Ticks with KVM in nvmx's place
+    under_kvm,
+    /// Exits to KVM there, by KVM's own count
+    kvm_exits,
 }
 
 /// The averages of a run: `bare` is the guest alone on the machine, `nested` the same guest under nvmx.
@@ -129,6 +135,21 @@ fn row(name: &str, bare: Option<&Transcript>, nested: &Transcript) -> Event {
         trapped_vmwrite: of("trapped_vmwrite"),
         ept02_fills: of("ept02_fills"),
         ept02_flushes: of("ept02_flushes"),
+        l0_exits: of("l0_exits"),
+        under_kvm: None,
+        kvm_exits: None,
+    }
+}
+
+/// Adds what the same guest cost with KVM in nvmx's place.
+pub fn add_peer(events: &mut [Event], kvm: &Transcript) {
+    for event in events {
+        // As for nvmx: the guest's bracket, or that of the guest hypervisor's own events.
+        let found = ["l3", "l2"].into_iter().find_map(|scope| Some((bracket(kvm, &event.event, scope)?, scope)));
+        if let Some((record, scope)) = found {
+            event.under_kvm = average(kvm, record, scope, "ticks");
+            event.kvm_exits = average(kvm, record, scope, "l0_exits");
+        }
     }
 }
 
@@ -157,6 +178,19 @@ pub mod tests {
     /// A transcript of these lines.
     pub fn transcript(lines: &[&str]) -> Transcript {
         Transcript { lines: lines.iter().map(|l| Line::parse(l)).collect() }
+    }
+
+    #[test]
+    fn the_peer_is_measured_by_the_same_bracket() {
+        let mut events = sample();
+        let kvm = transcript(&[
+            "@L2 event name=empty handled_by=hardware scope=l3 count=1 ticks=50 l0_exits=4",
+            "@L2 event name=cpuid handled_by=L2 scope=native count=1000 ticks=9 l0_exits=9",
+            "@L2 event name=cpuid handled_by=L2 scope=l3 count=1000 ticks=15000050 l0_exits=2004",
+        ]);
+        add_peer(&mut events, &kvm);
+        assert_eq!((events[0].under_kvm, events[0].kvm_exits), (Some(15000.0), Some(2.0)));
+        assert_eq!(events[1].under_kvm, None);
     }
 
     /// A run with a CPUID of L3 and one of L2.

@@ -20,6 +20,12 @@ const HEAD: [&str; 13] = [
     "inside\nnvmx",
 ];
 
+type Figure = fn(&Event) -> Option<f64>;
+
+/// Columns that only some stacks have.
+const EXTRA: [(&str, Figure); 3] =
+    [("exits\nto KVM", |e| e.l0_exits), ("KVM\ninstead", |e| e.under_kvm), ("its\nexits", |e| e.kvm_exits)];
+
 /// The table: averages per event.
 pub fn render(events: &[Event]) -> String {
     let mut table = Table::new();
@@ -28,9 +34,11 @@ pub fn render(events: &[Event]) -> String {
     for rule in [BottomBorder, BottomBorderIntersections, HeaderLines, MiddleHeaderIntersections] {
         table.set_style(rule, '─');
     }
-    table.set_header(HEAD);
+    let extra: Vec<&(&str, Figure)> =
+        EXTRA.iter().filter(|(_, figure)| events.iter().any(|e| figure(e).is_some())).collect();
+    table.set_header(HEAD.into_iter().chain(extra.iter().map(|(head, _)| *head)));
     for e in events {
-        table.add_row(vec![
+        let mut row = vec![
             e.event.clone(),
             e.handled_by.clone(),
             number(e.native),
@@ -44,7 +52,9 @@ pub fn render(events: &[Event]) -> String {
             number(e.trapped_vmread),
             number(e.trapped_vmwrite),
             number(e.l1_instructions),
-        ]);
+        ];
+        row.extend(extra.iter().map(|(_, figure)| number(figure(e))));
+        table.add_row(row);
     }
     for (i, column) in table.column_iter_mut().enumerate() {
         column.set_padding((1, 0));
@@ -85,6 +95,10 @@ pub fn footer(events: &[Event], unit: Unit) -> Vec<String> {
                 number(trapped)
             ));
         }
+    }
+    if let Some((nested, kvm)) = find("cpuid").and_then(|e| Some((e.nested?, e.under_kvm?))) {
+        let times = number(Some(kvm / nested.max(1.0)));
+        lines.push(format!("With KVM in nvmx's place it costs {} {unit}: {times} times as much.", number(Some(kvm))));
     }
     let own = find("l2_cpuid").filter(|e| e.hw_exits.is_some());
     if let Some(e) = own {
@@ -138,6 +152,19 @@ mod tests {
         let cells: Vec<&str> = row.split_whitespace().collect();
         assert_eq!(cells, ["cpuid", "L2", "3", "260", "1,200", "2", "19", "-", "-", "-", "-", "-", "900"]);
         assert!(text.lines().any(|l| l.trim_start().starts_with("l2_cpuid")));
+    }
+
+    #[test]
+    fn columns_for_kvm_appear_where_kvm_was_measured() {
+        let mut events = sample();
+        assert!(!render(&events).contains("instead"));
+        events[0].under_kvm = Some(15_000.0);
+        let text = render(&events);
+        let row = text.lines().find(|l| l.trim_start().starts_with("cpuid")).unwrap();
+        assert!(text.contains("instead") && row.trim_end().ends_with("15,000"), "{text}");
+        assert!(
+            footer(&events, Unit::Instructions).join("\n").contains("costs 15,000 instructions: 12.5 times as much")
+        );
     }
 
     #[test]

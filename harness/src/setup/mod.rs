@@ -3,6 +3,7 @@
 pub mod apt;
 pub mod bochs;
 pub mod grub;
+pub mod linux;
 pub mod sources;
 pub mod sysroot;
 pub mod toolchain;

@@ -1,0 +1,138 @@
+//! A real KVM on the emulated machine: Bochs boots a Linux whose only program is the VMM of this workspace, and the VMM boots
+//! the image. So KVM's own nested code is below nvmx, or does nvmx's job for comparison.
+
+use super::bochs::{self, Serial};
+use super::initramfs::Archive;
+use super::{Backend, Machine, SERIAL, Spec, Unit, iso};
+use crate::proc::Child;
+use crate::setup::bochs::Bochs;
+use crate::setup::linux::{Linux, MODULES};
+use anyhow::Result;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+/// Memory of the emulated machine beside that of KVM's guest, in MiB.
+const LINUX_MEMORY: u32 = 512;
+/// Linux must not wait, ask or talk.
+const COMMAND_LINE: &str = "console=ttyS0,115200 nokaslr mitigations=off tsc=reliable no_timer_check \
+    random.trust_cpu=on cryptomgr.notests audit=0 apparmor=0 panic=-1 quiet";
+/// Bochs wants the posted-interrupt descriptor at the start of a page, where a processor wants 64 bytes and KVM gives no
+/// more: with APICv the first entry of a guest fails.
+const KVM_INTEL: &str = "nested=1 ept=1 enable_apicv=0";
+const CONSOLE: &str = "console.log";
+
+/// Bochs, Linux, the VMM.
+pub struct KvmInBochs {
+    /// The machine
+    pub bochs: Bochs,
+    /// The kernel
+    pub linux: Linux,
+    /// The program
+    pub vmm: PathBuf,
+}
+
+impl Backend for KvmInBochs {
+    fn name(&self) -> String {
+        format!("Bochs {} with KVM of Linux {}", self.bochs.version, self.linux.release)
+    }
+
+    fn cpu(&self, machine: &Machine) -> String {
+        self.bochs.cpu(machine)
+    }
+
+    fn unit(&self) -> Unit {
+        Unit::Instructions
+    }
+
+    fn start(&self, spec: &Spec, folder: &Path) -> Result<Child> {
+        iso::make_linux(&self.linux.file("vmlinuz"), &self.initramfs(spec)?, COMMAND_LINE, folder)?;
+        let machine = Machine { memory: spec.machine.memory + LINUX_MEMORY, model: spec.machine.model.clone() };
+        // The VMM writes to the debug port, which Bochs shows on its standard output.
+        bochs::start(&self.bochs, &machine, Serial { file: CONSOLE, debug_port: true }, SERIAL, folder)
+    }
+
+    fn stop(&self, child: &mut Child, folder: &Path) -> Vec<String> {
+        let mut lines = self.bochs.stop(child, folder);
+        lines.extend(console(folder));
+        lines
+    }
+
+    fn last_words(&self, folder: &Path) -> Vec<String> {
+        let mut lines = self.bochs.last_words(folder);
+        if !lines.is_empty() {
+            lines.extend(console(folder));
+        }
+        lines
+    }
+}
+
+impl KvmInBochs {
+    fn initramfs(&self, spec: &Spec) -> Result<Vec<u8>> {
+        let mut archive = Archive::default();
+        for folder in ["dev", "proc", "sys"] {
+            archive.add_folder(folder)?;
+        }
+        archive.add_file("init", &self.vmm)?;
+        for module in MODULES {
+            archive.add_file(&format!("{module}.ko"), &self.linux.file(&format!("{module}.ko")))?;
+        }
+        archive.add_file("kernel", &spec.kernel.path)?;
+        for (i, module) in spec.modules.iter().enumerate() {
+            archive.add_file(&format!("module{i}"), &module.path)?;
+        }
+        archive.add("plan", plan(spec).as_bytes())?;
+        archive.finish()
+    }
+}
+
+/// The VMM's orders.
+fn plan(spec: &Spec) -> String {
+    let mut text = String::new();
+    let mut order = |what: &str, args: &str| {
+        // A line break would be another order.
+        let line = format!("{what} {args}").replace(['\n', '\r'], " ");
+        let _ = writeln!(text, "{}", line.trim_end());
+    };
+    for module in MODULES {
+        order(&format!("module /{module}.ko"), if module == "kvm-intel" { KVM_INTEL } else { "" });
+    }
+    order("memory", &spec.machine.memory.to_string());
+    order("kernel /kernel", &spec.kernel.args);
+    for (i, module) in spec.modules.iter().enumerate() {
+        order(&format!("payload /module{i}"), &module.args);
+    }
+    text
+}
+
+/// The last lines of Linux's own console.
+fn console(folder: &Path) -> Vec<String> {
+    let text = std::fs::read(folder.join(CONSOLE)).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+    let from = lines.len().saturating_sub(8);
+    lines.get(from..).unwrap_or_default().iter().map(|l| format!("Linux: {l}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Payload, Protocol};
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn the_plan_names_modules_memory_and_payloads_one_a_line() {
+        let spec = Spec {
+            name: "x".into(),
+            kernel: Payload::new("/k", "log=warn\nmodule /evil"),
+            modules: vec![Payload::new("/m", "")],
+            protocol: Protocol::Multiboot2,
+            machine: Machine { memory: 256, model: String::new() },
+            timeout: Duration::from_secs(1),
+        };
+        let text = plan(&spec);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "module /irqbypass.ko");
+        assert_eq!(lines[2], format!("module /kvm-intel.ko {KVM_INTEL}"));
+        assert_eq!(lines[3..], ["memory 256", "kernel /kernel log=warn module /evil", "payload /module0"]);
+    }
+}
