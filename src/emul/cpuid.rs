@@ -1,7 +1,7 @@
 //! CPUID of L2: the processor's answer, with VMX shown as nvmx offers it and nvmx's own hypervisor leaves.
 //!
 //! The outer hypervisor's leaves (0x4000_0000 to 0x4FFF_FFFF) are hidden: its paravirtual interface would let L2 have L0
-//! write into nvmx's memory.
+//! write into nvmx's memory. Source: SDM vol. 2A, "CPUID", table "Information Returned by CPUID Instruction".
 
 use crate::vcpu::Cpu;
 use crate::vmx::Field;
@@ -18,6 +18,9 @@ const LEAF1_ECX_OSXSAVE: u32 = 1 << 27;
 const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF7_EBX_SGX: u32 = 1 << 2;
 const LEAF7_ECX_OSPKE: u32 = 1 << 4;
+const LEAF7_ECX_SGX_LC: u32 = 1 << 30;
+const LEAF_SGX: u32 = 0x12;
+const NOTHING: CpuidResult = CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 };
 const CR4_OSXSAVE: u64 = 1 << 18;
 const CR4_PKE: u64 = 1 << 22;
 
@@ -28,28 +31,33 @@ pub fn emulate(cpu: &mut Cpu) {
     let answer = if HYPERVISOR_LEAVES.contains(&leaf) {
         hypervisor_leaf(cpu, leaf, subleaf)
     } else {
-        let mut answer = cpuid_count(leaf, subleaf);
-        match (leaf, subleaf) {
-            (1, _) => {
-                // OSXSAVE mirrors CR4, and CPUID here ran under nvmx's CR4.
-                let on = cpu.vmx.read(Field::GUEST_CR4) & CR4_OSXSAVE != 0;
-                answer.ecx &= !(LEAF1_ECX_SMX | LEAF1_ECX_OSXSAVE);
-                answer.ecx |= LEAF1_ECX_VMX | LEAF1_ECX_HYPERVISOR | if on { LEAF1_ECX_OSXSAVE } else { 0 };
-            }
-            (7, 0) => {
-                let on = cpu.vmx.read(Field::GUEST_CR4) & CR4_PKE != 0;
-                answer.ebx &= !LEAF7_EBX_SGX;
-                answer.ecx &= !LEAF7_ECX_OSPKE;
-                answer.ecx |= if on { LEAF7_ECX_OSPKE } else { 0 };
-            }
-            _ => {}
-        }
-        answer
+        as_l2_sees_it(leaf, subleaf, cpuid_count(leaf, subleaf), || cpu.vmx.read(Field::GUEST_CR4))
     };
     cpu.regs.gpr[0] = answer.eax as u64;
     cpu.regs.gpr[3] = answer.ebx as u64;
     cpu.regs.gpr[1] = answer.ecx as u64;
     cpu.regs.gpr[2] = answer.edx as u64;
+}
+
+/// The processor's answer under nvmx's CR4, as it would be under L2's, without what nvmx does not offer.
+#[inline(always)]
+fn as_l2_sees_it(leaf: u32, subleaf: u32, mut answer: CpuidResult, cr4: impl FnOnce() -> u64) -> CpuidResult {
+    match (leaf, subleaf) {
+        (1, _) => {
+            let on = cr4() & CR4_OSXSAVE != 0;
+            answer.ecx &= !(LEAF1_ECX_SMX | LEAF1_ECX_OSXSAVE);
+            answer.ecx |= LEAF1_ECX_VMX | LEAF1_ECX_HYPERVISOR | if on { LEAF1_ECX_OSXSAVE } else { 0 };
+        }
+        (7, 0) => {
+            let on = cr4() & CR4_PKE != 0;
+            answer.ebx &= !LEAF7_EBX_SGX;
+            answer.ecx &= !(LEAF7_ECX_OSPKE | LEAF7_ECX_SGX_LC);
+            answer.ecx |= if on { LEAF7_ECX_OSPKE } else { 0 };
+        }
+        (LEAF_SGX, _) => answer = NOTHING,
+        _ => {}
+    }
+    answer
 }
 
 fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
@@ -72,9 +80,49 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
             }
             match cpu.vmx.counters.snapshot_value(subleaf) {
                 Some(v) => CpuidResult { eax: v as u32, ebx: 1, ecx: 0, edx: (v >> 32) as u32 },
-                None => CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 },
+                None => NOTHING,
             }
         }
-        _ => CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 },
+        _ => NOTHING,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: CpuidResult = CpuidResult { eax: u32::MAX, ebx: u32::MAX, ecx: u32::MAX, edx: u32::MAX };
+
+    fn seen(leaf: u32, subleaf: u32, answer: CpuidResult, cr4: u64) -> CpuidResult {
+        as_l2_sees_it(leaf, subleaf, answer, || cr4)
+    }
+
+    #[test]
+    fn leaf_1_shows_vmx_and_a_hypervisor_and_hides_smx() {
+        assert_eq!(seen(1, 0, NOTHING, 0).ecx, 1 << 5 | 1 << 31);
+        assert_eq!(seen(1, 0, ALL, CR4_OSXSAVE), CpuidResult { ecx: !(1 << 6), ..ALL });
+    }
+
+    #[test]
+    fn bits_that_mirror_cr4_follow_l2_s_cr4() {
+        for (leaf, bit, mirror) in [(1, 27, CR4_OSXSAVE), (7, 4, CR4_PKE)] {
+            for answer in [NOTHING, ALL] {
+                assert_eq!(seen(leaf, 0, answer, mirror).ecx >> bit & 1, 1, "leaf {leaf}");
+                assert_eq!(seen(leaf, 0, answer, !mirror).ecx >> bit & 1, 0, "leaf {leaf}");
+            }
+        }
+    }
+
+    #[test]
+    fn sgx_is_not_there() {
+        assert_eq!(seen(7, 0, ALL, CR4_PKE), CpuidResult { ebx: !(1 << 2), ecx: !(1 << 30), ..ALL });
+        assert_eq!(seen(0x12, 2, ALL, 0), NOTHING);
+    }
+
+    #[test]
+    fn other_leaves_are_the_processor_s() {
+        for (leaf, subleaf) in [(0, 0), (2, 0), (7, 1), (0xD, 0), (0x13, 0), (0x8000_0001, 0), (0x8000_0008, 0)] {
+            assert_eq!(seen(leaf, subleaf, ALL, u64::MAX), ALL, "{leaf:#x}");
+        }
     }
 }

@@ -9,6 +9,7 @@ use crate::emul::cr::{Cr0, Cr4};
 use crate::mm::l2_image::Start;
 use crate::nested::vpid::VPID01;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
+use crate::vmx::segment::Segment;
 use crate::vmx::{Capabilities, Field};
 use l2_protocol::abi::Strategy;
 
@@ -95,84 +96,20 @@ fn write_entry_state(cpu: &mut Cpu, start: &Start) {
     const UNUSABLE: u64 = 1 << 16;
     const BUSY_TSS: u64 = 0x8B;
     let vmx = &mut cpu.vmx;
-    for (selector, base, limit, rights, value, size, access) in [
-        (
-            Field::GUEST_CS_SELECTOR,
-            Field::GUEST_CS_BASE,
-            Field::GUEST_CS_LIMIT,
-            Field::GUEST_CS_AR_BYTES,
-            8,
-            u32::MAX,
-            CODE,
-        ),
-        (
-            Field::GUEST_SS_SELECTOR,
-            Field::GUEST_SS_BASE,
-            Field::GUEST_SS_LIMIT,
-            Field::GUEST_SS_AR_BYTES,
-            16,
-            u32::MAX,
-            DATA,
-        ),
-        (
-            Field::GUEST_DS_SELECTOR,
-            Field::GUEST_DS_BASE,
-            Field::GUEST_DS_LIMIT,
-            Field::GUEST_DS_AR_BYTES,
-            16,
-            u32::MAX,
-            DATA,
-        ),
-        (
-            Field::GUEST_ES_SELECTOR,
-            Field::GUEST_ES_BASE,
-            Field::GUEST_ES_LIMIT,
-            Field::GUEST_ES_AR_BYTES,
-            16,
-            u32::MAX,
-            DATA,
-        ),
-        (
-            Field::GUEST_FS_SELECTOR,
-            Field::GUEST_FS_BASE,
-            Field::GUEST_FS_LIMIT,
-            Field::GUEST_FS_AR_BYTES,
-            16,
-            u32::MAX,
-            DATA,
-        ),
-        (
-            Field::GUEST_GS_SELECTOR,
-            Field::GUEST_GS_BASE,
-            Field::GUEST_GS_LIMIT,
-            Field::GUEST_GS_AR_BYTES,
-            16,
-            u32::MAX,
-            DATA,
-        ),
-        (
-            Field::GUEST_LDTR_SELECTOR,
-            Field::GUEST_LDTR_BASE,
-            Field::GUEST_LDTR_LIMIT,
-            Field::GUEST_LDTR_AR_BYTES,
-            0,
-            0,
-            UNUSABLE,
-        ),
-        (
-            Field::GUEST_TR_SELECTOR,
-            Field::GUEST_TR_BASE,
-            Field::GUEST_TR_LIMIT,
-            Field::GUEST_TR_AR_BYTES,
-            0,
-            0x67,
-            BUSY_TSS,
-        ),
+    for (segment, selector, limit, rights) in [
+        (Segment::Cs, 8, u32::MAX, CODE),
+        (Segment::Ss, 16, u32::MAX, DATA),
+        (Segment::Ds, 16, u32::MAX, DATA),
+        (Segment::Es, 16, u32::MAX, DATA),
+        (Segment::Fs, 16, u32::MAX, DATA),
+        (Segment::Gs, 16, u32::MAX, DATA),
+        (Segment::Ldtr, 0, 0, UNUSABLE),
+        (Segment::Tr, 0, 0x67, BUSY_TSS),
     ] {
-        vmx.write(selector, value);
-        vmx.write(base, 0);
-        vmx.write(limit, size as u64);
-        vmx.write(rights, access);
+        vmx.write(segment.selector(), selector);
+        vmx.write(segment.base(), 0);
+        vmx.write(segment.limit(), limit as u64);
+        vmx.write(segment.rights(), rights);
     }
     let cr0 = Cr0::PE | Cr0::NE | Cr0::from_bits_retain(1 << 4);
     for (field, value) in [
@@ -243,4 +180,65 @@ pub fn cr4_of_l2(cpu: &mut Cpu) -> u64 {
 fn seen(cpu: &mut Cpu, value: Field, shadow: Field, mask: Field) -> u64 {
     let mask = cpu.vmx.read(mask);
     cpu.vmx.read(value) & !mask | cpu.vmx.read(shadow) & mask
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmx::caps::msr;
+    use crate::vmx::controls::Controls;
+
+    /// A processor that allows every control and demands only what every processor does.
+    fn machine() -> Capabilities {
+        let word = |demanded: u32| u64::from(demanded) | 0xFFFF_FFFF << 32;
+        let value = |index| match index {
+            msr::IA32_VMX_BASIC => 1 << 55,
+            msr::IA32_VMX_PINBASED_CTLS | msr::IA32_VMX_TRUE_PINBASED_CTLS => word(PinControls::DEFAULT1),
+            msr::IA32_VMX_PROCBASED_CTLS => word(PrimaryControls::DEFAULT1),
+            // The TRUE MSRs lift the demand for CR3 exits and debug controls.
+            msr::IA32_VMX_TRUE_PROCBASED_CTLS => word(PrimaryControls::DEFAULT1 & !(3 << 15)),
+            msr::IA32_VMX_EXIT_CTLS => word(ExitControls::DEFAULT1),
+            msr::IA32_VMX_TRUE_EXIT_CTLS => word(ExitControls::DEFAULT1 & !(1 << 2)),
+            msr::IA32_VMX_ENTRY_CTLS => word(EntryControls::DEFAULT1),
+            msr::IA32_VMX_TRUE_ENTRY_CTLS => word(EntryControls::DEFAULT1 & !(1 << 2)),
+            _ => word(0),
+        };
+        Capabilities::read(value, 39, 48)
+    }
+
+    #[test]
+    fn l2_keeps_its_interrupts_timers_ports_and_registers() {
+        let (pin, primary) = (pin(&machine()), primary(&machine()));
+        assert_eq!(pin.bits(), PinControls::DEFAULT1, "no interrupt, NMI or timer exits");
+        let exiting = PrimaryControls::USE_MSR_BITMAPS | PrimaryControls::ACTIVATE_SECONDARY_CONTROLS;
+        assert_eq!(primary.bits(), exiting.bits() | PrimaryControls::DEFAULT1 & !(3 << 15));
+    }
+
+    #[test]
+    fn secondary_controls_confine_l2_and_enable_instructions_only() {
+        let confining =
+            SecondaryControls::ENABLE_EPT | SecondaryControls::ENABLE_VPID | SecondaryControls::UNRESTRICTED_GUEST;
+        let enabling = secondary(&machine()) - confining;
+        assert!(secondary(&machine()).contains(confining));
+        let instructions = SecondaryControls::ENABLE_RDTSCP
+            | SecondaryControls::ENABLE_INVPCID
+            | SecondaryControls::ENABLE_XSAVES
+            | SecondaryControls::ENABLE_USER_WAIT_AND_PAUSE
+            | SecondaryControls::ENABLE_PCONFIG;
+        assert_eq!(enabling, instructions);
+    }
+
+    #[test]
+    fn what_nvmx_must_not_share_with_l2_is_switched_both_ways() {
+        let (exit, entry) = (exit(&machine()), entry(&machine()));
+        assert!(
+            exit.contains(ExitControls::SAVE_EFER | ExitControls::LOAD_EFER)
+                && entry.contains(EntryControls::LOAD_EFER)
+        );
+        assert!(
+            exit.contains(ExitControls::SAVE_PAT | ExitControls::LOAD_PAT) && entry.contains(EntryControls::LOAD_PAT)
+        );
+        assert!(exit.contains(ExitControls::HOST_ADDRESS_SPACE_SIZE));
+        assert!(!entry.contains(EntryControls::IA32E_MODE_GUEST), "L2 starts in 32-bit mode");
+    }
 }
