@@ -49,13 +49,13 @@ impl MemoryType {
 pub const MAX_VARIABLE: usize = 32;
 
 /// Index of IA32_MTRRCAP.
-pub const IA32_MTRRCAP: u32 = 0xFE;
+const IA32_MTRRCAP: u32 = 0xFE;
 /// Index of IA32_MTRR_DEF_TYPE.
-pub const IA32_MTRR_DEF_TYPE: u32 = 0x2FF;
+const IA32_MTRR_DEF_TYPE: u32 = 0x2FF;
 /// Index of IA32_MTRR_PHYSBASE0; PHYSBASEn is at twice n from here, PHYSMASKn is the one behind it.
-pub const IA32_MTRR_PHYSBASE0: u32 = 0x200;
+const IA32_MTRR_PHYSBASE0: u32 = 0x200;
 /// Indices of the fixed-range MTRRs in ascending order of address.
-pub const IA32_MTRR_FIXED: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26A, 0x26B, 0x26C, 0x26D, 0x26E, 0x26F];
+const IA32_MTRR_FIXED: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26A, 0x26B, 0x26C, 0x26D, 0x26E, 0x26F];
 
 /// First address that fixed ranges do not describe.
 const FIXED_END: u64 = 0x10_0000;
