@@ -283,7 +283,9 @@ mod tests {
         assert!(!write_cr4(Mode { cr4: 0x20, ..PAGED_32 }, 0x24, ALLOWED).unwrap().load_pdptes, "CR4.TSD");
         let pae = Mode { cr4: 0x20, ..PAGED_32 };
         assert!(write_cr0(pae, 0xC001_0011).unwrap().load_pdptes, "CD");
-        assert!(write_cr0(pae, 0xE001_0011).unwrap().load_pdptes, "NW");
+        let uncached = Mode { cr0: 0xE001_0011, ..pae };
+        assert!(write_cr0(uncached, 0xC001_0011).unwrap().load_pdptes, "NW");
+        assert!(!write_cr0(uncached, 0xE001_0019).unwrap().load_pdptes, "TS");
         assert!(!write_cr0(pae, 0x8001_0019).unwrap().load_pdptes, "TS");
         assert!(!write_cr0(PAGED_32, 0xC001_0011).unwrap().load_pdptes, "32-bit paging");
         let long = Mode { cs_long: false, vmx_operation: false, ..LONG };
