@@ -14,6 +14,8 @@ pub enum Fields {
     ZeroCopy,
     /// Every access exits, even where the processor could shadow.
     Trapped,
+    /// As `Trapped`, and nvmx edits VMCSs in memory: for a hypervisor below that keeps them there.
+    InMemory,
 }
 
 /// `exit=`: what nvmx does after its last line.
@@ -79,7 +81,7 @@ impl fmt::Display for OptionError {
 }
 
 const LOG: &str = "off|error|warn|info|debug|trace";
-const FIELDS: &str = "auto|zero-copy|trapped";
+const FIELDS: &str = "auto|zero-copy|trapped|in-memory";
 const EXIT: &str = "none|ports";
 const ACCEPTED: [(&str, &str); 3] = [("log", LOG), ("fields", FIELDS), ("exit", EXIT)];
 
@@ -97,6 +99,7 @@ impl Options {
                         "auto" => Fields::Auto,
                         "zero-copy" => Fields::ZeroCopy,
                         "trapped" => Fields::Trapped,
+                        "in-memory" => Fields::InMemory,
                         _ => return Err(bad("fields", FIELDS)),
                     }
                 }
@@ -153,14 +156,14 @@ mod tests {
         assert_eq!(
             text,
             "unknown option 'colour=red': nvmx accepts log=off|error|warn|info|debug|trace, \
-             fields=auto|zero-copy|trapped, exit=none|ports"
+             fields=auto|zero-copy|trapped|in-memory, exit=none|ports"
         );
     }
 
     #[test]
     fn a_bad_value_is_named_with_what_is_accepted() {
         let text = Options::parse("fields=fast").unwrap_err().to_string();
-        assert_eq!(text, "bad value 'fast' for option 'fields': accepted is fields=auto|zero-copy|trapped");
+        assert_eq!(text, "bad value 'fast' for option 'fields': accepted is fields=auto|zero-copy|trapped|in-memory");
         assert!(Options::parse("log").is_err());
         assert!(Options::parse("log=").is_err());
     }

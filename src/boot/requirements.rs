@@ -123,6 +123,9 @@ fn brand<R: CpuIdReader>(cpuid: &CpuId<R>) -> ArrayString<48> {
     }
 }
 
+/// What [`Processor::l0`] says of KVM.
+pub const KVM: &str = "KVM";
+
 /// The hypervisor that CPUID shows, if any.
 fn l0<R: CpuIdReader>(cpuid: &CpuId<R>) -> &'static str {
     if !cpuid.get_feature_info().is_some_and(|f| f.has_hypervisor()) {
@@ -130,7 +133,7 @@ fn l0<R: CpuIdReader>(cpuid: &CpuId<R>) -> &'static str {
     }
     let leaf = cpuid.get_hypervisor_info();
     match leaf.as_ref().map(|info| info.identify()) {
-        Some(Hypervisor::KVM) => "KVM",
+        Some(Hypervisor::KVM) => KVM,
         Some(Hypervisor::QEMU) => "QEMU",
         Some(Hypervisor::Xen) => "Xen",
         Some(Hypervisor::HyperV) => "Hyper-V",

@@ -35,6 +35,9 @@ pub fn intercept(bitmap: &mut MsrBitmap) {
     }
 }
 
+/// IA32_PAT: nvmx sees L3 write it, and so knows it at every exit.
+pub const IA32_PAT: u32 = 0x277;
+
 /// The guest-state field that holds an MSR while VM exits switch it.
 pub fn vmcs_field(index: u32) -> Option<Field> {
     Some(match index {
@@ -82,7 +85,7 @@ pub fn write(cpu: &mut Cpu) -> Result<(), Fault> {
 }
 
 /// ECX and EDX:EAX.
-fn written(cpu: &Cpu) -> (u32, u64) {
+pub fn written(cpu: &Cpu) -> (u32, u64) {
     let [rax, rcx, rdx, ..] = cpu.regs.gpr;
     (rcx as u32, (rdx & 0xFFFF_FFFF) << 32 | rax & 0xFFFF_FFFF)
 }

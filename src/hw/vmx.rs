@@ -7,6 +7,7 @@ use crate::addr::Hpa;
 use crate::boot::requirements::{IA32_FEATURE_CONTROL, LOCKED, VMX_OUTSIDE_SMX};
 use crate::vcpu::counters::Counters;
 use crate::vmx::Field;
+use crate::vmx::image::Access;
 use core::arch::asm;
 use l2_protocol::abi::Counter;
 
@@ -74,6 +75,16 @@ impl Vmx {
         value
     }
 
+    /// Does the processor have this field? A VMCS is current. Not counted: it is asked at start only.
+    pub fn has(&self, field: Field) -> bool {
+        let failed: u8;
+        // SAFETY: VMREAD has no effect but on its destination and RFLAGS.
+        unsafe {
+            asm!("vmread {v}, {f}", "setbe {x}", v = out(reg) _, f = in(reg) field.encoding() as u64, x = out(reg_byte) failed, options(nostack))
+        };
+        failed == 0
+    }
+
     /// Writes a field of the current VMCS; the caller asks only for fields that the processor has.
     #[inline(always)]
     pub fn write(&mut self, field: Field, value: u64) {
@@ -92,14 +103,6 @@ impl Vmx {
         unsafe {
             asm!("vmwrite {f}, {v}", v = in(reg) value, f = in(reg) field.encoding() as u64, options(nostack))
         };
-    }
-
-    /// Writes a field only if it does not hold `value` yet.
-    #[inline(always)]
-    pub fn update(&mut self, field: Field, value: u64) {
-        if self.read(field) != value {
-            self.write(field, value);
-        }
     }
 
     /// Makes `vmcs` current and active.
@@ -148,5 +151,17 @@ impl Vmx {
             asm!("invvpid {k}, [{d}]", "setbe {f}", k = in(reg) kind as u64, d = in(reg) &descriptor, f = out(reg_byte) failed);
         }
         assert!(failed == 0, "INVVPID of nvmx's own failed");
+    }
+}
+
+impl Access for Vmx {
+    #[inline(always)]
+    fn read(&mut self, field: Field) -> u64 {
+        Vmx::read(self, field)
+    }
+
+    #[inline(always)]
+    fn write(&mut self, field: Field, value: u64) {
+        Vmx::write(self, field, value);
     }
 }

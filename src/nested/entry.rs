@@ -86,6 +86,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     let count = slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_COUNT);
     if count != 0 || slot.msr_lists.is_armed() {
         slot.msr_lists.arm_entry(vmx, &cpu.phys, &cpu.guest, slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_ADDR), count);
+        slot.inherited.forget_pat();
     }
     if let Operation::Root { vmxon_ptr, .. } = cpu.nested.operation {
         cpu.nested.operation = Operation::NonRoot { vmxon_ptr, current: index };
@@ -261,7 +262,7 @@ fn with_guest_state<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&Cpu, &super:
     let slot = &mut cpu.nested.slots[index];
     slot.fetch_all(&mut cpu.vmx, &cpu.config.exists);
     let result = f(cpu, &cpu.nested.slots[index].vmcs12);
-    if cpu.config.strategy == Strategy::ZeroCopy {
+    if cpu.config.strategy != Strategy::Trapped {
         cpu.nested.slots[index].vmcs12.valid = FieldSet::CACHED;
     }
     result

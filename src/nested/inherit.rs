@@ -21,9 +21,6 @@ const FIELDS: [Field; 3] = [Field::GUEST_IA32_EFER, Field::GUEST_DR7, Field::GUE
 const EFER: usize = 0;
 const ALL: u8 = 0b111;
 
-/// No value of IA32_PAT.
-const NO_PAT: u64 = u64::MAX;
-
 /// What vmcs12 asks for, and the values on their way.
 #[derive(Clone, Copy)]
 pub struct Inherited {
@@ -42,8 +39,8 @@ pub struct Inherited {
     live: [u64; 3],
     /// The value of vmcs12's field.
     original: [u64; 3],
-    /// IA32_PAT in vmcs02.
-    pat02: u64,
+    /// IA32_PAT in vmcs02; `None` if L3's MSR area may have loaded another one. L3's own writes exit.
+    pat02: Option<u64>,
     /// IA32_PAT in the processor when L3 leaves.
     live_pat: u64,
 }
@@ -61,7 +58,7 @@ impl Default for Inherited {
             long_mode_host: true,
             live: [0; 3],
             original: [0; 3],
-            pat02: NO_PAT,
+            pat02: None,
             live_pat: 0,
         }
     }
@@ -108,9 +105,8 @@ impl Inherited {
     #[inline(always)]
     pub fn enter_l3(&mut self, vmx: &mut Vmx, vmcs12: &Vmcs12, l2: &Tracked) {
         let pat = if self.loads_pat { vmcs12.get(Field::GUEST_IA32_PAT) } else { l2.pat() };
-        if pat != self.pat02 {
-            vmx.write(Field::GUEST_IA32_PAT, pat);
-            self.pat02 = pat;
+        if self.pat02 != Some(pat) {
+            self.set_pat(vmx, pat);
         }
         if self.loaded & self.saved == ALL {
             return;
@@ -123,13 +119,27 @@ impl Inherited {
         }
     }
 
+    /// L3's IA32_PAT becomes `pat`; vmcs02 is current.
+    pub fn set_pat(&mut self, vmx: &mut Vmx, pat: u64) {
+        vmx.write(Field::GUEST_IA32_PAT, pat);
+        self.pat02 = Some(pat);
+    }
+
+    /// L3's MSR area may load IA32_PAT.
+    pub fn forget_pat(&mut self) {
+        self.pat02 = None;
+    }
+
+    fn pat_of_l3(&mut self, vmx: &mut Vmx) -> u64 {
+        *self.pat02.get_or_insert_with(|| vmx.read(Field::GUEST_IA32_PAT))
+    }
+
     /// After an exit of L3 that goes to L2, vmcs02 current.
     #[inline(always)]
     pub fn leave_l3(&mut self, vmx: &mut Vmx, vmcs12: &mut Vmcs12) {
-        self.pat02 = vmx.read(Field::GUEST_IA32_PAT);
-        self.live_pat = self.pat02;
+        self.live_pat = self.pat_of_l3(vmx);
         if self.saves_pat {
-            vmcs12.set(Field::GUEST_IA32_PAT, self.pat02);
+            vmcs12.set(Field::GUEST_IA32_PAT, self.live_pat);
         }
         if !self.host_efer {
             self.live[EFER] = vmx.read(Field::GUEST_IA32_EFER);
@@ -145,7 +155,7 @@ impl Inherited {
     /// the entry came as far as its MSR area.
     pub fn leave_failed_entry(&mut self, vmx: &mut Vmx, l2: &Tracked, guest_state_loaded: bool) {
         if guest_state_loaded {
-            self.live_pat = self.pat02;
+            self.live_pat = self.pat_of_l3(vmx);
             self.live[EFER] = vmx.read(Field::GUEST_IA32_EFER);
         } else {
             self.live_pat = l2.pat();

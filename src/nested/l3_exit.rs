@@ -11,6 +11,7 @@ use crate::hw::vmx::Invalidate;
 use crate::mm::{GuestMemory, PhysMem};
 use crate::nested::merge::Duties;
 use crate::nested::slot::Slot;
+use crate::vcpu::tracked::is_pat;
 use crate::vcpu::{Cpu, inject, l2_exit};
 use crate::vmx::Field;
 use crate::vmx::bitmap::{Access, MsrBitmap};
@@ -97,6 +98,7 @@ fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReaso
             return Err(KillReason::UnexpectedExit(reason.0));
         }
         BasicReason::RDMSR => msr_of_l3(cpu, index, msr::read),
+        BasicReason::WRMSR if cpu.regs.gpr[1] as u32 == msr::IA32_PAT => pat_of_l3(cpu, index),
         BasicReason::WRMSR => msr_of_l3(cpu, index, msr::write),
         _ => return Err(KillReason::UnexpectedExit(reason.0)),
     }
@@ -104,6 +106,16 @@ fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReaso
         cpu.nested.slots[index].msr_lists.disarm_entry(&mut cpu.vmx);
     }
     Ok(())
+}
+
+/// L3 writes IA32_PAT, which L2 lets it do.
+fn pat_of_l3(cpu: &mut Cpu, index: usize) {
+    let (_, value) = msr::written(cpu);
+    if !is_pat(value) {
+        return inject::fault(cpu, Fault::GeneralProtection(0));
+    }
+    cpu.nested.slots[index].inherited.set_pat(&mut cpu.vmx, value);
+    inject::advance(cpu);
 }
 
 /// An MSR that only nvmx intercepts: L3 sees what L2 would.

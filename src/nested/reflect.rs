@@ -6,6 +6,7 @@
 use super::Operation;
 use super::merge::Duties;
 use super::msr_lists::MsrLists;
+use super::slot::Slot;
 use super::vmcs12::{FieldSet, Vmcs12};
 use super::vpid::VPID01;
 use crate::addr::Gpa;
@@ -14,11 +15,12 @@ use crate::error::KillReason;
 use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::vcpu::Cpu;
-use crate::vcpu::tracked::HostMsrs;
+use crate::vcpu::tracked::{HostMsrs, Tracked};
 use crate::vmx::Field;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, SecondaryControls};
 use crate::vmx::event::{EventInfo, EventKind};
 use crate::vmx::exit::{BasicReason, ExitReason};
+use crate::vmx::image::{Access, Image};
 use l2_protocol::abi::{Counter, Strategy};
 
 const BLOCKING_BY_NMI: u64 = 1 << 3;
@@ -113,23 +115,31 @@ fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Inf
                 let value = vmx.read(field);
                 slot.vmcs12.fetched(field, value);
             }
-            if let Some((reason, qualification)) = info {
-                slot.vmcs12.fetched(Field::VM_EXIT_REASON, reason.0 as u64);
-                slot.vmcs12.fetched(Field::EXIT_QUALIFICATION, qualification);
-            }
+            keep_info(slot, info);
+        }
+        (Strategy::InMemory, info) => {
+            slot.vmcs12.valid = FieldSet::CACHED;
+            keep_info(slot, info);
         }
     }
     slot.unload_vmcs02(vmx, &cpu.phys, cpu.config.hardware.basic.revision(), cpu.config.strategy);
-    vmx.ptrld(cpu.vmcs01);
     let efer = slot.inherited.efer_of_l2(slot.vmcs12.get(Field::HOST_IA32_EFER));
     let pat = slot.inherited.pat_of_l2(slot.vmcs12.get(Field::HOST_IA32_PAT));
-    load_vmcs12_host_state(vmx, &slot.vmcs12);
     let sysenter = [Field::HOST_IA32_SYSENTER_CS, Field::HOST_IA32_SYSENTER_ESP, Field::HOST_IA32_SYSENTER_EIP]
         .map(|f| slot.vmcs12.get(f));
-    cpu.tracked.load(vmx, &HostMsrs { sysenter, pat, efer });
+    let msrs = HostMsrs { sysenter, pat, efer };
     let blocking = if nmi_blocked { BLOCKING_BY_NMI } else { 0 };
-    if cpu.nested.blocking01 != blocking {
-        vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking);
+    let blocking = (cpu.nested.blocking01 != blocking).then_some(blocking);
+    match &cpu.config.layout {
+        Some(layout) => {
+            let vmcs01 = &mut Image { layout, phys: &cpu.phys, region: cpu.vmcs01 };
+            load_l2(vmcs01, &slot.vmcs12, &mut cpu.tracked, &msrs, blocking);
+            vmx.ptrld(cpu.vmcs01);
+        }
+        None => {
+            vmx.ptrld(cpu.vmcs01);
+            load_l2(vmx, &slot.vmcs12, &mut cpu.tracked, &msrs, blocking);
+        }
     }
     if slot.vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 == 0 {
         load_pdptes_of_l2(vmx, &cpu.guest, &slot.vmcs12)?;
@@ -149,12 +159,30 @@ fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Inf
     Ok(())
 }
 
-/// L2's state after a VM exit, written to vmcs01, which is current.
+/// Reason and qualification that L2 sees in place of vmcs02's.
+fn keep_info(slot: &mut Slot, info: Option<Info>) {
+    if let Some((reason, qualification)) = info {
+        slot.vmcs12.fetched(Field::VM_EXIT_REASON, reason.0 as u64);
+        slot.vmcs12.fetched(Field::EXIT_QUALIFICATION, qualification);
+    }
+}
+
+/// Writes all of L2's state after a VM exit to vmcs01.
+#[inline(always)]
+fn load_l2(vmcs01: &mut impl Access, vmcs12: &Vmcs12, tracked: &mut Tracked, msrs: &HostMsrs, blocking: Option<u64>) {
+    load_vmcs12_host_state(vmcs01, vmcs12);
+    tracked.load(vmcs01, msrs);
+    if let Some(blocking) = blocking {
+        vmcs01.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking);
+    }
+}
+
+/// L2's state after a VM exit, written to vmcs01.
 ///
 /// vmcs01 still holds L2's state at its VMRESUME, and most of that is what the host area asks for. Selectors, rights and
 /// bases that are rarely different are read and written only then; the rest is written.
 #[inline(always)]
-fn load_vmcs12_host_state(vmx: &mut Vmx, vmcs12: &Vmcs12) {
+fn load_vmcs12_host_state(vmx: &mut impl Access, vmcs12: &Vmcs12) {
     let long = vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 != 0;
     vmx.write(Field::GUEST_RIP, vmcs12.get(Field::HOST_RIP));
     vmx.write(Field::GUEST_RSP, vmcs12.get(Field::HOST_RSP));
@@ -176,7 +204,7 @@ fn load_vmcs12_host_state(vmx: &mut Vmx, vmcs12: &Vmcs12) {
 
 /// Segment registers (SDM vol. 3C, "Loading Host Segment and Descriptor-Table Registers").
 #[inline(always)]
-fn load_segments(vmx: &mut Vmx, vmcs12: &Vmcs12, long: bool) {
+fn load_segments(vmx: &mut impl Access, vmcs12: &Vmcs12, long: bool) {
     /// Type 11, S, P, G; L or D.
     const CODE: u64 = 0x809B;
     const LONG: u64 = 1 << 13;

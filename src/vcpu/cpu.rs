@@ -13,6 +13,7 @@ use crate::mm::{FramePool, GuestMemory};
 use crate::nested::Nested;
 use crate::nested::vmcs12::FieldSet;
 use crate::vmx::Capabilities;
+use crate::vmx::image::Layout;
 use l2_protocol::abi::Strategy;
 
 /// What is decided at start and never changes.
@@ -23,6 +24,8 @@ pub struct Config {
     pub offered: Capabilities,
     /// How L2's VMREAD and VMWRITE reach vmcs12.
     pub strategy: Strategy,
+    /// Where fields lie in memory, under the in-memory strategy.
+    pub layout: Option<Layout>,
     /// Fields that the processor has.
     pub exists: FieldSet,
     /// Memory types of the machine.

@@ -6,6 +6,7 @@ pub mod host;
 pub mod inject;
 pub mod l2_exit;
 pub mod operand;
+mod probe;
 mod run;
 mod start;
 pub mod tracked;

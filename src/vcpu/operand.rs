@@ -5,17 +5,27 @@
 use super::{Cpu, Stop};
 use crate::error::Fault;
 use crate::mm::linear::Paging;
+use crate::nested::Operation;
 use crate::vmx::Field;
 use crate::vmx::field::Fields;
-use crate::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand};
+use crate::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, decode_field_access};
 use crate::vmx::segment::Segment;
+use l2_protocol::abi::Strategy;
 
 const RSP: u8 = 4;
 const EFER_LMA: u64 = 1 << 10;
 
 /// True in IA-32e mode, which is 64-bit mode here: all VMX instructions but VMCALL exit in no other sub-mode of it.
 pub fn in_64_bit_mode(cpu: &mut Cpu) -> bool {
-    cpu.vmx.read(Field::GUEST_IA32_EFER) & EFER_LMA != 0
+    efer(cpu) & EFER_LMA != 0
+}
+
+/// IA32_EFER of L2: known in VMX operation, where paging, and so LMA, stays as it is.
+fn efer(cpu: &mut Cpu) -> u64 {
+    match cpu.nested.operation {
+        Operation::Off => cpu.vmx.read(Field::GUEST_IA32_EFER),
+        _ => cpu.tracked.efer(),
+    }
 }
 
 /// A general-purpose register by number.
@@ -66,15 +76,20 @@ fn linear_width(cpu: &mut Cpu) -> u32 {
 }
 
 fn paging(cpu: &mut Cpu) -> Paging {
+    let efer = efer(cpu);
     let vmx = &mut cpu.vmx;
+    // The PDPTE registers mean something with PAE paging alone.
+    let pdptes = match efer & EFER_LMA {
+        0 => [Field::GUEST_PDPTE0, Field::GUEST_PDPTE1, Field::GUEST_PDPTE2, Field::GUEST_PDPTE3].map(|f| vmx.read(f)),
+        _ => [0; 4],
+    };
     Paging {
         cr0: vmx.read(Field::GUEST_CR0),
         cr3: vmx.read(Field::GUEST_CR3),
         cr4: vmx.read(Field::GUEST_CR4),
-        efer: vmx.read(Field::GUEST_IA32_EFER),
+        efer,
         rflags: vmx.read(Field::GUEST_RFLAGS),
-        pdptes: [Field::GUEST_PDPTE0, Field::GUEST_PDPTE1, Field::GUEST_PDPTE2, Field::GUEST_PDPTE3]
-            .map(|field| vmx.read(field)),
+        pdptes,
         physical_width: cpu.config.offered.physical_width,
     }
 }
@@ -87,6 +102,24 @@ pub fn read(cpu: &mut Cpu, linear: u64, into: &mut [u8]) -> Result<(), Stop> {
 /// Writes L2's memory at a linear address.
 pub fn write(cpu: &mut Cpu, linear: u64, bytes: &[u8]) -> Result<(), Stop> {
     Ok(paging(cpu).write(&cpu.guest, linear, bytes)?)
+}
+
+/// The instruction information of VMREAD or VMWRITE.
+///
+/// A hypervisor below that emulates VMX may not shadow that field; then the instruction's own bytes are cheaper.
+pub fn field_access_info(cpu: &mut Cpu) -> InstructionInfo {
+    if cpu.config.strategy == Strategy::InMemory && in_64_bit_mode(cpu) {
+        let rip = cpu.vmx.read(Field::GUEST_RIP);
+        let mut bytes = [0; 5];
+        let len = bytes.len().min(cpu.vmx.read(Field::VM_EXIT_INSTRUCTION_LEN) as usize);
+        // Code that data accesses cannot read is no error: the field tells as well.
+        if paging(cpu).read(&cpu.guest, rip, &mut bytes[..len]).is_ok() {
+            if let Some(info) = decode_field_access(&bytes[..len]) {
+                return info;
+            }
+        }
+    }
+    InstructionInfo(cpu.vmx.read(Field::VMX_INSTRUCTION_INFO) as u32)
 }
 
 /// Bytes of a register or memory operand of VMREAD and VMWRITE.

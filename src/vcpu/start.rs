@@ -1,9 +1,10 @@
 //! From a settled machine to the run loop.
 
 use super::tracked::Tracked;
-use super::{Config, Cpu, run, vmcs01};
+use super::{Config, Cpu, probe, run, vmcs01};
 use crate::addr::{Gpa, Hpa};
-use crate::boot::Machine;
+use crate::boot::options::Fields as FieldsOption;
+use crate::boot::{Machine, Processor};
 use crate::emul::cr::Cr4;
 use crate::emul::msr::{self, FEATURE_LOCK, FEATURE_VMX};
 use crate::ept::{Ept01, Ept02, EptRules};
@@ -19,6 +20,7 @@ use crate::nested::vmcs12::FieldSet;
 use crate::nested::{Nested, SLOTS, caps};
 use crate::vcpu::host;
 use crate::vmx::bitmap::{Access, BitmapPage, MsrBitmap, shadow_bitmap};
+use crate::vmx::image::Layout;
 use crate::vmx::{Capabilities, Field};
 use arrayvec::ArrayVec;
 use l2_protocol::abi::Strategy;
@@ -26,17 +28,19 @@ use l2_protocol::abi::Strategy;
 /// Tables that ept02 may hold beyond its reserve.
 const EPT02_BUDGET: u32 = 2048;
 
-/// Starts L2 on this CPU; returns never. The processor was found to have all that nvmx needs.
-pub fn start(mut machine: Machine) -> ! {
+/// Starts L2 on this CPU; returns never. The processor was found to have all that nvmx needs. `announce` is called when
+/// all is decided.
+pub fn start(mut machine: Machine, announce: fn(&Processor, Strategy)) -> ! {
     let (hardware, strategy) = (machine.processor.vmx, machine.strategy);
     let offered = caps::offered(&hardware);
     let built = build(&mut machine, &hardware, &offered);
-    let Some((vmx, vmcs01, [msr_bitmap01, msr_bitmap_l3], shadow_bitmaps, slots, ept01, ept02)) = built else {
+    let Some((mut vmx, vmcs01, [msr_bitmap01, msr_bitmap_l3], shadow_bitmaps, slots, ept01, ept02)) = built else {
         log::error!("too little memory: nvmx's frames do not suffice for its VMCSs and EPT tables");
         epitaph::end(Status::Fail)
     };
-    let mut exists = FieldSet::EMPTY;
-    Field::ALL.iter().filter(|f| hardware.has_field(**f)).for_each(|f| exists.insert(*f));
+    let exists = probe::fields(&mut vmx, vmcs01, &hardware);
+    let (strategy, layout) = settle_strategy(strategy, &machine, &exists, &mut vmx, &slots);
+    announce(&machine.processor, strategy);
     let mut cpu = Cpu {
         regs: GuestRegs::new(),
         vmx,
@@ -54,11 +58,35 @@ pub fn start(mut machine: Machine) -> ! {
         phys: machine.phys,
         guest: machine.guest,
         nmi_waits: false,
-        config: Config { hardware, offered, strategy, exists, mtrrs: machine.mtrrs },
+        config: Config { hardware, offered, strategy, layout, exists, mtrrs: machine.mtrrs },
     };
     set_up(&mut cpu, &machine.start, shadow_bitmaps);
     let reason = run::run(&mut cpu);
     end(&mut cpu, reason)
+}
+
+/// The in-memory strategy works only where VMCSs turn out to lie in memory.
+fn settle_strategy(
+    wanted: Strategy,
+    machine: &Machine,
+    exists: &FieldSet,
+    vmx: &mut Vmx,
+    slots: &[Slot],
+) -> (Strategy, Option<Layout>) {
+    let [a, b, ..] = slots else { return (Strategy::Trapped, None) };
+    if wanted != Strategy::InMemory {
+        return (wanted, None);
+    }
+    match probe::layout(vmx, &machine.phys, [a.shadow_vmcs(), b.shadow_vmcs()], exists) {
+        Some(layout) => (Strategy::InMemory, Some(layout)),
+        None if machine.options.fields == FieldsOption::InMemory => {
+            log::error!(
+                "option fields=in-memory: VMCSs that are not current are not found in memory here; use fields=auto"
+            );
+            epitaph::end(Status::Fail)
+        }
+        None => (Strategy::Trapped, None),
+    }
 }
 
 type Built = (Vmx, Hpa, [Hpa; 2], [Hpa; 2], ArrayVec<Slot, SLOTS>, Ept01, Ept02);
@@ -131,6 +159,7 @@ fn msr_bitmap01() -> BitmapPage {
 fn msr_bitmap_l3() -> BitmapPage {
     let mut bitmap = MsrBitmap::PASS_ALL;
     msr::intercept(&mut bitmap);
+    bitmap.set(msr::IA32_PAT, Access::Write, true);
     bitmap.0
 }
 

@@ -7,6 +7,7 @@ use crate::emul::cr::Cr0;
 use crate::error::Fault;
 use crate::hw::vmx::Vmx;
 use crate::vmx::Field;
+use crate::vmx::image::Access;
 
 /// MSR index and field of each tracked MSR.
 const MSRS: [(u32, Field); 5] = [
@@ -65,14 +66,14 @@ impl Tracked {
         self.0[EFER]
     }
 
-    /// Writes what differs to vmcs01, which is current.
+    /// Writes what differs to vmcs01.
     #[inline(always)]
-    pub fn load(&mut self, vmx: &mut Vmx, host: &HostMsrs) {
+    pub fn load(&mut self, vmcs01: &mut impl Access, host: &HostMsrs) {
         let [cs, esp, eip] = host.sysenter;
         for (i, value) in [cs, esp, eip, host.pat, host.efer].into_iter().enumerate() {
             if self.0[i] != value {
                 self.0[i] = value;
-                vmx.write(MSRS[i].1, value);
+                vmcs01.write(MSRS[i].1, value);
             }
         }
     }
@@ -108,7 +109,7 @@ fn new_efer(old: u64, paging: bool, value: u64) -> Result<u64, Fault> {
 }
 
 /// Each byte is a memory type (SDM vol. 3A, table "Memory Types That Can Be Encoded With PAT").
-fn is_pat(value: u64) -> bool {
+pub fn is_pat(value: u64) -> bool {
     value.to_le_bytes().iter().all(|t| matches!(t, 0 | 1 | 4..=7))
 }
 

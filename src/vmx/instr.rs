@@ -68,6 +68,21 @@ impl InstructionInfo {
     }
 }
 
+/// The instruction information of a VMREAD or VMWRITE between registers, from its bytes in 64-bit mode; `None` for any
+/// other form. Source: SDM vol. 2A, "Instruction Format"; vol. 3C, "VMREAD" and "VMWRITE" (0F 78 /r, 0F 79 /r).
+pub fn decode_field_access(code: &[u8]) -> Option<InstructionInfo> {
+    const REGISTER_OPERAND: u32 = 1 << 10;
+    let (rex, code) = match code {
+        [rex @ 0x40..=0x4F, rest @ ..] => (u32::from(*rex), rest),
+        _ => (0, code),
+    };
+    let [0x0F, 0x78 | 0x79, modrm @ 0xC0..=0xFF] = code else { return None };
+    let modrm = u32::from(*modrm);
+    let field = modrm >> 3 & 7 | (rex >> 2 & 1) << 3;
+    let value = modrm & 7 | (rex & 1) << 3;
+    Some(InstructionInfo(REGISTER_OPERAND | value << 3 | field << 28))
+}
+
 /// What the instruction does to its memory operand.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Direction {

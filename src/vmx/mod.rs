@@ -6,6 +6,7 @@ pub mod controls;
 pub mod event;
 pub mod exit;
 pub mod field;
+pub mod image;
 pub mod instr;
 pub mod qualification;
 pub mod requirements;

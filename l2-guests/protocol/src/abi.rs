@@ -91,6 +91,8 @@ pub enum Strategy {
     Trapped = 0,
     /// VMCS shadowing with vmcs02 as the shadow VMCS: the guest's fields are never copied.
     ZeroCopy = 1,
+    /// No VMCS shadowing: every access exits, and is served from the VMCSs' images in memory (L0 is software).
+    InMemory = 2,
 }
 
 impl Strategy {
@@ -99,6 +101,7 @@ impl Strategy {
         match self {
             Strategy::Trapped => "trapped",
             Strategy::ZeroCopy => "zero-copy",
+            Strategy::InMemory => "in-memory",
         }
     }
 }

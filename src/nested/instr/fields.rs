@@ -6,7 +6,6 @@ use crate::nested::vmcs12::FieldSet;
 use crate::vcpu::{Cpu, Next, Stop, operand};
 use crate::vmx::Field;
 use crate::vmx::field::Home;
-use crate::vmx::instr::InstructionInfo;
 use l2_protocol::abi::{Counter, Strategy};
 
 /// VMREAD
@@ -14,7 +13,7 @@ pub fn vmread(cpu: &mut Cpu) -> Result<Next, Stop> {
     cpu.vmx.counters.bump(Counter::TrappedVmread);
     require_root(cpu)?;
     let Some(index) = cpu.nested.current() else { return done(cpu, VmxResult::FailInvalid) };
-    let info = InstructionInfo(cpu.vmx.read(Field::VMX_INSTRUCTION_INFO) as u32);
+    let info = operand::field_access_info(cpu);
     let encoding = operand::gpr(cpu, info.reg2());
     let Some((field, high)) = offered_field(cpu, encoding) else {
         return done(cpu, VmxResult::FailValid(VmxError::UnsupportedVmcsComponent));
@@ -29,7 +28,7 @@ pub fn vmwrite(cpu: &mut Cpu) -> Result<Next, Stop> {
     cpu.vmx.counters.bump(Counter::TrappedVmwrite);
     require_root(cpu)?;
     let Some(index) = cpu.nested.current() else { return done(cpu, VmxResult::FailInvalid) };
-    let info = InstructionInfo(cpu.vmx.read(Field::VMX_INSTRUCTION_INFO) as u32);
+    let info = operand::field_access_info(cpu);
     let value = operand::load(cpu, info)?;
     let encoding = operand::gpr(cpu, info.reg2());
     let Some((field, high)) = offered_field(cpu, encoding) else {
@@ -48,13 +47,18 @@ pub fn vmwrite(cpu: &mut Cpu) -> Result<Next, Stop> {
 fn offered_field(cpu: &mut Cpu, encoding: u64) -> Option<(Field, bool)> {
     let encoding = if operand::in_64_bit_mode(cpu) { encoding } else { encoding & 0xFFFF_FFFF };
     let (field, high) = Field::decode(u32::try_from(encoding).ok()?)?;
-    cpu.config.offered.has_field(field).then_some((field, high))
+    // A hypervisor below may lack fields that nvmx would have to keep in vmcs02.
+    let kept = field.home() == Home::Cache || cpu.config.exists.contains(field);
+    (kept && cpu.config.offered.has_field(field)).then_some((field, high))
 }
 
 /// The value of a field as L2 sees it.
 pub fn read_field(cpu: &mut Cpu, index: usize, field: Field) -> u64 {
     let slot = &mut cpu.nested.slots[index];
     if !slot.vmcs12.valid.contains(field) {
+        if let Some(layout) = &cpu.config.layout {
+            return layout.read(&cpu.phys, slot.shadow_vmcs(), field);
+        }
         let value = on_vmcs02(cpu, index, |vmx| vmx.read(field));
         cpu.nested.slots[index].vmcs12.fetched(field, value);
         if cpu.config.strategy == Strategy::ZeroCopy {
@@ -77,6 +81,14 @@ fn write_field(cpu: &mut Cpu, index: usize, field: Field, value: u64) {
         (_, Strategy::Trapped) => {
             slot.vmcs12.written(field, value);
             slot.guest_stale |= field.home() == Home::Watched;
+        }
+        (home, Strategy::InMemory) => {
+            slot.guest_stale |= home == Home::Watched;
+            // What nvmx reported in place of the processor, if it did, is overwritten.
+            slot.vmcs12.valid.remove(field);
+            if let Some(layout) = &cpu.config.layout {
+                layout.write(&cpu.phys, slot.shadow_vmcs(), field, value);
+            }
         }
         (home, Strategy::ZeroCopy) => {
             slot.guest_stale |= home == Home::Watched;

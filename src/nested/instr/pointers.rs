@@ -113,6 +113,13 @@ fn activate(cpu: &mut Cpu, at: Gpa) -> usize {
         slot.unload_vmcs02(&mut cpu.vmx, &cpu.phys, revision, Strategy::ZeroCopy);
         cpu.vmx.ptrld(cpu.vmcs01);
     }
+    if let Some(layout) = &cpu.config.layout {
+        for field in slot.vmcs12.dirty.iter() {
+            layout.write(&cpu.phys, slot.shadow_vmcs(), field, slot.vmcs12.get(field));
+        }
+        slot.vmcs12.dirty = FieldSet::EMPTY;
+        slot.vmcs12.valid = FieldSet::CACHED;
+    }
     index
 }
 
