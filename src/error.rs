@@ -26,8 +26,6 @@ pub enum Fault {
         /// Linear address that faulted; goes to CR2.
         linear: u64,
     },
-    /// #AC(0): misaligned access at CPL 3 with alignment checks on
-    AlignmentCheck,
 }
 
 /// VM-instruction error numbers (SDM vol. 3C, table "VM-Instruction Error Numbers").

@@ -5,7 +5,7 @@
 //! from EPT and PAT while the MTRRs, which are what ept01 stands in for, have no say.
 //!
 //! ept12 is walked afresh, each entry fetched once, since L2 may change it at any moment without a trap; only the way to
-//! the page table of the last fill is remembered, in [`run`](super::run). Rights stand in the leaves of ept02; its upper entries grant everything.
+//! the page table of the last fill is remembered, in `ept::run`. Rights stand in the leaves of ept02; its upper entries grant everything.
 //!
 //! Source: Intel SDM vol. 3C (December 2024), "EPT Violations", "EPT Misconfigurations", "EPT and Memory Typing",
 //! "Operations that Invalidate Cached Mappings" (a violation drops what is cached for its address), "Guidelines for Use

@@ -45,7 +45,6 @@ pub fn fault(cpu: &mut Cpu, fault: Fault) {
             cr::set_cr2(linear);
             (vector::PF, Some(error_code))
         }
-        Fault::AlignmentCheck => (vector::AC, Some(0)),
     };
     let mut info = EventInfo::new(EventKind::HardwareException, vector);
     // Real mode pushes no error codes.
