@@ -67,7 +67,13 @@ impl FieldSet {
 
     /// The fields in it, in the order of the table.
     pub fn iter(self) -> impl Iterator<Item = Field> {
-        Field::ALL.iter().copied().filter(move |f| self.contains(*f))
+        self.0.into_iter().enumerate().flat_map(|(word, mut bits)| {
+            core::iter::from_fn(move || {
+                let others = bits & bits.checked_sub(1)?;
+                let first = core::mem::replace(&mut bits, others).trailing_zeros() as usize;
+                Field::ALL.get(word * 64 + first).copied()
+            })
+        })
     }
 }
 

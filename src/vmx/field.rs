@@ -80,10 +80,6 @@ macro_rules! fields {
         #[repr(u32)]
         pub enum Field { $( $name = $enc, )* }
 
-        #[allow(non_camel_case_types, clippy::upper_case_acronyms)]
-        #[repr(u8)]
-        enum Dense { $( $name, )* }
-
         $( const _: () = {
             assert!(same(width_of($enc), Width::$width), concat!("width contradicts encoding: ", stringify!($name)));
             assert!($enc as u32 & 0xFFFF_9001 == 0, concat!("reserved bit or access type in encoding: ", stringify!($name)));
@@ -96,7 +92,7 @@ macro_rules! fields {
             /// Position in [`Field::ALL`]: dense, for storage.
             #[inline(always)]
             pub const fn index(self) -> usize {
-                match self { $( Field::$name => Dense::$name as usize, )* }
+                INDEXES[key(self)] as usize
             }
 
             /// The field with this encoding; the "high" access type of a 64-bit field is not accepted here.
@@ -121,6 +117,26 @@ macro_rules! fields {
         }
     };
 }
+
+/// What tells fields apart: width, area and index of the encoding.
+const fn key(field: Field) -> usize {
+    let encoding = field as usize;
+    encoding >> 5 & 0x300 | encoding >> 4 & 0xC0 | encoding >> 1 & 0x3F
+}
+
+/// Positions in [`Field::ALL`] by [`key`]: one load where the field is not a constant.
+const INDEXES: [u8; 0x400] = {
+    const NONE: u8 = u8::MAX;
+    let mut indexes = [NONE; 0x400];
+    let mut i = 0;
+    while i < Field::COUNT {
+        let key = key(Field::ALL[i]);
+        assert!(indexes[key] == NONE && i < NONE as usize, "two fields with one key");
+        indexes[key] = i as u8;
+        i += 1;
+    }
+    indexes
+};
 
 use Needs::{Always, ExitOrEntry, Pin, Primary, Secondary, VmFunc};
 
