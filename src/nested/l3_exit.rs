@@ -40,6 +40,12 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
     }
     let slot = &mut cpu.nested.slots[current];
     slot.mark_launched();
+    if reason.basic() == BasicReason::EPT_VIOLATION {
+        // ept12 says whose it is.
+        violation(cpu, current)?;
+        disarm(cpu, current);
+        return Ok(());
+    }
     // Only these reasons need more than the reason itself to find their way.
     let (mut qualification, mut event) = (0, EventInfo::NONE);
     match reason.basic() {
@@ -92,7 +98,6 @@ impl<P: PhysMem> L2Wants for Wants<'_, P> {
 #[inline]
 fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReason> {
     match reason.basic() {
-        BasicReason::EPT_VIOLATION => violation(cpu, index)?,
         BasicReason::EPT_MISCONFIGURATION => {
             // ept02 holds only what compose wrote: a misconfiguration in it is a bug of nvmx.
             return Err(KillReason::UnexpectedExit(reason.0));
@@ -102,10 +107,16 @@ fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReaso
         BasicReason::WRMSR => msr_of_l3(cpu, index, msr::write),
         _ => return Err(KillReason::UnexpectedExit(reason.0)),
     }
+    disarm(cpu, index);
+    Ok(())
+}
+
+/// L3 goes on: the MSRs that L2's entry loaded are not loaded again.
+#[inline(always)]
+fn disarm(cpu: &mut Cpu, index: usize) {
     if matches!(cpu.nested.operation, Operation::NonRoot { .. }) {
         cpu.nested.slots[index].msr_lists.disarm_entry(&mut cpu.vmx);
     }
-    Ok(())
 }
 
 /// L3 writes IA32_PAT, which L2 lets it do.
@@ -142,6 +153,11 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
     let eptp12 = Eptp::new(slot.vmcs12.get(Field::EPT_POINTER));
     let qualification = Qualification::from_bits_retain(cpu.vmx.read(Field::EXIT_QUALIFICATION));
     let mut tables = Cpu::tables(&mut cpu.frames, &cpu.phys);
+    if cpu.ept02.refill(eptp12, Ngpa::new(at), qualification, &cpu.guest, &mut tables) {
+        cpu.vmx.counters.bump(Counter::Ept02Fills);
+        l2_exit::redeliver(&mut cpu.vmx, qualification);
+        return Ok(());
+    }
     match cpu.ept02.violation(eptp12, Ngpa::new(at), qualification, &cpu.guest, &mut tables) {
         Outcome::Filled => {
             cpu.vmx.counters.bump(Counter::Ept02Fills);
@@ -153,7 +169,7 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
             if activation.invept {
                 cpu.vmx.invept(Invalidate::Single, slot.eptp02);
             }
-            l2_exit::redeliver(cpu);
+            l2_exit::redeliver(&mut cpu.vmx, qualification);
             Ok(())
         }
         Outcome::ReflectViolation(qualification) => {

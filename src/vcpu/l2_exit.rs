@@ -3,9 +3,10 @@
 use super::{Cpu, Next, Stop, inject};
 use crate::addr::Gpa;
 use crate::emul;
-use crate::ept::Missing;
+use crate::ept::{Missing, Qualification};
 use crate::error::{Fault, KillReason};
 use crate::hw::cache;
+use crate::hw::vmx::Vmx;
 use crate::nested::instr;
 use crate::vmx::Field;
 use crate::vmx::event::{EventInfo, EventKind};
@@ -78,35 +79,45 @@ pub fn map_missing(cpu: &mut Cpu, at: Gpa) -> Result<(), KillReason> {
     let memory_type = |start: Gpa, bytes| mtrrs.type_of(start.get(), bytes);
     match cpu.ept01.map_missing(at, memory_type, &mut Cpu::tables(&mut cpu.frames, &cpu.phys)) {
         Ok(Missing::Mapped | Missing::Present) => {
-            redeliver(cpu);
+            let qualification = Qualification::from_bits_retain(cpu.vmx.read(Field::EXIT_QUALIFICATION));
+            redeliver(&mut cpu.vmx, qualification);
             Ok(())
         }
         Ok(Missing::Forbidden | Missing::BeyondPhysical) | Err(_) => Err(KillReason::ForbiddenMemory(at)),
     }
 }
 
-/// An exit that hit the delivery of an event: delivers it again (SDM, "IDT-Vectoring Information").
-pub fn redeliver(cpu: &mut Cpu) {
-    const NMI_UNBLOCKING: u64 = 1 << 12;
-    const BLOCKING_BY_NMI: u64 = 1 << 3;
-    let vmx = &mut cpu.vmx;
+/// After an EPT violation that L2 does not see, with the qualification it had: delivers the event again whose delivery it
+/// hit (SDM, "IDT-Vectoring Information").
+#[inline(always)]
+pub fn redeliver(vmx: &mut Vmx, qualification: Qualification) {
     let vectoring = EventInfo(vmx.read(Field::IDT_VECTORING_INFO_FIELD) as u32);
     if vectoring.is_valid() {
-        vmx.write(Field::VM_ENTRY_INTR_INFO_FIELD, vectoring.to_entry().0 as u64);
-        let code = vmx.read(Field::IDT_VECTORING_ERROR_CODE);
-        vmx.write(Field::VM_ENTRY_EXCEPTION_ERROR_CODE, code);
-        let length = vmx.read(Field::VM_EXIT_INSTRUCTION_LEN);
-        vmx.write(Field::VM_ENTRY_INSTRUCTION_LEN, length);
-        // A redelivered NMI blocks NMIs by its own delivery.
-        if vectoring.is(EventKind::Nmi) {
-            let blocking = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
-            vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking & !BLOCKING_BY_NMI);
-        }
-    } else if vmx.read(Field::EXIT_QUALIFICATION) & NMI_UNBLOCKING != 0 {
+        deliver_again(vmx, vectoring);
+    } else if qualification.contains(Qualification::NMI_UNBLOCKING) {
         // IRET had unblocked NMIs before the fault and will run again.
-        let blocking = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
-        vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking | BLOCKING_BY_NMI);
+        block_nmis(vmx, true);
     }
+}
+
+#[cold]
+fn deliver_again(vmx: &mut Vmx, vectoring: EventInfo) {
+    vmx.write(Field::VM_ENTRY_INTR_INFO_FIELD, vectoring.to_entry().0 as u64);
+    let code = vmx.read(Field::IDT_VECTORING_ERROR_CODE);
+    vmx.write(Field::VM_ENTRY_EXCEPTION_ERROR_CODE, code);
+    let length = vmx.read(Field::VM_EXIT_INSTRUCTION_LEN);
+    vmx.write(Field::VM_ENTRY_INSTRUCTION_LEN, length);
+    // A redelivered NMI blocks NMIs by its own delivery.
+    if vectoring.is(EventKind::Nmi) {
+        block_nmis(vmx, false);
+    }
+}
+
+#[cold]
+fn block_nmis(vmx: &mut Vmx, blocked: bool) {
+    const BLOCKING_BY_NMI: u64 = 1 << 3;
+    let others = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & !BLOCKING_BY_NMI;
+    vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, others | if blocked { BLOCKING_BY_NMI } else { 0 });
 }
 
 /// The processor refused vmcs01.
