@@ -11,6 +11,11 @@ use crate::vmx::image::Access;
 use core::arch::asm;
 use l2_protocol::abi::Counter;
 
+// No value of a guest reaches an assertion here unchecked (invariant I6): VMCS regions are frames of nvmx's pool with
+// their revision written, EPTPs are made by `ept`, VPIDs by `nested::vpid`, INVEPT and INVVPID types are those that the
+// requirements or the capabilities offered to L2 include. The one operand of L2's, the linear address of an INVVPID, is
+// checked to be canonical (`nested::instr::invalidate`).
+
 // VMfailInvalid sets CF, VMfailValid sets ZF (SDM, "Conventions"): SETBE sees both.
 
 /// INVEPT and INVVPID types (SDM vol. 3C, "INVEPT" and "INVVPID").
