@@ -6,7 +6,7 @@
 
 use core::{fmt::Display, panic::PanicInfo};
 
-use l2_protocol::{Kind, abi::Strategy};
+use l2_protocol::Kind;
 use log::{LevelFilter, error, info, warn};
 use nvmx::{
     boot::{
@@ -60,7 +60,7 @@ fn rdmsr(index: u32) -> u64 {
 fn assemble(home: Home, info: &BootInfo, options: Options, processor: Processor) -> Machine {
     let Home { own, frames, tables, phys } = home;
     info!("nvmx lies at {own}, {} of {} frames free", frames.available(), frames.total());
-    let strategy = identity::strategy(options.fields, &processor.vmx, processor.l0).unwrap_or_else(|e| give_up(e));
+    let strategy = identity::strategy(options.fields, &processor.vmx).unwrap_or_else(|e| give_up(e));
 
     let rsdp = info.rsdp.clone().or_else(|| acpi::find_rsdp(&phys));
     let cpus = rsdp.as_ref().ok_or(AcpiError::NoRsdp).and_then(|rsdp| acpi::cpus(rsdp, &phys));
@@ -101,11 +101,13 @@ fn start(machine: Machine) -> ! {
 }
 
 /// Says what runs.
-fn announce(processor: &Processor, strategy: Strategy) {
+fn announce(machine: &Machine, in_memory: bool) {
+    let processor = &machine.processor;
     serial::record(Kind::Hello, |record| {
         record.add("version", &env!("CARGO_PKG_VERSION"));
         record.add("cpu", &processor.brand.as_str());
-        record.add("strategy", &strategy.name());
+        record.add("strategy", &machine.strategy.name());
+        record.add("vmcs", &if in_memory { "memory" } else { "instructions" });
         record.add("l0", &processor.l0);
         record.add("features", &identity::features(&processor.vmx).as_str());
     });

@@ -3,7 +3,6 @@
 use arrayvec::ArrayString;
 use l2_protocol::abi::Strategy;
 
-use super::requirements::KVM;
 use crate::{boot::options::Fields, vmx::caps::Capabilities, vmx::controls::SecondaryControls};
 
 /// `fields=zero-copy` on a processor that cannot do it.
@@ -20,14 +19,10 @@ impl core::fmt::Display for NoShadowing {
 }
 
 /// How L2 reaches the fields of its VMCSs: the wish of the command line on this processor.
-///
-/// Under KVM the in-memory strategy is worth a try; `vcpu::start` finds out whether it works.
-pub fn strategy(fields: Fields, vmx: &Capabilities, l0: &str) -> Result<Strategy, NoShadowing> {
+pub fn strategy(fields: Fields, vmx: &Capabilities) -> Result<Strategy, NoShadowing> {
     let shadowing = has(vmx, SecondaryControls::VMCS_SHADOWING) && vmx.misc.vmwrite_any_field();
     match fields {
         Fields::Trapped => Ok(Strategy::Trapped),
-        Fields::InMemory => Ok(Strategy::InMemory),
-        Fields::Auto if l0 == KVM => Ok(Strategy::InMemory),
         Fields::Auto if !shadowing => Ok(Strategy::Trapped),
         Fields::ZeroCopy if !shadowing => Err(NoShadowing),
         Fields::Auto | Fields::ZeroCopy => Ok(Strategy::ZeroCopy),
@@ -75,16 +70,10 @@ mod tests {
     #[test]
     fn zero_copy_needs_shadowing_and_auto_takes_the_best() {
         let (with, without) = (processor(u64::MAX), processor(0));
-        assert_eq!(strategy(Fields::Auto, &with, "bare"), Ok(Strategy::ZeroCopy));
-        assert_eq!(strategy(Fields::ZeroCopy, &with, KVM), Ok(Strategy::ZeroCopy));
-        assert_eq!(strategy(Fields::Trapped, &with, KVM), Ok(Strategy::Trapped));
-        assert_eq!(strategy(Fields::Auto, &without, "bare"), Ok(Strategy::Trapped));
-        assert_eq!(strategy(Fields::ZeroCopy, &without, KVM), Err(NoShadowing));
-    }
-
-    #[test]
-    fn under_kvm_the_in_memory_strategy_is_tried() {
-        assert_eq!(strategy(Fields::Auto, &processor(0), KVM), Ok(Strategy::InMemory));
-        assert_eq!(strategy(Fields::InMemory, &processor(0), "bare"), Ok(Strategy::InMemory));
+        assert_eq!(strategy(Fields::Auto, &with), Ok(Strategy::ZeroCopy));
+        assert_eq!(strategy(Fields::ZeroCopy, &with), Ok(Strategy::ZeroCopy));
+        assert_eq!(strategy(Fields::Trapped, &with), Ok(Strategy::Trapped));
+        assert_eq!(strategy(Fields::Auto, &without), Ok(Strategy::Trapped));
+        assert_eq!(strategy(Fields::ZeroCopy, &without), Err(NoShadowing));
     }
 }

@@ -14,8 +14,17 @@ pub enum Fields {
     ZeroCopy,
     /// Every access exits, even where the processor could shadow.
     Trapped,
-    /// As `Trapped`, and nvmx edits VMCSs in memory: for a hypervisor below that keeps them there.
-    InMemory,
+}
+
+/// `vmcs=`: how nvmx reaches fields of a VMCS that is not current.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Vmcs {
+    /// In memory under KVM if they are found there, else by instructions.
+    Auto,
+    /// By VMREAD and VMWRITE, once it is current.
+    Instructions,
+    /// In memory, or nvmx refuses to start.
+    Memory,
 }
 
 /// `exit=`: what nvmx does after its last line.
@@ -34,13 +43,15 @@ pub struct Options {
     pub log: LevelFilter,
     /// `fields=`
     pub fields: Fields,
+    /// `vmcs=`
+    pub vmcs: Vmcs,
     /// `exit=`
     pub exit: Exit,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { log: LevelFilter::Info, fields: Fields::Auto, exit: Exit::Ports }
+        Self { log: LevelFilter::Info, fields: Fields::Auto, vmcs: Vmcs::Auto, exit: Exit::Ports }
     }
 }
 
@@ -81,9 +92,10 @@ impl fmt::Display for OptionError {
 }
 
 const LOG: &str = "off|error|warn|info|debug|trace";
-const FIELDS: &str = "auto|zero-copy|trapped|in-memory";
+const FIELDS: &str = "auto|zero-copy|trapped";
+const VMCS: &str = "auto|instructions|memory";
 const EXIT: &str = "none|ports";
-const ACCEPTED: [(&str, &str); 3] = [("log", LOG), ("fields", FIELDS), ("exit", EXIT)];
+const ACCEPTED: [(&str, &str); 4] = [("log", LOG), ("fields", FIELDS), ("vmcs", VMCS), ("exit", EXIT)];
 
 impl Options {
     /// Parses words separated by blanks. A later word wins over an earlier one for the same option.
@@ -99,8 +111,15 @@ impl Options {
                         "auto" => Fields::Auto,
                         "zero-copy" => Fields::ZeroCopy,
                         "trapped" => Fields::Trapped,
-                        "in-memory" => Fields::InMemory,
                         _ => return Err(bad("fields", FIELDS)),
+                    }
+                }
+                "vmcs" => {
+                    options.vmcs = match value {
+                        "auto" => Vmcs::Auto,
+                        "instructions" => Vmcs::Instructions,
+                        "memory" => Vmcs::Memory,
+                        _ => return Err(bad("vmcs", VMCS)),
                     }
                 }
                 "exit" => {
@@ -146,8 +165,11 @@ mod tests {
                 assert!(Options::parse(&format!("{option}={value}")).is_ok(), "{option}={value}");
             }
         }
-        let all = Options::parse("log=trace fields=trapped  exit=none").unwrap();
-        assert_eq!(all, Options { log: LevelFilter::Trace, fields: Fields::Trapped, exit: Exit::None });
+        let all = Options::parse("log=trace fields=trapped vmcs=memory  exit=none").unwrap();
+        assert_eq!(
+            all,
+            Options { log: LevelFilter::Trace, fields: Fields::Trapped, vmcs: Vmcs::Memory, exit: Exit::None }
+        );
     }
 
     #[test]
@@ -156,14 +178,14 @@ mod tests {
         assert_eq!(
             text,
             "unknown option 'colour=red': nvmx accepts log=off|error|warn|info|debug|trace, \
-             fields=auto|zero-copy|trapped|in-memory, exit=none|ports"
+             fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, exit=none|ports"
         );
     }
 
     #[test]
     fn a_bad_value_is_named_with_what_is_accepted() {
         let text = Options::parse("fields=fast").unwrap_err().to_string();
-        assert_eq!(text, "bad value 'fast' for option 'fields': accepted is fields=auto|zero-copy|trapped|in-memory");
+        assert_eq!(text, "bad value 'fast' for option 'fields': accepted is fields=auto|zero-copy|trapped");
         assert!(Options::parse("log").is_err());
         assert!(Options::parse("log=").is_err());
     }

@@ -68,7 +68,7 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
             eax: INTERFACE_VERSION,
             ebx: Counter::ALL.len() as u32,
             ecx: cpu.config.strategy as u32,
-            edx: 0,
+            edx: cpu.config.layout.is_some() as u32,
         },
         LEAF_COUNTERS => {
             cpu.vmx

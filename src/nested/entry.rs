@@ -262,7 +262,7 @@ fn with_guest_state<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&Cpu, &super:
     let slot = &mut cpu.nested.slots[index];
     slot.fetch_all(&mut cpu.vmx, &cpu.config.exists);
     let result = f(cpu, &cpu.nested.slots[index].vmcs12);
-    if cpu.config.strategy != Strategy::Trapped {
+    if cpu.config.strategy == Strategy::ZeroCopy || cpu.config.layout.is_some() {
         cpu.nested.slots[index].vmcs12.valid = FieldSet::CACHED;
     }
     result
@@ -286,8 +286,7 @@ pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
     }
     let slot = &mut cpu.nested.slots[current];
     slot.inherited.undo(&mut cpu.vmx);
-    slot.unload_vmcs02(&mut cpu.vmx, &cpu.phys, cpu.config.hardware.basic.revision(), cpu.config.strategy);
-    cpu.vmx.ptrld(cpu.vmcs01);
+    slot.leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
     cpu.nested.operation = Operation::Root { vmxon_ptr, current: Some(current) };
     inject::vmx_result(cpu, VmxResult::FailValid(VmxError::EntryInvalidControlField));
     inject::advance(cpu);

@@ -103,13 +103,20 @@ fn nmi_blocked(vmx: &mut Vmx, pin: PinControls) -> bool {
 #[inline(always)]
 fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Info>) -> Result<(), KillReason> {
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[index]);
-    match (cpu.config.strategy, info) {
-        (Strategy::ZeroCopy, None) => {}
-        (Strategy::ZeroCopy, Some((reason, qualification))) => {
-            vmx.write(Field::VM_EXIT_REASON, reason.0 as u64);
-            vmx.write(Field::EXIT_QUALIFICATION, qualification);
+    let revision = cpu.config.hardware.basic.revision();
+    match (&cpu.config.layout, cpu.config.strategy) {
+        (Some(_), Strategy::ZeroCopy) => {}
+        (Some(_), Strategy::Trapped) => {
+            slot.vmcs12.valid = FieldSet::CACHED;
+            keep_info(slot, info);
         }
-        (Strategy::Trapped, info) => {
+        (None, Strategy::ZeroCopy) => {
+            if let Some(info) = info {
+                write_info(vmx, info);
+            }
+            slot.become_shadow(vmx, &cpu.phys, revision);
+        }
+        (None, Strategy::Trapped) => {
             slot.vmcs12.valid = FieldSet::CACHED;
             for field in HOT {
                 let value = vmx.read(field);
@@ -117,12 +124,7 @@ fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Inf
             }
             keep_info(slot, info);
         }
-        (Strategy::InMemory, info) => {
-            slot.vmcs12.valid = FieldSet::CACHED;
-            keep_info(slot, info);
-        }
     }
-    slot.unload_vmcs02(vmx, &cpu.phys, cpu.config.hardware.basic.revision(), cpu.config.strategy);
     let efer = slot.inherited.efer_of_l2(slot.vmcs12.get(Field::HOST_IA32_EFER));
     let pat = slot.inherited.pat_of_l2(slot.vmcs12.get(Field::HOST_IA32_PAT));
     let sysenter = [Field::HOST_IA32_SYSENTER_CS, Field::HOST_IA32_SYSENTER_ESP, Field::HOST_IA32_SYSENTER_EIP]
@@ -135,6 +137,12 @@ fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Inf
             let vmcs01 = &mut Image { layout, phys: &cpu.phys, region: cpu.vmcs01 };
             load_l2(vmcs01, &slot.vmcs12, &mut cpu.tracked, &msrs, blocking);
             vmx.ptrld(cpu.vmcs01);
+            if cpu.config.strategy == Strategy::ZeroCopy {
+                if let Some(info) = info {
+                    write_info(&mut Image { layout, phys: &cpu.phys, region: slot.vmcs02() }, info);
+                }
+                slot.become_shadow_in_memory(&cpu.phys, revision);
+            }
         }
         None => {
             vmx.ptrld(cpu.vmcs01);
@@ -165,6 +173,12 @@ fn keep_info(slot: &mut Slot, info: Option<Info>) {
         slot.vmcs12.fetched(Field::VM_EXIT_REASON, reason.0 as u64);
         slot.vmcs12.fetched(Field::EXIT_QUALIFICATION, qualification);
     }
+}
+
+/// Writes reason and qualification to vmcs02, for L2 to read there.
+fn write_info(vmcs02: &mut impl Access, (reason, qualification): Info) {
+    vmcs02.write(Field::VM_EXIT_REASON, reason.0 as u64);
+    vmcs02.write(Field::EXIT_QUALIFICATION, qualification);
 }
 
 /// Writes all of L2's state after a VM exit to vmcs01.

@@ -9,6 +9,7 @@ use crate::ept::Watch;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::Vmx;
 use crate::mm::PhysMem;
+use crate::vcpu::Config;
 use crate::vmx::Field;
 use crate::vmx::field::Home;
 use l2_protocol::abi::Strategy;
@@ -26,6 +27,11 @@ enum Form {
     },
     /// A shadow VMCS, linked from vmcs01 while its vmcs12 is current.
     Shadow,
+    /// The same, under a hypervisor that keeps it in memory: it was not cleared to become one, so its launch state lasts.
+    ShadowInMemory {
+        /// VMRESUME instead of VMLAUNCH.
+        launched: bool,
+    },
 }
 
 /// A slot.
@@ -83,8 +89,8 @@ impl Slot {
         }
     }
 
-    /// Where vmcs01 must link to under the zero-copy strategy.
-    pub fn shadow_vmcs(&self) -> Hpa {
+    /// The region of vmcs02; under the zero-copy strategy vmcs01 links to it.
+    pub fn vmcs02(&self) -> Hpa {
         self.vmcs02
     }
 
@@ -98,16 +104,40 @@ impl Slot {
             phys.write_u64(self.vmcs02, revision as u64);
             self.form = Form::Ordinary { launched: false };
         }
+        if let Form::ShadowInMemory { launched } = self.form {
+            phys.write_u64(self.vmcs02, revision as u64);
+            self.form = Form::Ordinary { launched };
+        }
         vmx.ptrld(self.vmcs02);
     }
 
-    /// Leaves vmcs02: under the zero-copy strategy it becomes the shadow VMCS that L2's VMREAD and VMWRITE reach.
+    /// vmcs02 becomes the shadow VMCS by a write to memory: it is not current, so the hypervisor below has it there.
     #[inline(always)]
-    pub fn unload_vmcs02(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32, strategy: Strategy) {
-        if strategy == Strategy::ZeroCopy {
-            vmx.clear(self.vmcs02);
+    pub fn become_shadow_in_memory(&mut self, phys: &DirectMap, revision: u32) {
+        if let Form::Ordinary { launched } = self.form {
             phys.write_u64(self.vmcs02, (revision | SHADOW_INDICATOR) as u64);
-            self.form = Form::Shadow;
+            self.form = Form::ShadowInMemory { launched };
+        }
+    }
+
+    /// vmcs02, which is current, becomes the shadow VMCS that L2's VMREAD and VMWRITE reach.
+    #[inline(always)]
+    pub fn become_shadow(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
+        vmx.clear(self.vmcs02);
+        phys.write_u64(self.vmcs02, (revision | SHADOW_INDICATOR) as u64);
+        self.form = Form::Shadow;
+    }
+
+    /// Goes back from vmcs02 to vmcs01; what L2 may reach by VMCS shadowing becomes reachable again.
+    pub fn leave_vmcs02(&mut self, vmx: &mut Vmx, phys: &DirectMap, config: &Config, vmcs01: Hpa) {
+        let revision = config.hardware.basic.revision();
+        let shadow = config.strategy == Strategy::ZeroCopy;
+        if shadow && config.layout.is_none() {
+            self.become_shadow(vmx, phys, revision);
+        }
+        vmx.ptrld(vmcs01);
+        if shadow && config.layout.is_some() {
+            self.become_shadow_in_memory(phys, revision);
         }
     }
 

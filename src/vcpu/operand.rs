@@ -10,7 +10,6 @@ use crate::vmx::Field;
 use crate::vmx::field::Fields;
 use crate::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, decode_field_access};
 use crate::vmx::segment::Segment;
-use l2_protocol::abi::Strategy;
 
 const RSP: u8 = 4;
 const EFER_LMA: u64 = 1 << 10;
@@ -108,7 +107,7 @@ pub fn write(cpu: &mut Cpu, linear: u64, bytes: &[u8]) -> Result<(), Stop> {
 ///
 /// A hypervisor below that emulates VMX may not shadow that field; then the instruction's own bytes are cheaper.
 pub fn field_access_info(cpu: &mut Cpu) -> InstructionInfo {
-    if cpu.config.strategy == Strategy::InMemory && in_64_bit_mode(cpu) {
+    if cpu.config.layout.is_some() && in_64_bit_mode(cpu) {
         let rip = cpu.vmx.read(Field::GUEST_RIP);
         let mut bytes = [0; 5];
         let len = bytes.len().min(cpu.vmx.read(Field::VM_EXIT_INSTRUCTION_LEN) as usize);

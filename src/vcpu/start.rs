@@ -3,8 +3,9 @@
 use super::tracked::Tracked;
 use super::{Config, Cpu, probe, run, vmcs01};
 use crate::addr::{Gpa, Hpa};
-use crate::boot::options::Fields as FieldsOption;
-use crate::boot::{Machine, Processor};
+use crate::boot::Machine;
+use crate::boot::options::Vmcs as VmcsOption;
+use crate::boot::requirements::KVM;
 use crate::emul::cr::Cr4;
 use crate::emul::msr::{self, FEATURE_LOCK, FEATURE_VMX};
 use crate::ept::{Ept01, Ept02, EptRules};
@@ -29,8 +30,8 @@ use l2_protocol::abi::Strategy;
 const EPT02_BUDGET: u32 = 2048;
 
 /// Starts L2 on this CPU; returns never. The processor was found to have all that nvmx needs. `announce` is called when
-/// all is decided.
-pub fn start(mut machine: Machine, announce: fn(&Processor, Strategy)) -> ! {
+/// all is decided; it hears whether VMCSs are edited in memory.
+pub fn start(mut machine: Machine, announce: fn(&Machine, bool)) -> ! {
     let (hardware, strategy) = (machine.processor.vmx, machine.strategy);
     let offered = caps::offered(&hardware);
     let built = build(&mut machine, &hardware, &offered);
@@ -39,8 +40,8 @@ pub fn start(mut machine: Machine, announce: fn(&Processor, Strategy)) -> ! {
         epitaph::end(Status::Fail)
     };
     let exists = probe::fields(&mut vmx, vmcs01, &hardware);
-    let (strategy, layout) = settle_strategy(strategy, &machine, &exists, &mut vmx, &slots);
-    announce(&machine.processor, strategy);
+    let layout = learn_layout(&machine, &exists, &mut vmx, &slots);
+    announce(&machine, layout.is_some());
     let mut cpu = Cpu {
         regs: GuestRegs::new(),
         vmx,
@@ -65,28 +66,22 @@ pub fn start(mut machine: Machine, announce: fn(&Processor, Strategy)) -> ! {
     end(&mut cpu, reason)
 }
 
-/// The in-memory strategy works only where VMCSs turn out to lie in memory.
-fn settle_strategy(
-    wanted: Strategy,
-    machine: &Machine,
-    exists: &FieldSet,
-    vmx: &mut Vmx,
-    slots: &[Slot],
-) -> (Strategy, Option<Layout>) {
-    let [a, b, ..] = slots else { return (Strategy::Trapped, None) };
-    if wanted != Strategy::InMemory {
-        return (wanted, None);
+/// Where fields lie in memory, if they are to be reached there: under KVM, or when the command line says so.
+fn learn_layout(machine: &Machine, exists: &FieldSet, vmx: &mut Vmx, slots: &[Slot]) -> Option<Layout> {
+    let wanted = match machine.options.vmcs {
+        VmcsOption::Auto => machine.processor.l0 == KVM,
+        VmcsOption::Instructions => false,
+        VmcsOption::Memory => true,
+    };
+    let layout = match slots {
+        [a, b, ..] if wanted => probe::layout(vmx, &machine.phys, [a.vmcs02(), b.vmcs02()], exists),
+        _ => None,
+    };
+    if layout.is_none() && machine.options.vmcs == VmcsOption::Memory {
+        log::error!("option vmcs=memory: VMCSs that are not current are not found in memory here; use vmcs=auto");
+        epitaph::end(Status::Fail)
     }
-    match probe::layout(vmx, &machine.phys, [a.shadow_vmcs(), b.shadow_vmcs()], exists) {
-        Some(layout) => (Strategy::InMemory, Some(layout)),
-        None if machine.options.fields == FieldsOption::InMemory => {
-            log::error!(
-                "option fields=in-memory: VMCSs that are not current are not found in memory here; use fields=auto"
-            );
-            epitaph::end(Status::Fail)
-        }
-        None => (Strategy::Trapped, None),
-    }
+    layout
 }
 
 type Built = (Vmx, Hpa, [Hpa; 2], [Hpa; 2], ArrayVec<Slot, SLOTS>, Ept01, Ept02);
@@ -166,14 +161,14 @@ fn msr_bitmap_l3() -> BitmapPage {
 /// Writes the constant parts of every VMCS, and vmcs01 for L2's first instruction.
 fn set_up(cpu: &mut Cpu, start: &crate::mm::l2_image::Start, shadow_bitmaps: [Hpa; 2]) {
     for slot in &mut cpu.nested.slots {
-        cpu.vmx.clear(slot.shadow_vmcs());
-        cpu.vmx.ptrld(slot.shadow_vmcs());
+        cpu.vmx.clear(slot.vmcs02());
+        cpu.vmx.ptrld(slot.vmcs02());
         host::write(&mut cpu.vmx, &cpu.regs);
         for field in [Field::VM_EXIT_MSR_STORE_COUNT, Field::VM_EXIT_MSR_LOAD_COUNT, Field::VM_ENTRY_MSR_LOAD_COUNT] {
             cpu.vmx.write(field, 0);
         }
         cpu.vmx.write(Field::VMCS_LINK_POINTER, u64::MAX);
-        cpu.vmx.clear(slot.shadow_vmcs());
+        cpu.vmx.clear(slot.vmcs02());
     }
     cpu.vmx.clear(cpu.vmcs01);
     cpu.vmx.ptrld(cpu.vmcs01);

@@ -8,7 +8,8 @@
 pub const LEAF_SIGNATURE: u32 = 0x4000_0000;
 /// "nvmxnvmxnvmx"
 pub const SIGNATURE: [u8; 12] = *b"nvmxnvmxnvmx";
-/// EAX = interface version, EBX = number of counters below [`EXITS_OF_L2`], ECX = [`Strategy`] as a number, EDX = 0.
+/// EAX = interface version, EBX = number of counters below [`EXITS_OF_L2`], ECX = [`Strategy`] as a number, EDX = 1
+/// if nvmx edits VMCSs in memory (else 0).
 pub const LEAF_INTERFACE: u32 = 0x4000_0001;
 /// The counters: see the module's text.
 pub const LEAF_COUNTERS: u32 = 0x4000_0002;
@@ -91,8 +92,6 @@ pub enum Strategy {
     Trapped = 0,
     /// VMCS shadowing with vmcs02 as the shadow VMCS: the guest's fields are never copied.
     ZeroCopy = 1,
-    /// No VMCS shadowing: every access exits, and is served from the VMCSs' images in memory (L0 is software).
-    InMemory = 2,
 }
 
 impl Strategy {
@@ -101,7 +100,6 @@ impl Strategy {
         match self {
             Strategy::Trapped => "trapped",
             Strategy::ZeroCopy => "zero-copy",
-            Strategy::InMemory => "in-memory",
         }
     }
 }

@@ -187,6 +187,12 @@ fn one(guest: &mut Guest, code: u64, case: &Case, rdtscp: bool) {
     }
 }
 
+/// With a register operand there is no displacement, and what the qualification holds instead is undefined.
+fn has_displacement(case: &Case) -> bool {
+    const REGISTER_OPERAND: u64 = 1 << 10;
+    !matches!(case.info, Instruction(_)) || vmx::read(f::EXIT_INSTRUCTION_INFO) & REGISTER_OPERAND == 0
+}
+
 fn print(case: &Case, exit: Exit) {
     let (reason, qualification) = match exit {
         Exit::Reason(reason, qualification) => (reason, qualification),
@@ -201,7 +207,7 @@ fn print(case: &Case, exit: Exit) {
     let mut out = Serial;
     let check = Check::new(&mut out, format_args!("exit of {}", case.name))
         .expect("reason", reason, case.reason)
-        .fact("qualification", Hex(qualification))
+        .fact("qualification", Hex(if has_displacement(case) { qualification } else { 0 }))
         .expect("length", vmx::read(f::EXIT_INSTRUCTION_LENGTH), case.length);
     match case.info {
         Nothing => check.end(),

@@ -57,7 +57,7 @@ pub fn read_field(cpu: &mut Cpu, index: usize, field: Field) -> u64 {
     let slot = &mut cpu.nested.slots[index];
     if !slot.vmcs12.valid.contains(field) {
         if let Some(layout) = &cpu.config.layout {
-            return layout.read(&cpu.phys, slot.shadow_vmcs(), field);
+            return layout.read(&cpu.phys, slot.vmcs02(), field);
         }
         let value = on_vmcs02(cpu, index, |vmx| vmx.read(field));
         cpu.nested.slots[index].vmcs12.fetched(field, value);
@@ -78,17 +78,17 @@ fn write_field(cpu: &mut Cpu, index: usize, field: Field, value: u64) {
                 note_write(slot, field);
             }
         }
-        (_, Strategy::Trapped) => {
-            slot.vmcs12.written(field, value);
-            slot.guest_stale |= field.home() == Home::Watched;
-        }
-        (home, Strategy::InMemory) => {
+        (home, _) if cpu.config.layout.is_some() => {
             slot.guest_stale |= home == Home::Watched;
             // What nvmx reported in place of the processor, if it did, is overwritten.
             slot.vmcs12.valid.remove(field);
             if let Some(layout) = &cpu.config.layout {
-                layout.write(&cpu.phys, slot.shadow_vmcs(), field, value);
+                layout.write(&cpu.phys, slot.vmcs02(), field, value);
             }
+        }
+        (_, Strategy::Trapped) => {
+            slot.vmcs12.written(field, value);
+            slot.guest_stale |= field.home() == Home::Watched;
         }
         (home, Strategy::ZeroCopy) => {
             slot.guest_stale |= home == Home::Watched;
@@ -113,7 +113,6 @@ fn on_vmcs02<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&mut crate::hw::vmx:
     let slot = &mut cpu.nested.slots[index];
     slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, revision);
     let result = f(&mut cpu.vmx);
-    slot.unload_vmcs02(&mut cpu.vmx, &cpu.phys, revision, cpu.config.strategy);
-    cpu.vmx.ptrld(cpu.vmcs01);
+    slot.leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
     result
 }

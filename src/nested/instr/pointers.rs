@@ -83,7 +83,7 @@ pub fn make_current(cpu: &mut Cpu, index: Option<usize>) {
     let slot = index.and_then(|i| cpu.nested.slots.get_mut(i));
     let link = slot.map_or(NO_VMCS, |slot| {
         slot.used = uses;
-        slot.shadow_vmcs().get()
+        slot.vmcs02().get()
     });
     if cpu.config.strategy == Strategy::ZeroCopy {
         cpu.vmx.write(Field::VMCS_LINK_POINTER, link);
@@ -107,18 +107,19 @@ fn activate(cpu: &mut Cpu, at: Gpa) -> usize {
     if slot.vmcs12.load(&cpu.guest, at).is_err() {
         slot.vmcs12 = Vmcs12::new();
     }
-    if cpu.config.strategy == Strategy::ZeroCopy {
-        slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, revision);
-        slot.flush_dirty(&mut cpu.vmx, Strategy::ZeroCopy, &cpu.config.exists);
-        slot.unload_vmcs02(&mut cpu.vmx, &cpu.phys, revision, Strategy::ZeroCopy);
-        cpu.vmx.ptrld(cpu.vmcs01);
-    }
     if let Some(layout) = &cpu.config.layout {
         for field in slot.vmcs12.dirty.iter() {
-            layout.write(&cpu.phys, slot.shadow_vmcs(), field, slot.vmcs12.get(field));
+            layout.write(&cpu.phys, slot.vmcs02(), field, slot.vmcs12.get(field));
         }
         slot.vmcs12.dirty = FieldSet::EMPTY;
         slot.vmcs12.valid = FieldSet::CACHED;
+        if cpu.config.strategy == Strategy::ZeroCopy {
+            slot.become_shadow_in_memory(&cpu.phys, revision);
+        }
+    } else if cpu.config.strategy == Strategy::ZeroCopy {
+        slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, revision);
+        slot.flush_dirty(&mut cpu.vmx, Strategy::ZeroCopy, &cpu.config.exists);
+        slot.leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
     }
     index
 }
