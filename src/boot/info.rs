@@ -102,16 +102,19 @@ impl BootInfo {
         }
         // QEMU puts the file's name in front of every command line, GRUB does not.
         if info.loader.as_str() == "qemu" {
-            strip_file_name(&mut info.command_line);
-            info.modules.iter_mut().for_each(|m| strip_file_name(&mut m.command_line));
+            let path = info.command_line.rfind('/').unwrap_or(0);
+            // No option has a slash; a folder's name may have a blank, but not in the list of modules.
+            strip_file_name(&mut info.command_line, path);
+            info.modules.iter_mut().for_each(|m| strip_file_name(&mut m.command_line, 0));
         }
         Ok(info)
     }
 }
 
-/// Removes the first word.
-fn strip_file_name(line: &mut CommandLine) {
-    let rest = line.trim_start().split_once(' ').map_or("", |(_, rest)| rest);
+/// Removes what precedes the place `from`, and the word there.
+fn strip_file_name(line: &mut CommandLine, from: usize) {
+    let name = line.get(from..).unwrap_or_default();
+    let rest = name.trim_start().split_once(' ').map_or("", |(_, rest)| rest);
     *line = CommandLine::from(rest.trim_start()).unwrap_or_default();
 }
 
@@ -162,7 +165,7 @@ mod tests {
         info.memory.usable().collect()
     }
 
-    const TEXTS: [(u64, &str); 3] = [(0x2000, "/boot/nvmx log=warn"), (0x2100, "l2 a b"), (0x2200, "qemu")];
+    const TEXTS: [(u64, &str); 3] = [(0x2000, "/my files/nvmx log=warn"), (0x2100, "l2 a /b"), (0x2200, "qemu")];
 
     #[test]
     fn multiboot1_information_of_qemu_is_read_without_file_names() {
@@ -174,9 +177,25 @@ mod tests {
         let memory = memory(&[(0x1000, &fixed), (0x3000, &[0x20_0000, 0x20_1000, 0x2100, 0]), (0x4000, &map)], &TEXTS);
         let info = BootInfo::read(multiboot1::BOOT_MAGIC, Hpa::new(0x1000), &memory).unwrap();
         assert_eq!(info.command_line.as_str(), "log=warn");
-        assert_eq!(info.modules[0].command_line.as_str(), "a b");
+        assert_eq!(info.modules[0].command_line.as_str(), "a /b");
         assert_eq!(info.modules[0].span, Span::new(0x20_0000, 0x20_1000));
         assert_eq!(usable(&info), [Span::new(0, 0x9_F000), Span::sized(0x10_0000, 0x700_0000)]);
+    }
+
+    #[test]
+    fn file_names_go_whatever_they_look_like_and_options_stay() {
+        let stripped = |text: &str, from| {
+            let mut line = CommandLine::from(text).unwrap();
+            strip_file_name(&mut line, from);
+            line.as_str().to_string()
+        };
+        assert_eq!(stripped("nvmx log=debug", 0), "log=debug");
+        assert_eq!(stripped("nvmx ", 0), "");
+        assert_eq!(stripped("nvmx", 0), "");
+        assert_eq!(stripped("", 7), "");
+        assert_eq!(stripped("/a b/nvmx  log=debug fields=auto", 4), "log=debug fields=auto");
+        // A module's words may have slashes.
+        assert_eq!(stripped("bzImage root=/dev/sda ro", 0), "root=/dev/sda ro");
     }
 
     #[test]
@@ -212,7 +231,7 @@ mod tests {
         let map = [0, 0, 0x9_F000, 0, 1, 0, 0x10_0000, 0, 0x700_0000, 0, 2, 0];
         let memory = memory(&[(0x1000, &start), (0x3000, &list), (0x4000, &map)], &TEXTS);
         let info = BootInfo::read(pvh::START_MAGIC, Hpa::new(0x1000), &memory).unwrap();
-        assert_eq!(info.command_line.as_str(), "/boot/nvmx log=warn");
+        assert_eq!(info.command_line.as_str(), "/my files/nvmx log=warn");
         assert_eq!(info.modules[0].span, Span::new(0x20_0000, 0x20_1000));
         let kinds: Vec<_> = info.memory.iter().map(|r| r.kind).collect();
         assert_eq!(kinds, [RangeKind::Usable, RangeKind::Reserved]);

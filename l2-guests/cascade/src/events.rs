@@ -42,12 +42,27 @@ pub struct Event {
     pub who: Who,
     /// Who handles it
     pub handled_by: HandledBy,
-    /// How many are in the bracket
-    pub count: u64,
+    /// How many are in the bracket, if the command line does not ask for fewer
+    count: u64,
     /// Whether the loop means something without a hypervisor
     pub native: bool,
     /// Raises the given number of them
     pub run: Loop,
+}
+
+/// At most so many events are in a bracket.
+static MOST: Global<u64> = Global::new(u64::MAX);
+
+/// Asks for at most so many events in a bracket: `events=` on the command line, for machines where each takes long.
+pub fn limit(most: u64) {
+    MOST.set(most);
+}
+
+impl Event {
+    /// How many are in the bracket.
+    pub fn count(&self) -> u64 {
+        self.count.min(MOST.get())
+    }
 }
 
 /// How many precede the bracket, so that caches and tables are filled.

@@ -233,7 +233,7 @@ fn begin(hypervisor: &mut Hypervisor, event: usize) {
     if hypervisor.observed.take().is_some() {
         observe::no_exit(event);
     }
-    arm_timer(hypervisor, event, EVENTS[event].count);
+    arm_timer(hypervisor, event, EVENTS[event].count());
     hypervisor.exits = 0;
     hypervisor.bracket.start();
 }

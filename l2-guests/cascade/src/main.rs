@@ -2,7 +2,7 @@
 //!
 //! It prints, for each event of [`events::EVENTS`], what the event costs without any VMX (`scope=native`) and when its guest
 //! raises it (`scope=l3`), and what it saw of the exit (`check`). Alone on a machine it is one hypervisor, under nvmx the
-//! second: the same image, the same records.
+//! second: the same image, the same records. `events=N` limits how many events are in a bracket.
 #![no_std]
 #![no_main]
 
@@ -26,7 +26,7 @@ use l2_kit::{
 
 l2_kit::entry!(main);
 
-fn main(_: &BootInfo) {
+fn main(info: &BootInfo) {
     let slot = Slot::find();
     report::record(
         Kind::Hello,
@@ -39,6 +39,16 @@ fn main(_: &BootInfo) {
         ],
     );
     report::say("Hello from the guest hypervisor: first my own work, then my guest's.");
+    if let Some(text) = info.option("events") {
+        match text.parse() {
+            // Guests take turns in pairs of switches.
+            Ok(most) if most >= 2 && most % 2 == 0 => events::limit(most),
+            _ => {
+                report::fail(format_args!("events={text}: an even number above 0 is expected"));
+                return;
+            }
+        }
+    }
     apic::init();
     measure::native();
     match setup::enter_vmx().and_then(|_| Hypervisor::new(slot)) {

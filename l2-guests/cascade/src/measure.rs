@@ -71,7 +71,8 @@ fn write(name: &str, handled_by: &str, scope: &str, count: u64, bracket: &Bracke
 
 /// Prints the record of a guest's event, and how many exits its hypervisor saw, which must be the same everywhere.
 pub fn print(bracket: &Bracket, event: usize) {
-    let Event { name, handled_by, count, .. } = EVENTS[event];
+    let Event { name, handled_by, .. } = EVENTS[event];
+    let count = EVENTS[event].count();
     write(name, handled_by.word(), "l3", count, bracket);
     // The exit that ends the bracket is not the event's.
     crate::observe::exits(name, handled_by, count, bracket.exits - 1);
@@ -91,9 +92,9 @@ pub fn native() {
             let mut bracket = Bracket::new(Slot::Bare);
             (event.run)(WARM_UP);
             bracket.start();
-            (event.run)(event.count);
+            (event.run)(event.count());
             bracket.stop(0);
-            write(event.name, event.handled_by.word(), "native", event.count, &bracket);
+            write(event.name, event.handled_by.word(), "native", event.count(), &bracket);
         }
     }
     trap::hook(trap::UD, None);
@@ -119,8 +120,8 @@ pub fn own_exit(slot: Slot) {
         let mut bracket = Bracket::new(slot);
         (event.run)(WARM_UP);
         bracket.start();
-        (event.run)(event.count);
+        (event.run)(event.count());
         bracket.stop(0);
-        write(name, handled_by.word(), "l2", event.count, &bracket);
+        write(name, handled_by.word(), "l2", event.count(), &bracket);
     }
 }

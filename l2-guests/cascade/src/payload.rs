@@ -188,7 +188,7 @@ pub extern "C" fn raise_events(greeting: &'static &'static str, who: u64) -> ! {
         call(calls::PREPARE, number, 0);
         (event.run)(WARM_UP);
         call(calls::BEGIN, number, 0);
-        (event.run)(event.count);
+        (event.run)(event.count());
         call(calls::END, number, 0);
     }
     call(calls::DONE, 0, 0);
