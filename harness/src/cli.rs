@@ -53,11 +53,11 @@ pub struct L0Args {
     #[arg(long, value_name = "MODEL", help_heading = "Machine")]
     pub cpu_model: Option<String>,
 
-    /// Memory of the machine
+    /// Memory of the machine, with --depth for each nvmx in the stack
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(16..=65536), help_heading = "Machine")]
     pub memory: u32,
 
-    /// End a boot after so many seconds and tell where each level stopped [default: 120, with KVM on Bochs 600]
+    /// End a boot after so many seconds and tell where each level stopped [default: 120, with KVM on Bochs or --depth 600]
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Machine")]
     pub timeout: Option<Duration>,
 }
@@ -111,6 +111,10 @@ pub struct RunArgs {
     /// Who runs L2: nvmx, or for comparison KVM too
     #[arg(long, value_enum, default_value = "nvmx")]
     pub l1: L1,
+
+    /// Stack nvmx so many times, each in the one before it, and show how costs grow with every level
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8), conflicts_with = "l1")]
+    pub depth: u32,
 
     /// Write the figures to this file too (docs/run-schema.md)
     #[arg(long, value_name = "FILE")]
@@ -197,6 +201,8 @@ mod tests {
         let Cmd::Run(run) = cli.command else { panic!("not run") };
         assert_eq!((run.l2.as_str(), run.fields, run.l0.l0), ("cascade", Fields::Trapped, L0::Auto));
         assert_eq!((run.l0.memory, run.l0.timeout), (256, None));
+        assert_eq!(run.depth, 1);
+        assert!(Cli::try_parse_from(["nvmx", "run", "--depth", "0"]).is_err());
         assert!(Cli::try_parse_from(["nvmx", "run", "--timeout", "0"]).is_err());
         assert!(Cli::try_parse_from(["nvmx"]).is_err());
     }

@@ -19,7 +19,7 @@ use std::time::Duration;
 /// The CPU models to try, best first, where the user names none.
 const MODELS: [&str; 4] = ["tigerlake", "corei7_icelake_u", "corei7_skylake_x", "corei7_haswell_4770"];
 
-/// The longest boot on a machine, and with a Linux below.
+/// The longest boot on a machine, and with a Linux below or nvmx in nvmx.
 const SHORT: Duration = Duration::from_secs(120);
 /// As [`SHORT`].
 pub const LONG: Duration = Duration::from_secs(600);
@@ -109,6 +109,21 @@ impl Session {
         let module = Payload::new(self.images.guest(guest)?, args);
         let name = format!("{guest}-{}", fields.option());
         Ok(self.spec(name, Payload::new(&self.images.nvmx, options), vec![module]))
+    }
+
+    /// A guest under so many nvmx, each in the one before it.
+    ///
+    /// # Errors
+    /// [`Stop::Usage`] if there is no such guest.
+    pub fn stacked(&self, guest: &str, args: &str, fields: Fields, depth: u32) -> Result<Spec> {
+        let mut spec = self.nested(guest, args, fields)?;
+        // What the outermost can do, those in it may lack.
+        let inner = if fields == Fields::ZeroCopy { Fields::Auto } else { fields };
+        for _ in 1..depth {
+            spec.modules.insert(0, self.nested(guest, args, inner)?.kernel);
+        }
+        spec.machine.memory = self.machine.memory.saturating_mul(depth);
+        Ok(Spec { name: format!("{guest}-depth{depth}"), ..spec })
     }
 
     /// A boot on the session's machine.

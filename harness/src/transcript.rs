@@ -4,6 +4,7 @@ use crate::report::stack;
 use crate::ui::Ui;
 use l2_protocol::{Kind, Level, OwnedRecord, is_record};
 use owo_colors::Style;
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -131,6 +132,10 @@ fn text(bytes: &[u8]) -> String {
 pub struct View {
     ui: Ui,
     show: Show,
+    /// How many nvmx are below the guest
+    depth: u32,
+    /// How many of them have introduced themselves
+    met: Cell<u32>,
 }
 
 /// How much of a boot is shown.
@@ -147,7 +152,12 @@ pub enum Show {
 impl View {
     /// A view on the terminal.
     pub fn new(ui: &Ui, show: Show) -> Self {
-        View { ui: ui.clone(), show }
+        View { ui: ui.clone(), show, depth: 1, met: Cell::new(0) }
+    }
+
+    /// A view that shows the real levels of a stack of so many nvmx.
+    pub fn of_stack(ui: &Ui, show: Show, depth: u32) -> Self {
+        View { depth, ..View::new(ui, show) }
     }
 
     /// Shows a line, if people should see it.
@@ -159,8 +169,36 @@ impl View {
                 "L3" => Style::new().green(),
                 _ => Style::new().dimmed(),
             };
+            let who = self.real_level(line, who);
             self.ui.line(&format!("{} {text}", self.ui.paint(&format!("{who} |"), style)));
         }
+    }
+
+    fn real_level(&self, line: &Line, who: &'static str) -> String {
+        match line {
+            Line::Record(r) => {
+                if r.level == Level::L1 && r.kind == Kind::Hello {
+                    self.met.set(self.met.get() + 1);
+                }
+                match (r.level, r.kind) {
+                    // Which nvmx it is cannot be told.
+                    (Level::L1, kind) if kind != Kind::Hello && self.depth > 1 => "nvmx".into(),
+                    _ => real_level(r.level, self.depth, self.met.get().max(1)),
+                }
+            }
+            _ if who == "L1" && self.depth > 1 => "nvmx".into(),
+            _ => who.into(),
+        }
+    }
+}
+
+/// The level in the whole stack of one that a record names: there is one L1 hello for each nvmx, the outermost first, and every
+/// guest takes the nvmx below it for the only one.
+pub fn real_level(level: Level, depth: u32, met: u32) -> String {
+    match level {
+        Level::L1 => format!("L{met}"),
+        Level::L2 => format!("L{}", depth + 1),
+        Level::L3 => format!("L{}", depth + 2),
     }
 }
 
@@ -228,6 +266,17 @@ mod tests {
         assert!(shown(&Line::parse("[nvmx ERROR] no VMX"), false, Show::Warnings).is_some());
         assert_eq!(shown(&Line::parse("[nvmx ERROR] no VMX"), true, Show::Nothing), None);
         assert!(shown(&Line::parse("@L2 evnt"), false, Show::Warnings).unwrap().1.contains("evnt"));
+    }
+
+    #[test]
+    fn each_nvmx_of_a_stack_has_its_own_level() {
+        let view = View::of_stack(&Ui::new(false), Show::Nothing, 2);
+        let lines =
+            ["@L1 hello version=1", "@L1 hello version=1", "@L2 say text=x", "@L3 say text=x", "[nvmx WARN ] x"];
+        let levels = lines.map(|l| view.real_level(&Line::parse(l), "L1"));
+        assert_eq!(levels, ["L1", "L2", "L3", "L4", "nvmx"]);
+        let view = View::new(&Ui::new(false), Show::Nothing);
+        assert_eq!(lines.map(|l| view.real_level(&Line::parse(l), "L1"))[2..], ["L2", "L3", "L1"]);
     }
 
     #[test]

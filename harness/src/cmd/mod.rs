@@ -1,6 +1,7 @@
 //! The subcommands.
 
 pub mod bench;
+pub mod depth;
 pub mod doctor;
 pub mod run;
 pub mod test;

@@ -3,6 +3,7 @@
 use crate::backend::{Backend, Spec};
 use crate::boot::{self, Outcome};
 use crate::cli::{L1, RunArgs};
+use crate::cmd::depth;
 use crate::error::Stop;
 use crate::report::{self, json::Run, stack, table};
 use crate::session::{LONG, Session};
@@ -17,6 +18,9 @@ use owo_colors::Style;
 /// # Errors
 /// [`Stop::Guest`] if one of the boots fails.
 pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
+    if args.depth > 1 {
+        return depth::run(ui, args);
+    }
     let session = Session::start(ui, &args.l0)?;
     let (bare, nested) =
         (session.bare(&args.l2, &args.l2_args)?, session.nested(&args.l2, &args.l2_args, args.fields)?);

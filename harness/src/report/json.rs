@@ -1,6 +1,7 @@
 //! `--json FILE`: the schema `nvmx-run/1`, documented in `docs/run-schema.md`.
 
 use super::Event;
+use super::growth::Growth;
 use super::stack::StackLevel;
 use crate::backend::Unit;
 use anyhow::{Context, Result};
@@ -20,12 +21,15 @@ pub struct Run {
     pub unit: &'static str,
     /// Averages per event
     pub events: Vec<Event>,
+    /// How costs grow with depth, if nvmx was stacked
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub growth: Option<Growth>,
 }
 
 impl Run {
     /// The run in its present schema.
     pub fn new(stack: Vec<StackLevel>, strategy: String, unit: Unit, events: Vec<Event>) -> Self {
-        Run { schema: "nvmx-run/1", stack, strategy, unit: unit.name(), events }
+        Run { schema: "nvmx-run/1", stack, strategy, unit: unit.name(), events, growth: None }
     }
 
     /// Writes the file, whole or not at all.

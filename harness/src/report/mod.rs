@@ -1,6 +1,7 @@
 //! From records to averages per event: one table for people, one JSON file for programs.
 
 pub mod budget;
+pub mod growth;
 pub mod json;
 pub mod stack;
 pub mod table;

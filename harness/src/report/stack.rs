@@ -1,6 +1,6 @@
 //! The levels of a run: who runs, which version, on which CPU, with which features.
 
-use crate::transcript::Transcript;
+use crate::transcript::{Transcript, real_level};
 use l2_protocol::{Kind, Level, OwnedRecord};
 use serde::Serialize;
 
@@ -19,13 +19,15 @@ pub struct StackLevel {
     pub features: Vec<String>,
 }
 
-/// The levels of a boot under nvmx, from the `hello` records; L0 is what the back end says.
+/// The levels of a boot under nvmx, from the `hello` records; L0 is what the back end says. Where nvmx is stacked, each has its
+/// level, and so have the guests.
 pub fn stack(l0: StackLevel, nested: &Transcript) -> Vec<StackLevel> {
     let mut levels = vec![l0];
-    for level in [Level::L1, Level::L2, Level::L3] {
-        if let Some(record) = nested.first(level, Kind::Hello) {
-            levels.push(of_hello(record));
-        }
+    let hellos = |level| nested.of_kind(Kind::Hello).filter(move |r| r.level == level);
+    let guests = [Level::L2, Level::L3].into_iter().filter_map(|level| hellos(level).next());
+    let depth = hellos(Level::L1).count() as u32;
+    for (met, record) in (1..).zip(hellos(Level::L1).chain(guests)) {
+        levels.push(StackLevel { level: real_level(record.level, depth, met), ..of_hello(record) });
     }
     levels
 }
@@ -49,6 +51,12 @@ pub fn strategy(nested: &Transcript) -> String {
     hello.and_then(|r| r.get("strategy")).unwrap_or("unknown").to_string()
 }
 
+/// The field-access strategies of all nvmx in the stack, the outermost first.
+pub fn strategies(nested: &Transcript) -> Vec<String> {
+    let hellos = nested.of_kind(Kind::Hello).filter(|r| r.level == Level::L1);
+    hellos.map(|r| r.get("strategy").unwrap_or("unknown").to_string()).collect()
+}
+
 /// A level's line in the banner.
 pub fn banner_line(level: &StackLevel, strategy: Option<&str>) -> String {
     let mut text = format!("{} {}", level.name, level.version).trim_end().to_string();
@@ -68,6 +76,16 @@ pub fn banner_line(level: &StackLevel, strategy: Option<&str>) -> String {
 mod tests {
     use super::super::tests::transcript;
     use super::*;
+
+    #[test]
+    fn the_levels_of_a_stack_of_nvmx_are_counted() {
+        let l0 = StackLevel { name: "Bochs".into(), ..of_hello(&OwnedRecord::parse("@L2 hello").unwrap()) };
+        let nested =
+            transcript(&["@L1 hello strategy=zero-copy", "@L1 hello strategy=trapped", "@L2 hello name=cascade"]);
+        let names: Vec<_> = stack(l0, &nested)[1..].iter().map(|l| format!("{} {}", l.level, l.name)).collect();
+        assert_eq!(names, ["L1 nvmx", "L2 nvmx", "L3 cascade"]);
+        assert_eq!(strategies(&nested), ["zero-copy", "trapped"]);
+    }
 
     #[test]
     fn the_stack_is_read_from_the_introductions() {

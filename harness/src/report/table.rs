@@ -115,7 +115,7 @@ fn sum(a: Option<f64>, b: Option<f64>) -> Option<f64> {
 }
 
 /// Thousands apart, one decimal where it says something.
-fn number(value: Option<f64>) -> String {
+pub fn number(value: Option<f64>) -> String {
     let Some(value) = value else { return "-".into() };
     let tenths = (value.abs() * 10.0).round() as u64;
     let (whole, tenth) = if tenths >= 1000 { ((value.abs().round()) as u64, 0) } else { (tenths / 10, tenths % 10) };

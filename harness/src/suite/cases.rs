@@ -25,6 +25,9 @@ const LITTLE_MEMORY: u32 = 16;
 /// A refusal comes at once; a machine that takes longer hangs.
 const SOON: Duration = Duration::from_secs(60);
 
+/// The guests that print check records.
+pub const COMPARED: [&str; 2] = ["cascade", "vmxtest"];
+
 struct Builder<'a> {
     session: &'a Session,
     suite: Suite,
@@ -38,13 +41,13 @@ pub fn all(session: &Session) -> Result<Suite> {
     let fixtures = Fixtures::write(&session.paths.target, session.machine.memory)?;
     let budget = Arc::new(Budget::read(&budget_file(&session.paths.root))?);
     let mut b = Builder { session, suite: Suite { boots: BTreeMap::new(), cases: Vec::new() } };
-    b.guest("cascade");
-    b.guest("vmxtest");
+    COMPARED.iter().for_each(|guest| b.guest(guest));
     b.case(
         "the costs of cascade are within benches/budget.json",
         &["cascade-zero-copy"],
         Box::new(move |o| kept(&budget, o)),
     );
+    b.nvmx_in_nvmx();
     b.protocols();
     b.refusals(&fixtures);
     b.broken_guests();
@@ -75,6 +78,15 @@ impl Builder<'_> {
         self.case(&format!("{guest} passes under nvmx with trapped field access"), &[trapped], pass());
         self.case(&format!("{guest} sees with VMCS shadowing what it sees bare"), &[bare, shadowed], same());
         self.case(&format!("{guest} sees with trapped field access what it sees bare"), &[bare, trapped], same());
+    }
+
+    /// A second nvmx is a guest hypervisor like any other.
+    fn nvmx_in_nvmx(&mut self) {
+        let names = ["cascade-bare", "cascade-depth2"];
+        self.boot(names[1], self.session.stacked("cascade", "", Fields::Auto, 2));
+        self.case("cascade passes under nvmx in nvmx", &names[1..], Box::new(all_pass));
+        let judge: Judge = Box::new(|o| compare::agree(o[0], o[1]));
+        self.case("cascade sees under nvmx in nvmx what it sees bare", &names, judge);
     }
 
     fn protocols(&mut self) {

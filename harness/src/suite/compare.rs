@@ -1,8 +1,9 @@
 //! Two boots of one guest, record by record.
 
 use crate::boot::Outcome;
+use crate::transcript::{Line, Transcript};
 use l2_protocol::{Kind, OwnedRecord};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A difference that is allowed, and why.
 pub struct Waiver {
@@ -17,7 +18,77 @@ pub struct Waiver {
 /// The differences that architecture allows. Each is a decision: keep this short.
 pub const WAIVERS: &[Waiver] = &[];
 
-/// Every `check` record is the same in both boots.
+/// What came of comparing two boots.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Comparison {
+    /// Check records, those that only one boot has included
+    pub compared: usize,
+    /// Records that differ only where they may
+    pub waived: usize,
+    /// The others that differ
+    pub differ: Vec<Difference>,
+}
+
+/// A record that differs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Difference {
+    /// Level and name, and how many of that name came before
+    pub key: (String, usize),
+    /// The part of the guest that printed it, if it has parts
+    pub part: Option<String>,
+    /// The keys that differ
+    pub keys: Vec<String>,
+    /// The record of the first boot
+    pub one: Option<OwnedRecord>,
+    /// ... and of the other
+    pub other: Option<OwnedRecord>,
+}
+
+impl Difference {
+    /// What differs, a line each; the boots are called by these names.
+    pub fn lines(&self, one: &str, other: &str) -> Vec<String> {
+        match (&self.one, &self.other) {
+            (Some(left), Some(right)) => {
+                let name = left.get("name").unwrap_or("?");
+                let text = |r: &OwnedRecord, key: &str| r.get(key).unwrap_or("(absent)").to_string();
+                let line = |key: &String| format!("{name}: {key}={} against {}", text(left, key), text(right, key));
+                self.keys.iter().map(line).collect()
+            }
+            (Some(left), None) => vec![format!("{}: only in {one}: {}", self.key.0, short(left))],
+            (None, Some(right)) => vec![format!("{}: only in {other}: {}", self.key.0, short(right))],
+            (None, None) => Vec::new(),
+        }
+    }
+}
+
+/// Compares the `check` records of two boots of one guest.
+pub fn compare(one: &Transcript, other: &Transcript) -> Comparison {
+    let (a, b) = (checks(one), checks(other));
+    let mut result = Comparison::default();
+    let keys: BTreeSet<_> = a.keys().chain(b.keys()).collect();
+    for key in keys {
+        result.compared += 1;
+        let (left, right) = (a.get(key), b.get(key));
+        let (keys, waived) = match (left, right) {
+            (Some(left), Some(right)) => differ(left.record, right.record),
+            _ => (Vec::new(), 0),
+        };
+        if left.is_some() == right.is_some() && keys.is_empty() {
+            result.waived += usize::from(waived > 0);
+            continue;
+        }
+        result.differ.push(Difference {
+            key: key.clone(),
+            part: left.or(right).and_then(|c| c.part).map(str::to_string),
+            keys,
+            one: left.map(|c| c.record.clone()),
+            other: right.map(|c| c.record.clone()),
+        });
+    }
+    result
+}
+
+/// Every `check` record is the same in both boots, which passed.
 ///
 /// # Errors
 /// The first differences, one per line.
@@ -25,22 +96,11 @@ pub fn agree(one: &Outcome, other: &Outcome) -> Result<(), String> {
     for boot in [one, other] {
         boot.verdict().map_err(|e| format!("{}: {e}; nothing to compare", boot.name))?;
     }
-    let (a, b) = (checks(one), checks(other));
-    if a.is_empty() {
+    if checks(&one.transcript).is_empty() {
         return Err(format!("{} has no check records: nothing is compared", one.name));
     }
-    let mut differences = Vec::new();
-    for (key, left) in &a {
-        match b.get(key) {
-            None => differences.push(format!("{}: only in {}: {}", key.0, one.name, short(left))),
-            Some(right) => differences.extend(differ(left, right)),
-        }
-    }
-    for (key, right) in &b {
-        if !a.contains_key(key) {
-            differences.push(format!("{}: only in {}: {}", key.0, other.name, short(right)));
-        }
-    }
+    let comparison = compare(&one.transcript, &other.transcript);
+    let mut differences: Vec<String> = comparison.differ.iter().flat_map(|d| d.lines(&one.name, &other.name)).collect();
     if differences.is_empty() {
         return Ok(());
     }
@@ -50,17 +110,39 @@ pub fn agree(one: &Outcome, other: &Outcome) -> Result<(), String> {
     if more > 0 {
         differences.push(format!("... and {more} more"));
     }
-    Err(format!("{} ({}) and {} ({}) differ:\n  {}", one.name, a.len(), other.name, b.len(), differences.join("\n  ")))
+    let (count, compared) = (comparison.differ.len(), comparison.compared);
+    Err(format!(
+        "{} and {} differ in {count} of {compared} records:\n  {}",
+        one.name,
+        other.name,
+        differences.join("\n  ")
+    ))
+}
+
+/// A check record and where it is from.
+struct Found<'a> {
+    record: &'a OwnedRecord,
+    part: Option<&'a str>,
 }
 
 /// By name and how many of that name came before: an extra record shifts only its own name.
-fn checks(outcome: &Outcome) -> BTreeMap<(String, usize), &OwnedRecord> {
+fn checks(transcript: &Transcript) -> BTreeMap<(String, usize), Found<'_>> {
     let mut seen: BTreeMap<String, usize> = BTreeMap::new();
     let mut all = BTreeMap::new();
-    for record in outcome.transcript.of_kind(Kind::Check) {
+    let mut part = None;
+    for line in &transcript.lines {
+        let record = match line {
+            Line::Record(record) if record.kind == Kind::Check => record,
+            Line::Text(text) => {
+                // How guests announce a part: `[L2] part NAME`.
+                part = text.split_once("] part ").map(|(_, name)| name.trim()).or(part);
+                continue;
+            }
+            _ => continue,
+        };
         let name = format!("{} {}", record.level, record.get("name").unwrap_or("?"));
         let number = seen.entry(name.clone()).or_insert(0);
-        all.insert((name, *number), record);
+        all.insert((name, *number), Found { record, part });
         *number += 1;
     }
     all
@@ -75,24 +157,22 @@ fn short(record: &OwnedRecord) -> String {
     }
 }
 
-fn differ(left: &OwnedRecord, right: &OwnedRecord) -> Vec<String> {
+/// The keys that differ and may not, and how many differ and may.
+fn differ(left: &OwnedRecord, right: &OwnedRecord) -> (Vec<String>, usize) {
     let name = left.get("name").unwrap_or("?");
     let mut keys: Vec<&str> = left.fields.iter().chain(&right.fields).map(|(k, _)| k.as_str()).collect();
     keys.sort_unstable();
     keys.dedup();
-    let waived = |key: &str| WAIVERS.iter().any(|w| w.check == name && w.key == key);
-    let text = |r: &OwnedRecord, key: &str| r.get(key).unwrap_or("(absent)").to_string();
-    keys.into_iter()
-        .filter(|key| left.get(key) != right.get(key) && !waived(key))
-        .map(|key| format!("{name}: {key}={} against {}", text(left, key), text(right, key)))
-        .collect()
+    keys.retain(|key| left.get(key) != right.get(key));
+    let all = keys.len();
+    keys.retain(|key| !WAIVERS.iter().any(|w| w.check == name && w.key == *key));
+    (keys.iter().map(|k| k.to_string()).collect(), all - keys.len())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::boot::Ended;
-    use crate::transcript::{Line, Transcript};
     use std::time::Duration;
 
     fn outcome(name: &str, lines: &[&str]) -> Outcome {
@@ -118,6 +198,20 @@ mod tests {
         assert!(text.contains("a: z=(absent) against 1"));
         assert!(text.contains("L2 b: only in bare"));
         assert!(agree(&other, &one).unwrap_err().contains("L2 b: only in bare"));
+    }
+
+    #[test]
+    fn a_difference_knows_both_records_and_the_part_that_printed_them() {
+        let one =
+            outcome("bare", &["[L2] part modes", "@L2 check name=a x=1", "[L2] part traps", "@L2 check name=b x=1"]);
+        let other =
+            outcome("nvmx", &["[L2] part modes", "@L2 check name=a x=1", "[L2] part traps", "@L2 check name=b x=2"]);
+        let found = compare(&one.transcript, &other.transcript);
+        assert_eq!((found.compared, found.waived, found.differ.len()), (2, 0, 1));
+        let difference = &found.differ[0];
+        assert_eq!((difference.part.as_deref(), difference.keys.as_slice()), (Some("traps"), &["x".to_string()][..]));
+        assert_eq!(difference.one.as_ref().unwrap().get("x"), Some("1"));
+        assert_eq!(difference.other.as_ref().unwrap().get("x"), Some("2"));
     }
 
     #[test]

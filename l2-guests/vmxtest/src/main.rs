@@ -103,6 +103,8 @@ fn run(chosen: Option<&str>) -> Result<(), Missing> {
     let region = vmxon::errors();
     vmxon::enter(region);
     for (name, part) in PARTS.into_iter().filter(|(name, _)| chosen.is_none_or(|c| c == *name)) {
+        // The harness names the part of a record that differs.
+        log!("part {name}");
         match part {
             Instructions(part) => part(region),
             Guests(part) => {
