@@ -127,8 +127,12 @@ fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Inf
     }
     let efer = slot.inherited.efer_of_l2(slot.vmcs12.get(Field::HOST_IA32_EFER));
     let pat = slot.inherited.pat_of_l2(slot.vmcs12.get(Field::HOST_IA32_PAT));
-    let sysenter = [Field::HOST_IA32_SYSENTER_CS, Field::HOST_IA32_SYSENTER_ESP, Field::HOST_IA32_SYSENTER_EIP]
-        .map(|f| slot.vmcs12.get(f));
+    // Not by a map over fields: where a field is not a constant, its place must be looked up.
+    let sysenter = [
+        slot.vmcs12.get(Field::HOST_IA32_SYSENTER_CS),
+        slot.vmcs12.get(Field::HOST_IA32_SYSENTER_ESP),
+        slot.vmcs12.get(Field::HOST_IA32_SYSENTER_EIP),
+    ];
     let msrs = HostMsrs { sysenter, pat, efer };
     let blocking = if nmi_blocked { BLOCKING_BY_NMI } else { 0 };
     let blocking = (cpu.nested.blocking01 != blocking).then_some(blocking);
