@@ -5,7 +5,6 @@
 
 use crate::emul::cr::Cr0;
 use crate::error::Fault;
-use crate::hw::vmx::Vmx;
 use crate::vmx::Field;
 use crate::vmx::image::Access;
 
@@ -49,9 +48,9 @@ impl Tracked {
     }
 
     /// Reads all values from vmcs01, which is current.
-    pub fn refresh(&mut self, vmx: &mut Vmx) {
+    pub fn refresh(&mut self, vmcs01: &mut impl Access) {
         for (value, (_, field)) in self.0.iter_mut().zip(MSRS) {
-            *value = vmx.read(field);
+            *value = vmcs01.read(field);
         }
     }
 
@@ -79,20 +78,26 @@ impl Tracked {
     }
 
     /// WRMSR of L2 to a tracked MSR: `None` if it is not one. vmcs01 is current.
-    pub fn wrmsr(&mut self, vmx: &mut Vmx, index: u32, value: u64, canonical: bool) -> Option<Result<(), Fault>> {
+    pub fn wrmsr(
+        &mut self,
+        vmcs01: &mut impl Access,
+        index: u32,
+        value: u64,
+        canonical: bool,
+    ) -> Option<Result<(), Fault>> {
         let i = MSRS.iter().position(|(msr, _)| *msr == index)?;
         let value = match i {
             CS => Ok(value & Field::GUEST_SYSENTER_CS.mask()),
             ESP | EIP => legal(canonical, value),
             PAT => legal(is_pat(value), value),
             _ => {
-                let paging = vmx.read(Field::GUEST_CR0) & Cr0::PG.bits() != 0;
-                new_efer(vmx.read(Field::GUEST_IA32_EFER), paging, value)
+                let paging = vmcs01.read(Field::GUEST_CR0) & Cr0::PG.bits() != 0;
+                new_efer(vmcs01.read(Field::GUEST_IA32_EFER), paging, value)
             }
         };
         Some(value.map(|value| {
             self.0[i] = value;
-            vmx.write(MSRS[i].1, value);
+            vmcs01.write(MSRS[i].1, value);
         }))
     }
 }
@@ -116,8 +121,61 @@ pub fn is_pat(value: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashMap;
 
     const GP: Result<u64, Fault> = Err(Fault::GeneralProtection(0));
+
+    /// vmcs01 that notes what is written to it.
+    #[derive(Default)]
+    struct Vmcs01 {
+        values: HashMap<Field, u64>,
+        writes: Vec<Field>,
+    }
+
+    impl Access for Vmcs01 {
+        fn read(&mut self, field: Field) -> u64 {
+            self.values.get(&field).copied().unwrap_or(0)
+        }
+        fn write(&mut self, field: Field, value: u64) {
+            self.values.insert(field, value);
+            self.writes.push(field);
+        }
+    }
+
+    const HOST: HostMsrs = HostMsrs { sysenter: [8, 0x1000, 0x2000], pat: 0x0007_0406_0007_0406, efer: 0xD01 };
+
+    #[test]
+    fn a_reflected_exit_writes_only_what_differs() {
+        let (mut tracked, mut vmcs01) = (Tracked::default(), Vmcs01::default());
+        tracked.load(&mut vmcs01, &HOST);
+        assert_eq!(vmcs01.writes, MSRS.map(|(_, field)| field));
+        tracked.load(&mut vmcs01, &HOST);
+        tracked.load(&mut vmcs01, &HostMsrs { sysenter: [8, 0x1000, 0x2008], efer: 0x501, ..HOST });
+        assert_eq!(vmcs01.writes[5..], [Field::GUEST_SYSENTER_EIP, Field::GUEST_IA32_EFER]);
+        assert_eq!(tracked.0.map(Some), MSRS.map(|(_, field)| vmcs01.values.get(&field).copied()));
+        assert_eq!((tracked.pat(), tracked.efer()), (HOST.pat, 0x501));
+    }
+
+    #[test]
+    fn what_l2_writes_is_known_and_what_it_may_not_write_changes_nothing() {
+        let (mut tracked, mut vmcs01) = (Tracked::default(), Vmcs01::default());
+        tracked.load(&mut vmcs01, &HOST);
+        vmcs01.values.insert(Field::GUEST_CR0, 1 << 31);
+        vmcs01.writes.clear();
+        for (index, value, canonical) in [(0x175, 1 << 63, false), (0x277, 2, true), (0xC000_0080, 0x401, true)] {
+            let refused = tracked.wrmsr(&mut vmcs01, index, value, canonical);
+            assert_eq!(refused, Some(Err(Fault::GeneralProtection(0))), "{index:#x}");
+        }
+        assert_eq!(tracked.wrmsr(&mut vmcs01, 0x10, 0, true), None, "not a tracked MSR");
+        assert!(vmcs01.writes.is_empty());
+
+        assert_eq!(tracked.wrmsr(&mut vmcs01, 0x174, 0xFFFF_0000_0008, false), Some(Ok(())), "32 bits count");
+        assert_eq!(tracked.wrmsr(&mut vmcs01, 0x176, 0x3000, true), Some(Ok(())));
+        assert_eq!(tracked.0[..3], [8, 0x1000, 0x3000]);
+        let mut read_again = Tracked::default();
+        read_again.refresh(&mut vmcs01);
+        assert_eq!(read_again.0, tracked.0);
+    }
 
     #[test]
     fn each_byte_of_pat_is_one_of_six_types() {
