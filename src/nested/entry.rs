@@ -14,14 +14,15 @@ use crate::emul::cr::{Cr0, Cr4};
 use crate::ept::{Eptp, Written};
 use crate::error::{KillReason, VmxError, VmxResult};
 use crate::hw::vmx::{Invalidate, Vmx};
+use crate::mm::linear::fetch_pdptes;
 use crate::mm::{GuestMemory, PhysMem};
 use crate::vcpu::{Cpu, Next, Stop, inject};
 use crate::vmx::Field;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::exit::{BasicReason, ExitReason};
+use crate::vmx::field::PDPTES;
 use l2_protocol::abi::Strategy;
 
-const PDPTES: [Field; 4] = [Field::GUEST_PDPTE0, Field::GUEST_PDPTE1, Field::GUEST_PDPTE2, Field::GUEST_PDPTE3];
 const EFER_LMA: u64 = 1 << 10;
 
 /// Enters L3 on the slot's vmcs12, as VMLAUNCH or VMRESUME; vmcs01 is current and the launch state was checked.
@@ -107,11 +108,9 @@ fn load_pdptes(vmx: &mut Vmx, guest: &GuestMemory<impl PhysMem>) {
         && vmx.read(Field::GUEST_CR4) & Cr4::PAE.bits() != 0
         && vmx.read(Field::VM_ENTRY_CONTROLS) & EntryControls::IA32E_MODE_GUEST.bits() as u64 == 0;
     if pae {
-        let table = vmx.read(Field::GUEST_CR3) & 0xFFFF_FFE0;
-        for (i, field) in PDPTES.into_iter().enumerate() {
-            // No memory there: all ones, which the processor refuses as it would on the machine that L2 sees.
-            vmx.write(field, guest.read_u64(Gpa::new(table + 8 * i as u64)).unwrap_or(u64::MAX));
-        }
+        // No memory there: all ones, which the processor refuses as it would on the machine that L2 sees.
+        let entries = fetch_pdptes(guest, vmx.read(Field::GUEST_CR3));
+        PDPTES.into_iter().zip(entries).for_each(|(field, entry)| vmx.write(field, entry));
     }
 }
 

@@ -9,10 +9,10 @@ use super::msr_lists::MsrLists;
 use super::slot::Slot;
 use super::vmcs12::{FieldSet, Vmcs12};
 use super::vpid::VPID01;
-use crate::addr::Gpa;
 use crate::emul::cr::Cr4;
 use crate::error::KillReason;
 use crate::hw::vmx::{Invalidate, Vmx};
+use crate::mm::linear::{fetch_pdptes, pdptes_are_valid};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::vcpu::Cpu;
 use crate::vcpu::tracked::{HostMsrs, Tracked};
@@ -20,6 +20,7 @@ use crate::vmx::Field;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, SecondaryControls};
 use crate::vmx::event::{EventInfo, EventKind};
 use crate::vmx::exit::{BasicReason, ExitReason};
+use crate::vmx::field::PDPTES;
 use crate::vmx::image::{Access, Image};
 use l2_protocol::abi::{Counter, Strategy};
 
@@ -269,19 +270,13 @@ fn load_segments(vmx: &mut impl Access, vmcs12: &Vmcs12, long: bool) {
 #[cold]
 fn load_pdptes_of_l2(vmx: &mut Vmx, guest: &GuestMemory<impl PhysMem>, vmcs12: &Vmcs12) -> Result<(), KillReason> {
     const ABORT_PDPTES: u32 = 2;
-    const PRESENT: u64 = 1;
     if vmcs12.get(Field::HOST_CR4) & Cr4::PAE.bits() == 0 {
         return Ok(());
     }
-    let reserved = !(guest.limit() - 1) | 0x1E6;
-    let table = vmcs12.get(Field::HOST_CR3) & 0xFFFF_FFE0;
-    let fields = [Field::GUEST_PDPTE0, Field::GUEST_PDPTE1, Field::GUEST_PDPTE2, Field::GUEST_PDPTE3];
-    for (i, field) in fields.into_iter().enumerate() {
-        let entry = guest.read_u64(Gpa::new(table + 8 * i as u64)).unwrap_or(u64::MAX);
-        if entry & PRESENT != 0 && entry & reserved != 0 {
-            return Err(KillReason::VmxAbort(ABORT_PDPTES));
-        }
-        vmx.write(field, entry);
+    let entries = fetch_pdptes(guest, vmcs12.get(Field::HOST_CR3));
+    if !pdptes_are_valid(&entries, guest.limit()) {
+        return Err(KillReason::VmxAbort(ABORT_PDPTES));
     }
+    PDPTES.into_iter().zip(entries).for_each(|(field, entry)| vmx.write(field, entry));
     Ok(())
 }

@@ -7,7 +7,7 @@ use crate::error::Fault;
 use crate::mm::linear::Paging;
 use crate::nested::Operation;
 use crate::vmx::Field;
-use crate::vmx::field::Fields;
+use crate::vmx::field::{Fields, PDPTES};
 use crate::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, decode_field_access};
 use crate::vmx::segment::Segment;
 
@@ -79,7 +79,7 @@ fn paging(cpu: &mut Cpu) -> Paging {
     let vmx = &mut cpu.vmx;
     // The PDPTE registers mean something with PAE paging alone.
     let pdptes = match efer & EFER_LMA {
-        0 => [Field::GUEST_PDPTE0, Field::GUEST_PDPTE1, Field::GUEST_PDPTE2, Field::GUEST_PDPTE3].map(|f| vmx.read(f)),
+        0 => PDPTES.map(|field| vmx.read(field)),
         _ => [0; 4],
     };
     Paging {
