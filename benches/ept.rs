@@ -1,5 +1,5 @@
-//! What composing costs on this host, per event: a fill under tables that exist, one that continues a run, a fault that is reflected, an
-//! activation that finds nothing to do, and dropping what L2 invalidated.
+//! What composing costs on this host, per event: a fill under tables that exist, one that continues a run, a fault that
+//! is reflected, an activation that finds nothing to do, and dropping what L2 invalidated.
 //!
 //! `cargo bench --bench ept`; with the arguments `count ROUNDS` it runs fills only, for an instruction counter to watch.
 
