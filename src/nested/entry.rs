@@ -126,7 +126,6 @@ fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
         Ok(checked) => checked,
         Err(failure) => {
             log::debug!("VM entry refused: {}: {}", failure.check.name(), failure.check.text());
-            cpu.nested.last_failure = Some(failure.check);
             return Err(failure.error);
         }
     };
@@ -226,7 +225,7 @@ fn check_guest_state(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         Ok(()) => Ok(Next::Stay),
         Err(failure) => {
             slot.guest_stale = true;
-            note_failure(cpu, failure.check);
+            note_failure(failure.check);
             reflect::entry_failure(cpu, BasicReason::ENTRY_INVALID_GUEST_STATE, failure.qualification)?;
             Ok(Next::Stay)
         }
@@ -251,9 +250,8 @@ impl<P: PhysMem> checks::GuestMemory for Pages<'_, P> {
     }
 }
 
-fn note_failure(cpu: &mut Cpu, check: CheckId) {
+fn note_failure(check: CheckId) {
     log::debug!("VM entry failed: {}: {}", check.name(), check.text());
-    cpu.nested.last_failure = Some(check);
 }
 
 /// Runs `f` on the whole of vmcs12, guest state fetched from vmcs02, which is current.
@@ -281,7 +279,7 @@ pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
         checks::check_live_controls(vmcs12, &cpu.config.offered).err().map(|f| f.check)
     });
     if let Some(check) = offered_check {
-        note_failure(cpu, check);
+        note_failure(check);
     }
     let slot = &mut cpu.nested.slots[current];
     slot.inherited.undo(&mut cpu.vmx);
@@ -302,7 +300,7 @@ pub fn failed_late(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<()
                 .map(|f| f.check)
         });
         match found {
-            Some(check) => note_failure(cpu, check),
+            Some(check) => note_failure(check),
             None => log::debug!("VM entry failed: the processor refused a guest state that the checks accept"),
         }
     }

@@ -25,7 +25,6 @@ mod state {
     use super::slot::Slot;
     use super::vpid::VpidMap;
     use crate::addr::Gpa;
-    use crate::nested::checks::CheckId;
     use arrayvec::ArrayVec;
 
     /// How many vmcs12s can be active at once; a further VMPTRLD writes the least recently used one back.
@@ -64,8 +63,6 @@ mod state {
         pub slots: ArrayVec<Slot, SLOTS>,
         /// vpid12 to vpid02.
         pub vpids: VpidMap,
-        /// The rule that the last refused VM entry broke.
-        pub last_failure: Option<CheckId>,
         /// Interruptibility state of L2 at its last VMLAUNCH or VMRESUME.
         pub blocking01: u64,
         /// Counts VMPTRLDs, for the order of use.
@@ -75,14 +72,7 @@ mod state {
     impl Nested {
         /// Outside VMX operation, with these free slots.
         pub fn new(slots: ArrayVec<Slot, SLOTS>) -> Self {
-            Nested {
-                operation: Operation::Off,
-                slots,
-                vpids: VpidMap::new(),
-                last_failure: None,
-                blocking01: 0,
-                uses: 0,
-            }
+            Nested { operation: Operation::Off, slots, vpids: VpidMap::new(), blocking01: 0, uses: 0 }
         }
 
         /// Operand of VMXON while in VMX operation.
