@@ -2,7 +2,7 @@
 
 use crate::backend::host::{self, HostFacts};
 use crate::backend::kvm::{Kvm, QEMU};
-use crate::backend::kvm_in_bochs::KvmInBochs;
+use crate::backend::kvm_in_bochs::{KVM_INTEL, KvmInBochs};
 use crate::backend::{Backend, Machine, Payload, Protocol, Spec};
 use crate::boot;
 use crate::cli::{Fields, L0Args};
@@ -13,7 +13,7 @@ use crate::report::stack::StackLevel;
 use crate::setup::{self, toolchain};
 use crate::ui::Ui;
 use anyhow::Result;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// The CPU models to try, best first, where the user names none.
@@ -40,6 +40,8 @@ pub struct Session {
     pub machine: Machine,
     /// The longest that a boot may take
     pub timeout: Duration,
+    /// The Bochs that the user wants, if not ours
+    pub bochs: Option<PathBuf>,
 }
 
 impl Session {
@@ -59,7 +61,7 @@ impl Session {
         let machine = Machine { memory: args.memory, model };
         let default = if args.l0 == host::L0::KvmInBochs { LONG } else { SHORT };
         let timeout = args.timeout.unwrap_or(default);
-        Ok(Session { ui: ui.clone(), paths, backend, images, machine, timeout })
+        Ok(Session { ui: ui.clone(), paths, backend, images, machine, timeout, bochs: args.bochs.clone() })
     }
 
     /// The session's machine with a Linux and its KVM on it: for KVM in nvmx's place.
@@ -67,12 +69,20 @@ impl Session {
     /// # Errors
     /// [`Stop::Environment`] with what to type, [`Stop::Usage`] if the session's machine is not Bochs.
     pub fn kvm_in_place(&self, args: &L0Args) -> Result<KvmInBochs> {
-        let lock = self.paths.lock(&self.ui)?;
         let wrong = || Stop::Usage("--l1 kvm needs --l0 bochs: KVM then runs on the emulated machine".into());
         if args.l0 == host::L0::KvmInBochs || self.machine.model == HOST_MODEL {
             return Err(wrong().into());
         }
-        let bochs = setup::bochs::set_up(&self.ui, &self.paths, args.bochs.as_deref())?;
+        self.kvm_on_bochs()
+    }
+
+    /// A Linux with KVM on Bochs: ours, or the one that is given.
+    ///
+    /// # Errors
+    /// [`Stop::Environment`] with what to type.
+    pub fn kvm_on_bochs(&self) -> Result<KvmInBochs> {
+        let lock = self.paths.lock(&self.ui)?;
+        let bochs = setup::bochs::set_up(&self.ui, &self.paths, self.bochs.as_deref())?;
         let kvm = kvm_in_bochs(&self.ui, &self.paths, bochs);
         drop(lock);
         kvm
@@ -163,7 +173,7 @@ fn set_up_l0(ui: &Ui, paths: &Paths, args: &L0Args) -> Result<(Box<dyn Backend>,
 fn kvm_in_bochs(ui: &Ui, paths: &Paths, bochs: setup::bochs::Bochs) -> Result<KvmInBochs> {
     let linux = setup::linux::set_up(ui, paths)?;
     let vmm = setup::linux::build_vmm(ui, paths)?;
-    Ok(KvmInBochs { bochs, linux, vmm })
+    Ok(KvmInBochs { bochs, linux, vmm, parameters: KVM_INTEL.into() })
 }
 
 fn choose_model(wish: Option<&str>, offered: &[String]) -> Result<String, Stop> {

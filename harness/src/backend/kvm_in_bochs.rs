@@ -18,10 +18,11 @@ const COMMAND_LINE: &str = "console=ttyS0,115200 nokaslr mitigations=off tsc=rel
     random.trust_cpu=on cryptomgr.notests audit=0 apparmor=0 panic=-1 quiet";
 /// Bochs wants the posted-interrupt descriptor at the start of a page, where a processor wants 64 bytes and KVM gives no
 /// more: with APICv the first entry of a guest fails.
-const KVM_INTEL: &str = "nested=1 ept=1 enable_apicv=0";
+pub const KVM_INTEL: &str = "nested=1 ept=1 enable_apicv=0";
 const CONSOLE: &str = "console.log";
 
 /// Bochs, Linux, the VMM.
+#[derive(Clone, Debug)]
 pub struct KvmInBochs {
     /// The machine
     pub bochs: Bochs,
@@ -29,6 +30,8 @@ pub struct KvmInBochs {
     pub linux: Linux,
     /// The program
     pub vmm: PathBuf,
+    /// Parameters of the module kvm-intel: [`KVM_INTEL`]
+    pub parameters: String,
 }
 
 impl Backend for KvmInBochs {
@@ -80,13 +83,13 @@ impl KvmInBochs {
         for (i, module) in spec.modules.iter().enumerate() {
             archive.add_file(&format!("module{i}"), &module.path)?;
         }
-        archive.add("plan", plan(spec).as_bytes())?;
+        archive.add("plan", plan(spec, &self.parameters).as_bytes())?;
         archive.finish()
     }
 }
 
 /// The VMM's orders.
-fn plan(spec: &Spec) -> String {
+fn plan(spec: &Spec, parameters: &str) -> String {
     let mut text = String::new();
     let mut order = |what: &str, args: &str| {
         // A line break would be another order.
@@ -94,7 +97,7 @@ fn plan(spec: &Spec) -> String {
         let _ = writeln!(text, "{}", line.trim_end());
     };
     for module in MODULES {
-        order(&format!("module /{module}.ko"), if module == "kvm-intel" { KVM_INTEL } else { "" });
+        order(&format!("module /{module}.ko"), if module == "kvm-intel" { parameters } else { "" });
     }
     order("memory", &spec.machine.memory.to_string());
     order("kernel /kernel", &spec.kernel.args);
@@ -129,7 +132,7 @@ mod tests {
             machine: Machine { memory: 256, model: String::new() },
             timeout: Duration::from_secs(1),
         };
-        let text = plan(&spec);
+        let text = plan(&spec, KVM_INTEL);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[0], "module /irqbypass.ko");
         assert_eq!(lines[2], format!("module /kvm-intel.ko {KVM_INTEL}"));

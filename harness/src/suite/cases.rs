@@ -3,7 +3,7 @@
 use super::{
     Case, Judge, Suite, all_pass, compare,
     fixtures::{Fixtures, inside_nvmx},
-    messages, refused,
+    messages, on_kvm, refused,
 };
 use crate::backend::{Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
@@ -40,7 +40,8 @@ struct Builder<'a> {
 pub fn all(session: &Session) -> Result<Suite> {
     let fixtures = Fixtures::write(&session.paths.target, session.machine.memory)?;
     let budget = Arc::new(Budget::read(&budget_file(&session.paths.root))?);
-    let mut b = Builder { session, suite: Suite { boots: BTreeMap::new(), cases: Vec::new() } };
+    let mut b =
+        Builder { session, suite: Suite { boots: BTreeMap::new(), backends: BTreeMap::new(), cases: Vec::new() } };
     COMPARED.iter().for_each(|guest| b.guest(guest));
     b.case(
         "the costs of cascade are within benches/budget.json",
@@ -51,6 +52,7 @@ pub fn all(session: &Session) -> Result<Suite> {
     b.protocols();
     b.refusals(&fixtures);
     b.broken_guests();
+    on_kvm::add(&mut b.suite, session)?;
     Ok(b.suite)
 }
 

@@ -22,3 +22,7 @@ pub const TOUCH: &[&str] = &["@L1 epitaph who=L2", "memory"];
 pub const NO_HEADER: &[&str] = &["ERROR", "multiboot"];
 /// A value that its option does not accept.
 pub const BAD_VALUE: &[&str] = &["ERROR", "sideways", "fields"];
+/// KVM without nesting, told by the VMM.
+pub const NO_NESTING: &[&str] = &["[vmm ERROR]", "nesting off", "nested=1"];
+/// KVM without EPT, told by the VMM.
+pub const KVM_NO_EPT: &[&str] = &["[vmm ERROR]", "without EPT"];

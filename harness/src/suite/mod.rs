@@ -4,8 +4,9 @@ pub mod cases;
 pub mod compare;
 pub mod fixtures;
 pub mod messages;
+pub mod on_kvm;
 
-use crate::backend::Spec;
+use crate::backend::{Backend, Spec};
 use crate::boot::{self, Ended, Outcome};
 use crate::proc;
 use crate::session::Session;
@@ -13,7 +14,7 @@ use crate::transcript::{Show, View};
 use anyhow::Result;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What a case sees: the outcomes of its boots, in the order it named them.
 pub type Judge = Box<dyn Fn(&[&Outcome]) -> Result<(), String> + Send + Sync>;
@@ -32,6 +33,8 @@ pub struct Case {
 pub struct Suite {
     /// By name; an error is a boot that cannot even be described (its guest does not exist)
     pub boots: BTreeMap<String, Result<Spec, String>>,
+    /// What runs a boot, where that is not the session's machine
+    pub backends: BTreeMap<String, Arc<dyn Backend + Send>>,
     /// In the order of the report
     pub cases: Vec<Case>,
 }
@@ -54,6 +57,13 @@ impl Suite {
         self.cases.retain(|c| c.name.contains(text));
         let cases = &self.cases;
         self.boots.retain(|name, _| cases.iter().any(|c| c.boots.contains(name)));
+    }
+
+    fn backend<'a>(&'a self, session: &'a Session, boot: &str) -> &'a dyn Backend {
+        match self.backends.get(boot) {
+            Some(backend) => backend.as_ref(),
+            None => session.backend.as_ref(),
+        }
     }
 
     /// Runs all boots, `jobs` at a time; `told` hears of each case when its last boot is over.
@@ -81,7 +91,7 @@ impl Suite {
                         let result = match self.boots.get(*name) {
                             Some(Ok(spec)) => boot::boot(
                                 &session.paths,
-                                session.backend.as_ref(),
+                                self.backend(session, name),
                                 spec,
                                 &View::new(&session.ui, Show::Nothing),
                             )

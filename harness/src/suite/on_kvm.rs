@@ -1,0 +1,101 @@
+//! The boot tests in which a real KVM runs on the emulated machine: below nvmx, and in its place.
+
+use super::{Case, Judge, Suite, compare, messages, refused};
+use crate::backend::kvm_in_bochs::KvmInBochs;
+use crate::backend::{Backend, Payload, Spec};
+use crate::boot::Outcome;
+use crate::cli::Fields;
+use crate::report;
+use crate::session::{LONG, Session};
+use anyhow::Result;
+use std::sync::Arc;
+
+/// Events in a bracket: deep stacks pay for each, and averages stay the same.
+const FEW: &str = "events=50";
+/// What a CPUID of L3 that L2 handles may take with nvmx under KVM: exits to KVM by its own count, and instructions. A fifth
+/// of the 391,000 that KVM in KVM takes. The warm-up is in the exits, so that an average is not whole.
+const MOST_EXITS: f64 = 12.0;
+const MOST_INSTRUCTIONS: f64 = 78_200.0;
+
+/// Adds the boots and cases.
+///
+/// # Errors
+/// [`crate::error::Stop::Environment`] if Linux or the VMM cannot be had.
+pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
+    let kvm = session.kvm_on_bochs()?;
+    let without = |parameters: &str| KvmInBochs { parameters: parameters.into(), ..kvm.clone() };
+    let (no_nesting, no_ept) = (without("nested=0 ept=1 enable_apicv=0"), without("nested=1 ept=0 enable_apicv=0"));
+    let mut boot = |name: &str, backend: Option<KvmInBochs>, spec: Result<Spec>| {
+        let spec = spec.map(|spec| Spec { name: name.into(), timeout: LONG, ..spec }).map_err(|e| format!("{e:#}"));
+        suite.boots.insert(name.into(), spec);
+        if let Some(backend) = backend {
+            let backend: Arc<dyn Backend + Send> = Arc::new(backend);
+            suite.backends.insert(name.into(), backend);
+        }
+    };
+    boot("cascade-few", None, session.bare("cascade", FEW));
+    boot("cascade-kvm", Some(kvm.clone()), session.bare("cascade", FEW));
+    boot("cascade-nvmx-kvm", Some(kvm.clone()), session.nested("cascade", FEW, Fields::Auto));
+    boot("cascade-nvmx-kvm-trapped", Some(kvm), session.nested("cascade", FEW, Fields::Trapped));
+    let refused_spec = |name: &str| session.spec(name.into(), Payload::new(&session.images.nvmx, ""), Vec::new());
+    boot("kvm-no-nesting", Some(no_nesting), Ok(refused_spec("kvm-no-nesting")));
+    boot("kvm-no-ept", Some(no_ept), Ok(refused_spec("kvm-no-ept")));
+
+    let same = || -> Judge { Box::new(|o| compare::agree(o[0], o[1])) };
+    let says = |texts: &'static [&'static str]| -> Judge { Box::new(move |o| refused(o[0], texts)) };
+    let mut case = |name: &str, boots: &[&str], judge: Judge| {
+        suite.cases.push(Case { name: name.into(), boots: boots.iter().map(|b| b.to_string()).collect(), judge });
+    };
+    case("KVM in nvmx's place: cascade's records are the bare machine's", &["cascade-few", "cascade-kvm"], same());
+    case("nvmx under KVM: cascade's records are the bare machine's", &["cascade-few", "cascade-nvmx-kvm"], same());
+    let trapped = ["cascade-few", "cascade-nvmx-kvm-trapped"];
+    case("nvmx under KVM without VMCS shadowing: cascade's records are the bare machine's", &trapped, same());
+    case("nvmx under KVM: a reflected CPUID is cheap", &["cascade-nvmx-kvm"], Box::new(|o| cheap(o[0])));
+    case("KVM with nesting off is told apart", &["kvm-no-nesting"], says(messages::NO_NESTING));
+    case("KVM without EPT is told apart", &["kvm-no-ept"], says(messages::KVM_NO_EPT));
+    Ok(())
+}
+
+/// A CPUID of L3 that L2 handles stays within the limits.
+fn cheap(outcome: &Outcome) -> Result<(), String> {
+    let events = report::events(None, &outcome.transcript);
+    let cpuid = events.iter().find(|e| e.event == "cpuid").ok_or("cpuid was not measured")?;
+    let (Some(exits), Some(ticks)) = (cpuid.l0_exits, cpuid.nested) else {
+        return Err("KVM's exits were not counted".into());
+    };
+    if exits > MOST_EXITS || ticks > MOST_INSTRUCTIONS {
+        return Err(format!(
+            "{exits} exits to KVM and {ticks} instructions; {MOST_EXITS} and {MOST_INSTRUCTIONS} allowed"
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::Ended;
+    use crate::report::tests::transcript;
+    use std::time::Duration;
+
+    fn run(exits: u64, ticks: u64) -> Outcome {
+        let line = format!("@L2 event name=cpuid handled_by=L2 scope=l3 count=100 ticks={ticks}00 l0_exits={exits}00");
+        Outcome {
+            name: "x".into(),
+            transcript: transcript(&[&line]),
+            ended: Ended::Itself,
+            machine: Vec::new(),
+            took: Duration::ZERO,
+            folder: "/".into(),
+        }
+    }
+
+    #[test]
+    fn a_dear_cpuid_fails_by_exits_and_by_instructions() {
+        assert_eq!(cheap(&run(10, 70_000)), Ok(()));
+        assert!(cheap(&run(46, 70_000)).unwrap_err().contains("46 exits"));
+        assert!(cheap(&run(10, 125_000)).is_err());
+        let uncounted = transcript(&["@L2 event name=cpuid handled_by=L2 scope=l3 count=100 ticks=100"]);
+        assert!(cheap(&Outcome { transcript: uncounted, ..run(1, 1) }).is_err());
+    }
+}
