@@ -24,6 +24,8 @@ use crate::vmx::field::PDPTES;
 use l2_protocol::abi::Strategy;
 
 const EFER_LMA: u64 = 1 << 10;
+/// Activity state: HLT.
+const ACTIVITY_HLT: u64 = 1;
 
 /// Enters L3 on the slot's vmcs12, as VMLAUNCH or VMRESUME; vmcs01 is current and the launch state was checked.
 #[inline]
@@ -217,7 +219,13 @@ fn write_controls(vmx: &mut Vmx, c: &Vmcs02Controls) {
 #[cold]
 fn check_guest_state(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     let verdict = with_guest_state(cpu, index, |cpu, vmcs12| {
-        checks::check_guest_beyond_hardware(vmcs12, &cpu.config.offered, &context(cpu, index), &Pages(&cpu.guest))
+        // KVM below halts the CPU for a halted guest and does not ask the processor whether the state is valid.
+        let halted = vmcs12.get(Field::GUEST_ACTIVITY_STATE) == ACTIVITY_HLT;
+        let (offered, context, pages) = (&cpu.config.offered, context(cpu, index), Pages(&cpu.guest));
+        match halted {
+            true => checks::check_guest(vmcs12, offered, &context, &pages),
+            false => checks::check_guest_beyond_hardware(vmcs12, offered, &context, &pages),
+        }
     });
     let slot = &mut cpu.nested.slots[index];
     slot.guest_stale = false;
