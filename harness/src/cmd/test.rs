@@ -7,7 +7,7 @@ use crate::paths::Paths;
 use crate::proc;
 use crate::session::Session;
 use crate::setup::toolchain::{Compiler, clean};
-use crate::suite::{Verdict, cases, compare};
+use crate::suite::{Verdict, cases, compare, kvm_waivers};
 use crate::ui::Ui;
 use anyhow::Result;
 use owo_colors::Style;
@@ -108,6 +108,9 @@ fn boot_tests(ui: &Ui, args: &TestArgs) -> Result<Count> {
         }
         for waiver in compare::WAIVERS {
             ui.line(&format!("waived: {} {}: {}", waiver.check, waiver.key, waiver.why));
+        }
+        for waiver in kvm_waivers::WAIVERS {
+            ui.line(&format!("waived under KVM: {}: {}", waiver.id, waiver.why));
         }
         return Ok(Count::default());
     }

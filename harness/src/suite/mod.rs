@@ -3,6 +3,7 @@
 pub mod cases;
 pub mod compare;
 pub mod fixtures;
+pub mod kvm_waivers;
 pub mod messages;
 pub mod on_kvm;
 

@@ -1,6 +1,6 @@
 //! The boot tests in which a real KVM runs on the emulated machine: below nvmx, and in its place.
 
-use super::{Case, Judge, Suite, compare, messages, refused};
+use super::{Case, Judge, Suite, compare, kvm_waivers, messages, refused};
 use crate::backend::kvm_in_bochs::KvmInBochs;
 use crate::backend::{Backend, Payload, Spec};
 use crate::boot::Outcome;
@@ -36,7 +36,8 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     boot("cascade-few", None, session.bare("cascade", FEW));
     boot("cascade-kvm", Some(kvm.clone()), session.bare("cascade", FEW));
     boot("cascade-nvmx-kvm", Some(kvm.clone()), session.nested("cascade", FEW, Fields::Auto));
-    boot("cascade-nvmx-kvm-trapped", Some(kvm), session.nested("cascade", FEW, Fields::Trapped));
+    boot("cascade-nvmx-kvm-trapped", Some(kvm.clone()), session.nested("cascade", FEW, Fields::Trapped));
+    boot("vmxtest-nvmx-kvm", Some(kvm), session.nested("vmxtest", "", Fields::Auto));
     let refused_spec = |name: &str| session.spec(name.into(), Payload::new(&session.images.nvmx, ""), Vec::new());
     boot("kvm-no-nesting", Some(no_nesting), Ok(refused_spec("kvm-no-nesting")));
     boot("kvm-no-ept", Some(no_ept), Ok(refused_spec("kvm-no-ept")));
@@ -51,6 +52,9 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let trapped = ["cascade-few", "cascade-nvmx-kvm-trapped"];
     case("nvmx under KVM without VMCS shadowing: cascade's records are the bare machine's", &trapped, same());
     case("nvmx under KVM: a reflected CPUID is cheap", &["cascade-nvmx-kvm"], Box::new(|o| cheap(o[0])));
+    let but_for_kvm: Judge = Box::new(|o| kvm_waivers::agree_but_for_kvm(o[0], o[1]));
+    let vmxtest = ["vmxtest-bare", "vmxtest-nvmx-kvm"];
+    case("nvmx under KVM: vmxtest's records are the bare machine's but for waivers", &vmxtest, but_for_kvm);
     case("KVM with nesting off is told apart", &["kvm-no-nesting"], says(messages::NO_NESTING));
     case("KVM without EPT is told apart", &["kvm-no-ept"], says(messages::KVM_NO_EPT));
     Ok(())

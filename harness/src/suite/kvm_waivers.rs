@@ -1,0 +1,122 @@
+//! Where vmxtest's records under KVM may differ from the bare machine's: what KVM itself does otherwise.
+
+use super::compare;
+use crate::boot::{Ended, Outcome};
+use crate::transcript::Line;
+use l2_protocol::Kind;
+
+/// A cause and the records that it changes.
+pub struct Waiver {
+    /// For reports
+    pub id: &'static str,
+    /// Names of `check` records
+    pub checks: &'static [&'static str],
+    /// Why
+    pub why: &'static str,
+}
+
+/// All of them. Each is a decision: keep this short.
+pub const WAIVERS: &[Waiver] = &[
+    Waiver {
+        id: "kvm-fields",
+        checks: &[
+            "field GUEST_SMBASE",
+            "field CR3_TARGET0",
+            "field CR3_TARGET1",
+            "field CR3_TARGET2",
+            "field CR3_TARGET3",
+            "field IO_RCX",
+            "field IO_RSI",
+            "field IO_RDI",
+            "field IO_RIP",
+            "CR3 targets",
+        ],
+        why: "KVM gives its guest no such fields and no CR3 targets, although every processor has them",
+    },
+    Waiver {
+        id: "kvm-access-rights",
+        checks: &["guest TR with bit 8", "guest CS with bit 11", "guest CS with bit 17"],
+        why: "KVM keeps no reserved bits of access rights, so that an entry does not fail by them",
+    },
+    Waiver {
+        id: "kvm-vmread-canonical",
+        checks: &["vmread over the canonical edge"],
+        why: "KVM, which answers VMREAD of shadowed fields itself, finds the missing page before the address that is not canonical",
+    },
+];
+
+/// The waiver for a record.
+fn waiver(check: &str) -> Option<&'static Waiver> {
+    WAIVERS.iter().find(|w| w.checks.contains(&check))
+}
+
+/// Both guests came to their end, and the records of the other boot differ only where KVM is the cause. The guest's own
+/// verdict counts unless waived records explain it.
+///
+/// # Errors
+/// What differs, one per line.
+pub fn agree_but_for_kvm(one: &Outcome, other: &Outcome) -> Result<(), String> {
+    one.verdict().map_err(|e| format!("{}: {e}; nothing to compare", one.name))?;
+    let over = other.transcript.of_kind(Kind::End).next_back();
+    let broken = other.transcript.lines.iter().any(|l| matches!(l, Line::Broken(..)));
+    let Some(end) = over.filter(|_| other.ended != Ended::Timeout && !broken) else {
+        let reason = other.verdict().err().unwrap_or_else(|| "it did not end as it should".into());
+        return Err(format!("{}: {reason}", other.name));
+    };
+    let comparison = compare::compare(&one.transcript, &other.transcript);
+    if comparison.compared == 0 {
+        return Err("there are no check records: nothing is compared".into());
+    }
+    let name = |key: &str| key.split_once(' ').map_or(key, |(_, name)| name).to_string();
+    let is_waived =
+        |d: &&compare::Difference| d.one.is_some() && d.other.is_some() && waiver(&name(&d.key.0)).is_some();
+    let (waived, rest): (Vec<_>, Vec<_>) = comparison.differ.iter().partition(is_waived);
+    if !rest.is_empty() {
+        let lines: Vec<String> = rest.iter().flat_map(|d| d.lines(&one.name, &other.name)).take(12).collect();
+        return Err(format!("{} records differ and no waiver says why:\n  {}", rest.len(), lines.join("\n  ")));
+    }
+    if end.get("status") != Some("pass") && waived.is_empty() {
+        return Err(format!("{} says that it failed, and no record differs", other.name));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::tests::transcript;
+    use std::time::Duration;
+
+    fn outcome(name: &str, lines: &[&str]) -> Outcome {
+        Outcome {
+            name: name.into(),
+            transcript: transcript(lines),
+            ended: Ended::Itself,
+            machine: Vec::new(),
+            took: Duration::ZERO,
+            folder: "/".into(),
+        }
+    }
+
+    const PASS: &str = "@L2 end status=pass failed=0";
+    const FAIL: &str = "@L2 end status=fail failed=1";
+
+    #[test]
+    fn only_what_kvm_causes_may_differ() {
+        let bare = outcome("bare", &["@L2 check name=\"CR3 targets\" x=1", "@L2 check name=b x=1", PASS]);
+        let kvm = outcome("kvm", &["@L2 check name=\"CR3 targets\" x=2", "@L2 check name=b x=1", FAIL]);
+        assert_eq!(agree_but_for_kvm(&bare, &kvm), Ok(()));
+        let other = outcome("kvm", &["@L2 check name=\"CR3 targets\" x=1", "@L2 check name=b x=2", PASS]);
+        assert!(agree_but_for_kvm(&bare, &other).unwrap_err().contains("b: x=1 against 2"));
+        let missing = outcome("kvm", &["@L2 check name=b x=1", PASS]);
+        assert!(agree_but_for_kvm(&bare, &missing).is_err());
+    }
+
+    #[test]
+    fn a_guest_that_failed_without_a_difference_or_did_not_end_fails() {
+        let bare = outcome("bare", &["@L2 check name=b x=1", PASS]);
+        assert!(agree_but_for_kvm(&bare, &outcome("kvm", &["@L2 check name=b x=1", FAIL])).is_err());
+        assert!(agree_but_for_kvm(&bare, &outcome("kvm", &["@L2 check name=b x=1"])).is_err());
+        assert!(agree_but_for_kvm(&outcome("bare", &[PASS]), &outcome("kvm", &[PASS])).is_err());
+    }
+}
