@@ -209,7 +209,7 @@ fn shown(line: &Line, verbose: bool, show: Show) -> Option<(&'static str, String
     }
     let shown = match line {
         Line::Record(r) if r.kind == Kind::Hello && !verbose => {
-            (r.level.word(), stack::banner_line(&stack::of_hello(r), r.get("strategy")))
+            (r.level.word(), stack::banner_line(&stack::of_hello(r), stack::access(r).as_deref()))
         }
         Line::Record(r) if r.kind == Kind::Say => (r.level.word(), r.get("text").unwrap_or_default().to_string()),
         Line::Record(r) if r.kind == Kind::Epitaph => (r.level.word(), r.to_string()),

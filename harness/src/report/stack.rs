@@ -57,6 +57,15 @@ pub fn strategies(nested: &Transcript) -> Vec<String> {
     hellos.map(|r| r.get("strategy").unwrap_or("unknown").to_string()).collect()
 }
 
+/// How an nvmx reaches fields, from its hello record: L2's in vmcs12, and its own in a VMCS that is not current.
+pub fn access(hello: &OwnedRecord) -> Option<String> {
+    let strategy = hello.get("strategy")?;
+    Some(match hello.get("vmcs") {
+        Some("memory") => format!("{strategy}, VMCSs in memory"),
+        _ => strategy.to_string(),
+    })
+}
+
 /// A level's line in the banner.
 pub fn banner_line(level: &StackLevel, strategy: Option<&str>) -> String {
     let mut text = format!("{} {}", level.name, level.version).trim_end().to_string();
@@ -104,6 +113,8 @@ mod tests {
         let names: Vec<_> = levels.iter().map(|l| format!("{} {}", l.level, l.name)).collect();
         assert_eq!(names, ["L0 Bochs", "L1 nvmx", "L2 cascade"]);
         assert_eq!(strategy(&nested), "zero-copy");
+        let under_kvm = OwnedRecord::parse("@L1 hello strategy=zero-copy vmcs=memory").unwrap();
+        assert_eq!(access(&under_kvm).as_deref(), Some("zero-copy, VMCSs in memory"));
         let line = banner_line(&levels[1], Some("zero-copy"));
         assert_eq!(line, "nvmx 0.1.0, CPU 11th Gen, field access zero-copy, uses ept vpid");
     }
