@@ -67,13 +67,14 @@ impl Session {
     /// The session's machine with a Linux and its KVM on it: for KVM in nvmx's place.
     ///
     /// # Errors
-    /// [`Stop::Environment`] with what to type, [`Stop::Usage`] if the session's machine is not Bochs.
+    /// [`Stop::Environment`] with what to type, [`Stop::Usage`] if the session's machine is not emulated.
     pub fn kvm_in_place(&self, args: &L0Args) -> Result<KvmInBochs> {
-        let wrong = || Stop::Usage("--l1 kvm needs --l0 bochs: KVM then runs on the emulated machine".into());
-        if args.l0 == host::L0::KvmInBochs || self.machine.model == HOST_MODEL {
-            return Err(wrong().into());
+        if self.machine.model == HOST_MODEL {
+            let text = "--l1 kvm needs --l0 bochs or kvm-in-bochs: KVM then runs on the emulated machine";
+            return Err(Stop::Usage(text.into()).into());
         }
-        self.kvm_on_bochs()
+        let depth = if args.l0 == host::L0::KvmInBochs { 2 } else { 1 };
+        Ok(KvmInBochs { depth, ..self.kvm_on_bochs()? })
     }
 
     /// A Linux with KVM on Bochs: ours, or the one that is given.
@@ -173,7 +174,7 @@ fn set_up_l0(ui: &Ui, paths: &Paths, args: &L0Args) -> Result<(Box<dyn Backend>,
 fn kvm_in_bochs(ui: &Ui, paths: &Paths, bochs: setup::bochs::Bochs) -> Result<KvmInBochs> {
     let linux = setup::linux::set_up(ui, paths)?;
     let vmm = setup::linux::build_vmm(ui, paths)?;
-    Ok(KvmInBochs { bochs, linux, vmm, parameters: KVM_INTEL.into() })
+    Ok(KvmInBochs { bochs, linux, vmm, parameters: KVM_INTEL.into(), depth: 1 })
 }
 
 fn choose_model(wish: Option<&str>, offered: &[String]) -> Result<String, Stop> {

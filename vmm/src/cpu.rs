@@ -50,7 +50,8 @@ pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, start: Start) -> Result<()> {
 
     let flat = |kind: u8| kvm_segment {
         limit: u32::MAX,
-        selector: if kind & 8 != 0 { 8 } else { 16 },
+        // As Linux wants them; multiboot leaves them open.
+        selector: if kind & 8 != 0 { 0x10 } else { 0x18 },
         type_: kind,
         present: 1,
         db: 1,
@@ -67,6 +68,8 @@ pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, start: Start) -> Result<()> {
     vcpu.set_regs(&kvm_regs {
         rax: MAGIC.into(),
         rbx: start.info.into(),
+        // Linux looks here, a multiboot image there.
+        rsi: start.info.into(),
         rip: start.entry.into(),
         rflags: 2,
         ..Default::default()

@@ -1,5 +1,6 @@
 //! The guest's memory.
 
+use crate::linux;
 use crate::multiboot::{self, File, Start};
 use crate::plan::{Item, Plan};
 use anyhow::{Context, Result};
@@ -26,7 +27,11 @@ impl Guest {
         let payloads = plan.payloads.iter().map(read).collect::<Result<Vec<_>>>()?;
         let modules: Vec<File<'_>> =
             payloads.iter().zip(&plan.payloads).map(|(data, item)| File { data, line: &item.args }).collect();
-        let start = multiboot::load(&mut memory, &File { data: &kernel, line: &plan.kernel.args }, &modules)?;
+        let file = File { data: &kernel, line: &plan.kernel.args };
+        let start = match linux::is_kernel(&kernel) {
+            true => linux::load(&mut memory, &file, &modules)?,
+            false => multiboot::load(&mut memory, &file, &modules)?,
+        };
         Ok(Guest { memory, start })
     }
 }

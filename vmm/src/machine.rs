@@ -16,6 +16,8 @@ const IDENTITY_MAP: u64 = 0xFFFB_C000;
 /// The word "Shutdown" ends the machine; its last letter is in it once.
 const BOCHS_SHUTDOWN: u16 = 0x8900;
 const QEMU_EXIT: u16 = 0xF4;
+/// Another VMM in the guest writes its lines here.
+const DEBUG_PORT: u16 = 0xE9;
 
 /// How the guest ended.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -75,6 +77,7 @@ impl Machine {
                 Ok(VcpuExit::IoOut(port, bytes)) => match port {
                     BOCHS_SHUTDOWN if bytes.contains(&b'n') => break End::Itself,
                     QEMU_EXIT => break End::Itself,
+                    DEBUG_PORT => bytes.iter().for_each(|b| serial.take(*b, &self.stats, console)),
                     COM1..=0x3FF => {
                         for byte in bytes {
                             serial.write(port, *byte, &self.stats, console);

@@ -1,4 +1,4 @@
-//! A small VMM on `/dev/kvm`: boots one multiboot image with its modules, shows its COM1, and counts what KVM had to do.
+//! A small VMM on `/dev/kvm`: boots one multiboot image with its modules, or a Linux, shows its COM1, and counts what KVM had to do.
 //!
 //! It is made to be init of a Linux that runs on an emulated machine and has nothing else to do: then it mounts what it
 //! needs, loads the modules of KVM, and switches the machine off at the end. It runs on any other Linux with KVM as well.
@@ -11,6 +11,7 @@ mod console;
 mod cpu;
 mod guest;
 mod init;
+mod linux;
 mod machine;
 mod multiboot;
 mod plan;

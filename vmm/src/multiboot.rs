@@ -113,10 +113,10 @@ fn write_info(memory: &mut [u8], line: &str, modules: &[File<'_>], places: &[(u3
     }
     let list_at = add(memory, &list)?;
     let mut map = Vec::new();
-    for (base, length, kind) in [(0, 0x9_F000, 1), (0x9_F000, 0x6_1000, 2), (1 << 20, size - (1 << 20), 1u32)] {
+    for (base, length, kind) in ranges(size) {
         map.extend(20u32.to_le_bytes());
-        map.extend(u64::to_le_bytes(base));
-        map.extend(u64::to_le_bytes(length));
+        map.extend(base.to_le_bytes());
+        map.extend(length.to_le_bytes());
         map.extend(kind.to_le_bytes());
     }
     let map_at = add(memory, &map)?;
@@ -138,7 +138,16 @@ fn write_info(memory: &mut [u8], line: &str, modules: &[File<'_>], places: &[(u3
     Ok(())
 }
 
-fn put(memory: &mut [u8], at: usize, bytes: &[u8]) -> Result<()> {
+/// The memory map: start, length, kind (1 usable, 2 reserved).
+pub fn ranges(size: u64) -> [(u64, u64, u32); 3] {
+    [(0, 0x9_F000, 1), (0x9_F000, 0x6_1000, 2), (1 << 20, size.saturating_sub(1 << 20), 1)]
+}
+
+/// Copies bytes into memory.
+///
+/// # Errors
+/// If they do not fit.
+pub fn put(memory: &mut [u8], at: usize, bytes: &[u8]) -> Result<()> {
     let place = at.checked_add(bytes.len()).and_then(|end| memory.get_mut(at..end));
     place.with_context(|| format!("no room for {} bytes at {at:#x}", bytes.len()))?.copy_from_slice(bytes);
     Ok(())

@@ -11,6 +11,7 @@ pub const COM1: u16 = 0x3F8;
 /// Line status: transmitter empty, and what it had is sent.
 const READY: u8 = 0x60;
 const EVENT: &[u8] = b"@L2 event ";
+const INNER: &[u8] = b" l0_exits=";
 /// A line that never ends is shown in pieces.
 const LONGEST: usize = 4096;
 
@@ -60,7 +61,8 @@ impl Serial {
         }
     }
 
-    fn take(&mut self, byte: u8, stats: &Stats, console: &mut Console) {
+    /// A byte of a line.
+    pub fn take(&mut self, byte: u8, stats: &Stats, console: &mut Console) {
         if self.line.is_empty() {
             self.line_start = stats.snapshot();
         }
@@ -68,7 +70,11 @@ impl Serial {
             b'\r' => {}
             b'\n' => {
                 if self.line.starts_with(EVENT) {
-                    let fields = stats.fields(&self.line_before, &self.line_start);
+                    let mut fields = stats.fields(&self.line_before, &self.line_start);
+                    // A VMM in the guest has added its own: that KVM is a level higher.
+                    if self.line.windows(INNER.len()).any(|w| w == INNER) {
+                        fields = fields.replace(" l0_", " outer_");
+                    }
                     self.line.extend(fields.as_bytes());
                 }
                 self.flush(console);

@@ -3,7 +3,7 @@
 
 use super::bochs::{self, Serial};
 use super::initramfs::Archive;
-use super::{Backend, Machine, SERIAL, Spec, Unit, iso};
+use super::{Backend, Machine, Payload, SERIAL, Spec, Unit, iso};
 use crate::proc::Child;
 use crate::setup::bochs::Bochs;
 use crate::setup::linux::{Linux, MODULES};
@@ -32,11 +32,14 @@ pub struct KvmInBochs {
     pub vmm: PathBuf,
     /// Parameters of the module kvm-intel: [`KVM_INTEL`]
     pub parameters: String,
+    /// How many Linux with KVM there are, one in the other
+    pub depth: u32,
 }
 
 impl Backend for KvmInBochs {
     fn name(&self) -> String {
-        format!("Bochs {} with KVM of Linux {}", self.bochs.version, self.linux.release)
+        let kvm = vec!["KVM"; self.depth.max(1) as usize].join(" in ");
+        format!("Bochs {} with {kvm} of Linux {}", self.bochs.version, self.linux.release)
     }
 
     fn cpu(&self, machine: &Machine) -> String {
@@ -48,8 +51,22 @@ impl Backend for KvmInBochs {
     }
 
     fn start(&self, spec: &Spec, folder: &Path) -> Result<Child> {
-        iso::make_linux(&self.linux.file("vmlinuz"), &self.initramfs(spec)?, COMMAND_LINE, folder)?;
-        let machine = Machine { memory: spec.machine.memory + LINUX_MEMORY, model: spec.machine.model.clone() };
+        let mut initramfs = self.initramfs(spec)?;
+        let mut memory = spec.machine.memory + LINUX_MEMORY;
+        for _ in 1..self.depth {
+            // The whole Linux becomes the guest of another one.
+            let inner = folder.join("inner.initramfs");
+            std::fs::write(&inner, &initramfs)?;
+            initramfs = self.initramfs(&Spec {
+                kernel: Payload::new(self.linux.file("vmlinuz"), COMMAND_LINE),
+                modules: vec![Payload::new(inner, "")],
+                machine: Machine { memory, model: spec.machine.model.clone() },
+                ..spec.clone()
+            })?;
+            memory += LINUX_MEMORY;
+        }
+        iso::make_linux(&self.linux.file("vmlinuz"), &initramfs, COMMAND_LINE, folder)?;
+        let machine = Machine { memory, model: spec.machine.model.clone() };
         // The VMM writes to the debug port, which Bochs shows on its standard output.
         bochs::start(&self.bochs, &machine, Serial { file: CONSOLE, debug_port: true }, SERIAL, folder)
     }
@@ -118,7 +135,7 @@ fn console(folder: &Path) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Payload, Protocol};
+    use super::super::Protocol;
     use super::*;
     use std::time::Duration;
 

@@ -149,7 +149,9 @@ pub fn add_peer(events: &mut [Event], kvm: &Transcript) {
         let found = ["l3", "l2"].into_iter().find_map(|scope| Some((bracket(kvm, &event.event, scope)?, scope)));
         if let Some((record, scope)) = found {
             event.under_kvm = average(kvm, record, scope, "ticks");
-            event.kvm_exits = average(kvm, record, scope, "l0_exits");
+            // With KVM in KVM, the lower one takes every exit.
+            let exits = |key| average(kvm, record, scope, key);
+            event.kvm_exits = exits("outer_exits").or_else(|| exits("l0_exits"));
         }
     }
 }
