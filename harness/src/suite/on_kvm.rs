@@ -37,6 +37,7 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     boot("cascade-kvm", Some(kvm.clone()), session.bare("cascade", FEW));
     boot("cascade-nvmx-kvm", Some(kvm.clone()), session.nested("cascade", FEW, Fields::Auto));
     boot("cascade-nvmx-kvm-trapped", Some(kvm.clone()), session.nested("cascade", FEW, Fields::Trapped));
+    boot("outer-nvmx-kvm", Some(kvm.clone()), session.nested("faulty", "outer", Fields::Auto));
     boot("vmxtest-nvmx-kvm", Some(kvm), session.nested("vmxtest", "", Fields::Auto));
     let refused_spec = |name: &str| session.spec(name.into(), Payload::new(&session.images.nvmx, ""), Vec::new());
     boot("kvm-no-nesting", Some(no_nesting), Ok(refused_spec("kvm-no-nesting")));
@@ -55,6 +56,8 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let but_for_kvm: Judge = Box::new(|o| kvm_waivers::agree_but_for_kvm(o[0], o[1]));
     let vmxtest = ["vmxtest-bare", "vmxtest-nvmx-kvm"];
     case("nvmx under KVM: vmxtest's records are the bare machine's but for waivers", &vmxtest, but_for_kvm);
+    let reach: Judge = Box::new(|o| o[0].verdict().map_err(|e| e.to_string()));
+    case("nvmx under KVM: L2 does not reach KVM's paravirtual interface", &["outer-nvmx-kvm"], reach);
     case("KVM with nesting off is told apart", &["kvm-no-nesting"], says(messages::NO_NESTING));
     case("KVM without EPT is told apart", &["kvm-no-ept"], says(messages::KVM_NO_EPT));
     Ok(())

@@ -11,13 +11,21 @@ use l2_kit::{
     report, serial,
 };
 
+mod outer;
+
 l2_kit::entry!(main);
 
 /// Goes wrong, given the value of its option.
 type Fault = fn(&str);
 
-const FAULTS: [(&str, Fault); 5] =
-    [("triple-fault", triple_fault), ("touch", touch), ("spin", spin), ("halt", halt), ("panic", panic)];
+const FAULTS: [(&str, Fault); 6] = [
+    ("triple-fault", triple_fault),
+    ("touch", touch),
+    ("outer", outer::reach),
+    ("spin", spin),
+    ("halt", halt),
+    ("panic", panic),
+];
 
 fn main(info: &BootInfo) {
     report::record(
@@ -38,7 +46,7 @@ fn main(info: &BootInfo) {
             fault(value);
         }
         None => report::fail(format_args!(
-            "`{}` names no fault; there are triple-fault, touch=ADDRESS, spin, halt, panic",
+            "`{}` names no fault; there are triple-fault, touch=ADDRESS, outer, spin, halt, panic",
             info.command_line
         )),
     }
