@@ -68,10 +68,6 @@ const fn width_of(encoding: u32) -> Width {
     }
 }
 
-const fn same(a: Width, b: Width) -> bool {
-    a as u8 == b as u8
-}
-
 macro_rules! fields {
     ($( $name:ident = $enc:literal, $width:ident, $home:ident, $needs:expr; )*) => {
         /// A field of the VMCS, named as in the SDM; the discriminant is its encoding (access type "full").
@@ -81,7 +77,7 @@ macro_rules! fields {
         pub enum Field { $( $name = $enc, )* }
 
         $( const _: () = {
-            assert!(same(width_of($enc), Width::$width), concat!("width contradicts encoding: ", stringify!($name)));
+            assert!(width_of($enc) as u8 == Width::$width as u8, concat!("width contradicts encoding: ", stringify!($name)));
             assert!($enc as u32 & 0xFFFF_9001 == 0, concat!("reserved bit or access type in encoding: ", stringify!($name)));
         }; )*
 
