@@ -8,6 +8,7 @@ use crate::cli::Fields;
 use crate::report;
 use crate::session::{LONG, Session};
 use anyhow::Result;
+use l2_protocol::{Kind, OwnedRecord};
 use std::sync::Arc;
 
 /// Events in a bracket: deep stacks pay for each, and averages stay the same.
@@ -38,6 +39,7 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     boot("cascade-nvmx-kvm", Some(kvm.clone()), session.nested("cascade", FEW, Fields::Auto));
     boot("cascade-nvmx-kvm-trapped", Some(kvm.clone()), session.nested("cascade", FEW, Fields::Trapped));
     boot("outer-nvmx-kvm", Some(kvm.clone()), session.nested("faulty", "outer", Fields::Auto));
+    boot("outer-kvm", Some(kvm.clone()), session.bare("faulty", "outer"));
     boot("vmxtest-nvmx-kvm", Some(kvm), session.nested("vmxtest", "", Fields::Auto));
     let refused_spec = |name: &str| session.spec(name.into(), Payload::new(&session.images.nvmx, ""), Vec::new());
     boot("kvm-no-nesting", Some(no_nesting), Ok(refused_spec("kvm-no-nesting")));
@@ -56,11 +58,22 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let but_for_kvm: Judge = Box::new(|o| kvm_waivers::agree_but_for_kvm(o[0], o[1]));
     let vmxtest = ["vmxtest-bare", "vmxtest-nvmx-kvm"];
     case("nvmx under KVM: vmxtest's records are the bare machine's but for waivers", &vmxtest, but_for_kvm);
-    let reach: Judge = Box::new(|o| o[0].verdict().map_err(|e| e.to_string()));
-    case("nvmx under KVM: L2 does not reach KVM's paravirtual interface", &["outer-nvmx-kvm"], reach);
+    let reach: Judge = Box::new(|o| out_of_reach(o[0], o[1]));
+    let outer = ["outer-nvmx-kvm", "outer-kvm"];
+    case("nvmx under KVM: L2 does not reach KVM's paravirtual interface, as KVM's own guest does", &outer, reach);
     case("KVM with nesting off is told apart", &["kvm-no-nesting"], says(messages::NO_NESTING));
     case("KVM without EPT is told apart", &["kvm-no-ept"], says(messages::KVM_NO_EPT));
     Ok(())
+}
+
+/// Under nvmx the guest finds nothing; right on KVM it does, so that there is something to hide.
+fn out_of_reach(nvmx: &Outcome, kvm: &Outcome) -> Result<(), String> {
+    nvmx.verdict()?;
+    let written = |r: &&OwnedRecord| r.get("written") == Some("true");
+    match kvm.transcript.of_kind(Kind::Check).filter(written).count() {
+        0 => Err("KVM itself takes none of these MSRs: nothing is tested".into()),
+        _ => Ok(()),
+    }
 }
 
 /// A CPUID of L3 that L2 handles stays within the limits.
@@ -95,6 +108,16 @@ mod tests {
             took: Duration::ZERO,
             folder: "/".into(),
         }
+    }
+
+    #[test]
+    fn a_reach_that_finds_nothing_counts_only_beside_one_that_does() {
+        let outcome = |lines: &[&str]| Outcome { transcript: transcript(lines), ..run(1, 1) };
+        let hidden = outcome(&["@L2 check name=msr written=false", "@L2 end status=pass failed=0"]);
+        let open = outcome(&["@L2 check name=msr written=true", "@L2 end status=fail failed=1"]);
+        assert_eq!(out_of_reach(&hidden, &open), Ok(()));
+        assert!(out_of_reach(&hidden, &hidden).is_err());
+        assert!(out_of_reach(&open, &open).is_err());
     }
 
     #[test]
