@@ -30,6 +30,8 @@ pub enum Cmd {
     Run(RunArgs),
     /// Run every test: host tests, then boots
     Test(TestArgs),
+    /// Run guests alone and under nvmx and compare what they saw, record by record
+    Diff(DiffArgs),
     /// Say what is there, what is missing, and which L0 would be used and why
     Doctor(DoctorArgs),
     /// Set up the compiler for the bare machine and print, as shell variables, how to call it
@@ -125,6 +127,46 @@ pub struct RunArgs {
     pub l0: L0Args,
 }
 
+/// `diff`
+#[derive(Debug, Args)]
+pub struct DiffArgs {
+    /// Only this guest of l2-guests/
+    #[arg(long, value_name = "NAME")]
+    pub l2: Option<String>,
+
+    /// The guest's command line
+    #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true, requires = "l2")]
+    pub l2_args: String,
+
+    /// Where vmxtest's generated VMCS states begin
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub seed: Option<u64>,
+
+    /// How many VMCS states vmxtest generates
+    #[arg(long, value_name = "N")]
+    pub cases: Option<u32>,
+
+    /// How L2's VMREAD and VMWRITE reach nvmx
+    #[arg(long, value_enum, default_value = "auto")]
+    pub fields: Fields,
+
+    /// The machine
+    #[command(flatten)]
+    pub l0: L0Args,
+}
+
+impl DiffArgs {
+    /// The command line of a guest: only `vmxtest` generates states.
+    pub fn guest_args(&self, guest: &str) -> String {
+        let mut words: Vec<String> = self.l2_args.split_whitespace().map(str::to_string).collect();
+        if guest == "vmxtest" {
+            words.extend(self.seed.map(|n| format!("seed={n}")));
+            words.extend(self.cases.map(|n| format!("cases={n}")));
+        }
+        words.join(" ")
+    }
+}
+
 /// `bench`
 #[derive(Debug, Args)]
 pub struct BenchArgs {
@@ -192,6 +234,18 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn seed_and_cases_reach_the_guest_that_generates_states() {
+        let Ok(Cli { command: Cmd::Diff(diff), .. }) =
+            Cli::try_parse_from(["nvmx", "diff", "--seed", "7", "--cases", "9"])
+        else {
+            panic!("not diff")
+        };
+        assert_eq!(diff.guest_args("vmxtest"), "seed=7 cases=9");
+        assert_eq!(diff.guest_args("cascade"), "");
+        assert!(Cli::try_parse_from(["nvmx", "diff", "--l2-args", "part=modes"]).is_err());
     }
 
     #[test]

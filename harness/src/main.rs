@@ -29,6 +29,7 @@ fn main() -> ExitCode {
     let result = proc::install_handler().and_then(|()| match &cli.command {
         Cmd::Run(args) => cmd::run::run(&ui, args),
         Cmd::Test(args) => cmd::test::run(&ui, args),
+        Cmd::Diff(args) => cmd::diff::run(&ui, args),
         Cmd::Doctor(args) => cmd::doctor::run(&ui, args),
         Cmd::Toolchain => cmd::toolchain::run(&ui),
         Cmd::Bench(args) => cmd::bench::run(&ui, args),

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod depth;
+pub mod diff;
 pub mod doctor;
 pub mod run;
 pub mod test;

@@ -17,7 +17,7 @@ mod memory;
 mod modes;
 mod operands;
 mod paging;
-
+mod random;
 mod registers;
 mod state;
 mod traps;
@@ -46,7 +46,7 @@ enum Part {
 use Part::{Guests, Instructions};
 
 /// The parts; `part=NAME` on the command line chooses one.
-const PARTS: [(&str, Part); 13] = [
+const PARTS: [(&str, Part); 14] = [
     ("modes", Instructions(|_| modes::inside())),
     ("instructions", Instructions(instructions::all)),
     ("operands", Instructions(|_| operands::all())),
@@ -60,6 +60,7 @@ const PARTS: [(&str, Part); 13] = [
     ("state", Guests(state::all)),
     ("bitmaps", Guests(bitmaps::all)),
     ("paging", Guests(paging::all)),
+    ("random", Guests(random::all)),
 ];
 
 fn main(info: &BootInfo) {
@@ -86,6 +87,13 @@ fn main(info: &BootInfo) {
     for msr in 0x480..=0x491 {
         if let Ok(value) = cpu::try_rdmsr(msr) {
             log!("MSR {msr:#x} = {value:#018x}");
+        }
+    }
+    match random::Choice::of(info) {
+        Ok(choice) => random::CHOICE.set(choice),
+        Err(key) => {
+            report::fail(format_args!("{key}= needs a number"));
+            return;
         }
     }
     apic::init();

@@ -1,0 +1,377 @@
+//! VMCS states near validity: a valid VMCS with one or two bits of its fields flipped, drawn from a seed. There is no verdict
+//! here: what the CPU makes of each must be the same in every slot.
+//!
+//! A guest that can be entered leaves at once by the preemption timer, which is 0, so that no state that is valid by chance
+//! makes it run anywhere. Bits are left alone whose flip could be valid and then harm this image (its own host state), or
+//! that ask for memory of which each slot has its own content.
+//!
+//! `seed=N cases=N` choose the states; `case=N` is one of them alone, with the fields that its exit saved.
+
+use crate::guest::{self, Exit, Guest};
+use l2_kit::{
+    BootInfo, Check, Global,
+    cpu::{self, EFER, PAT},
+    fields as f, pages,
+    protocol::Hex,
+    serial::Serial,
+    setup::{Controls, Missing, entry_controls as entry, exit_controls as exit, pin, secondary},
+    vmx,
+};
+
+/// What the command line asks for.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice {
+    seed: u64,
+    cases: u64,
+    only: Option<u64>,
+}
+
+/// The command line's choice.
+pub static CHOICE: Global<Choice> = Global::new(Choice { seed: 1, cases: 250, only: None });
+
+impl Choice {
+    /// Reads the command line.
+    ///
+    /// # Errors
+    /// The option whose value is no number.
+    pub fn of(info: &BootInfo) -> Result<Self, &'static str> {
+        let number = |key| info.option(key).map(str::parse).transpose().map_err(|_| key);
+        let usual = CHOICE.get();
+        Ok(Self {
+            seed: number("seed")?.unwrap_or(usual.seed),
+            cases: number("cases")?.unwrap_or(usual.cases),
+            only: number("case")?,
+        })
+    }
+}
+
+const LOW: u64 = 0xFFFF_FFFF;
+/// Bits of an address that make it not canonical.
+const NOT_CANONICAL: u64 = !0 << 47;
+/// Bits of an address that are beyond the physical width of the CPUs that have VMX.
+const BEYOND: u64 = !0 << 52;
+const IN_PAGE: u64 = 0xFFF;
+/// Few enough entries for the pages that the lists have.
+const FEW: u64 = 7;
+
+/// Bits of controls that a bare machine may offer and nvmx does not, or that need memory which is not set up: a flip there
+/// says what is offered, which `docs/support.md` does.
+const PIN_NOT_OFFERED: u64 = 1 << 7;
+const PRIMARY_NOT_OFFERED: u64 = 1 << 21;
+const SECONDARY_NOT_OFFERED: u64 = 0x02C6_6311;
+const EXIT_NOT_OFFERED: u64 = 1 << 12 | 1 << 30;
+const ENTRY_NOT_OFFERED: u64 = 1 << 10 | 1 << 11 | 1 << 13;
+const EPTP_AD: u64 = 1 << 6;
+const SHUTDOWN: u64 = 1 << 1;
+
+/// Fields of events and controls, which can be flipped with every base: the bits that may be.
+const EVENTS: &[(u32, u64)] = &[
+    (f::PIN_CONTROLS, LOW & !PIN_NOT_OFFERED),
+    (f::PRIMARY_CONTROLS, LOW & !PRIMARY_NOT_OFFERED),
+    (f::SECONDARY_CONTROLS, LOW & !SECONDARY_NOT_OFFERED),
+    (f::EXIT_CONTROLS, LOW & !EXIT_NOT_OFFERED),
+    (f::ENTRY_CONTROLS, LOW & !ENTRY_NOT_OFFERED),
+    (f::EXCEPTION_BITMAP, LOW),
+    (f::ENTRY_INTERRUPTION_INFO, LOW),
+    (f::ENTRY_EXCEPTION_ERROR, LOW),
+    (f::ENTRY_INSTRUCTION_LENGTH, LOW),
+    (f::GUEST_INTERRUPTIBILITY, LOW),
+    (f::GUEST_ACTIVITY, LOW & !SHUTDOWN),
+    (f::GUEST_PENDING_DEBUG, !0),
+    (f::GUEST_RFLAGS, !0),
+    (f::GUEST_DEBUGCTL, !0),
+    (f::GUEST_DR7, !0),
+];
+
+/// Fields that can be flipped if no event is delivered.
+const STATE: &[(u32, u64)] = &[
+    (f::VPID, 0xFFFF),
+    (f::CR3_TARGET_COUNT, LOW),
+    (f::IO_BITMAP_A, IN_PAGE | BEYOND),
+    (f::IO_BITMAP_B, IN_PAGE | BEYOND),
+    (f::MSR_BITMAP, IN_PAGE | BEYOND),
+    (f::EPTP, IN_PAGE & !EPTP_AD | BEYOND),
+    (f::ENTRY_MSR_LOAD_ADDR, 15 | BEYOND),
+    (f::EXIT_MSR_LOAD_ADDR, 15 | BEYOND),
+    (f::EXIT_MSR_STORE_ADDR, 15 | BEYOND),
+    (f::ENTRY_MSR_LOAD_COUNT, FEW),
+    (f::EXIT_MSR_LOAD_COUNT, FEW),
+    (f::EXIT_MSR_STORE_COUNT, FEW),
+    (f::LINK_POINTER, !0),
+    (f::GUEST_CR0, !0),
+    (f::GUEST_CR3, BEYOND),
+    (f::GUEST_CR4, !0),
+    (f::GUEST_PAT, !0),
+    (f::GUEST_EFER, !0),
+    (f::GUEST_RIP, !0),
+    (f::GUEST_RSP, !0),
+    (f::GUEST_SYSENTER_ESP, !0),
+    (f::GUEST_SYSENTER_EIP, !0),
+    (f::GUEST_GDTR_BASE, !0),
+    (f::GUEST_GDTR_LIMIT, LOW),
+    (f::GUEST_IDTR_BASE, !0),
+    (f::GUEST_IDTR_LIMIT, LOW),
+    (f::HOST_CR0, !0),
+    (f::HOST_CR3, BEYOND),
+    // Supervisor-mode execution and access prevention would keep this image from its own pages.
+    (f::HOST_CR4, !(3 << 20)),
+    (f::HOST_PAT, !0),
+    // No-execute is in our page tables.
+    (f::HOST_EFER, !(1 << 11)),
+    (f::HOST_ES, 7),
+    (f::HOST_CS, 7),
+    (f::HOST_SS, 7),
+    (f::HOST_DS, 7),
+    (f::HOST_FS, 7),
+    (f::HOST_GS, 7),
+    (f::HOST_TR, 7),
+    (f::HOST_FS_BASE, NOT_CANONICAL),
+    (f::HOST_GS_BASE, NOT_CANONICAL),
+    (f::HOST_TR_BASE, NOT_CANONICAL),
+    (f::HOST_GDTR_BASE, NOT_CANONICAL),
+    (f::HOST_IDTR_BASE, NOT_CANONICAL),
+    (f::HOST_SYSENTER_ESP, !0),
+    (f::HOST_SYSENTER_EIP, !0),
+    (f::HOST_RIP, NOT_CANONICAL),
+];
+
+/// ES, CS, SS, DS, FS, GS, LDTR, TR: their fields follow one another in steps of 2.
+const SEGMENTS: u64 = 8;
+/// The first field of each kind and its bits.
+const OF_SEGMENT: [(u32, u64); 4] =
+    [(f::GUEST_ES, 0xFFFF), (f::GUEST_ES_LIMIT, LOW), (f::GUEST_ES_AR, LOW), (f::GUEST_ES_BASE, !0)];
+
+/// What the valid VMCS is like before bits are flipped: interruption information, activity state, MSRs in lists.
+const BASES: [(u64, u64, u64); 5] = [
+    (0, 0, 0),
+    // Each MSR list has an entry
+    (0, 0, 1),
+    // Halted
+    (0, 1, 0),
+    // #GP with an error code
+    (1 << 31 | 1 << 11 | 3 << 8 | 13, 0, 0),
+    // An external interrupt
+    (1 << 31 | 0x60, 0, 0),
+];
+
+/// A sequence of numbers from a seed: xorshift64*.
+struct Numbers(u64);
+
+impl Numbers {
+    /// The numbers of one case, whatever precedes it.
+    fn of_case(seed: u64, case: u64) -> Self {
+        let mut numbers = Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ case.wrapping_add(1) << 20 | 1);
+        for _ in 0..4 {
+            numbers.next();
+        }
+        numbers
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        (self.next() >> 32) % end
+    }
+
+    /// One of the bits of a mask that is not empty.
+    fn bit_of(&mut self, mask: u64) -> u32 {
+        let mut skip = self.below(u64::from(mask.count_ones()));
+        (0..64)
+            .filter(|bit| mask >> bit & 1 != 0)
+            .find(|_| skip.checked_sub(1).map(|s| skip = s).is_none())
+            .unwrap_or(0)
+    }
+
+    /// A field and one of its bits.
+    fn flip(&mut self, events_only: bool) -> (u32, u32) {
+        let segments = SEGMENTS * OF_SEGMENT.len() as u64;
+        let (events, state) = (EVENTS.len() as u64, STATE.len() as u64);
+        let pick = self.below(if events_only { events } else { events + state + segments });
+        let (field, mask) = match pick {
+            n if n < events => EVENTS[n as usize],
+            n if n < events + state => STATE[(n - events) as usize],
+            n => {
+                let (segment, kind) = ((n - events - state) % SEGMENTS, (n - events - state) / SEGMENTS);
+                let (first, mask) = OF_SEGMENT[kind as usize];
+                (first + 2 * segment as u32, mask)
+            }
+        };
+        (field, self.bit_of(mask))
+    }
+}
+
+const FIELDS: usize = f::ALL.len();
+
+/// All of it.
+///
+/// # Errors
+/// What the CPU lacks.
+pub fn all() -> Result<(), Missing> {
+    let mut guest = Guest::new(Controls {
+        pin: pin::PREEMPTION_TIMER,
+        secondary: secondary::EPT | secondary::VPID,
+        exit: exit::LOAD_EFER | exit::LOAD_PAT,
+        entry: entry::LOAD_EFER | entry::LOAD_PAT | entry::LOAD_DEBUG,
+        ..Controls::default()
+    })?;
+    valid(&mut guest);
+    // Launched, so that all cases begin alike; the program runs, as the timer is far.
+    vmx::write(f::PREEMPTION_TIMER, LOW);
+    Check::new(&mut Serial, "random base").expect("result", guest.execute(guest::nothing, 5), Exit::Done(5)).end();
+    vmx::write(f::PREEMPTION_TIMER, 0);
+    guest.start(guest::nothing, 5);
+    let template = snapshot();
+    let choice = CHOICE.get();
+    let cases = choice.only.map_or(0..choice.cases, |case| case..case.saturating_add(1));
+    for case in cases {
+        try_case(&mut guest, &template, choice, case);
+    }
+    Ok(())
+}
+
+/// A valid VMCS whose every address is of a page of its own.
+fn valid(guest: &mut Guest) {
+    for field in [f::IO_BITMAP_A, f::IO_BITMAP_B] {
+        vmx::write(field, pages::address(pages::page()));
+    }
+    for field in [f::ENTRY_MSR_LOAD_ADDR, f::EXIT_MSR_LOAD_ADDR, f::EXIT_MSR_STORE_ADDR] {
+        let page = pages::page();
+        for entry in page.chunks_exact_mut(2).take(2 * FEW as usize) {
+            entry[0] = u64::from(cpu::CSTAR);
+        }
+        vmx::write(field, pages::address(page));
+    }
+    for (field, value) in [
+        (f::VPID, 7),
+        (f::GUEST_PAT, cpu::rdmsr(PAT)),
+        (f::HOST_PAT, cpu::rdmsr(PAT)),
+        (f::GUEST_EFER, cpu::rdmsr(EFER)),
+        (f::HOST_EFER, cpu::rdmsr(EFER)),
+        (f::GUEST_DEBUGCTL, 0),
+        (f::ENTRY_EXCEPTION_ERROR, 0),
+        (f::ENTRY_INSTRUCTION_LENGTH, 0),
+        (f::LINK_POINTER, !0),
+    ] {
+        vmx::write(field, value);
+    }
+    guest.vcpu.write_host_stack();
+}
+
+/// All fields; those that do not exist are none.
+fn snapshot() -> [Option<u64>; FIELDS] {
+    let mut values = [None; FIELDS];
+    for (value, (_, field)) in values.iter_mut().zip(f::ALL) {
+        let (outcome, read) = vmx::try_read(u64::from(*field));
+        *value = outcome.succeeded().then_some(read);
+    }
+    values
+}
+
+/// Whether VMWRITE can write the field: it is no exit information.
+fn writable(field: u32) -> bool {
+    field >> 10 & 3 != 1
+}
+
+fn try_case(guest: &mut Guest, template: &[Option<u64>; FIELDS], choice: Choice, case: u64) {
+    let mut numbers = Numbers::of_case(choice.seed, case);
+    let base = numbers.below(BASES.len() as u64);
+    let (event, activity, listed) = BASES[base as usize];
+    for (field, value) in [
+        (f::ENTRY_INTERRUPTION_INFO, event),
+        (f::GUEST_ACTIVITY, activity),
+        (f::ENTRY_MSR_LOAD_COUNT, listed),
+        (f::EXIT_MSR_LOAD_COUNT, listed),
+        (f::EXIT_MSR_STORE_COUNT, listed),
+    ] {
+        vmx::write(field, value);
+    }
+    let two = numbers.below(4) == 0;
+    // Delivery reads the guest's tables: these stay as they are.
+    let events_only = event != 0 || two;
+    let first = numbers.flip(events_only);
+    let second = two.then(|| numbers.flip(events_only)).filter(|second| *second != first);
+    for (field, bit) in [Some(first), second].into_iter().flatten() {
+        vmx::write(field, vmx::read(field) ^ 1 << bit);
+    }
+    let own = [cpu::cr0(), cpu::cr4(), cpu::rdmsr(EFER), cpu::rdmsr(PAT)];
+    let result = guest.run();
+    recover(own);
+    let after = snapshot();
+    report(case, base, first, second, result, &after);
+    if choice.only.is_some() {
+        fields(template, &after);
+    }
+    for ((_, field), value) in f::ALL.iter().zip(template) {
+        match value {
+            Some(value) if writable(*field) => vmx::write(*field, *value),
+            _ => {}
+        }
+    }
+}
+
+/// Undoes what a flipped bit of the host area did to this image.
+fn recover([cr0, cr4, efer, pat]: [u64; 4]) {
+    if cpu::cr4() != cr4 {
+        cpu::set_cr4(cr4);
+    }
+    if cpu::cr0() != cr0 {
+        cpu::set_cr0(cr0);
+    }
+    for (msr, value) in [(EFER, efer), (PAT, pat)] {
+        if cpu::rdmsr(msr) != value {
+            cpu::wrmsr(msr, value);
+        }
+    }
+}
+
+fn report(
+    case: u64,
+    base: u64,
+    first: (u32, u32),
+    second: Option<(u32, u32)>,
+    result: Exit,
+    after: &[Option<u64>; FIELDS],
+) {
+    let mut out = Serial;
+    let mut check = Check::new(&mut out, "random")
+        .fact("case", case)
+        .fact("base", base)
+        .fact("field", Hex(first.0.into()))
+        .fact("bit", first.1);
+    if let Some((field, bit)) = second {
+        check = check.fact("field2", Hex(field.into())).fact("bit2", bit);
+    }
+    check.fact("result", result).fact("fields", Hex(digest(after))).end();
+}
+
+/// Fields that mean something after every exit: the guest area, and what an entry clears.
+fn meaningful(field: u32) -> bool {
+    field >> 10 & 3 == 2 || field == f::ENTRY_INTERRUPTION_INFO || field == f::IDT_VECTORING_INFO
+}
+
+/// FNV-1a of the fields that mean something.
+fn digest(fields: &[Option<u64>; FIELDS]) -> u64 {
+    let known = f::ALL.iter().zip(fields).filter(|((_, field), _)| meaningful(*field) && !UNSURE.contains(field));
+    known
+        .filter_map(|(_, value)| *value)
+        .flat_map(u64::to_le_bytes)
+        .fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3))
+}
+
+/// Fields that nvmx does not offer on a machine that has them, and the one that counts time.
+const UNSURE: [u32; 5] =
+    [f::GUEST_INTERRUPT_STATUS, f::PML_INDEX, f::GUEST_PERF_GLOBAL_CTRL, f::GUEST_SMBASE, f::PREEMPTION_TIMER];
+
+/// The fields that the case changed, one record each.
+fn fields(before: &[Option<u64>; FIELDS], after: &[Option<u64>; FIELDS]) {
+    for (((name, field), before), after) in f::ALL.iter().zip(before).zip(after) {
+        if before != after && meaningful(*field) && !UNSURE.contains(field) {
+            Check::new(&mut Serial, "random field").fact("field", *name).fact("value", Hex(after.unwrap_or(0))).end();
+        }
+    }
+}
