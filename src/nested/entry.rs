@@ -222,16 +222,26 @@ fn check_guest_state(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         // KVM below halts the CPU for a halted guest and does not ask the processor whether the state is valid.
         let halted = vmcs12.get(Field::GUEST_ACTIVITY_STATE) == ACTIVITY_HLT;
         let (offered, context, pages) = (&cpu.config.offered, context(cpu, index), Pages(&cpu.guest));
-        match halted {
+        let verdict = match halted {
             true => checks::check_guest(vmcs12, offered, &context, &pages),
             false => checks::check_guest_beyond_hardware(vmcs12, offered, &context, &pages),
-        }
+        };
+        // Rules on controls come first, those too that are else the processor's.
+        verdict.map_err(|failure| (failure, checks::check_live_controls(vmcs12, offered)))
     });
     let slot = &mut cpu.nested.slots[index];
     slot.guest_stale = false;
     match verdict {
         Ok(()) => Ok(Next::Stay),
-        Err(failure) => {
+        Err((_, Err(controls))) => {
+            slot.guest_stale = true;
+            note_failure(controls.check);
+            if let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation {
+                refuse(cpu, vmxon_ptr, current);
+            }
+            Ok(Next::Stay)
+        }
+        Err((failure, Ok(()))) => {
             slot.guest_stale = true;
             note_failure(failure.check);
             reflect::entry_failure(cpu, BasicReason::ENTRY_INVALID_GUEST_STATE, failure.qualification)?;
@@ -289,13 +299,18 @@ pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
     if let Some(check) = offered_check {
         note_failure(check);
     }
+    refuse(cpu, vmxon_ptr, current);
+    Ok(())
+}
+
+/// Back to L2 from an entry on vmcs02 that fails for its controls.
+fn refuse(cpu: &mut Cpu, vmxon_ptr: Gpa, current: usize) {
     let slot = &mut cpu.nested.slots[current];
     slot.inherited.undo(&mut cpu.vmx);
     slot.leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
     cpu.nested.operation = Operation::Root { vmxon_ptr, current: Some(current) };
     inject::vmx_result(cpu, VmxResult::FailValid(VmxError::EntryInvalidControlField));
     inject::advance(cpu);
-    Ok(())
 }
 
 /// An entry that the processor let in and then failed (exit reason with bit 31): L2's state, L2's failure.

@@ -193,6 +193,8 @@ impl Numbers {
         let (events, state) = (EVENTS.len() as u64, STATE.len() as u64);
         let pick = self.below(if events_only { events } else { events + state + segments });
         let (field, mask) = match pick {
+            // Without the timer a handler would run.
+            0 if events_only => (f::PIN_CONTROLS, EVENTS[0].1 & !u64::from(pin::PREEMPTION_TIMER)),
             n if n < events => EVENTS[n as usize],
             n if n < events + state => STATE[(n - events) as usize],
             n => {

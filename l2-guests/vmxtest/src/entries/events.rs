@@ -39,6 +39,9 @@ pub fn all(guest: &mut Guest) {
     attempt(guest, "inject an interrupt with an error code", &[info(EXTERNAL | DELIVER_ERROR | 0x60), error(0)], bad);
     attempt(guest, "inject with bit 12", &[info(HARDWARE | 1 << 12 | 6)], bad);
     attempt(guest, "inject with bit 30", &[info(HARDWARE | 1 << 30 | 6)], bad);
+    let waiting = (f::GUEST_ACTIVITY, Set(1 << 8));
+    attempt(guest, "a reserved activity state", &[waiting], BAD_GUEST);
+    attempt(guest, "inject with bit 12 into a reserved activity state", &[info(HARDWARE | 1 << 12 | 6), waiting], bad);
     attempt(guest, "inject INT with a length of 16", &[info(SOFTWARE | 0x60), length(16)], bad);
     attempt(guest, "inject an interrupt without IF", &[info(EXTERNAL | 0x60)], BAD_GUEST);
     let interrupts = (f::GUEST_RFLAGS, On(0x200));
