@@ -59,7 +59,7 @@ pub struct L0Args {
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(16..=65536), help_heading = "Machine")]
     pub memory: u32,
 
-    /// End a boot after so many seconds and tell where each level stopped [default: 120, with KVM on Bochs or --depth 600]
+    /// End a boot after so many seconds and tell where each level stopped [default: 120, with KVM on Bochs, --depth, or diff 600]
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Machine")]
     pub timeout: Option<Duration>,
 }
@@ -139,12 +139,12 @@ pub struct DiffArgs {
     pub l2_args: String,
 
     /// Where vmxtest's generated VMCS states begin
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    pub seed: Option<u64>,
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    pub seed: u64,
 
     /// How many VMCS states vmxtest generates
-    #[arg(long, value_name = "N")]
-    pub cases: Option<u32>,
+    #[arg(long, value_name = "N", default_value_t = 250)]
+    pub cases: u32,
 
     /// How L2's VMREAD and VMWRITE reach nvmx
     #[arg(long, value_enum, default_value = "auto")]
@@ -160,8 +160,10 @@ impl DiffArgs {
     pub fn guest_args(&self, guest: &str) -> String {
         let mut words: Vec<String> = self.l2_args.split_whitespace().map(str::to_string).collect();
         if guest == "vmxtest" {
-            words.extend(self.seed.map(|n| format!("seed={n}")));
-            words.extend(self.cases.map(|n| format!("cases={n}")));
+            let given = |key: &str| words.iter().any(|word| word.starts_with(key));
+            let own = [("seed=", self.seed), ("cases=", u64::from(self.cases))];
+            let more: Vec<String> = own.iter().filter(|(k, _)| !given(k)).map(|(k, n)| format!("{k}{n}")).collect();
+            words.extend(more);
         }
         words.join(" ")
     }

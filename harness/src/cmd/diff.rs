@@ -4,7 +4,7 @@ use crate::boot::{self, Outcome};
 use crate::cli::DiffArgs;
 use crate::cmd::run::tell_failure;
 use crate::error::Stop;
-use crate::session::Session;
+use crate::session::{LONG, Session};
 use crate::suite::cases::COMPARED;
 use crate::suite::compare::{self, Comparison, Difference};
 use crate::transcript::{Show, View};
@@ -21,7 +21,9 @@ const SLOTS: [&str; 2] = ["bare", "nvmx"];
 /// # Errors
 /// [`Stop::Guest`] if a boot fails or a record differs.
 pub fn run(ui: &Ui, args: &DiffArgs) -> Result<()> {
-    let session = Session::start(ui, &args.l0)?;
+    let mut session = Session::start(ui, &args.l0)?;
+    // Thousands of cases take their time on the serial line.
+    session.timeout = args.l0.timeout.unwrap_or(LONG);
     let guests = args.l2.as_deref().map_or(COMPARED.to_vec(), |name| vec![name]);
     let mut total = Comparison::default();
     let mut problems = Vec::new();

@@ -48,6 +48,7 @@ pub fn all(session: &Session) -> Result<Suite> {
         &["cascade-zero-copy"],
         Box::new(move |o| kept(&budget, o)),
     );
+    b.flipped_bits();
     b.nvmx_in_nvmx();
     b.protocols();
     b.refusals(&fixtures);
@@ -80,6 +81,16 @@ impl Builder<'_> {
         self.case(&format!("{guest} passes under nvmx with trapped field access"), &[trapped], pass());
         self.case(&format!("{guest} sees with VMCS shadowing what it sees bare"), &[bare, shadowed], same());
         self.case(&format!("{guest} sees with trapped field access what it sees bare"), &[bare, trapped], same());
+    }
+
+    /// What the CPU makes of VMCS states near validity.
+    fn flipped_bits(&mut self) {
+        let names = ["vmxtest-flips-bare", "vmxtest-flips"];
+        const ARGS: &str = "part=random seed=1 cases=1000";
+        self.boot(names[0], self.session.bare("vmxtest", ARGS));
+        self.boot(names[1], self.session.nested("vmxtest", ARGS, Fields::Auto));
+        let judge: Judge = Box::new(|o| compare::agree(o[0], o[1]));
+        self.case("a thousand VMCS states with flipped bits end under nvmx as they end bare", &names, judge);
     }
 
     /// A second nvmx is a guest hypervisor like any other.

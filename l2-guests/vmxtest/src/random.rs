@@ -5,7 +5,7 @@
 //! makes it run anywhere. Bits are left alone whose flip could be valid and then harm this image (its own host state), or
 //! that ask for memory of which each slot has its own content.
 //!
-//! `seed=N cases=N` choose the states; `case=N` is one of them alone, with the fields that its exit saved.
+//! `seed=N cases=N` choose the states (none without `cases=`); `case=N` is one of them alone, with the fields that its exit saved.
 
 use crate::guest::{self, Exit, Guest};
 use l2_kit::{
@@ -27,7 +27,7 @@ pub struct Choice {
 }
 
 /// The command line's choice.
-pub static CHOICE: Global<Choice> = Global::new(Choice { seed: 1, cases: 250, only: None });
+pub static CHOICE: Global<Choice> = Global::new(Choice { seed: 1, cases: 0, only: None });
 
 impl Choice {
     /// Reads the command line.
@@ -63,6 +63,8 @@ const EXIT_NOT_OFFERED: u64 = 1 << 12 | 1 << 30;
 const ENTRY_NOT_OFFERED: u64 = 1 << 10 | 1 << 11 | 1 << 13;
 const EPTP_AD: u64 = 1 << 6;
 const SHUTDOWN: u64 = 1 << 1;
+/// Bochs injects any event into a halted guest; the SDM allows few ("Checks on Guest Non-Register State"). A base is halted.
+const HALTED: u64 = 1 << 0;
 
 /// Fields of events and controls, which can be flipped with every base: the bits that may be.
 const EVENTS: &[(u32, u64)] = &[
@@ -76,10 +78,11 @@ const EVENTS: &[(u32, u64)] = &[
     (f::ENTRY_EXCEPTION_ERROR, LOW),
     (f::ENTRY_INSTRUCTION_LENGTH, LOW),
     (f::GUEST_INTERRUPTIBILITY, LOW),
-    (f::GUEST_ACTIVITY, LOW & !SHUTDOWN),
-    (f::GUEST_PENDING_DEBUG, !0),
+    (f::GUEST_ACTIVITY, LOW & !(SHUTDOWN | HALTED)),
+    // Bochs looks at the lower half alone; the SDM wants 0 above.
+    (f::GUEST_PENDING_DEBUG, LOW),
     (f::GUEST_RFLAGS, !0),
-    (f::GUEST_DEBUGCTL, !0),
+    // Not GUEST_DEBUGCTL: Bochs accepts every value, the SDM wants 0 in reserved bits.
     (f::GUEST_DR7, !0),
 ];
 
@@ -103,7 +106,8 @@ const STATE: &[(u32, u64)] = &[
     (f::GUEST_CR4, !0),
     (f::GUEST_PAT, !0),
     (f::GUEST_EFER, !0),
-    (f::GUEST_RIP, !0),
+    // Bochs enters at any address.
+    (f::GUEST_RIP, !NOT_CANONICAL),
     (f::GUEST_RSP, !0),
     (f::GUEST_SYSENTER_ESP, !0),
     (f::GUEST_SYSENTER_EIP, !0),
