@@ -33,7 +33,7 @@ pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, start: Start) -> Result<()> {
     }
     // KVM does not name the CPU's brand.
     for function in 0x8000_0002..=0x8000_0004 {
-        let leaf = std::arch::x86_64::__cpuid(function);
+        let leaf = raw_cpuid::native_cpuid::cpuid_count(function, 0);
         if !cpuid.as_slice().iter().any(|e| e.function == function) {
             let entry = kvm_cpuid_entry2 {
                 function,
