@@ -64,13 +64,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     if !duties.contains(Duties::LOAD_PDPTES) {
         let eptp12 = Eptp::new(slot.vmcs12.get(Field::EPT_POINTER));
         let activation = cpu.ept02.activate(eptp12, &mut Cpu::tables(&mut cpu.frames, &cpu.phys));
-        if slot.eptp02 != activation.eptp02.get() {
-            slot.eptp02 = activation.eptp02.get();
-            vmx.write(Field::EPT_POINTER, slot.eptp02);
-        }
-        if activation.invept {
-            vmx.invept(Invalidate::Single, slot.eptp02);
-        }
+        slot.run_on(vmx, activation);
     }
     let vpid02 = if duties.contains(Duties::FLUSH_VPID) {
         vmx.invvpid(Invalidate::Single, VPID01, 0);

@@ -7,7 +7,6 @@ use crate::addr::{Gpa, Ngpa};
 use crate::emul::msr;
 use crate::ept::{Eptp, Outcome, Qualification};
 use crate::error::{Fault, KillReason};
-use crate::hw::vmx::Invalidate;
 use crate::mm::{GuestMemory, PhysMem};
 use crate::nested::merge::Duties;
 use crate::nested::slot::Slot;
@@ -162,13 +161,7 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
         Outcome::Filled => {
             cpu.vmx.counters.bump(Counter::Ept02Fills);
             let activation = cpu.ept02.activate(eptp12, &mut tables);
-            if slot.eptp02 != activation.eptp02.get() {
-                slot.eptp02 = activation.eptp02.get();
-                cpu.vmx.write(Field::EPT_POINTER, slot.eptp02);
-            }
-            if activation.invept {
-                cpu.vmx.invept(Invalidate::Single, slot.eptp02);
-            }
+            slot.run_on(&mut cpu.vmx, activation);
             l2_exit::redeliver(&mut cpu.vmx, qualification);
             Ok(())
         }

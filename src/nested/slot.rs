@@ -5,9 +5,9 @@ use super::merge::Vmcs02Controls;
 use super::msr_lists::MsrLists;
 use super::vmcs12::{FieldSet, Vmcs12};
 use crate::addr::{Gpa, Hpa};
-use crate::ept::Watch;
+use crate::ept::{Activation, Watch};
 use crate::hw::phys::DirectMap;
-use crate::hw::vmx::Vmx;
+use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::PhysMem;
 use crate::vcpu::Config;
 use crate::vmx::Field;
@@ -138,6 +138,18 @@ impl Slot {
         vmx.ptrld(vmcs01);
         if shadow && config.layout.is_some() {
             self.become_shadow_in_memory(phys, revision);
+        }
+    }
+
+    /// vmcs02, which is current, runs on this ept02.
+    #[inline(always)]
+    pub fn run_on(&mut self, vmx: &mut Vmx, ept02: Activation) {
+        if self.eptp02 != ept02.eptp02.get() {
+            self.eptp02 = ept02.eptp02.get();
+            vmx.write(Field::EPT_POINTER, self.eptp02);
+        }
+        if ept02.invept {
+            vmx.invept(Invalidate::Single, self.eptp02);
         }
     }
 

@@ -161,7 +161,7 @@ impl Vmcs12 {
 impl Fields for Vmcs12 {
     #[inline(always)]
     fn get(&self, field: Field) -> u64 {
-        self.values[field.index()]
+        Vmcs12::get(self, field)
     }
 }
 

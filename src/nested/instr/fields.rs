@@ -2,7 +2,6 @@
 
 use super::{done, require_root};
 use crate::error::{VmxError, VmxResult};
-use crate::nested::vmcs12::FieldSet;
 use crate::vcpu::{Cpu, Next, Stop, operand};
 use crate::vmx::Field;
 use crate::vmx::field::Home;
@@ -54,23 +53,24 @@ fn offered_field(cpu: &mut Cpu, encoding: u64) -> Option<(Field, bool)> {
 
 /// The value of a field as L2 sees it.
 pub fn read_field(cpu: &mut Cpu, index: usize, field: Field) -> u64 {
-    let slot = &mut cpu.nested.slots[index];
-    if !slot.vmcs12.valid.contains(field) {
-        if let Some(layout) = &cpu.config.layout {
-            return layout.read(&cpu.phys, slot.vmcs02(), field);
-        }
-        let value = on_vmcs02(cpu, index, |vmx| vmx.read(field));
-        cpu.nested.slots[index].vmcs12.fetched(field, value);
-        if cpu.config.strategy == Strategy::ZeroCopy {
-            // The next value comes from the shadow VMCS again.
-            cpu.nested.slots[index].vmcs12.valid = FieldSet::CACHED;
-        }
+    let slot = &cpu.nested.slots[index];
+    if slot.vmcs12.valid.contains(field) {
+        return slot.vmcs12.get(field);
     }
-    cpu.nested.slots[index].vmcs12.get(field)
+    if let Some(layout) = &cpu.config.layout {
+        return layout.read(&cpu.phys, slot.vmcs02(), field);
+    }
+    let value = on_vmcs02(cpu, index, |vmx| vmx.read(field));
+    // A shadow VMCS changes without an exit, so that its values are never kept.
+    if cpu.config.strategy == Strategy::Trapped {
+        cpu.nested.slots[index].vmcs12.fetched(field, value);
+    }
+    value
 }
 
 fn write_field(cpu: &mut Cpu, index: usize, field: Field, value: u64) {
     let slot = &mut cpu.nested.slots[index];
+    slot.guest_stale |= field.home() == Home::Watched;
     match (field.home(), cpu.config.strategy) {
         (Home::Cache, _) => {
             if slot.vmcs12.get(field) != value & field.mask() {
@@ -78,22 +78,15 @@ fn write_field(cpu: &mut Cpu, index: usize, field: Field, value: u64) {
                 note_write(slot, field);
             }
         }
-        (home, _) if cpu.config.layout.is_some() => {
-            slot.guest_stale |= home == Home::Watched;
+        _ if cpu.config.layout.is_some() => {
             // What nvmx reported in place of the processor, if it did, is overwritten.
             slot.vmcs12.valid.remove(field);
             if let Some(layout) = &cpu.config.layout {
                 layout.write(&cpu.phys, slot.vmcs02(), field, value);
             }
         }
-        (_, Strategy::Trapped) => {
-            slot.vmcs12.written(field, value);
-            slot.guest_stale |= field.home() == Home::Watched;
-        }
-        (home, Strategy::ZeroCopy) => {
-            slot.guest_stale |= home == Home::Watched;
-            on_vmcs02(cpu, index, |vmx| vmx.write(field, value & field.mask()));
-        }
+        (_, Strategy::Trapped) => slot.vmcs12.written(field, value),
+        (_, Strategy::ZeroCopy) => on_vmcs02(cpu, index, |vmx| vmx.write(field, value & field.mask())),
     }
 }
 

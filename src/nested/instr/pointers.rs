@@ -135,5 +135,4 @@ pub fn write_back(cpu: &mut Cpu, index: usize) {
     let _ = slot.vmcs12.store(&cpu.guest, at);
     slot.release(&mut cpu.vmx);
     cpu.vmx.ptrld(cpu.vmcs01);
-    cpu.nested.slots[index].vmcs12.valid = FieldSet::CACHED;
 }
