@@ -48,6 +48,14 @@ const POLL: Duration = Duration::from_millis(30);
 /// # Errors
 /// If L0 cannot be started, or after Ctrl-C.
 pub fn boot(paths: &Paths, backend: &dyn Backend, spec: &Spec, view: &View) -> Result<Outcome> {
+    watched(paths, backend, spec, |line| view.show(line))
+}
+
+/// [`boot`] with a look at each line as it comes.
+///
+/// # Errors
+/// As there.
+pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl FnMut(&Line)) -> Result<Outcome> {
     let folder = tempfile::Builder::new().prefix(&format!("{}-", spec.name)).tempdir_in(paths.boots()?)?;
     let start = Instant::now();
     let mut child = backend.start(spec, folder.path())?;
@@ -57,7 +65,7 @@ pub fn boot(paths: &Paths, backend: &dyn Backend, spec: &Spec, view: &View) -> R
     let mut take = |transcript: &mut Transcript, last: bool| {
         for line in follower.lines(last) {
             let line = Line::parse(&line);
-            view.show(&line);
+            look(&line);
             transcript.lines.push(line);
         }
     };

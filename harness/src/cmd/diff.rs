@@ -1,6 +1,8 @@
 //! `diff`: the same guests alone on the machine and under nvmx, record by record.
 
+use crate::backend::Spec;
 use crate::boot::{self, Outcome};
+use crate::clamp::{self, Known};
 use crate::cli::DiffArgs;
 use crate::cmd::run::tell_failure;
 use crate::error::Stop;
@@ -59,9 +61,18 @@ fn once(
     let specs = [session.bare(guest, guest_args)?, session.nested(guest, guest_args, args.fields)?];
     let what = format!("{guest} {guest_args}");
     let step = ui.step(&format!("{} alone, and under nvmx", what.trim_end()));
-    let boot = |spec| boot::boot(&session.paths, session.backend.as_ref(), spec, &View::new(ui, Show::Warnings));
+    let known = Known::default();
+    let boot = |spec: &Spec| {
+        let view = View::new(ui, Show::Warnings);
+        let outcome = boot::watched(&session.paths, session.backend.as_ref(), spec, |line| {
+            view.show(line);
+            known.look(&spec.name, line);
+        });
+        known.over(&spec.name);
+        outcome
+    };
     let (bare, nested) = std::thread::scope(|scope| {
-        let bare = scope.spawn(|| boot(&specs[0]));
+        let bare = scope.spawn(|| boot(&clamp::clamped(specs[0].clone(), known.wait(&specs[1].name).as_deref())));
         let nested = boot(&specs[1]);
         (bare.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a boot panicked"))), nested)
     });

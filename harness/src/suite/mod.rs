@@ -9,6 +9,7 @@ pub mod on_kvm;
 
 use crate::backend::{Backend, Spec};
 use crate::boot::{self, Ended, Outcome};
+use crate::clamp::{self, Known};
 use crate::proc;
 use crate::session::Session;
 use crate::transcript::{Show, View};
@@ -34,6 +35,8 @@ pub struct Case {
 pub struct Suite {
     /// By name; an error is a boot that cannot even be described (its guest does not exist)
     pub boots: BTreeMap<String, Result<Spec, String>>,
+    /// Boots that may use only what the guest of another boot sees: that one's name
+    pub clamps: BTreeMap<String, String>,
     /// What runs a boot, where that is not the session's machine
     pub backends: BTreeMap<String, Arc<dyn Backend + Send>>,
     /// In the order of the report
@@ -56,8 +59,38 @@ impl Suite {
     /// Keeps the cases whose name has `text` in it, and their boots.
     pub fn filter(&mut self, text: &str) {
         self.cases.retain(|c| c.name.contains(text));
-        let cases = &self.cases;
-        self.boots.retain(|name, _| cases.iter().any(|c| c.boots.contains(name)));
+        let needed = self.order();
+        self.boots.retain(|name, _| needed.contains(name));
+    }
+
+    /// Boots in the order in which the cases need them, each behind the one whose capabilities it waits for.
+    fn order(&self) -> Vec<String> {
+        let mut order: Vec<String> = Vec::new();
+        for name in self.cases.iter().flat_map(|c| &c.boots) {
+            for name in self.clamps.get(name).into_iter().chain([name]) {
+                if !order.contains(name) {
+                    order.push(name.clone());
+                }
+            }
+        }
+        order
+    }
+
+    fn boot(&self, session: &Session, known: &Known, name: &str) -> Result<Outcome, String> {
+        let spec = match self.boots.get(name) {
+            Some(spec) => spec.clone()?,
+            None => return Err(format!("no boot is named {name}")),
+        };
+        let spec = match self.clamps.get(name) {
+            Some(other) => clamp::clamped(spec, known.wait(other).as_deref()),
+            None => spec,
+        };
+        let view = View::new(&session.ui, Show::Nothing);
+        let outcome = boot::watched(&session.paths, self.backend(session, name), &spec, |line| {
+            view.show(line);
+            known.look(name, line);
+        });
+        outcome.map_err(|e| format!("{e:#}"))
     }
 
     fn backend<'a>(&'a self, session: &'a Session, boot: &str) -> &'a dyn Backend {
@@ -74,13 +107,8 @@ impl Suite {
     pub fn run(&self, session: &Session, jobs: usize, told: impl Fn(&Verdict<'_>) + Sync) -> Result<()> {
         let done: Mutex<BTreeMap<&str, Result<Outcome, String>>> = Mutex::new(BTreeMap::new());
         let told_of: Mutex<Vec<&str>> = Mutex::new(Vec::new());
-        // Boots in the order in which the cases need them.
-        let mut order: Vec<&str> = Vec::new();
-        for name in self.cases.iter().flat_map(|c| &c.boots) {
-            if !order.contains(&name.as_str()) {
-                order.push(name);
-            }
-        }
+        let order = self.order();
+        let known = Known::default();
         let next = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..jobs.max(1) {
@@ -89,17 +117,8 @@ impl Suite {
                         if proc::interrupted() {
                             return;
                         }
-                        let result = match self.boots.get(*name) {
-                            Some(Ok(spec)) => boot::boot(
-                                &session.paths,
-                                self.backend(session, name),
-                                spec,
-                                &View::new(&session.ui, Show::Nothing),
-                            )
-                            .map_err(|e| format!("{e:#}")),
-                            Some(Err(error)) => Err(error.clone()),
-                            None => Err(format!("no boot is named {name}")),
-                        };
+                        let result = self.boot(session, &known, name);
+                        known.over(name);
                         let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
                         done.insert(name, result);
                         let mut told_of = told_of.lock().unwrap_or_else(PoisonError::into_inner);

@@ -41,6 +41,8 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     boot("outer-nvmx-kvm", Some(kvm.clone()), session.nested("faulty", "outer", Fields::Auto));
     boot("outer-kvm", Some(kvm.clone()), session.bare("faulty", "outer"));
     boot("vmxtest-nvmx-kvm", Some(kvm), session.nested("vmxtest", "", Fields::Auto));
+    boot("vmxtest-bare-like-kvm", None, session.bare("vmxtest", ""));
+    suite.clamps.insert("vmxtest-bare-like-kvm".into(), "vmxtest-nvmx-kvm".into());
     let refused_spec = |name: &str| session.spec(name.into(), Payload::new(&session.images.nvmx, ""), Vec::new());
     boot("kvm-no-nesting", Some(no_nesting), Ok(refused_spec("kvm-no-nesting")));
     boot("kvm-no-ept", Some(no_ept), Ok(refused_spec("kvm-no-ept")));
@@ -56,7 +58,7 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     case("nvmx under KVM without VMCS shadowing: cascade's records are the bare machine's", &trapped, same());
     case("nvmx under KVM: a reflected CPUID is cheap", &["cascade-nvmx-kvm"], Box::new(|o| cheap(o[0])));
     let but_for_kvm: Judge = Box::new(|o| kvm_waivers::agree_but_for_kvm(o[0], o[1]));
-    let vmxtest = ["vmxtest-bare", "vmxtest-nvmx-kvm"];
+    let vmxtest = ["vmxtest-bare-like-kvm", "vmxtest-nvmx-kvm"];
     case("nvmx under KVM: vmxtest's records are the bare machine's but for waivers", &vmxtest, but_for_kvm);
     let reach: Judge = Box::new(|o| out_of_reach(o[0], o[1]));
     let outer = ["outer-nvmx-kvm", "outer-kvm"];

@@ -18,7 +18,7 @@ mod payload;
 
 use hypervisor::Hypervisor;
 use l2_kit::{
-    BootInfo, apic,
+    BootInfo, apic, caps,
     identity::{self, Slot},
     protocol::Kind,
     report, setup,
@@ -50,6 +50,7 @@ fn main(info: &BootInfo) {
         }
     }
     apic::init();
+    caps::init(info);
     measure::native();
     match setup::enter_vmx().and_then(|_| Hypervisor::new(slot)) {
         Ok(mut hypervisor) => {

@@ -6,6 +6,7 @@
 #![cfg_attr(not(feature = "std"), no_std)]
 
 pub mod abi;
+pub mod caps;
 #[cfg(feature = "std")]
 mod parse;
 mod record;

@@ -57,6 +57,8 @@ words! {
         Event = "event",
         /// A fact that must be the same bare and under nvmx
         Check = "check",
+        /// The capability MSRs that the guest goes by ([`crate::caps`])
+        Caps = "caps",
         /// The last record of a guest: status and number of failures
         End = "end",
         /// How a machine died

@@ -25,7 +25,7 @@ mod vmxon;
 mod windows;
 
 use l2_kit::{
-    BootInfo, apic, cpu, identity, log,
+    BootInfo, apic, caps, cpu, identity, log,
     protocol::Kind,
     report,
     setup::{self, Missing},
@@ -84,8 +84,9 @@ fn main(info: &BootInfo) {
         report::fail(format_args!("{}", Missing::Vmx));
         return;
     }
-    for msr in 0x480..=0x491 {
-        if let Ok(value) = cpu::try_rdmsr(msr) {
+    caps::init(info);
+    for msr in 0x480..=0x493 {
+        if let Some(value) = caps::own(msr) {
             log!("MSR {msr:#x} = {value:#018x}");
         }
     }

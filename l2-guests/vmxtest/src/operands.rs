@@ -7,7 +7,7 @@
 use crate::expect::{GP, PF_READ, PF_READ_ONLY, PF_WRITE, SS, SUCCEED, expect_fault, got};
 use core::{arch::asm, ptr};
 use l2_kit::{
-    Check, Global,
+    Check, Global, caps,
     cpu::{self, FS_BASE, GS_BASE},
     fields as f,
     pages::{self, Access, PAGE},
@@ -190,7 +190,7 @@ fn other_instructions(region: u64) {
         .expect("stored", Hex(peek(TARGET)), Hex(0x1234))
         .end();
     // Descriptors may cross a page boundary if both pages are there.
-    let capabilities = cpu::try_rdmsr(setup::VMX_EPT_VPID_CAP).unwrap_or(0);
+    let capabilities = caps::get(setup::VMX_EPT_VPID_CAP);
     if capabilities >> 26 & 1 != 0 {
         poke(TARGET, 0);
         poke(TARGET + 8, 0);
@@ -230,7 +230,7 @@ fn faults() {
     expect_fault("vmptrld from a missing page", || l2_kit::vmx!("vmptrld [rax]", in("rax") MISSING), PF_READ, MISSING);
     expect_fault("vmptrld from no canonical address", || l2_kit::vmx!("vmptrld [rax]", in("rax") NOT_CANONICAL), GP, 0);
     expect_fault("vmclear from a missing page", || l2_kit::vmx!("vmclear [rax]", in("rax") MISSING), PF_READ, MISSING);
-    let capabilities = cpu::try_rdmsr(setup::VMX_EPT_VPID_CAP).unwrap_or(0);
+    let capabilities = caps::get(setup::VMX_EPT_VPID_CAP);
     if capabilities >> 20 & 1 != 0 {
         let invept = |at: u64| move || l2_kit::vmx!("invept {k}, [rax]", k = in(reg) 1u64, in("rax") at);
         expect_fault("invept from a missing page", invept(MISSING), PF_READ, MISSING);

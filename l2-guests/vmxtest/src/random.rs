@@ -9,12 +9,14 @@
 
 use crate::guest::{self, Exit, Guest};
 use l2_kit::{
-    BootInfo, Check, Global,
+    BootInfo, Check, Global, caps,
     cpu::{self, EFER, PAT},
     fields as f, pages,
     protocol::Hex,
     serial::Serial,
-    setup::{Controls, Missing, entry_controls as entry, exit_controls as exit, pin, secondary},
+    setup::{
+        Controls, Kind, Missing, VMX_EPT_VPID_CAP, entry_controls as entry, exit_controls as exit, pin, secondary,
+    },
     vmx,
 };
 
@@ -54,25 +56,26 @@ const IN_PAGE: u64 = 0xFFF;
 /// Few enough entries for the pages that the lists have.
 const FEW: u64 = 7;
 
-/// Bits of controls that a bare machine may offer and nvmx does not, or that need memory which is not set up: a flip there
-/// says what is offered, which `docs/support.md` does.
-const PIN_NOT_OFFERED: u64 = 1 << 7;
-const PRIMARY_NOT_OFFERED: u64 = 1 << 21;
-const SECONDARY_NOT_OFFERED: u64 = 0x02C6_6311;
-const EXIT_NOT_OFFERED: u64 = 1 << 12 | 1 << 30;
-const ENTRY_NOT_OFFERED: u64 = 1 << 10 | 1 << 11 | 1 << 13;
+/// Controls that ask for memory or tables which these guests have not set up.
+const PIN_NOT_SET_UP: u64 = 1 << 7;
+const PRIMARY_NOT_SET_UP: u64 = 1 << 21;
+const SECONDARY_NOT_SET_UP: u64 = 0x02C6_6311;
+const EXIT_NOT_SET_UP: u64 = 1 << 12 | 1 << 30;
+const ENTRY_NOT_SET_UP: u64 = 1 << 10 | 1 << 11 | 1 << 13;
 const EPTP_AD: u64 = 1 << 6;
+/// What the SDM defines of CR4.
+const CR4_DEFINED: u64 = 0x1_1BFF_7FFF;
 const SHUTDOWN: u64 = 1 << 1;
 /// Bochs injects any event into a halted guest; the SDM allows few ("Checks on Guest Non-Register State"). A base is halted.
 const HALTED: u64 = 1 << 0;
 
 /// Fields of events and controls, which can be flipped with every base: the bits that may be.
 const EVENTS: &[(u32, u64)] = &[
-    (f::PIN_CONTROLS, LOW & !PIN_NOT_OFFERED),
-    (f::PRIMARY_CONTROLS, LOW & !PRIMARY_NOT_OFFERED),
-    (f::SECONDARY_CONTROLS, LOW & !SECONDARY_NOT_OFFERED),
-    (f::EXIT_CONTROLS, LOW & !EXIT_NOT_OFFERED),
-    (f::ENTRY_CONTROLS, LOW & !ENTRY_NOT_OFFERED),
+    (f::PIN_CONTROLS, LOW & !PIN_NOT_SET_UP),
+    (f::PRIMARY_CONTROLS, LOW & !PRIMARY_NOT_SET_UP),
+    (f::SECONDARY_CONTROLS, LOW & !SECONDARY_NOT_SET_UP),
+    (f::EXIT_CONTROLS, LOW & !EXIT_NOT_SET_UP),
+    (f::ENTRY_CONTROLS, LOW & !ENTRY_NOT_SET_UP),
     (f::EXCEPTION_BITMAP, LOW),
     (f::ENTRY_INTERRUPTION_INFO, LOW),
     (f::ENTRY_EXCEPTION_ERROR, LOW),
@@ -93,7 +96,7 @@ const STATE: &[(u32, u64)] = &[
     (f::IO_BITMAP_A, IN_PAGE | BEYOND),
     (f::IO_BITMAP_B, IN_PAGE | BEYOND),
     (f::MSR_BITMAP, IN_PAGE | BEYOND),
-    (f::EPTP, IN_PAGE & !EPTP_AD | BEYOND),
+    (f::EPTP, IN_PAGE | BEYOND),
     (f::ENTRY_MSR_LOAD_ADDR, 15 | BEYOND),
     (f::EXIT_MSR_LOAD_ADDR, 15 | BEYOND),
     (f::EXIT_MSR_STORE_ADDR, 15 | BEYOND),
@@ -207,7 +210,27 @@ impl Numbers {
                 (first + 2 * segment as u32, mask)
             }
         };
-        (field, self.bit_of(mask))
+        (field, self.bit_of(mask & comparable(field)))
+    }
+}
+
+/// The bits of a field of which every machine with the capabilities that this image goes by must think the same: those that
+/// they leave free, and those that the SDM reserves. A machine may have more, and take what another one refuses.
+fn comparable(field: u32) -> u64 {
+    let free = |kind: Kind, defined: u32| {
+        let allowed = kind.allowed();
+        let both = (allowed >> 32) as u32 & !(allowed as u32);
+        u64::from(both | !defined)
+    };
+    match field {
+        f::PIN_CONTROLS => free(Kind::Pin, 0xE9),
+        f::PRIMARY_CONTROLS => free(Kind::Primary, 0xFBFB_9E8C),
+        f::SECONDARY_CONTROLS => free(Kind::Secondary, 0xDFFF_FFFF),
+        f::EXIT_CONTROLS => free(Kind::Exit, 0xFFFC_9204),
+        f::ENTRY_CONTROLS => free(Kind::Entry, 0x00FF_EE04),
+        f::GUEST_CR4 | f::HOST_CR4 => caps::get(0x489) | !CR4_DEFINED,
+        f::EPTP if caps::get(VMX_EPT_VPID_CAP) & 1 << 21 == 0 => !EPTP_AD,
+        _ => !0,
     }
 }
 

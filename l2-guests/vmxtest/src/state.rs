@@ -4,7 +4,7 @@
 use crate::guest::{Exit, Guest};
 use core::arch::asm;
 use l2_kit::{
-    Check,
+    Check, caps,
     cpu::{self, CR0_AM, CR4_TSD, CR4_VMXE, CSTAR, EFER, FS_BASE, GS_BASE, LSTAR, PAT},
     fields as f, pages,
     protocol::Hex,
@@ -222,7 +222,7 @@ extern "C" fn write_cr3(value: u64) -> u64 {
 fn cr3_targets(guest: &mut Guest) {
     let exiting = u64::from(primary::CR3_LOAD);
     let old = vmx::read(f::PRIMARY_CONTROLS);
-    let targets = cpu::rdmsr(setup::VMX_MISC) >> 16 & 0x1FF;
+    let targets = caps::get(setup::VMX_MISC) >> 16 & 0x1FF;
     let mut out = Serial;
     let check = Check::new(&mut out, "CR3 targets");
     if targets == 0 {

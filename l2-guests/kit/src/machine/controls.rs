@@ -4,7 +4,7 @@
 //! Capability Reporting Facility".
 
 use super::{
-    cpu::rdmsr,
+    caps,
     setup::{Missing, VMX_BASIC},
     vmx,
 };
@@ -96,10 +96,18 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// The MSR that says which bits may be 0 (low half) and 1 (high half).
+    /// The MSR that says which bits may be 0 (low half) and 1 (high half), as this image goes by it.
     pub fn allowed(self) -> u64 {
+        self.allowed_by(caps::get)
+    }
+
+    /// [`Kind::allowed`] by the MSRs that `rdmsr` reads.
+    pub fn allowed_by(self, rdmsr: fn(u32) -> u64) -> u64 {
         let old = match self {
-            Kind::Secondary => return if allowed_one(Kind::Primary, primary::SECONDARY) { rdmsr(0x48B) } else { 0 },
+            Kind::Secondary => {
+                let active = u64::from(primary::SECONDARY) << 32 & Kind::Primary.allowed_by(rdmsr) != 0;
+                return if active { rdmsr(0x48B) } else { 0 };
+            }
             Kind::Pin => 0x481,
             Kind::Primary => 0x482,
             Kind::Exit => 0x483,

@@ -2,6 +2,7 @@
 
 pub mod apic;
 mod boot;
+pub mod caps;
 pub mod controls;
 pub mod cpu;
 pub mod descriptors;

@@ -6,7 +6,7 @@ use crate::{
     vmxon::too_wide,
 };
 use l2_kit::{
-    Check, cpu,
+    Check, caps,
     ept::{self, Ept, rights},
     fields as f,
     pages::{self, LARGE, PAGE},
@@ -21,7 +21,7 @@ pub fn entries(guest: &mut Guest, ept: Ept, at: u64) {
     let wide = too_wide();
     let small = at | ept::WRITE_BACK;
     let large = at | ept::WRITE_BACK | 1 << 7;
-    let no_execute_only = cpu::rdmsr(setup::VMX_EPT_VPID_CAP) & 1 == 0;
+    let no_execute_only = caps::get(setup::VMX_EPT_VPID_CAP) & 1 == 0;
     let cases = [
         ("4K w", 0, small | 2, true),
         ("4K wx", 0, small | 6, true),

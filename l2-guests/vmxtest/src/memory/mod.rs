@@ -6,7 +6,7 @@ mod misconfigured;
 use crate::guest::{Exit, Guest};
 use core::ptr;
 use l2_kit::{
-    Check, cpu,
+    Check, caps,
     ept::{self, Ept, rights},
     fields as f,
     pages::{self, LARGE, PAGE},
@@ -105,7 +105,7 @@ fn masked(exit: Exit) -> Exit {
 }
 
 fn allowed(guest: &mut Guest, ept: Ept, pages: &Pages) {
-    let execute_only = cpu::rdmsr(setup::VMX_EPT_VPID_CAP) & 1 != 0;
+    let execute_only = caps::get(setup::VMX_EPT_VPID_CAP) & 1 != 0;
     for (size, size_name) in [(PAGE, "4K"), (LARGE, "2M")] {
         if size == LARGE {
             // Back to one large page: the small ones of before go.
@@ -213,7 +213,7 @@ fn switching(guest: &mut Guest, ept: Ept, pages: &Pages) {
 
 /// Pages of all sizes that are not mapped one to one.
 fn sizes(guest: &mut Guest, ept: Ept, pages: &Pages) {
-    let has_1g = cpu::rdmsr(setup::VMX_EPT_VPID_CAP) >> 17 & 1 != 0;
+    let has_1g = caps::get(setup::VMX_EPT_VPID_CAP) >> 17 & 1 != 0;
     let linear = ALIAS + 32 * LARGE;
     let (small, large, huge) = (9 << 30, (9 << 30) + LARGE, 10 << 30);
     ept.set(small, PAGE, pages.second | ept::WRITE_BACK | rights::RWX);
