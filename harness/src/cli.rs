@@ -59,6 +59,10 @@ pub struct L0Args {
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(16..=65536), help_heading = "Machine")]
     pub memory: u32,
 
+    /// Processors of the machine; all of them run L2
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8), help_heading = "Machine")]
+    pub cpus: u32,
+
     /// End a boot after so many seconds and tell where each level stopped [default: 120, with KVM on Bochs, --depth, or diff 600]
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Machine")]
     pub timeout: Option<Duration>,
@@ -256,7 +260,7 @@ mod tests {
         assert!(cli.verbose);
         let Cmd::Run(run) = cli.command else { panic!("not run") };
         assert_eq!((run.l2.as_str(), run.fields, run.l0.l0), ("cascade", Fields::Trapped, L0::Auto));
-        assert_eq!((run.l0.memory, run.l0.timeout), (256, None));
+        assert_eq!((run.l0.memory, run.l0.cpus, run.l0.timeout), (256, 1, None));
         assert_eq!(run.depth, 1);
         assert!(Cli::try_parse_from(["nvmx", "run", "--depth", "0"]).is_err());
         assert!(Cli::try_parse_from(["nvmx", "run", "--timeout", "0"]).is_err());

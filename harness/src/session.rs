@@ -50,6 +50,10 @@ impl Session {
     /// # Errors
     /// [`Stop::Environment`] with what to type.
     pub fn start(ui: &Ui, args: &L0Args) -> Result<Self> {
+        if args.l0 == host::L0::KvmInBochs && args.cpus > 1 {
+            let text = "--l0 kvm-in-bochs has one CPU: --cpus works with --l0 bochs and --l0 kvm";
+            return Err(Stop::Usage(text.into()).into());
+        }
         let paths = Paths::find()?;
         boot::clear_old(&paths);
         let lock = paths.lock(ui)?;
@@ -58,7 +62,7 @@ impl Session {
         let (backend, model) = set_up_l0(ui, &paths, args)?;
         let images = image::build(ui, &paths, &toolchain)?;
         drop(lock);
-        let machine = Machine { memory: args.memory, model };
+        let machine = Machine { memory: args.memory, cpus: args.cpus, model };
         let default = if args.l0 == host::L0::KvmInBochs { LONG } else { SHORT };
         let timeout = args.timeout.unwrap_or(default);
         Ok(Session { ui: ui.clone(), paths, backend, images, machine, timeout, bochs: args.bochs.clone() })
@@ -72,6 +76,9 @@ impl Session {
         if self.machine.model == HOST_MODEL {
             let text = "--l1 kvm needs --l0 bochs or kvm-in-bochs: KVM then runs on the emulated machine";
             return Err(Stop::Usage(text.into()).into());
+        }
+        if self.machine.cpus > 1 {
+            return Err(Stop::Usage("--l1 kvm works with one CPU only".into()).into());
         }
         let depth = if args.l0 == host::L0::KvmInBochs { 2 } else { 1 };
         Ok(KvmInBochs { depth, ..self.kvm_on_bochs()? })

@@ -93,7 +93,7 @@ fn rc(machine: &Machine, flavour: Flavour, serial: Serial, bios: &Path, vga: &Pa
         format!("memory: guest={memory}, host={}", memory.min(HOST_MEMORY)),
         format!("romimage: file={}, options=fastboot", bios.display()),
         format!("vgaromimage: file={}", vga.display()),
-        format!("cpu: model={}, count=1, ips={IPS}, reset_on_triple_fault=0", machine.model),
+        format!("cpu: model={}, count={}, ips={IPS}, reset_on_triple_fault=0", machine.model, machine.cpus),
         "clock: sync=none".into(),
         "ata0-master: type=cdrom, path=boot.iso, status=inserted".into(),
         "boot: cdrom".into(),
@@ -140,7 +140,7 @@ mod tests {
     use std::path::PathBuf;
 
     fn rc_of(memory: u32, flavour: Flavour) -> String {
-        let machine = Machine { memory, model: "tigerlake".into() };
+        let machine = Machine { memory, cpus: 2, model: "tigerlake".into() };
         rc(&machine, flavour, Serial { file: SERIAL, debug_port: false }, &PathBuf::from("/b"), &PathBuf::from("/v"))
     }
 
@@ -152,7 +152,7 @@ mod tests {
                 "memory: guest=256, host=256\nromimage: file=/b, options=fastboot\nvgaromimage: file=/v\n"
             )
         );
-        assert!(text.contains("cpu: model=tigerlake, count=1, ips=100000000, reset_on_triple_fault=0\n"));
+        assert!(text.contains("cpu: model=tigerlake, count=2, ips=100000000, reset_on_triple_fault=0\n"));
         assert!(text.contains("com1: enabled=1, mode=file, dev=serial.log\n"));
         assert!(text.ends_with("display_library: nogui\n"));
     }

@@ -87,6 +87,7 @@ fn arguments(spec: &Spec) -> Vec<String> {
     .to_vec();
     let mut add = |key: &str, value: String| list.extend([key.to_string(), value]);
     add("-m", spec.machine.memory.to_string());
+    add("-smp", spec.machine.cpus.to_string());
     add("-kernel", spec.kernel.path.display().to_string());
     if !spec.kernel.args.is_empty() {
         add("-append", spec.kernel.args.clone());
@@ -112,11 +113,11 @@ mod tests {
             kernel: Payload::new("/k", "log=warn"),
             modules: vec![Payload::new("/m", "a=1,b=2"), Payload::new("/n", "")],
             protocol: Protocol::Multiboot2,
-            machine: Machine { memory: 256, model: String::new() },
+            machine: Machine { memory: 256, cpus: 4, model: String::new() },
             timeout: Duration::from_secs(1),
         };
         let line = arguments(&spec).join(" ");
-        assert!(line.contains("-m 256 -kernel /k -append log=warn -initrd /m a=1,,b=2,/n"), "{line}");
+        assert!(line.contains("-m 256 -smp 4 -kernel /k -append log=warn -initrd /m a=1,,b=2,/n"), "{line}");
         assert!(line.contains("-accel kvm"));
     }
 }

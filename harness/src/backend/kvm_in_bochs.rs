@@ -60,13 +60,13 @@ impl Backend for KvmInBochs {
             initramfs = self.initramfs(&Spec {
                 kernel: Payload::new(self.linux.file("vmlinuz"), COMMAND_LINE),
                 modules: vec![Payload::new(inner, "")],
-                machine: Machine { memory, model: spec.machine.model.clone() },
+                machine: Machine { memory, ..spec.machine.clone() },
                 ..spec.clone()
             })?;
             memory += LINUX_MEMORY;
         }
         iso::make_linux(&self.linux.file("vmlinuz"), &initramfs, COMMAND_LINE, folder)?;
-        let machine = Machine { memory, model: spec.machine.model.clone() };
+        let machine = Machine { memory, ..spec.machine.clone() };
         // The VMM writes to the debug port, which Bochs shows on its standard output.
         bochs::start(&self.bochs, &machine, Serial { file: CONSOLE, debug_port: true }, SERIAL, folder)
     }
@@ -146,7 +146,7 @@ mod tests {
             kernel: Payload::new("/k", "log=warn\nmodule /evil"),
             modules: vec![Payload::new("/m", "")],
             protocol: Protocol::Multiboot2,
-            machine: Machine { memory: 256, model: String::new() },
+            machine: Machine { memory: 256, cpus: 1, model: String::new() },
             timeout: Duration::from_secs(1),
         };
         let text = plan(&spec, KVM_INTEL);

@@ -43,6 +43,8 @@ pub enum Protocol {
 pub struct Machine {
     /// MiB
     pub memory: u32,
+    /// Processors
+    pub cpus: u32,
     /// A CPU model of Bochs; KVM shows the CPU it runs on
     pub model: String,
 }

@@ -95,6 +95,7 @@ fn boot_tests(ui: &Ui, args: &TestArgs) -> Result<Count> {
         bochs: args.bochs.clone(),
         cpu_model: None,
         memory: 256,
+        cpus: 1,
         timeout: Some(Duration::from_secs(180)),
     };
     let session = Session::start(ui, &l0)?;

@@ -145,36 +145,36 @@ impl Builder<'_> {
             Ok(modules) => Ok(Spec { machine, ..self.nvmx(options, modules.clone()) }),
             Err(error) => Err(anyhow::anyhow!("{error:#}")),
         };
-        let (model, memory) = (self.session.machine.model.clone(), self.session.machine.memory);
+        let machine = self.session.machine.clone();
         let specs = [
             (
                 "a machine with too little memory is refused",
                 "little-memory",
-                with("", Machine { model: model.clone(), memory: LITTLE_MEMORY }),
+                with("", Machine { memory: LITTLE_MEMORY, ..machine.clone() }),
                 messages::LITTLE_MEMORY,
             ),
             (
                 "a CPU without VMX is refused",
                 "no-vmx",
-                with("", Machine { model: NO_VMX.into(), memory }),
+                with("", Machine { model: NO_VMX.into(), ..machine.clone() }),
                 messages::NO_VMX,
             ),
             (
                 "a CPU without EPT is refused",
                 "no-ept",
-                with("", Machine { model: NO_EPT.into(), memory }),
+                with("", Machine { model: NO_EPT.into(), ..machine.clone() }),
                 messages::NO_EPT,
             ),
             (
                 "an unknown option is refused by name",
                 "unknown-option",
-                with("wibble=1", Machine { model: model.clone(), memory }),
+                with("wibble=1", machine.clone()),
                 messages::UNKNOWN_OPTION,
             ),
             (
                 "a bad value of an option is refused by name",
                 "bad-value",
-                with("fields=sideways", Machine { model, memory }),
+                with("fields=sideways", machine),
                 messages::BAD_VALUE,
             ),
         ];
