@@ -6,7 +6,7 @@
 
 use super::Cpu;
 use crate::emul::cr::{Cr0, Cr4};
-use crate::mm::l2_image::Start;
+use crate::mm::{Span, l2_image::Start};
 use crate::nested::vpid::VPID01;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::segment::Segment;
@@ -89,7 +89,7 @@ pub fn set_up(cpu: &mut Cpu, start: &Start) {
     own_control_bits(cpu, false);
 }
 
-/// 32-bit protected mode without paging, flat segments: the machine state of the multiboot protocols.
+/// 32-bit protected mode without paging, flat segments: the machine state of the boot protocols.
 fn write_entry_state(cpu: &mut Cpu, start: &Start) {
     const CODE: u64 = 0xC09B;
     const DATA: u64 = 0xC093;
@@ -97,12 +97,12 @@ fn write_entry_state(cpu: &mut Cpu, start: &Start) {
     const BUSY_TSS: u64 = 0x8B;
     let vmx = &mut cpu.vmx;
     for (segment, selector, limit, rights) in [
-        (Segment::Cs, 8, u32::MAX, CODE),
-        (Segment::Ss, 16, u32::MAX, DATA),
-        (Segment::Ds, 16, u32::MAX, DATA),
-        (Segment::Es, 16, u32::MAX, DATA),
-        (Segment::Fs, 16, u32::MAX, DATA),
-        (Segment::Gs, 16, u32::MAX, DATA),
+        (Segment::Cs, 0x10, u32::MAX, CODE),
+        (Segment::Ss, 0x18, u32::MAX, DATA),
+        (Segment::Ds, 0x18, u32::MAX, DATA),
+        (Segment::Es, 0x18, u32::MAX, DATA),
+        (Segment::Fs, 0x18, u32::MAX, DATA),
+        (Segment::Gs, 0x18, u32::MAX, DATA),
         (Segment::Ldtr, 0, 0, UNUSABLE),
         (Segment::Tr, 0, 0x67, BUSY_TSS),
     ] {
@@ -118,8 +118,8 @@ fn write_entry_state(cpu: &mut Cpu, start: &Start) {
         (Field::GUEST_CR3, 0),
         (Field::GUEST_CR4, Cr4::VMXE.bits()),
         (Field::CR4_READ_SHADOW, 0),
-        (Field::GUEST_GDTR_BASE, 0),
-        (Field::GUEST_GDTR_LIMIT, 0),
+        (Field::GUEST_GDTR_BASE, start.gdt.map_or(0, Span::start)),
+        (Field::GUEST_GDTR_LIMIT, start.gdt.map_or(0, |gdt| gdt.len().saturating_sub(1))),
         (Field::GUEST_IDTR_BASE, 0),
         (Field::GUEST_IDTR_LIMIT, 0),
         (Field::GUEST_RIP, start.entry.get()),
@@ -141,6 +141,7 @@ fn write_entry_state(cpu: &mut Cpu, start: &Start) {
     cpu.regs.gpr = [0; 16];
     cpu.regs.gpr[0] = start.eax as u64;
     cpu.regs.gpr[3] = start.ebx.get();
+    cpu.regs.gpr[6] = start.esi.get();
 }
 
 /// Sets which bits of CR0 and CR4 nvmx owns; vmcs01 is current.

@@ -70,7 +70,7 @@ pub fn read<M: PhysMem>(file: &File<'_, M>) -> Result<(u64, Segments), LoadError
         }
         let to = Span::new(header.physical_address, end);
         segments
-            .try_push(Segment { offset: header.offset, in_file: header.in_file, to })
+            .try_push(Segment { offset: header.offset, in_file: header.in_file, to, zeroed: true })
             .map_err(|_| LoadError::BrokenElf("it has too many segments"))?;
     }
     if segments.is_empty() {

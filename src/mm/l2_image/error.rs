@@ -25,6 +25,22 @@ pub enum LoadError {
     },
     /// The multiboot header contradicts its format.
     BrokenHeader(&'static str),
+    /// The Linux kernel contradicts its format.
+    BrokenLinux(&'static str),
+    /// The Linux kernel is too old.
+    OldLinux {
+        /// Its boot protocol.
+        version: u16,
+        /// What nvmx needs.
+        oldest: u16,
+    },
+    /// More modules than one, which Linux takes for its initial file system.
+    TooManyForLinux(usize),
+    /// The command line is too long for the Linux kernel.
+    LineTooLongForLinux {
+        /// Bytes that it takes.
+        longest: u32,
+    },
     /// The header requires what nvmx does not provide.
     Unsupported(&'static str),
     /// The multiboot2 header requires a kind of information that nvmx does not provide.
@@ -49,7 +65,8 @@ pub enum LoadError {
 
 impl fmt::Display for LoadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const EXPECTED: &str = "expected is an ELF image (32 or 64 bit, x86) with a multiboot or multiboot2 header";
+        const EXPECTED: &str = "expected is an ELF image (32 or 64 bit, x86) with a multiboot or multiboot2 header, \
+                                or a Linux kernel (bzImage)";
         match self {
             Self::NoModule => {
                 write!(f, "no boot module: nvmx needs the image of L2 as its first module; {EXPECTED}")
@@ -68,6 +85,23 @@ impl fmt::Display for LoadError {
                  multiboot2 header in its first 32 KiB; {EXPECTED}"
             ),
             Self::BrokenHeader(what) => write!(f, "the multiboot header of the first module is broken: {what}"),
+            Self::BrokenLinux(what) => write!(f, "the first module is a broken Linux kernel: {what}"),
+            Self::OldLinux { version, oldest } => {
+                let [minor, major] = version.to_le_bytes();
+                let [least, of] = oldest.to_le_bytes();
+                write!(
+                    f,
+                    "the first module is a Linux kernel with boot protocol {major}.{minor}; nvmx needs {of}.{least} or newer"
+                )
+            }
+            Self::TooManyForLinux(count) => write!(
+                f,
+                "the first module is a Linux kernel and takes one module, its initial file system; there are {count} modules \
+                 for it"
+            ),
+            Self::LineTooLongForLinux { longest } => {
+                write!(f, "the Linux kernel takes a command line of at most {longest} bytes")
+            }
             Self::Unsupported(what) => write!(f, "the first module requires {what}, which nvmx does not provide"),
             Self::UnsupportedInformation(kind) => {
                 write!(

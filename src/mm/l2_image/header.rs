@@ -5,7 +5,7 @@
 
 use arrayvec::ArrayVec;
 
-use super::{LoadError, Protocol, elf, file::File};
+use super::{LoadError, Protocol, elf, file::File, plan::PLACES};
 use crate::mm::{PhysMem, Span};
 
 /// Most loadable segments of an image.
@@ -16,10 +16,12 @@ pub const MAX_SEGMENTS: usize = 16;
 pub struct Segment {
     /// Where it starts in the file.
     pub offset: u64,
-    /// Bytes from the file; the rest of `to` is zeros.
+    /// Bytes from the file.
     pub in_file: u64,
     /// Where it goes.
     pub to: Span,
+    /// The rest of `to` is to be zeros; else it is only room.
+    pub zeroed: bool,
 }
 
 /// Segments of an image.
@@ -34,6 +36,8 @@ pub struct Image {
     pub entry: u64,
     /// What is loaded.
     pub segments: Segments,
+    /// Modules must end here or below it.
+    pub modules_end: u64,
 }
 
 const MULTIBOOT1_MAGIC: u32 = 0x1BAD_B002;
@@ -77,15 +81,15 @@ impl Image {
         if flags & 0xFFFF & !MULTIBOOT1_KNOWN != 0 {
             return Err(LoadError::Unsupported("an unknown multiboot feature"));
         }
-        let protocol = Protocol::Multiboot1;
+        let (protocol, modules_end) = (Protocol::Multiboot1, PLACES.end());
         if flags & MULTIBOOT1_ADDRESSES != 0 {
             let addresses =
                 Addresses { header: field(12)?, load: field(16)?, load_end: field(20)?, bss_end: field(24)? };
             let segments = flat_file(file, at, &addresses)?;
-            return Ok(Self { protocol, entry: field(28)?.into(), segments });
+            return Ok(Self { protocol, entry: field(28)?.into(), segments, modules_end });
         }
         let (entry, segments) = elf::read(file)?;
-        Ok(Self { protocol, entry, segments })
+        Ok(Self { protocol, entry, segments, modules_end })
     }
 
     fn multiboot2<M: PhysMem>(file: &File<'_, M>, at: u64) -> Result<Self, LoadError> {
@@ -121,13 +125,15 @@ impl Image {
             }
             tag += size.next_multiple_of(8);
         }
-        let protocol = Protocol::Multiboot2;
+        let (protocol, modules_end) = (Protocol::Multiboot2, PLACES.end());
         match (addresses, entry) {
-            (Some(addresses), Some(entry)) => Ok(Self { protocol, entry, segments: flat_file(file, at, &addresses)? }),
+            (Some(addresses), Some(entry)) => {
+                Ok(Self { protocol, entry, segments: flat_file(file, at, &addresses)?, modules_end })
+            }
             (Some(_), None) => Err(LoadError::BrokenHeader("it has an address tag and no entry tag")),
             (None, entry) => {
                 let (elf_entry, segments) = elf::read(file)?;
-                Ok(Self { protocol, entry: entry.unwrap_or(elf_entry), segments })
+                Ok(Self { protocol, entry: entry.unwrap_or(elf_entry), segments, modules_end })
             }
         }
     }
@@ -170,7 +176,7 @@ fn flat_file<M: PhysMem>(file: &File<'_, M>, header_at: u64, addresses: &Address
         end if u64::from(end) >= start + in_file => end.into(),
         _ => return Err(BROKEN),
     };
-    Ok(Segments::from_iter([Segment { offset, in_file, to: Span::new(start, end) }]))
+    Ok(Segments::from_iter([Segment { offset, in_file, to: Span::new(start, end), zeroed: true }]))
 }
 
 fn find_multiboot1<M: PhysMem>(file: &File<'_, M>) -> Option<u64> {

@@ -47,6 +47,8 @@ pub fn write<P: PhysMem>(
     match protocol {
         Protocol::Multiboot1 => multiboot1(told, &mut out),
         Protocol::Multiboot2 => multiboot2(told, &mut out),
+        // `linux::write`
+        Protocol::Linux => Ok(()),
     }
 }
 

@@ -5,6 +5,7 @@ mod error;
 mod file;
 mod header;
 mod info;
+mod linux;
 mod plan;
 #[cfg(test)]
 mod tests;
@@ -25,12 +26,15 @@ pub enum Protocol {
     Multiboot1,
     /// Multiboot 2: EAX = 0x36D76289
     Multiboot2,
+    /// Linux boot protocol, 32-bit entry: ESI points to the zero page
+    Linux,
 }
 
 impl Protocol {
     /// What EAX holds at L2's first instruction.
-    pub const fn magic(self) -> u32 {
+    const fn magic(self) -> u32 {
         match self {
+            Self::Linux => 0,
             Self::Multiboot1 => 0x2BAD_B002,
             Self::Multiboot2 => 0x36D7_6289,
         }
@@ -38,9 +42,10 @@ impl Protocol {
 }
 
 /// How L2's first processor starts: 32-bit protected mode, paging off, flat 4 GiB code and data segments, A20 on,
-/// interrupts off; ESP, GDTR and IDTR undefined.
+/// interrupts off; ESP and IDTR undefined. Code is selector 0x10, data 0x18, as Linux wants them; multiboot leaves that open.
 ///
-/// Source: Multiboot specification and Multiboot2 specification, "Machine state".
+/// Source: Multiboot specification and Multiboot2 specification, "Machine state"; Linux documentation, "The Linux/x86 Boot
+/// Protocol", "32-bit Boot Protocol".
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Start {
     /// The protocol that L2's header asks for.
@@ -49,8 +54,12 @@ pub struct Start {
     pub entry: Gpa,
     /// EAX
     pub eax: u32,
-    /// EBX: the boot information
+    /// EBX: the boot information of the multiboot protocols; 0 for Linux
     pub ebx: Gpa,
+    /// ESI: Linux's zero page; 0 for multiboot
+    pub esi: Gpa,
+    /// GDTR: the table in L2's memory that has those selectors, for Linux
+    pub gdt: Option<Span>,
 }
 
 /// Loads the first of `modules` as L2, with the others as its modules and its own command line. `memory` is L2's memory
@@ -65,7 +74,8 @@ pub fn load<P: PhysMem>(
 ) -> Result<Start, LoadError> {
     let Some((first, rest)) = modules.split_first() else { return Err(LoadError::NoModule) };
     let rest: Modules = rest.iter().cloned().collect();
-    let image = Image::read(&File::new(guest.phys(), first.span))?;
+    let file = File::new(guest.phys(), first.span);
+    let image = if linux::is_kernel(&file) { linux::read(&file, memory)? } else { Image::read(&file)? };
     let plan = plan::plan(&image, first.span, &rest, memory, guest.own())?;
 
     for (from, to) in rest.iter().map(|m| m.span).zip(plan.modules.iter().map(|m| m.span)) {
@@ -76,16 +86,20 @@ pub fn load<P: PhysMem>(
         let (content, zeros) = (segment.in_file, segment.to.len() - segment.in_file);
         let to = segment.to.start();
         copy(guest, Span::sized(plan.file.start() + segment.offset, content), Span::sized(to, content))?;
-        guest.phys().zero(place(guest, Span::sized(to + content, zeros))?, zeros);
+        if segment.zeroed {
+            guest.phys().zero(place(guest, Span::sized(to + content, zeros))?, zeros);
+        }
     }
     let told = info::Told { command_line: &first.command_line, modules: &plan.modules, memory, rsdp };
-    info::write(image.protocol, &told, guest, plan.info)?;
-    Ok(Start {
-        protocol: image.protocol,
-        entry: Gpa::new(image.entry),
-        eax: image.protocol.magic(),
-        ebx: Gpa::new(plan.info.start()),
-    })
+    let (info, none) = (Gpa::new(plan.info.start()), Gpa::new(0));
+    let (ebx, esi, gdt) = if image.protocol == Protocol::Linux {
+        let file = File::new(guest.phys(), plan.file);
+        (none, info, Some(linux::write(&file, &told, guest, plan.info)?))
+    } else {
+        info::write(image.protocol, &told, guest, plan.info)?;
+        (info, none, None)
+    };
+    Ok(Start { protocol: image.protocol, entry: Gpa::new(image.entry), eax: image.protocol.magic(), ebx, esi, gdt })
 }
 
 /// Copies within L2's memory, unless it already lies there.

@@ -15,7 +15,7 @@ pub const INFO_SIZE: u64 = 0x4000;
 
 const PAGE: u64 = 4096;
 /// 32-bit protocols: everything below 4 GiB; and nothing in the first MiB, which firmware and trampolines use.
-const PLACES: Span = Span::new(1 << 20, 1 << 32);
+pub const PLACES: Span = Span::new(1 << 20, 1 << 32);
 
 /// Where everything goes.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -48,21 +48,21 @@ pub fn plan(image: &Image, file: Span, modules: &Modules, memory: &MemoryMap, ow
     for span in occupied {
         free.set(span.outer_pages(), RangeKind::Reserved).map_err(|_| LoadError::NoRoom { bytes: span.len() })?;
     }
-    let mut place = |bytes: u64| -> Result<Span, LoadError> {
+    let mut place = |bytes: u64, end: u64| -> Result<Span, LoadError> {
         let no_room = LoadError::NoRoom { bytes };
         let pages = bytes.checked_next_multiple_of(PAGE).ok_or(no_room.clone())?;
-        let found = free.highest_free(pages, PAGE, PLACES).ok_or(no_room.clone())?;
+        let found = free.highest_free(pages, PAGE, PLACES.intersection(Span::new(0, end))).ok_or(no_room.clone())?;
         free.set(found, RangeKind::Reserved).map_err(|_| no_room)?;
         Ok(Span::sized(found.start(), bytes))
     };
 
     let in_the_way = |span: Span| image.segments.iter().any(|s| s.to.overlaps(span));
-    let file_place = if in_the_way(file) { place(file.len())? } else { file };
+    let file_place = if in_the_way(file) { place(file.len(), PLACES.end())? } else { file };
     let mut placed = modules.clone();
     for module in &mut placed {
-        if in_the_way(module.span) || module.span.end() > PLACES.end() {
-            module.span = place(module.span.len())?;
+        if in_the_way(module.span) || module.span.end() > image.modules_end {
+            module.span = place(module.span.len(), image.modules_end)?;
         }
     }
-    Ok(Plan { file: file_place, modules: placed, info: place(INFO_SIZE)? })
+    Ok(Plan { file: file_place, modules: placed, info: place(INFO_SIZE, PLACES.end())? })
 }

@@ -15,11 +15,11 @@ use crate::{
     mm::{map::RangeKind, phys::VecMem},
 };
 
-const MIB: u64 = 1 << 20;
-const MEMORY: u64 = 8 * MIB;
-const OWN: Span = Span::new(6 * MIB, 8 * MIB);
+pub const MIB: u64 = 1 << 20;
+pub const MEMORY: u64 = 8 * MIB;
+pub const OWN: Span = Span::new(6 * MIB, 8 * MIB);
 
-fn memory_map() -> MemoryMap {
+pub fn memory_map() -> MemoryMap {
     let mut map = MemoryMap::new();
     map.add(Span::new(0, 0x9_F000), RangeKind::Usable).unwrap();
     map.add(Span::new(MIB, MEMORY), RangeKind::Usable).unwrap();
@@ -28,7 +28,7 @@ fn memory_map() -> MemoryMap {
 }
 
 /// A machine with the modules' bytes where the loader put them.
-fn machine(modules: &[(u64, &[u8], &str)]) -> (GuestMemory<VecMem>, Modules) {
+pub fn machine(modules: &[(u64, &[u8], &str)]) -> (GuestMemory<VecMem>, Modules) {
     let memory = VecMem::new(MEMORY as usize);
     let mut list = Modules::new();
     for (at, bytes, line) in modules {
@@ -203,8 +203,8 @@ proptest! {
         to in prop::collection::vec(span(0x6000), 1..4),
         file in span(0x6000), modules in prop::collection::vec(span(0x6000), 0..5),
     ) {
-        let segments: Segments = to.iter().map(|to| Segment { offset: 0, in_file: 0, to: *to }).collect();
-        let image = Image { protocol: Protocol::Multiboot1, entry: 0, segments };
+        let segments: Segments = to.iter().map(|to| Segment { offset: 0, in_file: 0, to: *to, zeroed: true }).collect();
+        let image = Image { protocol: Protocol::Multiboot1, entry: 0, segments, modules_end: 1 << 32 };
         let modules: Modules =
             modules.iter().map(|span| Module { span: *span, command_line: CommandLine::new() }).collect();
         let map = memory_map();
