@@ -20,8 +20,8 @@ pub const MAX_ENTRIES: u64 = 512;
 /// Frames of one area.
 pub const AREA_FRAMES: usize = (MAX_ENTRIES * 16 / PAGE_SIZE) as usize;
 
-/// An entry that the processor refuses: reserved bits set.
-const REFUSED: u64 = u64::MAX;
+/// What stands in the copy for an entry that L2 may not have: the processor refuses it, since reserved bits are set.
+pub const REFUSED: u64 = u64::MAX;
 
 /// VMX abort indicators (SDM table "VMX Aborts").
 const ABORT_SAVING: u32 = 1;

@@ -11,6 +11,7 @@ mod controls;
 mod guest;
 mod host;
 mod id;
+mod msr_load;
 mod segments;
 mod state;
 mod view;
@@ -19,6 +20,7 @@ pub use controls::{check_cached_controls, check_controls, check_live_controls, e
 pub use guest::{GuestContext, GuestMemory, check_guest, check_guest_beyond_hardware};
 pub use host::check_host;
 pub use id::CheckId;
+pub use msr_load::msr_load_failure;
 
 use crate::error::VmxError;
 
