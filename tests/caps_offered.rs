@@ -143,12 +143,10 @@ fn what_nvmx_does_not_implement_is_withheld() {
         | SecondaryControls::VIRTUALIZE_X2APIC_MODE
         | SecondaryControls::APIC_REGISTER_VIRTUALIZATION
         | SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY
-        | SecondaryControls::ENABLE_VM_FUNCTIONS
         | SecondaryControls::VMCS_SHADOWING
         | SecondaryControls::ENABLE_PML
         | SecondaryControls::EPT_VIOLATION_VE
-        | SecondaryControls::MODE_BASED_EXECUTE_CONTROL
-        | SecondaryControls::USE_TSC_SCALING;
+        | SecondaryControls::MODE_BASED_EXECUTE_CONTROL;
     let exit = ExitControls::LOAD_PERF_GLOBAL_CTRL | ExitControls::LOAD_CET | ExitControls::CLEAR_BNDCFGS;
     let entry = EntryControls::LOAD_PERF_GLOBAL_CTRL | EntryControls::LOAD_CET | EntryControls::ENTRY_TO_SMM;
     assert_eq!(o.pin.may_be_one() & PinControls::POSTED_INTERRUPTS.bits(), 0);
@@ -159,7 +157,23 @@ fn what_nvmx_does_not_implement_is_withheld() {
     assert!(!o.ept_vpid.accessed_dirty() && !o.ept_vpid.walk_5() && !o.ept_vpid.advanced_exit_information());
     assert!(!o.misc.vmwrite_any_field() && !o.misc.activity_shutdown() && !o.misc.activity_wait_for_sipi());
     assert!(!o.misc.pt_in_vmx() && !o.misc.smbase_msr());
-    assert_eq!(o.msr(msr::IA32_VMX_VMFUNC), None);
+}
+
+#[test]
+fn vm_functions_are_those_that_hardware_has_and_nvmx_implements_and_need_ept() {
+    let with = |vmfunc, secondary| {
+        let read = |index| match index {
+            msr::IA32_VMX_VMFUNC => vmfunc,
+            msr::IA32_VMX_PROCBASED_CTLS2 => rich_msr(index) & !(u64::from(secondary) << 32),
+            other => rich_msr(other),
+        };
+        let o = offered(&Capabilities::read(read, 39, 48));
+        (o.secondary.allows(SecondaryControls::ENABLE_VM_FUNCTIONS), o.msr(msr::IA32_VMX_VMFUNC))
+    };
+    assert_eq!(with(u64::MAX, 0u32), (true, Some(caps::VMFUNC)));
+    assert_eq!(with(!1, 0), (false, None), "no function that nvmx implements");
+    assert_eq!(with(1, 1 << 13), (false, None), "nothing would exit");
+    assert_eq!(with(1, 1 << 1), (false, None), "no EPT to switch");
 }
 
 #[test]

@@ -88,6 +88,15 @@ fn violations(v: &Vmcs, caps: &Capabilities) -> BTreeSet<&'static str> {
     } else {
         demand("UnrestrictedGuestNeedsEpt", !bit(secondary, 7));
     }
+    let functions = if bit(secondary, 13) { v.get(VM_FUNCTION_CONTROLS) } else { 0 };
+    demand("VmFunctionControls", (0..64).all(|i| !bit(functions, i) || bit(msr(0x491), i)));
+    if bit(functions, 0) {
+        demand("EptpSwitchingNeedsEpt", bit(secondary, 1));
+        demand("EptpListAddress", page_pointer(v.get(EPTP_LIST_ADDRESS)));
+    }
+    if bit(secondary, 25) {
+        demand("TscMultiplierNotZero", v.get(TSC_MULTIPLIER) > 0);
+    }
 
     demand("ExitControls", allowed(exit, msr(0x48F)));
     if !bit(pin, 6) {
@@ -133,6 +142,9 @@ const TOUCHED: &[Field] = &[
     VIRTUAL_PROCESSOR_ID,
     EPT_POINTER,
     CR3_TARGET_COUNT,
+    VM_FUNCTION_CONTROLS,
+    EPTP_LIST_ADDRESS,
+    TSC_MULTIPLIER,
     VM_EXIT_MSR_STORE_ADDR,
     VM_EXIT_MSR_STORE_COUNT,
     VM_EXIT_MSR_LOAD_ADDR,
@@ -202,6 +214,7 @@ fn both_statements_agree_on_every_single_bit() {
         .or(CPU_BASED_VM_EXEC_CONTROL, 1 << 22 | 1 << 25 | 1 << 28);
     busy.or(SECONDARY_VM_EXEC_CONTROL, 1 << 7).or(VM_EXIT_CONTROLS, 1 << 22).set(VM_ENTRY_INTR_INFO_FIELD, 0x8000_0B0D);
     busy.set(VM_EXIT_MSR_LOAD_COUNT, 1).set(VM_EXIT_MSR_STORE_COUNT, 3).set(VM_ENTRY_MSR_LOAD_COUNT, 512);
+    busy.or(SECONDARY_VM_EXEC_CONTROL, 1 << 13 | 1 << 25).set(VM_FUNCTION_CONTROLS, 1).set(TSC_MULTIPLIER, 1 << 48);
     let mut software = busy.clone();
     software.set(VM_ENTRY_INTR_INFO_FIELD, 0x8000_0680).set(VM_ENTRY_INSTRUCTION_LEN, 2).set(CR3_TARGET_COUNT, 4);
     for start in [plain, busy, software] {

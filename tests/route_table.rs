@@ -120,7 +120,6 @@ fn rule(reason: u16) -> Rule {
         56 => Any(vec![secondary(8), secondary(9)]),
         57 => Any(vec![secondary(11)]),
         58 => Both(secondary(12), primary(9)),
-        59 => Any(vec![secondary(13)]),
         60 => Any(vec![secondary(15)]),
         61 => Any(vec![secondary(16)]),
         62 => Any(vec![secondary(17)]),
@@ -132,8 +131,9 @@ fn rule(reason: u16) -> Rule {
         72 | 73 => Any(vec![secondary(21)]),
         74 => Any(vec![secondary(30)]),
         75 => Any(vec![secondary(31)]),
-        // SIPI, SMI, RSM, entry failures without bit 31, EPT (nvmx walks ept12 first), tertiary controls.
-        4..=6 | 17 | 33 | 34 | 41 | 48 | 49 | 69 | 78 | 79 => Never,
+        // SIPI, SMI, RSM, entry failures without bit 31, EPT (nvmx walks ept12 first), VMFUNC (nvmx looks at its operands
+        // first), tertiary controls.
+        4..=6 | 17 | 33 | 34 | 41 | 48 | 49 | 59 | 69 | 78 | 79 => Never,
         // TDX instructions and the unknown: L3 found something that exits on every machine.
         _ => Always,
     }

@@ -88,10 +88,12 @@ run! {
         ENABLE_INVPCID;
         RDSEED_EXITING;
         ENABLE_XSAVES;
+        USE_TSC_SCALING;
     } also {
         ENABLE_EPT,         "ept02 is composed of ept12 and ept01";
         ENABLE_VPID,        "L2's identifier stands for one of nvmx's own";
         UNRESTRICTED_GUEST, "runs in vmcs02, only together with EPT of L2";
+        ENABLE_VM_FUNCTIONS, "runs in vmcs02 without a function: each VMFUNC exits, and nvmx switches the EPTP";
     }
 }
 
@@ -126,6 +128,9 @@ pub const EPT_VPID: u64 = {
     ept | vpid
 };
 const EPT_BITS: u64 = 0xFFFF_FFFF;
+
+/// VM functions that nvmx implements: EPTP switching.
+pub const VMFUNC: u64 = 1 << 0;
 
 /// The bits of IA32_VMX_MISC that are taken from the hardware: timer rate, storing of LMA, activity state HLT, injection
 /// with instruction length 0. Withheld: other activity states, Intel PT, SMM, VMWRITE to exit-information fields (L2
@@ -171,6 +176,10 @@ pub fn offered(hardware: &Capabilities) -> Capabilities {
         secondary &= !Secondary::ENABLE_VPID.bits();
         vpid_bits = 0;
     }
+    let vmfunc = if ept_bits == 0 { 0 } else { hardware.vmfunc & VMFUNC };
+    if vmfunc == 0 {
+        secondary &= !Secondary::ENABLE_VM_FUNCTIONS.bits();
+    }
     let mut exit = mask(EXIT);
     if pin & Pin::PREEMPTION_TIMER.bits() == 0 || !hardware.pin.allows(Pin::PREEMPTION_TIMER) {
         exit &= !Exit::SAVE_PREEMPTION_TIMER.bits();
@@ -195,7 +204,7 @@ pub fn offered(hardware: &Capabilities) -> Capabilities {
         cr4_fixed1: hardware.cr4_fixed1,
         vmcs_enum: 0,
         ept_vpid: EptVpid(ept_bits | vpid_bits),
-        vmfunc: 0,
+        vmfunc,
         physical_width: hardware.physical_width,
         linear_width: hardware.linear_width,
     };

@@ -2,7 +2,7 @@
 
 use super::Operation;
 use super::route::{ExitInfo, L2Wants, Route, route};
-use super::{entry, reflect};
+use super::{entry, reflect, vmfunc};
 use crate::addr::{Gpa, Ngpa};
 use crate::emul::msr;
 use crate::ept::{Eptp, Outcome, Qualification};
@@ -101,6 +101,7 @@ fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReaso
             // ept02 holds only what compose wrote: a misconfiguration in it is a bug of nvmx.
             return Err(KillReason::UnexpectedExit(reason.0));
         }
+        BasicReason::VMFUNC => vmfunc::emulate(cpu, index)?,
         BasicReason::RDMSR => msr_of_l3(cpu, index, msr::read),
         BasicReason::WRMSR if cpu.regs.gpr[1] as u32 == msr::IA32_PAT => pat_of_l3(cpu, index),
         BasicReason::WRMSR => msr_of_l3(cpu, index, msr::write),

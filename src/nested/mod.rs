@@ -17,6 +17,7 @@ pub mod reflect;
 pub mod route;
 pub mod slot;
 pub mod vmcs12;
+pub mod vmfunc;
 pub mod vpid;
 
 pub use state::{Nested, Operation, SLOTS};

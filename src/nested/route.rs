@@ -97,15 +97,14 @@ fn l2_wants_exit(exit: &ExitInfo, l2: &impl L2Wants) -> bool {
         R::RDMSR => wants_msr(exit.ecx, Access::Read, l2),
         R::WRMSR => wants_msr(exit.ecx, Access::Write, l2),
 
-        // nvmx looks first: the walk of ept12 tells whose violation it is.
-        R::EPT_VIOLATION | R::EPT_MISCONFIGURATION => false,
+        // nvmx looks first: the walk of ept12 tells whose violation it is, the operands of VMFUNC whether L2 sees it.
+        R::EPT_VIOLATION | R::EPT_MISCONFIGURATION | R::VMFUNC => false,
 
         // Features that are not offered: L2's control cannot be set, so the exit is not L2's.
         R::TPR_BELOW_THRESHOLD => primary(P::USE_TPR_SHADOW),
         R::APIC_ACCESS => secondary(S::VIRTUALIZE_APIC_ACCESSES),
         R::VIRTUALIZED_EOI => secondary(S::VIRTUAL_INTERRUPT_DELIVERY),
         R::APIC_WRITE => secondary(S::APIC_REGISTER_VIRTUALIZATION | S::VIRTUAL_INTERRUPT_DELIVERY),
-        R::VMFUNC => secondary(S::ENABLE_VM_FUNCTIONS),
         R::ENCLS => secondary(S::ENABLE_ENCLS_EXITING),
         R::ENCLV => secondary(S::ENABLE_ENCLV_EXITING),
         R::PML_FULL => secondary(S::ENABLE_PML),

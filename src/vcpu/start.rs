@@ -168,6 +168,10 @@ fn set_up(cpu: &mut Cpu, start: &crate::mm::l2_image::Start, shadow_bitmaps: [Hp
             cpu.vmx.write(field, 0);
         }
         cpu.vmx.write(Field::VMCS_LINK_POINTER, u64::MAX);
+        // VM functions are nvmx's to emulate (`nested::vmfunc`).
+        if cpu.config.exists.contains(Field::VM_FUNCTION_CONTROLS) {
+            cpu.vmx.write(Field::VM_FUNCTION_CONTROLS, 0);
+        }
         cpu.vmx.clear(slot.vmcs02());
     }
     cpu.vmx.clear(cpu.vmcs01);

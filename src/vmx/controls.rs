@@ -144,6 +144,9 @@ bitflags! {
     }
 }
 
+/// VM-function controls: EPTP switching, VM function 0 (SDM table "Definitions of VM-Function Controls").
+pub const EPTP_SWITCHING: u64 = 1 << 0;
+
 bitflags! {
     /// Primary VM-exit controls.
     #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

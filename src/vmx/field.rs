@@ -186,7 +186,7 @@ fields! {
     XSS_EXITING_BITMAP                  = 0x202C, W64,     Cache,    Secondary(20);
     ENCLS_EXITING_BITMAP                = 0x202E, W64,     Cache,    Secondary(15);
     SUB_PAGE_PERMISSION_TABLE_POINTER   = 0x2030, W64,     Cache,    Secondary(23);
-    TSC_MULTIPLIER                      = 0x2032, W64,     Cache,    Secondary(25);
+    TSC_MULTIPLIER                      = 0x2032, W64,     Vmcs02,   Secondary(25);
 
     GUEST_PHYSICAL_ADDRESS              = 0x2400, W64,     Vmcs02,   Secondary(1);
 

@@ -79,6 +79,18 @@ pub const CASES: &[(CheckId, Change)] = &[
     (CheckId::EptpReserved, |v| _ = v.or(EPT_POINTER, 1 << 11)),
     (CheckId::EptpReserved, |v| _ = v.or(EPT_POINTER, 1 << 39)),
     (CheckId::UnrestrictedGuestNeedsEpt, |v| _ = v.set(SECONDARY_VM_EXEC_CONTROL, 1 << 5 | 1 << 7)),
+    (CheckId::VmFunctionControls, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 13).set(VM_FUNCTION_CONTROLS, 2)),
+    (CheckId::VmFunctionControls, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 13).set(VM_FUNCTION_CONTROLS, 1 << 63)),
+    (CheckId::EptpSwitchingNeedsEpt, |v| {
+        _ = v.set(SECONDARY_VM_EXEC_CONTROL, 1 << 5 | 1 << 13).set(VM_FUNCTION_CONTROLS, 1)
+    }),
+    (CheckId::EptpListAddress, |v| {
+        v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 13).set(VM_FUNCTION_CONTROLS, 1).set(EPTP_LIST_ADDRESS, 0x1008);
+    }),
+    (CheckId::EptpListAddress, |v| {
+        v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 13).set(VM_FUNCTION_CONTROLS, 1).set(EPTP_LIST_ADDRESS, 1 << 39);
+    }),
+    (CheckId::TscMultiplierNotZero, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 25)),
     (CheckId::ExitControls, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 12)),
     (CheckId::ExitControls, |v| _ = v.clear(VM_EXIT_CONTROLS, 1)),
     (CheckId::SaveTimerNeedsTimer, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 22)),

@@ -184,6 +184,9 @@ fn exists(field: u32, rdmsr: fn(u32) -> u64) -> Option<bool> {
     let one = |kind: Kind, bits: u32| (kind.allowed_by(rdmsr) >> 32) as u32 & bits == bits;
     Some(match field {
         f::VPID => one(Kind::Secondary, secondary::VPID),
+        f::VM_FUNCTION_CONTROLS => one(Kind::Secondary, secondary::VM_FUNCTIONS),
+        f::EPTP_LIST => one(Kind::Secondary, secondary::VM_FUNCTIONS) && rdmsr(setup::VMX_VMFUNC) & 1 != 0,
+        f::TSC_MULTIPLIER => one(Kind::Secondary, secondary::TSC_SCALING),
         f::EPTP | f::GUEST_PHYSICAL_ADDRESS => one(Kind::Secondary, secondary::EPT),
         f::GUEST_PDPTE0..=f::GUEST_PDPTE3 => one(Kind::Secondary, secondary::EPT),
         f::GUEST_PAT => one(Kind::Entry, entry_controls::LOAD_PAT),
@@ -205,7 +208,6 @@ fn exists(field: u32, rdmsr: fn(u32) -> u64) -> Option<bool> {
         | f::VMREAD_BITMAP
         | f::VMWRITE_BITMAP
         | f::XSS_EXITING
-        | f::TSC_MULTIPLIER
         | f::GUEST_PERF_GLOBAL_CTRL
         | f::HOST_PERF_GLOBAL_CTRL
         | f::TPR_THRESHOLD

@@ -10,6 +10,7 @@ mod bitmaps;
 mod entries;
 mod exits;
 mod expect;
+mod functions;
 mod guest;
 mod injection;
 mod instructions;
@@ -46,7 +47,7 @@ enum Part {
 use Part::{Guests, Instructions};
 
 /// The parts; `part=NAME` on the command line chooses one.
-const PARTS: [(&str, Part); 14] = [
+const PARTS: [(&str, Part); 15] = [
     ("modes", Instructions(|_| modes::inside())),
     ("instructions", Instructions(instructions::all)),
     ("operands", Instructions(|_| operands::all())),
@@ -60,6 +61,7 @@ const PARTS: [(&str, Part); 14] = [
     ("state", Guests(state::all)),
     ("bitmaps", Guests(bitmaps::all)),
     ("paging", Guests(paging::all)),
+    ("functions", Guests(functions::all)),
     ("random", Guests(random::all)),
 ];
 

@@ -59,7 +59,7 @@ const FEW: u64 = 7;
 /// Controls that ask for memory or tables which these guests have not set up.
 const PIN_NOT_SET_UP: u64 = 1 << 7;
 const PRIMARY_NOT_SET_UP: u64 = 1 << 21;
-const SECONDARY_NOT_SET_UP: u64 = 0x02C6_6311;
+const SECONDARY_NOT_SET_UP: u64 = 0x00C6_4311;
 const EXIT_NOT_SET_UP: u64 = 1 << 12 | 1 << 30;
 const ENTRY_NOT_SET_UP: u64 = 1 << 10 | 1 << 11 | 1 << 13;
 const EPTP_AD: u64 = 1 << 6;
@@ -285,8 +285,11 @@ fn valid(guest: &mut Guest) {
         (f::ENTRY_EXCEPTION_ERROR, 0),
         (f::ENTRY_INSTRUCTION_LENGTH, 0),
         (f::LINK_POINTER, !0),
+        (f::VM_FUNCTION_CONTROLS, 0),
+        (f::TSC_MULTIPLIER, 1 << 48),
     ] {
-        vmx::write(field, value);
+        // Some CPUs do not have all of them.
+        let _ = vmx::try_write(field.into(), value);
     }
     guest.vcpu.write_host_stack();
 }

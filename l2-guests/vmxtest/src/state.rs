@@ -36,6 +36,7 @@ pub fn all() -> Result<(), Missing> {
     masks(&mut guest);
     cr3_targets(&mut guest);
     time(&mut guest);
+    scaled_time(&mut guest);
     Ok(())
 }
 
@@ -264,4 +265,60 @@ fn time(guest: &mut Guest) {
     vmx::write(f::PRIMARY_CONTROLS, old);
     let between = (before..=after).contains(&seen.wrapping_sub(OFFSET));
     Check::new(&mut Serial, "TSC offset").expect("between", between, true).end();
+}
+
+/// With scaling the guest sees (TSC * multiplier >> 48) + offset, if TSC offsetting is on as well; else scaling does nothing
+/// (SDM "Changes to Instruction Behavior in VMX Non-Root Operation": RDTSC).
+fn scaled_time(guest: &mut Guest) {
+    if !setup::allowed_one(Kind::Secondary, secondary::TSC_SCALING) {
+        Check::new(&mut Serial, "TSC scaling").fact("offered", false).end();
+        return;
+    }
+    let [old_primary, old_secondary] = [f::PRIMARY_CONTROLS, f::SECONDARY_CONTROLS].map(vmx::read);
+    let offsetting = old_primary | u64::from(primary::TSC_OFFSET);
+    vmx::write(f::SECONDARY_CONTROLS, old_secondary | u64::from(secondary::TSC_SCALING));
+    for (name, multiplier, offset, primary) in [
+        ("1", 1 << 48, 0, offsetting),
+        ("1 and an offset", 1 << 48, 1 << 50, offsetting),
+        ("2", 2 << 48, 0, offsetting),
+        ("1/2", 1 << 47, 0, offsetting),
+        ("3/4 and an offset below 0", 3 << 46, !0xFFF, offsetting),
+        ("1/65536", 1 << 32, 0, offsetting),
+        ("almost 0", 1, 7, offsetting),
+        ("65536 less a little", !0, 0, offsetting),
+        ("2 without offsetting", 2 << 48, 1 << 50, old_primary),
+    ] {
+        vmx::write(f::PRIMARY_CONTROLS, primary);
+        vmx::write(f::TSC_MULTIPLIER, multiplier);
+        vmx::write(f::TSC_OFFSET, offset);
+        let seen = |time: u64| match primary == offsetting {
+            true => ((u128::from(time) * u128::from(multiplier) >> 48) as u64).wrapping_add(offset),
+            false => time,
+        };
+        for (instruction, program) in [("RDTSC", read_time as crate::guest::Program), ("RDMSR", read_time_msr)] {
+            let before = cpu::rdtsc();
+            let result = guest.execute(program, 0);
+            let after = cpu::rdtsc();
+            let time = if let Exit::Done(time) = result { time } else { 0 };
+            let passed = seen(after).wrapping_sub(seen(before));
+            Check::new(&mut Serial, format_args!("TSC multiplier {name}: {instruction}"))
+                .expect("done", matches!(result, Exit::Done(_)), true)
+                .expect("between", time.wrapping_sub(seen(before)) <= passed, true)
+                .end();
+        }
+    }
+    vmx::write(f::TSC_MULTIPLIER, 0);
+    let refused = guest.execute(read_time, 0);
+    vmx::write(f::SECONDARY_CONTROLS, old_secondary);
+    let not_used = guest.execute(crate::guest::nothing, 5);
+    vmx::write(f::TSC_OFFSET, 0);
+    vmx::write(f::PRIMARY_CONTROLS, old_primary);
+    Check::new(&mut Serial, "TSC multiplier 0")
+        .expect("used", refused, Exit::Refused(vmx::Outcome::FailValid(7)))
+        .expect("not_used", not_used, Exit::Done(5))
+        .end();
+}
+
+extern "C" fn read_time_msr(_: u64) -> u64 {
+    cpu::rdmsr(0x10)
 }

@@ -7,7 +7,7 @@
 use super::view::{CR0_PE, View, implies};
 use super::{CheckId, ControlsChecked, Failure, first_failure};
 use crate::error::VmxError;
-use crate::vmx::controls::{ExitControls, PinControls, PrimaryControls, SecondaryControls};
+use crate::vmx::controls::{EPTP_SWITCHING, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::event::{self, EventKind};
 use crate::vmx::{Capabilities, Field, Fields};
 
@@ -35,6 +35,9 @@ pub fn check_cached_controls(fields: &impl Fields, caps: &Capabilities) -> Resul
         EptpAccessedDirty => eptp_accessed_dirty;
         EptpReserved => eptp_reserved;
         UnrestrictedGuestNeedsEpt => unrestricted_guest_needs_ept;
+        VmFunctionControls => vm_function_controls;
+        EptpSwitchingNeedsEpt => eptp_switching_needs_ept;
+        EptpListAddress => eptp_list_address;
         ExitControls => exit_controls;
         SaveTimerNeedsTimer => save_timer_needs_timer;
         ExitMsrStoreList => exit_msr_store_list;
@@ -50,6 +53,7 @@ pub fn check_cached_controls(fields: &impl Fields, caps: &Capabilities) -> Resul
 pub fn check_live_controls(fields: &impl Fields, caps: &Capabilities) -> Result<(), Failure> {
     let v = &View { fields, caps };
     let failed = first_failure! { v;
+        TscMultiplierNotZero => tsc_multiplier_not_zero;
         Cr3TargetCount => cr3_target_count;
         EventType => event_type;
         EventVector => event_vector;
@@ -144,6 +148,32 @@ fn unrestricted_guest_needs_ept(v: &View<impl Fields>) -> bool {
     implies(v.unrestricted(), v.secondary().contains(SecondaryControls::ENABLE_EPT))
 }
 
+/// The VM functions that are enabled; none without "enable VM functions".
+fn vm_functions(v: &View<impl Fields>) -> u64 {
+    let enabled = v.secondary().contains(SecondaryControls::ENABLE_VM_FUNCTIONS);
+    if enabled { v.get(Field::VM_FUNCTION_CONTROLS) } else { 0 }
+}
+
+fn switches_eptp(v: &View<impl Fields>) -> bool {
+    vm_functions(v) & EPTP_SWITCHING != 0
+}
+
+fn vm_function_controls(v: &View<impl Fields>) -> bool {
+    vm_functions(v) & !v.caps.vmfunc == 0
+}
+
+fn eptp_switching_needs_ept(v: &View<impl Fields>) -> bool {
+    implies(switches_eptp(v), v.secondary().contains(SecondaryControls::ENABLE_EPT))
+}
+
+fn eptp_list_address(v: &View<impl Fields>) -> bool {
+    implies(switches_eptp(v), v.is_page_pointer(Field::EPTP_LIST_ADDRESS))
+}
+
+fn tsc_multiplier_not_zero(v: &View<impl Fields>) -> bool {
+    implies(v.secondary().contains(SecondaryControls::USE_TSC_SCALING), v.get(Field::TSC_MULTIPLIER) != 0)
+}
+
 // VM-exit control fields
 
 fn exit_controls(v: &View<impl Fields>) -> bool {
@@ -229,7 +259,7 @@ fn event_instruction_length(v: &View<impl Fields>) -> bool {
     implies(used, (shortest..=15).contains(&v.get32(Field::VM_ENTRY_INSTRUCTION_LEN)))
 }
 
-/// Would this EPTP pass the checks of a VM entry? INVEPT asks the same.
+/// Would this EPTP pass the checks of a VM entry? INVEPT and EPTP switching ask the same.
 pub fn eptp_is_valid(eptp: u64, caps: &Capabilities) -> bool {
     let fields = |field| match field {
         Field::EPT_POINTER => eptp,

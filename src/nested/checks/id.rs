@@ -61,6 +61,11 @@ checks! {
         EptpAccessedDirty = "the EPTP enables accessed and dirty flags only if supported" [EPT_POINTER];
         EptpReserved = "the EPTP's reserved bits are 0" [EPT_POINTER];
         UnrestrictedGuestNeedsEpt = "unrestricted guest needs EPT" [SECONDARY_VM_EXEC_CONTROL];
+        VmFunctionControls = "VM-function controls are set as the capability MSR allows" [VM_FUNCTION_CONTROLS];
+        EptpSwitchingNeedsEpt = "EPTP switching needs EPT" [SECONDARY_VM_EXEC_CONTROL VM_FUNCTION_CONTROLS];
+        EptpListAddress = "the EPTP-list address is page-aligned and within the physical-address width" [
+            EPTP_LIST_ADDRESS
+        ];
     }
     "VM-Exit Control Fields" {
         ExitControls = "VM-exit controls are set and clear as the capability MSR allows" [VM_EXIT_CONTROLS];
@@ -81,6 +86,7 @@ checks! {
         ];
     }
     "VM-Execution Control Fields" {
+        TscMultiplierNotZero = "the TSC multiplier is not 0" [TSC_MULTIPLIER];
         Cr3TargetCount = "the CR3-target count is not above what the processor supports" [CR3_TARGET_COUNT];
     }
     "VM-Entry Control Fields" {

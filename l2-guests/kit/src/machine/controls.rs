@@ -55,7 +55,9 @@ pub mod secondary {
     pub const UNRESTRICTED: u32 = 1 << 7;
     pub const RDRAND: u32 = 1 << 11;
     pub const INVPCID: u32 = 1 << 12;
+    pub const VM_FUNCTIONS: u32 = 1 << 13;
     pub const RDSEED: u32 = 1 << 16;
+    pub const TSC_SCALING: u32 = 1 << 25;
 }
 
 /// VM-exit controls.

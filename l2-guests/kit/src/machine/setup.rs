@@ -18,6 +18,8 @@ pub const VMX_BASIC: u32 = 0x480;
 pub const VMX_MISC: u32 = 0x485;
 /// IA32_VMX_EPT_VPID_CAP
 pub const VMX_EPT_VPID_CAP: u32 = 0x48C;
+/// IA32_VMX_VMFUNC
+pub const VMX_VMFUNC: u32 = 0x491;
 
 /// Why there is no VMX operation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -183,6 +183,7 @@ pub mod reason {
     pub const EPT_MISCONFIGURATION: u32 = 49;
     pub const PREEMPTION_TIMER: u32 = 52;
     pub const XSETBV: u32 = 55;
+    pub const VMFUNC: u32 = 59;
     /// Bit of the exit reason: the entry failed
     pub const ENTRY_FAILURE: u32 = 1 << 31;
 }

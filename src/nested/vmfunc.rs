@@ -1,0 +1,45 @@
+//! VMFUNC of L3. vmcs02 enables the instruction and none of its functions, so each one that the processor does not refuse
+//! (#UD without the control or for a function above 63) exits, and nvmx does what a processor with vmcs12's controls does.
+//!
+//! Source: SDM vol. 3C, "VM Functions": "General Operation of the VMFUNC Instruction", "EPTP Switching".
+
+use super::checks::eptp_is_valid;
+use super::reflect;
+use super::slot::Slot;
+use crate::addr::Gpa;
+use crate::ept::Eptp;
+use crate::error::KillReason;
+use crate::mm::{GuestMemory, PhysMem};
+use crate::vcpu::{Cpu, inject};
+use crate::vmx::controls::EPTP_SWITCHING;
+use crate::vmx::{Capabilities, Field};
+
+/// Entries of an EPTP list: one page of them.
+const LIST_ENTRIES: u32 = 512;
+
+/// Handles the exit; vmcs02 is current.
+pub fn emulate(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
+    let [rax, rcx, ..] = cpu.regs.gpr;
+    let (function, ecx) = (rax as u32, rcx as u32);
+    let slot = &mut cpu.nested.slots[index];
+    // Only what the checks let through can be enabled.
+    let enabled = slot.vmcs12.get(Field::VM_FUNCTION_CONTROLS) & EPTP_SWITCHING != 0 && function == 0;
+    let eptp12 = if enabled { listed_eptp(slot, &cpu.guest, &cpu.config.offered, ecx) } else { None };
+    let Some(eptp12) = eptp12 else { return reflect::reflect(cpu, index, None) };
+    slot.vmcs12.set(Field::EPT_POINTER, eptp12);
+    if cpu.config.offered.has_field(Field::EPTP_INDEX) {
+        slot.vmcs12.set(Field::EPTP_INDEX, ecx.into());
+    }
+    let activation = cpu.ept02.activate(Eptp::new(eptp12), &mut Cpu::tables(&mut cpu.frames, &cpu.phys));
+    slot.run_on(&mut cpu.vmx, activation);
+    inject::advance(cpu);
+    Ok(())
+}
+
+/// Entry `number` of L2's EPTP list, read once, if a VM entry would accept it. Memory that L2 does not own reads as all ones,
+/// which none does.
+fn listed_eptp(slot: &Slot, guest: &GuestMemory<impl PhysMem>, caps: &Capabilities, number: u32) -> Option<u64> {
+    let list = Gpa::new(slot.vmcs12.get(Field::EPTP_LIST_ADDRESS));
+    let at = (number < LIST_ENTRIES).then(|| list.checked_add(u64::from(number) * 8)).flatten()?;
+    guest.read_u64(at).ok().filter(|eptp| eptp_is_valid(*eptp, caps))
+}
