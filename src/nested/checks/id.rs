@@ -86,7 +86,7 @@ checks! {
         ];
     }
     "VM-Execution Control Fields" {
-        TscMultiplierNotZero = "the TSC multiplier is not 0" [TSC_MULTIPLIER];
+        TscMultiplierNotZero = "the TSC multiplier is not 0" [TSC_MULTIPLIER SECONDARY_VM_EXEC_CONTROL];
         Cr3TargetCount = "the CR3-target count is not above what the processor supports" [CR3_TARGET_COUNT];
     }
     "VM-Entry Control Fields" {
