@@ -13,6 +13,7 @@ mod expect;
 mod functions;
 mod guest;
 mod injection;
+mod inner;
 mod instructions;
 mod memory;
 mod modes;
@@ -47,7 +48,7 @@ enum Part {
 use Part::{Guests, Instructions};
 
 /// The parts; `part=NAME` on the command line chooses one.
-const PARTS: [(&str, Part); 15] = [
+const PARTS: [(&str, Part); 16] = [
     ("modes", Instructions(|_| modes::inside())),
     ("instructions", Instructions(instructions::all)),
     ("operands", Instructions(|_| operands::all())),
@@ -61,6 +62,7 @@ const PARTS: [(&str, Part); 15] = [
     ("state", Guests(state::all)),
     ("bitmaps", Guests(bitmaps::all)),
     ("paging", Guests(paging::all)),
+    ("inner", Guests(inner::all)),
     ("functions", Guests(functions::all)),
     ("random", Guests(random::all)),
 ];

@@ -8,8 +8,9 @@ use core::arch::global_asm;
 use l2_kit::{Check, pages, serial::Serial, setup, trap, user};
 
 /// Each instruction has 32 bytes: its 64-bit form, and from byte 16 its 32-bit form.
-const STRIDE: u64 = 32;
-const FORM32: u64 = 16;
+pub const STRIDE: u64 = 32;
+/// Where the 32-bit form begins.
+pub const FORM32: u64 = 16;
 
 macro_rules! stubs {
     ($($name:ident $form64:literal $form32:literal;)*) => {
@@ -53,17 +54,21 @@ unsafe extern "C" {
 }
 
 /// A page with a pointer to a region: an operand for all of them.
-fn operand() -> u64 {
+pub fn operand() -> u64 {
     let page = pages::page();
     page[0] = setup::region();
     pages::address(page)
 }
 
+/// Name and address of each stub.
+pub fn stubs() -> impl Iterator<Item = (&'static str, u64)> {
+    let first = &raw const vmxtest_stubs as u64;
+    (0u64..).zip(NAMES).map(move |(number, name)| (*name, first + number * STRIDE))
+}
+
 fn print(state: &str, wanted: impl Fn(&str, &str) -> Got) {
     let operand = operand();
-    let first = &raw const vmxtest_stubs as u64;
-    for (number, name) in (0u64..).zip(NAMES) {
-        let code = first + number * STRIDE;
+    for (name, code) in stubs() {
         let mut out = Serial;
         let mut check = Check::new(&mut out, format_args!("{name} {state}"));
         for mode in ["ring0", "ring3", "compatibility"] {
