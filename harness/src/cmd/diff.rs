@@ -97,7 +97,8 @@ fn tell(ui: &Ui, guest: &str, found: &Comparison) {
     }
 }
 
-/// Tells the smallest run that shows a difference: a part of the guest alone, if that still differs.
+/// Tells the smallest run that shows a difference: a part of the guest alone, if that still differs, and of a part that has
+/// cases one of them.
 fn smallest(
     ui: &Ui,
     session: &Session,
@@ -110,29 +111,47 @@ fn smallest(
     if chosen("case=") || (chosen("part=") && !chosen("part=random")) {
         return Ok(());
     }
-    for (part, case) in parts(&found.differ).into_iter().take(TRIED) {
-        let case = case.map_or(String::new(), |case| format!(" case={case}"));
-        let words: Vec<&str> = guest_args.split_whitespace().filter(|w| !w.starts_with("part=")).collect();
-        let smaller = format!("{} part={part}{case}", words.join(" ")).trim_start().to_string();
+    for (part, cases) in parts(&found.differ).into_iter().take(TRIED) {
+        let replaced = |word: &&str| {
+            let key = word.split_once('=').map_or("", |(key, _)| key);
+            key == "part" || cases.split_whitespace().any(|w| w.split_once('=').is_some_and(|(k, _)| k == key))
+        };
+        let mut words: Vec<&str> = guest_args.split_whitespace().filter(|w| !replaced(w)).collect();
+        let part_word = format!("part={part}");
+        words.push(&part_word);
+        words.extend(cases.split_whitespace());
+        let smaller = words.join(" ");
         let (alone, _) = once(ui, session, args, guest, &smaller)?;
-        ui.line(&if alone.differ.is_empty() {
-            format!("{guest}: part {part} does not differ if it runs alone: what precedes it matters")
-        } else {
-            let count = alone.differ.len();
-            format!("{guest}: {count} of these differ with ./nvmx diff --l2 {guest} --l2-args '{smaller}'")
-        });
+        if alone.differ.is_empty() {
+            ui.line(&format!("{guest}: part {part} does not differ if it runs alone: what precedes it matters"));
+            continue;
+        }
+        let count = alone.differ.len();
+        ui.line(&format!("{guest}: {count} of these differ with ./nvmx diff --l2 {guest} --l2-args '{smaller}'"));
+        if cases.starts_with("first=") {
+            // Which of them
+            tell(ui, guest, &alone);
+            smallest(ui, session, args, guest, &smaller, &alone)?;
+        }
     }
     Ok(())
 }
 
-/// The parts with differences, and the first case of a part that has cases, each part once.
-fn parts(differ: &[Difference]) -> Vec<(&str, Option<&str>)> {
-    let mut parts: Vec<(&str, Option<&str>)> = Vec::new();
+/// The parts with differences, each once, with the words that choose what differs first in a part that has cases: a group
+/// of cases, or one of them.
+fn parts(differ: &[Difference]) -> Vec<(&str, String)> {
+    let mut parts: Vec<(&str, String)> = Vec::new();
     for difference in differ {
         let Some(part) = difference.part.as_deref() else { continue };
         if !parts.iter().any(|(known, _)| *known == part) {
             let record = difference.one.as_ref().or(difference.other.as_ref());
-            parts.push((part, record.and_then(|r| r.get("case"))));
+            let value = |key| record.and_then(|r| r.get(key));
+            let words = match (value("case"), value("first").zip(value("cases"))) {
+                (Some(case), _) => format!("case={case}"),
+                (None, Some((first, cases))) => format!("first={first} cases={cases}"),
+                (None, None) => String::new(),
+            };
+            parts.push((part, words));
         }
     }
     parts
@@ -144,14 +163,16 @@ mod tests {
     use crate::report::tests::transcript;
 
     #[test]
-    fn each_part_that_differs_is_tried_once_by_its_first_case() {
+    fn each_part_that_differs_is_tried_once_by_its_first_cases() {
         let bare = ["[L2] part traps", "@L2 check name=a x=1", "@L2 check name=b x=1", "[L2] part random"];
-        let cases = |x: u32| format!("@L2 check name=random case=7 x={x}");
-        let (left, right) = (cases(1), cases(2));
-        let one = transcript(&[bare[0], bare[1], bare[2], bare[3], &left]);
-        let other = transcript(&[bare[0], bare[3], &right]);
-        let found = compare::compare(&one, &other);
-        assert_eq!(found.differ.len(), 3);
-        assert_eq!(parts(&found.differ), [("traps", None), ("random", Some("7"))]);
+        for (cases, words) in [("case=7", "case=7"), ("first=300 cases=100", "first=300 cases=100")] {
+            let cases = |x: u32| format!("@L2 check name=random {cases} x={x}");
+            let (left, right) = (cases(1), cases(2));
+            let one = transcript(&[bare[0], bare[1], bare[2], bare[3], &left]);
+            let other = transcript(&[bare[0], bare[3], &right]);
+            let found = compare::compare(&one, &other);
+            assert_eq!(found.differ.len(), 3);
+            assert_eq!(parts(&found.differ), [("traps", String::new()), ("random", words.into())]);
+        }
     }
 }

@@ -93,12 +93,15 @@ impl Builder<'_> {
 
     /// What the CPU makes of VMCS states near validity.
     fn flipped_bits(&mut self) {
-        let names = ["vmxtest-flips-bare", "vmxtest-flips"];
-        const ARGS: &str = "part=random seed=1 cases=1000";
+        let names = ["vmxtest-flips-bare", "vmxtest-flips", "vmxtest-flips-trapped"];
+        const ARGS: &str = "part=random seed=1 cases=10000";
         self.clamped_boot(names[0], self.session.bare("vmxtest", ARGS), names[1]);
         self.boot(names[1], self.session.nested("vmxtest", ARGS, Fields::Auto));
-        let judge: Judge = Box::new(|o| compare::agree(o[0], o[1]));
-        self.case("a thousand VMCS states with flipped bits end under nvmx as they end bare", &names, judge);
+        self.boot(names[2], self.session.nested("vmxtest", ARGS, Fields::Trapped));
+        const NAME: &str = "ten thousand VMCS states with flipped bits end under nvmx as they end bare";
+        for (name, nested) in [(NAME.into(), names[1]), (format!("{NAME}, with trapped field access"), names[2])] {
+            self.case(&name, &[names[0], nested], Box::new(|o| compare::agree(o[0], o[1])));
+        }
     }
 
     /// A second nvmx is a guest hypervisor like any other.

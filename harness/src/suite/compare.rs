@@ -21,7 +21,7 @@ pub const WAIVERS: &[Waiver] = &[];
 /// What came of comparing two boots.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Comparison {
-    /// Check records, those that only one boot has included
+    /// Check records, those that only one boot has included; one that speaks for many cases (`cases=`) counts as many
     pub compared: usize,
     /// Records that differ only where they may
     pub waived: usize,
@@ -67,8 +67,9 @@ pub fn compare(one: &Transcript, other: &Transcript) -> Comparison {
     let mut result = Comparison::default();
     let keys: BTreeSet<_> = a.keys().chain(b.keys()).collect();
     for key in keys {
-        result.compared += 1;
         let (left, right) = (a.get(key), b.get(key));
+        let cases = left.or(right).and_then(|found| found.record.get("cases")?.parse().ok());
+        result.compared += cases.unwrap_or(1);
         let (keys, waived) = match (left, right) {
             (Some(left), Some(right)) => differ(left.record, right.record),
             _ => (Vec::new(), 0),
@@ -185,6 +186,14 @@ mod tests {
             took: Duration::ZERO,
             folder: "/".into(),
         }
+    }
+
+    #[test]
+    fn a_record_for_many_cases_counts_as_many() {
+        let one = outcome("bare", &["@L2 check name=group cases=100 digest=1", "@L2 check name=b"]);
+        let other = outcome("nvmx", &["@L2 check name=group cases=100 digest=2"]);
+        let found = compare(&one.transcript, &other.transcript);
+        assert_eq!((found.compared, found.differ.len()), (101, 2));
     }
 
     #[test]

@@ -27,9 +27,10 @@ mod vmxon;
 mod windows;
 
 use l2_kit::{
-    BootInfo, apic, caps, cpu, identity, log,
+    BootInfo, Check, apic, caps, cpu, identity, log,
     protocol::Kind,
     report,
+    serial::Serial,
     setup::{self, Missing},
     vmx,
 };
@@ -118,6 +119,7 @@ fn run(chosen: Option<&str>) -> Result<(), Missing> {
     for (name, part) in PARTS.into_iter().filter(|(name, _)| chosen.is_none_or(|c| c == *name)) {
         // The harness names the part of a record that differs.
         log!("part {name}");
+        let before = report::checks();
         match part {
             Instructions(part) => part(region),
             Guests(part) => {
@@ -126,6 +128,8 @@ fn run(chosen: Option<&str>) -> Result<(), Missing> {
                 }
             }
         }
+        let records = report::checks() - before;
+        Check::new(&mut Serial, format_args!("part {name}")).fact("records", records).end();
     }
     expect::expect("vmxoff", expect::got(vmx::vmxoff), expect::SUCCEED);
     modes::outside("after VMXOFF");

@@ -5,7 +5,9 @@
 //! makes it run anywhere. Bits are left alone whose flip could be valid and then harm this image (its own host state), or
 //! that ask for memory of which each slot has its own content.
 //!
-//! `seed=N cases=N` choose the states (none without `cases=`); `case=N` is one of them alone, with the fields that its exit saved.
+//! `seed=N cases=N` choose the states (none without `cases=`), one record for a hundred of them, because a record takes the
+//! serial line longer than a hundred cases the CPU. `first=N cases=N` has a record for each; `case=N` is one alone, with the
+//! fields that its exit saved.
 
 use crate::guest::{self, Exit, Guest};
 use l2_kit::{
@@ -25,11 +27,12 @@ use l2_kit::{
 pub struct Choice {
     seed: u64,
     cases: u64,
+    first: Option<u64>,
     only: Option<u64>,
 }
 
 /// The command line's choice.
-pub static CHOICE: Global<Choice> = Global::new(Choice { seed: 1, cases: 0, only: None });
+pub static CHOICE: Global<Choice> = Global::new(Choice { seed: 1, cases: 0, first: None, only: None });
 
 impl Choice {
     /// Reads the command line.
@@ -42,6 +45,7 @@ impl Choice {
         Ok(Self {
             seed: number("seed")?.unwrap_or(usual.seed),
             cases: number("cases")?.unwrap_or(usual.cases),
+            first: number("first")?,
             only: number("case")?,
         })
     }
@@ -256,11 +260,46 @@ pub fn all() -> Result<(), Missing> {
     guest.start(guest::nothing, 5);
     let template = snapshot();
     let choice = CHOICE.get();
-    let cases = choice.only.map_or(0..choice.cases, |case| case..case.saturating_add(1));
-    for case in cases {
-        try_case(&mut guest, &template, choice, case);
+    if let Some(case) = choice.only {
+        let tried = Tried::new(&mut guest, &template, choice.seed, case);
+        tried.report();
+        fields(&template, &tried.after);
+    } else if let Some(first) = choice.first {
+        (first..first.saturating_add(choice.cases))
+            .for_each(|case| Tried::new(&mut guest, &template, choice.seed, case).report());
+    } else {
+        for first in (0..choice.cases).step_by(GROUP as usize) {
+            group(&mut guest, &template, choice.seed, first..choice.cases.min(first + GROUP));
+        }
     }
     Ok(())
+}
+
+/// Cases that share a record.
+const GROUP: u64 = 100;
+
+/// Tries the cases of a group and prints what they have in common.
+fn group(guest: &mut Guest, template: &Snapshot, seed: u64, cases: core::ops::Range<u64>) {
+    let (mut refused, mut failed, mut exits) = (0u32, 0u32, 0u32);
+    let mut hash = Hash::new();
+    for case in cases.clone() {
+        let tried = Tried::new(guest, template, seed, case);
+        match tried.result {
+            Exit::Refused(_) => refused += 1,
+            Exit::Failed(..) => failed += 1,
+            Exit::Done(_) | Exit::Reason(..) => exits += 1,
+        }
+        let _ = core::fmt::Write::write_fmt(&mut hash, format_args!("{}", tried.result));
+        hash.add(&tried.after.digest().to_le_bytes());
+    }
+    Check::new(&mut Serial, "random group")
+        .fact("first", cases.start)
+        .fact("cases", cases.end - cases.start)
+        .fact("refused", refused)
+        .fact("failed", failed)
+        .fact("exits", exits)
+        .fact("digest", Hex(hash.0))
+        .end();
 }
 
 /// A valid VMCS whose every address is of a page of its own.
@@ -294,55 +333,116 @@ fn valid(guest: &mut Guest) {
     guest.vcpu.write_host_stack();
 }
 
-/// All fields; those that do not exist are none.
-fn snapshot() -> [Option<u64>; FIELDS] {
+/// The fields that an entry or an exit may change; those that do not exist are none.
+struct Snapshot([Option<u64>; FIELDS]);
+
+fn snapshot() -> Snapshot {
     let mut values = [None; FIELDS];
-    for (value, (_, field)) in values.iter_mut().zip(f::ALL) {
+    for (value, (_, field)) in values.iter_mut().zip(f::ALL).filter(|(_, (_, field))| changes(*field)) {
         let (outcome, read) = vmx::try_read(u64::from(*field));
         *value = outcome.succeeded().then_some(read);
     }
-    values
+    Snapshot(values)
 }
 
-/// Whether VMWRITE can write the field: it is no exit information.
-fn writable(field: u32) -> bool {
-    field >> 10 & 3 != 1
+impl Snapshot {
+    fn iter(&self) -> impl Iterator<Item = (&'static str, u32, Option<u64>)> {
+        f::ALL.iter().zip(&self.0).map(|((name, field), value)| (*name, *field, *value))
+    }
+
+    /// Of the fields that mean something.
+    fn digest(&self) -> u64 {
+        let mut hash = Hash::new();
+        let known = self.iter().filter(|(_, field, _)| meaningful(*field));
+        known.filter_map(|(_, _, value)| value).for_each(|value| hash.add(&value.to_le_bytes()));
+        hash.0
+    }
 }
 
-fn try_case(guest: &mut Guest, template: &[Option<u64>; FIELDS], choice: Choice, case: u64) {
-    let mut numbers = Numbers::of_case(choice.seed, case);
-    let base = numbers.below(BASES.len() as u64);
-    let (event, activity, listed) = BASES[base as usize];
-    for (field, value) in [
-        (f::ENTRY_INTERRUPTION_INFO, event),
-        (f::GUEST_ACTIVITY, activity),
-        (f::ENTRY_MSR_LOAD_COUNT, listed),
-        (f::EXIT_MSR_LOAD_COUNT, listed),
-        (f::EXIT_MSR_STORE_COUNT, listed),
-    ] {
-        vmx::write(field, value);
+/// FNV-1a
+struct Hash(u64);
+
+impl Hash {
+    const fn new() -> Self {
+        Self(0xCBF2_9CE4_8422_2325)
     }
-    let two = numbers.below(4) == 0;
-    // Delivery reads the guest's tables: these stay as they are.
-    let events_only = event != 0 || two;
-    let first = numbers.flip(events_only);
-    let second = two.then(|| numbers.flip(events_only)).filter(|second| *second != first);
-    for (field, bit) in [Some(first), second].into_iter().flatten() {
-        vmx::write(field, vmx::read(field) ^ 1 << bit);
+
+    fn add(&mut self, bytes: &[u8]) {
+        self.0 = bytes.iter().fold(self.0, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01B3));
     }
-    let own = [cpu::cr0(), cpu::cr4(), cpu::rdmsr(EFER), cpu::rdmsr(PAT)];
-    let result = guest.run();
-    recover(own);
-    let after = snapshot();
-    report(case, base, first, second, result, &after);
-    if choice.only.is_some() {
-        fields(template, &after);
+}
+
+impl core::fmt::Write for Hash {
+    fn write_str(&mut self, text: &str) -> core::fmt::Result {
+        self.add(text.as_bytes());
+        Ok(())
     }
-    for ((_, field), value) in f::ALL.iter().zip(template) {
-        match value {
-            Some(value) if writable(*field) => vmx::write(*field, *value),
-            _ => {}
+}
+
+/// A case that was tried.
+struct Tried {
+    case: u64,
+    base: u64,
+    first: (u32, u32),
+    second: Option<(u32, u32)>,
+    result: Exit,
+    after: Snapshot,
+}
+
+impl Tried {
+    /// Flips the bits, enters, looks, and makes the VMCS valid again: only what is different is written, as hypervisors do.
+    fn new(guest: &mut Guest, template: &Snapshot, seed: u64, case: u64) -> Self {
+        let mut numbers = Numbers::of_case(seed, case);
+        let base = numbers.below(BASES.len() as u64);
+        let (event, activity, listed) = BASES[base as usize];
+        for (field, value) in [
+            (f::ENTRY_INTERRUPTION_INFO, event),
+            (f::GUEST_ACTIVITY, activity),
+            (f::ENTRY_MSR_LOAD_COUNT, listed),
+            (f::EXIT_MSR_LOAD_COUNT, listed),
+            (f::EXIT_MSR_STORE_COUNT, listed),
+        ] {
+            if vmx::read(field) != value {
+                vmx::write(field, value);
+            }
         }
+        let two = numbers.below(4) == 0;
+        // Delivery reads the guest's tables: these stay as they are.
+        let events_only = event != 0 || two;
+        let first = numbers.flip(events_only);
+        let second = two.then(|| numbers.flip(events_only)).filter(|second| *second != first);
+        let mut before = [(first.0, 0); 2];
+        for (saved, (field, bit)) in before.iter_mut().zip([Some(first), second].into_iter().flatten()) {
+            *saved = (field, vmx::read(field));
+            vmx::write(field, saved.1 ^ 1 << bit);
+        }
+        if second.is_none() {
+            before[1] = before[0];
+        }
+        let own = [cpu::cr0(), cpu::cr4(), cpu::rdmsr(EFER), cpu::rdmsr(PAT)];
+        let result = guest.run();
+        recover(own);
+        let after = snapshot();
+        before.into_iter().rev().for_each(|(field, value)| vmx::write(field, value));
+        for ((_, field, is), (_, _, was)) in after.iter().zip(template.iter()) {
+            if let Some(was) = was.filter(|was| is != Some(*was) && field != f::IDT_VECTORING_INFO) {
+                vmx::write(field, was);
+            }
+        }
+        Self { case, base, first, second, result, after }
+    }
+
+    fn report(&self) {
+        let mut out = Serial;
+        let mut check = Check::new(&mut out, "random")
+            .fact("case", self.case)
+            .fact("base", self.base)
+            .fact("field", Hex(self.first.0.into()))
+            .fact("bit", self.first.1);
+        if let Some((field, bit)) = self.second {
+            check = check.fact("field2", Hex(field.into())).fact("bit2", bit);
+        }
+        check.fact("result", self.result).fact("fields", Hex(self.after.digest())).end();
     }
 }
 
@@ -361,49 +461,26 @@ fn recover([cr0, cr4, efer, pat]: [u64; 4]) {
     }
 }
 
-fn report(
-    case: u64,
-    base: u64,
-    first: (u32, u32),
-    second: Option<(u32, u32)>,
-    result: Exit,
-    after: &[Option<u64>; FIELDS],
-) {
-    let mut out = Serial;
-    let mut check = Check::new(&mut out, "random")
-        .fact("case", case)
-        .fact("base", base)
-        .fact("field", Hex(first.0.into()))
-        .fact("bit", first.1);
-    if let Some((field, bit)) = second {
-        check = check.fact("field2", Hex(field.into())).fact("bit2", bit);
-    }
-    check.fact("result", result).fact("fields", Hex(digest(after))).end();
+/// Fields that an entry or an exit may change.
+fn changes(field: u32) -> bool {
+    field >> 10 & 3 == 2
+        || [f::ENTRY_INTERRUPTION_INFO, f::ENTRY_EXCEPTION_ERROR, f::ENTRY_INSTRUCTION_LENGTH, f::ENTRY_CONTROLS]
+            .contains(&field)
+        || field == f::IDT_VECTORING_INFO
 }
 
-/// Fields that mean something after every exit: the guest area, and what an entry clears.
+/// Of these, what must be the same everywhere: not what nvmx does not offer on a machine that has it, nor what counts time.
 fn meaningful(field: u32) -> bool {
-    field >> 10 & 3 == 2 || field == f::ENTRY_INTERRUPTION_INFO || field == f::IDT_VECTORING_INFO
+    const UNSURE: [u32; 5] =
+        [f::GUEST_INTERRUPT_STATUS, f::PML_INDEX, f::GUEST_PERF_GLOBAL_CTRL, f::GUEST_SMBASE, f::PREEMPTION_TIMER];
+    changes(field) && !UNSURE.contains(&field)
 }
-
-/// FNV-1a of the fields that mean something.
-fn digest(fields: &[Option<u64>; FIELDS]) -> u64 {
-    let known = f::ALL.iter().zip(fields).filter(|((_, field), _)| meaningful(*field) && !UNSURE.contains(field));
-    known
-        .filter_map(|(_, value)| *value)
-        .flat_map(u64::to_le_bytes)
-        .fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3))
-}
-
-/// Fields that nvmx does not offer on a machine that has them, and the one that counts time.
-const UNSURE: [u32; 5] =
-    [f::GUEST_INTERRUPT_STATUS, f::PML_INDEX, f::GUEST_PERF_GLOBAL_CTRL, f::GUEST_SMBASE, f::PREEMPTION_TIMER];
 
 /// The fields that the case changed, one record each.
-fn fields(before: &[Option<u64>; FIELDS], after: &[Option<u64>; FIELDS]) {
-    for (((name, field), before), after) in f::ALL.iter().zip(before).zip(after) {
-        if before != after && meaningful(*field) && !UNSURE.contains(field) {
-            Check::new(&mut Serial, "random field").fact("field", *name).fact("value", Hex(after.unwrap_or(0))).end();
+fn fields(before: &Snapshot, after: &Snapshot) {
+    for ((name, field, is), (_, _, was)) in after.iter().zip(before.iter()) {
+        if was != is && meaningful(field) {
+            Check::new(&mut Serial, "random field").fact("field", name).fact("value", Hex(is.unwrap_or(0))).end();
         }
     }
 }

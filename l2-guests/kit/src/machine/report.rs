@@ -8,6 +8,7 @@ use l2_protocol::{Kind, Level, Record, Value};
 
 static LEVEL: Global<Level> = Global::new(Level::L2);
 static FAILED: Global<u32> = Global::new(0);
+static CHECKS: Global<u32> = Global::new(0);
 static DYING: Global<bool> = Global::new(false);
 
 /// In whose name records are written from now on; returns the level before.
@@ -50,10 +51,16 @@ pub fn fail(why: fmt::Arguments<'_>) {
     record(Kind::Say, &[("text", &format_args!("FAILED: {why}"))]);
 }
 
+/// How many `check` records there were.
+pub fn checks() -> u32 {
+    CHECKS.get()
+}
+
 /// Ends the image in order.
 pub fn end() -> ! {
     let failed = FAILED.get();
-    record(Kind::End, &[("status", &if failed == 0 { "pass" } else { "fail" }), ("failed", &failed)]);
+    let status = if failed == 0 { "pass" } else { "fail" };
+    record(Kind::End, &[("status", &status), ("failed", &failed), ("checks", &checks())]);
     exit::machine(failed == 0)
 }
 
@@ -101,5 +108,6 @@ impl<'a> Check<'a> {
     pub fn end(self) {
         let bad = u32::from(self.record.end().is_err());
         FAILED.set(FAILED.get() + self.failed + bad);
+        CHECKS.set(CHECKS.get() + 1);
     }
 }
