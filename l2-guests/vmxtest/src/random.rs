@@ -72,6 +72,10 @@ const CR4_DEFINED: u64 = 0x1_1BFF_7FFF;
 const SHUTDOWN: u64 = 1 << 1;
 /// Bochs injects any event into a halted guest; the SDM allows few ("Checks on Guest Non-Register State"). A base is halted.
 const HALTED: u64 = 1 << 0;
+/// Pending debug exceptions: a single step
+const PENDING_STEP: u64 = 1 << 14;
+/// RFLAGS.TF
+const TRAP_FLAG: u64 = 1 << 8;
 
 /// Fields of events and controls, which can be flipped with every base: the bits that may be.
 const EVENTS: &[(u32, u64)] = &[
@@ -199,14 +203,20 @@ impl Numbers {
     }
 
     /// A field and one of its bits.
-    fn flip(&mut self, events_only: bool) -> (u32, u32) {
+    fn flip(&mut self, events_only: bool, halted: bool) -> (u32, u32) {
         let segments = SEGMENTS * OF_SEGMENT.len() as u64;
         let (events, state) = (EVENTS.len() as u64, STATE.len() as u64);
         let pick = self.below(if events_only { events } else { events + state + segments });
         let (field, mask) = match pick {
-            // Without the timer a handler would run.
-            0 if events_only => (f::PIN_CONTROLS, EVENTS[0].1 & !u64::from(pin::PREEMPTION_TIMER)),
-            n if n < events => EVENTS[n as usize],
+            // Without the timer a handler would run, or a halted guest sleep for ever.
+            0 if events_only || halted => (f::PIN_CONTROLS, EVENTS[0].1 & !u64::from(pin::PREEMPTION_TIMER)),
+            n if n < events => match EVENTS[n as usize] {
+                // bochs-halted-step: of a halted guest, too, a single step must be pending exactly if RFLAGS.TF is set (SDM
+                // "Checks on Guest Non-Register State"); Bochs looks only if STI or MOV SS blocks.
+                (field @ f::GUEST_PENDING_DEBUG, mask) if halted => (field, mask & !PENDING_STEP),
+                (field @ f::GUEST_RFLAGS, mask) if halted => (field, mask & !TRAP_FLAG),
+                other => other,
+            },
             n if n < events + state => STATE[(n - events) as usize],
             n => {
                 let (segment, kind) = ((n - events - state) % SEGMENTS, (n - events - state) / SEGMENTS);
@@ -409,8 +419,8 @@ impl Tried {
         let two = numbers.below(4) == 0;
         // Delivery reads the guest's tables: these stay as they are.
         let events_only = event != 0 || two;
-        let first = numbers.flip(events_only);
-        let second = two.then(|| numbers.flip(events_only)).filter(|second| *second != first);
+        let first = numbers.flip(events_only, activity == HALTED);
+        let second = two.then(|| numbers.flip(events_only, activity == HALTED)).filter(|second| *second != first);
         let mut before = [(first.0, 0); 2];
         for (saved, (field, bit)) in before.iter_mut().zip([Some(first), second].into_iter().flatten()) {
             *saved = (field, vmx::read(field));
