@@ -28,6 +28,13 @@ impl PhysMem for &Words {
             word.set(value);
         }
     }
+    fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool {
+        let same = self.read_u64(at) == old;
+        if same {
+            self.write_u64(at, new);
+        }
+        same
+    }
     fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
         let old = self.read_u64(at);
         self.write_u64(at, old & !bits);
@@ -69,7 +76,7 @@ fn touch(machine: &mut Machine<'_>, pages: u64) {
     let (guest, frames, ept) = machine;
     for page in 0..pages {
         let ngpa = Ngpa::new(page << 12);
-        let outcome = ept.violation(EPTP, black_box(ngpa), black_box(Qualification::READ), guest, frames);
+        let outcome = ept.violation(EPTP, black_box(ngpa), black_box(Qualification::READ), None, guest, frames);
         assert_eq!(outcome, Outcome::Filled);
     }
 }
@@ -111,7 +118,7 @@ fn main() {
     let start = Instant::now();
     for _ in 0..rounds * PAGES {
         let missing = black_box(Ngpa::new(1 << 30));
-        let outcome = m.2.violation(EPTP, missing, Qualification::READ, &m.0, &mut m.1);
+        let outcome = m.2.violation(EPTP, missing, Qualification::READ, None, &m.0, &mut m.1);
         assert!(matches!(outcome, Outcome::ReflectViolation(_)));
     }
     report("fault that L2 must see", rounds * PAGES, start.elapsed());

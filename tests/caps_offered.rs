@@ -118,6 +118,8 @@ proptest! {
         let ept = o.secondary.allows(SecondaryControls::ENABLE_EPT);
         prop_assert!(ept || !o.secondary.allows(SecondaryControls::UNRESTRICTED_GUEST));
         prop_assert!(ept || o.ept_vpid.0 as u32 == 0);
+        let log = o.secondary.allows(SecondaryControls::ENABLE_PML);
+        prop_assert!(!log || o.ept_vpid.accessed_dirty(), "a log of flags that do not exist");
         prop_assert!(o.secondary.allows(SecondaryControls::ENABLE_VPID) || o.ept_vpid.0 >> 32 == 0);
         let timer = o.pin.allows(PinControls::PREEMPTION_TIMER);
         prop_assert_eq!(timer, o.exit.allows(ExitControls::SAVE_PREEMPTION_TIMER));
@@ -144,7 +146,6 @@ fn what_nvmx_does_not_implement_is_withheld() {
         | SecondaryControls::APIC_REGISTER_VIRTUALIZATION
         | SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY
         | SecondaryControls::VMCS_SHADOWING
-        | SecondaryControls::ENABLE_PML
         | SecondaryControls::EPT_VIOLATION_VE
         | SecondaryControls::MODE_BASED_EXECUTE_CONTROL;
     let exit = ExitControls::LOAD_PERF_GLOBAL_CTRL | ExitControls::LOAD_CET | ExitControls::CLEAR_BNDCFGS;
@@ -154,7 +155,7 @@ fn what_nvmx_does_not_implement_is_withheld() {
     assert_eq!(o.secondary.may_be_one() & secondary.bits(), 0);
     assert_eq!(o.exit.may_be_one() & exit.bits(), 0);
     assert_eq!(o.entry.may_be_one() & entry.bits(), 0);
-    assert!(!o.ept_vpid.accessed_dirty() && !o.ept_vpid.walk_5() && !o.ept_vpid.advanced_exit_information());
+    assert!(!o.ept_vpid.walk_5() && !o.ept_vpid.supervisor_shadow_stack());
     assert!(!o.misc.vmwrite_any_field() && !o.misc.activity_shutdown() && !o.misc.activity_wait_for_sipi());
     assert!(!o.misc.pt_in_vmx() && !o.misc.smbase_msr());
 }

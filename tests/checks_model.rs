@@ -87,6 +87,10 @@ fn violations(v: &Vmcs, caps: &Capabilities) -> BTreeSet<&'static str> {
         );
     } else {
         demand("UnrestrictedGuestNeedsEpt", !bit(secondary, 7));
+        demand("PmlNeedsEpt", !bit(secondary, 17));
+    }
+    if bit(secondary, 17) {
+        demand("PmlAddress", page_pointer(v.get(PML_ADDRESS)));
     }
     let functions = if bit(secondary, 13) { v.get(VM_FUNCTION_CONTROLS) } else { 0 };
     demand("VmFunctionControls", (0..64).all(|i| !bit(functions, i) || bit(msr(0x491), i)));
@@ -141,6 +145,7 @@ const TOUCHED: &[Field] = &[
     MSR_BITMAP,
     VIRTUAL_PROCESSOR_ID,
     EPT_POINTER,
+    PML_ADDRESS,
     CR3_TARGET_COUNT,
     VM_FUNCTION_CONTROLS,
     EPTP_LIST_ADDRESS,

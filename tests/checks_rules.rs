@@ -11,7 +11,7 @@ use nvmx::nested::checks::{
     CheckId, Failure, GuestFailure, check_cached_controls, check_controls, check_guest, check_guest_beyond_hardware,
     check_host, check_live_controls, msr_load_failure,
 };
-use nvmx::vmx::caps::Basic;
+use nvmx::vmx::caps::{Basic, EptVpid};
 use nvmx::vmx::field::{Area, Home};
 use nvmx::vmx::{Capabilities, Field, Field::*, Fields};
 use std::collections::BTreeSet;
@@ -148,8 +148,18 @@ fn each_rule_fails_by_its_own_name() {
 }
 
 #[test]
+fn accessed_and_dirty_flags_are_enabled_only_where_there_are_any() {
+    let without = Capabilities { ept_vpid: EptVpid(caps().ept_vpid.0 & !(1 << 21)), ..caps() };
+    let mut v = valid_vmcs12(&caps());
+    v.or(EPT_POINTER, 1 << 6);
+    assert_eq!(run(&v, &Memory::default(), &caps()), Verdict::Passed);
+    assert_eq!(run(&v, &Memory::default(), &without), expected(CheckId::EptpAccessedDirty));
+}
+
+#[test]
 fn every_rule_has_a_case() {
-    let covered: BTreeSet<_> = CASES.iter().chain(CASES_32_BIT_HOST).map(|(check, _)| *check as u16).collect();
+    let mut covered: BTreeSet<_> = CASES.iter().chain(CASES_32_BIT_HOST).map(|(check, _)| *check as u16).collect();
+    covered.insert(CheckId::EptpAccessedDirty as u16); // in the test above
     let of_states = CheckId::ALL.iter().filter(|check| check.section() != "Loading MSRs");
     let missing: Vec<_> = of_states.filter(|check| !covered.contains(&(**check as u16))).collect();
     // Implied by HostAddressSpaceFitsMode for a processor outside of IA-32e mode, and kept because the SDM states it.

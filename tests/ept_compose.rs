@@ -42,7 +42,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Machine<ROOTS, RESERVE> {
 
     fn fault(&mut self, eptp: Eptp, ngpa: u64, qualification: u64) -> Outcome {
         let qualification = Qualification::from_bits_retain(qualification);
-        self.ept.violation(eptp, Ngpa::new(ngpa), qualification, &self.l2, &mut self.frames)
+        self.ept.violation(eptp, Ngpa::new(ngpa), qualification, None, &self.l2, &mut self.frames)
     }
 
     fn refill(&mut self, eptp: Eptp, ngpa: u64, qualification: u64) -> bool {
@@ -53,7 +53,8 @@ impl<const ROOTS: usize, const RESERVE: usize> Machine<ROOTS, RESERVE> {
     /// Leaves under an EPTP, and whether activating it asked for INVEPT.
     fn activate(&mut self, eptp: Eptp) -> (Vec<(u64, u64, u64)>, bool) {
         let activation = self.ept.activate(eptp, &mut self.frames);
-        assert_eq!(activation.eptp02.get() & 0xfff, 0x1e, "write-back, four levels, no flags");
+        let flags = eptp.get() & 1 << 6;
+        assert_eq!(activation.eptp02.get() & 0xfff, 0x1e | flags, "write-back, four levels, flags as in ept12");
         (self.frames.leaves(activation.eptp02.ep4ta()), activation.invept)
     }
 }
@@ -520,6 +521,12 @@ fn an_access_that_ept01_refuses_is_forbidden() {
         fn read_entry(&self, at: Gpa) -> Result<u64, nvmx::ept::NotOwned> {
             self.0.read_entry(at)
         }
+        fn set_flags(&self, at: Gpa, entry: u64, flags: u64) -> bool {
+            self.0.set_flags(at, entry, flags)
+        }
+        fn write_word(&self, at: Gpa, value: u64) {
+            self.0.write_word(at, value);
+        }
         fn block(&self, gpa: Gpa, level: nvmx::ept::Level) -> Result<nvmx::ept::Block, nvmx::ept::NotOwned> {
             Ok(nvmx::ept::Block { rights: Rights::READ | Rights::EXECUTE, ..self.0.block(gpa, level)? })
         }
@@ -528,7 +535,7 @@ fn an_access_that_ept01_refuses_is_forbidden() {
     m.l2.set(PT, 5, 0x77_7000 | WB | R | W);
     let guest = ReadOnly(m.l2);
     let mut fault = |access| {
-        m.ept.violation(EPTP, Ngpa::new(0x5008), Qualification::from_bits_retain(access), &guest, &mut m.frames)
+        m.ept.violation(EPTP, Ngpa::new(0x5008), Qualification::from_bits_retain(access), None, &guest, &mut m.frames)
     };
     assert_eq!(fault(WRITE), Outcome::Forbidden { gpa: Gpa::new(0x77_7008) });
     assert_eq!(fault(READ), Outcome::Filled);
@@ -550,7 +557,7 @@ fn the_machines_pool_and_memory_serve_too() {
     let mut frames = PoolFrames { pool: &mut pool, memory: &memory };
     let mut ept = Ept02::<2, 3>::new(rules(), false, 100, &mut frames).unwrap();
     let eptp = Eptp::new(0x101e);
-    let mut fault = |ngpa| ept.violation(eptp, Ngpa::new(ngpa), Qualification::READ, &guest, &mut frames);
+    let mut fault = |ngpa| ept.violation(eptp, Ngpa::new(ngpa), Qualification::READ, None, &guest, &mut frames);
     assert_eq!(fault(0x5123), Outcome::Filled);
     assert_eq!(fault(0x18_0123), Outcome::Forbidden { gpa: Gpa::new(0x18_0123) });
     assert_eq!(fault(0x20_0000), Outcome::ReflectViolation(Qualification::READ));

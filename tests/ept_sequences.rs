@@ -243,9 +243,35 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         prop_assert!(self.l2.most_fetches() <= 1);
         prop_assert_eq!(self.ept.stats().fills, fills);
         let said = reference(&self.l2, self.role & 0xf_ffff_ffff_f000, ngpa, true);
-        let outcome = self.ept.violation(Eptp::new(self.role), Ngpa::new(ngpa), hardware, &self.l2, &mut self.frames);
+        let before = self.l2.words.borrow().clone();
+        let mut outcome =
+            self.ept.violation(Eptp::new(self.role), Ngpa::new(ngpa), hardware, None, &self.l2, &mut self.frames);
         prop_assert!(self.l2.most_fetches() <= 4, "a table may serve at four levels");
-        let (page, size, rights, types) = match said {
+        let accessed_dirty = self.role & 1 << 6 != 0;
+        if accessed_dirty {
+            // Where a table serves at several levels an entry changes between two looks at it: L3 comes again.
+            for _ in 0..4 {
+                if outcome == Outcome::Filled {
+                    outcome = self.ept.violation(
+                        Eptp::new(self.role),
+                        Ngpa::new(ngpa),
+                        hardware,
+                        None,
+                        &self.l2,
+                        &mut self.frames,
+                    );
+                }
+            }
+            self.l2.most_fetches();
+        }
+        let expected = match said {
+            Said::Page(_, _, rights, _) if accessed_dirty && rights & access == access => {
+                marked(before, self.role & 0xf_ffff_ffff_f000, ngpa, access & W != 0)
+            }
+            _ => before,
+        };
+        prop_assert_eq!(&*self.l2.words.borrow(), &expected, "flags in ept12");
+        let (page, size, mut rights, types) = match said {
             Said::Nothing => {
                 let told = Qualification::from_bits_retain(access | 3 << 7);
                 prop_assert_eq!(outcome, Outcome::ReflectViolation(told));
@@ -263,6 +289,9 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             prop_assert_eq!(outcome, Outcome::ReflectViolation(told));
             self.ways.remove(&(self.role, ngpa >> 21));
             return Ok(());
+        }
+        if accessed_dirty && !is_dirty(&self.l2, self.role & 0xf_ffff_ffff_f000, ngpa) {
+            rights &= !W;
         }
         let Some(leaf) = composed(page, size, rights, types, ngpa) else {
             let gpa = nvmx::addr::Gpa::new(page + ngpa % size);

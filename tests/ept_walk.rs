@@ -21,7 +21,7 @@ fn rules_with(execute_only: bool) -> nvmx::ept::EptRules {
 
 /// The walker's answer in the words of the reference.
 fn walked(l2: &L2, root: u64, ngpa: u64, execute_only: bool) -> Said {
-    match walk(&GuestTables(l2), Gpa::new(root), ngpa, &rules_with(execute_only)) {
+    match walk(&mut GuestTables(l2), Gpa::new(root), ngpa, &rules_with(execute_only)) {
         Walk::Leaf(leaf) => Said::Page(
             leaf.page.get(),
             leaf.level.bytes(),
@@ -90,7 +90,7 @@ fn the_entry_of_the_page_and_its_level_are_told() {
     for (depth, level, entry) in
         [(1, Level::Pdpt, PDPT + 5 * 8), (2, Level::Pd, PD + 7 * 8), (3, Level::Pt, PT + 9 * 8)]
     {
-        match walk(&GuestTables(&path([7; 4], depth)), Gpa::new(PML4), NGPA, &rules()) {
+        match walk(&mut GuestTables(&path([7; 4], depth)), Gpa::new(PML4), NGPA, &rules()) {
             Walk::Leaf(leaf) => assert_eq!((leaf.level, leaf.entry), (level, Gpa::new(entry))),
             other => panic!("{other:?}"),
         }
@@ -103,7 +103,7 @@ fn a_walk_stops_at_the_first_entry_that_is_not_present() {
         let mut rights = [7; 4];
         rights[n] = 0;
         let l2 = path(rights, 3);
-        assert_eq!(walk(&GuestTables(&l2), Gpa::new(PML4), NGPA, &rules()), Walk::NotPresent(level));
+        assert_eq!(walk(&mut GuestTables(&l2), Gpa::new(PML4), NGPA, &rules()), Walk::NotPresent(level));
         assert_eq!(l2.fetched.borrow().len(), n + 1);
     }
 }
@@ -112,7 +112,7 @@ fn a_walk_stops_at_the_first_entry_that_is_not_present() {
 fn a_table_in_memory_that_l2_does_not_own_cannot_be_read() {
     let mut l2 = path([7; 4], 3);
     l2.set(PD, 7, (OWN.0 + 0x1000) | 7);
-    match walk(&GuestTables(&l2), Gpa::new(PML4), NGPA, &rules()) {
+    match walk(&mut GuestTables(&l2), Gpa::new(PML4), NGPA, &rules()) {
         Walk::Unreadable(error) => assert_eq!(error.0, Gpa::new(OWN.0 + 0x1000 + 9 * 8)),
         other => panic!("{other:?}"),
     }

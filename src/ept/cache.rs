@@ -116,7 +116,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     pub fn activate<F: TableFrames>(&mut self, eptp12: Eptp, frames: &mut F) -> Activation {
         let root = self.root(self.current);
         if root.role == Some(eptp12) && !root.stale && !root.invept {
-            return Activation { eptp02: Eptp::for_root(root.table, false), invept: false };
+            return Activation { eptp02: Eptp::for_root(root.table, eptp12.accessed_dirty()), invept: false };
         }
         self.settle(eptp12, frames)
     }
@@ -126,7 +126,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         let index = self.enter(eptp12, frames);
         let root = self.root(index);
         let invept = core::mem::take(&mut root.invept);
-        let eptp02 = Eptp::for_root(root.table, false);
+        let eptp02 = Eptp::for_root(root.table, eptp12.accessed_dirty());
         self.stats.invepts += u64::from(invept);
         Activation { eptp02, invept }
     }

@@ -4,6 +4,9 @@
 //! two. The memory type and "ignore PAT" are ept12's alone: on the bare machine too, a guest under EPT gets its type
 //! from EPT and PAT while the MTRRs, which are what ept01 stands in for, have no say.
 //!
+//! With accessed and dirty flags in ept12 they are set first, and a page that is not dirty is composed without the right
+//! to write: see [`flags`](super::flags).
+//!
 //! ept12 is walked afresh, each entry fetched once, since L2 may change it at any moment without a trap; only the way to
 //! the page table of the last fill is remembered, in `ept::run`. Rights stand in the leaves of ept02; its upper entries grant everything.
 //!
@@ -14,23 +17,26 @@
 use super::cache::{Ept02, free_below};
 use super::entry::{self, Level, Rights};
 use super::eptp::Eptp;
+use super::flags::{Marked, PageLog, Path};
 use super::run::Run;
 use super::violation::Qualification;
 use super::walk::{GuestTables, Leaf, Walk, walk};
-use super::{GuestView, OutOfFrames, TableFrames};
+use super::{GuestView, NotOwned, OutOfFrames, TableFrames};
 use crate::addr::{Gpa, Hpa, Ngpa};
 
 /// What an EPT violation of L3 comes to.
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Outcome {
-    /// ept02 has the page now: enter L3 again, through [`Ept02::activate`].
+    /// ept02 has the page now, or L2 changed ept12 while it was looked at: enter L3 again, through [`Ept02::activate`].
     Filled,
     /// ept12 does not allow the access: L2 sees an EPT violation with this qualification.
     ReflectViolation(Qualification),
     /// ept12 is misconfigured for this address: L2 sees an EPT misconfiguration. A table of ept12 where L2 owns no
     /// memory is one, too: on the machine that L2 sees nothing answers there, and all ones is not a valid entry.
     ReflectMisconfig,
+    /// A flag has to be set in ept12 and the page-modification log is full: L2 sees that.
+    ReflectLogFull,
     /// ept12 leads to memory that L2 does not own. Nothing was mapped.
     Forbidden {
         /// The address that L3 would have reached.
@@ -39,34 +45,70 @@ pub enum Outcome {
 }
 
 impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
-    /// Handles an EPT violation of L3 at `ngpa` under `eptp12`. `qualification` is the hardware's.
+    /// Handles an EPT violation of L3 at `ngpa` under `eptp12`. `qualification` is the hardware's; `log` is L2's
+    /// page-modification log, if it keeps one.
     #[inline(never)] // Whoever continues a run does without.
     pub fn violation<G: GuestView, F: TableFrames>(
         &mut self,
         eptp12: Eptp,
         ngpa: Ngpa,
         qualification: Qualification,
+        log: Option<&mut PageLog>,
         guest: &G,
         frames: &mut F,
     ) -> Outcome {
         if let Some(run) = &mut self.run {
             run.lose_way();
         }
-        let leaf = match walk(&GuestTables(guest), eptp12.guest_root(), ngpa.get(), &self.rules) {
-            Walk::Leaf(leaf) => leaf,
-            Walk::NotPresent(_) => {
-                return Outcome::ReflectViolation(qualification.reflected(Rights::empty(), self.advanced_information));
-            }
-            Walk::Misconfigured(..) | Walk::Unreadable(_) => return Outcome::ReflectMisconfig,
-        };
         let access = qualification.access();
-        if !leaf.rights.contains(access) {
-            return Outcome::ReflectViolation(qualification.reflected(leaf.rights, self.advanced_information));
-        }
+        let reached = if eptp12.accessed_dirty() {
+            self.reach_and_mark(eptp12, ngpa, qualification, log, guest)
+        } else {
+            self.reached(walk(&mut GuestTables(guest), eptp12.guest_root(), ngpa.get(), &self.rules), qualification)
+        };
+        let leaf = match reached {
+            Ok(leaf) => leaf,
+            Err(outcome) => return outcome,
+        };
         match leaf.level {
             Level::Pt => self.fill(eptp12, ngpa, leaf, Level::Pt, access, guest, frames),
             _ => self.fill_large(eptp12, ngpa, leaf, access, guest, frames),
         }
+    }
+
+    /// The page that an access reaches, or what becomes of the access.
+    #[inline(always)]
+    fn reached(&self, walk: Walk<Gpa, NotOwned>, qualification: Qualification) -> Result<Leaf<Gpa>, Outcome> {
+        let refused =
+            |rights| Err(Outcome::ReflectViolation(qualification.reflected(rights, self.advanced_information)));
+        match walk {
+            Walk::Leaf(leaf) if leaf.rights.contains(qualification.access()) => Ok(leaf),
+            Walk::Leaf(leaf) => refused(leaf.rights),
+            Walk::NotPresent(_) => refused(Rights::empty()),
+            Walk::Misconfigured(..) | Walk::Unreadable(_) => Err(Outcome::ReflectMisconfig),
+        }
+    }
+
+    /// The same in an ept12 with accessed and dirty flags: they are set, and a clean page is not writable.
+    #[inline(never)]
+    fn reach_and_mark<G: GuestView>(
+        &self,
+        eptp12: Eptp,
+        ngpa: Ngpa,
+        qualification: Qualification,
+        log: Option<&mut PageLog>,
+        guest: &G,
+    ) -> Result<Leaf<Gpa>, Outcome> {
+        let mut path = Path::new(guest);
+        let walk = walk(&mut path, eptp12.guest_root(), ngpa.get(), &self.rules);
+        let mut leaf = self.reached(walk, qualification)?;
+        match path.mark(ngpa, qualification.access().contains(Rights::WRITE), log) {
+            Marked::Done { dirty } => leaf.rights.set(Rights::WRITE, dirty && leaf.rights.contains(Rights::WRITE)),
+            Marked::LogFull => return Err(Outcome::ReflectLogFull),
+            // As a processor walks again when the entry that it wants to mark has changed.
+            Marked::Changed => return Err(Outcome::Filled),
+        }
+        Ok(leaf)
     }
 
     #[inline(never)]

@@ -130,7 +130,7 @@ impl Ept01 {
     /// The leaf that maps `gpa`: where its entry lies, and in which table.
     fn leaf<F: TableFrames>(&self, gpa: Gpa, frames: &F) -> Option<(Hpa, Level)> {
         use super::walk::{OwnTables, Walk, walk};
-        match walk(&OwnTables(frames), self.root, gpa.get(), &self.rules) {
+        match walk(&mut OwnTables(frames), self.root, gpa.get(), &self.rules) {
             Walk::Leaf(leaf) => Some((leaf.entry, leaf.level)),
             _ => None,
         }

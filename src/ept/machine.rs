@@ -11,6 +11,16 @@ impl<P: PhysMem> GuestView for GuestMemory<P> {
         Ok(self.phys().read_u64(self.translate(at)?))
     }
 
+    fn set_flags(&self, at: Gpa, entry: u64, flags: u64) -> bool {
+        self.translate(at).is_ok_and(|at| self.phys().compare_exchange(at, entry, entry | flags))
+    }
+
+    fn write_word(&self, at: Gpa, value: u64) {
+        if let Ok(at) = self.translate(at) {
+            self.phys().write_u64(at, value);
+        }
+    }
+
     #[inline]
     fn block(&self, gpa: Gpa, at_most: Level) -> Result<Block, NotOwned> {
         Block::largest(gpa, at_most, Rights::all(), |start, bytes| {

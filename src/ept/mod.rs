@@ -4,6 +4,7 @@
 //! * [`walk`] is the only walker; it reads ept12 through L2's memory and nvmx's own tables through their frames.
 //! * [`identity`] builds ept01: the machine one to one without nvmx; [`watch`] notices there that L2 wrote a page.
 //! * [`compose`] and [`cache`] are ept02: composed on demand from ept12, kept by role.
+//! * [`flags`] sets accessed and dirty flags in ept12 and writes L2's page-modification log.
 //!
 //! Everything here is pure: what it needs of the machine are the two traits below; [`machine`] implements them on top
 //! of `mm`.
@@ -12,6 +13,7 @@ pub mod cache;
 pub mod compose;
 pub mod entry;
 pub mod eptp;
+pub mod flags;
 pub mod identity;
 pub mod machine;
 pub mod violation;
@@ -28,6 +30,7 @@ pub use cache::{Activation, Ept02, Stats};
 pub use compose::Outcome;
 pub use entry::{EptRules, Level, Rights};
 pub use eptp::Eptp;
+pub use flags::PageLog;
 pub use identity::{Ept01, Missing};
 pub use machine::PoolFrames;
 pub use violation::Qualification;
@@ -75,10 +78,17 @@ impl Block {
 }
 
 /// L2's memory as composing needs it. The implementation is the one place where a [`Gpa`] becomes an [`Hpa`]
-/// (invariants I1 and I5); both methods refuse what L2 does not own.
+/// (invariants I1 and I5); nothing here reaches what L2 does not own.
 pub trait GuestView {
     /// Reads the eight aligned bytes at `at`, once.
     fn read_entry(&self, at: Gpa) -> Result<u64, NotOwned>;
+
+    /// Sets `flags` in the entry at `at` in one atomic step, unless it is no longer `entry`, which it was when it was read:
+    /// then nothing changes and the answer is false.
+    fn set_flags(&self, at: Gpa, entry: u64, flags: u64) -> bool;
+
+    /// Writes the eight aligned bytes at `at`; what L2 does not own swallows them.
+    fn write_word(&self, at: Gpa, value: u64);
 
     /// The largest block of at most `at_most` that holds `gpa` and belongs to L2 as a whole: see [`Block::largest`].
     fn block(&self, gpa: Gpa, at_most: Level) -> Result<Block, NotOwned>;

@@ -10,7 +10,7 @@
 //! Use of the INVEPT Instruction".
 
 use super::cache::Ept02;
-use super::entry::{self, Level, Meaning, Rights};
+use super::entry::{self, ACCESSED, DIRTY, Level, Meaning, Rights};
 use super::eptp::Eptp;
 use super::violation::Qualification;
 use super::walk::Leaf;
@@ -71,6 +71,10 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         let Meaning::Leaf { address, caching } = entry::decode(entry12, Level::Pt, &self.rules) else { return false };
         let Ok(block) = guest.block(Gpa::new(address), Level::Pt) else { return false };
         let rights = run.rights & Rights::of(entry12) & block.rights;
+        // Who has flags to set walks; a dirty page has none.
+        if run.eptp12.accessed_dirty() && entry12 & (ACCESSED | DIRTY) != ACCESSED | DIRTY {
+            return false;
+        }
         if !rights.contains(access) {
             return false;
         }

@@ -57,6 +57,13 @@ impl Qualification {
         .union(Self::ASYNCHRONOUS);
     const ADVANCED: Self = Self::USER_LINEAR.union(Self::WRITABLE_LINEAR).union(Self::NO_EXECUTE_LINEAR);
 
+    /// What an exit by a full page-modification log in place of this violation reports (SDM, "Page-Modification Log-Full
+    /// Events"): whether an IRET had unblocked NMIs.
+    #[inline]
+    pub const fn of_log_full(self) -> Self {
+        self.intersection(Self::NMI_UNBLOCKING.union(Self::ASYNCHRONOUS))
+    }
+
     /// The rights that the access needed.
     #[inline]
     pub const fn access(self) -> Rights {

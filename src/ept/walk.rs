@@ -36,7 +36,7 @@ pub trait TableReader {
     /// Why an entry cannot be read.
     type Error;
     /// Reads the entry at this address.
-    fn read(&self, entry: Self::Address) -> Result<u64, Self::Error>;
+    fn read(&mut self, entry: Self::Address) -> Result<u64, Self::Error>;
 }
 
 /// Reads ept12 in L2's memory.
@@ -46,7 +46,7 @@ impl<G: GuestView> TableReader for GuestTables<'_, G> {
     type Address = Gpa;
     type Error = NotOwned;
     #[inline]
-    fn read(&self, entry: Gpa) -> Result<u64, NotOwned> {
+    fn read(&mut self, entry: Gpa) -> Result<u64, NotOwned> {
         self.0.read_entry(entry)
     }
 }
@@ -58,7 +58,7 @@ impl<F: TableFrames> TableReader for OwnTables<'_, F> {
     type Address = Hpa;
     type Error = Infallible;
     #[inline]
-    fn read(&self, entry: Hpa) -> Result<u64, Infallible> {
+    fn read(&mut self, entry: Hpa) -> Result<u64, Infallible> {
         Ok(self.0.read(entry))
     }
 }
@@ -97,7 +97,7 @@ pub enum Walk<A, E> {
 /// four levels, whatever the tables say.
 #[inline]
 pub fn walk<R: TableReader>(
-    reader: &R,
+    reader: &mut R,
     root: R::Address,
     address: u64,
     rules: &EptRules,

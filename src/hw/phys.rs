@@ -44,6 +44,15 @@ impl DirectMap {
         let last = at.get().checked_add(len)?;
         (last <= self.end).then_some((DIRECT_MAP + at.get()) as *mut u8)
     }
+
+    /// The eight bytes at `at` for one atomic access, if they are mapped and aligned.
+    #[inline]
+    fn atomic(&self, at: Hpa) -> Option<&AtomicU64> {
+        let pointer = self.linear(at, 8).filter(|_| at.is_aligned(8))?;
+        // SAFETY: 1. the eight bytes are mapped and writable for as long as `self` lives (condition 1 of `new`). 2. They are
+        // aligned. 3. They are no Rust object (condition 2 of `new`); whoever else changes them does so atomically.
+        Some(unsafe { AtomicU64::from_ptr(pointer.cast()) })
+    }
 }
 
 impl PhysMem for DirectMap {
@@ -80,11 +89,14 @@ impl PhysMem for DirectMap {
     }
 
     fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
-        let Some(pointer) = self.linear(at, 8).filter(|_| at.is_aligned(8)) else { return 0 };
-        // SAFETY: 1. the eight bytes are mapped and writable for as long as the reference lives: one call. 2. They are
-        // aligned. 3. They are no Rust object (condition 2 of `new`); whoever else changes them does so atomically.
-        let entry = unsafe { AtomicU64::from_ptr(pointer.cast()) };
-        entry.fetch_and(!bits, Ordering::AcqRel) & bits
+        self.atomic(at).map_or(0, |word| word.fetch_and(!bits, Ordering::AcqRel) & bits)
+    }
+
+    fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool {
+        // Where nothing answers, reads give all ones and writes are lost.
+        self.atomic(at).map_or(old == u64::MAX, |word| {
+            word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        })
     }
 
     fn zero(&self, at: Hpa, len: u64) {

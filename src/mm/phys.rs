@@ -20,6 +20,9 @@ pub trait PhysMem {
     /// at the same time, and tells which of them were set.
     fn take_bits(&self, at: Hpa, bits: u64) -> u64;
 
+    /// Replaces the eight aligned bytes at `at` by `new` in one atomic step if they are `old`; tells whether they were.
+    fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool;
+
     /// Reads a little-endian 32-bit value, at any alignment.
     #[inline]
     fn read_u32(&self, at: Hpa) -> u32 {
@@ -77,6 +80,10 @@ impl<M: PhysMem + ?Sized> PhysMem for &M {
     #[inline]
     fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
         (**self).take_bits(at, bits)
+    }
+    #[inline]
+    fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool {
+        (**self).compare_exchange(at, old, new)
     }
     fn zero(&self, at: Hpa, len: u64) {
         (**self).zero(at, len);
@@ -140,5 +147,13 @@ impl PhysMem for VecMem {
         let old = self.read_u64(at);
         self.write_u64(at, old & !bits);
         old & bits
+    }
+
+    fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool {
+        let same = self.read_u64(at) == old;
+        if same {
+            self.write_u64(at, new);
+        }
+        same
     }
 }

@@ -92,6 +92,7 @@ run! {
     } also {
         ENABLE_EPT,         "ept02 is composed of ept12 and ept01";
         ENABLE_VPID,        "L2's identifier stands for one of nvmx's own";
+        ENABLE_PML,         "nvmx writes the log when it sets a dirty flag in ept12";
         UNRESTRICTED_GUEST, "runs in vmcs02, only together with EPT of L2";
         ENABLE_VM_FUNCTIONS, "runs in vmcs02 without a function: each VMFUNC exits, and nvmx switches the EPTP";
     }
@@ -121,9 +122,9 @@ offers! {
     }
 }
 
-/// EPT and VPID capabilities that nvmx implements; no accessed and dirty flags, no advanced exit information.
+/// EPT and VPID capabilities that nvmx implements; no page walks of five levels, no supervisor shadow-stack control.
 pub const EPT_VPID: u64 = {
-    let ept = 1 << 0 | 1 << 6 | 1 << 8 | 1 << 14 | 1 << 16 | 1 << 17 | 1 << 20 | 1 << 25 | 1 << 26;
+    let ept = 1 << 0 | 1 << 6 | 1 << 8 | 1 << 14 | 1 << 16 | 1 << 17 | 1 << 20 | 1 << 21 | 1 << 22 | 1 << 25 | 1 << 26;
     let vpid = 1 << 32 | 1 << 40 | 1 << 41 | 1 << 42 | 1 << 43;
     ept | vpid
 };
@@ -169,8 +170,11 @@ pub fn offered(hardware: &Capabilities) -> Capabilities {
     let mut ept_bits = ept_vpid & EPT_BITS;
     let mut vpid_bits = ept_vpid & !EPT_BITS;
     if !hardware.secondary.allows(Secondary::ENABLE_EPT) {
-        secondary &= !(Secondary::ENABLE_EPT | Secondary::UNRESTRICTED_GUEST).bits();
+        secondary &= !(Secondary::ENABLE_EPT | Secondary::UNRESTRICTED_GUEST | Secondary::ENABLE_PML).bits();
         ept_bits = 0;
+    }
+    if !hardware.ept_vpid.accessed_dirty() {
+        secondary &= !Secondary::ENABLE_PML.bits();
     }
     if !hardware.secondary.allows(Secondary::ENABLE_VPID) {
         secondary &= !Secondary::ENABLE_VPID.bits();

@@ -5,7 +5,7 @@ use super::route::{ExitInfo, L2Wants, Route, route};
 use super::{entry, reflect, vmfunc};
 use crate::addr::{Gpa, Ngpa};
 use crate::emul::msr;
-use crate::ept::{Eptp, Outcome, Qualification};
+use crate::ept::{Eptp, Outcome, PageLog, Qualification};
 use crate::error::{Fault, KillReason};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::nested::merge::Duties;
@@ -158,7 +158,12 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
         l2_exit::redeliver(&mut cpu.vmx, qualification);
         return Ok(());
     }
-    match cpu.ept02.violation(eptp12, Ngpa::new(at), qualification, &cpu.guest, &mut tables) {
+    let mut log = eptp12.accessed_dirty().then(|| page_log(slot)).flatten();
+    let outcome = cpu.ept02.violation(eptp12, Ngpa::new(at), qualification, log.as_mut(), &cpu.guest, &mut tables);
+    if let Some(log) = log {
+        slot.vmcs12.set(Field::PML_INDEX, log.index.into());
+    }
+    match outcome {
         Outcome::Filled => {
             cpu.vmx.counters.bump(Counter::Ept02Fills);
             let activation = cpu.ept02.activate(eptp12, &mut tables);
@@ -174,6 +179,22 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
             let reason = ExitReason::exit(BasicReason::EPT_MISCONFIGURATION);
             reflect::reflect(cpu, index, Some((reason, 0)))
         }
+        Outcome::ReflectLogFull => {
+            let reason = ExitReason::exit(BasicReason::PML_FULL);
+            reflect::reflect(cpu, index, Some((reason, qualification.of_log_full().bits())))
+        }
         Outcome::Forbidden { gpa } => Err(KillReason::ForbiddenMemory(gpa)),
     }
+}
+
+/// L2's page-modification log, if it keeps one for this guest.
+#[cold]
+fn page_log(slot: &Slot) -> Option<PageLog> {
+    let primary = PrimaryControls::from_bits_retain(slot.vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32);
+    let secondary = SecondaryControls::from_bits_retain(slot.vmcs12.get(Field::SECONDARY_VM_EXEC_CONTROL) as u32);
+    let active = primary.contains(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS);
+    (active && secondary.contains(SecondaryControls::ENABLE_PML)).then(|| PageLog {
+        address: Gpa::new(slot.vmcs12.get(Field::PML_ADDRESS)),
+        index: slot.vmcs12.get(Field::PML_INDEX) as u16,
+    })
 }

@@ -125,10 +125,12 @@ pub fn merge(needs: &NvmxNeeds, vmcs12: &impl Fields, checked: ControlsChecked, 
     if pin12.contains(PinControls::PREEMPTION_TIMER) {
         exit |= needs.save_timer;
     }
+    // L2's log is about its own tables: nvmx writes it where it sets their flags.
+    let run12 = secondary12 - SecondaryControls::ENABLE_PML;
     Vmcs02Controls {
         pin: pin12 | needs.pin,
         primary: merge_primary(primary12, to) | needs.primary,
-        secondary: secondary12 | needs.secondary,
+        secondary: run12 | needs.secondary,
         exit,
         entry: entry12 & EntryControls::IA32E_MODE_GUEST | needs.entry,
         eptp: to.eptp,

@@ -74,7 +74,6 @@ pub const CASES: &[(CheckId, Change)] = &[
     (CheckId::EptpMemoryType, |v| _ = v.clear(EPT_POINTER, 2)),
     (CheckId::EptpWalkLength, |v| _ = v.clear(EPT_POINTER, 0x38)),
     (CheckId::EptpWalkLength, |v| _ = v.clear(EPT_POINTER, 0x38).or(EPT_POINTER, 4 << 3)),
-    (CheckId::EptpAccessedDirty, |v| _ = v.or(EPT_POINTER, 1 << 6)),
     (CheckId::EptpReserved, |v| _ = v.or(EPT_POINTER, 1 << 7)),
     (CheckId::EptpReserved, |v| _ = v.or(EPT_POINTER, 1 << 11)),
     (CheckId::EptpReserved, |v| _ = v.or(EPT_POINTER, 1 << 39)),
@@ -91,6 +90,9 @@ pub const CASES: &[(CheckId, Change)] = &[
         v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 13).set(VM_FUNCTION_CONTROLS, 1).set(EPTP_LIST_ADDRESS, 1 << 39);
     }),
     (CheckId::TscMultiplierNotZero, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 25)),
+    (CheckId::PmlNeedsEpt, |v| _ = v.set(SECONDARY_VM_EXEC_CONTROL, 1 << 5 | 1 << 17)),
+    (CheckId::PmlAddress, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 17).set(PML_ADDRESS, 0x1008)),
+    (CheckId::PmlAddress, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 17).set(PML_ADDRESS, 1 << 39)),
     (CheckId::ExitControls, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 12)),
     (CheckId::ExitControls, |v| _ = v.clear(VM_EXIT_CONTROLS, 1)),
     (CheckId::SaveTimerNeedsTimer, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 22)),

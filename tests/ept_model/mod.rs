@@ -16,6 +16,7 @@ pub const W: u64 = 2;
 pub const X: u64 = 4;
 pub const LARGE: u64 = 1 << 7;
 pub const ACCESSED: u64 = 1 << 8;
+pub const DIRTY: u64 = 1 << 9;
 pub const WB: u64 = 6 << 3;
 
 /// Width of the physical addresses of the machine in these tests.
@@ -100,7 +101,7 @@ impl TableFrames for Frames {
 /// L2's memory: words that are zero until written, all of the machine but [`OWN`]. Counts how often each entry is read.
 #[derive(Debug, Default)]
 pub struct L2 {
-    pub words: HashMap<u64, u64>,
+    pub words: RefCell<HashMap<u64, u64>>,
     pub fetched: RefCell<HashMap<u64, u32>>,
 }
 
@@ -110,11 +111,11 @@ pub fn owned(start: u64, bytes: u64) -> bool {
 
 impl L2 {
     pub fn set(&mut self, table: u64, index: u64, entry: u64) {
-        self.words.insert(table + index * 8, entry);
+        self.words.borrow_mut().insert(table + index * 8, entry);
     }
 
     pub fn get(&self, at: u64) -> u64 {
-        self.words.get(&at).copied().unwrap_or(0)
+        self.words.borrow().get(&at).copied().unwrap_or(0)
     }
 
     /// The largest fetch count since the last call.
@@ -128,6 +129,20 @@ impl GuestView for L2 {
         assert_eq!(at.get() % 8, 0, "entries are aligned");
         *self.fetched.borrow_mut().entry(at.get()).or_default() += 1;
         if owned(at.get(), 8) { Ok(self.get(at.get())) } else { Err(NotOwned(at)) }
+    }
+    fn set_flags(&self, at: Gpa, entry: u64, flags: u64) -> bool {
+        assert!(owned(at.get(), 8), "flags are set where they were read");
+        let same = self.get(at.get()) == entry;
+        if same {
+            self.words.borrow_mut().insert(at.get(), entry | flags);
+        }
+        same
+    }
+    fn write_word(&self, at: Gpa, value: u64) {
+        assert_eq!(at.get() % 8, 0, "entries are aligned");
+        if owned(at.get(), 8) {
+            self.words.borrow_mut().insert(at.get(), value);
+        }
     }
     fn block(&self, gpa: Gpa, at_most: Level) -> Result<Block, NotOwned> {
         Block::largest(gpa, at_most, Rights::all(), |start, bytes| {
@@ -193,6 +208,39 @@ pub fn reference_from(l2: &L2, depth: usize, table: u64, rights: u64, ngpa: u64,
         return Said::Page(entry & 0xf_ffff_ffff_f000, 1 << size_bits, rights, entry & 0x78);
     }
     unreachable!("the fourth entry ends the walk")
+}
+
+/// Where the entries lie that a walk of ept12 to a page goes through, the leaf last.
+fn entries(l2: &L2, root: u64, ngpa: u64) -> Vec<u64> {
+    let mut table = root;
+    let mut path = vec![];
+    for (shift, may_end) in [(39, false), (30, true), (21, true), (12, true)] {
+        path.push(table + (ngpa >> shift & 511) * 8);
+        let entry = l2.get(path[path.len() - 1]);
+        if may_end && entry & LARGE != 0 {
+            break;
+        }
+        table = entry & 0xf_ffff_ffff_f000;
+    }
+    path
+}
+
+/// L2's memory after an access to a page of an ept12 with accessed and dirty flags.
+pub fn marked(words: HashMap<u64, u64>, root: u64, ngpa: u64, write: bool) -> HashMap<u64, u64> {
+    let mut l2 = L2 { words: RefCell::new(words), ..L2::default() };
+    let path = entries(&l2, root, ngpa);
+    for at in &path {
+        *l2.words.get_mut().get_mut(at).expect("it was read") |= ACCESSED;
+    }
+    if write {
+        *l2.words.get_mut().get_mut(&path[path.len() - 1]).expect("it was read") |= DIRTY;
+    }
+    l2.words.into_inner()
+}
+
+/// Whether the page is marked dirty.
+pub fn is_dirty(l2: &L2, root: u64, ngpa: u64) -> bool {
+    entries(l2, root, ngpa).last().is_some_and(|at| l2.get(*at) & DIRTY != 0)
 }
 
 /// The page table of an address that has one, and the rights that the entries above it grant.

@@ -38,6 +38,8 @@ pub fn check_cached_controls(fields: &impl Fields, caps: &Capabilities) -> Resul
         VmFunctionControls => vm_function_controls;
         EptpSwitchingNeedsEpt => eptp_switching_needs_ept;
         EptpListAddress => eptp_list_address;
+        PmlNeedsEpt => pml_needs_ept;
+        PmlAddress => pml_address;
         ExitControls => exit_controls;
         SaveTimerNeedsTimer => save_timer_needs_timer;
         ExitMsrStoreList => exit_msr_store_list;
@@ -172,6 +174,15 @@ fn eptp_list_address(v: &View<impl Fields>) -> bool {
 
 fn tsc_multiplier_not_zero(v: &View<impl Fields>) -> bool {
     implies(v.secondary().contains(SecondaryControls::USE_TSC_SCALING), v.get(Field::TSC_MULTIPLIER) != 0)
+}
+
+fn pml_needs_ept(v: &View<impl Fields>) -> bool {
+    let secondary = v.secondary();
+    implies(secondary.contains(SecondaryControls::ENABLE_PML), secondary.contains(SecondaryControls::ENABLE_EPT))
+}
+
+fn pml_address(v: &View<impl Fields>) -> bool {
+    implies(v.secondary().contains(SecondaryControls::ENABLE_PML), v.is_page_pointer(Field::PML_ADDRESS))
 }
 
 // VM-exit control fields

@@ -66,6 +66,8 @@ checks! {
         EptpListAddress = "the EPTP-list address is page-aligned and within the physical-address width" [
             EPTP_LIST_ADDRESS
         ];
+        PmlNeedsEpt = "page-modification logging needs EPT" [SECONDARY_VM_EXEC_CONTROL];
+        PmlAddress = "the PML address is page-aligned and within the physical-address width" [PML_ADDRESS];
     }
     "VM-Exit Control Fields" {
         ExitControls = "VM-exit controls are set and clear as the capability MSR allows" [VM_EXIT_CONTROLS];

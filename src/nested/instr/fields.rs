@@ -95,6 +95,7 @@ fn note_write(slot: &mut crate::nested::slot::Slot, field: Field) {
     match field {
         // Taken from the copy at every entry or exit, without a rule on their value.
         Field::VMX_PREEMPTION_TIMER_VALUE | Field::EXECUTIVE_VMCS_POINTER | Field::VM_INSTRUCTION_ERROR => {}
+        Field::PML_INDEX => {}
         Field::VMCS_LINK_POINTER => slot.guest_stale = true,
         _ => slot.stale = true,
     }

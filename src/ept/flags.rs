@@ -1,0 +1,95 @@
+//! Accessed and dirty flags in ept12, and L2's page-modification log.
+//!
+//! The processor sets the flags of ept02, which L2 never sees; those of ept12 are set here, when a leaf is composed. So
+//! that a dirty flag is set by the first write and not before, a leaf whose page is clean is composed without the right
+//! to write. For the rest ept02 is under the same regime as ept12: with its flags enabled the processor treats accesses
+//! to L3's paging structures as writes.
+//!
+//! Source: Intel SDM vol. 3C (December 2024), "Accessed and Dirty Flags for EPT", "Page-Modification Logging".
+
+use super::entry::{ACCESSED, DIRTY, Level};
+use super::walk::TableReader;
+use super::{GuestView, NotOwned};
+use crate::addr::{Gpa, Ngpa};
+use arrayvec::ArrayVec;
+
+/// The page-modification log of a vmcs12.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PageLog {
+    /// PML address: a page of L2 with 512 entries.
+    pub address: Gpa,
+    /// PML index: the next entry. It counts down, and wraps when the log is full.
+    pub index: u16,
+}
+
+impl PageLog {
+    const ENTRIES: u16 = 512;
+
+    const fn is_full(&self) -> bool {
+        self.index >= Self::ENTRIES
+    }
+
+    /// Logs the page of `ngpa`; the log is not full.
+    fn push(&mut self, ngpa: Ngpa, guest: &impl GuestView) {
+        guest.write_word(Gpa::new(self.address.page().get() | u64::from(self.index) << 3), ngpa.page().get());
+        self.index = self.index.wrapping_sub(1);
+    }
+}
+
+/// Reads ept12 and remembers the entries of the walk.
+pub(super) struct Path<'a, G> {
+    guest: &'a G,
+    entries: ArrayVec<(Gpa, u64), { Level::DOWN.len() }>,
+}
+
+impl<G: GuestView> TableReader for Path<'_, G> {
+    type Address = Gpa;
+    type Error = NotOwned;
+
+    fn read(&mut self, at: Gpa) -> Result<u64, NotOwned> {
+        let entry = self.guest.read_entry(at)?;
+        // A walk reads no more than one entry a level.
+        let _ = self.entries.try_push((at, entry));
+        Ok(entry)
+    }
+}
+
+/// What setting flags came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Marked {
+    /// All flags are set that the access sets; is the page dirty?
+    Done { dirty: bool },
+    /// A flag would have to be set and the log is full: nothing was changed.
+    LogFull,
+    /// L2 changed an entry since it was read.
+    Changed,
+}
+
+impl<'a, G: GuestView> Path<'a, G> {
+    pub(super) const fn new(guest: &'a G) -> Self {
+        Self { guest, entries: ArrayVec::new_const() }
+    }
+
+    /// Sets the flags that an access to `ngpa`, the address of the walk, sets; the walk ended with a leaf that allows it.
+    pub(super) fn mark(&self, ngpa: Ngpa, write: bool, log: Option<&mut PageLog>) -> Marked {
+        let is_leaf = |n: usize| n + 1 == self.entries.len();
+        let missing = |n, entry: u64| !entry & if write && is_leaf(n) { ACCESSED | DIRTY } else { ACCESSED };
+        let complete = self.entries.iter().enumerate().all(|(n, (_, entry))| missing(n, *entry) == 0);
+        if !complete && log.as_ref().is_some_and(|log| log.is_full()) {
+            return Marked::LogFull;
+        }
+        let (mut dirty, mut newly_dirty) = (false, false);
+        for (n, &(at, entry)) in self.entries.iter().enumerate() {
+            let flags = missing(n, entry);
+            if flags != 0 && !self.guest.set_flags(at, entry, flags) {
+                return Marked::Changed;
+            }
+            newly_dirty = flags & DIRTY != 0;
+            dirty = is_leaf(n) && (entry | flags) & DIRTY != 0;
+        }
+        if let Some(log) = log.filter(|_| newly_dirty) {
+            log.push(ngpa, self.guest);
+        }
+        Marked::Done { dirty }
+    }
+}
