@@ -8,7 +8,7 @@ use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, PhysMem, Span};
 use nvmx::nested::caps::offered;
 use nvmx::nested::merge::msr_bitmaps;
-use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap, is_shadowed, shadow_bitmap, shadow_index};
+use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap, Words, is_shadowed, shadow_bitmap, shadow_index};
 use nvmx::vmx::field::{Area, Home, Width};
 use nvmx::vmx::{Capabilities, Field};
 use proptest::prelude::*;
@@ -70,26 +70,27 @@ fn pages_are_what_the_processor_expects() {
     assert!(page == BitmapPage::CLEAR);
 }
 
-/// Frames 0 to 2: nvmx's bitmap, L2's, and the one for vmcs02; nvmx owns frames 0 and 2.
+/// Frames 1 and 2: L2's bitmap and the one for vmcs02, which nvmx owns.
 fn merged(ours: &BitmapPage, theirs: &BitmapPage, at: Gpa) -> MsrBitmap {
     let memory = VecMem::new(0x4000);
-    for (page, start) in [(ours, 0x0000), (theirs, 0x1000), (&BitmapPage::CLEAR, 0x2000)] {
+    for (page, start) in [(theirs, 0x1000), (&BitmapPage::CLEAR, 0x2000)] {
         for (i, word) in page.0.iter().enumerate() {
             memory.write_u64(Hpa::new(start + 8 * i as u64), *word);
         }
     }
     let guest = GuestMemory::new(&memory, Span::new(0x2000, 0x3000), 36);
-    msr_bitmaps(&&memory, Hpa::new(0), &guest, at, Hpa::new(0x2000));
+    msr_bitmaps(&&memory, &Words::that_differ(ours, 0), &guest, at, Hpa::new(0x2000));
     MsrBitmap(BitmapPage(std::array::from_fn(|i| memory.read_u64(Hpa::new(0x2000 + 8 * i as u64)))))
 }
 
 proptest! {
     #[test]
     fn merged_msr_bitmap_exits_where_either_does(
-        a in prop::collection::vec(any::<u64>(), 512), b in prop::collection::vec(any::<u64>(), 512),
+        ours in prop::collection::vec((0..512usize, any::<u64>()), 0..32), b in prop::collection::vec(any::<u64>(), 512),
     ) {
         let page = |words: Vec<u64>| MsrBitmap(BitmapPage(words.try_into().unwrap()));
-        let (a, b) = (page(a), page(b));
+        let (mut a, b) = (MsrBitmap::PASS_ALL, page(b));
+        ours.iter().for_each(|(i, word)| a.0.0[*i] = *word);
         let merged = merged(&a.0, &b.0, Gpa::new(0x1000));
         for msr in (0..0x2000).chain(0xC000_0000..0xC000_2000) {
             for access in [Access::Read, Access::Write] {

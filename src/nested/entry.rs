@@ -3,22 +3,24 @@
 //! Steady state does no checks and no merge: they run again only after L2 wrote a field they depend on.
 //! Source: SDM vol. 3C, chapter "VM Entries".
 
-use super::checks::{self, CheckId, GuestContext};
-use super::merge::{self, Duties, NvmxNeeds, Translated, Vmcs02Controls};
+use super::checks::{self, CheckId, ControlsChecked, GuestContext};
+use super::merge::{self, Duties, NvmxNeeds, Translated};
 use super::slot::Slot;
+use super::stale::Stale;
 use super::vmcs12::FieldSet;
 use super::vpid::VPID01;
 use super::{Operation, reflect};
-use crate::addr::{Gpa, Hpa};
+use crate::addr::Gpa;
 use crate::emul::cr::{Cr0, Cr4};
-use crate::ept::{Eptp, Written};
+use crate::ept::{Activation, Eptp, Written};
 use crate::error::{KillReason, VmxError, VmxResult};
 use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::linear::fetch_pdptes;
 use crate::mm::{GuestMemory, PhysMem};
 use crate::vcpu::{Cpu, Next, Stop, inject};
 use crate::vmx::Field;
-use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
+use crate::vmx::bitmap::Words;
+use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls};
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::field::PDPTES;
 use l2_protocol::abi::Strategy;
@@ -30,7 +32,7 @@ const ACTIVITY_HLT: u64 = 1;
 /// Enters L3 on the slot's vmcs12, as VMLAUNCH or VMRESUME; vmcs01 is current and the launch state was checked.
 #[inline]
 pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
-    if cpu.nested.slots[index].stale {
+    if cpu.nested.slots[index].stale.intersects(Stale::PREPARED) {
         if let Err(error) = prepare(cpu, index) {
             inject::vmx_result(cpu, VmxResult::FailValid(error));
             return Ok(Next::Advance);
@@ -51,21 +53,22 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
             vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
         }
         if written != Written::No {
-            merge_bitmaps(&cpu.phys, &cpu.guest, slot, cpu.msr_bitmap_l3);
+            merge_bitmaps(&cpu.phys, &cpu.guest, slot, &cpu.msr_intercepts);
         }
     }
 
     slot.load_vmcs02(vmx, &cpu.phys, config.hardware.basic.revision());
     slot.flush_dirty(vmx, config.strategy, &config.exists);
     if slot.unwritten {
-        slot.merged.iter().for_each(|merged| write_controls(vmx, merged));
-        slot.unwritten = false;
+        slot.write_controls(vmx);
     }
-    if !duties.contains(Duties::LOAD_PDPTES) {
+    let activation = if duties.contains(Duties::LOAD_PDPTES) {
+        Activation { eptp02: cpu.ept01.eptp(), invept: false }
+    } else {
         let eptp12 = Eptp::new(slot.vmcs12.get(Field::EPT_POINTER));
-        let activation = cpu.ept02.activate(eptp12, &mut Cpu::tables(&mut cpu.frames, &cpu.phys));
-        slot.run_on(vmx, activation);
-    }
+        cpu.ept02.activate(eptp12, &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
+    };
+    slot.run_on(vmx, activation);
     let vpid02 = if duties.contains(Duties::FLUSH_VPID) {
         vmx.invvpid(Invalidate::Single, VPID01, 0);
         VPID01
@@ -91,7 +94,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     if duties.contains(Duties::LOAD_PDPTES) {
         load_pdptes(vmx, &cpu.guest);
     }
-    if slot.guest_stale {
+    if slot.stale.contains(Stale::GUEST) {
         return check_guest_state(cpu, index);
     }
     Ok(Next::Stay)
@@ -113,18 +116,30 @@ fn load_pdptes(vmx: &mut Vmx, guest: &GuestMemory<impl PhysMem>) {
 /// Runs the checks on what L2 wrote and merges anew; vmcs01 is current.
 #[cold]
 fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
-    let long_mode = cpu.vmx.read(Field::GUEST_IA32_EFER) & EFER_LMA != 0;
+    let long_mode = cpu.tracked.efer() & EFER_LMA != 0;
     let slot = &mut cpu.nested.slots[index];
-    let offered = &cpu.config.offered;
-    let checked = checks::check_cached_controls(&slot.vmcs12, offered)
-        .and_then(|c| checks::check_host(&slot.vmcs12, offered, long_mode).map(|()| c));
-    let checked = match checked {
-        Ok(checked) => checked,
-        Err(failure) => {
-            log::debug!("VM entry refused: {}: {}", failure.check.name(), failure.check.text());
-            return Err(failure.error);
+    let (vmcs12, stale, offered) = (&slot.vmcs12, slot.stale, &cpu.config.offered);
+    let controls = stale.contains(Stale::CONTROLS).then(|| checks::check_cached_controls(vmcs12, offered)).transpose();
+    let checked = controls.and_then(|checked| {
+        if stale.contains(Stale::HOST) {
+            checks::check_host(vmcs12, offered, long_mode)?;
         }
-    };
+        Ok(checked)
+    });
+    let checked = checked.map_err(|failure| {
+        log::debug!("VM entry refused: {}: {}", failure.check.name(), failure.check.text());
+        failure.error
+    })?;
+    if let Some(checked) = checked {
+        merge_controls(cpu, index, checked);
+    }
+    cpu.nested.slots[index].stale -= Stale::PREPARED;
+    Ok(())
+}
+
+/// Merges the controls anew, which were checked.
+fn merge_controls(cpu: &mut Cpu, index: usize, checked: ControlsChecked) {
+    let slot = &cpu.nested.slots[index];
     let primary = PrimaryControls::from_bits_retain(slot.vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32);
     let io = |field| cpu.guest.translate(Gpa::new(slot.vmcs12.get(field))).ok();
     let io_bitmaps = primary
@@ -132,80 +147,43 @@ fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
         .then(|| io(Field::IO_BITMAP_A).zip(io(Field::IO_BITMAP_B)))
         .flatten();
     let uses_msr_bitmap = primary.contains(PrimaryControls::USE_MSR_BITMAPS) && io(Field::MSR_BITMAP).is_some();
-    watch_msr_bitmap(cpu, index, uses_msr_bitmap);
+    let bitmap12 = uses_msr_bitmap.then_some(slot.vmcs12.get(Field::MSR_BITMAP));
+    if slot.bitmap12 != bitmap12 {
+        watch_msr_bitmap(cpu, index, bitmap12);
+    }
 
     let slot = &mut cpu.nested.slots[index];
-    let to = Translated {
-        eptp: cpu.ept01.eptp().get(),
-        vpid: VPID01,
-        io_bitmaps,
-        msr_bitmap: uses_msr_bitmap.then_some(slot.msr_bitmap),
-    };
+    let to = Translated { io_bitmaps, msr_bitmap: uses_msr_bitmap.then_some(slot.msr_bitmap) };
     let merged = merge::merge(&NvmxNeeds::new(&cpu.config.hardware), &slot.vmcs12, checked, &to);
     let entry12 = EntryControls::from_bits_retain(slot.vmcs12.get(Field::VM_ENTRY_CONTROLS) as u32);
     let exit12 = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
     slot.inherited.plan(merged.duties, entry12, exit12);
-    slot.eptp02 = to.eptp;
-    slot.vpid02 = to.vpid;
     slot.merged = Some(merged);
     slot.unwritten = true;
-    slot.stale = false;
-    Ok(())
 }
 
 /// Starts to watch L2's MSR bitmap and merges it once; without dirty flags it is merged at every entry.
-fn watch_msr_bitmap(cpu: &mut Cpu, index: usize, used: bool) {
+fn watch_msr_bitmap(cpu: &mut Cpu, index: usize, bitmap12: Option<u64>) {
     let slot = &mut cpu.nested.slots[index];
-    let at = Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP));
-    if !used {
-        slot.bitmap_watch = None;
-        return;
-    }
-    slot.bitmap_watch = cpu.ept01.watch(at, &mut Cpu::tables(&mut cpu.frames, &cpu.phys)).ok();
+    slot.bitmap12 = bitmap12;
+    slot.bitmap_watch = None;
+    let Some(at) = bitmap12 else { return };
+    slot.bitmap_watch = cpu.ept01.watch(Gpa::new(at), &mut Cpu::tables(&mut cpu.frames, &cpu.phys)).ok();
     if slot.bitmap_watch.is_some() {
         cpu.vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
-        merge_bitmaps(&cpu.phys, &cpu.guest, slot, cpu.msr_bitmap_l3);
+        merge_bitmaps(&cpu.phys, &cpu.guest, slot, &cpu.msr_intercepts);
     }
 }
 
 /// Merges the MSR bitmaps of a slot anew.
 #[cold]
 pub fn merge_msr_bitmap(cpu: &mut Cpu, index: usize) {
-    merge_bitmaps(&cpu.phys, &cpu.guest, &cpu.nested.slots[index], cpu.msr_bitmap_l3);
+    merge_bitmaps(&cpu.phys, &cpu.guest, &cpu.nested.slots[index], &cpu.msr_intercepts);
 }
 
 /// The slot's MSR bitmap = nvmx's ∪ L2's.
-fn merge_bitmaps<P: PhysMem>(phys: &P, guest: &GuestMemory<P>, slot: &Slot, ours: Hpa) {
+fn merge_bitmaps<P: PhysMem>(phys: &P, guest: &GuestMemory<P>, slot: &Slot, ours: &Words) {
     merge::msr_bitmaps(phys, ours, guest, Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP)), slot.msr_bitmap);
-}
-
-/// Writes merged controls to vmcs02, which is current.
-fn write_controls(vmx: &mut Vmx, c: &Vmcs02Controls) {
-    for (field, value) in [
-        (Field::PIN_BASED_VM_EXEC_CONTROL, c.pin.bits() as u64),
-        (Field::CPU_BASED_VM_EXEC_CONTROL, c.primary.bits() as u64),
-        (Field::SECONDARY_VM_EXEC_CONTROL, c.secondary.bits() as u64),
-        (Field::VM_EXIT_CONTROLS, c.exit.bits() as u64),
-        (Field::VM_ENTRY_CONTROLS, c.entry.bits() as u64),
-        (Field::EPT_POINTER, c.eptp),
-        (Field::VIRTUAL_PROCESSOR_ID, c.vpid as u64),
-    ] {
-        vmx.write(field, value);
-    }
-    if let Some((a, b)) = c.io_bitmaps {
-        vmx.write(Field::IO_BITMAP_A, a.get());
-        vmx.write(Field::IO_BITMAP_B, b.get());
-    }
-    if let Some(bitmap) = c.msr_bitmap {
-        vmx.write(Field::MSR_BITMAP, bitmap.get());
-    }
-    if c.secondary.contains(SecondaryControls::ENABLE_XSAVES) {
-        vmx.write(Field::XSS_EXITING_BITMAP, c.xss_exiting_bitmap);
-    }
-    if c.secondary.contains(SecondaryControls::PAUSE_LOOP_EXITING) {
-        vmx.write(Field::PLE_GAP, c.ple_gap as u64);
-        vmx.write(Field::PLE_WINDOW, c.ple_window as u64);
-    }
 }
 
 /// The rules on guest state that the processor does not apply to vmcs02 as it would to vmcs12. vmcs02 is current and
@@ -224,11 +202,11 @@ fn check_guest_state(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         verdict.map_err(|failure| (failure, checks::check_live_controls(vmcs12, offered)))
     });
     let slot = &mut cpu.nested.slots[index];
-    slot.guest_stale = false;
+    slot.stale -= Stale::GUEST;
     match verdict {
         Ok(()) => Ok(Next::Stay),
         Err((_, Err(controls))) => {
-            slot.guest_stale = true;
+            slot.stale |= Stale::GUEST;
             note_failure(controls.check);
             if let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation {
                 refuse(cpu, vmxon_ptr, current);
@@ -236,7 +214,7 @@ fn check_guest_state(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
             Ok(Next::Stay)
         }
         Err((failure, Ok(()))) => {
-            slot.guest_stale = true;
+            slot.stale |= Stale::GUEST;
             note_failure(failure.check);
             reflect::entry_failure(cpu, BasicReason::ENTRY_INVALID_GUEST_STATE, failure.qualification)?;
             Ok(Next::Stay)

@@ -79,12 +79,6 @@ impl Inherited {
         self.long_mode_host = exit.contains(ExitControls::HOST_ADDRESS_SPACE_SIZE);
     }
 
-    /// L3 entered or left IA-32e mode on its own.
-    #[inline(always)]
-    pub fn set_long_mode_guest(&mut self, on: bool) {
-        self.long_mode_guest = on;
-    }
-
     fn items(bits: u8) -> impl Iterator<Item = usize> {
         (0..FIELDS.len()).filter(move |i| bits >> i & 1 == 1)
     }

@@ -9,6 +9,7 @@
 use super::checks::ControlsChecked;
 use crate::addr::{Gpa, Hpa, PAGE_SIZE};
 use crate::mm::{GuestMemory, PhysMem};
+use crate::vmx::bitmap::Words;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::{Capabilities, Field, Fields};
 use bitflags::bitflags;
@@ -45,13 +46,9 @@ impl NvmxNeeds {
     }
 }
 
-/// The addresses and identifiers that stand for those in vmcs12, and L2's mode.
+/// The addresses that stand for those in vmcs12.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Translated {
-    /// EPTP of ept02, or of ept01 if L2 uses no EPT for this guest.
-    pub eptp: u64,
-    /// nvmx's VPID for this guest; not 0.
-    pub vpid: u16,
     /// L2's I/O bitmaps A and B, if it uses them and both lie in its memory.
     pub io_bitmaps: Option<(Hpa, Hpa)>,
     /// The merged MSR bitmap, if L2 uses one and it lies in its memory.
@@ -81,7 +78,7 @@ bitflags! {
     }
 }
 
-/// The controls of vmcs02.
+/// The controls of vmcs02, but for EPTP and VPID, which each entry chooses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[allow(missing_docs)]
 pub struct Vmcs02Controls {
@@ -90,8 +87,6 @@ pub struct Vmcs02Controls {
     pub secondary: SecondaryControls,
     pub exit: ExitControls,
     pub entry: EntryControls,
-    pub eptp: u64,
-    pub vpid: u16,
     /// To be written if the primary controls use I/O bitmaps.
     pub io_bitmaps: Option<(Hpa, Hpa)>,
     /// To be written if the primary controls use MSR bitmaps.
@@ -133,14 +128,37 @@ pub fn merge(needs: &NvmxNeeds, vmcs12: &impl Fields, checked: ControlsChecked, 
         secondary: run12 | needs.secondary,
         exit,
         entry: entry12 & EntryControls::IA32E_MODE_GUEST | needs.entry,
-        eptp: to.eptp,
-        vpid: to.vpid,
         io_bitmaps: to.io_bitmaps,
         msr_bitmap: to.msr_bitmap,
         xss_exiting_bitmap: vmcs12.get(Field::XSS_EXITING_BITMAP),
         ple_gap: get32(Field::PLE_GAP),
         ple_window: get32(Field::PLE_WINDOW),
         duties: duties(entry12, exit12, secondary12),
+    }
+}
+
+/// Primary controls that no rule and no other control depends on: vmcs02 has them as L2 sets them.
+const INDEPENDENT: PrimaryControls = PrimaryControls::INTERRUPT_WINDOW_EXITING
+    .union(PrimaryControls::USE_TSC_OFFSETTING)
+    .union(PrimaryControls::HLT_EXITING)
+    .union(PrimaryControls::INVLPG_EXITING)
+    .union(PrimaryControls::MWAIT_EXITING)
+    .union(PrimaryControls::RDPMC_EXITING)
+    .union(PrimaryControls::RDTSC_EXITING)
+    .union(PrimaryControls::MOV_DR_EXITING)
+    .union(PrimaryControls::MONITOR_EXITING)
+    .union(PrimaryControls::PAUSE_EXITING);
+
+impl Vmcs02Controls {
+    /// L2 changes its primary controls from `old`, with which these were merged, to `new`. True if the merge is up to date
+    /// again; else it must be made anew. Windows open and close this way before many entries.
+    pub fn follow(&mut self, old: PrimaryControls, new: PrimaryControls, offered: &Capabilities) -> bool {
+        let changed = old ^ new;
+        let may = (changed - INDEPENDENT).is_empty() && offered.primary.accepts(new.bits());
+        if may {
+            self.primary ^= changed;
+        }
+        may
     }
 }
 
@@ -171,12 +189,13 @@ fn duties(entry12: EntryControls, exit12: ExitControls, secondary12: SecondaryCo
     duties
 }
 
-/// Makes the MSR bitmap in the frame `to` the union of nvmx's in the frame `ours` and L2's at `theirs`; a page that L2 does
-/// not own reads as all ones.
-pub fn msr_bitmaps<P: PhysMem>(phys: &P, ours: Hpa, guest: &GuestMemory<P>, theirs: Gpa, to: Hpa) {
-    let theirs = guest.translate(theirs.page()).ok();
-    for offset in (0..PAGE_SIZE).step_by(8) {
-        let word = |page: Hpa| phys.read_u64(Hpa::new(page.get() + offset));
-        phys.write_u64(Hpa::new(to.get() + offset), word(ours) | theirs.map_or(u64::MAX, word));
+/// Makes the MSR bitmap in the frame `to` the union of nvmx's and L2's at `theirs`; a page that L2 does not own reads as all
+/// ones.
+pub fn msr_bitmaps<P: PhysMem>(phys: &P, ours: &Words, guest: &GuestMemory<P>, theirs: Gpa, to: Hpa) {
+    let word = |offset| Hpa::new(to.get() + offset);
+    match guest.translate(theirs.page()) {
+        Ok(theirs) => phys.copy(theirs, to, PAGE_SIZE),
+        Err(_) => (0..PAGE_SIZE).step_by(8).for_each(|offset| phys.write_u64(word(offset), u64::MAX)),
     }
+    ours.iter().for_each(|(offset, bits)| phys.write_u64(word(offset), phys.read_u64(word(offset)) | bits));
 }

@@ -16,6 +16,7 @@ pub mod msr_lists;
 pub mod reflect;
 pub mod route;
 pub mod slot;
+pub mod stale;
 pub mod vmcs12;
 pub mod vmfunc;
 pub mod vpid;

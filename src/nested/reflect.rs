@@ -7,6 +7,7 @@ use super::Operation;
 use super::merge::Duties;
 use super::msr_lists::MsrLists;
 use super::slot::Slot;
+use super::stale::Stale;
 use super::vmcs12::{FieldSet, Vmcs12};
 use super::vpid::VPID01;
 use crate::emul::cr::Cr4;
@@ -56,11 +57,12 @@ pub fn reflect(cpu: &mut Cpu, index: usize, info: Option<Info>) -> Result<(), Ki
     let secondary = slot.merged.map_or(SecondaryControls::empty(), |m| m.secondary);
     // L3 can leave or enter IA-32e mode on its own only as an unrestricted guest; the processor keeps the control in step.
     if secondary.contains(SecondaryControls::UNRESTRICTED_GUEST) {
-        let bit = EntryControls::IA32E_MODE_GUEST.bits() as u64;
         let entry = slot.vmcs12.get(Field::VM_ENTRY_CONTROLS);
-        let live = vmx.read(Field::VM_ENTRY_CONTROLS);
-        slot.vmcs12.set(Field::VM_ENTRY_CONTROLS, entry & !bit | live & bit);
-        slot.inherited.set_long_mode_guest(live & bit != 0);
+        let changed = (entry ^ vmx.read(Field::VM_ENTRY_CONTROLS)) & EntryControls::IA32E_MODE_GUEST.bits() as u64;
+        if changed != 0 {
+            slot.vmcs12.set(Field::VM_ENTRY_CONTROLS, entry ^ changed);
+            slot.stale |= Stale::of(Field::VM_ENTRY_CONTROLS);
+        }
     }
     if pin.contains(PinControls::PREEMPTION_TIMER) && exit.contains(ExitControls::SAVE_PREEMPTION_TIMER) {
         let left = vmx.read(Field::VMX_PREEMPTION_TIMER_VALUE);

@@ -1,8 +1,10 @@
 //! One active vmcs12: nvmx's copy, its vmcs02, and moving between the two.
 
+use super::checks::host_field_holds;
 use super::inherit::Inherited;
 use super::merge::Vmcs02Controls;
 use super::msr_lists::MsrLists;
+use super::stale::Stale;
 use super::vmcs12::{FieldSet, Vmcs12};
 use crate::addr::{Gpa, Hpa};
 use crate::ept::{Activation, Watch};
@@ -10,8 +12,9 @@ use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::PhysMem;
 use crate::vcpu::Config;
-use crate::vmx::Field;
+use crate::vmx::controls::{PrimaryControls, SecondaryControls};
 use crate::vmx::field::Home;
+use crate::vmx::{Capabilities, Field};
 use l2_protocol::abi::Strategy;
 
 /// Bit 31 of the first word of a VMCS region: the shadow-VMCS indicator (SDM table "Format of the VMCS Region").
@@ -43,21 +46,23 @@ pub struct Slot {
     /// The VMCS that runs L3.
     vmcs02: Hpa,
     form: Form,
-    /// L2 wrote a field that the checks or the merge depend on.
-    pub stale: bool,
-    /// The merged controls are not in vmcs02 yet.
-    pub unwritten: bool,
-    /// The controls that vmcs02 runs with.
+    /// What must be checked or merged again because L2 wrote a field.
+    pub stale: Stale,
+    /// The controls that vmcs02 is to run with.
     pub merged: Option<Vmcs02Controls>,
-    /// L2 wrote a field of the guest state that the processor does not check for it.
-    pub guest_stale: bool,
+    /// Those that are in vmcs02.
+    pub written: Option<Vmcs02Controls>,
+    /// `merged` is not in vmcs02 yet.
+    pub unwritten: bool,
     /// EPTP in vmcs02.
     pub eptp02: u64,
     /// VPID in vmcs02.
     pub vpid02: u16,
     /// The OR of nvmx's and L2's MSR bitmaps: a frame of nvmx.
     pub msr_bitmap: Hpa,
-    /// Tells when L2 writes to its own MSR bitmap.
+    /// Address of L2's MSR bitmap, if it uses one.
+    pub bitmap12: Option<u64>,
+    /// Tells when L2 writes to it.
     pub bitmap_watch: Option<Watch>,
     /// nvmx's copies of the MSR areas.
     pub msr_lists: MsrLists,
@@ -75,13 +80,14 @@ impl Slot {
             vmcs12: Vmcs12::new(),
             vmcs02,
             form: Form::Ordinary { launched: false },
-            stale: true,
-            unwritten: true,
+            stale: Stale::all(),
             merged: None,
-            guest_stale: true,
+            written: None,
+            unwritten: true,
             eptp02: 0,
             vpid02: 0,
             msr_bitmap,
+            bitmap12: None,
             bitmap_watch: None,
             msr_lists,
             inherited: Inherited::default(),
@@ -153,6 +159,51 @@ impl Slot {
         }
     }
 
+    /// L2 has changed a field of the copy. True if nothing has to be judged or merged again for it.
+    pub fn stays_good(&mut self, field: Field, old: u64, new: u64, offered: &Capabilities) -> bool {
+        if field != Field::CPU_BASED_VM_EXEC_CONTROL {
+            return host_field_holds(field, new, offered);
+        }
+        let primary = |value| PrimaryControls::from_bits_retain(value as u32);
+        let follows = |merged: &mut Vmcs02Controls| merged.follow(primary(old), primary(new), offered);
+        let good = !self.stale.contains(Stale::CONTROLS) && self.merged.as_mut().is_some_and(follows);
+        self.unwritten |= good;
+        good
+    }
+
+    /// Writes to vmcs02, which is current, what the merge has changed.
+    #[cold]
+    pub fn write_controls(&mut self, vmx: &mut Vmx) {
+        let Some(new) = self.merged else { return };
+        let old = self.written.replace(new);
+        let values = |c: &Vmcs02Controls| {
+            let (a, b) = c.io_bitmaps.map_or((None, None), |(a, b)| (Some(a.get()), Some(b.get())));
+            let with = |control, value| c.secondary.contains(control).then_some(value);
+            [
+                (Field::PIN_BASED_VM_EXEC_CONTROL, Some(c.pin.bits().into())),
+                (Field::CPU_BASED_VM_EXEC_CONTROL, Some(c.primary.bits().into())),
+                (Field::SECONDARY_VM_EXEC_CONTROL, Some(c.secondary.bits().into())),
+                (Field::VM_EXIT_CONTROLS, Some(c.exit.bits().into())),
+                (Field::VM_ENTRY_CONTROLS, Some(c.entry.bits().into())),
+                (Field::IO_BITMAP_A, a),
+                (Field::IO_BITMAP_B, b),
+                (Field::MSR_BITMAP, c.msr_bitmap.map(Hpa::get)),
+                (Field::XSS_EXITING_BITMAP, with(SecondaryControls::ENABLE_XSAVES, c.xss_exiting_bitmap)),
+                (Field::PLE_GAP, with(SecondaryControls::PAUSE_LOOP_EXITING, c.ple_gap.into())),
+                (Field::PLE_WINDOW, with(SecondaryControls::PAUSE_LOOP_EXITING, c.ple_window.into())),
+            ]
+        };
+        let old = old.as_ref().map(values);
+        for (i, (field, value)) in values(&new).into_iter().enumerate() {
+            // The processor changes the entry controls at exits, with the mode of an unrestricted guest.
+            let known = field != Field::VM_ENTRY_CONTROLS && old.is_some_and(|old| old.get(i) == Some(&(field, value)));
+            if let (Some(value), false) = (value, known) {
+                vmx.write(field, value);
+            }
+        }
+        self.unwritten = false;
+    }
+
     /// Must the next entry be a VMLAUNCH? vmcs02 is current.
     #[inline(always)]
     pub fn needs_launch(&self) -> bool {
@@ -201,11 +252,10 @@ impl Slot {
         self.form = Form::Ordinary { launched: false };
         self.vmptr = None;
         self.vmcs12 = Vmcs12::new();
+        self.bitmap12 = None;
         self.bitmap_watch = None;
+        self.stale = Stale::all();
         self.merged = None;
         self.inherited.forget();
-        self.stale = true;
-        self.unwritten = true;
-        self.guest_stale = true;
     }
 }

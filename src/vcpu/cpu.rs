@@ -13,6 +13,7 @@ use crate::mm::{FramePool, GuestMemory};
 use crate::nested::Nested;
 use crate::nested::vmcs12::FieldSet;
 use crate::vmx::Capabilities;
+use crate::vmx::bitmap::Words;
 use crate::vmx::image::Layout;
 use l2_protocol::abi::Strategy;
 
@@ -49,7 +50,7 @@ pub struct Cpu {
     /// MSR bitmap of vmcs01: what nvmx itself must see.
     pub msr_bitmap01: Hpa,
     /// What nvmx must see of L3, to be merged with L2's bitmap.
-    pub msr_bitmap_l3: Hpa,
+    pub msr_intercepts: Words,
     /// IA32_FEATURE_CONTROL as L2 sees it.
     pub feature_control: u64,
     /// MSRs of L2 whose values nvmx knows.

@@ -20,7 +20,7 @@ use crate::nested::slot::Slot;
 use crate::nested::vmcs12::FieldSet;
 use crate::nested::{Nested, SLOTS, caps};
 use crate::vcpu::host;
-use crate::vmx::bitmap::{Access, BitmapPage, MsrBitmap, shadow_bitmap};
+use crate::vmx::bitmap::{Access, BitmapPage, MsrBitmap, Words, shadow_bitmap};
 use crate::vmx::image::Layout;
 use crate::vmx::{Capabilities, Field};
 use arrayvec::ArrayVec;
@@ -35,7 +35,7 @@ pub fn start(mut machine: Machine, announce: fn(&Machine, bool)) -> ! {
     let (hardware, strategy) = (machine.processor.vmx, machine.strategy);
     let offered = caps::offered(&hardware);
     let built = build(&mut machine, &hardware, &offered);
-    let Some((mut vmx, vmcs01, [msr_bitmap01, msr_bitmap_l3], shadow_bitmaps, slots, ept01, ept02)) = built else {
+    let Some((mut vmx, vmcs01, msr_bitmap01, shadow_bitmaps, slots, ept01, ept02)) = built else {
         log::error!("too little memory: nvmx's frames do not suffice for its VMCSs and EPT tables");
         epitaph::end(Status::Fail)
     };
@@ -49,7 +49,7 @@ pub fn start(mut machine: Machine, announce: fn(&Machine, bool)) -> ! {
         launched01: false,
         loads_msrs01: false,
         msr_bitmap01,
-        msr_bitmap_l3,
+        msr_intercepts: Words::that_differ(&msr_bitmap_l3(), 0),
         feature_control: FEATURE_LOCK | FEATURE_VMX,
         tracked: Tracked::default(),
         nested: Nested::new(slots),
@@ -84,7 +84,7 @@ fn learn_layout(machine: &Machine, exists: &FieldSet, vmx: &mut Vmx, slots: &[Sl
     layout
 }
 
-type Built = (Vmx, Hpa, [Hpa; 2], [Hpa; 2], ArrayVec<Slot, SLOTS>, Ept01, Ept02);
+type Built = (Vmx, Hpa, Hpa, [Hpa; 2], ArrayVec<Slot, SLOTS>, Ept01, Ept02);
 
 /// Everything that takes frames; `None` when they run out.
 fn build(machine: &mut Machine, hardware: &Capabilities, offered: &Capabilities) -> Option<Built> {
@@ -95,7 +95,7 @@ fn build(machine: &mut Machine, hardware: &Capabilities, offered: &Capabilities)
     let xsave = hardware.cr4_fixed1 & Cr4::OSXSAVE.bits();
     let vmx = Vmx::enter(vmxon, hardware.cr0_fixed0, hardware.cr4_fixed0 | xsave)?;
     let vmcs01 = region(frames, phys, revision)?;
-    let msr_bitmaps = [page(frames, phys, &msr_bitmap01())?, page(frames, phys, &msr_bitmap_l3())?];
+    let msr_bitmap01 = page(frames, phys, &msr_bitmap01())?;
     let mut shadow = [Hpa::new(0); 2];
     for (at, access) in shadow.iter_mut().zip([Access::Read, Access::Write]) {
         let mut bitmap = BitmapPage::SET;
@@ -124,7 +124,7 @@ fn build(machine: &mut Machine, hardware: &Capabilities, offered: &Capabilities)
     .ok()?;
     let advanced = offered.ept_vpid.advanced_exit_information();
     let ept02 = Ept02::new(EptRules::of(offered), advanced, EPT02_BUDGET, &mut tables).ok()?;
-    Some((vmx, vmcs01, msr_bitmaps, shadow, slots, ept01, ept02))
+    Some((vmx, vmcs01, msr_bitmap01, shadow, slots, ept01, ept02))
 }
 
 /// A VMCS or VMXON region.

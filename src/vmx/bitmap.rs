@@ -5,6 +5,7 @@
 
 use super::caps::Capabilities;
 use super::field::{Area, Field, Home, Width};
+use arrayvec::ArrayVec;
 
 /// A page of bits, as the processor reads it.
 #[derive(Clone, PartialEq, Eq)]
@@ -30,6 +31,27 @@ impl BitmapPage {
             let bit = 1 << (index % 64);
             if value { *word |= bit } else { *word &= !bit }
         }
+    }
+}
+
+/// How many words a [`Words`] has room for.
+const WORDS: usize = 32;
+
+/// The words of a page that differ from the rest of it: all there is to merge into another page.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Words(ArrayVec<(u16, u64), WORDS>);
+
+impl Words {
+    /// The words of `page` that are not `rest`. Pages of nvmx's own have few: one with too many is a mistake that a test
+    /// of the page finds, and panics here.
+    pub fn that_differ(page: &BitmapPage, rest: u64) -> Self {
+        Self((0..).zip(page.0).filter(|(_, word)| *word != rest).collect())
+    }
+
+    /// Each word with its byte offset in the page.
+    #[inline(always)]
+    pub fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.0.iter().map(|(index, word)| (u64::from(*index) * 8, *word))
     }
 }
 

@@ -16,6 +16,15 @@ pub const END: u64 = 4;
 pub const YIELD: u64 = 5;
 /// The guest has done its work.
 pub const DONE: u64 = 6;
+/// Changes fields of the host-state area before the next entry: the event `host_writes`.
+pub const HOST_WRITES: u64 = 7;
+/// Changes controls before the next entry: the event `control_writes`.
+pub const CONTROL_WRITES: u64 = 8;
+
+/// Whether an exit for this call only serves the measurement.
+pub fn is_service(number: u64) -> bool {
+    !matches!(number, NOTHING | YIELD | HOST_WRITES | CONTROL_WRITES)
+}
 
 /// The guest's side of a call.
 #[inline(always)]

@@ -112,6 +112,8 @@ pub static EVENTS: &[Event] = &[
     event(TIMER, Plain, L2, N, false, p::nothing),
     event(XSETBV, Plain, L2, N, true, p::xsetbv),
     event("invd", Plain, L2, N, false, p::invd),
+    event("host_writes", Plain, L2, N, false, p::host_writes),
+    event("control_writes", Plain, L2, N, false, p::control_writes),
     event("guest_switch", Plain, L2, N, false, p::take_turns),
 ];
 

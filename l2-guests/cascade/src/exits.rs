@@ -13,7 +13,7 @@ use l2_kit::{
     pages::PAGE,
     protocol::Level,
     report,
-    setup::pin,
+    setup::{pin, primary},
     trap,
     vcpu::Registers,
     vmx::{self, Outcome, reason as r},
@@ -204,6 +204,8 @@ fn call(hypervisor: &mut Hypervisor) -> Result<Next, Stop> {
             begin(hypervisor, b as usize);
             return Ok(Next::Resume);
         }
+        calls::HOST_WRITES => host_writes(),
+        calls::CONTROL_WRITES => control_writes(),
         calls::DONE => return Ok(Next::Done),
         _ => return Err(Stop::BadCall(number)),
     }
@@ -236,6 +238,28 @@ fn begin(hypervisor: &mut Hypervisor, event: usize) {
     arm_timer(hypervisor, event, EVENTS[event].count());
     hypervisor.exits = 0;
     hypervisor.bracket.start();
+}
+
+/// What a hypervisor with threads of its own writes before an entry: stack pointer, page tables, bases of segments. All
+/// come back at the second call, and nothing here uses what changes in between.
+fn host_writes() {
+    const PWT: u64 = 1 << 3;
+    const APART: u64 = 0x1000;
+    let stack = vmx::read(f::HOST_RSP);
+    vmx::write(f::HOST_RSP, stack ^ APART);
+    vmx::write(f::HOST_RSP, stack);
+    for (field, bit) in [(f::HOST_FS_BASE, APART), (f::HOST_GS_BASE, APART), (f::HOST_CR3, PWT)] {
+        vmx::write(field, vmx::read(field) ^ bit);
+    }
+}
+
+/// What a hypervisor writes that opens windows and follows its guest's exceptions and time: a primary control, the
+/// exception bitmap, the TSC offset. The guest has neither INVLPG nor INT3.
+fn control_writes() {
+    let bits = [(f::PRIMARY_CONTROLS, primary::INVLPG), (f::EXCEPTION_BITMAP, 1 << trap::BP), (f::TSC_OFFSET, 1)];
+    for (field, bit) in bits {
+        vmx::write(field, vmx::read(field) ^ u64::from(bit));
+    }
 }
 
 /// Prints the guest's text in its name.

@@ -27,7 +27,7 @@ pub fn exit(hypervisor: &mut Hypervisor, reason: u32) {
     let Some(event) = hypervisor.observed else { return };
     let name = EVENTS[event].name;
     let call = hypervisor.guests[hypervisor.current].vcpu.registers.rax;
-    if reason == r::VMCALL && call != crate::calls::NOTHING && call != crate::calls::YIELD {
+    if reason == r::VMCALL && crate::calls::is_service(call) {
         return;
     }
     hypervisor.observed = None;

@@ -174,6 +174,18 @@ pub fn invd(count: u64) {
     repeat!(count, "invd");
 }
 
+pub fn host_writes(count: u64) {
+    for _ in 0..count {
+        call(calls::HOST_WRITES, 0, 0);
+    }
+}
+
+pub fn control_writes(count: u64) {
+    for _ in 0..count {
+        call(calls::CONTROL_WRITES, 0, 0);
+    }
+}
+
 /// Each call is two switches: to the other guest and back.
 pub fn take_turns(count: u64) {
     for _ in 0..count / 2 {

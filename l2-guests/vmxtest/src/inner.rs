@@ -62,9 +62,10 @@ extern "C" fn compatibility(at: u64) -> u64 {
 /// # Errors
 /// What the CPU lacks.
 pub fn all() -> Result<(), Missing> {
-    for (how, controls) in
-        [("with EPT", Controls { secondary: secondary::EPT, ..Controls::default() }), ("without EPT", Controls::default())]
-    {
+    for (how, controls) in [
+        ("with EPT", Controls { secondary: secondary::EPT, ..Controls::default() }),
+        ("without EPT", Controls::default()),
+    ] {
         let mut guest = Guest::new(controls)?;
         for (name, code) in modes::stubs() {
             let Some((_, reason)) = REASONS.iter().find(|(known, _)| *known == name) else { continue };

@@ -41,6 +41,17 @@ pub fn check_host(fields: &impl Fields, caps: &Capabilities, long_mode: bool) ->
     }
 }
 
+/// True if the only rule on this field is one on its value alone, and `value` keeps it: then a write of it calls for no
+/// further check. For the fields that hypervisors write most.
+pub fn host_field_holds(field: Field, value: u64, caps: &Capabilities) -> bool {
+    match field {
+        Field::HOST_RSP => true,
+        Field::HOST_CR3 => caps.physical_width >= 64 || value >> caps.physical_width == 0,
+        Field::HOST_FS_BASE | Field::HOST_GS_BASE | Field::HOST_TR_BASE => caps.is_canonical(value),
+        _ => false,
+    }
+}
+
 fn is_64_bit(v: &View<impl Fields>) -> bool {
     v.exit().contains(ExitControls::HOST_ADDRESS_SPACE_SIZE)
 }

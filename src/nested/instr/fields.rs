@@ -2,6 +2,7 @@
 
 use super::{done, require_root};
 use crate::error::{VmxError, VmxResult};
+use crate::nested::stale::Stale;
 use crate::vcpu::{Cpu, Next, Stop, operand};
 use crate::vmx::Field;
 use crate::vmx::field::Home;
@@ -70,13 +71,16 @@ pub fn read_field(cpu: &mut Cpu, index: usize, field: Field) -> u64 {
 
 fn write_field(cpu: &mut Cpu, index: usize, field: Field, value: u64) {
     let slot = &mut cpu.nested.slots[index];
-    slot.guest_stale |= field.home() == Home::Watched;
     match (field.home(), cpu.config.strategy) {
         (Home::Cache, _) => {
-            if slot.vmcs12.get(field) != value & field.mask() {
+            let (old, value) = (slot.vmcs12.get(field), value & field.mask());
+            if old != value {
                 slot.vmcs12.set(field, value);
-                note_write(slot, field);
+                if !slot.stays_good(field, old, value, &cpu.config.offered) {
+                    slot.stale |= Stale::of(field);
+                }
             }
+            return;
         }
         _ if cpu.config.layout.is_some() => {
             // What nvmx reported in place of the processor, if it did, is overwritten.
@@ -88,17 +92,7 @@ fn write_field(cpu: &mut Cpu, index: usize, field: Field, value: u64) {
         (_, Strategy::Trapped) => slot.vmcs12.written(field, value),
         (_, Strategy::ZeroCopy) => on_vmcs02(cpu, index, |vmx| vmx.write(field, value & field.mask())),
     }
-}
-
-/// What must be done again before the next entry because L2 wrote a field of nvmx's copy.
-fn note_write(slot: &mut crate::nested::slot::Slot, field: Field) {
-    match field {
-        // Taken from the copy at every entry or exit, without a rule on their value.
-        Field::VMX_PREEMPTION_TIMER_VALUE | Field::EXECUTIVE_VMCS_POINTER | Field::VM_INSTRUCTION_ERROR => {}
-        Field::PML_INDEX => {}
-        Field::VMCS_LINK_POINTER => slot.guest_stale = true,
-        _ => slot.stale = true,
-    }
+    cpu.nested.slots[index].stale |= Stale::of(field);
 }
 
 /// Runs `f` with the slot's vmcs02 as the current VMCS.

@@ -1,0 +1,43 @@
+//! What a VMWRITE of L2 makes necessary before the next entry, and nothing beyond that.
+//!
+//! Most hypervisors write some field of nvmx's copy before each entry: the stack pointer of the host, a segment base, the
+//! interrupt window. Rules and merging are a matter of groups of fields, so only the group that was touched runs again.
+
+use crate::vmx::Field;
+use crate::vmx::field::{Area, Home};
+use bitflags::bitflags;
+
+bitflags! {
+    /// The groups whose fields changed since the entry that last found them good.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub struct Stale: u8 {
+        /// The rules on control fields in nvmx's copy, and the merge.
+        const CONTROLS = 1 << 0;
+        /// The rules on host state.
+        const HOST = 1 << 1;
+        /// The rules on guest state that the processor does not apply for nvmx.
+        const GUEST = 1 << 2;
+    }
+}
+
+impl Stale {
+    /// What is judged before vmcs02 is touched.
+    pub const PREPARED: Stale = Stale::CONTROLS.union(Stale::HOST);
+
+    /// What another value of this field makes stale. Fields that live in vmcs02 are the processor's to check.
+    pub const fn of(field: Field) -> Stale {
+        match field {
+            // Taken from the copy at every entry or exit, without a rule on their value.
+            Field::VMX_PREEMPTION_TIMER_VALUE | Field::EXECUTIVE_VMCS_POINTER | Field::GUEST_IA32_PAT => Stale::empty(),
+            Field::VMCS_LINK_POINTER => Stale::GUEST,
+            // The modes of host and guest are among them.
+            Field::VM_EXIT_CONTROLS | Field::VM_ENTRY_CONTROLS => Stale::CONTROLS.union(Stale::HOST),
+            _ => match (field.home(), field.area()) {
+                (Home::Watched, _) => Stale::GUEST,
+                (Home::Vmcs02, _) | (Home::Cache, Area::ExitInfo) => Stale::empty(),
+                (Home::Cache, Area::Host) => Stale::HOST,
+                (Home::Cache, Area::Control | Area::Guest) => Stale::CONTROLS,
+            },
+        }
+    }
+}
