@@ -6,7 +6,8 @@
 use crate::vcpu::Cpu;
 use crate::vmx::Field;
 use l2_protocol::abi::{
-    Counter, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_INTERFACE, LEAF_MAX, LEAF_SIGNATURE, SIGNATURE, SNAPSHOT,
+    Counter, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_INTERFACE, LEAF_MAX, LEAF_REFUSAL, LEAF_SIGNATURE, SIGNATURE,
+    SNAPSHOT,
 };
 use raw_cpuid::{CpuIdResult as CpuidResult, native_cpuid::cpuid_count};
 
@@ -82,6 +83,10 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
                 Some(v) => CpuidResult { eax: v as u32, ebx: 1, ecx: 0, edx: (v >> 32) as u32 },
                 None => NOTHING,
             }
+        }
+        LEAF_REFUSAL => {
+            let [eax, ebx, ecx, edx] = cpu.nested.refusals.leaf(subleaf);
+            CpuidResult { eax, ebx, ecx, edx }
         }
         _ => NOTHING,
     }

@@ -3,7 +3,8 @@
 //! Steady state does no checks and no merge: they run again only after L2 wrote a field they depend on.
 //! Source: SDM vol. 3C, chapter "VM Entries".
 
-use super::checks::{self, CheckId, ControlsChecked, GuestContext};
+use super::checks::{self, ControlsChecked, GuestContext};
+use super::explain::Refusal;
 use super::merge::{self, Duties, NvmxNeeds, Translated};
 use super::slot::Slot;
 use super::stale::Stale;
@@ -127,7 +128,10 @@ fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
         Ok(checked)
     });
     let checked = checked.map_err(|failure| {
-        log::debug!("VM entry refused: {}: {}", failure.check.name(), failure.check.text());
+        cpu.nested.refusals.note(match failure.error {
+            VmxError::EntryInvalidHostStateField => Refusal::HostState(failure.check),
+            _ => Refusal::Controls(Some(failure.check)),
+        });
         failure.error
     })?;
     if let Some(checked) = checked {
@@ -207,7 +211,7 @@ fn check_guest_state(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         Ok(()) => Ok(Next::Stay),
         Err((_, Err(controls))) => {
             slot.stale |= Stale::GUEST;
-            note_failure(controls.check);
+            cpu.nested.refusals.note(Refusal::Controls(Some(controls.check)));
             if let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation {
                 refuse(cpu, vmxon_ptr, current);
             }
@@ -215,7 +219,7 @@ fn check_guest_state(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         }
         Err((failure, Ok(()))) => {
             slot.stale |= Stale::GUEST;
-            note_failure(failure.check);
+            cpu.nested.refusals.note(Refusal::GuestState(Some(failure.check), failure.qualification));
             reflect::entry_failure(cpu, BasicReason::ENTRY_INVALID_GUEST_STATE, failure.qualification)?;
             Ok(Next::Stay)
         }
@@ -240,10 +244,6 @@ impl<P: PhysMem> checks::GuestMemory for Pages<'_, P> {
     }
 }
 
-fn note_failure(check: CheckId) {
-    log::debug!("VM entry failed: {}: {}", check.name(), check.text());
-}
-
 /// Runs `f` on the whole of vmcs12, guest state fetched from vmcs02, which is current.
 fn with_guest_state<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&Cpu, &super::vmcs12::Vmcs12) -> T) -> T {
     let slot = &mut cpu.nested.slots[index];
@@ -265,12 +265,10 @@ pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
     if error != VmxError::EntryInvalidControlField as u32 {
         return Err(KillReason::EntryFailed { reason: error, qualification: 0 });
     }
-    let offered_check = with_guest_state(cpu, current, |cpu, vmcs12| {
+    let check = with_guest_state(cpu, current, |cpu, vmcs12| {
         checks::check_live_controls(vmcs12, &cpu.config.offered).err().map(|f| f.check)
     });
-    if let Some(check) = offered_check {
-        note_failure(check);
-    }
+    cpu.nested.refusals.note(Refusal::Controls(check));
     refuse(cpu, vmxon_ptr, current);
     Ok(())
 }
@@ -288,17 +286,17 @@ fn refuse(cpu: &mut Cpu, vmxon_ptr: Gpa, current: usize) {
 /// An entry that the processor let in and then failed (exit reason with bit 31): L2's state, L2's failure.
 #[cold]
 pub fn failed_late(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReason> {
+    let qualification = cpu.vmx.read(Field::EXIT_QUALIFICATION);
     if reason.basic() == BasicReason::ENTRY_INVALID_GUEST_STATE {
-        let found = with_guest_state(cpu, index, |cpu, vmcs12| {
+        let check = with_guest_state(cpu, index, |cpu, vmcs12| {
             checks::check_guest(vmcs12, &cpu.config.offered, &context(cpu, index), &Pages(&cpu.guest))
                 .err()
                 .map(|f| f.check)
         });
-        match found {
-            Some(check) => note_failure(check),
-            None => log::debug!("VM entry failed: the processor refused a guest state that the checks accept"),
-        }
+        cpu.nested.refusals.note(Refusal::GuestState(check, qualification));
+    } else if reason.basic() == BasicReason::ENTRY_MSR_LOADING {
+        let word = cpu.nested.slots[index].msr_lists.index_of_entry(&cpu.phys, qualification);
+        cpu.nested.refusals.note(Refusal::MsrLoading(checks::msr_load_failure(word), qualification));
     }
-    let qualification = cpu.vmx.read(Field::EXIT_QUALIFICATION);
     reflect::entry_failure(cpu, reason.basic(), qualification)
 }

@@ -8,6 +8,7 @@ pub mod caps;
 pub mod checks;
 pub mod entry;
 pub mod events;
+pub mod explain;
 pub mod inherit;
 pub mod instr;
 pub mod l3_exit;
@@ -24,6 +25,7 @@ pub mod vpid;
 pub use state::{Nested, Operation, SLOTS};
 
 mod state {
+    use super::explain::Refusals;
     use super::slot::Slot;
     use super::vpid::VpidMap;
     use crate::addr::Gpa;
@@ -67,6 +69,8 @@ mod state {
         pub vpids: VpidMap,
         /// Interruptibility state of L2 at its last VMLAUNCH or VMRESUME.
         pub blocking01: u64,
+        /// What was refused last, for L2 to read.
+        pub refusals: Refusals,
         /// Counts VMPTRLDs, for the order of use.
         pub uses: u64,
     }
@@ -74,7 +78,14 @@ mod state {
     impl Nested {
         /// Outside VMX operation, with these free slots.
         pub fn new(slots: ArrayVec<Slot, SLOTS>) -> Self {
-            Nested { operation: Operation::Off, slots, vpids: VpidMap::new(), blocking01: 0, uses: 0 }
+            Nested {
+                operation: Operation::Off,
+                slots,
+                vpids: VpidMap::new(),
+                blocking01: 0,
+                refusals: Refusals::default(),
+                uses: 0,
+            }
         }
 
         /// Operand of VMXON while in VMX operation.

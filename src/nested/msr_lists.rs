@@ -60,6 +60,12 @@ impl MsrLists {
         self.armed = arm(vmx, phys, memory, at, count, self.entry_load) != 0;
     }
 
+    /// The first word of the entry with this number, counted from 1, as the processor saw it.
+    pub fn index_of_entry(&self, phys: &impl PhysMem, number: u64) -> u64 {
+        let place = number.clamp(1, MAX_ENTRIES) - 1;
+        phys.read_u64(Hpa::new(self.entry_load.get() + 16 * place))
+    }
+
     /// The list was loaded: further entries of nvmx's own must not load it again. vmcs02 is current.
     #[inline(always)]
     pub fn disarm_entry(&mut self, vmx: &mut Vmx) {

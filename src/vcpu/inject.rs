@@ -8,6 +8,7 @@ use super::Cpu;
 use crate::emul::cr::Cr0;
 use crate::error::{Fault, VmxError, VmxResult};
 use crate::hw::cr;
+use crate::nested::explain::Refusal;
 use crate::vmx::Field;
 use crate::vmx::event::{EventInfo, EventKind, vector};
 
@@ -65,6 +66,13 @@ pub fn vmx_result(cpu: &mut Cpu, result: VmxResult) {
         (VmxResult::FailInvalid, _) | (VmxResult::FailValid(_), None) => (RFLAGS_CF, None),
         (VmxResult::FailValid(error), Some(_)) => (RFLAGS_ZF, Some(error)),
     };
+    match result {
+        VmxResult::Succeed => {}
+        // Whoever checks an entry has said more.
+        VmxResult::FailValid(VmxError::EntryInvalidControlField | VmxError::EntryInvalidHostStateField) => {}
+        VmxResult::FailValid(error) => cpu.nested.refusals.note(Refusal::Instruction(Some(error))),
+        VmxResult::FailInvalid => cpu.nested.refusals.note(Refusal::Instruction(None)),
+    }
     let flags = cpu.vmx.read(Field::GUEST_RFLAGS);
     cpu.vmx.write(Field::GUEST_RFLAGS, flags & !RFLAGS_ARITHMETIC | flag);
     if let (Some(error), Some(slot)) = (error, current.and_then(|i| cpu.nested.slots.get_mut(i))) {

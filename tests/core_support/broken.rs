@@ -278,6 +278,7 @@ pub const CASES: &[(CheckId, Change)] = &[
         _ = inject(v, NMI).or(PIN_BASED_VM_EXEC_CONTROL, 1 << 3 | 1 << 5).set(GUEST_INTERRUPTIBILITY_INFO, 8)
     }),
     (CheckId::GuestBlockingEnclave, |v| _ = v.set(GUEST_INTERRUPTIBILITY_INFO, 0x12)),
+    (CheckId::GuestBlockingEnclave, |v| _ = v.set(GUEST_INTERRUPTIBILITY_INFO, 0x10)),
     (CheckId::GuestPendingDebugReserved, |v| _ = v.set(GUEST_PENDING_DBG_EXCEPTIONS, 1 << 4)),
     (CheckId::GuestPendingDebugReserved, |v| _ = v.set(GUEST_PENDING_DBG_EXCEPTIONS, 1 << 13)),
     (CheckId::GuestPendingDebugReserved, |v| _ = v.set(GUEST_PENDING_DBG_EXCEPTIONS, 1 << 15)),

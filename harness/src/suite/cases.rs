@@ -25,6 +25,9 @@ const LITTLE_MEMORY: u32 = 16;
 /// A refusal comes at once; a machine that takes longer hangs.
 const SOON: Duration = Duration::from_secs(60);
 
+/// The rules, and other refusals, that vmxtest has explained to it.
+const EXPLAINED: usize = 90;
+
 /// The guests that print check records.
 pub const COMPARED: [&str; 2] = ["cascade", "vmxtest"];
 
@@ -50,6 +53,8 @@ pub fn all(session: &Session) -> Result<Suite> {
         &["cascade-zero-copy"],
         Box::new(move |o| kept(&budget, o)),
     );
+    let explain: Judge = Box::new(|o| compare::explain_alike(o[0], o[1], EXPLAINED));
+    b.case("nvmx names the rule that a refused entry broke", &["vmxtest-zero-copy", "vmxtest-trapped"], explain);
     b.flipped_bits();
     b.nvmx_in_nvmx();
     b.protocols();

@@ -120,6 +120,24 @@ pub fn agree(one: &Outcome, other: &Outcome) -> Result<(), String> {
     ))
 }
 
+/// Both nvmx gave the same reasons for what they refused, and at least so many.
+///
+/// # Errors
+/// The first reasons that differ.
+pub fn explain_alike(one: &Outcome, other: &Outcome, least: usize) -> Result<(), String> {
+    for boot in [one, other] {
+        boot.verdict().map_err(|e| format!("{}: {e}", boot.name))?;
+    }
+    let [left, right] = [one, other].map(|o| o.transcript.of_kind(Kind::Explained).collect::<Vec<_>>());
+    if left.len() < least || left.len() != right.len() {
+        return Err(format!("{} and {} explanations; at least {least} expected", left.len(), right.len()));
+    }
+    match left.iter().zip(&right).find(|(left, right)| left != right) {
+        Some((left, right)) => Err(format!("{left}\n  against {right}")),
+        None => Ok(()),
+    }
+}
+
 /// A check record and where it is from.
 struct Found<'a> {
     record: &'a OwnedRecord,
@@ -228,6 +246,15 @@ mod tests {
         let one = outcome("bare", &["@L2 check name=a x=1", "@L2 check name=a x=2"]);
         let swapped = outcome("nvmx", &["@L2 check name=a x=2", "@L2 check name=a x=1"]);
         assert!(agree(&one, &swapped).unwrap_err().contains("a: x=1 against 2"));
+    }
+
+    #[test]
+    fn explanations_are_compared_one_by_one() {
+        let one = outcome("zero-copy", &["@L2 explained rule=A what=2", "@L2 explained rule=B what=3"]);
+        let other = outcome("trapped", &["@L2 explained rule=A what=2", "@L2 explained rule=C what=3"]);
+        assert_eq!(explain_alike(&one, &one, 2), Ok(()));
+        assert!(explain_alike(&one, &one, 3).unwrap_err().contains("at least 3"));
+        assert!(explain_alike(&one, &other, 2).unwrap_err().contains("rule=C"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The interface that nvmx offers to L2 by CPUID: identity and counters.
+//! The interface that nvmx offers to L2 by CPUID: identity, counters, and why VMX refused something.
 //!
 //! L2 reads a counter in two steps, so that reading does not disturb what is read: [`LEAF_COUNTERS`] with ECX =
 //! [`SNAPSHOT`] copies all counters of this CPU, then [`LEAF_COUNTERS`] with ECX = index returns one of the copied values
@@ -13,10 +13,26 @@ pub const SIGNATURE: [u8; 12] = *b"nvmxnvmxnvmx";
 pub const LEAF_INTERFACE: u32 = 0x4000_0001;
 /// The counters: see the module's text.
 pub const LEAF_COUNTERS: u32 = 0x4000_0002;
+/// What VMX refused last on this CPU and why; ECX chooses what is told. All of it stays until the next refusal.
+pub const LEAF_REFUSAL: u32 = 0x4000_0003;
+/// ECX of [`LEAF_REFUSAL`]: EAX = [`Refused`] as a number, EBX = VM-instruction error (0: VMfailInvalid) or basic exit
+/// reason, ECX = low half of the exit qualification, EDX = refusals so far (modulo 2^32).
+pub const REFUSAL_SUMMARY: u32 = 0;
+/// ECX of [`LEAF_REFUSAL`]: the rule that was broken. EAX = its number plus 1 in this build of nvmx (0: not known), EBX =
+/// number of fields that it is about, ECX = bytes of its name, EDX = bytes of its text. Names stay what they are, numbers do not.
+pub const REFUSAL_RULE: u32 = 1;
+/// ECX of [`LEAF_REFUSAL`], plus i: encodings of fields 4i to 4i + 3 in EAX, EBX, ECX, EDX; beyond the last [`NO_FIELD`].
+pub const REFUSAL_FIELDS: u32 = 0x100;
+/// ECX of [`LEAF_REFUSAL`], plus i: bytes 16i to 16i + 15 of the rule's name (ASCII) in EAX, EBX, ECX, EDX; beyond the end 0.
+pub const REFUSAL_NAME: u32 = 0x200;
+/// ... of its text: what must hold, or for an instruction error what was wrong.
+pub const REFUSAL_TEXT: u32 = 0x300;
+/// No encoding of a VMCS field.
+pub const NO_FIELD: u32 = 0xFFFF_FFFF;
 /// Highest leaf.
-pub const LEAF_MAX: u32 = LEAF_COUNTERS;
+pub const LEAF_MAX: u32 = LEAF_REFUSAL;
 /// The version this module describes.
-pub const INTERFACE_VERSION: u32 = 1;
+pub const INTERFACE_VERSION: u32 = 2;
 /// ECX of [`LEAF_COUNTERS`] that takes the snapshot.
 pub const SNAPSHOT: u32 = 0xFFFF_FFFF;
 /// Index of the exits of L2 by basic exit reason: `EXITS_OF_L2 + reason`.
@@ -82,6 +98,24 @@ counters! {
     Ept02Fills = "ept02_fills";
     /// ept02 roots or contexts dropped
     Ept02Flushes = "ept02_flushes";
+}
+
+/// What was refused, for [`LEAF_REFUSAL`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Refused {
+    /// Nothing yet.
+    Nothing = 0,
+    /// A VMX instruction, for another reason than the checks of a VM entry.
+    Instruction = 1,
+    /// A VM entry by the checks on control fields: VM-instruction error 7.
+    Controls = 2,
+    /// A VM entry by the checks on the host-state area: VM-instruction error 8.
+    HostState = 3,
+    /// A VM entry by the checks on the guest-state area: exit reason 33.
+    GuestState = 4,
+    /// A VM entry by an entry of its MSR-load area, whose number is the qualification: exit reason 34.
+    MsrLoading = 5,
 }
 
 /// How L2's VMREAD and VMWRITE reach vmcs12.

@@ -57,6 +57,8 @@ words! {
         Event = "event",
         /// A fact that must be the same bare and under nvmx
         Check = "check",
+        /// Why nvmx refused something: the same under every nvmx
+        Explained = "explained",
         /// The capability MSRs that the guest goes by ([`crate::caps`])
         Caps = "caps",
         /// The last record of a guest: status and number of failures

@@ -10,6 +10,7 @@ mod bitmaps;
 mod entries;
 mod exits;
 mod expect;
+mod explained;
 mod functions;
 mod guest;
 mod injection;
@@ -49,7 +50,7 @@ enum Part {
 use Part::{Guests, Instructions};
 
 /// The parts; `part=NAME` on the command line chooses one.
-const PARTS: [(&str, Part); 16] = [
+const PARTS: &[(&str, Part)] = &[
     ("modes", Instructions(|_| modes::inside())),
     ("instructions", Instructions(instructions::all)),
     ("operands", Instructions(|_| operands::all())),
@@ -66,6 +67,7 @@ const PARTS: [(&str, Part); 16] = [
     ("inner", Guests(inner::all)),
     ("functions", Guests(functions::all)),
     ("random", Guests(random::all)),
+    ("explained", Guests(explained::all)),
 ];
 
 fn main(info: &BootInfo) {
@@ -116,11 +118,11 @@ fn run(chosen: Option<&str>) -> Result<(), Missing> {
     modes::outside("with CR4.VMXE");
     let region = vmxon::errors();
     vmxon::enter(region);
-    for (name, part) in PARTS.into_iter().filter(|(name, _)| chosen.is_none_or(|c| c == *name)) {
+    for (name, part) in PARTS.iter().filter(|(name, _)| chosen.is_none_or(|c| c == *name)) {
         // The harness names the part of a record that differs.
         log!("part {name}");
         let before = report::checks();
-        match part {
+        match *part {
             Instructions(part) => part(region),
             Guests(part) => {
                 if let Err(missing) = part() {

@@ -261,7 +261,7 @@ checks! {
         GuestBlockingNmi = "an NMI is not injected under virtual-NMI blocking" [
             GUEST_INTERRUPTIBILITY_INFO VM_ENTRY_INTR_INFO_FIELD
         ];
-        GuestBlockingEnclave = "an enclave interruption excludes blocking by MOV SS" [GUEST_INTERRUPTIBILITY_INFO];
+        GuestBlockingEnclave = "there is no enclave interruption, as there is no SGX" [GUEST_INTERRUPTIBILITY_INFO];
         GuestPendingDebugReserved = "reserved bits of pending debug exceptions are 0" [GUEST_PENDING_DBG_EXCEPTIONS];
         GuestPendingDebugStep = "BS of pending debug exceptions fits RFLAGS.TF and IA32_DEBUGCTL.BTF" [
             GUEST_PENDING_DBG_EXCEPTIONS GUEST_RFLAGS GUEST_IA32_DEBUGCTL

@@ -132,7 +132,7 @@ fn blocking_nmi(v: &View<impl Fields>) -> bool {
 }
 
 fn blocking_enclave(v: &View<impl Fields>) -> bool {
-    implies(blocks(v, ENCLAVE_INTERRUPTION), !blocks(v, BLOCKING_MOV_SS))
+    !blocks(v, ENCLAVE_INTERRUPTION)
 }
 
 // Pending debug exceptions

@@ -1,8 +1,11 @@
 //! Where the guest runs, and nvmx's counters.
 
 use super::cpu::cpuid;
-use arrayvec::ArrayString;
-use l2_protocol::abi::{Counter, LEAF_COUNTERS, LEAF_SIGNATURE, SIGNATURE, SNAPSHOT};
+use arrayvec::{ArrayString, ArrayVec};
+use l2_protocol::abi::{
+    Counter, LEAF_COUNTERS, LEAF_REFUSAL, LEAF_SIGNATURE, NO_FIELD, REFUSAL_FIELDS, REFUSAL_NAME, REFUSAL_RULE,
+    REFUSAL_SUMMARY, SIGNATURE, SNAPSHOT,
+};
 
 /// What is below the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -69,4 +72,34 @@ pub fn counters() -> Counters {
         *value = u64::from(low) | u64::from(high) << 32;
     }
     values
+}
+
+/// What nvmx refused last, as it tells.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    /// What was refused: a number of `l2_protocol::abi::Refused`
+    pub what: u32,
+    /// VM-instruction error or basic exit reason
+    pub number: u32,
+    /// Exit qualification
+    pub qualification: u32,
+    /// Refusals so far
+    pub count: u32,
+    /// Name of the rule
+    pub name: ArrayString<64>,
+    /// The fields it is about, as far as they fit
+    pub fields: ArrayVec<u32, 16>,
+}
+
+/// Reads it.
+pub fn refusal() -> Refusal {
+    let [what, number, qualification, count] = cpuid(LEAF_REFUSAL, REFUSAL_SUMMARY);
+    let [_, fields, length, _] = cpuid(LEAF_REFUSAL, REFUSAL_RULE);
+    let parts = |from: u32, words: u32| (from..from + words.div_ceil(4)).flat_map(|part| cpuid(LEAF_REFUSAL, part));
+    let mut name = ArrayString::new();
+    for byte in parts(REFUSAL_NAME, length.div_ceil(4)).flat_map(u32::to_le_bytes).filter(|&byte| byte != 0) {
+        let _ = name.try_push(char::from(byte));
+    }
+    let encodings = parts(REFUSAL_FIELDS, fields.min(16)).filter(|&field| field != NO_FIELD);
+    Refusal { what, number, qualification, count, name, fields: encodings.take(16).collect() }
 }

@@ -22,7 +22,7 @@ const BAD_GUEST: Exit = Exit::Failed(33, 0);
 
 /// A change to a field.
 #[derive(Clone, Copy)]
-enum Change {
+pub enum Change {
     /// This value
     Set(u64),
     /// These bits on
@@ -74,10 +74,13 @@ fn launch_state(guest: &mut Guest) {
         .end();
 }
 
-/// Tries to enter with some fields changed.
-fn attempt(guest: &mut Guest, name: &str, changes: &[(u32, Change)], wanted: Exit) {
+/// The most fields that an attempt changes.
+const MOST: usize = 8;
+
+/// Tries to enter with some fields changed; tells how that ended and whether RIP and RFLAGS stayed.
+pub fn try_with(guest: &mut Guest, changes: &[(u32, Change)]) -> (Exit, bool) {
     guest.start(guest::nothing, 5);
-    let mut before = [(0, 0); 4];
+    let mut before = [(0, 0); MOST];
     for (saved, (field, change)) in before.iter_mut().zip(changes) {
         let old = vmx::read(*field);
         *saved = (*field, old);
@@ -96,6 +99,12 @@ fn attempt(guest: &mut Guest, name: &str, changes: &[(u32, Change)], wanted: Exi
     for (field, old) in before.into_iter().take(changes.len()).rev() {
         vmx::write(field, old);
     }
+    (got, kept)
+}
+
+/// [`try_with`] as a record.
+fn attempt(guest: &mut Guest, name: &str, changes: &[(u32, Change)], wanted: Exit) {
+    let (got, kept) = try_with(guest, changes);
     let mut out = Serial;
     let check = Check::new(&mut out, name).expect("result", got, wanted);
     match wanted {
