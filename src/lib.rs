@@ -16,5 +16,6 @@ pub mod error;
 pub mod hw;
 pub mod mm;
 pub mod nested;
+pub mod sync;
 pub mod vcpu;
 pub mod vmx;

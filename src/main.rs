@@ -22,7 +22,7 @@ use nvmx::{
         msr, serial,
     },
     mm::{GuestMemory, l2_image, map::RangeKind, mtrr::Mtrrs},
-    vcpu,
+    vcpu::{self, Decided},
 };
 use raw_cpuid::CpuId;
 
@@ -68,7 +68,7 @@ fn assemble(home: Home, info: &BootInfo, options: Options, processor: Processor)
         warn!("{e}: only the processor that booted is known");
         CpuList::from_iter([Cpu { apic_id: processor.apic_id, enabled: true }])
     });
-    info!("{} CPUs found, 1 used", cpus.iter().filter(|cpu| cpu.enabled).count());
+    info!("{} CPUs found", cpus.iter().filter(|cpu| cpu.enabled).count());
 
     let mtrrs = if processor.mtrrs { Mtrrs::read(processor.max_phys_addr, rdmsr) } else { Mtrrs::none() };
 
@@ -101,13 +101,13 @@ fn start(machine: Machine) -> ! {
 }
 
 /// Says what runs.
-fn announce(machine: &Machine, in_memory: bool) {
-    let processor = &machine.processor;
+fn announce(processor: &Processor, decided: &Decided) {
     serial::record(Kind::Hello, |record| {
         record.add("version", &env!("CARGO_PKG_VERSION"));
         record.add("cpu", &processor.brand.as_str());
-        record.add("strategy", &machine.strategy.name());
-        record.add("vmcs", &if in_memory { "memory" } else { "instructions" });
+        record.add("cpus", &decided.cpus);
+        record.add("strategy", &decided.strategy.name());
+        record.add("vmcs", &if decided.vmcs_in_memory { "memory" } else { "instructions" });
         record.add("l0", &processor.l0);
         record.add("features", &identity::features(&processor.vmx).as_str());
     });

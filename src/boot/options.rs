@@ -45,13 +45,15 @@ pub struct Options {
     pub fields: Fields,
     /// `vmcs=`
     pub vmcs: Vmcs,
+    /// `cpus=`: how many processors run L2 at most; the rest is parked.
+    pub cpus: Option<u32>,
     /// `exit=`
     pub exit: Exit,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { log: LevelFilter::Info, fields: Fields::Auto, vmcs: Vmcs::Auto, exit: Exit::Ports }
+        Self { log: LevelFilter::Info, fields: Fields::Auto, vmcs: Vmcs::Auto, cpus: None, exit: Exit::Ports }
     }
 }
 
@@ -94,8 +96,9 @@ impl fmt::Display for OptionError {
 const LOG: &str = "off|error|warn|info|debug|trace";
 const FIELDS: &str = "auto|zero-copy|trapped";
 const VMCS: &str = "auto|instructions|memory";
+const CPUS: &str = "all|1|2|3|...";
 const EXIT: &str = "none|ports";
-const ACCEPTED: [(&str, &str); 4] = [("log", LOG), ("fields", FIELDS), ("vmcs", VMCS), ("exit", EXIT)];
+const ACCEPTED: [(&str, &str); 5] = [("log", LOG), ("fields", FIELDS), ("vmcs", VMCS), ("cpus", CPUS), ("exit", EXIT)];
 
 impl Options {
     /// Parses words separated by blanks. A later word wins over an earlier one for the same option.
@@ -120,6 +123,12 @@ impl Options {
                         "instructions" => Vmcs::Instructions,
                         "memory" => Vmcs::Memory,
                         _ => return Err(bad("vmcs", VMCS)),
+                    }
+                }
+                "cpus" => {
+                    options.cpus = match value {
+                        "all" => None,
+                        _ => Some(value.parse().ok().filter(|n| *n > 0).ok_or_else(|| bad("cpus", CPUS))?),
                     }
                 }
                 "exit" => {
@@ -161,14 +170,20 @@ mod tests {
     #[test]
     fn every_accepted_value_parses() {
         for (option, accepted) in ACCEPTED {
-            for value in accepted.split('|') {
+            for value in accepted.split('|').filter(|value| *value != "...") {
                 assert!(Options::parse(&format!("{option}={value}")).is_ok(), "{option}={value}");
             }
         }
-        let all = Options::parse("log=trace fields=trapped vmcs=memory  exit=none").unwrap();
+        let all = Options::parse("log=trace fields=trapped vmcs=memory cpus=3 exit=none").unwrap();
         assert_eq!(
             all,
-            Options { log: LevelFilter::Trace, fields: Fields::Trapped, vmcs: Vmcs::Memory, exit: Exit::None }
+            Options {
+                log: LevelFilter::Trace,
+                fields: Fields::Trapped,
+                vmcs: Vmcs::Memory,
+                cpus: Some(3),
+                exit: Exit::None
+            }
         );
     }
 
@@ -178,7 +193,7 @@ mod tests {
         assert_eq!(
             text,
             "unknown option 'colour=red': nvmx accepts log=off|error|warn|info|debug|trace, \
-             fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, exit=none|ports"
+             fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, cpus=all|1|2|3|..., exit=none|ports"
         );
     }
 

@@ -3,5 +3,6 @@
 pub mod cpuid;
 pub mod cr;
 pub mod cr_exit;
+pub mod init;
 pub mod msr;
 pub mod xsetbv;

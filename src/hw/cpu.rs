@@ -30,8 +30,8 @@ use crate::{
 const STACKS: u64 = 0xFFFF_C000_0000_0000;
 const STACK_SLOT: u64 = 0x4_0000;
 const STACKS_PER_CPU: u64 = 4;
-/// Boot moves values of 10 KiB around; the run loop needs a fraction.
-const MAIN_STACK: u64 = 0x2_0000;
+/// Boot moves values of 30 KiB around; the run loop needs a fraction.
+const MAIN_STACK: u64 = 0x3_0000;
 const IST_STACK: u64 = 0x4000;
 
 /// Selectors of the GDT of every processor.
@@ -128,6 +128,11 @@ impl PerCpu {
         self.nmi_pending.store(true, Ordering::Relaxed);
     }
 
+    /// The IDT that it shares with the others.
+    pub fn idt(&self) -> Idt {
+        Idt::at(self.idt)
+    }
+
     /// Notes an exit of L2 for the epitaph.
     #[inline]
     pub fn note_exit_of_l2(&self, reason: ExitReason) {
@@ -180,11 +185,11 @@ pub struct HostTables {
 
 /// The block of the processor that runs this.
 ///
-/// Only after [`install`]; nvmx runs no code that calls it before.
+/// Only after [`adopt`]; nvmx runs no code that calls it before.
 #[inline]
 pub fn this() -> &'static PerCpu {
     let this: *const PerCpu;
-    // SAFETY: 1. GS base is the per-CPU block since `install`, and VM exits restore it. 2. Blocks are never freed and
+    // SAFETY: 1. GS base is the per-CPU block since `adopt`, and VM exits restore it. 2. Blocks are never freed and
     // only changed through their atomics.
     unsafe {
         asm!("mov {}, gs:[{this}]", out(reg) this, this = const offset_of!(PerCpu, this),
@@ -193,25 +198,59 @@ pub fn this() -> &'static PerCpu {
     }
 }
 
-/// As [`this`], for code that may run before [`install`].
+/// As [`this`], for code that may run before [`adopt`].
 pub fn try_this() -> Option<&'static PerCpu> {
     // SAFETY: GS base is an architectural MSR of every 64-bit processor.
     let base = unsafe { msr::rdmsr(IA32_GS_BASE) };
     (base != 0).then(this)
 }
 
-/// Gives this processor its block, its stacks and its tables, and loads them.
+/// The block, stacks and tables of a processor that does not run on them yet.
+#[derive(Debug)]
+pub struct Idle(*mut PerCpu);
+
+impl Idle {
+    /// Top of the main stack.
+    pub fn stack_top(&self) -> u64 {
+        // SAFETY: the block is complete and only changed through its atomics.
+        unsafe { (*self.0).main_stack_top }
+    }
+
+    /// Gives the block to the processor that will [`adopt`] it.
+    pub fn into_block(self) -> *const PerCpu {
+        self.0
+    }
+}
+
+/// This processor takes the block over and loads its tables.
 ///
-/// `tables` must be the active page tables with `phys` in them. The main stack is mapped and not yet in use: see
-/// [`run_on_main_stack`]. `no_execute` says that the processor has execute-disable.
-pub fn install(
+/// # Safety
+///
+/// `block` came out of [`Idle::into_block`], and no other processor adopts it.
+pub unsafe fn adopt(block: *const PerCpu) {
+    // SAFETY: blocks are never freed; the rest is the caller's promise.
+    unsafe { load(&*block) };
+}
+
+/// Gives this processor its block, its stacks and its tables, and loads them. The main stack is not yet in use: see
+/// [`run_on_main_stack`].
+pub fn install(idle: Idle) {
+    // SAFETY: `idle` was the only handle to the block.
+    unsafe { adopt(idle.into_block()) };
+}
+
+/// Makes the block, the stacks and the tables of the processor with this number.
+///
+/// `tables` must be the page tables that it will run on, with `phys` in them. `no_execute` says that the processor has
+/// execute-disable.
+pub fn prepare(
     index: u32,
     idt: Idt,
     no_execute: bool,
     pool: &mut FramePool,
     tables: &mut PageTables,
     phys: DirectMap,
-) -> Result<(), OutOfFrames> {
+) -> Result<Idle, OutOfFrames> {
     let rights = if no_execute { Rights::WRITE | Rights::NO_EXECUTE } else { Rights::WRITE };
     let mut stack = |number: u64, size: u64| -> Result<u64, OutOfFrames> {
         let top = STACKS + (u64::from(index) * STACKS_PER_CPU + number + 1) * STACK_SLOT;
@@ -247,9 +286,8 @@ pub fn install(
             gdt: gdt(tss_base),
             tss,
         });
-        load(&*block);
     }
-    Ok(())
+    Ok(Idle(block))
 }
 
 /// Null, 64-bit code, data, and the 16-byte descriptor of an available TSS at `tss_base`.

@@ -49,6 +49,16 @@ pub fn set_cr2(value: u64) {
     unsafe { asm!("mov cr2, {}", in(reg) value, options(nomem, nostack, preserves_flags)) };
 }
 
+/// DR0 to DR3 and DR6 as an INIT leaves them; VM entries and exits do not switch these, so they are L2's.
+pub fn reset_debug_registers() {
+    const DR6: u64 = 0xFFFF_0FF0;
+    // SAFETY: DR7 of nvmx is 0x400 after each exit: no breakpoint is on.
+    unsafe {
+        asm!("mov dr0, {0}", "mov dr1, {0}", "mov dr2, {0}", "mov dr3, {0}", "mov dr6, {1}", in(reg) 0u64, in(reg) DR6,
+            options(nomem, nostack, preserves_flags));
+    }
+}
+
 /// Takes CD and NW of CR0 from `value`, which does not have NW without CD.
 pub fn set_caching(value: u64) {
     const CD_NW: u64 = 0b11 << 29;

@@ -51,6 +51,11 @@ impl Idt {
         Ok(Self { base })
     }
 
+    /// The one that was built at this address.
+    pub(super) const fn at(base: u64) -> Self {
+        Self { base }
+    }
+
     /// Linear address.
     pub const fn base(self) -> u64 {
         self.base

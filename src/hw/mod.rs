@@ -1,5 +1,6 @@
 //! The only place with unsafe code: instructions, registers, boot.
 
+pub mod apic;
 pub mod boot;
 pub mod cache;
 pub mod cpu;

@@ -13,6 +13,12 @@ pub unsafe fn outb(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
 }
 
+/// Takes about a microsecond: reads the port where firmware writes its progress.
+pub fn delay() {
+    // SAFETY: reading it has no effect.
+    let _ = unsafe { inb(0x80) };
+}
+
 /// Reads a byte from a port.
 ///
 /// # Safety

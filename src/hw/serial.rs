@@ -4,14 +4,19 @@
 
 use core::{
     fmt::{self, Write},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::AtomicU32,
 };
 
 use l2_protocol::{Kind, Level, Record};
 use log::{LevelFilter, Log, Metadata};
-use spin::Mutex;
 
-use crate::hw::port::{inb, outb};
+use crate::{
+    hw::{
+        cpu,
+        port::{inb, outb},
+    },
+    sync::line_lock::{LineLock, Turn},
+};
 
 const COM1: u16 = 0x3F8;
 const LINE_STATUS: u16 = COM1 + 5;
@@ -21,9 +26,9 @@ const THR_EMPTY: u8 = 1 << 5;
 const DRAINED: u8 = 1 << 6;
 
 /// One lock for whole lines, so that processors do not mix theirs.
-static LINE: Mutex<()> = Mutex::new(());
-/// Set when nvmx dies: the lock's holder may be the one that died.
-static DYING: AtomicBool = AtomicBool::new(false);
+static LINE: LineLock<AtomicU32> = LineLock::new(AtomicU32::new(0), AtomicU32::new(0));
+/// How often a processor that dies looks whether another one has ended its line: about a second.
+const PATIENCE: u32 = 10_000_000;
 
 struct Port;
 
@@ -78,16 +83,34 @@ pub fn drain() {
     }
 }
 
-/// Lines are written without the lock from now on: nvmx is about to end.
-pub(super) fn dying() {
-    DYING.store(true, Ordering::Relaxed);
+/// nvmx is about to end, on this processor: the others write nothing any more. Does not return if another one was first.
+pub(crate) fn dying() {
+    if LINE.die(me()) == Turn::Never {
+        cpu::halt();
+    }
+}
+
+/// nvmx is about to end, on some processor.
+pub(crate) fn is_over() -> bool {
+    LINE.is_over()
+}
+
+/// This processor's number for the lock.
+fn me() -> u32 {
+    cpu::try_this().map_or(0, cpu::PerCpu::index) + 1
 }
 
 /// Runs `write` with the port to itself.
 fn line(write: impl FnOnce(&mut Port) -> fmt::Result) {
-    let _guard = (!DYING.load(Ordering::Relaxed)).then(|| LINE.lock());
+    let turn = LINE.lock(me(), PATIENCE);
+    if turn == Turn::Never {
+        cpu::halt();
+    }
     // The port itself never fails; a `Display` that does has already shown what it could.
     let _ = write(&mut Port);
+    if turn == Turn::Held {
+        LINE.unlock();
+    }
 }
 
 /// Writes a record of level L1; `fields` adds what it says.

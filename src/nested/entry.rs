@@ -18,7 +18,7 @@ use crate::error::{KillReason, VmxError, VmxResult};
 use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::linear::fetch_pdptes;
 use crate::mm::{GuestMemory, PhysMem};
-use crate::vcpu::{Cpu, Next, Stop, inject};
+use crate::vcpu::{Cpu, Next, Stop, inject, smp};
 use crate::vmx::Field;
 use crate::vmx::bitmap::Words;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls};
@@ -47,8 +47,10 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     slot.inherited.leave_l2(vmx);
     if uses_msr_bitmap {
         let written = match &mut slot.bitmap_watch {
-            Some(watch) => cpu.ept01.written(watch, &mut Cpu::tables(&mut cpu.frames, &cpu.phys)),
-            None => Written::Yes { invept: false },
+            Some(watch) if !smp::several_run() => {
+                cpu.ept01.written(watch, &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
+            }
+            _ => Written::Yes { invept: false },
         };
         if written == (Written::Yes { invept: true }) {
             vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
@@ -166,12 +168,14 @@ fn merge_controls(cpu: &mut Cpu, index: usize, checked: ControlsChecked) {
     slot.unwritten = true;
 }
 
-/// Starts to watch L2's MSR bitmap and merges it once; without dirty flags it is merged at every entry.
+/// Starts to watch L2's MSR bitmap and merges it once; without dirty flags, or once L2 runs on several CPUs, it is merged
+/// at every entry.
 fn watch_msr_bitmap(cpu: &mut Cpu, index: usize, bitmap12: Option<u64>) {
     let slot = &mut cpu.nested.slots[index];
     slot.bitmap12 = bitmap12;
     slot.bitmap_watch = None;
-    let Some(at) = bitmap12 else { return };
+    // The flags of this CPU's ept01 do not see what another one writes.
+    let Some(at) = bitmap12.filter(|_| !smp::several_run()) else { return };
     slot.bitmap_watch = cpu.ept01.watch(Gpa::new(at), &mut Cpu::tables(&mut cpu.frames, &cpu.phys)).ok();
     if slot.bitmap_watch.is_some() {
         cpu.vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());

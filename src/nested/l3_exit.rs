@@ -11,7 +11,7 @@ use crate::mm::{GuestMemory, PhysMem};
 use crate::nested::merge::Duties;
 use crate::nested::slot::Slot;
 use crate::vcpu::tracked::is_pat;
-use crate::vcpu::{Cpu, inject, l2_exit};
+use crate::vcpu::{Cpu, inject, l2_exit, smp};
 use crate::vmx::Field;
 use crate::vmx::bitmap::{Access, MsrBitmap};
 use crate::vmx::controls::{PinControls, PrimaryControls, SecondaryControls};
@@ -49,6 +49,7 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
     let (mut qualification, mut event) = (0, EventInfo::NONE);
     match reason.basic() {
         BasicReason::CR_ACCESS => qualification = cpu.vmx.read(Field::EXIT_QUALIFICATION),
+        BasicReason::INIT_SIGNAL => smp::stop_if_over(),
         BasicReason::EXCEPTION_OR_NMI => event = EventInfo(cpu.vmx.read(Field::VM_EXIT_INTR_INFO) as u32),
         _ => {}
     }

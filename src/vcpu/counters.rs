@@ -61,6 +61,11 @@ impl Counters {
         }
     }
 
+    /// The value now.
+    pub const fn get(&self, counter: Counter) -> u64 {
+        self.live.named[counter as usize]
+    }
+
     /// Adds one.
     #[inline(always)]
     pub fn bump(&mut self, counter: Counter) {

@@ -15,7 +15,19 @@ use crate::nested::vmcs12::FieldSet;
 use crate::vmx::Capabilities;
 use crate::vmx::bitmap::Words;
 use crate::vmx::image::Layout;
+use bitflags::bitflags;
 use l2_protocol::abi::Strategy;
+
+bitflags! {
+    /// Events for a guest that cannot take them yet.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub struct Waiting: u8 {
+        /// An NMI that arrived in nvmx.
+        const NMI = 1 << 0;
+        /// An INIT that arrived while L2 was in VMX root operation, where it is blocked.
+        const INIT = 1 << 1;
+    }
+}
 
 /// What is decided at start and never changes.
 pub struct Config {
@@ -47,6 +59,8 @@ pub struct Cpu {
     pub launched01: bool,
     /// vmcs01 loads an MSR area with the next entry (L2's VM-exit MSR-load area).
     pub loads_msrs01: bool,
+    /// VMREAD and VMWRITE bitmap: what VMCS shadowing lets L2 reach.
+    pub shadow_bitmaps: [Hpa; 2],
     /// MSR bitmap of vmcs01: what nvmx itself must see.
     pub msr_bitmap01: Hpa,
     /// What nvmx must see of L3, to be merged with L2's bitmap.
@@ -67,8 +81,10 @@ pub struct Cpu {
     pub phys: DirectMap,
     /// L2's memory.
     pub guest: GuestMemory<DirectMap>,
-    /// An NMI that arrived in nvmx and waits for a guest that can take it.
-    pub nmi_waits: bool,
+    /// Events that nvmx holds back.
+    pub waiting: Waiting,
+    /// Hardware exits at the SIPI that started L2 here.
+    pub started_at: Option<u64>,
 }
 
 impl Cpu {

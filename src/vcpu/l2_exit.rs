@@ -61,7 +61,8 @@ fn dispatch(cpu: &mut Cpu, reason: ExitReason) -> Result<Next, Stop> {
         BasicReason::GETSEC => Err(Fault::InvalidOpcode.into()),
         BasicReason::EPT_VIOLATION => memory_missing(cpu),
         BasicReason::TRIPLE_FAULT => Err(KillReason::TripleFault.into()),
-        BasicReason::INIT_SIGNAL => Err(KillReason::Reset.into()),
+        BasicReason::INIT_SIGNAL => Ok(emul::init::init(cpu)),
+        BasicReason::SIPI => Ok(emul::init::sipi(cpu)),
         _ => Err(KillReason::UnexpectedExit(reason.0).into()),
     }
 }

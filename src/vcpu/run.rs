@@ -13,8 +13,8 @@ pub fn run(cpu: &mut Cpu) -> KillReason {
     let this = cpu::this();
     cpu.regs.start_clock();
     loop {
-        if cpu.nmi_waits {
-            if let Err(reason) = events::deliver_nmi(cpu) {
+        if !cpu.waiting.is_empty() {
+            if let Err(reason) = events::deliver(cpu) {
                 return reason;
             }
         }

@@ -6,10 +6,8 @@
 
 use super::Cpu;
 use crate::emul::cr::{Cr0, Cr4};
-use crate::mm::{Span, l2_image::Start};
 use crate::nested::vpid::VPID01;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
-use crate::vmx::segment::Segment;
 use crate::vmx::{Capabilities, Field};
 use l2_protocol::abi::Strategy;
 
@@ -55,8 +53,8 @@ pub fn entry(caps: &Capabilities) -> EntryControls {
     caps.entry.with_required(EntryControls::LOAD_DEBUG_CONTROLS | EntryControls::LOAD_EFER | EntryControls::LOAD_PAT)
 }
 
-/// Writes vmcs01, which is current, for L2 at its first instruction.
-pub fn set_up(cpu: &mut Cpu, start: &Start) {
+/// Writes vmcs01, which is current, but for what an INIT resets (`vcpu::initial`).
+pub fn set_up(cpu: &mut Cpu) {
     let caps = &cpu.config.hardware;
     let vmx = &mut cpu.vmx;
     super::host::write(vmx, &cpu.regs);
@@ -65,19 +63,20 @@ pub fn set_up(cpu: &mut Cpu, start: &Start) {
         (Field::CPU_BASED_VM_EXEC_CONTROL, primary(caps).bits() as u64),
         (Field::SECONDARY_VM_EXEC_CONTROL, secondary(caps).bits() as u64),
         (Field::VM_EXIT_CONTROLS, exit(caps).bits() as u64),
-        (Field::VM_ENTRY_CONTROLS, entry(caps).bits() as u64),
         (Field::EXCEPTION_BITMAP, 0),
         (Field::PAGE_FAULT_ERROR_CODE_MASK, 0),
         (Field::PAGE_FAULT_ERROR_CODE_MATCH, 0),
         (Field::CR3_TARGET_COUNT, 0),
         (Field::VM_EXIT_MSR_STORE_COUNT, 0),
         (Field::VM_EXIT_MSR_LOAD_COUNT, 0),
-        (Field::VM_ENTRY_MSR_LOAD_COUNT, 0),
-        (Field::VM_ENTRY_INTR_INFO_FIELD, 0),
         (Field::MSR_BITMAP, cpu.msr_bitmap01.get()),
         (Field::EPT_POINTER, cpu.ept01.eptp().get()),
         (Field::VIRTUAL_PROCESSOR_ID, VPID01 as u64),
         (Field::TSC_OFFSET, 0),
+        (Field::GUEST_IA32_PAT, 0x0007_0406_0007_0406),
+        (Field::GUEST_SYSENTER_CS, 0),
+        (Field::GUEST_SYSENTER_ESP, 0),
+        (Field::GUEST_SYSENTER_EIP, 0),
         (Field::VMCS_LINK_POINTER, u64::MAX),
     ] {
         vmx.write(field, value);
@@ -85,63 +84,6 @@ pub fn set_up(cpu: &mut Cpu, start: &Start) {
     if caps.has_field(Field::XSS_EXITING_BITMAP) {
         vmx.write(Field::XSS_EXITING_BITMAP, 0);
     }
-    write_entry_state(cpu, start);
-    own_control_bits(cpu, false);
-}
-
-/// 32-bit protected mode without paging, flat segments: the machine state of the boot protocols.
-fn write_entry_state(cpu: &mut Cpu, start: &Start) {
-    const CODE: u64 = 0xC09B;
-    const DATA: u64 = 0xC093;
-    const UNUSABLE: u64 = 1 << 16;
-    const BUSY_TSS: u64 = 0x8B;
-    let vmx = &mut cpu.vmx;
-    for (segment, selector, limit, rights) in [
-        (Segment::Cs, 0x10, u32::MAX, CODE),
-        (Segment::Ss, 0x18, u32::MAX, DATA),
-        (Segment::Ds, 0x18, u32::MAX, DATA),
-        (Segment::Es, 0x18, u32::MAX, DATA),
-        (Segment::Fs, 0x18, u32::MAX, DATA),
-        (Segment::Gs, 0x18, u32::MAX, DATA),
-        (Segment::Ldtr, 0, 0, UNUSABLE),
-        (Segment::Tr, 0, 0x67, BUSY_TSS),
-    ] {
-        vmx.write(segment.selector(), selector);
-        vmx.write(segment.base(), 0);
-        vmx.write(segment.limit(), limit as u64);
-        vmx.write(segment.rights(), rights);
-    }
-    let cr0 = Cr0::PE | Cr0::NE | Cr0::from_bits_retain(1 << 4);
-    for (field, value) in [
-        (Field::GUEST_CR0, cr0.bits()),
-        (Field::CR0_READ_SHADOW, (cr0 - Cr0::NE).bits()),
-        (Field::GUEST_CR3, 0),
-        (Field::GUEST_CR4, Cr4::VMXE.bits()),
-        (Field::CR4_READ_SHADOW, 0),
-        (Field::GUEST_GDTR_BASE, start.gdt.map_or(0, Span::start)),
-        (Field::GUEST_GDTR_LIMIT, start.gdt.map_or(0, |gdt| gdt.len().saturating_sub(1))),
-        (Field::GUEST_IDTR_BASE, 0),
-        (Field::GUEST_IDTR_LIMIT, 0),
-        (Field::GUEST_RIP, start.entry.get()),
-        (Field::GUEST_RSP, 0),
-        (Field::GUEST_RFLAGS, 2),
-        (Field::GUEST_DR7, 0x400),
-        (Field::GUEST_IA32_DEBUGCTL, 0),
-        (Field::GUEST_IA32_EFER, 0),
-        (Field::GUEST_IA32_PAT, 0x0007_0406_0007_0406),
-        (Field::GUEST_SYSENTER_CS, 0),
-        (Field::GUEST_SYSENTER_ESP, 0),
-        (Field::GUEST_SYSENTER_EIP, 0),
-        (Field::GUEST_INTERRUPTIBILITY_INFO, 0),
-        (Field::GUEST_ACTIVITY_STATE, 0),
-        (Field::GUEST_PENDING_DBG_EXCEPTIONS, 0),
-    ] {
-        vmx.write(field, value);
-    }
-    cpu.regs.gpr = [0; 16];
-    cpu.regs.gpr[0] = start.eax as u64;
-    cpu.regs.gpr[3] = start.ebx.get();
-    cpu.regs.gpr[6] = start.esi.get();
 }
 
 /// Sets which bits of CR0 and CR4 nvmx owns; vmcs01 is current.

@@ -4,6 +4,8 @@
 //! [`Handover::settle`] chooses nvmx's range, copies the image there and continues in the copy: the linear addresses stay,
 //! so the switch is one write of CR3.
 
+pub mod ap;
+
 #[cfg(target_os = "none")]
 use core::arch::global_asm;
 use core::{arch::asm, fmt};
@@ -177,7 +179,7 @@ impl Handover {
             DirectMap::new(Hpa::new(end))
         };
         let idt = Idt::new(&mut frames, phys)?;
-        cpu::install(0, idt, no_execute, &mut frames, &mut tables, phys)?;
+        cpu::install(cpu::prepare(0, idt, no_execute, &mut frames, &mut tables, phys)?);
         // Nothing of nvmx may be left where L2 can read it (invariant I9).
         phys.zero(Hpa::new(loaded.start()), loaded.len());
         Ok(Home { own, frames, tables, phys })

@@ -1,0 +1,175 @@
+//! The local APIC of this processor, as far as nvmx uses it: to start and stop processors, and to do to it what an INIT
+//! does. L2 owns it in every other way.
+//!
+//! Source: Intel SDM vol. 3A, chapter "Advanced Programmable Interrupt Controller (APIC)": table "Local APIC Register
+//! Address Map", "Local APIC State After It Receives an INIT Reset", "Interrupt Command Register (ICR)".
+
+use core::arch::asm;
+
+use crate::{
+    addr::{Gpa, PAGE_SIZE},
+    hw::{msr, phys::DirectMap},
+    mm::GuestMemory,
+};
+
+const IA32_APIC_BASE: u32 = 0x1B;
+/// IA32_APIC_BASE: the processor that booted.
+const BOOTED: u64 = 1 << 8;
+/// IA32_APIC_BASE: x2APIC mode.
+const X2APIC: u64 = 1 << 10;
+/// IA32_APIC_BASE: the APIC is on.
+const ENABLED: u64 = 1 << 11;
+const BASE: u64 = 0x000F_FFFF_FFFF_F000;
+/// The MSR of the register at offset 0 in x2APIC mode.
+const X2APIC_FIRST: u32 = 0x800;
+
+/// Offsets of registers.
+mod register {
+    pub const VERSION: u32 = 0x030;
+    pub const TASK_PRIORITY: u32 = 0x080;
+    pub const EOI: u32 = 0x0B0;
+    pub const LOGICAL_DESTINATION: u32 = 0x0D0;
+    pub const DESTINATION_FORMAT: u32 = 0x0E0;
+    pub const SPURIOUS: u32 = 0x0F0;
+    pub const IN_SERVICE: u32 = 0x100;
+    pub const ERROR_STATUS: u32 = 0x280;
+    pub const COMMAND: u32 = 0x300;
+    pub const COMMAND_HIGH: u32 = 0x310;
+    /// LVT entries with the "max LVT entry" from which on they exist.
+    pub const LVT: [(u32, u32); 7] =
+        [(0x320, 0), (0x350, 0), (0x360, 0), (0x370, 3), (0x340, 4), (0x330, 5), (0x2F0, 6)];
+    pub const INITIAL_COUNT: u32 = 0x380;
+    pub const DIVIDE: u32 = 0x3E0;
+}
+
+const INIT: u32 = 0x0_4500;
+const STARTUP: u32 = 0x0_4600;
+const ALL_OTHERS: u32 = 0b11 << 18;
+const MASKED: u32 = 1 << 16;
+/// Highest destination in xAPIC mode; 255 means everybody.
+const XAPIC_LAST: u32 = 254;
+
+/// This is the processor that booted the machine.
+pub fn booted() -> bool {
+    apic_base() & BOOTED != 0
+}
+
+fn apic_base() -> u64 {
+    msr::rdmsr_safe(IA32_APIC_BASE).unwrap_or(0)
+}
+
+/// The APIC of this processor in its present mode.
+#[derive(Clone, Copy, Debug)]
+pub enum LocalApic {
+    /// Registers in memory, at this linear address
+    Memory(*mut u8),
+    /// Registers as MSRs
+    Msrs,
+}
+
+impl LocalApic {
+    /// `None` if it is off, or L2 has moved it to where it cannot be reached.
+    pub fn find(guest: &GuestMemory<DirectMap>) -> Option<Self> {
+        let base = apic_base();
+        match (base & ENABLED, base & X2APIC) {
+            (0, _) => None,
+            (_, 0) => {
+                let at = guest.translate(Gpa::new(base & BASE)).ok()?;
+                guest.phys().linear(at, PAGE_SIZE).map(Self::Memory)
+            }
+            _ => Some(Self::Msrs),
+        }
+    }
+
+    /// Can this APIC reach a processor by its number?
+    pub fn reaches(self, apic_id: u32) -> bool {
+        matches!(self, Self::Msrs) || apic_id <= XAPIC_LAST
+    }
+
+    /// Sends an INIT.
+    pub fn send_init(self, apic_id: u32) {
+        self.command(apic_id, INIT);
+    }
+
+    /// Sends a start-up message: the processor begins at `page` (below 1 MiB, in units of 4 KiB).
+    pub fn send_startup(self, apic_id: u32, page: u8) {
+        self.command(apic_id, STARTUP | u32::from(page));
+    }
+
+    /// Sends an INIT to all other processors: it makes those that run a guest exit.
+    pub fn stop_others(self) {
+        self.command(0, INIT | ALL_OTHERS);
+    }
+
+    /// Does what an INIT does. Interrupts that are requested but not in service yet cannot be withdrawn.
+    pub fn reset(self) {
+        use register::*;
+        self.write(SPURIOUS, 0xFF);
+        let last = self.read(VERSION) >> 16 & 0xFF;
+        for (entry, from) in LVT {
+            if last >= from {
+                self.write(entry, MASKED);
+            }
+        }
+        self.write(INITIAL_COUNT, 0);
+        self.write(DIVIDE, 0);
+        self.write(TASK_PRIORITY, 0);
+        if let Self::Memory(_) = self {
+            self.write(LOGICAL_DESTINATION, 0);
+            self.write(DESTINATION_FORMAT, u32::MAX);
+        }
+        // An EOI ends one interrupt in service; there are 256 at most.
+        for _ in 0..256 {
+            if (0..8).all(|word| self.read(IN_SERVICE + word * 0x10) == 0) {
+                break;
+            }
+            self.write(EOI, 0);
+        }
+        self.write(ERROR_STATUS, 0);
+    }
+
+    fn command(self, apic_id: u32, low: u32) {
+        match self {
+            Self::Memory(_) => {
+                self.write(register::COMMAND_HIGH, apic_id << 24);
+                self.write(register::COMMAND, low);
+            }
+            Self::Msrs => {
+                let value = u64::from(apic_id) << 32 | u64::from(low);
+                // SAFETY: the register exists in x2APIC mode; what other processors do of it is the caller's business.
+                let _ = unsafe { msr::wrmsr_safe(X2APIC_FIRST + (register::COMMAND >> 4), value) };
+            }
+        }
+    }
+
+    fn read(self, register: u32) -> u32 {
+        match self {
+            Self::Memory(base) => {
+                let value: u32;
+                // SAFETY: 1. the page is mapped in the direct map (`find`). 2. Reading these registers has no effect.
+                unsafe {
+                    asm!("mov {:e}, [{}]", out(reg) value, in(reg) base.wrapping_add(register as usize),
+                        options(nostack, preserves_flags, readonly));
+                }
+                value
+            }
+            Self::Msrs => msr::rdmsr_safe(X2APIC_FIRST + (register >> 4)).unwrap_or(0) as u32,
+        }
+    }
+
+    fn write(self, register: u32, value: u32) {
+        match self {
+            Self::Memory(base) => {
+                // SAFETY: 1. as in `read`. 2. The page is L2's to use, so no memory of nvmx is behind it.
+                unsafe {
+                    asm!("mov [{}], {:e}", in(reg) base.wrapping_add(register as usize), in(reg) value,
+                        options(nostack, preserves_flags));
+                }
+            }
+            Self::Msrs => {
+                // SAFETY: the registers written here affect interrupts only, of which nvmx takes none.
+                let _ = unsafe { msr::wrmsr_safe(X2APIC_FIRST + (register >> 4), u64::from(value)) };
+            }
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! One [`Cpu`] out of its own share of frames: VMX operation, VMCSs, slots, bitmaps, EPT tables.
+
+use super::tracked::Tracked;
+use super::{Config, Cpu, Waiting, host, probe, vmcs01};
+use crate::addr::{Gpa, Hpa};
+use crate::boot::Machine;
+use crate::boot::options::Vmcs as VmcsOption;
+use crate::boot::requirements::KVM;
+use crate::emul::cr::Cr4;
+use crate::emul::msr::{self, FEATURE_LOCK, FEATURE_VMX};
+use crate::ept::{Ept01, Ept02, EptRules};
+use crate::hw::epitaph::{self, Status};
+use crate::hw::phys::DirectMap;
+use crate::hw::vmenter::GuestRegs;
+use crate::hw::vmx::Vmx;
+use crate::mm::mtrr::Mtrrs;
+use crate::mm::{FramePool, GuestMemory, PhysMem, Span};
+use crate::nested::msr_lists::{AREA_FRAMES, MsrLists};
+use crate::nested::slot::Slot;
+use crate::nested::vmcs12::FieldSet;
+use crate::nested::{Nested, SLOTS, caps};
+use crate::vmx::bitmap::{Access, BitmapPage, MsrBitmap, Words, shadow_bitmap};
+use crate::vmx::image::Layout;
+use crate::vmx::{Capabilities, Field};
+use arrayvec::ArrayVec;
+use l2_protocol::abi::Strategy;
+
+/// Tables that ept02 may hold beyond its reserve; half of a CPU's frames at most.
+const EPT02_BUDGET: usize = 2048;
+
+/// What every processor builds its [`Cpu`] from: the same for all, and never changed.
+pub struct Common {
+    hardware: Capabilities,
+    offered: Capabilities,
+    strategy: Strategy,
+    vmcs: VmcsOption,
+    on_kvm: bool,
+    mtrrs: Mtrrs,
+    own: Span,
+    end_of_memory: Gpa,
+    phys: DirectMap,
+    guest: GuestMemory<DirectMap>,
+}
+
+impl Common {
+    /// What `machine` says.
+    pub fn new(machine: &Machine) -> Self {
+        let hardware = machine.processor.vmx;
+        Self {
+            hardware,
+            offered: caps::offered(&hardware),
+            strategy: machine.strategy,
+            vmcs: machine.options.vmcs,
+            on_kvm: machine.processor.l0 == KVM,
+            mtrrs: machine.mtrrs.clone(),
+            own: machine.own,
+            end_of_memory: Gpa::new(machine.memory.end_of_memory().max(4 << 30)),
+            phys: machine.phys,
+            guest: machine.guest,
+        }
+    }
+
+    /// Enters VMX operation on this processor, on a region out of `frames`; it stays there for good.
+    pub fn enter_vmx(&self, frames: &mut FramePool) -> Option<Vmx> {
+        let vmxon = region(frames, &self.phys, self.hardware.basic.revision())?;
+        // XSETBV of L2 is executed by nvmx, so nvmx's own CR4 must allow it where the processor has it.
+        let xsave = self.hardware.cr4_fixed1 & Cr4::OSXSAVE.bits();
+        Vmx::enter(vmxon, self.hardware.cr0_fixed0, self.hardware.cr4_fixed0 | xsave)
+    }
+
+    /// Builds the [`Cpu`] of this processor; `None` if its frames do not suffice, or the processor refuses VMX operation.
+    /// [`set_up`] is to follow where it will stay.
+    pub fn build(&self, mut frames: FramePool) -> Option<Cpu> {
+        let (hardware, offered, phys) = (self.hardware, self.offered, &self.phys);
+        let mut vmx = self.enter_vmx(&mut frames)?;
+        let revision = hardware.basic.revision();
+        let budget = EPT02_BUDGET.min(frames.available() / 2) as u32;
+        let vmcs01 = region(&mut frames, phys, revision)?;
+        let msr_bitmap01 = page(&mut frames, phys, &msr_bitmap01())?;
+        let mut shadow_bitmaps = [Hpa::new(0); 2];
+        for (at, access) in shadow_bitmaps.iter_mut().zip([Access::Read, Access::Write]) {
+            let mut bitmap = BitmapPage::SET;
+            shadow_bitmap(&mut bitmap, access, &offered);
+            *at = page(&mut frames, phys, &bitmap)?;
+        }
+        let mut slots = ArrayVec::new();
+        for _ in 0..SLOTS {
+            let vmcs02 = region(&mut frames, phys, revision)?;
+            let bitmap = frames.alloc(phys)?.into_hpa();
+            let lists =
+                MsrLists::new(frames.alloc_contiguous(phys, AREA_FRAMES)?, frames.alloc_contiguous(phys, AREA_FRAMES)?);
+            slots.push(Slot::new(vmcs02, bitmap, lists));
+        }
+        let mut tables = Cpu::tables(&mut frames, phys);
+        let ept01 = Ept01::new(
+            EptRules::of(&hardware),
+            hardware.ept_vpid.accessed_dirty(),
+            self.end_of_memory,
+            self.own,
+            |start, bytes| self.mtrrs.type_of(start.get(), bytes),
+            &mut tables,
+        )
+        .ok()?;
+        let advanced = offered.ept_vpid.advanced_exit_information();
+        let ept02 = Ept02::new(EptRules::of(&offered), advanced, budget, &mut tables).ok()?;
+        let exists = probe::fields(&mut vmx, vmcs01, &hardware);
+        let layout = self.learn_layout(&exists, &mut vmx, &slots);
+        Some(Cpu {
+            regs: GuestRegs::new(),
+            vmx,
+            vmcs01,
+            launched01: false,
+            loads_msrs01: false,
+            msr_bitmap01,
+            msr_intercepts: Words::that_differ(&msr_bitmap_l3(), 0),
+            shadow_bitmaps,
+            feature_control: FEATURE_LOCK | FEATURE_VMX,
+            tracked: Tracked::default(),
+            nested: Nested::new(slots),
+            ept01,
+            ept02,
+            frames,
+            phys: self.phys,
+            guest: self.guest,
+            waiting: Waiting::empty(),
+            started_at: None,
+            config: Config { hardware, offered, strategy: self.strategy, layout, exists, mtrrs: self.mtrrs.clone() },
+        })
+    }
+
+    /// Where fields lie in memory, if they are to be reached there: under KVM, or when the command line says so.
+    fn learn_layout(&self, exists: &FieldSet, vmx: &mut Vmx, slots: &[Slot]) -> Option<Layout> {
+        let wanted = match self.vmcs {
+            VmcsOption::Auto => self.on_kvm,
+            VmcsOption::Instructions => false,
+            VmcsOption::Memory => true,
+        };
+        let layout = match slots {
+            [a, b, ..] if wanted => probe::layout(vmx, &self.phys, [a.vmcs02(), b.vmcs02()], exists),
+            _ => None,
+        };
+        if layout.is_none() && self.vmcs == VmcsOption::Memory {
+            log::error!("option vmcs=memory: VMCSs that are not current are not found in memory here; use vmcs=auto");
+            epitaph::end(Status::Fail)
+        }
+        layout
+    }
+}
+
+/// A VMCS or VMXON region.
+fn region(frames: &mut FramePool, phys: &DirectMap, revision: u32) -> Option<Hpa> {
+    let at = frames.alloc(phys)?.into_hpa();
+    phys.write_u64(at, revision as u64);
+    Some(at)
+}
+
+/// A frame with this content.
+fn page(frames: &mut FramePool, phys: &DirectMap, content: &BitmapPage) -> Option<Hpa> {
+    let at = frames.alloc(phys)?.into_hpa();
+    for (i, word) in content.0.iter().enumerate() {
+        phys.write_u64(Hpa::new(at.get() + 8 * i as u64), *word);
+    }
+    Some(at)
+}
+
+/// What nvmx must see of L2: also the MSRs that it tracks.
+fn msr_bitmap01() -> BitmapPage {
+    let mut bitmap = MsrBitmap(msr_bitmap_l3());
+    Tracked::indexes().for_each(|index| bitmap.set(index, Access::Write, true));
+    bitmap.0
+}
+
+/// What nvmx must see of L3.
+fn msr_bitmap_l3() -> BitmapPage {
+    let mut bitmap = MsrBitmap::PASS_ALL;
+    msr::intercept(&mut bitmap);
+    bitmap.set(msr::IA32_PAT, Access::Write, true);
+    bitmap.0
+}
+
+/// Writes the constant parts of every VMCS, and vmcs01, whose guest state is the caller's. `cpu` does not move from here on.
+pub fn set_up(cpu: &mut Cpu, write_guest_state: impl FnOnce(&mut Cpu)) {
+    for slot in &mut cpu.nested.slots {
+        cpu.vmx.clear(slot.vmcs02());
+        cpu.vmx.ptrld(slot.vmcs02());
+        host::write(&mut cpu.vmx, &cpu.regs);
+        for field in [Field::VM_EXIT_MSR_STORE_COUNT, Field::VM_EXIT_MSR_LOAD_COUNT, Field::VM_ENTRY_MSR_LOAD_COUNT] {
+            cpu.vmx.write(field, 0);
+        }
+        cpu.vmx.write(Field::VMCS_LINK_POINTER, u64::MAX);
+        // VM functions are nvmx's to emulate (`nested::vmfunc`).
+        if cpu.config.exists.contains(Field::VM_FUNCTION_CONTROLS) {
+            cpu.vmx.write(Field::VM_FUNCTION_CONTROLS, 0);
+        }
+        cpu.vmx.clear(slot.vmcs02());
+    }
+    cpu.vmx.clear(cpu.vmcs01);
+    cpu.vmx.ptrld(cpu.vmcs01);
+    vmcs01::set_up(cpu);
+    write_guest_state(cpu);
+    cpu.tracked.refresh(&mut cpu.vmx);
+    if cpu.config.strategy == Strategy::ZeroCopy {
+        cpu.vmx.write(Field::VMREAD_BITMAP, cpu.shadow_bitmaps[0].get());
+        cpu.vmx.write(Field::VMWRITE_BITMAP, cpu.shadow_bitmaps[1].get());
+    }
+}
