@@ -1,6 +1,6 @@
 //! One boot from start to verdict.
 
-use crate::backend::{Backend, SERIAL, Spec, memory};
+use crate::backend::{Backend, DEBUG_PORT, SERIAL, Spec, memory};
 use crate::image;
 use crate::paths::Paths;
 use crate::proc;
@@ -59,11 +59,12 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
     let folder = tempfile::Builder::new().prefix(&format!("{}-", spec.name)).tempdir_in(paths.boots()?)?;
     let start = Instant::now();
     let mut child = backend.start(spec, folder.path())?;
-    let mut follower = Follower::new(&folder.path().join(SERIAL));
+    let logs = if spec.debug_port { &[SERIAL, DEBUG_PORT][..] } else { &[SERIAL] };
+    let mut followers: Vec<Follower> = logs.iter().map(|log| Follower::new(&folder.path().join(log))).collect();
     let mut transcript = Transcript::default();
     let mut last_word: Option<Instant> = None;
     let mut take = |transcript: &mut Transcript, last: bool| {
-        for line in follower.lines(last) {
+        for line in followers.iter_mut().flat_map(|follower| follower.lines(last)) {
             let line = Line::parse(&line);
             look(&line);
             transcript.lines.push(line);

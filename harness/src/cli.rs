@@ -102,7 +102,7 @@ impl Fields {
 /// `run`
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Which guest hypervisor of l2-guests/ runs as L2
+    /// Which guest hypervisor runs as L2: one of l2-guests/, or `linux-kvm`, which runs Linux in QEMU
     #[arg(long, value_name = "NAME", default_value = "cascade")]
     pub l2: String,
 

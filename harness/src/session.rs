@@ -3,6 +3,7 @@
 use crate::backend::host::{self, HostFacts};
 use crate::backend::kvm::{Kvm, QEMU};
 use crate::backend::kvm_in_bochs::{KVM_INTEL, KvmInBochs};
+use crate::backend::linux::LinuxKvm;
 use crate::backend::{Backend, Machine, Payload, Protocol, Spec};
 use crate::boot;
 use crate::cli::{Fields, L0Args};
@@ -118,12 +119,29 @@ impl Session {
         Ok(self.spec(format!("{guest}-bare"), kernel, Vec::new()))
     }
 
+    /// nvmx's command line.
+    pub fn options(&self, fields: Fields) -> String {
+        format!("log={} fields={}", if self.ui.verbose { "debug" } else { "warn" }, fields.option())
+    }
+
+    /// Linux with KVM as the guest hypervisor, with QEMU in it or without.
+    ///
+    /// # Errors
+    /// [`Stop::Environment`] with what to type.
+    pub fn linux(&self, qemu: bool) -> Result<LinuxKvm> {
+        let _lock = self.paths.lock(&self.ui)?;
+        let linux = setup::linux::set_up(&self.ui, &self.paths)?;
+        let vmm = setup::linux::build_vmm(&self.ui, &self.paths)?;
+        let qemu = if qemu { Some(setup::qemu::set_up(&self.ui, &self.paths)?) } else { None };
+        Ok(LinuxKvm { linux, vmm, qemu })
+    }
+
     /// A guest under nvmx.
     ///
     /// # Errors
     /// [`Stop::Usage`] if there is no such guest.
     pub fn nested(&self, guest: &str, args: &str, fields: Fields) -> Result<Spec> {
-        let options = format!("log={} fields={}", if self.ui.verbose { "debug" } else { "warn" }, fields.option());
+        let options = self.options(fields);
         let module = Payload::new(self.images.guest(guest)?, args);
         let name = format!("{guest}-{}", fields.option());
         Ok(self.spec(name, Payload::new(&self.images.nvmx, options), vec![module]))
@@ -147,7 +165,7 @@ impl Session {
     /// A boot on the session's machine.
     pub fn spec(&self, name: String, kernel: Payload, modules: Vec<Payload>) -> Spec {
         let (machine, timeout) = (self.machine.clone(), self.timeout);
-        Spec { name, kernel, modules, protocol: Protocol::Multiboot2, machine, timeout }
+        Spec { name, kernel, modules, protocol: Protocol::Multiboot2, machine, debug_port: false, timeout }
     }
 }
 

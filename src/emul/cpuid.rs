@@ -6,8 +6,8 @@
 use crate::vcpu::Cpu;
 use crate::vmx::Field;
 use l2_protocol::abi::{
-    Counter, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_INTERFACE, LEAF_MAX, LEAF_REFUSAL, LEAF_SIGNATURE, SIGNATURE,
-    SNAPSHOT,
+    Counter, FRAMES_FREE, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_INTERFACE, LEAF_MAX, LEAF_REFUSAL, LEAF_SIGNATURE,
+    SIGNATURE, SNAPSHOT,
 };
 use raw_cpuid::{CpuIdResult as CpuidResult, native_cpuid::cpuid_count};
 
@@ -79,7 +79,11 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
                 cpu.vmx.counters.take_snapshot();
                 return CpuidResult { eax: 0, ebx: 1, ecx: 0, edx: 0 };
             }
-            match cpu.vmx.counters.snapshot_value(subleaf) {
+            let value = match subleaf {
+                FRAMES_FREE => Some(cpu.frames.available() as u64),
+                _ => cpu.vmx.counters.snapshot_value(subleaf),
+            };
+            match value {
                 Some(v) => CpuidResult { eax: v as u32, ebx: 1, ecx: 0, edx: (v >> 32) as u32 },
                 None => NOTHING,
             }

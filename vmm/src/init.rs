@@ -25,6 +25,13 @@ pub fn mount() -> Result<()> {
     Ok(())
 }
 
+/// Mounts the file system in which KVM shows its counters; without it there is nothing to read.
+pub fn mount_debugfs() {
+    let (kind, place) = (c"debugfs", c"/sys/kernel/debug");
+    // SAFETY: the strings are constants; the data pointer may be null. Failing is no harm.
+    unsafe { libc::mount(kind.as_ptr(), place.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
+}
+
 /// Loads a kernel module.
 ///
 /// # Errors
@@ -48,16 +55,37 @@ fn parameter(name: &str) -> Option<String> {
     Some(text.trim().to_string())
 }
 
+/// The kernel's release.
+///
+/// # Errors
+/// If there is no `/proc`.
+pub fn release() -> Result<String> {
+    Ok(std::fs::read_to_string("/proc/sys/kernel/osrelease").context("no /proc")?.trim().to_string())
+}
+
+/// Unloads a kernel module, by the name of its file.
+///
+/// # Errors
+/// What the kernel says.
+pub fn unload_module(module: &Item) -> Result<()> {
+    let name = module.path.trim_start_matches('/').trim_end_matches(".ko").replace('-', "_");
+    let name_c = CString::new(name.as_str())?;
+    // SAFETY: the string lives until the call returns.
+    let result = unsafe { libc::syscall(libc::SYS_delete_module, name_c.as_ptr(), libc::O_NONBLOCK) };
+    ensure!(result == 0, "kernel module {name} does not unload: {}", std::io::Error::last_os_error());
+    Ok(())
+}
+
 /// The kernel's release and the parameters of kvm_intel in one line.
 ///
 /// # Errors
 /// If there is no `/proc`.
 pub fn describe_kvm() -> Result<String> {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").context("no /proc")?;
+    let release = release()?;
     let names = ["nested", "ept", "vpid", "unrestricted_guest", "enable_shadow_vmcs", "enable_apicv", "pml"];
     let parameters: Vec<String> =
         names.iter().filter_map(|name| Some(format!("{name}={}", parameter(name)?))).collect();
-    Ok(format!("KVM of Linux {}, {}", release.trim(), parameters.join(" ")))
+    Ok(format!("KVM of Linux {release}, {}", parameters.join(" ")))
 }
 
 /// Whether KVM can do what is needed.
@@ -67,7 +95,7 @@ pub fn describe_kvm() -> Result<String> {
 pub fn check_kvm(nested: bool) -> Result<()> {
     ensure!(parameter("nested").is_some(), "kvm_intel is not there: this CPU has no VMX, or its module is not loaded");
     let on = |name: &str| matches!(parameter(name).as_deref(), Some("Y" | "1"));
-    ensure!(on("ept"), "KVM works without EPT here: nvmx needs it");
+    ensure!(!nested || on("ept"), "KVM works without EPT here: nvmx needs it");
     ensure!(!nested || on("nested"), "kvm_intel has nesting off: load it with nested=1");
     Ok(())
 }

@@ -8,26 +8,33 @@
 
 mod acpi;
 mod console;
+mod counters;
 mod cpu;
+mod facts;
 mod guest;
 mod init;
 mod linux;
 mod machine;
 mod multiboot;
 mod plan;
+mod program;
 mod serial;
 mod stats;
+mod workload;
 
 use anyhow::{Context, Result};
 use console::Console;
+use counters::Counters;
+use l2_protocol::{Kind, Level};
 use machine::{End, Machine};
-use plan::Plan;
+use plan::{Plan, Role};
 use std::path::PathBuf;
 
 /// Where init finds its orders.
 const PLAN_OF_INIT: &str = "/plan";
 
 fn main() {
+    let boot = facts::ticks();
     let as_init = std::process::id() == 1;
     let console = if as_init { Console::debug_port() } else { Console::standard() };
     let mut console = match console {
@@ -41,7 +48,7 @@ fn main() {
         Some(path) if !as_init => PathBuf::from(path),
         _ => PathBuf::from(PLAN_OF_INIT),
     };
-    let end = run(&path, as_init, &mut console);
+    let end = run(&path, as_init, boot, &mut console);
     let code = match &end {
         Ok(End::Itself) => 0,
         Ok(End::Broken(why)) => {
@@ -59,16 +66,60 @@ fn main() {
     std::process::exit(code);
 }
 
-fn run(path: &std::path::Path, as_init: bool, console: &mut Console) -> Result<End> {
+fn run(path: &std::path::Path, as_init: bool, boot: u64, console: &mut Console) -> Result<End> {
     if as_init {
         init::mount()?;
     }
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let plan = Plan::parse(&text)?;
-    for module in &plan.modules {
-        init::load_module(module)?;
+    match plan.role {
+        Role::Host => machines(&plan, console),
+        Role::Workload => workload::run(console, boot).map(|()| End::Itself),
+        Role::Hypervisor => {
+            facts::tell(console, boot)?;
+            let end = machines(&plan, console)?;
+            if end == End::Itself {
+                facts::record(console, Level::L2, Kind::End, &[("status", "pass"), ("failed", "0")]);
+            }
+            Ok(end)
+        }
     }
-    console.log("INFO", &init::describe_kvm()?);
-    init::check_kvm(plan.nested)?;
-    Machine::new(&plan)?.run(console)
+}
+
+/// Runs the plan's machines, one after the other, to the first that breaks.
+fn machines(plan: &Plan, console: &mut Console) -> Result<End> {
+    let mut end = End::Itself;
+    tell_frames(console);
+    for turn in 0..plan.times {
+        if turn == 0 || plan.reload {
+            plan.modules.iter().try_for_each(init::load_module)?;
+            console.log("INFO", &init::describe_kvm()?);
+            init::check_kvm(plan.nested)?;
+        }
+        let before = Counters::read();
+        end = match &plan.program {
+            Some(program) => program::run(program, console)?,
+            None => Machine::new(plan)?.run(console)?,
+        };
+        if let (Some(before), Some(after)) = (before, Counters::read()) {
+            let [l2, l3] = before.reasons(&after);
+            facts::record(console, Level::L2, Kind::Event, &[("name", "exits"), ("l2", &l2), ("l3", &l3)]);
+        }
+        if end != End::Itself {
+            break;
+        }
+        if plan.reload {
+            plan.modules.iter().rev().try_for_each(init::unload_module)?;
+        }
+        // With its last machine KVM leaves VMX operation: what nvmx took for it must be free again.
+        tell_frames(console);
+    }
+    Ok(end)
+}
+
+/// How many frames nvmx has left, if it is there.
+fn tell_frames(console: &mut Console) {
+    if let Some(free) = counters::free_frames() {
+        facts::record(console, Level::L2, Kind::Event, &[("name", "frames"), ("free", &free.to_string())]);
+    }
 }

@@ -7,6 +7,11 @@
 //! memory 256                  MiB
 //! kernel /nvmx log=warn       a multiboot image and its command line
 //! payload /cascade            its modules, in order
+//! program /qemu -accel kvm    instead of memory, kernel, payload: a program and its arguments, whose output is shown
+//! times 20                    so many such machines, one after the other
+//! reload on                   with KVM unloaded and loaded again in between
+//! role hypervisor             say in records what this Linux is, and end the log (the default is `host`: neither)
+//! role workload               no machine at all: do a little of everything, as the innermost Linux
 //! ```
 
 use anyhow::{Context, Result, bail, ensure};
@@ -18,6 +23,17 @@ pub struct Item {
     pub path: String,
     /// What it is given
     pub args: String,
+}
+
+/// What this Linux is in the stack.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// Below the levels that speak
+    Host,
+    /// The guest hypervisor
+    Hypervisor,
+    /// The innermost guest
+    Workload,
 }
 
 /// The orders.
@@ -33,6 +49,14 @@ pub struct Plan {
     pub kernel: Item,
     /// Its modules
     pub payloads: Vec<Item>,
+    /// What runs instead of a machine of ours
+    pub program: Option<Item>,
+    /// How many machines
+    pub times: u32,
+    /// KVM is loaded again for each
+    pub reload: bool,
+    /// What this Linux is
+    pub role: Role,
 }
 
 impl Plan {
@@ -48,6 +72,10 @@ impl Plan {
             memory: 0,
             kernel: Item { path: String::new(), args: String::new() },
             payloads: Vec::new(),
+            program: None,
+            times: 1,
+            reload: false,
+            role: Role::Host,
         };
         for line in text.lines().filter(|l| !l.trim().is_empty()) {
             let (order, rest) = line.split_once(' ').with_context(|| format!("plan: `{line}` lacks a value"))?;
@@ -61,8 +89,22 @@ impl Plan {
                 "memory" => plan.memory = rest.parse().with_context(|| format!("plan: memory {rest}"))?,
                 "kernel" => kernel = Some(item()),
                 "payload" => plan.payloads.push(item()),
+                "program" => plan.program = Some(item()),
+                "times" => plan.times = rest.parse().with_context(|| format!("plan: times {rest}"))?,
+                "reload" => plan.reload = rest == "on",
+                "role" => {
+                    plan.role = match rest {
+                        "host" => Role::Host,
+                        "hypervisor" => Role::Hypervisor,
+                        "workload" => Role::Workload,
+                        _ => bail!("plan: unknown role `{rest}`"),
+                    }
+                }
                 _ => bail!("plan: unknown order `{order}`"),
             }
+        }
+        if plan.role == Role::Workload || plan.program.is_some() {
+            return Ok(plan);
         }
         plan.kernel = kernel.context("plan: no kernel")?;
         // Above, the devices of a PC begin.
@@ -85,6 +127,10 @@ mod tests {
         assert_eq!(error("memory 64"), "plan: no kernel");
         assert_eq!(error("kernel /k\nmemory 5000"), "plan: memory must be 4 to 3072 MiB, not 5000");
         assert_eq!(error("frobnicate /k"), "plan: unknown order `frobnicate`");
+        assert_eq!(Plan::parse("role workload").unwrap().role, Role::Workload);
+        let program = Plan::parse("program /q -a b\ntimes 3\nreload on").unwrap();
+        assert_eq!((program.program.unwrap().args.as_str(), program.times, program.reload), ("-a b", 3, true));
+        assert_eq!(error("role x"), "plan: unknown role `x`");
         assert!(!Plan::parse("kernel /k\nmemory 64\nnested off").unwrap().nested);
     }
 }

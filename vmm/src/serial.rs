@@ -4,13 +4,14 @@
 //! line before and the first byte of this one is what the measurement took.
 
 use crate::console::Console;
+use crate::counters::Counters;
 use crate::stats::{Snapshot, Stats};
 
 /// Its first port.
 pub const COM1: u16 = 0x3F8;
 /// Line status: transmitter empty, and what it had is sent.
 const READY: u8 = 0x60;
-const EVENT: &[u8] = b"@L2 event ";
+const EVENT: [&[u8]; 2] = [b"@L2 event ", b"@L3 event "];
 const INNER: &[u8] = b" l0_exits=";
 /// A line that never ends is shown in pieces.
 const LONGEST: usize = 4096;
@@ -22,12 +23,20 @@ pub struct Serial {
     line: Vec<u8>,
     line_before: Snapshot,
     line_start: Snapshot,
+    nvmx: Option<Counters>,
 }
 
 impl Serial {
     /// A port that nobody has programmed yet.
     pub fn new(now: Snapshot) -> Self {
-        Serial { registers: [0; 8], divisor: false, line: Vec::new(), line_before: now, line_start: now }
+        Serial {
+            registers: [0; 8],
+            divisor: false,
+            line: Vec::new(),
+            line_before: now,
+            line_start: now,
+            nvmx: Counters::read(),
+        }
     }
 
     /// A byte read by the guest.
@@ -69,13 +78,15 @@ impl Serial {
         match byte {
             b'\r' => {}
             b'\n' => {
-                if self.line.starts_with(EVENT) {
+                if EVENT.iter().any(|event| self.line.starts_with(event)) {
                     let mut fields = stats.fields(&self.line_before, &self.line_start);
                     // A VMM in the guest has added its own: that KVM is a level higher.
                     if self.line.windows(INNER.len()).any(|w| w == INNER) {
                         fields = fields.replace(" l0_", " outer_");
                     }
                     self.line.extend(fields.as_bytes());
+                    let counted = self.nvmx_counted();
+                    self.line.extend(counted.as_bytes());
                 }
                 self.flush(console);
                 self.line_before = stats.snapshot();
@@ -87,6 +98,16 @@ impl Serial {
                 }
             }
         }
+    }
+
+    /// What nvmx counted since it was asked last, for measurements of the innermost guest.
+    fn nvmx_counted(&mut self) -> String {
+        let now = if self.line.starts_with(EVENT[1]) { Counters::read() } else { None };
+        let fields = self.nvmx.as_ref().zip(now.as_ref()).map(|(from, to)| from.fields(to));
+        if now.is_some() {
+            self.nvmx = now;
+        }
+        fields.unwrap_or_default()
     }
 
     /// Shows what there is of the line.

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 const KVM_GET_STATS_FD: libc::c_ulong = 0xAECE;
 
 /// The counters that are reported, by KVM's name and by ours.
-const NAMES: [(&str, &str); 4] =
+pub const NAMES: [(&str, &str); 4] =
     [("exits", "l0_exits"), ("nested_run", "l0_nested_runs"), ("io_exits", "l0_io_exits"), ("pf_taken", "l0_faults")];
 
 /// The open counters of one vCPU.

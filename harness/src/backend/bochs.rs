@@ -1,6 +1,6 @@
 //! Bochs as L0: a configuration file, a boot disk, and what its log tells afterwards.
 
-use super::{Backend, Machine, SERIAL, Spec, Unit, iso};
+use super::{Backend, DEBUG_PORT, Machine, SERIAL, Spec, Unit, iso};
 use crate::proc::Child;
 use crate::setup::bochs::{BIOS, Bochs, Flavour, VGA_BIOS};
 use anyhow::{Context, Result};
@@ -41,7 +41,8 @@ impl Backend for Bochs {
 
     fn start(&self, spec: &Spec, folder: &Path) -> Result<Child> {
         iso::make(spec, folder)?;
-        start(self, &spec.machine, Serial { file: SERIAL, debug_port: false }, OUT, folder)
+        let serial = Serial { file: SERIAL, debug_port: spec.debug_port };
+        start(self, &spec.machine, serial, if spec.debug_port { DEBUG_PORT } else { OUT }, folder)
     }
 
     fn stop(&self, child: &mut Child, folder: &Path) -> Vec<String> {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const MODULES: &str = "multiboot multiboot2 normal iso9660 biosdisk";
+const MODULES: &str = "multiboot multiboot2 linux normal iso9660 biosdisk";
 
 /// Writes `boot.iso` into the folder.
 ///
@@ -27,34 +27,16 @@ pub fn make(spec: &Spec, folder: &Path) -> Result<PathBuf> {
     }
     let arguments: Vec<&str> = spec.modules.iter().map(|m| m.args.as_str()).collect();
     std::fs::write(tree.join("boot/grub/grub.cfg"), grub_cfg(spec.protocol, &spec.kernel.args, &arguments))?;
-    pack(&tree, MODULES, folder)
+    pack(&tree, folder)
 }
 
-/// Writes a `boot.iso` that boots Linux.
-///
-/// # Errors
-/// As [`make`].
-pub fn make_linux(kernel: &Path, initramfs: &[u8], line: &str, folder: &Path) -> Result<PathBuf> {
-    let tree = folder.join("iso");
-    let boot = tree.join("boot");
-    std::fs::create_dir_all(boot.join("grub"))?;
-    std::fs::copy(kernel, boot.join("linux")).with_context(|| format!("cannot read {}", kernel.display()))?;
-    std::fs::write(boot.join("initramfs"), initramfs)?;
-    let menu = format!(
-        "set timeout=0\nmenuentry linux {{\n  linux /boot/linux{}\n  initrd /boot/initramfs\n  boot\n}}\n",
-        words(line)
-    );
-    std::fs::write(boot.join("grub/grub.cfg"), menu)?;
-    pack(&tree, "linux normal iso9660 biosdisk", folder)
-}
-
-fn pack(tree: &Path, modules: &str, folder: &Path) -> Result<PathBuf> {
+fn pack(tree: &Path, folder: &Path) -> Result<PathBuf> {
     let iso = folder.join("boot.iso");
     let program = super::super::setup::program("grub-mkrescue").context("grub-mkrescue is missing")?;
     let mut command = Command::new(program);
     command
         .args(["-d", "/usr/lib/grub/i386-pc", "--locales=", "--fonts=", "--themes="])
-        .arg(format!("--install-modules={modules}"))
+        .arg(format!("--install-modules={MODULES}"))
         .arg("-o")
         .arg(&iso)
         .arg(tree);
@@ -70,6 +52,7 @@ fn grub_cfg(protocol: Protocol, kernel: &str, modules: &[&str]) -> String {
     let (load, module) = match protocol {
         Protocol::Multiboot1 => ("multiboot", "module"),
         Protocol::Multiboot2 => ("multiboot2", "module2"),
+        Protocol::Linux => ("linux", "initrd"),
     };
     let mut text = format!("set timeout=0\nmenuentry nvmx {{\n  {load} /boot/kernel{}\n", words(kernel));
     for (i, args) in modules.iter().enumerate() {

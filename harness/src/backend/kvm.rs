@@ -113,6 +113,7 @@ mod tests {
             kernel: Payload::new("/k", "log=warn"),
             modules: vec![Payload::new("/m", "a=1,b=2"), Payload::new("/n", "")],
             protocol: Protocol::Multiboot2,
+            debug_port: false,
             machine: Machine { memory: 256, cpus: 4, model: String::new() },
             timeout: Duration::from_secs(1),
         };

@@ -3,7 +3,7 @@
 
 use super::bochs::{self, Serial};
 use super::initramfs::Archive;
-use super::{Backend, Machine, Payload, SERIAL, Spec, Unit, iso};
+use super::{Backend, Machine, Payload, Protocol, SERIAL, Spec, Unit, iso};
 use crate::proc::Child;
 use crate::setup::bochs::Bochs;
 use crate::setup::linux::{Linux, MODULES};
@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 /// Memory of the emulated machine beside that of KVM's guest, in MiB.
 const LINUX_MEMORY: u32 = 512;
 /// Linux must not wait, ask or talk.
-const COMMAND_LINE: &str = "console=ttyS0,115200 nokaslr mitigations=off tsc=reliable no_timer_check \
+pub const COMMAND_LINE: &str = "console=ttyS0,115200 nokaslr mitigations=off tsc=reliable no_timer_check \
     random.trust_cpu=on cryptomgr.notests audit=0 apparmor=0 panic=-1 quiet";
 /// Bochs wants the posted-interrupt descriptor at the start of a page, where a processor wants 64 bytes and KVM gives no
 /// more: with APICv the first entry of a guest fails.
@@ -65,7 +65,15 @@ impl Backend for KvmInBochs {
             })?;
             memory += LINUX_MEMORY;
         }
-        iso::make_linux(&self.linux.file("vmlinuz"), &initramfs, COMMAND_LINE, folder)?;
+        let outer = folder.join("outer.initramfs");
+        std::fs::write(&outer, &initramfs)?;
+        let linux = Spec {
+            kernel: Payload::new(self.linux.file("vmlinuz"), COMMAND_LINE),
+            modules: vec![Payload::new(outer, "")],
+            protocol: Protocol::Linux,
+            ..spec.clone()
+        };
+        iso::make(&linux, folder)?;
         let machine = Machine { memory, ..spec.machine.clone() };
         // The VMM writes to the debug port, which Bochs shows on its standard output.
         bochs::start(&self.bochs, &machine, Serial { file: CONSOLE, debug_port: true }, SERIAL, folder)
@@ -135,7 +143,6 @@ fn console(folder: &Path) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Protocol;
     use super::*;
     use std::time::Duration;
 
@@ -146,6 +153,7 @@ mod tests {
             kernel: Payload::new("/k", "log=warn\nmodule /evil"),
             modules: vec![Payload::new("/m", "")],
             protocol: Protocol::Multiboot2,
+            debug_port: false,
             machine: Machine { memory: 256, cpus: 1, model: String::new() },
             timeout: Duration::from_secs(1),
         };

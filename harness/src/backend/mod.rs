@@ -6,6 +6,7 @@ pub mod initramfs;
 pub mod iso;
 pub mod kvm;
 pub mod kvm_in_bochs;
+pub mod linux;
 pub mod memory;
 
 use crate::proc::Child;
@@ -36,6 +37,8 @@ pub enum Protocol {
     Multiboot1,
     /// Multiboot2
     Multiboot2,
+    /// The Linux boot protocol; the module is the initial file system
+    Linux,
 }
 
 /// The machine that boots.
@@ -62,12 +65,17 @@ pub struct Spec {
     pub protocol: Protocol,
     /// On which machine
     pub machine: Machine,
+    /// Programs of a Linux in it speak at the debug port (0xE9), which costs the machine no time
+    pub debug_port: bool,
     /// For how long at most
     pub timeout: Duration,
 }
 
 /// The serial line of a boot, in the boot's folder.
 pub const SERIAL: &str = "serial.log";
+
+/// What a machine with a debug port shows there, in the boot's folder.
+pub const DEBUG_PORT: &str = "debug.log";
 
 /// One kind of L0.
 pub trait Backend: Sync {

@@ -4,7 +4,7 @@ use crate::backend::host::L0;
 use crate::backend::{Backend, Spec};
 use crate::boot::{self, Outcome};
 use crate::cli::{L1, RunArgs};
-use crate::cmd::depth;
+use crate::cmd::{depth, linux};
 use crate::error::Stop;
 use crate::report::{self, json::Run, stack, table};
 use crate::session::{LONG, Session};
@@ -19,6 +19,9 @@ use owo_colors::Style;
 /// # Errors
 /// [`Stop::Guest`] if one of the boots fails.
 pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
+    if args.l2 == linux::NAME {
+        return linux::run(ui, args);
+    }
     if args.depth > 1 {
         return depth::run(ui, args);
     }

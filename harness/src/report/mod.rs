@@ -3,6 +3,7 @@
 pub mod budget;
 pub mod growth;
 pub mod json;
+pub mod linux;
 pub mod stack;
 pub mod table;
 

@@ -4,6 +4,7 @@ pub mod apt;
 pub mod bochs;
 pub mod grub;
 pub mod linux;
+pub mod qemu;
 pub mod sources;
 pub mod sysroot;
 pub mod toolchain;

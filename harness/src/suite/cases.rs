@@ -3,7 +3,7 @@
 use super::{
     Case, Judge, Suite, all_pass, compare,
     fixtures::{Fixtures, inside_nvmx},
-    messages, on_kvm, refused,
+    linux, messages, on_kvm, refused,
 };
 use crate::backend::{Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
@@ -61,6 +61,7 @@ pub fn all(session: &Session) -> Result<Suite> {
     b.refusals(&fixtures);
     b.broken_guests();
     on_kvm::add(&mut b.suite, session)?;
+    linux::add(&mut b.suite, session)?;
     Ok(b.suite)
 }
 

@@ -4,6 +4,7 @@ pub mod cases;
 pub mod compare;
 pub mod fixtures;
 pub mod kvm_waivers;
+pub mod linux;
 pub mod messages;
 pub mod on_kvm;
 

@@ -39,6 +39,8 @@ pub const SNAPSHOT: u32 = 0xFFFF_FFFF;
 pub const EXITS_OF_L2: u32 = 0x100;
 /// Index of the exits of L3 by basic exit reason: `EXITS_OF_L3 + reason`.
 pub const EXITS_OF_L3: u32 = 0x200;
+/// Index of the number of nvmx's frames that are free now; not part of the snapshot.
+pub const FRAMES_FREE: u32 = 0x300;
 /// Basic exit reasons counted one by one; higher ones are counted in the last.
 pub const REASONS: usize = 80;
 

@@ -1,0 +1,180 @@
+//! Linux with KVM as the guest hypervisor: one kernel and one initial file system, which GRUB starts alone on the machine, and
+//! nvmx as L2. Its guest is Linux again, in the VMM of this workspace or in QEMU.
+
+use super::initramfs::Archive;
+use super::kvm_in_bochs::COMMAND_LINE;
+use super::{Payload, Protocol, Spec};
+use crate::session::Session;
+use crate::setup::linux::{Linux, MODULES};
+use crate::setup::qemu::Qemu;
+use anyhow::Result;
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// Memory of the innermost Linux, and of all, in MiB.
+const GUEST_MEMORY: u32 = 256;
+const MEMORY: u32 = 1024;
+/// Where things are in the initial file system of L2.
+const KERNEL: &str = "vmlinuz";
+const INNER: &str = "inner.initramfs";
+
+/// What the guest hypervisor is to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Job {
+    /// The guest runs in QEMU, not in our own VMM
+    pub qemu: bool,
+    /// How many guests, one after the other
+    pub times: u32,
+    /// KVM is unloaded and loaded again for each
+    pub reload: bool,
+    /// Parameters of the module kvm-intel
+    pub parameters: String,
+}
+
+impl Job {
+    /// Reads the words of a command line: `vmm=qemu|own`, `times=N`, `reload=on`; the rest is for kvm-intel. Bochs cannot do
+    /// KVM's posted interrupts (`docs/running.md`), so APICv is off where the words do not say otherwise.
+    ///
+    /// # Errors
+    /// The word that makes no sense.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let mut job = Job { qemu: true, times: 1, reload: false, parameters: String::new() };
+        let mut parameters = vec!["enable_apicv=0"];
+        for word in text.split_whitespace() {
+            let bad = || format!("`{word}` is no order for Linux as L2: vmm=qemu|own, times=N, reload=on");
+            match word.split_once('=').ok_or_else(bad)? {
+                ("vmm", "own") => job.qemu = false,
+                ("vmm", "qemu") => job.qemu = true,
+                ("times", n) => job.times = n.parse().ok().filter(|n| *n > 0).ok_or_else(bad)?,
+                ("reload", "on") => job.reload = true,
+                ("vmm" | "reload", _) => return Err(bad()),
+                _ => parameters.push(word),
+            }
+        }
+        job.parameters = parameters.join(" ");
+        Ok(job)
+    }
+}
+
+/// The files of which the boots are made.
+#[derive(Clone, Debug)]
+pub struct LinuxKvm {
+    /// The kernel, the same in both levels
+    pub linux: Linux,
+    /// Init in both levels
+    pub vmm: PathBuf,
+    /// QEMU with what it needs, if the guest is to run in it
+    pub qemu: Option<Qemu>,
+}
+
+impl LinuxKvm {
+    /// The boot alone on the machine, with Linux as its hypervisor.
+    ///
+    /// # Errors
+    /// If a file cannot be read or written.
+    pub fn bare(&self, session: &Session, name: &str, job: &Job) -> Result<Spec> {
+        let folder = session.paths.target.join("nvmx").join("linux");
+        std::fs::create_dir_all(&folder)?;
+        let initramfs = folder.join(format!("{name}.initramfs"));
+        std::fs::write(&initramfs, self.initramfs(job)?)?;
+        let kernel = Payload::new(self.linux.file("vmlinuz"), COMMAND_LINE);
+        let spec = session.spec(format!("{name}-bare"), kernel, vec![Payload::new(initramfs, "")]);
+        Ok(in_linux(Spec { protocol: Protocol::Linux, ..spec }))
+    }
+
+    /// The same under nvmx.
+    pub fn nested(&self, session: &Session, name: &str, bare: &Spec, options: &str) -> Spec {
+        let modules = std::iter::once(&bare.kernel).chain(&bare.modules).cloned().collect();
+        let nvmx = Payload::new(&session.images.nvmx, options);
+        in_linux(Spec { timeout: bare.timeout, ..session.spec(format!("{name}-nvmx"), nvmx, modules) })
+    }
+
+    fn initramfs(&self, job: &Job) -> Result<Vec<u8>> {
+        let mut archive = Archive::default();
+        ["dev", "proc", "sys", "tmp"].iter().try_for_each(|folder| archive.add_folder(folder))?;
+        archive.add_file("init", &self.vmm)?;
+        for module in MODULES {
+            archive.add_file(&format!("{module}.ko"), &self.linux.file(&format!("{module}.ko")))?;
+        }
+        archive.add_file(KERNEL, &self.linux.file("vmlinuz"))?;
+        archive.add(INNER, &self.inner()?)?;
+        if let Some(qemu) = self.qemu.as_ref().filter(|_| job.qemu) {
+            qemu.add_to(&mut archive)?;
+        }
+        archive.add("plan", plan(job).as_bytes())?;
+        archive.finish()
+    }
+
+    /// The innermost initial file system: the VMM as a program that makes some work.
+    fn inner(&self) -> Result<Vec<u8>> {
+        let mut archive = Archive::default();
+        ["dev", "proc", "sys"].iter().try_for_each(|folder| archive.add_folder(folder))?;
+        archive.add_file("init", &self.vmm)?;
+        archive.add("plan", b"role workload\n")?;
+        archive.finish()
+    }
+}
+
+/// Two Linux need more memory than a small guest, and say what they say at the debug port.
+fn in_linux(mut spec: Spec) -> Spec {
+    spec.machine.memory = spec.machine.memory.max(MEMORY);
+    spec.debug_port = true;
+    spec
+}
+
+/// The orders of L2's init.
+fn plan(job: &Job) -> String {
+    let mut text = String::from("role hypervisor\nnested off\n");
+    for module in MODULES {
+        let parameters = if module == "kvm-intel" { job.parameters.as_str() } else { "" };
+        let _ = writeln!(text, "{}", format!("module /{module}.ko {parameters}").trim_end());
+    }
+    let _ = writeln!(text, "times {}", job.times);
+    if job.reload {
+        text.push_str("reload on\n");
+    }
+    if job.qemu {
+        let line = Qemu::command_line(GUEST_MEMORY, KERNEL, INNER, COMMAND_LINE);
+        let _ = writeln!(text, "program {line}");
+    } else {
+        let _ = writeln!(text, "memory {GUEST_MEMORY}\nkernel /{KERNEL} {COMMAND_LINE}\npayload /{INNER}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_are_told_from_parameters_of_the_module() {
+        let job = Job::parse("vmm=qemu ept=0 times=3").unwrap();
+        assert_eq!((job.qemu, job.times, job.reload), (true, 3, false));
+        assert_eq!(job.parameters, "enable_apicv=0 ept=0");
+        assert_eq!(
+            Job::parse("").unwrap(),
+            Job { qemu: true, times: 1, reload: false, parameters: "enable_apicv=0".into() }
+        );
+        assert!(Job::parse("times=0").is_err() && Job::parse("vmm=xen").is_err() && Job::parse("fast").is_err());
+    }
+
+    #[test]
+    fn the_plan_has_a_line_for_each_order() {
+        let own = plan(&Job::parse("vmm=own reload=on times=2 ept=0").unwrap());
+        let lines: Vec<&str> = own.lines().collect();
+        assert_eq!(lines[..2], ["role hypervisor", "nested off"]);
+        assert_eq!(
+            lines[2..7],
+            [
+                "module /irqbypass.ko",
+                "module /kvm.ko",
+                "module /kvm-intel.ko enable_apicv=0 ept=0",
+                "times 2",
+                "reload on"
+            ]
+        );
+        assert!(lines[8].starts_with("kernel /vmlinuz console=") && lines[9] == "payload /inner.initramfs");
+        let qemu = plan(&Job::parse("vmm=qemu").unwrap());
+        assert!(qemu.lines().any(|l| l.starts_with("program /")) && !qemu.contains("\nkernel "));
+    }
+}

@@ -1,0 +1,80 @@
+//! `run --l2 linux-kvm`: Debian's Linux with KVM as the guest hypervisor, and Linux as its guest: with KVM alone on the machine,
+//! under nvmx, and on request with KVM in nvmx's place.
+
+use crate::backend::linux::Job;
+use crate::backend::{Backend, Spec};
+use crate::boot::{self, Outcome};
+use crate::cli::{L1, RunArgs};
+use crate::cmd::run::tell_failure;
+use crate::error::Stop;
+use crate::report::{linux as report, stack};
+use crate::session::{LONG, Session};
+use crate::suite::linux::same_but_for_the_machine;
+use crate::transcript::{Show, View};
+use crate::ui::Ui;
+use anyhow::Result;
+use owo_colors::Style;
+
+/// The name of this L2 on the command line.
+pub const NAME: &str = "linux-kvm";
+
+/// Runs the command.
+///
+/// # Errors
+/// [`Stop::Guest`] if one of the boots fails, or if they differ.
+pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
+    let job = Job::parse(&args.l2_args).map_err(Stop::Usage)?;
+    let session = Session::start(ui, &args.l0)?;
+    let linux = session.linux(job.qemu)?;
+    let limit = args.l0.timeout.unwrap_or(LONG);
+    let mut bare = linux.bare(&session, NAME, &job)?;
+    bare.timeout = limit;
+    let nested = linux.nested(&session, NAME, &bare, &session.options(args.fields));
+    let peer = if args.l1 == L1::Kvm { Some(session.kvm_in_place(&args.l0)?) } else { None };
+    let heading = |text: &str| ui.line(&ui.paint(text, Style::new().bold()));
+    heading(&format!("L0 | {}", stack::banner_line(&session.l0(), None)));
+
+    let step = ui.step("Linux in Linux with KVM alone, and under nvmx");
+    let backend = session.backend.as_ref();
+    let (alone, under) = std::thread::scope(|scope| {
+        let one = scope.spawn(|| boot::boot(&session.paths, backend, &bare, &View::new(ui, Show::Warnings)));
+        let two = boot::boot(&session.paths, backend, &nested, &View::new(ui, Show::All));
+        (one.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the boot of {} panicked", bare.name))), two)
+    });
+    let (alone, under) = (alone?, under?);
+    drop(step);
+    let mut failed = vec![tell_failure(ui, &alone), tell_failure(ui, &under)];
+    failed.push(same_but_for_the_machine(&alone, &under).err());
+    let in_place = match &peer {
+        Some(kvm) => Some(run_peer(ui, &session, kvm, &bare)?),
+        None => None,
+    };
+    if let Some(outcome) = &in_place {
+        failed.push(tell_failure(ui, outcome));
+    }
+
+    let mut columns = vec![
+        report::Column { name: "KVM alone:", said: &alone.transcript },
+        report::Column { name: "under nvmx:", said: &under.transcript },
+    ];
+    columns.extend(in_place.iter().map(|o| report::Column { name: "KVM as L1:", said: &o.transcript }));
+    ui.line("");
+    heading("What booting Linux as a guest of Linux costs");
+    ui.line(&report::render(&columns, backend.unit()));
+    ui.line("");
+    ui.line(&report::render_nvmx(&under.transcript));
+    ui.line("");
+    ui.line(&report::render_reasons(&under.transcript));
+    let seconds = |o: &Outcome| format!("{:.1} s", o.took.as_secs_f64());
+    ui.line(&format!("KVM alone: {}; under nvmx: {}.", seconds(&alone), seconds(&under)));
+    let failed: Vec<String> = failed.into_iter().flatten().collect();
+    if failed.is_empty() { Ok(()) } else { Err(Stop::Guest(failed.join("\n")).into()) }
+}
+
+fn run_peer(ui: &Ui, session: &Session, kvm: &dyn Backend, bare: &Spec) -> Result<Outcome> {
+    let spec = Spec { name: format!("{NAME}-kvm"), debug_port: false, ..bare.clone() };
+    let step = ui.step(&format!("the same under {}", kvm.name()));
+    let outcome = boot::boot(&session.paths, kvm, &spec, &View::new(ui, Show::Warnings));
+    drop(step);
+    outcome
+}

@@ -1,0 +1,134 @@
+//! What booting a Linux guest of Linux costs with KVM alone on the machine, under nvmx, and with KVM in nvmx's place.
+
+use super::table::number;
+use crate::backend::Unit;
+use crate::transcript::Transcript;
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use l2_protocol::{Kind, OwnedRecord};
+use nvmx::vmx::exit::BasicReason;
+
+/// The stages that Linux tells of, and what they are.
+const STAGES: [(&str, &str); 3] =
+    [("linux_boot", "L2 boots, from power-on"), ("l3_boot", "L3 boots"), ("l3_work", "L3 works")];
+
+/// One boot of the comparison.
+pub struct Column<'a> {
+    /// Its heading
+    pub name: &'a str,
+    /// What it said
+    pub said: &'a Transcript,
+}
+
+/// Stages by boot: ticks, and exits to the KVM that runs L3 by its own count.
+pub fn render(columns: &[Column<'_>], unit: Unit) -> String {
+    let mut table = table();
+    let head = columns.iter().flat_map(|c| [format!("{}\n{}", c.name, unit.name()), "exits\nto L2".into()]);
+    table.set_header(std::iter::once("stage".to_string()).chain(head));
+    for (stage, text) in STAGES {
+        // With many guests, the last stands for all: the first one finds cold caches.
+        let cells = columns.iter().flat_map(|c| {
+            let record = named(c.said, stage).next_back();
+            ["ticks", "l0_exits"].map(|key| record.and_then(|r| r.number(key).ok()).map(|n| n as f64))
+        });
+        table.add_row(std::iter::once(text.to_string()).chain(cells.map(number)));
+    }
+    right(table)
+}
+
+/// What nvmx did for the stages of L3.
+pub fn render_nvmx(nested: &Transcript) -> String {
+    const KEYS: [(&str, &str); 8] = [
+        ("hw_exits", "hardware\nexits"),
+        ("exits_l2", "of L2"),
+        ("exits_l3", "of L3"),
+        ("reflected", "reflected"),
+        ("trapped_vmread", "trapped\nVMREAD"),
+        ("trapped_vmwrite", "trapped\nVMWRITE"),
+        ("ept02_fills", "ept02\nfills"),
+        ("l1_ticks", "inside\nnvmx"),
+    ];
+    let mut table = table();
+    table.set_header(std::iter::once("nvmx").chain(KEYS.map(|(_, head)| head)));
+    for (stage, text) in STAGES {
+        let Some(record) = named(nested, stage).next_back().filter(|r| r.get("hw_exits").is_some()) else { continue };
+        let cells = KEYS.map(|(key, _)| number(record.number(key).ok().map(|n| n as f64)));
+        table.add_row(std::iter::once(text.to_string()).chain(cells));
+    }
+    right(table)
+}
+
+/// Exits by reason: of L3 by those that L2 asked for or nvmx took, of L2 by what it executed.
+pub fn render_reasons(nested: &Transcript) -> String {
+    let mut table = table();
+    table.set_header(["exits of L3", "", "exits of L2", ""]);
+    let Some(record) = named(nested, "exits").next_back() else { return String::new() };
+    let (l3, l2) = (reasons(record.get("l3")), reasons(record.get("l2")));
+    let cell = |list: &[(String, u64)], row: usize| match list.get(row) {
+        Some((name, count)) => [name.clone(), number(Some(*count as f64))],
+        None => [String::new(), String::new()],
+    };
+    for row in 0..l3.len().max(l2.len()) {
+        table.add_row([cell(&l3, row), cell(&l2, row)].concat());
+    }
+    for (i, column) in table.column_iter_mut().enumerate() {
+        column.set_padding((1, 1));
+        column.set_cell_alignment(if i % 2 == 1 { CellAlignment::Right } else { CellAlignment::Left });
+    }
+    table.to_string()
+}
+
+/// `48:12 30:7` by name.
+fn reasons(text: Option<&str>) -> Vec<(String, u64)> {
+    let pair = |word: &str| {
+        let (reason, count) = word.split_once(':')?;
+        Some((BasicReason(reason.parse().ok()?).to_string(), count.parse().ok()?))
+    };
+    text.unwrap_or_default().split(' ').filter_map(pair).collect()
+}
+
+/// The records of measurements with this name.
+pub fn named<'a>(said: &'a Transcript, name: &'a str) -> impl DoubleEndedIterator<Item = &'a OwnedRecord> {
+    said.of_kind(Kind::Event).filter(move |r| r.get("name") == Some(name))
+}
+
+fn table() -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table
+}
+
+fn right(mut table: Table) -> String {
+    for (i, column) in table.column_iter_mut().enumerate() {
+        column.set_padding((1, 1));
+        if i > 0 {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::tests::transcript;
+
+    #[test]
+    fn stages_stand_side_by_side_and_reasons_have_names() {
+        let bare = transcript(&["@L3 event name=l3_boot count=1 ticks=4000000 l0_exits=41000"]);
+        let nested = transcript(&[
+            "@L2 event name=linux_boot count=1 ticks=5",
+            "@L3 event name=l3_boot count=1 ticks=5000000 l0_exits=42000 hw_exits=99 exits_l2=50 exits_l3=49",
+            "@L2 event name=exits l2=\"25:41004 10:54\" l3=\"30:40785\"",
+        ]);
+        let text = render(
+            &[Column { name: "KVM alone", said: &bare }, Column { name: "under nvmx", said: &nested }],
+            Unit::Instructions,
+        );
+        let row = text.lines().find(|l| l.contains("L3 boots")).unwrap();
+        let cells: Vec<&str> = row.split_whitespace().skip(2).collect();
+        assert_eq!(cells, ["4,000,000", "41,000", "5,000,000", "42,000"]);
+        assert!(render_nvmx(&nested).contains("99"));
+        let reasons = render_reasons(&nested);
+        assert!(reasons.contains("VMWRITE") && reasons.contains("41,004") && reasons.contains("40,785"), "{reasons}");
+    }
+}

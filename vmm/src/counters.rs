@@ -1,0 +1,85 @@
+//! What nvmx counted, if it is below this Linux: its counters are CPUID leaves, which any program may read.
+
+use l2_protocol::abi::{
+    Counter, EXITS_OF_L2, EXITS_OF_L3, FRAMES_FREE, LEAF_COUNTERS, LEAF_SIGNATURE, REASONS, SIGNATURE, SNAPSHOT,
+};
+use raw_cpuid::native_cpuid::cpuid_count;
+
+/// How many of nvmx's frames are free.
+pub fn free_frames() -> Option<u64> {
+    present().then(|| value(FRAMES_FREE))
+}
+
+/// One value.
+fn value(index: u32) -> u64 {
+    let leaf = cpuid_count(LEAF_COUNTERS, index);
+    u64::from(leaf.edx) << 32 | u64::from(leaf.eax)
+}
+
+/// The counters at one moment; all zero where there is no nvmx.
+#[derive(Clone)]
+pub struct Counters {
+    named: Vec<u64>,
+    l2: Vec<u64>,
+    l3: Vec<u64>,
+}
+
+/// Whether nvmx runs this Linux.
+pub fn present() -> bool {
+    let leaf = cpuid_count(LEAF_SIGNATURE, 0);
+    [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes).concat() == SIGNATURE
+}
+
+impl Counters {
+    /// Reads them all, if there are any.
+    pub fn read() -> Option<Self> {
+        if !present() {
+            return None;
+        }
+        cpuid_count(LEAF_COUNTERS, SNAPSHOT);
+        let reasons = |first: u32| (first..).take(REASONS).map(value).collect();
+        Some(Counters {
+            named: Counter::ALL.iter().map(|c| value(*c as u32)).collect(),
+            l2: reasons(EXITS_OF_L2),
+            l3: reasons(EXITS_OF_L3),
+        })
+    }
+
+    /// What happened between two moments, as fields of a record.
+    pub fn fields(&self, to: &Self) -> String {
+        let mut text = String::new();
+        for ((counter, from), to) in Counter::ALL.iter().zip(&self.named).zip(&to.named) {
+            text.push_str(&format!(" {}={}", counter.name(), to.saturating_sub(*from)));
+        }
+        text
+    }
+
+    /// Exits by basic exit reason between two moments, of L2 and of L3, as `reason:count`, the most frequent first.
+    pub fn reasons(&self, to: &Self) -> [String; 2] {
+        [pairs(&self.l2, &to.l2), pairs(&self.l3, &to.l3)]
+    }
+}
+
+fn pairs(from: &[u64], to: &[u64]) -> String {
+    let mut counts: Vec<(usize, u64)> = from.iter().zip(to).map(|(a, b)| b.saturating_sub(*a)).enumerate().collect();
+    counts.retain(|(_, count)| *count > 0);
+    counts.sort_by_key(|(reason, count)| (u64::MAX - count, *reason));
+    counts.iter().map(|(reason, count)| format!("{reason}:{count}")).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_lies_between_two_moments_is_told_by_name_and_by_reason() {
+        let at = |exits: u64| Counters {
+            named: vec![exits; Counter::ALL.len()],
+            l2: vec![0, exits, 2 * exits],
+            l3: vec![7; 3],
+        };
+        let (from, to) = (at(10), at(15));
+        assert!(from.fields(&to).starts_with(" hw_exits=5 exits_l2=5 "), "{}", from.fields(&to));
+        assert_eq!(from.reasons(&to), ["2:10 1:5", ""]);
+    }
+}

@@ -1,0 +1,89 @@
+//! Another VMM, such as QEMU: a program whose output goes to the console, line by line. To records of measurements what KVM
+//! and nvmx counted since the one before is added.
+
+use crate::console::Console;
+use crate::counters::Counters;
+use crate::init;
+use crate::machine::End;
+use crate::plan::Item;
+use crate::stats::NAMES;
+use anyhow::{Context, Result};
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+const EVENT: &[u8] = b"@L3 event ";
+
+/// Runs it to its end. Its arguments are separated by blanks; one with a blank in it is quoted by `"`.
+///
+/// # Errors
+/// If it does not start.
+pub fn run(program: &Item, console: &mut Console) -> Result<End> {
+    init::mount_debugfs();
+    let mut meter = Meter::now();
+    let mut child = Command::new(&program.path)
+        .args(arguments(&program.args))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot start {}", program.path))?;
+    if let Some(output) = child.stdout.take() {
+        for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
+            let line = line.strip_suffix(b"\r").unwrap_or(&line);
+            console.write(line);
+            if line.starts_with(EVENT) {
+                console.write(meter.advance().as_bytes());
+            }
+            console.write(b"\n");
+        }
+    }
+    let status = child.wait().with_context(|| format!("{} is lost", program.path))?;
+    Ok(if status.success() { End::Itself } else { End::Broken(format!("{}: {status}", program.path)) })
+}
+
+/// The counters at one moment.
+struct Meter {
+    kvm: [Option<u64>; NAMES.len()],
+    nvmx: Option<Counters>,
+}
+
+impl Meter {
+    fn now() -> Self {
+        let read =
+            |name: &str| std::fs::read_to_string(format!("/sys/kernel/debug/kvm/{name}")).ok()?.trim().parse().ok();
+        Meter { kvm: NAMES.map(|(name, _)| read(name)), nvmx: Counters::read() }
+    }
+
+    /// What was counted since the moment, as fields of a record; now is the new moment.
+    fn advance(&mut self) -> String {
+        let before = std::mem::replace(self, Meter::now());
+        let mut text = String::new();
+        for ((from, to), (_, name)) in before.kvm.iter().zip(&self.kvm).zip(NAMES) {
+            if let (Some(from), Some(to)) = (from, to) {
+                text.push_str(&format!(" {name}={}", to.saturating_sub(*from)));
+            }
+        }
+        let nvmx = before.nvmx.as_ref().zip(self.nvmx.as_ref()).map(|(from, to)| from.fields(to));
+        text + &nvmx.unwrap_or_default()
+    }
+}
+
+fn arguments(text: &str) -> Vec<String> {
+    let mut list = Vec::new();
+    for (n, part) in text.split('"').enumerate() {
+        match n % 2 {
+            0 => list.extend(part.split_whitespace().map(str::to_string)),
+            _ => list.push(part.to_string()),
+        }
+    }
+    list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quotes_keep_an_argument_together() {
+        assert_eq!(arguments("-m 256 -append \"a b\" -x"), ["-m", "256", "-append", "a b", "-x"]);
+    }
+}
