@@ -50,14 +50,20 @@ pub fn rich() -> Capabilities {
     Capabilities::read(rich_msr, 39, 48)
 }
 
-/// A vmcs12 in a map.
-#[derive(Clone, Debug, Default)]
-pub struct Vmcs(pub HashMap<Field, u64>);
+/// A vmcs12 as an array.
+#[derive(Clone, Debug)]
+pub struct Vmcs([u64; Field::COUNT]);
+
+impl Default for Vmcs {
+    fn default() -> Self {
+        Vmcs([0; Field::COUNT])
+    }
+}
 
 impl Vmcs {
     pub fn set(&mut self, field: Field, value: u64) -> &mut Self {
         assert_eq!(value & !field.mask(), 0, "{field} cannot hold {value:#x}");
-        self.0.insert(field, value);
+        self.0[field.index()] = value;
         self
     }
     pub fn or(&mut self, field: Field, bits: u64) -> &mut Self {
@@ -70,7 +76,7 @@ impl Vmcs {
 
 impl Fields for Vmcs {
     fn get(&self, field: Field) -> u64 {
-        self.0.get(&field).copied().unwrap_or(0)
+        self.0[field.index()]
     }
 }
 

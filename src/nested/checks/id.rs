@@ -166,6 +166,12 @@ checks! {
         GuestTrSelector = "TI of guest TR is 0" [GUEST_TR_SELECTOR];
         GuestLdtrSelector = "TI of a usable guest LDTR is 0" [GUEST_LDTR_SELECTOR GUEST_LDTR_AR_BYTES];
         GuestSsRpl = "RPL of guest SS equals RPL of CS" [GUEST_SS_SELECTOR GUEST_CS_SELECTOR];
+        GuestBaseCanonical = "guest bases of TR, FS, GS and a usable LDTR are canonical" [
+            GUEST_TR_BASE GUEST_FS_BASE GUEST_GS_BASE GUEST_LDTR_BASE
+        ];
+        GuestBase32Bit = "bits 63:32 of the bases of CS and of usable SS, DS, ES are 0" [
+            GUEST_CS_BASE GUEST_SS_BASE GUEST_DS_BASE GUEST_ES_BASE
+        ];
         GuestV86Base = "in virtual-8086 mode each base is its selector times 16" [
             GUEST_ES_BASE GUEST_CS_BASE GUEST_SS_BASE GUEST_DS_BASE GUEST_FS_BASE GUEST_GS_BASE GUEST_ES_SELECTOR
             GUEST_CS_SELECTOR GUEST_SS_SELECTOR GUEST_DS_SELECTOR GUEST_FS_SELECTOR GUEST_GS_SELECTOR
@@ -176,12 +182,6 @@ checks! {
         GuestV86Rights = "in virtual-8086 mode the access rights are F3H" [
             GUEST_ES_AR_BYTES GUEST_CS_AR_BYTES GUEST_SS_AR_BYTES GUEST_DS_AR_BYTES GUEST_FS_AR_BYTES
             GUEST_GS_AR_BYTES
-        ];
-        GuestBaseCanonical = "guest bases of TR, FS, GS and a usable LDTR are canonical" [
-            GUEST_TR_BASE GUEST_FS_BASE GUEST_GS_BASE GUEST_LDTR_BASE
-        ];
-        GuestBase32Bit = "bits 63:32 of the bases of CS and of usable SS, DS, ES are 0" [
-            GUEST_CS_BASE GUEST_SS_BASE GUEST_DS_BASE GUEST_ES_BASE
         ];
         GuestCsType = "guest CS is accessed code, or accessed data for an unrestricted guest" [GUEST_CS_AR_BYTES];
         GuestSsType = "a usable guest SS is accessed read/write data" [GUEST_SS_AR_BYTES];
@@ -254,9 +254,6 @@ checks! {
         GuestBlockingNmiMovSs = "an NMI is not injected under blocking by MOV SS" [
             GUEST_INTERRUPTIBILITY_INFO VM_ENTRY_INTR_INFO_FIELD
         ];
-        GuestBlockingNmiSti = "an NMI is not injected under blocking by STI" [
-            GUEST_INTERRUPTIBILITY_INFO VM_ENTRY_INTR_INFO_FIELD
-        ];
         GuestBlockingSmi = "there is no blocking by SMI outside SMM" [GUEST_INTERRUPTIBILITY_INFO];
         GuestBlockingNmi = "an NMI is not injected under virtual-NMI blocking" [
             GUEST_INTERRUPTIBILITY_INFO VM_ENTRY_INTR_INFO_FIELD
@@ -272,14 +269,19 @@ checks! {
         GuestLinkPointerAddress = "the VMCS link pointer is page-aligned and within the physical-address width" [
             VMCS_LINK_POINTER
         ];
+        GuestLinkPointerCurrent = "the VMCS link pointer is not the current VMCS" [VMCS_LINK_POINTER];
         GuestLinkPointerRegion = "the VMCS link pointer points to an ordinary VMCS of this processor" [
             VMCS_LINK_POINTER
         ];
-        GuestLinkPointerCurrent = "the VMCS link pointer is not the current VMCS" [VMCS_LINK_POINTER];
     }
     "Checks on Guest Page-Directory-Pointer-Table Entries" {
         GuestPdptes = "reserved bits of present guest PDPTEs are 0" [
             GUEST_PDPTE0 GUEST_PDPTE1 GUEST_PDPTE2 GUEST_PDPTE3 GUEST_CR3
+        ];
+    }
+    "Checks on Guest Non-Register State" {
+        GuestBlockingNmiSti = "an NMI is not injected under blocking by STI" [
+            GUEST_INTERRUPTIBILITY_INFO VM_ENTRY_INTR_INFO_FIELD
         ];
     }
     "Loading MSRs" {

@@ -1,22 +1,15 @@
-//! The rules on control fields against a second statement of them: bit numbers instead of names, all violations instead of
-//! the first, written from the SDM's paragraphs.
+//! Control fields, a second time.
 
-mod core_support;
-
-use core_support::{Vmcs, rich, valid_vmcs12};
+use crate::core_support::{Vmcs, rich, valid_vmcs12};
+use crate::{Violations, bit};
 use nvmx::nested::caps::offered;
 use nvmx::nested::checks::{check_controls, check_live_controls};
 use nvmx::vmx::caps::Misc;
 use nvmx::vmx::{Capabilities, Field, Field::*, Fields};
 use proptest::prelude::*;
 use proptest::sample::select;
-use std::collections::BTreeSet;
 
 const PHYSICAL_WIDTH: u32 = 39;
-
-fn bit(value: u64, number: u32) -> bool {
-    (value >> number) % 2 == 1
-}
 
 /// "Reserved bits ... must be set properly": each bit on its own.
 fn allowed(value: u64, msr: u64) -> bool {
@@ -37,8 +30,8 @@ fn list(address: u64, count: u64) -> bool {
     count == 0 || address % 16 == 0 && end <= 1 << PHYSICAL_WIDTH
 }
 
-/// Names of all rules that `v` violates.
-fn violations(v: &Vmcs, caps: &Capabilities) -> BTreeSet<&'static str> {
+/// Names of all rules on control fields that `v` violates.
+pub fn violations(v: &impl Fields, caps: &Capabilities) -> Violations {
     let pin = v.get(PIN_BASED_VM_EXEC_CONTROL);
     let primary = v.get(CPU_BASED_VM_EXEC_CONTROL);
     let written = v.get(SECONDARY_VM_EXEC_CONTROL);
@@ -46,7 +39,7 @@ fn violations(v: &Vmcs, caps: &Capabilities) -> BTreeSet<&'static str> {
     let exit = v.get(VM_EXIT_CONTROLS);
     let entry = v.get(VM_ENTRY_CONTROLS);
     let msr = |index| caps.msr(index).unwrap();
-    let mut broken = BTreeSet::new();
+    let mut broken = Violations::new();
     let mut demand = |name, holds: bool| {
         if !holds {
             broken.insert(name);
