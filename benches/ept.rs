@@ -119,7 +119,7 @@ fn main() {
     for _ in 0..rounds * PAGES {
         let missing = black_box(Ngpa::new(1 << 30));
         let outcome = m.2.violation(EPTP, missing, Qualification::READ, None, &m.0, &mut m.1);
-        assert!(matches!(outcome, Outcome::ReflectViolation(_)));
+        assert!(matches!(outcome, Outcome::ReflectViolation { .. }));
     }
     report("fault that L2 must see", rounds * PAGES, start.elapsed());
 

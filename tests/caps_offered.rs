@@ -118,6 +118,8 @@ proptest! {
         let ept = o.secondary.allows(SecondaryControls::ENABLE_EPT);
         prop_assert!(ept || !o.secondary.allows(SecondaryControls::UNRESTRICTED_GUEST));
         prop_assert!(ept || o.ept_vpid.0 as u32 == 0);
+        let mode_based = o.secondary.allows(SecondaryControls::MODE_BASED_EXECUTE_CONTROL);
+        prop_assert!(ept && o.ept_vpid.advanced_exit_information() || !mode_based);
         let log = o.secondary.allows(SecondaryControls::ENABLE_PML);
         prop_assert!(!log || o.ept_vpid.accessed_dirty(), "a log of flags that do not exist");
         prop_assert!(o.secondary.allows(SecondaryControls::ENABLE_VPID) || o.ept_vpid.0 >> 32 == 0);
@@ -145,9 +147,7 @@ fn what_nvmx_does_not_implement_is_withheld() {
         | SecondaryControls::VIRTUALIZE_X2APIC_MODE
         | SecondaryControls::APIC_REGISTER_VIRTUALIZATION
         | SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY
-        | SecondaryControls::VMCS_SHADOWING
-        | SecondaryControls::EPT_VIOLATION_VE
-        | SecondaryControls::MODE_BASED_EXECUTE_CONTROL;
+        | SecondaryControls::VMCS_SHADOWING;
     let exit = ExitControls::LOAD_PERF_GLOBAL_CTRL | ExitControls::LOAD_CET | ExitControls::CLEAR_BNDCFGS;
     let entry = EntryControls::LOAD_PERF_GLOBAL_CTRL | EntryControls::LOAD_CET | EntryControls::ENTRY_TO_SMM;
     assert_eq!(o.pin.may_be_one() & PinControls::POSTED_INTERRUPTS.bits(), 0);

@@ -87,7 +87,10 @@ fn every_size_rights_and_access_fill_or_reflect_as_ept12_says() {
                         assert_eq!((outcome, seen), (Outcome::Filled, vec![leaf]));
                     } else {
                         let told = Qualification::from_bits_retain(access | rights << 3 | linear | 1 << 12);
-                        assert_eq!((outcome, seen), (Outcome::ReflectViolation(told), vec![]));
+                        assert_eq!(
+                            (outcome, seen),
+                            (Outcome::ReflectViolation { qualification: told, convertible: true }, vec![])
+                        );
                     }
                 }
             }
@@ -103,7 +106,10 @@ fn the_rights_of_a_leaf_are_those_of_the_whole_walk() {
     assert_eq!(m.fault(EPTP, 0x5000, READ), Outcome::Filled);
     assert_eq!(m.activate(EPTP).0, [(0x5000, KIB4, 0x77_7000 | WB | R)]);
     let told = Qualification::from_bits_retain(WRITE | R << 3 | LINEAR);
-    assert_eq!(m.fault(EPTP, 0x5000, WRITE | LINEAR), Outcome::ReflectViolation(told));
+    assert_eq!(
+        m.fault(EPTP, 0x5000, WRITE | LINEAR),
+        Outcome::ReflectViolation { qualification: told, convertible: true }
+    );
 }
 
 #[test]
@@ -131,7 +137,11 @@ fn what_is_not_present_is_reflected_without_rights() {
     let mut m = machine();
     for ngpa in [0x5000, MIB2, GIB1, 1 << 39, 1 << 48] {
         let told = Qualification::from_bits_retain(FETCH | LINEAR);
-        assert_eq!(m.fault(EPTP, ngpa, FETCH | LINEAR | 7 << 3), Outcome::ReflectViolation(told), "{ngpa:#x}");
+        assert_eq!(
+            m.fault(EPTP, ngpa, FETCH | LINEAR | 7 << 3),
+            Outcome::ReflectViolation { qualification: told, convertible: true },
+            "{ngpa:#x}"
+        );
     }
 }
 
@@ -140,7 +150,10 @@ fn advanced_information_is_kept_when_it_was_offered() {
     let mut m = machine();
     m.ept = Ept02::new(rules(), true, 0, &mut m.frames).unwrap();
     let told = Qualification::from_bits_retain(READ | LINEAR | 7 << 9);
-    assert_eq!(m.fault(EPTP, 0x5000, READ | LINEAR | 7 << 9 | 7 << 13), Outcome::ReflectViolation(told));
+    assert_eq!(
+        m.fault(EPTP, 0x5000, READ | LINEAR | 7 << 9 | 7 << 13),
+        Outcome::ReflectViolation { qualification: told, convertible: true }
+    );
 }
 
 #[test]
@@ -338,11 +351,11 @@ fn a_run_ends_where_a_processor_forgets() {
         ("INVEPT of all", |m| m.ept.invept_all()),
         ("VMXOFF", |m| m.ept.forget_all(&mut m.frames)),
         ("a violation that L2 sees, for want of a page", |m| {
-            assert!(matches!(m.fault(EPTP, 0xf000, READ), Outcome::ReflectViolation(_)));
+            assert!(matches!(m.fault(EPTP, 0xf000, READ), Outcome::ReflectViolation { .. }));
         }),
         ("a violation that L2 sees, for want of a right", |m| {
             m.l2.set(PT, 9, 0x77_b000 | WB | R);
-            assert!(matches!(m.fault(EPTP, 0x9000, WRITE), Outcome::ReflectViolation(_)));
+            assert!(matches!(m.fault(EPTP, 0x9000, WRITE), Outcome::ReflectViolation { .. }));
         }),
         ("its root given to others", |m| {
             let _ = [OTHER | 0x1e, OTHER | 0x18, ROOT | 0x1e].map(|role| m.activate(Eptp::new(role)));
@@ -560,7 +573,7 @@ fn the_machines_pool_and_memory_serve_too() {
     let mut fault = |ngpa| ept.violation(eptp, Ngpa::new(ngpa), Qualification::READ, None, &guest, &mut frames);
     assert_eq!(fault(0x5123), Outcome::Filled);
     assert_eq!(fault(0x18_0123), Outcome::Forbidden { gpa: Gpa::new(0x18_0123) });
-    assert_eq!(fault(0x20_0000), Outcome::ReflectViolation(Qualification::READ));
+    assert_eq!(fault(0x20_0000), Outcome::ReflectViolation { qualification: Qualification::READ, convertible: true });
     let mut table = ept.activate(eptp, &mut frames).eptp02.ep4ta();
     for (index, present) in [(0, true), (0, true), (0, true), (5, true)] {
         let entry = frames.read(nvmx::addr::Hpa::new(table + index * 8));

@@ -20,7 +20,7 @@ use super::eptp::Eptp;
 use super::flags::{Marked, PageLog, Path};
 use super::run::Run;
 use super::violation::Qualification;
-use super::walk::{GuestTables, Leaf, Walk, walk};
+use super::walk::{GuestTables, Leaf, TableReader, Walk, walk};
 use super::{GuestView, NotOwned, OutOfFrames, TableFrames};
 use crate::addr::{Gpa, Hpa, Ngpa};
 
@@ -30,8 +30,13 @@ use crate::addr::{Gpa, Hpa, Ngpa};
 pub enum Outcome {
     /// ept02 has the page now, or L2 changed ept12 while it was looked at: enter L3 again, through [`Ept02::activate`].
     Filled,
-    /// ept12 does not allow the access: L2 sees an EPT violation with this qualification.
-    ReflectViolation(Qualification),
+    /// ept12 does not allow the access: L2 sees an EPT violation.
+    ReflectViolation {
+        /// What it is told.
+        qualification: Qualification,
+        /// The entry that maps the page, or is not present, does not keep the violation from becoming a #VE.
+        convertible: bool,
+    },
     /// ept12 is misconfigured for this address: L2 sees an EPT misconfiguration. A table of ept12 where L2 owns no
     /// memory is one, too: on the machine that L2 sees nothing answers there, and all ones is not a valid entry.
     ReflectMisconfig,
@@ -42,6 +47,22 @@ pub enum Outcome {
         /// The address that L3 would have reached.
         gpa: Gpa,
     },
+}
+
+/// Reads ept12 and remembers the entry that it read last.
+struct LastEntry<'a, G> {
+    tables: GuestTables<'a, G>,
+    entry: u64,
+}
+
+impl<G: GuestView> TableReader for LastEntry<'_, G> {
+    type Address = Gpa;
+    type Error = NotOwned;
+    #[inline(always)]
+    fn read(&mut self, at: Gpa) -> Result<u64, NotOwned> {
+        self.entry = self.tables.read(at)?;
+        Ok(self.entry)
+    }
 }
 
 impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
@@ -60,11 +81,14 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         if let Some(run) = &mut self.run {
             run.lose_way();
         }
-        let access = qualification.access();
+        let access = qualification.access_in(eptp12.mode_based());
         let reached = if eptp12.accessed_dirty() {
             self.reach_and_mark(eptp12, ngpa, qualification, log, guest)
         } else {
-            self.reached(walk(&mut GuestTables(guest), eptp12.guest_root(), ngpa.get(), &self.rules), qualification)
+            let mut tables = LastEntry { tables: GuestTables(guest), entry: 0 };
+            let rules = self.rules.mode_based(eptp12.mode_based());
+            let walk = walk(&mut tables, eptp12.guest_root(), ngpa.get(), &rules);
+            self.reached(walk, access, qualification, tables.entry)
         };
         let leaf = match reached {
             Ok(leaf) => leaf,
@@ -76,13 +100,21 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         }
     }
 
-    /// The page that an access reaches, or what becomes of the access.
+    /// The page that an access reaches, or what becomes of the access; `entry` is the last of the walk.
     #[inline(always)]
-    fn reached(&self, walk: Walk<Gpa, NotOwned>, qualification: Qualification) -> Result<Leaf<Gpa>, Outcome> {
-        let refused =
-            |rights| Err(Outcome::ReflectViolation(qualification.reflected(rights, self.advanced_information)));
+    fn reached(
+        &self,
+        walk: Walk<Gpa, NotOwned>,
+        access: Rights,
+        qualification: Qualification,
+        entry: u64,
+    ) -> Result<Leaf<Gpa>, Outcome> {
+        let refused = |rights| {
+            let qualification = qualification.reflected(rights, self.advanced_information);
+            Err(Outcome::ReflectViolation { qualification, convertible: entry & entry::SUPPRESS_VE == 0 })
+        };
         match walk {
-            Walk::Leaf(leaf) if leaf.rights.contains(qualification.access()) => Ok(leaf),
+            Walk::Leaf(leaf) if leaf.rights.contains(access) => Ok(leaf),
             Walk::Leaf(leaf) => refused(leaf.rights),
             Walk::NotPresent(_) => refused(Rights::empty()),
             Walk::Misconfigured(..) | Walk::Unreadable(_) => Err(Outcome::ReflectMisconfig),
@@ -100,9 +132,11 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         guest: &G,
     ) -> Result<Leaf<Gpa>, Outcome> {
         let mut path = Path::new(guest);
-        let walk = walk(&mut path, eptp12.guest_root(), ngpa.get(), &self.rules);
-        let mut leaf = self.reached(walk, qualification)?;
-        match path.mark(ngpa, qualification.access().contains(Rights::WRITE), log) {
+        let rules = self.rules.mode_based(eptp12.mode_based());
+        let walk = walk(&mut path, eptp12.guest_root(), ngpa.get(), &rules);
+        let access = qualification.access_in(eptp12.mode_based());
+        let mut leaf = self.reached(walk, access, qualification, path.last())?;
+        match path.mark(ngpa, access.contains(Rights::WRITE), log) {
             Marked::Done { dirty } => leaf.rights.set(Rights::WRITE, dirty && leaf.rights.contains(Rights::WRITE)),
             Marked::LogFull => return Err(Outcome::ReflectLogFull),
             // As a processor walks again when the entry that it wants to mark has changed.
@@ -157,7 +191,8 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
                 }
                 None => self.install_with_room(index, ngpa, Level::Pt, composed, frames),
             };
-            self.run = table.map(|table| Run::new(eptp12, ngpa, &leaf, table));
+            // A run asks for the rights of plain entries.
+            self.run = table.filter(|_| !eptp12.mode_based()).map(|table| Run::new(eptp12, ngpa, &leaf, table));
         } else {
             self.install_with_room(index, ngpa, block.level, composed, frames);
         }

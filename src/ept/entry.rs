@@ -1,8 +1,8 @@
 //! One EPT entry: its bits, what it means at its level, and when it is misconfigured.
 //!
 //! Source: Intel SDM vol. 3C (December 2024), "EPT Translation Mechanism", the tables "Format of an EPT PML4 Entry
-//! (PML4E)" to "Format of an EPT Page-Table Entry that Maps a 4-KByte Page", and "EPT Misconfigurations". Mode-based
-//! execute control, sub-page permissions and #VE are not offered, so their bits are ignored here as the tables say.
+//! (PML4E)" to "Format of an EPT Page-Table Entry that Maps a 4-KByte Page", and "EPT Misconfigurations". Sub-page
+//! permissions are not offered, so their bit is ignored here as the tables say.
 
 use crate::addr::Hpa;
 use crate::mm::mtrr::MemoryType;
@@ -19,26 +19,34 @@ pub const ACCESSED: u64 = 1 << 8;
 /// Bit 9: dirty (leaves only).
 pub const DIRTY: u64 = 1 << 9;
 const IGNORE_PAT: u64 = 1 << 6;
-const RIGHTS: u64 = 7;
+/// Bit 63 of an entry that maps a page or is not present: its violations are not converted to #VE.
+pub const SUPPRESS_VE: u64 = 1 << 63;
+const RIGHTS: u64 = Rights::RWX.bits() as u64;
+const ALL_RIGHTS: u64 = Rights::all().bits() as u64;
 
 bitflags! {
-    /// Access rights: bits 2:0 of an entry.
+    /// Access rights: bits 2:0 and 10 of an entry.
     #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
-    pub struct Rights: u8 {
+    pub struct Rights: u16 {
         /// Data reads
         const READ = 1;
         /// Data writes
         const WRITE = 2;
-        /// Instruction fetches
+        /// Instruction fetches; under mode-based execute control those from supervisor-mode linear addresses
         const EXECUTE = 4;
+        /// Instruction fetches from user-mode linear addresses, under mode-based execute control; else the bit is ignored
+        const USER_EXECUTE = 1 << 10;
     }
 }
 
 impl Rights {
-    /// The rights that one entry grants.
+    /// All that there is without mode-based execute control.
+    pub const RWX: Self = Self::READ.union(Self::WRITE).union(Self::EXECUTE);
+
+    /// The rights that one entry grants, if the processor looks at all of them.
     #[inline]
     pub const fn of(entry: u64) -> Self {
-        Self::from_bits_truncate((entry & RIGHTS) as u8)
+        Self::from_bits_truncate(entry as u16)
     }
 }
 
@@ -137,8 +145,10 @@ impl fmt::Debug for Caching {
 pub struct EptRules {
     /// Bits 51:MAXPHYADDR, which must be zero.
     reserved_address: u64,
-    /// Bit n is set when the rights n are a misconfiguration.
-    bad_rights: u8,
+    /// The bits of rights that count.
+    rights: u64,
+    /// Rights that are a misconfiguration without the right to read.
+    never_alone: u64,
     /// Bit n is set when a leaf may stand in a table of level n.
     leaf_levels: u8,
 }
@@ -148,11 +158,29 @@ impl EptRules {
     /// "2-MByte pages" and "1-GByte pages" of IA32_VMX_EPT_VPID_CAP.
     pub const fn new(max_phys_addr: u32, execute_only: bool, pages_2m: bool, pages_1g: bool) -> Self {
         let width = if max_phys_addr > 52 { 52 } else { max_phys_addr };
-        // Writable but not readable (2 and 6) is wrong on every processor.
-        let bad_rights = 1 << 2 | 1 << 6 | (!execute_only as u8) << 4;
+        // Writable but not readable is wrong on every processor.
+        let never_alone = if execute_only { Rights::WRITE.bits() as u64 } else { RIGHTS };
         let leaf_levels =
             1 << Level::Pt as u8 | (pages_2m as u8) << Level::Pd as u8 | (pages_1g as u8) << Level::Pdpt as u8;
-        Self { reserved_address: ADDRESS & !((1 << width) - 1), bad_rights, leaf_levels }
+        Self { reserved_address: ADDRESS & !((1 << width) - 1), rights: RIGHTS, never_alone, leaf_levels }
+    }
+
+    /// The same with or without mode-based execute control.
+    #[inline]
+    pub const fn mode_based(self, on: bool) -> Self {
+        const USER: u64 = Rights::USER_EXECUTE.bits() as u64;
+        if !on {
+            return self;
+        }
+        // Bit 10 is to fetches of user mode what bit 2 is to all others.
+        let never_alone = self.never_alone | if self.never_alone & RIGHTS == RIGHTS { USER } else { 0 };
+        Self { rights: ALL_RIGHTS, never_alone, ..self }
+    }
+
+    /// All rights that count.
+    #[inline]
+    pub const fn all_rights(&self) -> Rights {
+        Rights::of(self.rights)
     }
 
     /// The rules of the processor with these capabilities.
@@ -188,7 +216,7 @@ pub enum Misconfig {
 /// What an entry means.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Meaning {
-    /// Bits 2:0 are zero: nothing else in the entry matters.
+    /// No right is granted: nothing else in the entry matters but [`SUPPRESS_VE`].
     NotPresent,
     /// The address of the next table.
     Table(u64),
@@ -210,10 +238,10 @@ pub const fn decode(entry: u64, level: Level, rules: &EptRules) -> Meaning {
     if entry & (rules.reserved_address | 0xff) == RIGHTS && !matches!(level, Level::Pt) {
         return Meaning::Table(entry & ADDRESS);
     }
-    if entry & RIGHTS == 0 {
+    if entry & rules.rights == 0 {
         return Meaning::NotPresent;
     }
-    if rules.bad_rights >> (entry & RIGHTS) & 1 != 0 {
+    if entry & Rights::READ.bits() as u64 == 0 && entry & rules.never_alone != 0 {
         return Meaning::Misconfigured(Misconfig::Rights);
     }
     if entry & rules.reserved_address != 0 {
@@ -242,10 +270,10 @@ pub const fn is_leaf(entry: u64, level: Level) -> bool {
     matches!(level, Level::Pt) || (entry & LARGE != 0 && !matches!(level, Level::Pml4))
 }
 
-/// True when any right is granted.
+/// True when an entry of nvmx's own grants any right.
 #[inline]
 pub const fn is_present(entry: u64) -> bool {
-    entry & RIGHTS != 0
+    entry & ALL_RIGHTS != 0
 }
 
 /// True for what [`table_entry`] makes, in a table of any level but the last.
@@ -257,7 +285,7 @@ pub const fn is_own_table(entry: u64) -> bool {
 /// The entry that references a table, with all rights: in nvmx's tables rights stand in the leaves alone.
 #[inline]
 pub const fn table_entry(table: Hpa) -> u64 {
-    table.get() & ADDRESS | RIGHTS
+    table.get() & ADDRESS | ALL_RIGHTS
 }
 
 /// The entry that maps a page.
@@ -272,5 +300,5 @@ pub const fn leaf_entry(page: Hpa, level: Level, rights: Rights, caching: Cachin
 /// violation.
 #[inline]
 pub const fn is_upgrade(old: u64, new: u64) -> bool {
-    (old ^ new) & !(RIGHTS | ACCESSED | DIRTY) == 0 && old & !new & RIGHTS == 0
+    (old ^ new) & !(ALL_RIGHTS | ACCESSED | DIRTY) == 0 && old & !new & ALL_RIGHTS == 0
 }

@@ -8,18 +8,33 @@ use crate::addr::{Gpa, Hpa};
 use crate::mm::mtrr::MemoryType;
 
 /// A value of the EPTP field. For L2's it is untrusted but for the checks of VM entry; the whole value is the role of
-/// an ept02.
+/// an ept02, together with [`Eptp::mode_based`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub struct Eptp(u64);
 
 impl Eptp {
     const ACCESSED_DIRTY: u64 = 1 << 6;
     const WALK_LENGTH_4: u64 = 3 << 3;
+    /// Not of the field, where the bit is reserved and no VM entry accepts it.
+    const MODE_BASED: u64 = 1 << 11;
 
     /// Wraps a raw value.
     #[inline]
     pub const fn new(raw: u64) -> Self {
         Self(raw)
+    }
+
+    /// The same as a role with or without mode-based execute control, which is a control of its own and gives the entries
+    /// another meaning.
+    #[inline]
+    pub const fn with_mode_based(self, on: bool) -> Self {
+        Self(self.0 & !Self::MODE_BASED | if on { Self::MODE_BASED } else { 0 })
+    }
+
+    /// The entries below are under mode-based execute control.
+    #[inline]
+    pub const fn mode_based(self) -> bool {
+        self.0 & Self::MODE_BASED != 0
     }
 
     /// The pointer to a table of nvmx: write-back, four levels.

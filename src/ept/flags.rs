@@ -70,6 +70,11 @@ impl<'a, G: GuestView> Path<'a, G> {
         Self { guest, entries: ArrayVec::new_const() }
     }
 
+    /// The entry that was read last; 0 if none was.
+    pub(super) fn last(&self) -> u64 {
+        self.entries.last().map_or(0, |(_, entry)| *entry)
+    }
+
     /// Sets the flags that an access to `ngpa`, the address of the walk, sets; the walk ended with a leaf that allows it.
     pub(super) fn mark(&self, ngpa: Ngpa, write: bool, log: Option<&mut PageLog>) -> Marked {
         let is_leaf = |n: usize| n + 1 == self.entries.len();

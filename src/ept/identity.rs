@@ -171,7 +171,7 @@ impl Ept01 {
             return Ok(());
         }
         let page =
-            |memory_type| entry::leaf_entry(Hpa::new(start), level, Rights::all(), Caching::new(memory_type, false));
+            |memory_type| entry::leaf_entry(Hpa::new(start), level, Rights::RWX, Caching::new(memory_type, false));
         let uniform = memory_type(Gpa::new(start), level.bytes());
         let Some(below) = level.below() else {
             frames.write(at, page(uniform.unwrap_or(MemoryType::Uncacheable)));

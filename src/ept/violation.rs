@@ -64,10 +64,21 @@ impl Qualification {
         self.intersection(Self::NMI_UNBLOCKING.union(Self::ASYNCHRONOUS))
     }
 
-    /// The rights that the access needed.
+    /// The rights that the access needed, without mode-based execute control.
     #[inline]
     pub const fn access(self) -> Rights {
-        Rights::of(self.bits())
+        Rights::of(self.bits() & Rights::RWX.bits() as u64)
+    }
+
+    /// The rights that the access needed. Whether a fetch was one of user mode is part of the advanced information, which
+    /// [`caps`](crate::nested::caps) makes a condition of mode-based execute control.
+    #[inline]
+    pub const fn access_in(self, mode_based: bool) -> Rights {
+        if mode_based && self.contains(Self::FETCH.union(Self::USER_LINEAR)) {
+            self.access().difference(Rights::EXECUTE).union(Rights::USER_EXECUTE)
+        } else {
+            self.access()
+        }
     }
 
     /// What L2 would have been told by a processor with ept12 alone: the access as it was, with the rights that ept12
@@ -75,6 +86,8 @@ impl Qualification {
     #[inline]
     pub const fn reflected(self, granted: Rights, advanced: bool) -> Self {
         let kept = if advanced { Self::OF_THE_ACCESS.union(Self::ADVANCED) } else { Self::OF_THE_ACCESS };
-        Self::from_bits_retain(self.bits() & kept.bits() | (granted.bits() as u64) << 3)
+        let user = if granted.contains(Rights::USER_EXECUTE) { Self::USER_EXECUTABLE } else { Self::empty() };
+        let granted = granted.intersection(Rights::RWX).bits() as u64;
+        Self::from_bits_retain(self.bits() & kept.bits() | granted << 3 | user.bits())
     }
 }

@@ -106,7 +106,7 @@ pub fn walk<R: TableReader>(
         return Walk::NotPresent(Level::Pml4);
     }
     let mut table = root.raw();
-    let mut rights = Rights::all();
+    let mut rights = rules.all_rights();
     // A loop over a constant: unrolled, so that the level is known in each step.
     for level in Level::DOWN {
         let at = R::Address::from_raw(table | level.entry_offset(address));

@@ -94,6 +94,8 @@ run! {
         ENABLE_VPID,        "L2's identifier stands for one of nvmx's own";
         ENABLE_PML,         "nvmx writes the log when it sets a dirty flag in ept12";
         UNRESTRICTED_GUEST, "runs in vmcs02, only together with EPT of L2";
+        MODE_BASED_EXECUTE_CONTROL, "runs in vmcs02; ept02 is composed with both execute rights";
+        EPT_VIOLATION_VE,   "does not run in vmcs02: nvmx makes #VE of violations that ept12 leaves convertible";
         ENABLE_VM_FUNCTIONS, "runs in vmcs02 without a function: each VMFUNC exits, and nvmx switches the EPTP";
     }
 }
@@ -179,6 +181,10 @@ pub fn offered(hardware: &Capabilities) -> Capabilities {
     if !hardware.secondary.allows(Secondary::ENABLE_VPID) {
         secondary &= !Secondary::ENABLE_VPID.bits();
         vpid_bits = 0;
+    }
+    // The violation of a fetch must tell which of the two rights was asked for.
+    if !hardware.ept_vpid.advanced_exit_information() || ept_bits == 0 {
+        secondary &= !Secondary::MODE_BASED_EXECUTE_CONTROL.bits();
     }
     let vmfunc = if ept_bits == 0 { 0 } else { hardware.vmfunc & VMFUNC };
     if vmfunc == 0 {

@@ -13,7 +13,7 @@ use super::vpid::VPID01;
 use super::{Operation, reflect};
 use crate::addr::Gpa;
 use crate::emul::cr::{Cr0, Cr4};
-use crate::ept::{Activation, Eptp, Written};
+use crate::ept::{Activation, Written};
 use crate::error::{KillReason, VmxError, VmxResult};
 use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::linear::fetch_pdptes;
@@ -21,7 +21,7 @@ use crate::mm::{GuestMemory, PhysMem};
 use crate::vcpu::{Cpu, Next, Stop, inject, smp};
 use crate::vmx::Field;
 use crate::vmx::bitmap::Words;
-use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls};
+use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::field::PDPTES;
 use l2_protocol::abi::Strategy;
@@ -68,8 +68,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     let activation = if duties.contains(Duties::LOAD_PDPTES) {
         Activation { eptp02: cpu.ept01.eptp(), invept: false }
     } else {
-        let eptp12 = Eptp::new(slot.vmcs12.get(Field::EPT_POINTER));
-        cpu.ept02.activate(eptp12, &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
+        cpu.ept02.activate(slot.eptp12(), &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
     };
     slot.run_on(vmx, activation);
     let vpid02 = if duties.contains(Duties::FLUSH_VPID) {
@@ -164,6 +163,7 @@ fn merge_controls(cpu: &mut Cpu, index: usize, checked: ControlsChecked) {
     let entry12 = EntryControls::from_bits_retain(slot.vmcs12.get(Field::VM_ENTRY_CONTROLS) as u32);
     let exit12 = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
     slot.inherited.plan(merged.duties, entry12, exit12);
+    slot.mode_based = merged.secondary.contains(SecondaryControls::MODE_BASED_EXECUTE_CONTROL);
     slot.merged = Some(merged);
     slot.unwritten = true;
 }

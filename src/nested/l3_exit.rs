@@ -2,10 +2,10 @@
 
 use super::Operation;
 use super::route::{ExitInfo, L2Wants, Route, route};
-use super::{entry, reflect, vmfunc};
+use super::{entry, reflect, ve, vmfunc};
 use crate::addr::{Gpa, Ngpa};
 use crate::emul::msr;
-use crate::ept::{Eptp, Outcome, PageLog, Qualification};
+use crate::ept::{Outcome, PageLog, Qualification};
 use crate::error::{Fault, KillReason};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::nested::merge::Duties;
@@ -151,7 +151,7 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
         // L2 uses no EPT for this guest: its physical addresses are L2's, under ept01.
         return l2_exit::map_missing(cpu, Gpa::new(at));
     }
-    let eptp12 = Eptp::new(slot.vmcs12.get(Field::EPT_POINTER));
+    let eptp12 = slot.eptp12();
     let qualification = Qualification::from_bits_retain(cpu.vmx.read(Field::EXIT_QUALIFICATION));
     let mut tables = Cpu::tables(&mut cpu.frames, &cpu.phys);
     if cpu.ept02.refill(eptp12, Ngpa::new(at), qualification, &cpu.guest, &mut tables) {
@@ -172,7 +172,12 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
             l2_exit::redeliver(&mut cpu.vmx, qualification);
             Ok(())
         }
-        Outcome::ReflectViolation(qualification) => {
+        Outcome::ReflectViolation { qualification, convertible } => {
+            let wants = Wants { slot, guest: &cpu.guest };
+            let converts = convertible && wants.secondary().contains(SecondaryControls::EPT_VIOLATION_VE);
+            if converts && ve::convert(cpu, index, qualification)? {
+                return Ok(());
+            }
             let reason = ExitReason::exit(BasicReason::EPT_VIOLATION);
             reflect::reflect(cpu, index, Some((reason, qualification.bits())))
         }

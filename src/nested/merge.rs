@@ -120,8 +120,8 @@ pub fn merge(needs: &NvmxNeeds, vmcs12: &impl Fields, checked: ControlsChecked, 
     if pin12.contains(PinControls::PREEMPTION_TIMER) {
         exit |= needs.save_timer;
     }
-    // L2's log is about its own tables: nvmx writes it where it sets their flags.
-    let run12 = secondary12 - SecondaryControls::ENABLE_PML;
+    // Both are about L2's tables and not those that run: `ept::flags` writes its log, `nested::ve` makes its #VE.
+    let run12 = secondary12 - SecondaryControls::ENABLE_PML - SecondaryControls::EPT_VIOLATION_VE;
     Vmcs02Controls {
         pin: pin12 | needs.pin,
         primary: merge_primary(primary12, to) | needs.primary,

@@ -18,6 +18,7 @@ pub mod reflect;
 pub mod route;
 pub mod slot;
 pub mod stale;
+pub mod ve;
 pub mod vmcs12;
 pub mod vmfunc;
 pub mod vpid;

@@ -7,7 +7,7 @@ use super::msr_lists::MsrLists;
 use super::stale::Stale;
 use super::vmcs12::{FieldSet, Vmcs12};
 use crate::addr::{Gpa, Hpa};
-use crate::ept::{Activation, Watch};
+use crate::ept::{Activation, Eptp, Watch};
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::PhysMem;
@@ -54,6 +54,8 @@ pub struct Slot {
     pub written: Option<Vmcs02Controls>,
     /// `merged` is not in vmcs02 yet.
     pub unwritten: bool,
+    /// ept12 is under mode-based execute control.
+    pub mode_based: bool,
     /// EPTP in vmcs02.
     pub eptp02: u64,
     /// VPID in vmcs02.
@@ -84,6 +86,7 @@ impl Slot {
             merged: None,
             written: None,
             unwritten: true,
+            mode_based: false,
             eptp02: 0,
             vpid02: 0,
             msr_bitmap,
@@ -145,6 +148,12 @@ impl Slot {
         if shadow && config.layout.is_some() {
             self.become_shadow_in_memory(phys, revision);
         }
+    }
+
+    /// L2's EPTP as the role of an ept02.
+    #[inline(always)]
+    pub fn eptp12(&self) -> Eptp {
+        Eptp::new(self.vmcs12.get(Field::EPT_POINTER)).with_mode_based(self.mode_based)
     }
 
     /// vmcs02, which is current, runs on this ept02.

@@ -39,6 +39,7 @@ pub mod vector {
     pub const PF: u8 = 14;
     pub const AC: u8 = 17;
     pub const MC: u8 = 18;
+    pub const VE: u8 = 20;
     pub const CP: u8 = 21;
 }
 
@@ -57,6 +58,8 @@ impl EventInfo {
     pub const NONE: Self = Self(0);
     /// Bit 11: there is an error code, in a field of its own.
     pub const ERROR_CODE: u32 = 1 << 11;
+    /// Bit 12 of the VM-exit field: an IRET had unblocked NMIs.
+    pub const NMI_UNBLOCKING: u32 = 1 << 12;
     /// Bit 31: the field holds an event.
     pub const VALID: u32 = 1 << 31;
     /// Bits that must be 0 on VM entry.

@@ -85,6 +85,10 @@ pub fn violations(v: &impl Fields, caps: &Capabilities) -> Violations {
     if bit(secondary, 17) {
         demand("PmlAddress", page_pointer(v.get(PML_ADDRESS)));
     }
+    demand("ModeBasedExecuteNeedsEpt", !bit(secondary, 22) || bit(secondary, 1));
+    if bit(secondary, 18) {
+        demand("VeInformationAddress", page_pointer(v.get(VIRTUALIZATION_EXCEPTION_INFO)));
+    }
     let functions = if bit(secondary, 13) { v.get(VM_FUNCTION_CONTROLS) } else { 0 };
     demand("VmFunctionControls", (0..64).all(|i| !bit(functions, i) || bit(msr(0x491), i)));
     if bit(functions, 0) {
@@ -141,6 +145,7 @@ const TOUCHED: &[Field] = &[
     PML_ADDRESS,
     CR3_TARGET_COUNT,
     VM_FUNCTION_CONTROLS,
+    VIRTUALIZATION_EXCEPTION_INFO,
     EPTP_LIST_ADDRESS,
     TSC_MULTIPLIER,
     VM_EXIT_MSR_STORE_ADDR,
@@ -212,7 +217,9 @@ fn both_statements_agree_on_every_single_bit() {
         .or(CPU_BASED_VM_EXEC_CONTROL, 1 << 22 | 1 << 25 | 1 << 28);
     busy.or(SECONDARY_VM_EXEC_CONTROL, 1 << 7).or(VM_EXIT_CONTROLS, 1 << 22).set(VM_ENTRY_INTR_INFO_FIELD, 0x8000_0B0D);
     busy.set(VM_EXIT_MSR_LOAD_COUNT, 1).set(VM_EXIT_MSR_STORE_COUNT, 3).set(VM_ENTRY_MSR_LOAD_COUNT, 512);
-    busy.or(SECONDARY_VM_EXEC_CONTROL, 1 << 13 | 1 << 25).set(VM_FUNCTION_CONTROLS, 1).set(TSC_MULTIPLIER, 1 << 48);
+    busy.or(SECONDARY_VM_EXEC_CONTROL, 1 << 13 | 1 << 18 | 1 << 22 | 1 << 25)
+        .set(VM_FUNCTION_CONTROLS, 1)
+        .set(TSC_MULTIPLIER, 1 << 48);
     let mut software = busy.clone();
     software.set(VM_ENTRY_INTR_INFO_FIELD, 0x8000_0680).set(VM_ENTRY_INSTRUCTION_LEN, 2).set(CR3_TARGET_COUNT, 4);
     for start in [plain, busy, software] {

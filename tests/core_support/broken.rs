@@ -78,6 +78,13 @@ pub const CASES: &[(CheckId, Change)] = &[
     (CheckId::EptpReserved, |v| _ = v.or(EPT_POINTER, 1 << 11)),
     (CheckId::EptpReserved, |v| _ = v.or(EPT_POINTER, 1 << 39)),
     (CheckId::UnrestrictedGuestNeedsEpt, |v| _ = v.set(SECONDARY_VM_EXEC_CONTROL, 1 << 5 | 1 << 7)),
+    (CheckId::ModeBasedExecuteNeedsEpt, |v| _ = v.set(SECONDARY_VM_EXEC_CONTROL, 1 << 5 | 1 << 22)),
+    (CheckId::VeInformationAddress, |v| {
+        _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 18).set(VIRTUALIZATION_EXCEPTION_INFO, 0x1800)
+    }),
+    (CheckId::VeInformationAddress, |v| {
+        _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 18).set(VIRTUALIZATION_EXCEPTION_INFO, 1 << 39)
+    }),
     (CheckId::VmFunctionControls, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 13).set(VM_FUNCTION_CONTROLS, 2)),
     (CheckId::VmFunctionControls, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 13).set(VM_FUNCTION_CONTROLS, 1 << 63)),
     (CheckId::EptpSwitchingNeedsEpt, |v| {

@@ -14,6 +14,7 @@ pub const GIB1: u64 = 1 << 30;
 pub const R: u64 = 1;
 pub const W: u64 = 2;
 pub const X: u64 = 4;
+pub const XU: u64 = 1 << 10;
 pub const LARGE: u64 = 1 << 7;
 pub const ACCESSED: u64 = 1 << 8;
 pub const DIRTY: u64 = 1 << 9;
@@ -54,13 +55,13 @@ impl Frames {
     }
 
     fn collect(&self, table: u64, base: u64, covers: u64, found: &mut Vec<(u64, u64, u64)>) {
-        for (index, &entry) in self.used[&table].iter().enumerate().filter(|(_, entry)| **entry & 7 != 0) {
+        for (index, &entry) in self.used[&table].iter().enumerate().filter(|(_, entry)| **entry & (7 | XU) != 0) {
             let address = base + index as u64 * covers;
             if covers == KIB4 || entry & LARGE != 0 {
                 found.push((address, covers, entry));
             } else {
                 assert_eq!(
-                    entry & !0xf_ffff_ffff_f000 & !ACCESSED,
+                    entry & !0xf_ffff_ffff_f000 & !ACCESSED & !XU,
                     7,
                     "an entry for a table has all rights and nothing else"
                 );

@@ -184,6 +184,7 @@ fn exists(field: u32, rdmsr: fn(u32) -> u64) -> Option<bool> {
     let one = |kind: Kind, bits: u32| (kind.allowed_by(rdmsr) >> 32) as u32 & bits == bits;
     Some(match field {
         f::VPID => one(Kind::Secondary, secondary::VPID),
+        f::EPTP_INDEX | f::VE_INFORMATION => one(Kind::Secondary, secondary::EPT_VIOLATION_VE),
         f::VM_FUNCTION_CONTROLS => one(Kind::Secondary, secondary::VM_FUNCTIONS),
         f::EPTP_LIST => one(Kind::Secondary, secondary::VM_FUNCTIONS) && rdmsr(setup::VMX_VMFUNC) & 1 != 0,
         f::TSC_MULTIPLIER => one(Kind::Secondary, secondary::TSC_SCALING),
@@ -198,7 +199,6 @@ fn exists(field: u32, rdmsr: fn(u32) -> u64) -> Option<bool> {
         f::PREEMPTION_TIMER => one(Kind::Pin, pin::PREEMPTION_TIMER),
         // Features that not every machine of this test offers
         f::POSTED_INT_VECTOR
-        | f::EPTP_INDEX
         | f::GUEST_INTERRUPT_STATUS
         | f::PML_INDEX
         | f::EXECUTIVE_VMCS

@@ -8,6 +8,7 @@
 
 mod bitmaps;
 mod entries;
+mod execute;
 mod exits;
 mod expect;
 mod explained;
@@ -24,6 +25,7 @@ mod random;
 mod registers;
 mod state;
 mod traps;
+mod ve;
 mod vmxon;
 mod windows;
 
@@ -66,6 +68,8 @@ const PARTS: &[(&str, Part)] = &[
     ("paging", Guests(paging::all)),
     ("inner", Guests(inner::all)),
     ("functions", Guests(functions::all)),
+    ("execute", Guests(execute::all)),
+    ("ve", Guests(ve::all)),
     ("random", Guests(random::all)),
     ("explained", Guests(explained::all)),
 ];

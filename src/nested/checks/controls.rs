@@ -35,6 +35,8 @@ pub fn check_cached_controls(fields: &impl Fields, caps: &Capabilities) -> Resul
         EptpAccessedDirty => eptp_accessed_dirty;
         EptpReserved => eptp_reserved;
         UnrestrictedGuestNeedsEpt => unrestricted_guest_needs_ept;
+        ModeBasedExecuteNeedsEpt => mode_based_execute_needs_ept;
+        VeInformationAddress => ve_information_address;
         VmFunctionControls => vm_function_controls;
         EptpSwitchingNeedsEpt => eptp_switching_needs_ept;
         EptpListAddress => eptp_list_address;
@@ -148,6 +150,16 @@ fn eptp_reserved(v: &View<impl Fields>) -> bool {
 
 fn unrestricted_guest_needs_ept(v: &View<impl Fields>) -> bool {
     implies(v.unrestricted(), v.secondary().contains(SecondaryControls::ENABLE_EPT))
+}
+
+fn mode_based_execute_needs_ept(v: &View<impl Fields>) -> bool {
+    let used = v.secondary().contains(SecondaryControls::MODE_BASED_EXECUTE_CONTROL);
+    implies(used, v.secondary().contains(SecondaryControls::ENABLE_EPT))
+}
+
+fn ve_information_address(v: &View<impl Fields>) -> bool {
+    let used = v.secondary().contains(SecondaryControls::EPT_VIOLATION_VE);
+    implies(used, v.is_page_pointer(Field::VIRTUALIZATION_EXCEPTION_INFO))
 }
 
 /// The VM functions that are enabled; none without "enable VM functions".

@@ -61,6 +61,10 @@ checks! {
         EptpAccessedDirty = "the EPTP enables accessed and dirty flags only if supported" [EPT_POINTER];
         EptpReserved = "the EPTP's reserved bits are 0" [EPT_POINTER];
         UnrestrictedGuestNeedsEpt = "unrestricted guest needs EPT" [SECONDARY_VM_EXEC_CONTROL];
+        ModeBasedExecuteNeedsEpt = "mode-based execute control needs EPT" [SECONDARY_VM_EXEC_CONTROL];
+        VeInformationAddress = "the #VE information address is page-aligned and within the physical-address width" [
+            VIRTUALIZATION_EXCEPTION_INFO
+        ];
         VmFunctionControls = "VM-function controls are set as the capability MSR allows" [VM_FUNCTION_CONTROLS];
         EptpSwitchingNeedsEpt = "EPTP switching needs EPT" [SECONDARY_VM_EXEC_CONTROL VM_FUNCTION_CONTROLS];
         EptpListAddress = "the EPTP-list address is page-aligned and within the physical-address width" [

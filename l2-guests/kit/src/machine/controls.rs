@@ -57,6 +57,8 @@ pub mod secondary {
     pub const INVPCID: u32 = 1 << 12;
     pub const VM_FUNCTIONS: u32 = 1 << 13;
     pub const RDSEED: u32 = 1 << 16;
+    pub const EPT_VIOLATION_VE: u32 = 1 << 18;
+    pub const MODE_BASED_EXECUTE: u32 = 1 << 22;
     pub const TSC_SCALING: u32 = 1 << 25;
 }
 

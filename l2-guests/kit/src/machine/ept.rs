@@ -10,6 +10,12 @@ pub mod rights {
     pub const W: u64 = 2;
     pub const X: u64 = 4;
     pub const RWX: u64 = 7;
+    /// Fetches of user mode, under mode-based execute control
+    pub const XU: u64 = 1 << 10;
+    /// No right: violations are not converted to #VE
+    pub const SUPPRESS_VE: u64 = 1 << 63;
+    /// In entries for tables
+    pub(super) const ALL: u64 = RWX | XU;
 }
 
 const LARGE_BIT: u64 = 1 << 7;
@@ -60,9 +66,9 @@ impl Ept {
         for level in (last + 1..4).rev() {
             let upper = self.entry(address, level);
             if upper & rights::RWX == 0 {
-                self.set_entry(address, level, pages::address(pages::page()) | rights::RWX);
+                self.set_entry(address, level, pages::address(pages::page()) | rights::ALL);
             } else if upper & LARGE_BIT != 0 {
-                self.set_entry(address, level, split(upper) | rights::RWX);
+                self.set_entry(address, level, split(upper) | rights::ALL);
             }
         }
         self.set_entry(address, last, entry);

@@ -24,6 +24,8 @@ pub const GP: u8 = 13;
 pub const PF: u8 = 14;
 /// #MC
 pub const MC: u8 = 18;
+/// #VE
+pub const VE: u8 = 20;
 
 /// What the entry code leaves on the stack; a hook may change it.
 #[derive(Clone, Copy, Debug)]
