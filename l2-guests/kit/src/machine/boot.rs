@@ -39,7 +39,7 @@ impl Memory for Mapped {
 #[unsafe(no_mangle)]
 extern "C" fn kit_main(magic: u32, info: u64) -> ! {
     serial::init();
-    descriptors::load();
+    descriptors::load(0);
     trap::load();
     // Every line of the two interrupt controllers off: a guest takes only interrupts it makes itself.
     cpu::out8(0x21, 0xFF);

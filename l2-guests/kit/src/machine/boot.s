@@ -120,6 +120,7 @@ kit_start64:
 .popsection
 .pushsection .bss.kit_boot, "aw", @nobits
 .balign 4096
+.global kit_page_tables
 kit_page_tables:
     .skip 6 * 4096
 .global kit_stack

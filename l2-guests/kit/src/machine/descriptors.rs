@@ -1,7 +1,8 @@
 //! GDT and TSS: flat segments for ring 0, ring 3 and compatibility mode, and stacks for traps.
 
+use super::smp::MAX_CPUS;
 use crate::Global;
-use core::{arch::asm, mem::size_of};
+use core::{arch::asm, cell::UnsafeCell, mem::size_of};
 
 /// Ring 0, 64-bit code
 pub const KERNEL_CODE: u16 = 0x08;
@@ -47,7 +48,8 @@ struct Tables {
     tss: TaskState,
 }
 
-static TABLES: Global<Tables> = Global::new(Tables {
+static TABLES: [Global<Tables>; MAX_CPUS] = [const { Global::new(EMPTY) }; MAX_CPUS];
+const EMPTY: Tables = Tables {
     gdt: [
         0,
         0x00AF_9B00_0000_FFFF,
@@ -67,9 +69,24 @@ static TABLES: Global<Tables> = Global::new(Tables {
         reserved3: 0,
         io_map: size_of::<TaskState>() as u16,
     },
-});
-/// For traps out of ring 3, for #DF, for NMI and #MC, for #SS, #GP and #PF.
-static STACKS: Global<[Stack; 4]> = Global::new([Stack([0; STACK]); 4]);
+};
+
+/// Of each CPU: for traps out of ring 3, for #DF, for NMI and #MC, for #SS, #GP and #PF, and the one it starts on.
+const STACKS_PER_CPU: usize = 5;
+struct Stacks(UnsafeCell<[[Stack; STACKS_PER_CPU]; MAX_CPUS]>);
+// SAFETY: each CPU uses its own.
+unsafe impl Sync for Stacks {}
+static STACKS: Stacks = Stacks(UnsafeCell::new([[Stack([0; STACK]); STACKS_PER_CPU]; MAX_CPUS]));
+
+/// End of a stack of a CPU.
+fn stack_end(cpu: usize, number: usize) -> u64 {
+    STACKS.0.get() as u64 + ((cpu * STACKS_PER_CPU + number + 1) * STACK) as u64
+}
+
+/// End of the stack that a CPU other than the first starts on.
+pub fn start_stack(cpu: usize) -> u64 {
+    stack_end(cpu, STACKS_PER_CPU - 1)
+}
 
 /// A pointer to memory and its limit, as LGDT, LIDT, SGDT and SIDT use it.
 #[derive(Clone, Copy, Default, Debug)]
@@ -81,28 +98,41 @@ pub struct TablePointer {
     pub base: u64,
 }
 
-/// Base of the GDT.
+/// Base of the GDT of this CPU.
 pub fn gdt_base() -> u64 {
-    core::ptr::from_ref(&TABLES) as u64
+    base_of(index())
 }
 
-/// Base of the TSS.
+fn base_of(cpu: usize) -> u64 {
+    core::ptr::from_ref(&TABLES) as u64 + (cpu * size_of::<Global<Tables>>()) as u64
+}
+
+/// Which CPU this is, from the GDT it has loaded: that works in a guest of the guest too, which runs on the same. 0 with a
+/// foreign GDT.
+pub fn index() -> usize {
+    let mut pointer = TablePointer::default();
+    // SAFETY: stores ten bytes.
+    unsafe { asm!("sgdt [{}]", in(reg) &raw mut pointer, options(nostack, preserves_flags)) };
+    let offset = pointer.base.wrapping_sub(base_of(0)) as usize / size_of::<Global<Tables>>();
+    if offset < MAX_CPUS { offset } else { 0 }
+}
+
+/// Base of the TSS of this CPU.
 pub fn tss_base() -> u64 {
     gdt_base() + core::mem::offset_of!(Tables, tss) as u64
 }
 
-/// Loads GDT, segments and TR.
-pub fn load() {
-    let base = tss_base();
-    let mut tables = TABLES.get();
+/// Makes this CPU number `cpu`: loads its GDT, segments and TR.
+pub fn load(cpu: usize) {
+    let base = base_of(cpu) + core::mem::offset_of!(Tables, tss) as u64;
+    let mut tables = EMPTY;
     tables.gdt[6] = 0x0000_8900_0000_0000 | u64::from(TSS_LIMIT) | (base & 0xFF_FFFF) << 16 | (base >> 24 & 0xFF) << 56;
     tables.gdt[7] = base >> 32;
-    let stacks = core::ptr::from_ref(&STACKS) as u64;
-    let top = |n: u64| stacks + n * STACK as u64;
-    tables.tss.rsp = [top(1); 3];
-    tables.tss.ist = [top(2), top(3), top(4), 0, 0, 0, 0];
-    TABLES.set(tables);
-    let pointer = TablePointer { limit: GDT_LIMIT, base: gdt_base() };
+    let top = |number| stack_end(cpu, number);
+    tables.tss.rsp = [top(0); 3];
+    tables.tss.ist = [top(1), top(2), top(3), 0, 0, 0, 0];
+    TABLES[cpu].set(tables);
+    let pointer = TablePointer { limit: GDT_LIMIT, base: base_of(cpu) };
     // SAFETY: single CPU, ring 0; the GDT is complete and stays where it is. CS keeps its selector, whose descriptor is the
     // boot code's in the same place of the table.
     unsafe {

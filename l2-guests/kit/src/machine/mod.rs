@@ -13,6 +13,7 @@ pub mod pages;
 pub mod report;
 pub mod serial;
 pub mod setup;
+pub mod smp;
 pub mod trap;
 pub mod user;
 pub mod vcpu;

@@ -1,7 +1,9 @@
 //! Memory for tables: pages are handed out once, zeroed, and never come back.
 
-use crate::Global;
-use core::cell::UnsafeCell;
+use core::{
+    cell::UnsafeCell,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 /// A 4 KiB page of 64-bit entries.
 pub type Page = [u64; 512];
@@ -18,19 +20,22 @@ const POOL: usize = 18 << 20;
 #[repr(C, align(4096))]
 struct Pool(UnsafeCell<[u8; POOL]>);
 
-// SAFETY: single CPU; each byte is given away once.
+// SAFETY: each byte is given away once.
 unsafe impl Sync for Pool {}
 
 static MEMORY: Pool = Pool(UnsafeCell::new([0; POOL]));
-static USED: Global<u64> = Global::new(0);
+static USED: AtomicU64 = AtomicU64::new(0);
 
 /// `size` bytes at a multiple of `align` (a power of two, at most [`LARGE`]): the address.
 pub fn take(size: u64, align: u64) -> u64 {
     let (start, total) = pool();
-    let at = USED.get().next_multiple_of(align);
-    assert!(at + size <= total, "the guest's pool of pages is used up");
-    USED.set(at + size);
-    start + at
+    let end = |used: u64| used.next_multiple_of(align) + size;
+    let before =
+        USED.fetch_update(Ordering::AcqRel, Ordering::Acquire, |used| Some(end(used)).filter(|end| *end <= total));
+    match before {
+        Ok(used) => start + end(used) - size,
+        Err(_) => panic!("the guest's pool of pages is used up"),
+    }
 }
 
 /// First address (a multiple of [`LARGE`]) and size of the pool.

@@ -99,7 +99,7 @@ pub fn idt_base() -> u64 {
 /// Limit of the IDT
 pub const IDT_LIMIT: u16 = (core::mem::size_of::<[[u64; 2]; 256]>() - 1) as u16;
 
-/// Fills and loads the IDT.
+/// Fills the IDT and loads it.
 pub fn load() {
     let mut idt = IDT.get();
     let first = &raw const kit_trap_entries as u64;
@@ -122,6 +122,11 @@ pub fn load() {
         gate[1] = entry >> 32;
     }
     IDT.set(idt);
+    load_idt();
+}
+
+/// Loads the IDT, which all CPUs share.
+pub fn load_idt() {
     let pointer = descriptors::TablePointer { limit: IDT_LIMIT, base: idt_base() };
     // SAFETY: single CPU, ring 0; the IDT is complete and stays where it is.
     unsafe { asm!("lidt [{}]", in(reg) &raw const pointer, options(nostack)) };

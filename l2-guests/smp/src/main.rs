@@ -1,0 +1,95 @@
+//! smp: a guest hypervisor on all CPUs of the machine at once, as `check` records: what an INIT leaves, messages between
+//! CPUs, a guest on each CPU, VMCSs that migrate, invalidations, events that reach a CPU while its guest runs.
+//!
+//! CPU 0 prints for all, in the order of CPUs, so that the records of two machines can be compared.
+#![no_std]
+#![no_main]
+
+mod events;
+mod guest;
+mod guests;
+mod init;
+mod memory;
+mod messages;
+mod migrate;
+
+use core::sync::atomic::{AtomicUsize, Ordering};
+use l2_kit::{
+    BootInfo, Check, apic, cpu, identity, log,
+    protocol::{Hex, Kind},
+    report,
+    serial::Serial,
+    smp,
+};
+
+l2_kit::entry!(main);
+
+/// How many CPUs there are.
+static CPUS: AtomicUsize = AtomicUsize::new(1);
+
+/// How many CPUs there are.
+pub fn cpus() -> usize {
+    CPUS.load(Ordering::Relaxed)
+}
+
+/// The parts, in order; `part=NAME` on the command line chooses one beside the start.
+const PARTS: [(&str, fn(&[u32])); 6] = [
+    ("messages", messages::all),
+    ("guests", guests::all),
+    ("migrate", migrate::all),
+    ("memory", memory::all),
+    ("events", events::all),
+    ("init", init::again),
+];
+
+fn main(info: &BootInfo) {
+    let ids = smp::find();
+    CPUS.store(ids.len(), Ordering::Relaxed);
+    report::record(
+        Kind::Hello,
+        &[
+            ("name", &"smp"),
+            ("version", &env!("CARGO_PKG_VERSION")),
+            ("slot", &identity::Slot::find().word()),
+            ("cpu", &identity::cpu_name().as_str()),
+            ("cpus", &ids.len()),
+        ],
+    );
+    if cpu::cpuid(1, 0)[2] & 1 << 5 == 0 {
+        report::fail(format_args!("this CPU lacks VMX"));
+        return;
+    }
+    apic::init();
+    if info.option("parked").is_some() {
+        return init::parked(&ids);
+    }
+    if ids.len() < 2 {
+        report::fail(format_args!("there is only one CPU"));
+        return;
+    }
+    if !init::start(&ids) {
+        return;
+    }
+    let chosen = info.option("part");
+    for (name, part) in PARTS.into_iter().filter(|(name, _)| chosen.is_none_or(|c| c == *name)) {
+        log!("part {name}");
+        smp::clear_notes();
+        part(&ids);
+    }
+    // The last word is another CPU's: it ends the machine.
+    smp::give(cpus() - 1, |_| report::end());
+    cpu::halt();
+}
+
+/// Prints what each CPU left, a record a CPU, as facts of these names.
+pub fn print(name: &str, keys: &[&str]) {
+    for index in 0..cpus() {
+        let mut out = Serial;
+        let mut check = Check::new(&mut out, name).fact("cpu", index);
+        for (word, key) in keys.iter().enumerate() {
+            check = check.fact(key, Hex(smp::noted(index, word)));
+        }
+        check.end();
+    }
+    smp::clear_notes();
+}
