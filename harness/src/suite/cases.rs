@@ -3,7 +3,7 @@
 use super::{
     Case, Judge, Suite, all_pass, compare,
     fixtures::{Fixtures, inside_nvmx},
-    linux, messages, on_kvm, refused,
+    linux, messages, on_kvm, refused, smp,
 };
 use crate::backend::{Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
@@ -60,6 +60,7 @@ pub fn all(session: &Session) -> Result<Suite> {
     b.protocols();
     b.refusals(&fixtures);
     b.broken_guests();
+    smp::add(&mut b.suite, session);
     on_kvm::add(&mut b.suite, session)?;
     linux::add(&mut b.suite, session)?;
     Ok(b.suite)

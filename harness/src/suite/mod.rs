@@ -7,6 +7,7 @@ pub mod kvm_waivers;
 pub mod linux;
 pub mod messages;
 pub mod on_kvm;
+pub mod smp;
 
 use crate::backend::{Backend, Spec};
 use crate::boot::{self, Ended, Outcome};

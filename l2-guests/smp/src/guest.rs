@@ -63,10 +63,6 @@ impl Exit {
 pub struct Guest {
     /// Its virtual CPU
     pub vcpu: Vcpu,
-    /// Its page tables
-    pub cr3: u64,
-    /// Its memory
-    pub ept: Ept,
     stack: u64,
 }
 
@@ -115,12 +111,10 @@ impl Guest {
         vmx::write(f::MSR_BITMAP, pages::address(pages::page()));
         vmx::write(f::VPID, vpid);
         setup::write_host_state();
-        let cr3 = pages::identity_tables(Access::Kernel);
-        setup::write_guest_state(cr3, true);
-        let ept = Ept::identity();
-        vmx::write(f::EPTP, ept.pointer());
+        setup::write_guest_state(pages::identity_tables(Access::Kernel), true);
+        vmx::write(f::EPTP, Ept::identity().pointer());
         let stack = pages::take(STACK, PAGE) + STACK;
-        Ok(Self { vcpu, cr3, ept, stack })
+        Ok(Self { vcpu, stack })
     }
 
     /// Lets the next [`Guest::run`] begin a program, with interrupts on or off.

@@ -32,8 +32,11 @@ pub fn cpus() -> usize {
     CPUS.load(Ordering::Relaxed)
 }
 
+/// Gets the APIC ids of the CPUs.
+type Part = fn(&[u32]);
+
 /// The parts, in order; `part=NAME` on the command line chooses one beside the start.
-const PARTS: [(&str, fn(&[u32])); 6] = [
+const PARTS: [(&str, Part); 6] = [
     ("messages", messages::all),
     ("guests", guests::all),
     ("migrate", migrate::all),
