@@ -1,4 +1,5 @@
-//! What nvmx counted, if it is below this Linux: its counters are CPUID leaves, which any program may read.
+//! What nvmx counted, if it is below this Linux: its counters are CPUID leaves, which any program may read, each CPU's on that
+//! CPU.
 
 use l2_protocol::abi::{
     Counter, EXITS_OF_L2, EXITS_OF_L3, FRAMES_FREE, LEAF_COUNTERS, LEAF_SIGNATURE, REASONS, SIGNATURE, SNAPSHOT,
@@ -31,18 +32,37 @@ pub fn present() -> bool {
 }
 
 impl Counters {
-    /// Reads them all, if there are any.
+    /// Reads them all, of all CPUs together, if there are any.
     pub fn read() -> Option<Self> {
         if !present() {
             return None;
         }
+        let mut sum: Option<Self> = None;
+        on_each_cpu(|| {
+            let here = Self::of_this_cpu();
+            match &mut sum {
+                Some(sum) => sum.add(&here),
+                None => sum = Some(here),
+            }
+        });
+        sum
+    }
+
+    fn of_this_cpu() -> Self {
         cpuid_count(LEAF_COUNTERS, SNAPSHOT);
         let reasons = |first: u32| (first..).take(REASONS).map(value).collect();
-        Some(Counters {
+        Counters {
             named: Counter::ALL.iter().map(|c| value(*c as u32)).collect(),
             l2: reasons(EXITS_OF_L2),
             l3: reasons(EXITS_OF_L3),
-        })
+        }
+    }
+
+    fn add(&mut self, other: &Self) {
+        let lists = [(&mut self.named, &other.named), (&mut self.l2, &other.l2), (&mut self.l3, &other.l3)];
+        for (mine, theirs) in lists {
+            mine.iter_mut().zip(theirs).for_each(|(mine, their)| *mine += their);
+        }
     }
 
     /// What happened between two moments, as fields of a record.
@@ -60,6 +80,31 @@ impl Counters {
     }
 }
 
+/// Runs it on each CPU that this thread may use, and lets the thread go where it could before.
+fn on_each_cpu(mut work: impl FnMut()) {
+    // SAFETY: a set of CPUs is plain bits, all of which may be 0.
+    let mut before: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    let size = size_of::<libc::cpu_set_t>();
+    // SAFETY: the pointer is to a set of the size that is given.
+    if unsafe { libc::sched_getaffinity(0, size, &mut before) } != 0 {
+        return work();
+    }
+    for cpu in 0..libc::CPU_SETSIZE as usize {
+        // SAFETY: the number is below the set's size.
+        if !unsafe { libc::CPU_ISSET(cpu, &before) } {
+            continue;
+        }
+        // SAFETY: as above, three times.
+        let mut one: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        unsafe { libc::CPU_SET(cpu, &mut one) };
+        if unsafe { libc::sched_setaffinity(0, size, &one) } == 0 {
+            work();
+        }
+    }
+    // SAFETY: as above. A set that was right before is right now.
+    unsafe { libc::sched_setaffinity(0, size, &before) };
+}
+
 fn pairs(from: &[u64], to: &[u64]) -> String {
     let mut counts: Vec<(usize, u64)> = from.iter().zip(to).map(|(a, b)| b.saturating_sub(*a)).enumerate().collect();
     counts.retain(|(_, count)| *count > 0);
@@ -70,6 +115,16 @@ fn pairs(from: &[u64], to: &[u64]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_counters_of_cpus_are_added() {
+        let mut sum = Counters { named: vec![1, 2], l2: vec![3], l3: vec![4] };
+        sum.add(&Counters { named: vec![10, 20], l2: vec![30], l3: vec![40] });
+        assert_eq!((sum.named, sum.l2, sum.l3), (vec![11, 22], vec![33], vec![44]));
+        let mut times = 0;
+        on_each_cpu(|| times += 1);
+        assert!(times >= 1);
+    }
 
     #[test]
     fn what_lies_between_two_moments_is_told_by_name_and_by_reason() {

@@ -22,6 +22,11 @@ pub fn record(console: &mut Console, level: Level, kind: Kind, fields: &[(&str, 
     }
 }
 
+/// How many CPUs Linux runs.
+pub fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// Ticks of the TSC.
 pub fn ticks() -> u64 {
     // SAFETY: every x86-64 processor has RDTSC, and Linux lets programs use it.
@@ -47,7 +52,8 @@ pub fn tell(console: &mut Console, ticks: u64) -> Result<()> {
         &[("name", "linux"), ("version", &release), ("cpu", &cpu("model name")), ("features", &vmx)],
     );
     let has_vmx = flags.split(' ').any(|f| f == "vmx").to_string();
-    record(console, Level::L2, Kind::Check, &[("name", "linux"), ("release", &release), ("vmx", &has_vmx)]);
+    let facts = [("name", "linux"), ("release", &release), ("vmx", &has_vmx), ("cpus", &cpus().to_string())];
+    record(console, Level::L2, Kind::Check, &facts);
     record(console, Level::L2, Kind::Event, &[("name", "cpu"), ("flags", &flags), ("vmx_flags", &vmx)]);
     let boot = ("ticks", ticks.to_string());
     record(console, Level::L2, Kind::Event, &[("name", "linux_boot"), ("count", "1"), (boot.0, &boot.1)]);

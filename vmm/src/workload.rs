@@ -2,7 +2,7 @@
 //! forks; each step is a record, the same on every machine.
 
 use crate::console::Console;
-use crate::facts::{record, ticks};
+use crate::facts::{cpus, record, ticks};
 use anyhow::{Result, ensure};
 use l2_protocol::{Kind, Level};
 use raw_cpuid::native_cpuid::cpuid_count;
@@ -30,6 +30,7 @@ pub fn run(console: &mut Console, boot: u64) -> Result<()> {
     for leaf in 0..CPUIDS {
         std::hint::black_box(cpuid_count(leaf % 8, 0));
     }
+    check(console, &[("name", "cpus"), ("count", &cpus().to_string())]);
     check(console, &[("name", "cpuid"), ("vendor", &String::from_utf8_lossy(&vendor)), ("hypervisor", &hypervisor)]);
     check(console, &[("name", "memory"), ("sum", &touch().to_string())]);
     let slept = (0..SLEEPS).all(|_| {

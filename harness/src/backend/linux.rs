@@ -17,9 +17,10 @@ const MEMORY: u32 = 1024;
 /// Where things are in the initial file system of L2.
 const KERNEL: &str = "vmlinuz";
 const INNER: &str = "inner.initramfs";
+const HYPERVISOR: &str = "hypervisor";
 
 /// What the guest hypervisor is to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Job {
     /// The guest runs in QEMU, not in our own VMM
     pub qemu: bool,
@@ -29,6 +30,8 @@ pub struct Job {
     pub reload: bool,
     /// Parameters of the module kvm-intel
     pub parameters: String,
+    /// The guest is no Linux but this guest hypervisor of `l2-guests/`, in our own VMM
+    pub hypervisor: Option<Payload>,
 }
 
 impl Job {
@@ -38,7 +41,7 @@ impl Job {
     /// # Errors
     /// The word that makes no sense.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let mut job = Job { qemu: true, times: 1, reload: false, parameters: String::new() };
+        let mut job = Job { qemu: true, times: 1, reload: false, parameters: String::new(), hypervisor: None };
         let mut parameters = vec!["enable_apicv=0"];
         for word in text.split_whitespace() {
             let bad = || format!("`{word}` is no order for Linux as L2: vmm=qemu|own, times=N, reload=on");
@@ -76,7 +79,7 @@ impl LinuxKvm {
         let folder = session.paths.target.join("nvmx").join("linux");
         std::fs::create_dir_all(&folder)?;
         let initramfs = folder.join(format!("{name}.initramfs"));
-        std::fs::write(&initramfs, self.initramfs(job)?)?;
+        std::fs::write(&initramfs, self.initramfs(job, session.machine.cpus)?)?;
         let kernel = Payload::new(self.linux.file("vmlinuz"), COMMAND_LINE);
         let spec = session.spec(format!("{name}-bare"), kernel, vec![Payload::new(initramfs, "")]);
         Ok(in_linux(Spec { protocol: Protocol::Linux, ..spec }))
@@ -89,19 +92,23 @@ impl LinuxKvm {
         in_linux(Spec { timeout: bare.timeout, ..session.spec(format!("{name}-nvmx"), nvmx, modules) })
     }
 
-    fn initramfs(&self, job: &Job) -> Result<Vec<u8>> {
+    fn initramfs(&self, job: &Job, cpus: u32) -> Result<Vec<u8>> {
         let mut archive = Archive::default();
         ["dev", "proc", "sys", "tmp"].iter().try_for_each(|folder| archive.add_folder(folder))?;
         archive.add_file("init", &self.vmm)?;
         for module in MODULES {
             archive.add_file(&format!("{module}.ko"), &self.linux.file(&format!("{module}.ko")))?;
         }
-        archive.add_file(KERNEL, &self.linux.file("vmlinuz"))?;
-        archive.add(INNER, &self.inner()?)?;
+        if let Some(hypervisor) = &job.hypervisor {
+            archive.add_file(HYPERVISOR, &hypervisor.path)?;
+        } else {
+            archive.add_file(KERNEL, &self.linux.file("vmlinuz"))?;
+            archive.add(INNER, &self.inner()?)?;
+        }
         if let Some(qemu) = self.qemu.as_ref().filter(|_| job.qemu) {
             qemu.add_to(&mut archive)?;
         }
-        archive.add("plan", plan(job).as_bytes())?;
+        archive.add("plan", plan(job, cpus).as_bytes())?;
         archive.finish()
     }
 
@@ -122,9 +129,10 @@ fn in_linux(mut spec: Spec) -> Spec {
     spec
 }
 
-/// The orders of L2's init.
-fn plan(job: &Job) -> String {
-    let mut text = String::from("role hypervisor\nnested off\n");
+/// The orders of L2's init. A guest that speaks in records of its own ends the log itself.
+fn plan(job: &Job, cpus: u32) -> String {
+    let head = if job.hypervisor.is_some() { "role host\nnested on\n" } else { "role hypervisor\nnested off\n" };
+    let mut text = String::from(head);
     for module in MODULES {
         let parameters = if module == "kvm-intel" { job.parameters.as_str() } else { "" };
         let _ = writeln!(text, "{}", format!("module /{module}.ko {parameters}").trim_end());
@@ -133,8 +141,10 @@ fn plan(job: &Job) -> String {
     if job.reload {
         text.push_str("reload on\n");
     }
-    if job.qemu {
-        let line = Qemu::command_line(GUEST_MEMORY, KERNEL, INNER, COMMAND_LINE);
+    if let Some(hypervisor) = &job.hypervisor {
+        let _ = writeln!(text, "memory {GUEST_MEMORY}\nkernel /{HYPERVISOR} {}", hypervisor.args);
+    } else if job.qemu {
+        let line = Qemu::command_line(cpus, GUEST_MEMORY, KERNEL, INNER, COMMAND_LINE);
         let _ = writeln!(text, "program {line}");
     } else {
         let _ = writeln!(text, "memory {GUEST_MEMORY}\nkernel /{KERNEL} {COMMAND_LINE}\npayload /{INNER}");
@@ -151,16 +161,14 @@ mod tests {
         let job = Job::parse("vmm=qemu ept=0 times=3").unwrap();
         assert_eq!((job.qemu, job.times, job.reload), (true, 3, false));
         assert_eq!(job.parameters, "enable_apicv=0 ept=0");
-        assert_eq!(
-            Job::parse("").unwrap(),
-            Job { qemu: true, times: 1, reload: false, parameters: "enable_apicv=0".into() }
-        );
+        let default = Job::parse("").unwrap();
+        assert_eq!((default.qemu, default.times, default.parameters.as_str()), (true, 1, "enable_apicv=0"));
         assert!(Job::parse("times=0").is_err() && Job::parse("vmm=xen").is_err() && Job::parse("fast").is_err());
     }
 
     #[test]
     fn the_plan_has_a_line_for_each_order() {
-        let own = plan(&Job::parse("vmm=own reload=on times=2 ept=0").unwrap());
+        let own = plan(&Job::parse("vmm=own reload=on times=2 ept=0").unwrap(), 1);
         let lines: Vec<&str> = own.lines().collect();
         assert_eq!(lines[..2], ["role hypervisor", "nested off"]);
         assert_eq!(
@@ -174,7 +182,11 @@ mod tests {
             ]
         );
         assert!(lines[8].starts_with("kernel /vmlinuz console=") && lines[9] == "payload /inner.initramfs");
-        let qemu = plan(&Job::parse("vmm=qemu").unwrap());
+        let qemu = plan(&Job::parse("vmm=qemu").unwrap(), 2);
+        assert!(qemu.contains(" -smp 2 "));
+        let nested = Job { hypervisor: Some(Payload::new("/c", "events=9")), ..Job::parse("").unwrap() };
+        let nested = plan(&nested, 1);
+        assert!(nested.starts_with("role host\nnested on\n") && nested.ends_with("kernel /hypervisor events=9\n"));
         assert!(qemu.lines().any(|l| l.starts_with("program /")) && !qemu.contains("\nkernel "));
     }
 }

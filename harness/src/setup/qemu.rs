@@ -51,9 +51,9 @@ impl Qemu {
     }
 
     /// How it is called there to boot a Linux whose programs speak at the debug port.
-    pub fn command_line(memory: u32, kernel: &str, initramfs: &str, line: &str) -> String {
+    pub fn command_line(cpus: u32, memory: u32, kernel: &str, initramfs: &str, line: &str) -> String {
         format!(
-            "/qemu -M pc -accel kvm -cpu host -m {memory} -nodefaults -no-user-config -display none -vga none -serial null \
+            "/qemu -M pc -accel kvm -cpu host -smp {cpus} -m {memory} -nodefaults -no-user-config -display none -vga none -serial null \
              -debugcon stdio -no-reboot -L /rom -kernel /{kernel} -initrd /{initramfs} -append \"{line}\""
         )
     }
@@ -192,7 +192,10 @@ mod tests {
 
     #[test]
     fn the_kernels_command_line_stays_one_argument() {
-        let line = Qemu::command_line(64, "k", "i", "a b=c");
-        assert!(line.starts_with("/qemu ") && line.ends_with(" -append \"a b=c\""), "{line}");
+        let line = Qemu::command_line(2, 64, "k", "i", "a b=c");
+        assert!(
+            line.starts_with("/qemu ") && line.contains(" -smp 2 ") && line.ends_with(" -append \"a b=c\""),
+            "{line}"
+        );
     }
 }

@@ -1,7 +1,9 @@
 //! The boot tests with an unmodified Linux as the guest hypervisor.
 
+use super::on_kvm::FEW;
 use super::{Case, Judge, Suite, compare};
 use crate::backend::linux::Job;
+use crate::backend::{Payload, Spec};
 use crate::boot::Outcome;
 use crate::cli::Fields;
 use crate::report::linux::named;
@@ -22,18 +24,22 @@ const MORE: f64 = 1.05;
 pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let linux = session.linux(true)?;
     let job = Job::parse("").map_err(anyhow::Error::msg)?;
-    let names = ["linux-bare", "linux-nvmx"];
-    let mut bare = linux.bare(session, "linux", &job)?;
-    bare.timeout = LONG;
-    let nested = linux.nested(session, "linux", &bare, &session.options(Fields::Auto));
-    suite.boots.insert(names[0].into(), Ok(bare));
-    suite.boots.insert(names[1].into(), Ok(nested));
-    let mut case = |name: &str, judge: Judge| {
-        suite.cases.push(Case { name: name.into(), boots: names.map(str::to_string).to_vec(), judge });
+    let nests = Job { hypervisor: Some(Payload::new(session.images.guest("cascade")?, FEW)), ..job.clone() };
+    for (name, job) in [("linux", &job), ("linux-cascade", &nests)] {
+        let bare = Spec { timeout: LONG, ..linux.bare(session, name, job)? };
+        let nested = linux.nested(session, name, &bare, &session.options(Fields::Auto));
+        [bare, nested].into_iter().for_each(|spec| drop(suite.boots.insert(spec.name.clone(), Ok(spec))));
+    }
+    let mut case = |name: &str, boots: [&str; 2], judge: Judge| {
+        suite.cases.push(Case { name: name.into(), boots: boots.map(str::to_string).to_vec(), judge });
     };
+    let both = ["linux-bare", "linux-nvmx"];
     let same: Judge = Box::new(|o| same_but_for_the_machine(o[0], o[1]));
-    case("Linux with KVM as L2 boots Linux as L3, and both see what they see with KVM alone", same);
-    case("Linux takes under nvmx to its init what it takes alone", Box::new(|o| boots_as_fast(o[0], o[1])));
+    case("Linux with KVM as L2 boots Linux as L3, and both see what they see with KVM alone", both, same);
+    case("Linux takes under nvmx to its init what it takes alone", both, Box::new(|o| boots_as_fast(o[0], o[1])));
+    let nested: Judge = Box::new(|o| compare::agree(o[0], o[1]));
+    let boots = ["cascade-few", "linux-cascade-nvmx"];
+    case("cascade as L3 of Linux with KVM as L2, with a guest of its own, sees what it sees bare", boots, nested);
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use l2_protocol::{Kind, OwnedRecord};
 use std::sync::Arc;
 
 /// Events in a bracket: deep stacks pay for each, and averages stay the same.
-const FEW: &str = "events=50";
+pub const FEW: &str = "events=50";
 /// What a CPUID of L3 that L2 handles may take with nvmx under KVM: exits to KVM by its own count, and instructions. A fifth
 /// of the 391,000 that KVM in KVM takes. The warm-up is in the exits, so that an average is not whole.
 const MOST_EXITS: f64 = 12.0;
