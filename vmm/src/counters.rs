@@ -94,9 +94,11 @@ fn on_each_cpu(mut work: impl FnMut()) {
         if !unsafe { libc::CPU_ISSET(cpu, &before) } {
             continue;
         }
-        // SAFETY: as above, three times.
+        // SAFETY: as above.
         let mut one: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        // SAFETY: the number is below the set's size.
         unsafe { libc::CPU_SET(cpu, &mut one) };
+        // SAFETY: the pointer is to a set of the size that is given.
         if unsafe { libc::sched_setaffinity(0, size, &one) } == 0 {
             work();
         }

@@ -96,11 +96,16 @@ fn machines(plan: &Plan, console: &mut Console) -> Result<End> {
             console.log("INFO", &init::describe_kvm()?);
             init::check_kvm(plan.nested)?;
         }
-        let before = Counters::read();
+        let (before, start) = (Counters::read(), facts::ticks());
         end = match &plan.program {
             Some(program) => program::run(program, console)?,
             None => Machine::new(plan)?.run(console)?,
         };
+        if plan.role == Role::Hypervisor {
+            let ticks = (facts::ticks() - start).to_string();
+            let turn = [("name", "machine"), ("count", "1"), ("ticks", &ticks)];
+            facts::record(console, Level::L2, Kind::Event, &turn);
+        }
         if let (Some(before), Some(after)) = (before, Counters::read()) {
             let [l2, l3] = before.reasons(&after);
             facts::record(console, Level::L2, Kind::Event, &[("name", "exits"), ("l2", &l2), ("l3", &l3)]);

@@ -8,8 +8,12 @@ use l2_protocol::{Kind, OwnedRecord};
 use nvmx::vmx::exit::BasicReason;
 
 /// The stages that Linux tells of, and what they are.
-const STAGES: [(&str, &str); 3] =
-    [("linux_boot", "L2 boots, from power-on"), ("l3_boot", "L3 boots"), ("l3_work", "L3 works")];
+const STAGES: [(&str, &str); 4] = [
+    ("linux_boot", "L2 boots, from power-on"),
+    ("l3_boot", "L3 boots"),
+    ("l3_work", "L3 works"),
+    ("machine", "VMM of L3, to its end"),
+];
 
 /// One boot of the comparison.
 pub struct Column<'a> {
