@@ -142,15 +142,10 @@ fn a_rich_machine_offers_all_that_is_implemented() {
 #[test]
 fn what_nvmx_does_not_implement_is_withheld() {
     let o = offered(&rich());
-    let primary = PrimaryControls::USE_TPR_SHADOW | PrimaryControls::ACTIVATE_TERTIARY_CONTROLS;
-    let secondary = SecondaryControls::VIRTUALIZE_APIC_ACCESSES
-        | SecondaryControls::VIRTUALIZE_X2APIC_MODE
-        | SecondaryControls::APIC_REGISTER_VIRTUALIZATION
-        | SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY
-        | SecondaryControls::VMCS_SHADOWING;
+    let primary = PrimaryControls::ACTIVATE_TERTIARY_CONTROLS;
+    let secondary = SecondaryControls::VMCS_SHADOWING;
     let exit = ExitControls::LOAD_PERF_GLOBAL_CTRL | ExitControls::LOAD_CET | ExitControls::CLEAR_BNDCFGS;
     let entry = EntryControls::LOAD_PERF_GLOBAL_CTRL | EntryControls::LOAD_CET | EntryControls::ENTRY_TO_SMM;
-    assert_eq!(o.pin.may_be_one() & PinControls::POSTED_INTERRUPTS.bits(), 0);
     assert_eq!(o.primary.may_be_one() & primary.bits(), 0);
     assert_eq!(o.secondary.may_be_one() & secondary.bits(), 0);
     assert_eq!(o.exit.may_be_one() & exit.bits(), 0);

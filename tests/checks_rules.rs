@@ -9,7 +9,7 @@ use nvmx::error::VmxError;
 use nvmx::nested::caps::{REVISION, offered};
 use nvmx::nested::checks::{
     CheckId, Failure, GuestFailure, check_cached_controls, check_controls, check_guest, check_guest_beyond_hardware,
-    check_host, check_live_controls, msr_load_failure,
+    check_host, check_live_controls, check_virtual_tpr, msr_load_failure,
 };
 use nvmx::vmx::caps::{Basic, EptVpid};
 use nvmx::vmx::field::{Area, Home};
@@ -26,6 +26,9 @@ enum Verdict {
 
 fn run(v: &Vmcs, memory: &Memory, caps: &Capabilities) -> Verdict {
     if let Err(Failure { check, error }) = check_controls(v, caps) {
+        return Verdict::VmFail(check, error);
+    }
+    if let Err(Failure { check, error }) = check_virtual_tpr(v, caps, memory) {
         return Verdict::VmFail(check, error);
     }
     if let Err(Failure { check, error }) = check_host(v, caps, true) {
@@ -87,6 +90,18 @@ fn the_valid_vmcs12_passes_and_so_do_its_variants() {
             inject(v, GP & !(1 << 11));
         }),
         ("no event: the rest of the field is not looked at", |v| _ = inject(v, 0x7FFF_FFFF)),
+        ("virtual interrupts, posted", |v| _ = posted(v).set(TPR_THRESHOLD, u64::from(u32::MAX))),
+        ("TPR threshold above the task priority, accesses virtualized", |v| {
+            _ = tpr_shadow(v).or(SECONDARY_VM_EXEC_CONTROL, 1).set(TPR_THRESHOLD, 15)
+        }),
+        ("APIC accesses exit without a virtual-APIC page", |v| {
+            _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1).set(APIC_ACCESS_ADDRESS, 0xFEE0_0000)
+        }),
+        ("addresses that no control uses", |v| {
+            v.set(VIRTUAL_APIC_ADDRESS, u64::MAX).set(APIC_ACCESS_ADDRESS, u64::MAX);
+            v.set(POSTED_INTR_DESC_ADDR, u64::MAX).set(POSTED_INTR_NOTIFICATION_VECTOR, 0xFFFF);
+            v.set(TPR_THRESHOLD, 0xFFFF_FFFF);
+        }),
         ("uncacheable EPT structures", |v| _ = v.clear(EPT_POINTER, 7)),
         ("empty MSR list anywhere", |v| _ = v.set(VM_EXIT_MSR_LOAD_ADDR, u64::MAX)),
         ("list up to the end of memory", |v| {
@@ -251,6 +266,21 @@ fn cached_and_live_rules_together_are_all_rules_on_controls() {
         change(&mut v);
         let split = check_cached_controls(&v, &caps()).map(|_| ()).and_then(|()| check_live_controls(&v, &caps()));
         assert_eq!(split, check_controls(&v, &caps()).map(|_| ()), "{check:?}");
+    }
+}
+
+#[test]
+fn the_tpr_threshold_is_compared_with_the_high_half_of_the_task_priority() {
+    for threshold in 0..16u64 {
+        for vtpr in 0..256u64 {
+            let mut v = valid_vmcs12(&caps());
+            tpr_shadow(&mut v).set(TPR_THRESHOLD, threshold);
+            let memory = Memory([(0x5080, 0xABCD_EF00 | vtpr)].into());
+            let fits = threshold <= vtpr >> 4;
+            assert_eq!(check_virtual_tpr(&v, &caps(), &memory).is_ok(), fits, "{threshold} {vtpr:#x}");
+            v.set(VIRTUAL_APIC_ADDRESS, 32 << 20);
+            assert!(check_virtual_tpr(&v, &caps(), &memory).is_ok(), "no memory: all ones");
+        }
     }
 }
 

@@ -2,19 +2,22 @@
 
 mod core_support;
 
-use core_support::{Vmcs, rich, rich_msr, valid_vmcs12};
+use core_support::{APIC_PAGES, Vmcs, rich, rich_msr, valid_vmcs12};
 use nvmx::addr::Hpa;
 use nvmx::nested::caps::offered;
 use nvmx::nested::checks::{ControlsChecked, check_cached_controls};
-use nvmx::nested::merge::{Duties, NvmxNeeds, Translated, Vmcs02Controls, merge};
+use nvmx::nested::merge::{ApicPages, Duties, NvmxNeeds, Translated, Vmcs02Controls, merge};
 use nvmx::vmx::caps::msr;
 use nvmx::vmx::{
     Capabilities, EntryControls, ExitControls, Field, Field::*, Fields, PinControls, PrimaryControls, SecondaryControls,
 };
 use proptest::prelude::*;
 
-const TO: Translated =
-    Translated { io_bitmaps: Some((Hpa::new(0xA000), Hpa::new(0xB000))), msr_bitmap: Some(Hpa::new(0xC000)) };
+const TO: Translated = Translated {
+    io_bitmaps: Some((Hpa::new(0xA000), Hpa::new(0xB000))),
+    msr_bitmap: Some(Hpa::new(0xC000)),
+    apic: APIC_PAGES,
+};
 
 /// What L2 gets by nvmx's own work.
 const EMULATED: SecondaryControls = SecondaryControls::ENABLE_PML.union(SecondaryControls::EPT_VIOLATION_VE);
@@ -45,6 +48,15 @@ fn vmcs12(caps: &Capabilities, controls: [u32; 5]) -> Vmcs {
     off(&mut v, SECONDARY_VM_EXEC_CONTROL, 22, ept);
     off(&mut v, SECONDARY_VM_EXEC_CONTROL, 7, ept);
     off(&mut v, SECONDARY_VM_EXEC_CONTROL, 17, ept);
+    let tpr_shadow = has(&v, CPU_BASED_VM_EXEC_CONTROL, 21);
+    let interrupts_exit = has(&v, PIN_BASED_VM_EXEC_CONTROL, 0);
+    let accesses = has(&v, SECONDARY_VM_EXEC_CONTROL, 0);
+    off(&mut v, SECONDARY_VM_EXEC_CONTROL, 4, tpr_shadow && !accesses);
+    off(&mut v, SECONDARY_VM_EXEC_CONTROL, 8, tpr_shadow);
+    off(&mut v, SECONDARY_VM_EXEC_CONTROL, 9, tpr_shadow && interrupts_exit);
+    let delivery = has(&v, CPU_BASED_VM_EXEC_CONTROL, 31) && has(&v, SECONDARY_VM_EXEC_CONTROL, 9);
+    let acknowledged = has(&v, VM_EXIT_CONTROLS, 15);
+    off(&mut v, PIN_BASED_VM_EXEC_CONTROL, 7, delivery && acknowledged);
     v
 }
 
@@ -112,7 +124,7 @@ proptest! {
         let hw = rich();
         let v = vmcs12(&offered(&hw), controls);
         let (_, primary, ..) = controls12(&v);
-        let to = Translated { io_bitmaps: TO.io_bitmaps.filter(|_| io), msr_bitmap: TO.msr_bitmap.filter(|_| msr) };
+        let to = Translated { io_bitmaps: TO.io_bitmaps.filter(|_| io), msr_bitmap: TO.msr_bitmap.filter(|_| msr), ..TO };
         let m = merged(&v, &hw, &to);
         prop_assert!(m.primary.contains(intercepts(primary)));
         // A bitmap is used only if L2 uses one and it is there.
@@ -143,11 +155,11 @@ proptest! {
         // Some of what nvmx implements is missing, and more of the default1 class than usual is fixed.
         let hw = Capabilities::read(
             |index| match index {
-                msr::IA32_VMX_TRUE_PINBASED_CTLS => rich_msr(index) & !(u64::from(fixed & 0x20) << 32),
+                msr::IA32_VMX_TRUE_PINBASED_CTLS => rich_msr(index) & !(u64::from(fixed & 0xA0) << 32),
                 msr::IA32_VMX_TRUE_PROCBASED_CTLS => rich_msr(index) | u64::from(fixed & (1 << 15 | 1 << 16)),
                 msr::IA32_VMX_TRUE_EXIT_CTLS => rich_msr(index) | u64::from(fixed & 1 << 2),
                 msr::IA32_VMX_TRUE_ENTRY_CTLS => rich_msr(index) | u64::from(fixed & 1 << 2),
-                msr::IA32_VMX_PROCBASED_CTLS2 => rich_msr(index) & !(u64::from(fixed & 0x11C40) << 32),
+                msr::IA32_VMX_PROCBASED_CTLS2 => rich_msr(index) & !(u64::from(fixed & 0x11F51) << 32),
                 other => rich_msr(other),
             },
             39,
@@ -232,5 +244,37 @@ fn each_duty_follows_one_control_of_l2() {
         v.clear(field, 1 << bit);
         assert_eq!(merged(&v, &hw, &TO).duties, duty);
     }
-    assert_eq!(cases.iter().fold(Duties::empty(), |all, case| all | case.2), Duties::all());
+    let both = cases.iter().fold(Duties::FLUSH_EPT01, |all, case| all | case.2);
+    assert_eq!(both, Duties::all());
+}
+
+#[test]
+fn each_page_of_the_virtual_apic_comes_with_its_control() {
+    let hw = rich();
+    let pages = |change: fn(&mut Vmcs)| {
+        let mut v = valid_vmcs12(&offered(&hw));
+        change(&mut v);
+        let m = merged(&v, &hw, &TO);
+        [m.virtual_apic, m.apic_access, m.posted_descriptor]
+    };
+    let ApicPages { virtual_apic, apic_access, posted_descriptor } = TO.apic;
+    assert_eq!(pages(|_| ()), [None; 3]);
+    assert_eq!(pages(|v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 21)), [Some(virtual_apic), None, None]);
+    assert_eq!(pages(|v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1)), [None, Some(apic_access), None]);
+    let posted = pages(|v| {
+        v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 21).or(SECONDARY_VM_EXEC_CONTROL, 1 << 9);
+        v.or(PIN_BASED_VM_EXEC_CONTROL, 1 << 7 | 1).or(VM_EXIT_CONTROLS, 1 << 15);
+    });
+    assert_eq!(posted, [Some(virtual_apic), None, Some(posted_descriptor)]);
+}
+
+#[test]
+fn virtualized_apic_accesses_on_ept01_flush_it() {
+    let hw = rich();
+    let duty = |accesses: u64, ept: u64| {
+        let mut v = valid_vmcs12(&offered(&hw));
+        v.clear(SECONDARY_VM_EXEC_CONTROL, 0b11).or(SECONDARY_VM_EXEC_CONTROL, accesses | ept << 1);
+        merged(&v, &hw, &TO).duties.contains(Duties::FLUSH_EPT01)
+    };
+    assert_eq!([duty(0, 0), duty(0, 1), duty(1, 1), duty(1, 0)], [false, false, false, true]);
 }

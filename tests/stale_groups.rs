@@ -2,7 +2,7 @@
 
 mod core_support;
 
-use core_support::{Vmcs, rich, valid_vmcs12};
+use core_support::{APIC_PAGES, Vmcs, rich, valid_vmcs12};
 use nvmx::addr::Hpa;
 use nvmx::nested::caps::offered;
 use nvmx::nested::checks::{check_cached_controls, check_host, host_field_holds};
@@ -12,8 +12,11 @@ use nvmx::vmx::field::Home;
 use nvmx::vmx::{Capabilities, Field, Fields, PrimaryControls};
 use proptest::prelude::*;
 
-const TO: Translated =
-    Translated { io_bitmaps: Some((Hpa::new(0xA000), Hpa::new(0xB000))), msr_bitmap: Some(Hpa::new(0xC000)) };
+const TO: Translated = Translated {
+    io_bitmaps: Some((Hpa::new(0xA000), Hpa::new(0xB000))),
+    msr_bitmap: Some(Hpa::new(0xC000)),
+    apic: APIC_PAGES,
+};
 
 fn outcome(v: &Vmcs, hw: &Capabilities) -> Option<Vmcs02Controls> {
     check_cached_controls(v, &offered(hw)).ok().map(|checked| merge(&NvmxNeeds::new(hw), v, checked, &TO))

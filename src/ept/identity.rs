@@ -101,6 +101,17 @@ impl Ept01 {
         Ok(Missing::Mapped)
     }
 
+    /// Maps `gpa`, if L2 may have it, by a 4 KiB page from now on. No INVEPT is done.
+    pub fn make_small<F: TableFrames>(
+        &mut self,
+        gpa: Gpa,
+        memory_type: impl Fn(Gpa, u64) -> Option<MemoryType>,
+        frames: &mut F,
+    ) -> Result<(), OutOfFrames> {
+        let _ = self.map_missing(gpa, memory_type, frames)?;
+        self.split(gpa, frames).map(|_| ())
+    }
+
     /// Gives the page of `gpa` a leaf of its own, 4 KiB, and returns where that lies: `None` if `gpa` is not mapped. A
     /// large page that is split keeps its rights and type, and its pages start with clear flags: INVEPT before relying
     /// on these.

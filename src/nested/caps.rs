@@ -37,6 +37,7 @@ offers! {
         NMI_EXITING,                "runs in vmcs02; nvmx takes no NMI of its own";
         VIRTUAL_NMIS,               "runs in vmcs02";
         PREEMPTION_TIMER,           "runs in vmcs02, saved on every exit so that nvmx's own exits do not restart it";
+        POSTED_INTERRUPTS,          "runs in vmcs02 on L2's own descriptor; the notification is L2's interrupt";
     }
 }
 
@@ -71,6 +72,7 @@ run! {
         MONITOR_EXITING;
         PAUSE_EXITING;
     } also {
+        USE_TPR_SHADOW,              "L2's virtual-APIC page is used where it lies";
         USE_IO_BITMAPS,              "L2's bitmap pages are used where they lie";
         USE_MSR_BITMAPS,             "L2's bitmap is OR-ed with nvmx's";
         ACTIVATE_SECONDARY_CONTROLS, "always on in vmcs02; L2's secondary controls count only if it is set";
@@ -82,7 +84,10 @@ run! {
     SECONDARY: Secondary {
         DESCRIPTOR_TABLE_EXITING;
         ENABLE_RDTSCP;
+        VIRTUALIZE_X2APIC_MODE;
         WBINVD_EXITING;
+        APIC_REGISTER_VIRTUALIZATION;
+        VIRTUAL_INTERRUPT_DELIVERY;
         PAUSE_LOOP_EXITING;
         RDRAND_EXITING;
         ENABLE_INVPCID;
@@ -90,6 +95,7 @@ run! {
         ENABLE_XSAVES;
         USE_TSC_SCALING;
     } also {
+        VIRTUALIZE_APIC_ACCESSES, "L2's APIC-access page is used where it lies, mapped by a 4 KiB page where L2 maps it so";
         ENABLE_EPT,         "ept02 is composed of ept12 and ept01";
         ENABLE_VPID,        "L2's identifier stands for one of nvmx's own";
         ENABLE_PML,         "nvmx writes the log when it sets a dirty flag in ept12";

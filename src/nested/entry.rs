@@ -3,14 +3,14 @@
 //! Steady state does no checks and no merge: they run again only after L2 wrote a field they depend on.
 //! Source: SDM vol. 3C, chapter "VM Entries".
 
-use super::checks::{self, ControlsChecked, GuestContext};
+use super::checks::{self, CheckId, ControlsChecked, GuestContext};
 use super::explain::Refusal;
 use super::merge::{self, Duties, NvmxNeeds, Translated};
 use super::slot::Slot;
 use super::stale::Stale;
-use super::vmcs12::FieldSet;
+use super::vmcs12::{FieldSet, Vmcs12};
 use super::vpid::VPID01;
-use super::{Operation, reflect};
+use super::{Operation, reflect, virtual_apic};
 use crate::addr::Gpa;
 use crate::emul::cr::{Cr0, Cr4};
 use crate::ept::{Activation, Written};
@@ -95,6 +95,9 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     }
     if duties.contains(Duties::LOAD_PDPTES) {
         load_pdptes(vmx, &cpu.guest);
+        if duties.contains(Duties::FLUSH_EPT01) {
+            vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
+        }
     }
     if slot.stale.contains(Stale::GUEST) {
         return check_guest_state(cpu, index);
@@ -137,6 +140,10 @@ fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
     })?;
     if let Some(checked) = checked {
         merge_controls(cpu, index, checked);
+        if let Err(error) = virtual_apic::map_access_page(cpu, index) {
+            cpu.nested.refusals.note(Refusal::Controls(None));
+            return Err(error);
+        }
     }
     cpu.nested.slots[index].stale -= Stale::PREPARED;
     Ok(())
@@ -157,8 +164,9 @@ fn merge_controls(cpu: &mut Cpu, index: usize, checked: ControlsChecked) {
         watch_msr_bitmap(cpu, index, bitmap12);
     }
 
+    let apic = virtual_apic::pages(cpu, &cpu.nested.slots[index].vmcs12);
     let slot = &mut cpu.nested.slots[index];
-    let to = Translated { io_bitmaps, msr_bitmap: uses_msr_bitmap.then_some(slot.msr_bitmap) };
+    let to = Translated { io_bitmaps, msr_bitmap: uses_msr_bitmap.then_some(slot.msr_bitmap), apic };
     let merged = merge::merge(&NvmxNeeds::new(&cpu.config.hardware), &slot.vmcs12, checked, &to);
     let entry12 = EntryControls::from_bits_retain(slot.vmcs12.get(Field::VM_ENTRY_CONTROLS) as u32);
     let exit12 = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
@@ -207,7 +215,7 @@ fn check_guest_state(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
             false => checks::check_guest_beyond_hardware(vmcs12, offered, &context, &pages),
         };
         // Rules on controls come first, those too that are else the processor's.
-        verdict.map_err(|failure| (failure, checks::check_live_controls(vmcs12, offered)))
+        verdict.map_err(|failure| (failure, live_controls(cpu, vmcs12)))
     });
     let slot = &mut cpu.nested.slots[index];
     slot.stale -= Stale::GUEST;
@@ -248,8 +256,15 @@ impl<P: PhysMem> checks::GuestMemory for Pages<'_, P> {
     }
 }
 
+/// The rules on controls that are the processor's.
+fn live_controls(cpu: &Cpu, vmcs12: &Vmcs12) -> Result<(), checks::Failure> {
+    let offered = &cpu.config.offered;
+    checks::check_live_controls(vmcs12, offered)?;
+    checks::check_virtual_tpr(vmcs12, offered, &Pages(&cpu.guest))
+}
+
 /// Runs `f` on the whole of vmcs12, guest state fetched from vmcs02, which is current.
-fn with_guest_state<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&Cpu, &super::vmcs12::Vmcs12) -> T) -> T {
+fn with_guest_state<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&Cpu, &Vmcs12) -> T) -> T {
     let slot = &mut cpu.nested.slots[index];
     slot.fetch_all(&mut cpu.vmx, &cpu.config.exists);
     let result = f(cpu, &cpu.nested.slots[index].vmcs12);
@@ -269,9 +284,10 @@ pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
     if error != VmxError::EntryInvalidControlField as u32 {
         return Err(KillReason::EntryFailed { reason: error, qualification: 0 });
     }
-    let check = with_guest_state(cpu, current, |cpu, vmcs12| {
-        checks::check_live_controls(vmcs12, &cpu.config.offered).err().map(|f| f.check)
-    });
+    let check = with_guest_state(cpu, current, |cpu, vmcs12| live_controls(cpu, vmcs12).err().map(|f| f.check));
+    if check == Some(CheckId::TprThresholdFitsVtpr) && cpu.vmx.counters.last_exit_was_of_l3() {
+        return virtual_apic::below_threshold(cpu, current);
+    }
     cpu.nested.refusals.note(Refusal::Controls(check));
     refuse(cpu, vmxon_ptr, current);
     Ok(())

@@ -46,6 +46,17 @@ impl NvmxNeeds {
     }
 }
 
+/// Pages of L2 that the processor uses to virtualize L3's APIC, as addresses for vmcs02.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ApicPages {
+    /// The virtual-APIC page.
+    pub virtual_apic: Hpa,
+    /// The APIC-access page: never accessed, only compared with.
+    pub apic_access: Hpa,
+    /// The posted-interrupt descriptor.
+    pub posted_descriptor: Hpa,
+}
+
 /// The addresses that stand for those in vmcs12.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Translated {
@@ -53,6 +64,8 @@ pub struct Translated {
     pub io_bitmaps: Option<(Hpa, Hpa)>,
     /// The merged MSR bitmap, if L2 uses one and it lies in its memory.
     pub msr_bitmap: Option<Hpa>,
+    /// What vmcs12 names for those of its controls that use it.
+    pub apic: ApicPages,
 }
 
 bitflags! {
@@ -75,6 +88,9 @@ bitflags! {
         const LOAD_PDPTES = 1 << 6;
         /// L2 gives no VPID: each entry and exit must flush the linear translations of the VPID that nvmx uses.
         const FLUSH_VPID = 1 << 7;
+        /// The guest runs on ept01 with virtualized APIC accesses: each entry must flush what L2 itself, and guests without,
+        /// left cached of ept01.
+        const FLUSH_EPT01 = 1 << 8;
     }
 }
 
@@ -91,6 +107,12 @@ pub struct Vmcs02Controls {
     pub io_bitmaps: Option<(Hpa, Hpa)>,
     /// To be written if the primary controls use MSR bitmaps.
     pub msr_bitmap: Option<Hpa>,
+    /// The virtual-APIC page, if L2 uses the TPR shadow.
+    pub virtual_apic: Option<Hpa>,
+    /// The APIC-access page, if L2 virtualizes APIC accesses.
+    pub apic_access: Option<Hpa>,
+    /// The posted-interrupt descriptor, if L2 uses one.
+    pub posted_descriptor: Option<Hpa>,
     /// To be written if the secondary controls enable XSAVES.
     pub xss_exiting_bitmap: u64,
     /// To be written if the secondary controls enable PAUSE-loop exiting.
@@ -130,6 +152,9 @@ pub fn merge(needs: &NvmxNeeds, vmcs12: &impl Fields, checked: ControlsChecked, 
         entry: entry12 & EntryControls::IA32E_MODE_GUEST | needs.entry,
         io_bitmaps: to.io_bitmaps,
         msr_bitmap: to.msr_bitmap,
+        virtual_apic: primary12.contains(PrimaryControls::USE_TPR_SHADOW).then_some(to.apic.virtual_apic),
+        apic_access: secondary12.contains(SecondaryControls::VIRTUALIZE_APIC_ACCESSES).then_some(to.apic.apic_access),
+        posted_descriptor: pin12.contains(PinControls::POSTED_INTERRUPTS).then_some(to.apic.posted_descriptor),
         xss_exiting_bitmap: vmcs12.get(Field::XSS_EXITING_BITMAP),
         ple_gap: get32(Field::PLE_GAP),
         ple_window: get32(Field::PLE_WINDOW),
@@ -186,6 +211,8 @@ fn duties(entry12: EntryControls, exit12: ExitControls, secondary12: SecondaryCo
     duties.set(Duties::KEEP_DEBUG, !exit12.contains(ExitControls::SAVE_DEBUG_CONTROLS));
     duties.set(Duties::LOAD_PDPTES, !secondary12.contains(SecondaryControls::ENABLE_EPT));
     duties.set(Duties::FLUSH_VPID, !secondary12.contains(SecondaryControls::ENABLE_VPID));
+    let virtualizes_accesses = secondary12.contains(SecondaryControls::VIRTUALIZE_APIC_ACCESSES);
+    duties.set(Duties::FLUSH_EPT01, virtualizes_accesses && duties.contains(Duties::LOAD_PDPTES));
     duties
 }
 

@@ -19,6 +19,7 @@ pub mod route;
 pub mod slot;
 pub mod stale;
 pub mod ve;
+pub mod virtual_apic;
 pub mod vmcs12;
 pub mod vmfunc;
 pub mod vpid;

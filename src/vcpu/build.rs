@@ -77,6 +77,7 @@ impl Common {
         let budget = EPT02_BUDGET.min(frames.available() / 2) as u32;
         let vmcs01 = region(&mut frames, phys, revision)?;
         let msr_bitmap01 = page(&mut frames, phys, &msr_bitmap01())?;
+        let void = page(&mut frames, phys, &BitmapPage::SET)?;
         let mut shadow_bitmaps = [Hpa::new(0); 2];
         for (at, access) in shadow_bitmaps.iter_mut().zip([Access::Read, Access::Write]) {
             let mut bitmap = BitmapPage::SET;
@@ -112,6 +113,7 @@ impl Common {
             launched01: false,
             loads_msrs01: false,
             msr_bitmap01,
+            void,
             msr_intercepts: Words::that_differ(&msr_bitmap_l3(), 0),
             shadow_bitmaps,
             feature_control: FEATURE_LOCK | FEATURE_VMX,

@@ -100,6 +100,11 @@ impl Counters {
         self.next = self.next.wrapping_add(1);
     }
 
+    /// Was L3 running before nvmx was?
+    pub fn last_exit_was_of_l3(&self) -> bool {
+        self.recent[self.next.wrapping_sub(1) % RECENT].l3
+    }
+
     /// Takes back the count of the exit just counted: it was for reading the counters.
     pub fn forget_exit_of_l2(&mut self, reason: ExitReason) {
         let slot = (reason.basic().0 as usize).min(REASONS - 1);

@@ -65,6 +65,8 @@ pub struct Cpu {
     pub msr_bitmap01: Hpa,
     /// What nvmx must see of L3, to be merged with L2's bitmap.
     pub msr_intercepts: Words,
+    /// Stands for memory that is not there: a frame of nvmx.
+    pub void: Hpa,
     /// IA32_FEATURE_CONTROL as L2 sees it.
     pub feature_control: u64,
     /// MSRs of L2 whose values nvmx knows.

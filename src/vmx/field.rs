@@ -139,7 +139,7 @@ use Needs::{Always, ExitOrEntry, Pin, Primary, Secondary, VmFunc};
 fields! {
     // name                               encoding  width   home      exists if
     VIRTUAL_PROCESSOR_ID                = 0x0000, W16,     Cache,    Secondary(5);
-    POSTED_INTR_NOTIFICATION_VECTOR     = 0x0002, W16,     Cache,    Pin(7);
+    POSTED_INTR_NOTIFICATION_VECTOR     = 0x0002, W16,     Vmcs02,   Pin(7);
     EPTP_INDEX                          = 0x0004, W16,     Cache,    Secondary(18);
 
     GUEST_ES_SELECTOR                   = 0x0800, W16,     Vmcs02,   Always;
@@ -150,7 +150,7 @@ fields! {
     GUEST_GS_SELECTOR                   = 0x080A, W16,     Vmcs02,   Always;
     GUEST_LDTR_SELECTOR                 = 0x080C, W16,     Vmcs02,   Always;
     GUEST_TR_SELECTOR                   = 0x080E, W16,     Vmcs02,   Always;
-    GUEST_INTERRUPT_STATUS              = 0x0810, W16,     Cache,    Secondary(9);
+    GUEST_INTERRUPT_STATUS              = 0x0810, W16,     Vmcs02,   Secondary(9);
     PML_INDEX                           = 0x0812, W16,     Cache,    Secondary(17);
 
     HOST_ES_SELECTOR                    = 0x0C00, W16,     Cache,    Always;
@@ -175,10 +175,10 @@ fields! {
     POSTED_INTR_DESC_ADDR               = 0x2016, W64,     Cache,    Pin(7);
     VM_FUNCTION_CONTROLS                = 0x2018, W64,     Cache,    Secondary(13);
     EPT_POINTER                         = 0x201A, W64,     Cache,    Secondary(1);
-    EOI_EXIT_BITMAP0                    = 0x201C, W64,     Cache,    Secondary(9);
-    EOI_EXIT_BITMAP1                    = 0x201E, W64,     Cache,    Secondary(9);
-    EOI_EXIT_BITMAP2                    = 0x2020, W64,     Cache,    Secondary(9);
-    EOI_EXIT_BITMAP3                    = 0x2022, W64,     Cache,    Secondary(9);
+    EOI_EXIT_BITMAP0                    = 0x201C, W64,     Vmcs02,   Secondary(9);
+    EOI_EXIT_BITMAP1                    = 0x201E, W64,     Vmcs02,   Secondary(9);
+    EOI_EXIT_BITMAP2                    = 0x2020, W64,     Vmcs02,   Secondary(9);
+    EOI_EXIT_BITMAP3                    = 0x2022, W64,     Vmcs02,   Secondary(9);
     EPTP_LIST_ADDRESS                   = 0x2024, W64,     Cache,    VmFunc(0);
     VMREAD_BITMAP                       = 0x2026, W64,     Cache,    Secondary(14);
     VMWRITE_BITMAP                      = 0x2028, W64,     Cache,    Secondary(14);
@@ -222,7 +222,7 @@ fields! {
     VM_ENTRY_INTR_INFO_FIELD            = 0x4016, W32,     Vmcs02,   Always;
     VM_ENTRY_EXCEPTION_ERROR_CODE       = 0x4018, W32,     Vmcs02,   Always;
     VM_ENTRY_INSTRUCTION_LEN            = 0x401A, W32,     Vmcs02,   Always;
-    TPR_THRESHOLD                       = 0x401C, W32,     Cache,    Primary(21);
+    TPR_THRESHOLD                       = 0x401C, W32,     Vmcs02,   Primary(21);
     SECONDARY_VM_EXEC_CONTROL           = 0x401E, W32,     Cache,    Primary(31);
     PLE_GAP                             = 0x4020, W32,     Cache,    Secondary(10);
     PLE_WINDOW                          = 0x4022, W32,     Cache,    Secondary(10);

@@ -56,6 +56,27 @@ pub fn violations(v: &impl Fields, caps: &Capabilities) -> Violations {
     if bit(primary, 28) {
         demand("MsrBitmapAddress", page_pointer(v.get(MSR_BITMAP)));
     }
+    // "Use TPR shadow", and what may be 1 only with it.
+    let (threshold, descriptor) = (v.get(TPR_THRESHOLD), v.get(POSTED_INTR_DESC_ADDR));
+    if bit(primary, 21) {
+        demand("VirtualApicAddress", page_pointer(v.get(VIRTUAL_APIC_ADDRESS)));
+        demand("TprThresholdReserved", bit(secondary, 9) || threshold / 16 == 0);
+    } else {
+        demand("VirtualApicNeedsTprShadow", ![4, 8, 9].iter().any(|&i| bit(secondary, i)));
+    }
+    if bit(secondary, 0) {
+        demand("ApicAccessAddress", page_pointer(v.get(APIC_ACCESS_ADDRESS)));
+        demand("ApicAccessesExcludeX2apicMode", !bit(secondary, 4));
+    }
+    if bit(secondary, 9) {
+        demand("VirtualInterruptsNeedExiting", bit(pin, 0));
+    }
+    if bit(pin, 7) {
+        demand("PostedInterruptsNeedDelivery", bit(secondary, 9));
+        demand("PostedInterruptsNeedAcknowledge", bit(exit, 15));
+        demand("PostedInterruptVector", v.get(POSTED_INTR_NOTIFICATION_VECTOR) / 256 == 0);
+        demand("PostedDescriptorAddress", descriptor % 64 == 0 && !beyond_width(descriptor));
+    }
     if !bit(pin, 3) {
         demand("VirtualNmisNeedNmiExiting", !bit(pin, 5));
     }
@@ -143,6 +164,11 @@ const TOUCHED: &[Field] = &[
     VIRTUAL_PROCESSOR_ID,
     EPT_POINTER,
     PML_ADDRESS,
+    VIRTUAL_APIC_ADDRESS,
+    APIC_ACCESS_ADDRESS,
+    POSTED_INTR_DESC_ADDR,
+    POSTED_INTR_NOTIFICATION_VECTOR,
+    TPR_THRESHOLD,
     CR3_TARGET_COUNT,
     VM_FUNCTION_CONTROLS,
     VIRTUALIZATION_EXCEPTION_INFO,
@@ -222,7 +248,12 @@ fn both_statements_agree_on_every_single_bit() {
         .set(TSC_MULTIPLIER, 1 << 48);
     let mut software = busy.clone();
     software.set(VM_ENTRY_INTR_INFO_FIELD, 0x8000_0680).set(VM_ENTRY_INSTRUCTION_LEN, 2).set(CR3_TARGET_COUNT, 4);
-    for start in [plain, busy, software] {
+    let mut apic = plain.clone();
+    apic.or(PIN_BASED_VM_EXEC_CONTROL, 1 << 7 | 1).or(CPU_BASED_VM_EXEC_CONTROL, 1 << 21).or(VM_EXIT_CONTROLS, 1 << 15);
+    apic.or(SECONDARY_VM_EXEC_CONTROL, 1 << 4 | 1 << 8 | 1 << 9).set(POSTED_INTR_NOTIFICATION_VECTOR, 0x41);
+    let mut accesses = plain.clone();
+    accesses.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 21).or(SECONDARY_VM_EXEC_CONTROL, 1).set(TPR_THRESHOLD, 15);
+    for start in [plain, busy, software, apic, accesses] {
         assert!(violations(&start, &caps).is_empty());
         for &field in TOUCHED {
             for bit in 0..64 {

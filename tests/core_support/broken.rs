@@ -52,11 +52,21 @@ pub fn inject(v: &mut Vmcs, event: u64) -> &mut Vmcs {
     v.set(VM_ENTRY_INTR_INFO_FIELD, event)
 }
 
+/// With a virtual-APIC page.
+pub fn tpr_shadow(v: &mut Vmcs) -> &mut Vmcs {
+    v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 21).set(VIRTUAL_APIC_ADDRESS, 0x5000)
+}
+
+/// With virtual interrupts, delivered and posted.
+pub fn posted(v: &mut Vmcs) -> &mut Vmcs {
+    tpr_shadow(v).or(SECONDARY_VM_EXEC_CONTROL, 1 << 9).or(PIN_BASED_VM_EXEC_CONTROL, 1 << 7 | 1);
+    v.or(VM_EXIT_CONTROLS, 1 << 15).set(POSTED_INTR_DESC_ADDR, 0x6040).set(POSTED_INTR_NOTIFICATION_VECTOR, 0xF2)
+}
+
 pub const CASES: &[(CheckId, Change)] = &[
     // Controls
-    (CheckId::PinControls, |v| _ = v.or(PIN_BASED_VM_EXEC_CONTROL, 1 << 7)),
+    (CheckId::PinControls, |v| _ = v.or(PIN_BASED_VM_EXEC_CONTROL, 1 << 8)),
     (CheckId::PinControls, |v| _ = v.clear(PIN_BASED_VM_EXEC_CONTROL, 1 << 1)),
-    (CheckId::PrimaryControls, |v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 21)),
     (CheckId::PrimaryControls, |v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 17)),
     (CheckId::PrimaryControls, |v| _ = v.clear(CPU_BASED_VM_EXEC_CONTROL, 1 << 26)),
     (CheckId::SecondaryControls, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 14)),
@@ -65,6 +75,27 @@ pub const CASES: &[(CheckId, Change)] = &[
     (CheckId::IoBitmapAddress, |v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 25).set(IO_BITMAP_B, 1 << 39)),
     (CheckId::MsrBitmapAddress, |v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 28).set(MSR_BITMAP, 0x800)),
     (CheckId::MsrBitmapAddress, |v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 28).set(MSR_BITMAP, 1 << 63)),
+    (CheckId::VirtualApicAddress, |v| _ = tpr_shadow(v).set(VIRTUAL_APIC_ADDRESS, 0x5800)),
+    (CheckId::VirtualApicAddress, |v| _ = tpr_shadow(v).set(VIRTUAL_APIC_ADDRESS, 1 << 39)),
+    (CheckId::VirtualApicNeedsTprShadow, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 4)),
+    (CheckId::VirtualApicNeedsTprShadow, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 8)),
+    (CheckId::VirtualApicNeedsTprShadow, |v| {
+        _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 9).or(PIN_BASED_VM_EXEC_CONTROL, 1)
+    }),
+    (CheckId::VirtualInterruptsNeedExiting, |v| _ = posted(v).clear(PIN_BASED_VM_EXEC_CONTROL, 1)),
+    (CheckId::ApicAccessAddress, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1).set(APIC_ACCESS_ADDRESS, 0xFEE0_0010)),
+    (CheckId::ApicAccessAddress, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1).set(APIC_ACCESS_ADDRESS, 1 << 40)),
+    (CheckId::ApicAccessesExcludeX2apicMode, |v| _ = tpr_shadow(v).or(SECONDARY_VM_EXEC_CONTROL, 1 | 1 << 4)),
+    (CheckId::PostedInterruptsNeedDelivery, |v| _ = posted(v).clear(SECONDARY_VM_EXEC_CONTROL, 1 << 9)),
+    (CheckId::PostedInterruptsNeedAcknowledge, |v| _ = posted(v).clear(VM_EXIT_CONTROLS, 1 << 15)),
+    (CheckId::PostedDescriptorAddress, |v| _ = posted(v).set(POSTED_INTR_DESC_ADDR, 0x6020)),
+    (CheckId::PostedDescriptorAddress, |v| _ = posted(v).set(POSTED_INTR_DESC_ADDR, 1 << 63)),
+    (CheckId::PostedInterruptVector, |v| _ = posted(v).set(POSTED_INTR_NOTIFICATION_VECTOR, 0x100)),
+    (CheckId::TprThresholdReserved, |v| _ = tpr_shadow(v).set(TPR_THRESHOLD, 0x10)),
+    (CheckId::TprThresholdReserved, |v| {
+        // Whether or not accesses are virtualized.
+        _ = tpr_shadow(v).or(SECONDARY_VM_EXEC_CONTROL, 1).set(TPR_THRESHOLD, 1 << 31)
+    }),
     (CheckId::VirtualNmisNeedNmiExiting, |v| _ = v.or(PIN_BASED_VM_EXEC_CONTROL, 1 << 5)),
     (CheckId::NmiWindowNeedsVirtualNmis, |v| {
         _ = v.or(PIN_BASED_VM_EXEC_CONTROL, 1 << 3).or(CPU_BASED_VM_EXEC_CONTROL, 1 << 22)
@@ -127,6 +158,7 @@ pub const CASES: &[(CheckId, Change)] = &[
     (CheckId::EventReserved, |v| _ = inject(v, GP | 1 << 30)),
     (CheckId::EventErrorCode, |v| _ = inject(v, GP).set(VM_ENTRY_EXCEPTION_ERROR_CODE, 0x1_0000)),
     (CheckId::EventInstructionLength, |v| _ = inject(v, INT3).set(VM_ENTRY_INSTRUCTION_LEN, 16)),
+    (CheckId::TprThresholdFitsVtpr, |v| _ = tpr_shadow(v).set(TPR_THRESHOLD, 1)),
     // Host state
     (CheckId::HostAddressSpaceFitsMode, |v| _ = v.clear(VM_EXIT_CONTROLS, 1 << 9)),
     (CheckId::HostCr0, |v| _ = v.clear(HOST_CR0, 1 << 5)),

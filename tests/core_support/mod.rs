@@ -3,8 +3,9 @@
 
 pub mod broken;
 
-use nvmx::addr::Gpa;
+use nvmx::addr::{Gpa, Hpa};
 use nvmx::nested::checks::{GuestContext, GuestMemory};
+use nvmx::nested::merge::ApicPages;
 use nvmx::vmx::caps::{Capabilities, msr};
 use nvmx::vmx::controls::Controls;
 use nvmx::vmx::{EntryControls, ExitControls, Field, Fields, PinControls, PrimaryControls, SecondaryControls};
@@ -79,6 +80,10 @@ impl Fields for Vmcs {
         self.0[field.index()]
     }
 }
+
+/// Translated pages for a virtual APIC.
+pub const APIC_PAGES: ApicPages =
+    ApicPages { virtual_apic: Hpa::new(0xD000), apic_access: Hpa::new(0xE000), posted_descriptor: Hpa::new(0xF040) };
 
 pub const CURRENT: Gpa = Gpa::new(0x1_0000);
 pub const CONTEXT: GuestContext = GuestContext { current_vmptr: CURRENT };

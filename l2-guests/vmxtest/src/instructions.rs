@@ -197,20 +197,21 @@ fn exists(field: u32, rdmsr: fn(u32) -> u64) -> Option<bool> {
         f::MSR_BITMAP => one(Kind::Primary, primary::MSR_BITMAPS),
         f::SECONDARY_CONTROLS => one(Kind::Primary, primary::SECONDARY),
         f::PREEMPTION_TIMER => one(Kind::Pin, pin::PREEMPTION_TIMER),
+        f::POSTED_INT_VECTOR | f::POSTED_INT_DESCRIPTOR => one(Kind::Pin, pin::POSTED_INTERRUPTS),
+        f::GUEST_INTERRUPT_STATUS | f::EOI_EXIT0 | f::EOI_EXIT1 | f::EOI_EXIT2 | f::EOI_EXIT3 => {
+            one(Kind::Secondary, secondary::VIRTUAL_INTERRUPTS)
+        }
+        f::VIRTUAL_APIC | f::TPR_THRESHOLD => one(Kind::Primary, primary::TPR_SHADOW),
+        f::APIC_ACCESS => one(Kind::Secondary, secondary::APIC_ACCESSES),
         // Features that not every machine of this test offers
-        f::POSTED_INT_VECTOR
-        | f::GUEST_INTERRUPT_STATUS
-        | f::PML_INDEX
+        f::PML_INDEX
         | f::EXECUTIVE_VMCS
         | f::PML_ADDR
-        | f::VIRTUAL_APIC
-        | f::APIC_ACCESS
         | f::VMREAD_BITMAP
         | f::VMWRITE_BITMAP
         | f::XSS_EXITING
         | f::GUEST_PERF_GLOBAL_CTRL
         | f::HOST_PERF_GLOBAL_CTRL
-        | f::TPR_THRESHOLD
         | f::PLE_GAP
         | f::PLE_WINDOW => return None,
         _ => true,

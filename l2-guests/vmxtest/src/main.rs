@@ -6,6 +6,7 @@
 #![no_std]
 #![no_main]
 
+mod apic;
 mod bitmaps;
 mod entries;
 mod execute;
@@ -30,7 +31,7 @@ mod vmxon;
 mod windows;
 
 use l2_kit::{
-    BootInfo, Check, apic, caps, cpu, identity, log,
+    BootInfo, Check, apic as local_apic, caps, cpu, identity, log,
     protocol::Kind,
     report,
     serial::Serial,
@@ -70,6 +71,7 @@ const PARTS: &[(&str, Part)] = &[
     ("functions", Guests(functions::all)),
     ("execute", Guests(execute::all)),
     ("ve", Guests(ve::all)),
+    ("apic", Guests(apic::all)),
     ("random", Guests(random::all)),
     ("explained", Guests(explained::all)),
 ];
@@ -108,7 +110,7 @@ fn main(info: &BootInfo) {
             return;
         }
     }
-    apic::init();
+    local_apic::init();
     if let Err(missing) = run(chosen) {
         report::fail(format_args!("{missing}"));
     }

@@ -5,7 +5,7 @@
 //! control itself.
 
 use super::view::{CR0_PE, View, implies};
-use super::{CheckId, ControlsChecked, Failure, first_failure};
+use super::{CheckId, ControlsChecked, Failure, first_failure, virtual_apic};
 use crate::error::VmxError;
 use crate::vmx::controls::{EPTP_SWITCHING, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::event::{self, EventKind};
@@ -49,7 +49,7 @@ pub fn check_cached_controls(fields: &impl Fields, caps: &Capabilities) -> Resul
         EntryControls => entry_controls;
         EntryMsrLoadList => entry_msr_load_list;
     };
-    conclude(failed).map(|()| ControlsChecked(()))
+    conclude(failed.or_else(|| virtual_apic::cached_failure(v))).map(|()| ControlsChecked(()))
 }
 
 /// The rules on control fields whose value lives in vmcs02, where the processor checks them on every entry: run these to
@@ -66,10 +66,10 @@ pub fn check_live_controls(fields: &impl Fields, caps: &Capabilities) -> Result<
         EventErrorCode => event_error_code;
         EventInstructionLength => event_instruction_length;
     };
-    conclude(failed)
+    conclude(failed.or_else(|| virtual_apic::live_failure(v)))
 }
 
-fn conclude(failed: Option<CheckId>) -> Result<(), Failure> {
+pub(super) fn conclude(failed: Option<CheckId>) -> Result<(), Failure> {
     match failed {
         None => Ok(()),
         Some(check) => Err(Failure { check, error: VmxError::EntryInvalidControlField }),

@@ -92,6 +92,30 @@ checks! {
         ];
     }
     "VM-Execution Control Fields" {
+        VirtualApicAddress = "virtual-APIC address is page-aligned and within the physical-address width" [
+            VIRTUAL_APIC_ADDRESS CPU_BASED_VM_EXEC_CONTROL
+        ];
+        VirtualApicNeedsTprShadow = "x2APIC mode, APIC-register virtualization and virtual interrupts need the TPR shadow" [
+            CPU_BASED_VM_EXEC_CONTROL SECONDARY_VM_EXEC_CONTROL
+        ];
+        VirtualInterruptsNeedExiting = "virtual-interrupt delivery needs external-interrupt exiting" [
+            PIN_BASED_VM_EXEC_CONTROL SECONDARY_VM_EXEC_CONTROL
+        ];
+        ApicAccessAddress = "APIC-access address is page-aligned and within the physical-address width" [
+            APIC_ACCESS_ADDRESS SECONDARY_VM_EXEC_CONTROL
+        ];
+        ApicAccessesExcludeX2apicMode = "virtualizing APIC accesses and virtualizing x2APIC mode exclude each other" [
+            SECONDARY_VM_EXEC_CONTROL
+        ];
+        PostedInterruptsNeedDelivery = "posted interrupts need virtual-interrupt delivery" [
+            PIN_BASED_VM_EXEC_CONTROL SECONDARY_VM_EXEC_CONTROL
+        ];
+        PostedInterruptsNeedAcknowledge = "posted interrupts need acknowledging interrupts on exit" [
+            PIN_BASED_VM_EXEC_CONTROL VM_EXIT_CONTROLS
+        ];
+        PostedDescriptorAddress = "posted-interrupt descriptor is 64-byte aligned and within the physical-address width" [
+            POSTED_INTR_DESC_ADDR PIN_BASED_VM_EXEC_CONTROL
+        ];
         TscMultiplierNotZero = "the TSC multiplier is not 0" [TSC_MULTIPLIER SECONDARY_VM_EXEC_CONTROL];
         Cr3TargetCount = "the CR3-target count is not above what the processor supports" [CR3_TARGET_COUNT];
     }
@@ -107,6 +131,15 @@ checks! {
         ];
         EventInstructionLength = "the instruction length of an injected software event is in range" [
             VM_ENTRY_INSTRUCTION_LEN VM_ENTRY_INTR_INFO_FIELD
+        ];
+    }
+    "VM-Execution Control Fields" {
+        PostedInterruptVector = "bits 15:8 of the posted-interrupt notification vector are 0" [
+            POSTED_INTR_NOTIFICATION_VECTOR PIN_BASED_VM_EXEC_CONTROL
+        ];
+        TprThresholdReserved = "bits 31:4 of the TPR threshold are 0" [TPR_THRESHOLD CPU_BASED_VM_EXEC_CONTROL];
+        TprThresholdFitsVtpr = "the TPR threshold is not above the task priority in the virtual-APIC page" [
+            TPR_THRESHOLD VIRTUAL_APIC_ADDRESS
         ];
     }
     "Checks Related to Address-Space Size" {

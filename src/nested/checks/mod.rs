@@ -15,12 +15,14 @@ mod msr_load;
 mod segments;
 mod state;
 mod view;
+mod virtual_apic;
 
 pub use controls::{check_cached_controls, check_controls, check_live_controls, eptp_is_valid};
 pub use guest::{GuestContext, GuestMemory, check_guest, check_guest_beyond_hardware};
 pub use host::{check_host, host_field_holds};
 pub use id::CheckId;
 pub use msr_load::msr_load_failure;
+pub use virtual_apic::check_virtual_tpr;
 
 use crate::error::VmxError;
 

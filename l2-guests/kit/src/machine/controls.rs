@@ -17,6 +17,7 @@ pub mod pin {
     pub const NMI: u32 = 1 << 3;
     pub const VIRTUAL_NMI: u32 = 1 << 5;
     pub const PREEMPTION_TIMER: u32 = 1 << 6;
+    pub const POSTED_INTERRUPTS: u32 = 1 << 7;
 }
 
 /// Primary processor-based controls.
@@ -33,6 +34,7 @@ pub mod primary {
     pub const CR3_STORE: u32 = 1 << 16;
     pub const CR8_LOAD: u32 = 1 << 19;
     pub const CR8_STORE: u32 = 1 << 20;
+    pub const TPR_SHADOW: u32 = 1 << 21;
     pub const NMI_WINDOW: u32 = 1 << 22;
     pub const MOV_DR: u32 = 1 << 23;
     pub const UNCONDITIONAL_IO: u32 = 1 << 24;
@@ -47,12 +49,16 @@ pub mod primary {
 /// Secondary processor-based controls.
 pub mod secondary {
     #![allow(missing_docs, reason = "the names are the SDM's")]
+    pub const APIC_ACCESSES: u32 = 1 << 0;
     pub const EPT: u32 = 1 << 1;
     pub const DESCRIPTOR_TABLES: u32 = 1 << 2;
     pub const RDTSCP: u32 = 1 << 3;
+    pub const X2APIC_MODE: u32 = 1 << 4;
     pub const VPID: u32 = 1 << 5;
     pub const WBINVD: u32 = 1 << 6;
     pub const UNRESTRICTED: u32 = 1 << 7;
+    pub const APIC_REGISTERS: u32 = 1 << 8;
+    pub const VIRTUAL_INTERRUPTS: u32 = 1 << 9;
     pub const RDRAND: u32 = 1 << 11;
     pub const INVPCID: u32 = 1 << 12;
     pub const VM_FUNCTIONS: u32 = 1 << 13;

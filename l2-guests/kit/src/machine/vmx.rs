@@ -179,10 +179,14 @@ pub mod reason {
     pub const WRMSR: u32 = 32;
     pub const INVALID_GUEST_STATE: u32 = 33;
     pub const MSR_LOADING: u32 = 34;
+    pub const TPR_BELOW_THRESHOLD: u32 = 43;
+    pub const APIC_ACCESS: u32 = 44;
+    pub const VIRTUALIZED_EOI: u32 = 45;
     pub const EPT_VIOLATION: u32 = 48;
     pub const EPT_MISCONFIGURATION: u32 = 49;
     pub const PREEMPTION_TIMER: u32 = 52;
     pub const XSETBV: u32 = 55;
+    pub const APIC_WRITE: u32 = 56;
     pub const VMFUNC: u32 = 59;
     /// Bit of the exit reason: the entry failed
     pub const ENTRY_FAILURE: u32 = 1 << 31;
