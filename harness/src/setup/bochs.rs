@@ -1,4 +1,4 @@
-//! Bochs: version 3.0 built from Debian's source package with one fix, or what is installed.
+//! Bochs: version 3.0 built from Debian's source package with a few fixes, or what is installed.
 
 use super::{Need, apt, program, require, sources};
 use crate::error::Stop;
@@ -31,10 +31,51 @@ pub enum Flavour {
     Debugger,
 }
 
-/// The name of our build in the cache; the number changes with the fix or the options.
-const BUILD: &str = "bochs-3.0-nvmx1";
-/// The upstream version that the fix is written for.
+/// The name of our build in the cache; the number changes with the fixes or the options.
+const BUILD: &str = "bochs-3.0-nvmx2";
+/// The upstream version that the fixes are written for.
 const UPSTREAM: &str = "3.0";
+
+/// A fault of Bochs against the SDM: text that its source has once, and what must stand there.
+struct Fix {
+    file: &'static str,
+    place: &'static str,
+    instead: &'static str,
+}
+
+const FIXES: [Fix; 5] = [
+    // The interrupt mask was computed with the state of the hypervisor, so a guest entered with interrupts off under
+    // external-interrupt exiting was not left on an interrupt until its RFLAGS.IF changed.
+    Fix {
+        file: "cpu/vmx.cc",
+        place: "BX_CPU_THIS_PTR in_vmx_guest = true;",
+        instead: "BX_CPU_THIS_PTR in_vmx_guest = true;\n  handleInterruptMaskChange();",
+    },
+    // A posted-interrupt descriptor is aligned to 64 bytes, not to a page.
+    Fix {
+        file: "cpu/vmx.cc",
+        place: "! IsValidPageAlignedPhyAddr(vm->pid_addr)",
+        instead: "(vm->pid_addr & 0x3f) != 0 || ! IsValidPhyAddr(vm->pid_addr)",
+    },
+    // Posted interrupts need virtual-interrupt delivery, and so the TPR shadow.
+    Fix {
+        file: "cpu/vmx.cc",
+        place: "if (vm->vmexec_ctrls2.VIRTUALIZE_X2APIC_MODE() || ",
+        instead: "if (vm->pin_vmexec_ctrls.PROCESS_POSTED_INTERRUPTS() || vm->vmexec_ctrls2.VIRTUALIZE_X2APIC_MODE() || ",
+    },
+    // An external interrupt under external-interrupt exiting does not deliver a virtual interrupt that RFLAGS.IF blocks.
+    Fix {
+        file: "cpu/event.cc",
+        place: "if (is_pending(BX_EVENT_PENDING_VMX_VIRTUAL_INTR))",
+        instead: "if (is_unmasked_event_pending(BX_EVENT_PENDING_VMX_VIRTUAL_INTR))",
+    },
+    // A notification without requests requests nothing, and not vector 255.
+    Fix {
+        file: "cpu/vapic.cc",
+        place: "vector = BX_CPU_THIS_PTR lapic->highest_priority_int(virr);",
+        instead: "int highest = BX_CPU_THIS_PTR lapic->highest_priority_int(virr);\n  vector = highest < 0 ? 0 : (Bit8u) highest;",
+    },
+];
 const CONFIGURE: [&str; 10] = [
     "--with-nogui",
     "--enable-all-optimizations",
@@ -138,7 +179,10 @@ fn flavour_of(help: &str) -> Flavour {
 }
 
 fn lost(version: &str, flavour: Flavour) -> String {
-    let mut lost = vec!["without nvmx's fix an L3 guest that has interrupts off may not be left on an interrupt"];
+    let mut lost = vec![
+        "without nvmx's fixes an L3 guest that has interrupts off may not be left on an interrupt, and posted and virtual \
+         interrupts depart from the architecture",
+    ];
     if flavour == Flavour::Debugger {
         lost.push("about a third of the speed");
     }
@@ -159,10 +203,11 @@ fn build(ui: &Ui, paths: &Paths) -> Result<()> {
     let mut tar = Command::new("tar");
     tar.args(["--strip-components=1", "-xf"]).arg(&tarball).arg("-C").arg(&source);
     must(&proc::run(&mut tar, None, |_| {})?, "unpacking Bochs")?;
-    let file = source.join("cpu/vmx.cc");
-    let text = std::fs::read(&file).context("the Bochs source has no cpu/vmx.cc")?;
-    let text = String::from_utf8_lossy(&text).into_owned();
-    std::fs::write(&file, patch(&text)?)?;
+    for fix in &FIXES {
+        let file = source.join(fix.file);
+        let text = std::fs::read(&file).with_context(|| format!("the Bochs source has no {}", fix.file))?;
+        std::fs::write(&file, patch(&String::from_utf8_lossy(&text), fix)?)?;
+    }
     // The folder is a temporary one: make sure that no file of it looks newer than what was made from it.
     let mut configure = Command::new("./configure");
     configure.args(CONFIGURE).current_dir(&source);
@@ -199,14 +244,11 @@ fn short(line: &str) -> String {
     line.split_whitespace().rev().find(source).unwrap_or("").to_string()
 }
 
-/// Computes the interrupt mask again once the CPU counts as being in a guest. Before, it is computed with the state of the
-/// hypervisor, so a guest entered with interrupts off under external-interrupt exiting is not left on an interrupt until
-/// its RFLAGS.IF changes.
-fn patch(source: &str) -> Result<String> {
-    const PLACE: &str = "BX_CPU_THIS_PTR in_vmx_guest = true;";
-    let (before, after) = source.split_once(PLACE).context("the Bochs source has no place for the fix")?;
-    ensure!(!after.contains(PLACE), "the Bochs source has more than one place for the fix");
-    Ok(format!("{before}{PLACE}\n  handleInterruptMaskChange();{after}"))
+/// Puts a fix in its place.
+fn patch(source: &str, fix: &Fix) -> Result<String> {
+    let found = source.matches(fix.place).count();
+    ensure!(found == 1, "the source of Bochs has {found} places for a fix in {}, not one", fix.file);
+    Ok(source.replace(fix.place, fix.instead))
 }
 
 /// Fetches the source by apt, from the archive that the machine uses anyway: apt checks signature, size and digest.
@@ -271,13 +313,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_fix_goes_in_once_and_only_where_it_belongs() {
+    fn a_fix_goes_in_once_and_only_where_it_belongs() {
         let source = "a;\n  BX_CPU_THIS_PTR in_vmx_guest = false;\n  BX_CPU_THIS_PTR in_vmx_guest = true;\n  b;\n";
-        let fixed = patch(source).unwrap();
+        let fixed = patch(source, &FIXES[0]).unwrap();
         assert!(fixed.contains("in_vmx_guest = true;\n  handleInterruptMaskChange();\n  b;"), "{fixed}");
         assert_eq!(fixed.matches("handleInterruptMaskChange").count(), 1);
-        assert!(patch("nothing").is_err());
-        assert!(patch(&format!("{source}{source}")).is_err());
+        for fix in &FIXES {
+            assert!(patch("nothing", fix).is_err());
+            let text = format!("a {} b", fix.place);
+            assert_eq!(patch(&text, fix).unwrap(), format!("a {} b", fix.instead));
+            assert!(patch(&format!("{text}{text}"), fix).is_err());
+        }
     }
 
     #[test]
