@@ -4,7 +4,7 @@
 //! [`Cpu`](super::Cpu) and enters L2 in the wait-for-SIPI state, where it stays until L2 starts it. One that is not used
 //! stays in VMX root operation, which blocks INIT, and halts: L2 finds a processor that does not start.
 //!
-//! Nothing of this is shared afterwards (ADR 0009) but whether L2 runs on more than one of them.
+//! Nothing of this is shared afterwards (ADR 0010) but whether L2 runs on more than one of them.
 
 use super::Cpu;
 use super::build::{self, Common};
