@@ -108,8 +108,6 @@ pub enum KillReason {
     },
     /// An exit that nvmx does not know how to handle for L2.
     UnexpectedExit(u32),
-    /// INIT arrived, or another request to reset the machine.
-    Reset,
 }
 
 impl fmt::Display for KillReason {
@@ -126,7 +124,6 @@ impl fmt::Display for KillReason {
             KillReason::UnexpectedExit(reason) => {
                 write!(f, "VM exit {:?} that nvmx does not handle", ExitReason(reason))
             }
-            KillReason::Reset => f.write_str("INIT: the machine is to be reset"),
         }
     }
 }
