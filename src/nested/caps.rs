@@ -94,6 +94,7 @@ run! {
         RDSEED_EXITING;
         ENABLE_XSAVES;
         USE_TSC_SCALING;
+        ENABLE_USER_WAIT_AND_PAUSE;
     } also {
         VIRTUALIZE_APIC_ACCESSES, "L2's APIC-access page is used where it lies, mapped by a 4 KiB page where L2 maps it so";
         ENABLE_EPT,         "ept02 is composed of ept12 and ept01";

@@ -12,7 +12,7 @@ use l2_kit::{
         self, Controls, Kind, Missing, primary as p,
         secondary::{self, self as s},
     },
-    vmx,
+    trap, vmx,
 };
 
 /// What makes an instruction exit.
@@ -148,7 +148,58 @@ pub fn all() -> Result<(), Missing> {
     for (number, case) in (0u64..).zip(CASES) {
         one(&mut guest, first + number * STRIDE, case, rdtscp != 0);
     }
+    user_waits(&mut guest);
     Ok(())
+}
+
+/// TPAUSE, UMWAIT and UMONITOR are undefined without their control; with it the first two exit if RDTSC does, which tells time
+/// as well.
+fn user_waits(guest: &mut Guest) {
+    const EXECUTED: Exit = Exit::Done(0);
+    const UNDEFINED: Exit = Exit::Done(trap::UD as u64);
+    macro_rules! program {
+        ($name:ident $text:literal) => {
+            extern "C" fn $name(at: u64) -> u64 {
+                // SAFETY: a wait whose deadline is over, or a monitored line of our own.
+                let run = || unsafe {
+                    core::arch::asm!($text, in("rdi") at, in("ecx") 0, in("eax") 0, in("edx") 0, options(nostack))
+                };
+                trap::catch(run).map_or_else(|trap| trap.vector.into(), |()| 0)
+            }
+        };
+    }
+    program!(tpause "tpause ecx");
+    program!(umwait "umwait ecx");
+    program!(umonitor "umonitor rdi");
+    if !setup::allowed_one(Kind::Secondary, s::USER_WAIT) {
+        Check::new(&mut Serial, "user wait and pause").fact("offered", false).end();
+        return;
+    }
+    let [old_primary, old_secondary] = [f::PRIMARY_CONTROLS, f::SECONDARY_CONTROLS].map(vmx::read);
+    let page = l2_kit::pages::address(l2_kit::pages::page());
+    for (name, program, reason) in
+        [("tpause", tpause as Program, Some(68)), ("umwait", umwait, Some(67)), ("umonitor", umonitor, None)]
+    {
+        let exits = reason.map_or(EXECUTED, |reason| Exit::Reason(reason, 0));
+        for (how, wait, rdtsc, wanted) in [
+            ("not allowed", 0, 0, UNDEFINED),
+            ("not allowed, RDTSC exits", 0, p::RDTSC, UNDEFINED),
+            ("allowed", s::USER_WAIT, 0, EXECUTED),
+            ("allowed, RDTSC exits", s::USER_WAIT, p::RDTSC, exits),
+        ] {
+            vmx::write(f::PRIMARY_CONTROLS, old_primary | u64::from(rdtsc));
+            vmx::write(f::SECONDARY_CONTROLS, old_secondary | u64::from(wait));
+            let exit = guest.execute(program, page);
+            let mut out = Serial;
+            let check = Check::new(&mut out, format_args!("{name} {how}")).expect("result", exit, wanted);
+            match exit {
+                Exit::Reason(..) => check.expect("length", vmx::read(f::EXIT_INSTRUCTION_LENGTH), 4).end(),
+                _ => check.end(),
+            }
+        }
+    }
+    vmx::write(f::PRIMARY_CONTROLS, old_primary);
+    vmx::write(f::SECONDARY_CONTROLS, old_secondary);
 }
 
 fn one(guest: &mut Guest, code: u64, case: &Case, rdtscp: bool) {

@@ -63,7 +63,7 @@ const FEW: u64 = 7;
 /// Controls that ask for memory or tables which these guests have not set up.
 const PIN_NOT_SET_UP: u64 = 1 << 7;
 const PRIMARY_NOT_SET_UP: u64 = 1 << 21;
-const SECONDARY_NOT_SET_UP: u64 = 0x00C6_4311;
+const SECONDARY_NOT_SET_UP: u64 = 0x0082_4311;
 const EXIT_NOT_SET_UP: u64 = 1 << 12 | 1 << 30;
 const ENTRY_NOT_SET_UP: u64 = 1 << 10 | 1 << 11 | 1 << 13;
 const EPTP_AD: u64 = 1 << 6;
@@ -335,6 +335,7 @@ fn valid(guest: &mut Guest) {
         (f::ENTRY_INSTRUCTION_LENGTH, 0),
         (f::LINK_POINTER, !0),
         (f::VM_FUNCTION_CONTROLS, 0),
+        (f::VE_INFORMATION, pages::address(pages::page())),
         (f::TSC_MULTIPLIER, 1 << 48),
     ] {
         // Some CPUs do not have all of them.

@@ -66,6 +66,7 @@ pub mod secondary {
     pub const EPT_VIOLATION_VE: u32 = 1 << 18;
     pub const MODE_BASED_EXECUTE: u32 = 1 << 22;
     pub const TSC_SCALING: u32 = 1 << 25;
+    pub const USER_WAIT: u32 = 1 << 26;
 }
 
 /// VM-exit controls.
