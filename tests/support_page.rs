@@ -1,6 +1,7 @@
-//! The table of controls in docs/support.md is that of the code: what is offered, how, and what is refused.
+//! The table of controls in docs/support.md is that of the code: what is offered, how, what is refused, and why.
 
 use nvmx::nested::caps::{ENTRY, EXIT, Offer, PIN, PRIMARY, SECONDARY};
+use nvmx::nested::refused::{self, Refusal};
 use nvmx::vmx::controls::Controls;
 use std::fmt::Write;
 
@@ -8,11 +9,18 @@ const PAGE: &str = include_str!("../docs/support.md");
 const BEGIN: &str = "<!-- controls of src/nested/caps.rs: begin -->\n";
 const END: &str = "<!-- controls of src/nested/caps.rs: end -->\n";
 
-fn rows<C: Controls>(out: &mut String, title: &str, offers: &[Offer<C>]) {
-    write!(out, "\n### {title}\n\n| control | state | how |\n|---|---|---|\n").unwrap();
+fn rows<C: Controls>(out: &mut String, title: &str, offers: &[Offer<C>], refusals: &[Refusal<C>]) {
+    write!(out, "\n### {title}\n\n| control | state | how, or why not |\n|---|---|---|\n").unwrap();
     for flag in C::FLAGS {
-        let offer = offers.iter().find(|offer| offer.control.bits() == flag.value().bits());
-        let (state, how) = offer.map_or(("refused", "-"), |offer| ("offered", offer.how));
+        let bits = flag.value().bits();
+        let offer = offers.iter().find(|offer| offer.control.bits() == bits);
+        let refusal = refusals.iter().find(|refusal| refusal.control.bits() == bits);
+        let (state, how) = match (offer, refusal) {
+            (Some(offer), None) => ("offered", offer.how),
+            (None, Some(refusal)) => ("refused", refusal.why),
+            (None, None) => ("refused", "not implemented"),
+            (Some(_), Some(_)) => panic!("{} is offered and refused", flag.name()),
+        };
         writeln!(out, "| {} | {state} | {how} |", flag.name()).unwrap();
     }
 }
@@ -20,11 +28,11 @@ fn rows<C: Controls>(out: &mut String, title: &str, offers: &[Offer<C>]) {
 #[test]
 fn the_table_of_controls_is_that_of_the_code() {
     let mut table = String::new();
-    rows(&mut table, "Pin-based controls", PIN);
-    rows(&mut table, "Primary processor-based controls", PRIMARY);
-    rows(&mut table, "Secondary processor-based controls", SECONDARY);
-    rows(&mut table, "VM-exit controls", EXIT);
-    rows(&mut table, "VM-entry controls", ENTRY);
+    rows(&mut table, "Pin-based controls", PIN, &[]);
+    rows(&mut table, "Primary processor-based controls", PRIMARY, refused::PRIMARY);
+    rows(&mut table, "Secondary processor-based controls", SECONDARY, refused::SECONDARY);
+    rows(&mut table, "VM-exit controls", EXIT, refused::EXIT);
+    rows(&mut table, "VM-entry controls", ENTRY, refused::ENTRY);
     let page = PAGE.split_once(BEGIN).and_then(|(_, rest)| rest.split_once(END)).map(|(table, _)| table.trim());
     assert!(page == Some(table.trim()), "put this between the marks of docs/support.md:\n{table}");
 }

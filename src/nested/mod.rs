@@ -15,6 +15,7 @@ pub mod l3_exit;
 pub mod merge;
 pub mod msr_lists;
 pub mod reflect;
+pub mod refused;
 pub mod route;
 pub mod slot;
 pub mod stale;

@@ -1,0 +1,84 @@
+//! Controls that L2 is not offered, and why: the counterpart of [`caps`](super::caps).
+
+use crate::vmx::controls::{
+    EntryControls as Entry, ExitControls as Exit, PrimaryControls as Primary, SecondaryControls as Secondary,
+};
+
+/// One control that is refused.
+#[derive(Clone, Copy)]
+pub struct Refusal<C> {
+    /// The bit.
+    pub control: C,
+    /// Why nvmx does not implement it.
+    pub why: &'static str,
+}
+
+macro_rules! refusals {
+    ($(#[$doc:meta])* $table:ident: $control:ident { $( $bit:ident, $why:expr; )* }) => {
+        $(#[$doc])*
+        pub const $table: &[Refusal<$control>] = &[ $( Refusal { control: $control::$bit, why: $why }, )* ];
+    };
+}
+
+/// A feature that could only be offered untested (invariant I11).
+const UNTESTED: &str = "no processor of the tests has it";
+const NO_PT: &str = "Intel PT in VMX operation is not offered (IA32_VMX_MISC bit 14 is 0)";
+const NO_SGX: &str = "SGX is hidden from L2";
+const NO_CONTROLS: &str = "none of the controls that it activates is implemented";
+const NO_PERFMON: &str = "Bochs has the control without the MSR, so that nothing would test it";
+const SMM: &str = "only an SMM-transfer monitor could set it";
+
+refusals! {
+    /// Primary processor-based controls.
+    PRIMARY: Primary {
+        ACTIVATE_TERTIARY_CONTROLS, NO_CONTROLS;
+    }
+}
+
+refusals! {
+    /// Secondary processor-based controls.
+    SECONDARY: Secondary {
+        ENABLE_ENCLS_EXITING,   NO_SGX;
+        CONCEAL_VMX_FROM_PT,    NO_PT;
+        PASID_TRANSLATION,      UNTESTED;
+        SUB_PAGE_WRITE_PERMISSIONS,
+            "the processor would read L2's tables by their host addresses, nvmx's memory included: they would have to be composed";
+        PT_USES_GUEST_PHYSICAL, NO_PT;
+        ENABLE_PCONFIG,         UNTESTED;
+        ENABLE_ENCLV_EXITING,   NO_SGX;
+        BUS_LOCK_DETECTION,     UNTESTED;
+        INSTRUCTION_TIMEOUT,    UNTESTED;
+    }
+}
+
+refusals! {
+    /// VM-exit controls.
+    EXIT: Exit {
+        LOAD_PERF_GLOBAL_CTRL, NO_PERFMON;
+        CLEAR_BNDCFGS,         UNTESTED;
+        CONCEAL_VMX_FROM_PT,   NO_PT;
+        CLEAR_RTIT_CTL,        NO_PT;
+        CLEAR_LBR_CTL,         UNTESTED;
+        CLEAR_UINV,            UNTESTED;
+        LOAD_CET,              UNTESTED;
+        LOAD_PKRS,             UNTESTED;
+        SAVE_PERF_GLOBAL_CTRL, NO_PERFMON;
+        ACTIVATE_SECONDARY_CONTROLS, NO_CONTROLS;
+    }
+}
+
+refusals! {
+    /// VM-entry controls.
+    ENTRY: Entry {
+        ENTRY_TO_SMM,            SMM;
+        DEACTIVATE_DUAL_MONITOR, SMM;
+        LOAD_PERF_GLOBAL_CTRL,   NO_PERFMON;
+        LOAD_BNDCFGS,            UNTESTED;
+        CONCEAL_VMX_FROM_PT,     NO_PT;
+        LOAD_RTIT_CTL,           NO_PT;
+        LOAD_UINV,               UNTESTED;
+        LOAD_CET,                UNTESTED;
+        LOAD_LBR_CTL,            UNTESTED;
+        LOAD_PKRS,               UNTESTED;
+    }
+}
