@@ -3,11 +3,12 @@
 //! The outer hypervisor's leaves (0x4000_0000 to 0x4FFF_FFFF) are hidden: its paravirtual interface would let L2 have L0
 //! write into nvmx's memory. Source: SDM vol. 2A, "CPUID", table "Information Returned by CPUID Instruction".
 
-use crate::vcpu::Cpu;
+use crate::hw::cpu::this as this_cpu;
+use crate::vcpu::{Cpu, smp};
 use crate::vmx::Field;
 use l2_protocol::abi::{
-    Counter, FRAMES_FREE, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_INTERFACE, LEAF_MAX, LEAF_REFUSAL, LEAF_SIGNATURE,
-    SIGNATURE, SNAPSHOT,
+    Counter, FRAMES_FREE, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_CPUS, LEAF_INTERFACE, LEAF_MAX, LEAF_REFUSAL,
+    LEAF_SIGNATURE, OF_ALL_CPUS, SIGNATURE, SNAPSHOT,
 };
 use raw_cpuid::{CpuIdResult as CpuidResult, native_cpuid::cpuid_count};
 
@@ -76,11 +77,12 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
                 .counters
                 .forget_exit_of_l2(crate::vmx::exit::ExitReason::exit(crate::vmx::exit::BasicReason::CPUID));
             if subleaf == SNAPSHOT {
-                cpu.vmx.counters.take_snapshot();
+                cpu.vmx.counters.take_snapshot(smp::totals());
                 return CpuidResult { eax: 0, ebx: 1, ecx: 0, edx: 0 };
             }
             let value = match subleaf {
                 FRAMES_FREE => Some(cpu.frames.available() as u64),
+                _ if subleaf & OF_ALL_CPUS != 0 => smp::totals().get(subleaf - OF_ALL_CPUS),
                 _ => cpu.vmx.counters.snapshot_value(subleaf),
             };
             match value {
@@ -88,6 +90,7 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
                 None => NOTHING,
             }
         }
+        LEAF_CPUS => CpuidResult { eax: smp::used_cpus(), ebx: this_cpu().index(), ecx: 0, edx: 0 },
         LEAF_REFUSAL => {
             let [eax, ebx, ecx, edx] = cpu.nested.refusals.leaf(subleaf);
             CpuidResult { eax, ebx, ecx, edx }

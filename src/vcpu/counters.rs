@@ -1,6 +1,7 @@
 //! Counters of one CPU: always on, a plain increment each.
 
 use crate::vmx::exit::ExitReason;
+use core::sync::atomic::{AtomicU64, Ordering};
 use l2_protocol::abi::{Counter, EXITS_OF_L2, EXITS_OF_L3, REASONS};
 
 const NAMED: usize = Counter::ALL.len();
@@ -34,6 +35,11 @@ impl Values {
         Values { named: [0; NAMED], exits_l2: [0; REASONS], exits_l3: [0; REASONS] }
     }
 
+    /// All, in the order of [`Totals`].
+    fn all(&self) -> impl Iterator<Item = u64> + '_ {
+        self.named.iter().chain(&self.exits_l2).chain(&self.exits_l3).copied()
+    }
+
     fn get(&self, index: u32) -> Option<u64> {
         let at = |base: u32| index.checked_sub(base).map(|i| i as usize);
         self.named
@@ -41,6 +47,44 @@ impl Values {
             .or_else(|| at(EXITS_OF_L2).and_then(|i| self.exits_l2.get(i)))
             .or_else(|| at(EXITS_OF_L3).and_then(|i| self.exits_l3.get(i)))
             .copied()
+    }
+}
+
+/// Sums over all CPUs: each adds what it has counted whenever it takes a snapshot, and at no other time.
+pub struct Totals([AtomicU64; ALL]);
+
+/// Counters of all kinds.
+const ALL: usize = NAMED + 2 * REASONS;
+
+impl Totals {
+    /// All zero.
+    pub const fn new() -> Self {
+        Totals([const { AtomicU64::new(0) }; ALL])
+    }
+
+    /// A sum by the index of the CPUID interface.
+    pub fn get(&self, index: u32) -> Option<u64> {
+        let index = index as usize;
+        let (l2, l3) = (EXITS_OF_L2 as usize, EXITS_OF_L3 as usize);
+        let place = match index {
+            _ if index < NAMED => index,
+            _ if (l2..l2 + REASONS).contains(&index) => NAMED + index - l2,
+            _ if (l3..l3 + REASONS).contains(&index) => NAMED + REASONS + index - l3,
+            _ => return None,
+        };
+        self.0.get(place).map(|sum| sum.load(Ordering::Relaxed))
+    }
+
+    fn add(&self, since: &Values, now: &Values) {
+        for ((sum, before), value) in self.0.iter().zip(since.all()).zip(now.all()) {
+            sum.fetch_add(value.wrapping_sub(before), Ordering::Relaxed);
+        }
+    }
+}
+
+impl Default for Totals {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -113,8 +157,9 @@ impl Counters {
         self.live.exits_l2[slot] -= 1;
     }
 
-    /// Copies the live values to the snapshot.
-    pub fn take_snapshot(&mut self) {
+    /// Copies the live values to the snapshot, and adds to the sums over all CPUs what came since the last one.
+    pub fn take_snapshot(&mut self, totals: &Totals) {
+        totals.add(&self.snapshot, &self.live);
         self.snapshot = self.live.clone();
     }
 
@@ -143,7 +188,7 @@ mod tests {
         c.exit(true, cpuid);
         c.exit(false, cpuid);
         c.forget_exit_of_l2(cpuid);
-        c.take_snapshot();
+        c.take_snapshot(&Totals::new());
         assert_eq!(c.snapshot_value(Counter::HwExits as u32), Some(1));
         assert_eq!(c.snapshot_value(EXITS_OF_L3 + 10), Some(1));
         assert_eq!(c.snapshot_value(EXITS_OF_L2 + 10), Some(0));
@@ -159,7 +204,7 @@ mod tests {
             c.exit(true, ExitReason(1 << 31 | reason));
             c.exit(false, ExitReason(reason));
         }
-        c.take_snapshot();
+        c.take_snapshot(&Totals::new());
         for reason in 0..known {
             assert_eq!(c.snapshot_value(EXITS_OF_L3 + reason), Some(2), "{reason}");
             assert_eq!(c.snapshot_value(EXITS_OF_L2 + reason), Some(1), "{reason}");
@@ -190,14 +235,37 @@ mod tests {
         for (i, counter) in Counter::ALL.iter().enumerate() {
             c.add(*counter, 10 + i as u64);
         }
-        c.take_snapshot();
+        c.take_snapshot(&Totals::new());
         for (i, counter) in Counter::ALL.iter().enumerate() {
             c.bump(*counter);
             assert_eq!(c.snapshot_value(*counter as u32), Some(10 + i as u64), "{counter:?}");
         }
-        c.take_snapshot();
+        c.take_snapshot(&Totals::new());
         for (i, counter) in Counter::ALL.iter().enumerate() {
             assert_eq!(c.snapshot_value(*counter as u32), Some(11 + i as u64), "{counter:?}");
+        }
+    }
+
+    #[test]
+    fn totals_are_the_sums_of_the_last_snapshots() {
+        let (totals, mut cpus) = (Totals::new(), [Counters::new(), Counters::new(), Counters::new()]);
+        for round in 1..=3u64 {
+            for (i, c) in (1..).zip(cpus.iter_mut()) {
+                c.add(Counter::Vmread, i * 10);
+                c.set(Counter::L1Ticks, round * i);
+                c.exit(true, ExitReason(10));
+                c.take_snapshot(&totals);
+                // Counted, but not yet told.
+                c.bump(Counter::Vmwrite);
+            }
+            assert_eq!(totals.get(Counter::Vmread as u32), Some(round * 60));
+            assert_eq!(totals.get(Counter::L1Ticks as u32), Some(round * 6));
+            assert_eq!(totals.get(EXITS_OF_L3 + 10), Some(round * 3));
+            assert_eq!(totals.get(EXITS_OF_L2 + 10), Some(0));
+            assert_eq!(totals.get(Counter::Vmwrite as u32), Some((round - 1) * 3));
+        }
+        for index in (0..0x1000).chain([u32::MAX]) {
+            assert_eq!(totals.get(index).is_some(), cpus[0].snapshot_value(index).is_some(), "{index:#x}");
         }
     }
 

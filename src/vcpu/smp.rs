@@ -8,6 +8,7 @@
 
 use super::Cpu;
 use super::build::{self, Common};
+use super::counters::Totals;
 use super::start::{run_to_the_end, too_little_memory};
 use crate::boot::{CpuList, Machine};
 use crate::emul::init;
@@ -37,6 +38,8 @@ static START: Start<AtomicU32> = Start::new(AtomicU32::new(0), AtomicU32::new(0)
 /// How many were started, and how many of all run L2.
 static OTHERS: AtomicU32 = AtomicU32::new(0);
 static USED: AtomicU32 = AtomicU32::new(1);
+/// Counters of all CPUs.
+static TOTALS: Totals = Totals::new();
 /// L2 has started a second processor.
 static SEVERAL: AtomicBool = AtomicBool::new(false);
 
@@ -141,6 +144,16 @@ pub fn note_running() {
 #[inline(always)]
 pub fn several_run() -> bool {
     SEVERAL.load(Ordering::Relaxed)
+}
+
+/// How many CPUs L2 has.
+pub fn used_cpus() -> u32 {
+    USED.load(Ordering::Relaxed)
+}
+
+/// The counters of all CPUs.
+pub fn totals() -> &'static Totals {
+    &TOTALS
 }
 
 /// The machine ends by this processor's word: the others are to stop.

@@ -29,12 +29,16 @@ pub const REFUSAL_NAME: u32 = 0x200;
 pub const REFUSAL_TEXT: u32 = 0x300;
 /// No encoding of a VMCS field.
 pub const NO_FIELD: u32 = 0xFFFF_FFFF;
+/// EAX = number of CPUs that L2 has, EBX = number of this one, counted from 0 (the one that booted).
+pub const LEAF_CPUS: u32 = 0x4000_0004;
 /// Highest leaf.
-pub const LEAF_MAX: u32 = LEAF_REFUSAL;
+pub const LEAF_MAX: u32 = LEAF_CPUS;
 /// The version this module describes.
-pub const INTERFACE_VERSION: u32 = 2;
+pub const INTERFACE_VERSION: u32 = 3;
 /// ECX of [`LEAF_COUNTERS`] that takes the snapshot.
 pub const SNAPSHOT: u32 = 0xFFFF_FFFF;
+/// Added to an index of [`LEAF_COUNTERS`]: the sum over all CPUs, each as it was at that CPU's last snapshot.
+pub const OF_ALL_CPUS: u32 = 1 << 31;
 /// Index of the exits of L2 by basic exit reason: `EXITS_OF_L2 + reason`.
 pub const EXITS_OF_L2: u32 = 0x100;
 /// Index of the exits of L3 by basic exit reason: `EXITS_OF_L3 + reason`.

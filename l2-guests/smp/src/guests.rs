@@ -5,7 +5,9 @@ use crate::{
     guest::{self, Exit, Guest},
 };
 use l2_kit::{
-    cpu, fields as f, pages,
+    cpu, fields as f, identity, pages,
+    protocol::abi::Counter,
+    report,
     setup::Controls,
     smp,
     vmx::{self, reason},
@@ -42,6 +44,9 @@ pub fn all(_ids: &[u32]) {
     });
     crate::print("a guest on each CPU", &["ready", "cpuid_exits", "sum"]);
     bitmap();
+    if identity::Slot::find() == identity::Slot::Nvmx {
+        counters();
+    }
 }
 
 /// Sums up what CPUID gives: 2 + 4 + ... if no exit and no register is lost.
@@ -52,6 +57,26 @@ extern "C" fn exits(rounds: u64) -> u64 {
 /// Reads an MSR as often as asked.
 extern "C" fn read_msr(rounds: u64) -> u64 {
     (0..rounds).map(|_| cpu::rdmsr(cpu::LSTAR)).sum()
+}
+
+/// nvmx's counters: a number for each CPU, and sums that are those of all CPUs.
+fn counters() {
+    let reflected = |values: identity::Counters| values[Counter::Reflected as usize];
+    let snapshot: smp::Job = |index| {
+        smp::note(index, 0, identity::counters()[Counter::Reflected as usize]);
+        smp::note(index, 1, u64::from(identity::cpus().1));
+    };
+    smp::run_on_all(cpus(), snapshot);
+    let sum: u64 = (0..cpus()).map(|index| smp::noted(index, 0)).sum();
+    let told = identity::counter_of_all_cpus(Counter::Reflected);
+    if told != sum || sum < reflected(identity::counters()) {
+        report::fail(format_args!("{told} exits reflected on all CPUs, not {sum}"));
+    }
+    let numbered = (0..cpus()).all(|index| smp::noted(index, 1) == index as u64);
+    if !numbered || identity::cpus() != (cpus() as u32, 0) {
+        report::fail(format_args!("nvmx counts CPUs otherwise: {:?}", identity::cpus()));
+    }
+    smp::clear_notes();
 }
 
 /// The last CPU changes the MSR bitmap of CPU 0's guest between two entries.

@@ -3,8 +3,8 @@
 use super::cpu::cpuid;
 use arrayvec::{ArrayString, ArrayVec};
 use l2_protocol::abi::{
-    Counter, LEAF_COUNTERS, LEAF_REFUSAL, LEAF_SIGNATURE, NO_FIELD, REFUSAL_FIELDS, REFUSAL_NAME, REFUSAL_RULE,
-    REFUSAL_SUMMARY, SIGNATURE, SNAPSHOT,
+    Counter, LEAF_COUNTERS, LEAF_CPUS, LEAF_REFUSAL, LEAF_SIGNATURE, NO_FIELD, OF_ALL_CPUS, REFUSAL_FIELDS,
+    REFUSAL_NAME, REFUSAL_RULE, REFUSAL_SUMMARY, SIGNATURE, SNAPSHOT,
 };
 
 /// What is below the guest.
@@ -102,4 +102,16 @@ pub fn refusal() -> Refusal {
     }
     let encodings = parts(REFUSAL_FIELDS, fields.min(16)).filter(|&field| field != NO_FIELD);
     Refusal { what, number, qualification, count, name, fields: encodings.take(16).collect() }
+}
+
+/// The sum of a counter over all CPUs, each as it was at its last [`counters`].
+pub fn counter_of_all_cpus(counter: Counter) -> u64 {
+    let [low, _, _, high] = cpuid(LEAF_COUNTERS, OF_ALL_CPUS | counter as u32);
+    u64::from(low) | u64::from(high) << 32
+}
+
+/// How many CPUs nvmx gives, and which one this is.
+pub fn cpus() -> (u32, u32) {
+    let [count, index, ..] = cpuid(LEAF_CPUS, 0);
+    (count, index)
 }
