@@ -7,7 +7,7 @@
 //! The processor here is the most forgetful of its duties that the SDM allows: it caches every translation it used, in
 //! pieces of 4 KiB, and every reference to a table, and drops them only when it must.
 
-mod ept_model;
+pub mod ept_model;
 
 use ept_model::*;
 use nvmx::addr::{Hpa, Ngpa};
@@ -16,12 +16,13 @@ use proptest::prelude::*;
 use std::collections::HashMap;
 
 /// Six tables of ept12, the first two of them roots. Nothing stops one from serving at several levels.
-const TABLES: u64 = 0x10_0000;
-const ROLES: [u64; 5] =
+pub const TABLES: u64 = 0x10_0000;
+pub const ROLES: [u64; 5] =
     [TABLES | 0x1e, TABLES | 0x18, (TABLES + KIB4) | 0x1e, (TABLES + KIB4) | 0x5e, (TABLES + 2 * KIB4) | 0x1e];
 
+/// What L2 or L3 does.
 #[derive(Clone, Debug)]
-enum Step {
+pub enum Step {
     Write {
         table: u64,
         index: u64,
@@ -378,7 +379,12 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
     }
 }
 
-fn run<const ROOTS: usize, const RESERVE: usize>(budget: u32, pool: u64, steps: &[Step]) -> Result<(), TestCaseError> {
+/// A whole history, or what went wrong in it.
+pub fn run<const ROOTS: usize, const RESERVE: usize>(
+    budget: u32,
+    pool: u64,
+    steps: &[Step],
+) -> Result<(), TestCaseError> {
     let mut history = History::<ROOTS, RESERVE>::new(budget, pool);
     for step in steps {
         history.take(step)?;

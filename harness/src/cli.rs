@@ -32,6 +32,8 @@ pub enum Cmd {
     Test(TestArgs),
     /// Run guests alone and under nvmx and compare what they saw, record by record
     Diff(DiffArgs),
+    /// Search for inputs that break the pure core, by libFuzzer
+    Fuzz(FuzzArgs),
     /// Say what is there, what is missing, and which L0 would be used and why
     Doctor(DoctorArgs),
     /// Set up the compiler for the bare machine and print, as shell variables, how to call it
@@ -211,6 +213,30 @@ pub struct TestArgs {
     /// Use this Bochs instead of building one
     #[arg(long, value_name = "PATH")]
     pub bochs: Option<PathBuf>,
+}
+
+/// `fuzz`
+#[derive(Debug, Args)]
+pub struct FuzzArgs {
+    /// Only these targets of tests/fuzz/
+    #[arg(value_name = "TARGET")]
+    pub targets: Vec<String>,
+
+    /// How long each target runs
+    #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
+    pub seconds: u32,
+
+    /// Targets at the same time
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub jobs: u32,
+
+    /// Run the one target on this input only, to see a failure again
+    #[arg(long, value_name = "FILE", conflicts_with = "keep")]
+    pub input: Option<PathBuf>,
+
+    /// Make tests/fuzz/corpus anew: the fewest inputs that cover what it and those found cover
+    #[arg(long)]
+    pub keep: bool,
 }
 
 /// `doctor`

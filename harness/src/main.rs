@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         Cmd::Run(args) => cmd::run::run(&ui, args),
         Cmd::Test(args) => cmd::test::run(&ui, args),
         Cmd::Diff(args) => cmd::diff::run(&ui, args),
+        Cmd::Fuzz(args) => cmd::fuzz::run(&ui, args),
         Cmd::Doctor(args) => cmd::doctor::run(&ui, args),
         Cmd::Toolchain => cmd::toolchain::run(&ui),
         Cmd::Bench(args) => cmd::bench::run(&ui, args),

@@ -1,7 +1,7 @@
 //! Control fields, a second time.
 
-use crate::core_support::{Vmcs, rich, valid_vmcs12};
-use crate::{Violations, bit};
+use super::core_support::{Vmcs, rich, valid_vmcs12};
+use super::{Violations, bit};
 use nvmx::nested::caps::offered;
 use nvmx::nested::checks::{check_controls, check_live_controls};
 use nvmx::vmx::caps::Misc;

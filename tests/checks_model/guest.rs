@@ -1,7 +1,7 @@
 //! Guest state, a second time.
 
-use crate::core_support::{CONTEXT, Memory};
-use crate::{Violations, bit, canonical, fixed, get, none_of, pat};
+use super::core_support::{CONTEXT, Memory};
+use super::{Violations, bit, canonical, fixed, get, none_of, pat};
 use nvmx::addr::Gpa;
 use nvmx::nested::caps::REVISION;
 use nvmx::nested::checks::GuestMemory;

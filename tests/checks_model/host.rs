@@ -1,6 +1,6 @@
 //! Host state, a second time.
 
-use crate::{Violations, bit, canonical, fixed, get, none_of, pat};
+use super::{Violations, bit, canonical, fixed, get, none_of, pat};
 use nvmx::vmx::{Capabilities, Field::*, Fields};
 
 /// Names of all rules on the host-state area that `v` violates, entered in IA-32e mode or not.

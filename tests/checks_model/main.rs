@@ -3,12 +3,12 @@
 //! holds the two against each other on states near validity.
 
 #[path = "../core_support/mod.rs"]
-mod core_support;
+pub mod core_support;
 
 mod controls;
 mod guest;
 mod host;
-mod whole;
+pub mod whole;
 
 use nvmx::vmx::{Field, Fields};
 use std::collections::BTreeSet;

@@ -1,9 +1,9 @@
 //! Whole states near validity: valid ones of every kind with one to three changes, each a flipped bit or a value from the
 //! edge of what is allowed. Both implementations must find the same first rule, or none.
 
-use crate::core_support::broken::{legacy, pae, real_mode, usable_ldtr, v86};
-use crate::core_support::{CONTEXT, CURRENT, Memory, Vmcs, rich, valid_vmcs12};
-use crate::{Violations, controls, guest, host};
+use super::core_support::broken::{legacy, pae, real_mode, usable_ldtr, v86};
+use super::core_support::{CONTEXT, CURRENT, Memory, Vmcs, rich, valid_vmcs12};
+use super::{Violations, controls, guest, host};
 use nvmx::nested::caps::{REVISION, offered};
 use nvmx::nested::checks::{CheckId, check_controls, check_guest, check_host};
 use nvmx::vmx::caps::Misc;
@@ -32,7 +32,7 @@ impl Numbers {
 }
 
 /// What tells one valid state from another; several may be combined.
-const KINDS: [fn(&mut Vmcs); 20] = [
+pub const KINDS: [fn(&mut Vmcs); 20] = [
     |_| (),
     |_| (),
     legacy,
@@ -99,7 +99,7 @@ const EDGES: [u64; 28] = [
 ];
 
 /// Every field that a rule could be about.
-fn fields() -> Vec<Field> {
+pub fn fields() -> Vec<Field> {
     Field::ALL.iter().copied().filter(|field| field.area() != Area::ExitInfo).collect()
 }
 
@@ -161,7 +161,7 @@ fn first(broken: &Violations) -> Option<&'static str> {
 }
 
 /// Both implementations on one state; the rule that both found.
-fn compare(v: &Vmcs, caps: &Capabilities, memory: &Memory, long_mode: bool) -> Option<&'static str> {
+pub fn compare(v: &Vmcs, caps: &Capabilities, memory: &Memory, long_mode: bool) -> Option<&'static str> {
     let controls = (check_controls(v, caps).err().map(|f| f.check.name()), controls::violations(v, caps));
     let host = (check_host(v, caps, long_mode).err().map(|f| f.check.name()), host::violations(v, caps, long_mode));
     let guest = (check_guest(v, caps, &CONTEXT, memory).err(), guest::violations(v, caps, memory));
@@ -179,7 +179,7 @@ fn compare(v: &Vmcs, caps: &Capabilities, memory: &Memory, long_mode: bool) -> O
     controls.0.or(host.0).or(found)
 }
 
-fn memory() -> Memory {
+pub fn memory() -> Memory {
     let ordinary = u64::from(REVISION);
     Memory([(0x5000, ordinary), (0x6000, ordinary | 1 << 31), (0x3000, 0x4001), (0x3018, 0x7001)].into())
 }

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod depth;
 pub mod diff;
 pub mod doctor;
+pub mod fuzz;
 pub mod linux;
 pub mod run;
 pub mod test;
