@@ -6,6 +6,7 @@
 //!
 //! The processor here is the most forgetful of its duties that the SDM allows: it caches every translation it used, in
 //! pieces of 4 KiB, and every reference to a table, and drops them only when it must.
+#![allow(missing_docs, reason = "public for tests/fuzz only")]
 
 pub mod ept_model;
 

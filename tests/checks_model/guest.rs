@@ -193,7 +193,7 @@ fn other(v: &impl Fields, caps: &Capabilities, demand: Demand<'_>) {
     }
     demand("GuestRflagsReserved", none_of(flags, [3, 5, 15].into_iter().chain(22..64)) && bit(flags, 1));
     demand("GuestRflagsVm", !bit(flags, 17) || !ia32e(v) && bit(get(v, GUEST_CR0), 0));
-    let injected = bit(info, 31).then(|| (info >> 8 & 7, info & 0xFF));
+    let injected = bit(info, 31).then_some((info >> 8 & 7, info & 0xFF));
     let external = matches!(injected, Some((0, _)));
     let nmi = matches!(injected, Some((2, _)));
     let interrupts = bit(flags, 9);
@@ -208,10 +208,8 @@ fn other(v: &impl Fields, caps: &Capabilities, demand: Demand<'_>) {
     let (sti, mov_ss) = (bit(blocking, 0), bit(blocking, 1));
     demand("GuestActivityBlocking", activity == 0 || !sti && !mov_ss);
     if let Some(event) = injected {
-        let taken = match (activity, event) {
-            (0, _) | (1, (0 | 2, _)) | (1, (3, 1 | 18)) | (1, (7, 0)) | (2, (2, _)) | (2, (3, 18)) => true,
-            _ => false,
-        };
+        let taken =
+            matches!((activity, event), (0, _) | (1, (0 | 2, _) | (3, 1 | 18) | (7, 0)) | (2, (2, _) | (3, 18)));
         demand("GuestActivityEvent", taken);
     }
     demand("GuestInterruptibilityReserved", none_of(blocking, 5..32));

@@ -1,6 +1,7 @@
 //! The checks of a VM entry against a second implementation of them: bit numbers instead of names, all violations instead
 //! of the first, written from the SDM's paragraphs. `controls`, `host` and `guest` are the second implementation; `whole`
 //! holds the two against each other on states near validity.
+#![allow(missing_docs, reason = "public for tests/fuzz only")]
 
 #[path = "../core_support/mod.rs"]
 pub mod core_support;

@@ -12,21 +12,21 @@ use nvmx::vmx::{Capabilities, Field, Field::*, Fields};
 use std::collections::BTreeMap;
 
 /// xorshift64*
-pub struct Numbers(pub u64);
+struct Numbers(u64);
 
 impl Numbers {
-    pub fn next(&mut self) -> u64 {
+    fn draw(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
     }
 
-    pub fn below(&mut self, end: usize) -> usize {
-        ((self.next() >> 33) % end as u64) as usize
+    fn below(&mut self, end: usize) -> usize {
+        ((self.draw() >> 33) % end as u64) as usize
     }
 
-    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len())]
     }
 }
@@ -136,7 +136,7 @@ fn machine(numbers: &mut Numbers) -> Capabilities {
     if numbers.below(4) == 0 {
         // All activity states, as on hardware, and other odds.
         caps.misc = Misc(caps.misc.0 | 7 << 6);
-        caps.basic.0 |= (numbers.next() & 1) << 56;
+        caps.basic.0 |= (numbers.draw() & 1) << 56;
     }
     caps
 }

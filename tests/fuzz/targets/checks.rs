@@ -3,7 +3,7 @@
 
 #[path = "../input.rs"]
 mod input;
-#[allow(dead_code, unused_imports, missing_docs)]
+#[allow(dead_code, unused_imports)]
 #[path = "../../checks_model/main.rs"]
 mod model;
 

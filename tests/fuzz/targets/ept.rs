@@ -4,7 +4,7 @@
 
 #[path = "../input.rs"]
 mod input;
-#[allow(dead_code, unused_imports, missing_docs)]
+#[allow(dead_code, unused_imports)]
 #[path = "../../ept_sequences.rs"]
 mod model;
 

@@ -73,7 +73,7 @@ fuzz_target!(|data: &[u8]| {
     };
     // Entries of L2's tables: small indexes, so that a walk meets them.
     while !input.is_empty() {
-        let at = input.below(PAGES) << 12 | input.below(16) * 8;
+        let at = input.below(PAGES) << 12 | input.below(16) << 3;
         let entry = input.below(PAGES) << 12 | u64::from(input.u8()) | (input.word() & 0xFFF0_0000_0000_0000);
         if !(OWN.start()..OWN.end()).contains(&at) {
             memory.write_u64(Hpa::new(at), entry);

@@ -5,13 +5,13 @@
 
 #[path = "../input.rs"]
 mod input;
-#[allow(dead_code, unused_imports, missing_docs)]
+#[allow(dead_code, unused_imports)]
 #[path = "../../checks_model/main.rs"]
 mod model;
 
 use input::Input;
 use libfuzzer_sys::fuzz_target;
-use model::core_support::{rich, valid_vmcs12};
+use model::core_support::{APIC_PAGES, rich, valid_vmcs12};
 use model::whole::{KINDS, compare, memory as checks_memory};
 use nvmx::addr::{Gpa, Hpa};
 use nvmx::mm::phys::{PhysMem, VecMem};
@@ -111,7 +111,7 @@ impl Machine<'_> {
         let word = |field| vmcs12.get(field) as u32;
         let pin = PinControls::from_bits_retain(word(Field::PIN_BASED_VM_EXEC_CONTROL));
         let primary = PrimaryControls::from_bits_retain(word(Field::CPU_BASED_VM_EXEC_CONTROL));
-        let to = Translated { io_bitmaps: None, msr_bitmap: None };
+        let to = Translated { io_bitmaps: None, msr_bitmap: None, apic: APIC_PAGES };
         let merged = merge(&NvmxNeeds::new(&self.hardware), &**vmcs12, checked, &to);
         let bitmaps = PrimaryControls::USE_IO_BITMAPS | PrimaryControls::USE_MSR_BITMAPS;
         assert!(merged.pin.contains(pin) && merged.primary.contains(primary - bitmaps), "I3");
