@@ -98,7 +98,8 @@ fn machines(plan: &Plan, console: &mut Console) -> Result<End> {
         }
         let (before, start) = (Counters::read(), facts::ticks());
         end = match &plan.program {
-            Some(program) => program::run(program, console)?,
+            // The first turn, and the last of an odd number, run to their end.
+            Some(program) => program::run(program, plan.kill.filter(|_| turn % 2 == 1), console)?,
             None => Machine::new(plan)?.run(console)?,
         };
         if plan.role == Role::Hypervisor {

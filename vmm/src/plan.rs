@@ -8,6 +8,7 @@
 //! kernel /nvmx log=warn       a multiboot image and its command line
 //! payload /cascade            its modules, in order
 //! program /qemu -accel kvm    instead of memory, kernel, payload: a program and its arguments, whose output is shown
+//! kill 2                      end the program of every second turn by a signal after so many seconds
 //! times 20                    so many such machines, one after the other
 //! reload on                   with KVM unloaded and loaded again in between
 //! role hypervisor             say in records what this Linux is, and end the log (the default is `host`: neither)
@@ -51,6 +52,8 @@ pub struct Plan {
     pub payloads: Vec<Item>,
     /// What runs instead of a machine of ours
     pub program: Option<Item>,
+    /// The program of every second turn is killed after so many seconds
+    pub kill: Option<u64>,
     /// How many machines
     pub times: u32,
     /// KVM is loaded again for each
@@ -73,6 +76,7 @@ impl Plan {
             kernel: Item { path: String::new(), args: String::new() },
             payloads: Vec::new(),
             program: None,
+            kill: None,
             times: 1,
             reload: false,
             role: Role::Host,
@@ -90,6 +94,7 @@ impl Plan {
                 "kernel" => kernel = Some(item()),
                 "payload" => plan.payloads.push(item()),
                 "program" => plan.program = Some(item()),
+                "kill" => plan.kill = Some(rest.parse().with_context(|| format!("plan: kill {rest}"))?),
                 "times" => plan.times = rest.parse().with_context(|| format!("plan: times {rest}"))?,
                 "reload" => plan.reload = rest == "on",
                 "role" => {
@@ -128,7 +133,8 @@ mod tests {
         assert_eq!(error("kernel /k\nmemory 5000"), "plan: memory must be 4 to 3072 MiB, not 5000");
         assert_eq!(error("frobnicate /k"), "plan: unknown order `frobnicate`");
         assert_eq!(Plan::parse("role workload").unwrap().role, Role::Workload);
-        let program = Plan::parse("program /q -a b\ntimes 3\nreload on").unwrap();
+        let program = Plan::parse("program /q -a b\ntimes 3\nreload on\nkill 2").unwrap();
+        assert_eq!(program.kill, Some(2));
         assert_eq!((program.program.unwrap().args.as_str(), program.times, program.reload), ("-a b", 3, true));
         assert_eq!(error("role x"), "plan: unknown role `x`");
         assert!(!Plan::parse("kernel /k\nmemory 64\nnested off").unwrap().nested);

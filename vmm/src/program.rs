@@ -9,15 +9,18 @@ use crate::plan::Item;
 use crate::stats::NAMES;
 use anyhow::{Context, Result};
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 const EVENT: &[u8] = b"@L3 event ";
 
-/// Runs it to its end. Its arguments are separated by blanks; one with a blank in it is quoted by `"`.
+/// Runs it to its end, or kills it after so many seconds. Its arguments are separated by blanks; one with a blank in it is quoted by `"`.
 ///
 /// # Errors
 /// If it does not start.
-pub fn run(program: &Item, console: &mut Console) -> Result<End> {
+pub fn run(program: &Item, kill: Option<u64>, console: &mut Console) -> Result<End> {
     init::mount_debugfs();
     let mut meter = Meter::now();
     let mut child = Command::new(&program.path)
@@ -26,6 +29,7 @@ pub fn run(program: &Item, console: &mut Console) -> Result<End> {
         .stdout(Stdio::piped())
         .spawn()
         .with_context(|| format!("cannot start {}", program.path))?;
+    let killer = kill.map(|seconds| kill_later(child.id(), seconds));
     if let Some(output) = child.stdout.take() {
         for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
             let line = line.strip_suffix(b"\r").unwrap_or(&line);
@@ -36,8 +40,28 @@ pub fn run(program: &Item, console: &mut Console) -> Result<End> {
             console.write(b"\n");
         }
     }
+    // Before the child is waited for: until then its number is its own.
+    let killed = killer.map(|killer| killer.join().is_ok());
     let status = child.wait().with_context(|| format!("{} is lost", program.path))?;
+    if let Some(killed) = killed {
+        // A program that ended before was not killed, which is what was to be tried.
+        let killed = killed && status.signal() == Some(libc::SIGKILL);
+        return Ok(if killed {
+            End::Itself
+        } else {
+            End::Broken(format!("{} was not killed: {status}", program.path))
+        });
+    }
     Ok(if status.success() { End::Itself } else { End::Broken(format!("{}: {status}", program.path)) })
+}
+
+/// Kills a child of this process, which nobody waits for before the thread has ended or the child's output has.
+fn kill_later(child: u32, seconds: u64) -> JoinHandle<()> {
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(seconds));
+        // SAFETY: a signal has no memory arguments.
+        unsafe { libc::kill(child as libc::pid_t, libc::SIGKILL) };
+    })
 }
 
 /// The counters at one moment.

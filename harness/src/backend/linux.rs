@@ -26,6 +26,8 @@ pub struct Job {
     pub qemu: bool,
     /// How many guests, one after the other
     pub times: u32,
+    /// Every second guest's VMM is killed after so many seconds
+    pub kill: Option<u32>,
     /// KVM is unloaded and loaded again for each
     pub reload: bool,
     /// Parameters of the module kvm-intel
@@ -35,20 +37,23 @@ pub struct Job {
 }
 
 impl Job {
-    /// Reads the words of a command line: `vmm=qemu|own`, `times=N`, `reload=on`; the rest is for kvm-intel. Bochs cannot do
+    /// Reads the words of a command line: `vmm=qemu|own`, `times=N`, `kill=SECONDS`, `reload=on`; the rest is for kvm-intel. Bochs cannot do
     /// KVM's posted interrupts (`docs/running.md`), so APICv is off where the words do not say otherwise.
     ///
     /// # Errors
     /// The word that makes no sense.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let mut job = Job { qemu: true, times: 1, reload: false, parameters: String::new(), hypervisor: None };
+        let mut job =
+            Job { qemu: true, times: 1, kill: None, reload: false, parameters: String::new(), hypervisor: None };
         let mut parameters = vec!["enable_apicv=0"];
         for word in text.split_whitespace() {
-            let bad = || format!("`{word}` is no order for Linux as L2: vmm=qemu|own, times=N, reload=on");
+            let bad =
+                || format!("`{word}` is no order for Linux as L2: vmm=qemu|own, times=N, kill=SECONDS, reload=on");
             match word.split_once('=').ok_or_else(bad)? {
                 ("vmm", "own") => job.qemu = false,
                 ("vmm", "qemu") => job.qemu = true,
                 ("times", n) => job.times = n.parse().ok().filter(|n| *n > 0).ok_or_else(bad)?,
+                ("kill", n) => job.kill = Some(n.parse().ok().ok_or_else(bad)?),
                 ("reload", "on") => job.reload = true,
                 ("vmm" | "reload", _) => return Err(bad()),
                 _ => parameters.push(word),
@@ -138,6 +143,9 @@ fn plan(job: &Job, cpus: u32) -> String {
         let _ = writeln!(text, "{}", format!("module /{module}.ko {parameters}").trim_end());
     }
     let _ = writeln!(text, "times {}", job.times);
+    if let Some(seconds) = job.kill {
+        let _ = writeln!(text, "kill {seconds}");
+    }
     if job.reload {
         text.push_str("reload on\n");
     }
@@ -168,6 +176,7 @@ mod tests {
 
     #[test]
     fn the_plan_has_a_line_for_each_order() {
+        assert!(plan(&Job::parse("kill=8 times=2").unwrap(), 1).contains("\nkill 8\n"));
         let own = plan(&Job::parse("vmm=own reload=on times=2 ept=0").unwrap(), 1);
         let lines: Vec<&str> = own.lines().collect();
         assert_eq!(lines[..2], ["role hypervisor", "nested off"]);
