@@ -22,6 +22,12 @@ pub fn record(console: &mut Console, level: Level, kind: Kind, fields: &[(&str, 
     }
 }
 
+/// A measurement of this Linux.
+pub fn measured(console: &mut Console, name: &str, ticks: u64) {
+    let ticks = ticks.to_string();
+    record(console, Level::L2, Kind::Event, &[("name", name), ("count", "1"), ("ticks", &ticks)]);
+}
+
 /// How many CPUs Linux runs.
 pub fn cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
@@ -55,8 +61,7 @@ pub fn tell(console: &mut Console, ticks: u64) -> Result<()> {
     let facts = [("name", "linux"), ("release", &release), ("vmx", &has_vmx), ("cpus", &cpus().to_string())];
     record(console, Level::L2, Kind::Check, &facts);
     record(console, Level::L2, Kind::Event, &[("name", "cpu"), ("flags", &flags), ("vmx_flags", &vmx)]);
-    let boot = ("ticks", ticks.to_string());
-    record(console, Level::L2, Kind::Event, &[("name", "linux_boot"), ("count", "1"), (boot.0, &boot.1)]);
+    measured(console, "linux_boot", ticks);
     for warning in warnings()? {
         record(console, Level::L2, Kind::Event, &[("name", "warning"), ("text", &warning)]);
     }

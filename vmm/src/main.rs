@@ -92,7 +92,11 @@ fn machines(plan: &Plan, console: &mut Console) -> Result<End> {
     tell_frames(console);
     for turn in 0..plan.times {
         if turn == 0 || plan.reload {
+            let start = facts::ticks();
             plan.modules.iter().try_for_each(init::load_module)?;
+            if plan.role == Role::Hypervisor {
+                facts::measured(console, "kvm_load", facts::ticks() - start);
+            }
             console.log("INFO", &init::describe_kvm()?);
             init::check_kvm(plan.nested)?;
         }
@@ -103,9 +107,7 @@ fn machines(plan: &Plan, console: &mut Console) -> Result<End> {
             None => Machine::new(plan)?.run(console)?,
         };
         if plan.role == Role::Hypervisor {
-            let ticks = (facts::ticks() - start).to_string();
-            let turn = [("name", "machine"), ("count", "1"), ("ticks", &ticks)];
-            facts::record(console, Level::L2, Kind::Event, &turn);
+            facts::measured(console, "machine", facts::ticks() - start);
         }
         if let (Some(before), Some(after)) = (before, Counters::read()) {
             let [l2, l3] = before.reasons(&after);

@@ -37,15 +37,15 @@ pub struct Job {
 }
 
 impl Job {
-    /// Reads the words of a command line: `vmm=qemu|own`, `times=N`, `kill=SECONDS`, `reload=on`; the rest is for kvm-intel. Bochs cannot do
-    /// KVM's posted interrupts (`docs/running.md`), so APICv is off where the words do not say otherwise.
+    /// Reads the words of a command line: `vmm=qemu|own`, `times=N`, `kill=SECONDS`, `reload=on`; the rest is for
+    /// kvm-intel.
     ///
     /// # Errors
     /// The word that makes no sense.
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut job =
             Job { qemu: true, times: 1, kill: None, reload: false, parameters: String::new(), hypervisor: None };
-        let mut parameters = vec!["enable_apicv=0"];
+        let mut parameters = Vec::new();
         for word in text.split_whitespace() {
             let bad =
                 || format!("`{word}` is no order for Linux as L2: vmm=qemu|own, times=N, kill=SECONDS, reload=on");
@@ -168,9 +168,9 @@ mod tests {
     fn orders_are_told_from_parameters_of_the_module() {
         let job = Job::parse("vmm=qemu ept=0 times=3").unwrap();
         assert_eq!((job.qemu, job.times, job.reload), (true, 3, false));
-        assert_eq!(job.parameters, "enable_apicv=0 ept=0");
+        assert_eq!(job.parameters, "ept=0");
         let default = Job::parse("").unwrap();
-        assert_eq!((default.qemu, default.times, default.parameters.as_str()), (true, 1, "enable_apicv=0"));
+        assert_eq!((default.qemu, default.times, default.parameters.as_str()), (true, 1, ""));
         assert!(Job::parse("times=0").is_err() && Job::parse("vmm=xen").is_err() && Job::parse("fast").is_err());
     }
 
@@ -182,13 +182,7 @@ mod tests {
         assert_eq!(lines[..2], ["role hypervisor", "nested off"]);
         assert_eq!(
             lines[2..7],
-            [
-                "module /irqbypass.ko",
-                "module /kvm.ko",
-                "module /kvm-intel.ko enable_apicv=0 ept=0",
-                "times 2",
-                "reload on"
-            ]
+            ["module /irqbypass.ko", "module /kvm.ko", "module /kvm-intel.ko ept=0", "times 2", "reload on"]
         );
         assert!(lines[8].starts_with("kernel /vmlinuz console=") && lines[9] == "payload /inner.initramfs");
         let qemu = plan(&Job::parse("vmm=qemu").unwrap(), 2);

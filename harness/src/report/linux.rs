@@ -8,8 +8,9 @@ use l2_protocol::{Kind, OwnedRecord};
 use nvmx::vmx::exit::BasicReason;
 
 /// The stages that Linux tells of, and what they are.
-const STAGES: [(&str, &str); 4] = [
+const STAGES: [(&str, &str); 5] = [
     ("linux_boot", "L2 boots, from power-on"),
+    ("kvm_load", "L2 loads KVM"),
     ("l3_boot", "L3 boots"),
     ("l3_work", "L3 works"),
     ("machine", "VMM of L3, to its end"),
