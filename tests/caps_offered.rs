@@ -231,6 +231,8 @@ fn a_rich_machine_meets_every_requirement() {
 fn each_requirement_is_named_when_its_msr_bit_is_missing() {
     // What must be taken from which MSR for the requirement with this text to fail.
     let cases: &[(&str, u32, u64)] = &[
+        ("virtual NMIs", msr::IA32_VMX_TRUE_PINBASED_CTLS, 1 << 37),
+        ("NMI-window", msr::IA32_VMX_TRUE_PROCBASED_CTLS, 1 << 54),
         ("MSR bitmaps", msr::IA32_VMX_TRUE_PROCBASED_CTLS, 1 << 60),
         ("secondary processor-based", msr::IA32_VMX_TRUE_PROCBASED_CTLS, 1 << 63),
         ("extended page tables", msr::IA32_VMX_PROCBASED_CTLS2, 1 << 33),

@@ -132,6 +132,11 @@ fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
         Ok(checked)
     });
     let checked = checked.map_err(|failure| {
+        // Rules on controls come first, those too that are else the processor's.
+        let failure = match failure.error {
+            VmxError::EntryInvalidHostStateField => live_controls_failure(cpu, index).unwrap_or(failure),
+            _ => failure,
+        };
         cpu.nested.refusals.note(match failure.error {
             VmxError::EntryInvalidHostStateField => Refusal::HostState(failure.check),
             _ => Refusal::Controls(Some(failure.check)),
@@ -147,6 +152,17 @@ fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
     }
     cpu.nested.slots[index].stale -= Stale::PREPARED;
     Ok(())
+}
+
+/// The rule that a control in vmcs02 breaks; vmcs01 is current.
+fn live_controls_failure(cpu: &mut Cpu, index: usize) -> Option<checks::Failure> {
+    let slot = &mut cpu.nested.slots[index];
+    slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, cpu.config.hardware.basic.revision());
+    slot.flush_dirty(&mut cpu.vmx, cpu.config.strategy, &cpu.config.exists);
+    let failure =
+        with_guest_state(cpu, index, |cpu, vmcs12| checks::check_live_controls(vmcs12, &cpu.config.offered).err());
+    cpu.nested.slots[index].leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
+    failure
 }
 
 /// Merges the controls anew, which were checked.

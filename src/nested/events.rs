@@ -1,39 +1,133 @@
-//! Events that arrive when their guest cannot take them: NMIs that hit nvmx itself, and INITs that VMX root operation of L2
-//! blocks. They go to the guest that runs next.
+//! Events that nvmx itself gives to a guest: those whose delivery an exit interrupted that nvmx handles, faults of
+//! instructions that it emulates, NMIs that arrive while it runs, and INITs that VMX root operation of L2 blocks.
 //!
 //! All other events reach their guest by the hardware: interrupts and NMIs go to L2 directly, and while L3 runs they do
-//! what vmcs12 says. Source: SDM vol. 3C, "Event Injection", "Exceptions and Interrupts" of VMX non-root operation, "INIT
-//! signals".
+//! what vmcs12 says.
+//!
+//! An NMI that arrives in nvmx is lost to the processor, so nvmx has to wait in its place until the guest can take it. Two
+//! controls tell when: the NMI window for a guest that takes its own NMIs, the monitor trap flag for an L3 whose NMIs are
+//! exits to L2. The processor so judges blocking, injected events and bad guest state before the NMI counts.
+//! [ADR 0011](../../docs/adr/0011-nmis-in-nvmx.md).
+//!
+//! Source: SDM vol. 3C, "Event Injection", "NMI-Window Exiting", "Monitor Trap Flag", "Virtual NMIs", "INIT signals".
 
 use super::{Operation, reflect};
 use crate::emul::init;
 use crate::error::KillReason;
 use crate::hw::cpu;
+use crate::hw::vmx::Vmx;
 use crate::vcpu::{Cpu, Waiting};
 use crate::vmx::Field;
-use crate::vmx::controls::PinControls;
-use crate::vmx::event::{EventInfo, EventKind, vector};
+use crate::vmx::controls::{PinControls, PrimaryControls};
+use crate::vmx::event::{EventInfo, EventKind, Redelivery, vector};
 use crate::vmx::exit::{BasicReason, ExitReason};
+use l2_protocol::abi::Strategy;
 
-/// Blocking by STI, MOV SS, SMI or NMI.
-const NMI_UNDELIVERABLE: u64 = 0b1111;
+const BLOCKING_BY_STI: u64 = 1 << 0;
+const BLOCKING_BY_STI_OR_MOV_SS: u64 = 0b11;
+const BLOCKING_BY_NMI: u64 = 1 << 3;
 
-/// The entry was called off because an NMI is pending: takes it over.
-pub fn take_nmi(cpu: &mut Cpu) {
-    if cpu::this().take_nmi() {
-        cpu.waiting |= Waiting::NMI;
+/// Fields of an injected event, which are vmcs12's: information, error code, instruction length.
+const INJECTION: [Field; 3] =
+    [Field::VM_ENTRY_INTR_INFO_FIELD, Field::VM_ENTRY_EXCEPTION_ERROR_CODE, Field::VM_ENTRY_INSTRUCTION_LEN];
+
+/// What nvmx has put into a VMCS for events of its own.
+#[derive(Default)]
+pub struct Events {
+    /// The next exit of L3 by the monitor trap flag is nvmx's own.
+    stops_l3: bool,
+    /// The slot in whose vmcs02 nvmx has changed controls.
+    altered: Option<usize>,
+    /// The slot whose vmcs02 has an event of nvmx's in it, and what L2 had there.
+    lent: Option<(usize, [u64; 3])>,
+}
+
+/// Gives an event to the guest of the current VMCS with the next entry.
+#[cold]
+pub fn inject(cpu: &mut Cpu, info: EventInfo, error: Option<u32>, length: Option<u32>) {
+    if let Operation::NonRoot { current, .. } = cpu.nested.operation {
+        if cpu.events.lent.is_none() {
+            cpu.events.lent = Some((current, INJECTION.map(|field| cpu.vmx.read(field))));
+            cpu.waiting |= Waiting::OWN;
+        }
+    }
+    let [to_info, to_error, to_length] = INJECTION;
+    cpu.vmx.write(to_info, info.0 as u64);
+    if let Some(error) = error {
+        cpu.vmx.write(to_error, error as u64);
+    }
+    if let Some(length) = length {
+        cpu.vmx.write(to_length, length as u64);
     }
 }
 
-/// Delivers what waits to the guest of the current VMCS, as far as it can take it now; an INIT comes before an NMI.
+/// After an exit that nvmx handled and that hit the delivery of this event: delivers it again.
+#[cold]
+pub fn deliver_again(cpu: &mut Cpu, vectoring: EventInfo) {
+    let error = cpu.vmx.read(Field::IDT_VECTORING_ERROR_CODE) as u32;
+    let length = cpu.vmx.read(Field::VM_EXIT_INSTRUCTION_LEN) as u32;
+    let again = Redelivery::of(vectoring, error, length);
+    // An NMI blocks NMIs by its own delivery, and may be injected only if they are not blocked.
+    if again.info.is(EventKind::Nmi) {
+        block_nmis(&mut cpu.vmx, false);
+    }
+    inject(cpu, again.info, again.error, again.length);
+}
+
+/// After a fault of an IRET that had unblocked NMIs already and runs again.
+#[cold]
+pub fn iret_again(cpu: &mut Cpu) {
+    // Without virtual NMIs an IRET of L3 does not unblock those that exit to L2, and what the exit says is undefined.
+    if !pin12(cpu)
+        .is_some_and(|pin| pin & (PinControls::NMI_EXITING | PinControls::VIRTUAL_NMIS) == PinControls::NMI_EXITING)
+    {
+        block_nmis(&mut cpu.vmx, true);
+    }
+}
+
+fn block_nmis(vmx: &mut Vmx, blocked: bool) {
+    let others = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & !BLOCKING_BY_NMI;
+    vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, others | if blocked { BLOCKING_BY_NMI } else { 0 });
+}
+
+/// L2's pin-based controls for L3, if L3 is the guest of the current VMCS.
+fn pin12(cpu: &Cpu) -> Option<PinControls> {
+    let Operation::NonRoot { current, .. } = cpu.nested.operation else { return None };
+    let slot = &cpu.nested.slots[current];
+    Some(PinControls::from_bits_retain(slot.vmcs12.get(Field::PIN_BASED_VM_EXEC_CONTROL) as u32))
+}
+
+/// An NMI arrived: in nvmx, or in a guest while nvmx waits for its NMI window.
+#[cold]
+pub fn note_nmi(cpu: &mut Cpu) {
+    cpu.waiting |= Waiting::NMI;
+}
+
+/// The entry was called off because an NMI is pending: takes it over.
+#[cold]
+pub fn take_nmi(cpu: &mut Cpu) {
+    if cpu::this().take_nmi() {
+        note_nmi(cpu);
+    }
+}
+
+/// Before the entry into the guest of the current VMCS, if anything waits; an INIT comes before an NMI.
 #[cold]
 pub fn deliver(cpu: &mut Cpu) -> Result<(), KillReason> {
     if cpu.waiting.contains(Waiting::INIT) {
         deliver_init(cpu)?;
     }
-    if cpu.waiting.contains(Waiting::NMI) {
-        deliver_nmi(cpu)?;
+    if !matches!(cpu.nested.operation, Operation::NonRoot { .. }) {
+        give_back(cpu);
     }
+    if cpu.waiting.contains(Waiting::NMI) {
+        match pin12(cpu) {
+            Some(pin) if pin.contains(PinControls::NMI_EXITING) => stop_l3(cpu, pin),
+            _ => set_controls(cpu, WINDOW, PrimaryControls::NMI_WINDOW_EXITING, true),
+        }
+    }
+    let events = &cpu.events;
+    cpu.waiting.set(Waiting::OWN, events.stops_l3 || events.lent.is_some() || events.altered.is_some());
     Ok(())
 }
 
@@ -62,25 +156,101 @@ fn deliver_init(cpu: &mut Cpu) -> Result<(), KillReason> {
     Ok(())
 }
 
-/// Delivers the waiting NMI if the guest of the current VMCS can take it now; else it waits for the next exit.
-fn deliver_nmi(cpu: &mut Cpu) -> Result<(), KillReason> {
-    if EventInfo(cpu.vmx.read(Field::VM_ENTRY_INTR_INFO_FIELD) as u32).is_valid() {
-        return Ok(());
+/// L2 runs again: the fields of vmcs02 that nvmx used have L2's values again.
+fn give_back(cpu: &mut Cpu) {
+    cpu.events.stops_l3 = false;
+    if let Some(index) = cpu.events.altered.take() {
+        cpu.nested.slots[index].write_controls_anew();
     }
-    let nmi = EventInfo::new(EventKind::Nmi, vector::NMI);
+    let Some((index, values)) = cpu.events.lent.take() else { return };
+    let revision = cpu.config.hardware.basic.revision();
+    let slot = &mut cpu.nested.slots[index];
+    slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, revision);
+    for (field, value) in INJECTION.into_iter().zip(values) {
+        cpu.vmx.write(field, value);
+    }
+    slot.leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
+}
+
+/// The controls of the NMI window; the processor keeps blocking by NMI as virtual-NMI blocking meanwhile, in the same bit.
+const WINDOW: PinControls = PinControls::NMI_EXITING.union(PinControls::VIRTUAL_NMIS);
+
+/// The NMI window that nvmx asked for is open: the guest takes the NMI.
+#[cold]
+pub fn window_opened(cpu: &mut Cpu) {
+    set_controls(cpu, WINDOW, PrimaryControls::NMI_WINDOW_EXITING, false);
+    if cpu.waiting.contains(Waiting::NMI) {
+        cpu.waiting -= Waiting::NMI;
+        let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
+        if blocking & BLOCKING_BY_STI != 0 {
+            // A processor may open the window here, and refuse the injection nevertheless.
+            cpu.vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking & !BLOCKING_BY_STI);
+        }
+        inject(cpu, EventInfo::new(EventKind::Nmi, vector::NMI), None, None);
+    }
+}
+
+/// L2 wants NMIs of L3: brings L3 to a stop behind the event that is being injected, or at once.
+fn stop_l3(cpu: &mut Cpu, pin: PinControls) {
+    let Operation::NonRoot { current, .. } = cpu.nested.operation else { return };
+    let primary12 = cpu.nested.slots[current].vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32;
+    let wants = |control| PrimaryControls::from_bits_retain(primary12).contains(control);
+    let event = EventInfo(cpu.vmx.read(Field::VM_ENTRY_INTR_INFO_FIELD) as u32);
+    let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
+    let nmis_blocked = blocking & BLOCKING_BY_NMI != 0;
+    let blocked = nmis_blocked && !pin.contains(PinControls::VIRTUAL_NMIS);
+    // What comes before an NMI takes L3 to L2 by itself, and L2 then takes the NMI: a step, the timer, the NMI window.
+    let steps = wants(PrimaryControls::MONITOR_TRAP_FLAG) || event.is(EventKind::Other);
+    let timer = pin.contains(PinControls::PREEMPTION_TIMER) && cpu.vmx.read(Field::VMX_PREEMPTION_TIMER_VALUE) == 0;
+    let window = wants(PrimaryControls::NMI_WINDOW_EXITING) && !nmis_blocked && !event.is(EventKind::Nmi);
+    let possible = cpu.config.hardware.primary.settable().contains(PrimaryControls::MONITOR_TRAP_FLAG);
+    if cpu.events.stops_l3 || blocked || steps || timer || window || !possible {
+        return;
+    }
+    cpu.events.stops_l3 = true;
+    cpu.waiting |= Waiting::OWN;
+    if event.is_valid() || blocking & BLOCKING_BY_STI_OR_MOV_SS != 0 {
+        set_controls(cpu, PinControls::empty(), PrimaryControls::MONITOR_TRAP_FLAG, true);
+    } else {
+        inject(cpu, EventInfo::new(EventKind::Other, 0), None, None);
+    }
+}
+
+/// An exit of L3 by the monitor trap flag: if nvmx asked for it, L2 gets the NMI. Says whether it did.
+#[cold]
+pub fn stopped_l3(cpu: &mut Cpu, index: usize) -> Result<bool, KillReason> {
+    if !core::mem::take(&mut cpu.events.stops_l3) {
+        return Ok(false);
+    }
+    set_controls(cpu, PinControls::empty(), PrimaryControls::MONITOR_TRAP_FLAG, false);
+    cpu.waiting -= Waiting::NMI;
+    let nmi = EventInfo::new(EventKind::Nmi, vector::NMI).0 as u64;
+    // Exit information is where L2 reads it: not every processor that traps its accesses can VMWRITE it.
+    let zero_copy = cpu.config.strategy == Strategy::ZeroCopy;
+    if zero_copy {
+        cpu.vmx.write(Field::VM_EXIT_INTR_INFO, nmi);
+    }
+    reflect::reflect(cpu, index, Some((ExitReason::exit(BasicReason::EXCEPTION_OR_NMI), 0)))?;
+    if !zero_copy {
+        cpu.nested.slots[index].vmcs12.fetched(Field::VM_EXIT_INTR_INFO, nmi);
+    }
+    Ok(true)
+}
+
+/// Sets or clears controls of the current VMCS.
+fn set_controls(cpu: &mut Cpu, pin: PinControls, primary: PrimaryControls, on: bool) {
     if let Operation::NonRoot { current, .. } = cpu.nested.operation {
-        let slot = &mut cpu.nested.slots[current];
-        let pin = PinControls::from_bits_retain(slot.vmcs12.get(Field::PIN_BASED_VM_EXEC_CONTROL) as u32);
-        if pin.contains(PinControls::NMI_EXITING) {
-            cpu.waiting -= Waiting::NMI;
-            cpu.vmx.write(Field::VM_EXIT_INTR_INFO, nmi.0 as u64);
-            cpu.vmx.write(Field::IDT_VECTORING_INFO_FIELD, 0);
-            return reflect::reflect(cpu, current, Some((ExitReason::exit(BasicReason::EXCEPTION_OR_NMI), 0)));
+        cpu.events.altered = Some(current);
+        cpu.waiting |= Waiting::OWN;
+    }
+    let vmx = &mut cpu.vmx;
+    for (field, bits) in
+        [(Field::PIN_BASED_VM_EXEC_CONTROL, pin.bits()), (Field::CPU_BASED_VM_EXEC_CONTROL, primary.bits())]
+    {
+        let (old, bits) = (vmx.read(field), bits as u64);
+        let new = if on { old | bits } else { old & !bits };
+        if new != old {
+            vmx.write(field, new);
         }
     }
-    if cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & NMI_UNDELIVERABLE == 0 {
-        cpu.waiting -= Waiting::NMI;
-        cpu.vmx.write(Field::VM_ENTRY_INTR_INFO_FIELD, nmi.0 as u64);
-    }
-    Ok(())
 }

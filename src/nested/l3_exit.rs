@@ -2,7 +2,7 @@
 
 use super::Operation;
 use super::route::{ExitInfo, L2Wants, Route, route};
-use super::{entry, reflect, ve, vmfunc};
+use super::{entry, events, reflect, ve, vmfunc};
 use crate::addr::{Gpa, Ngpa};
 use crate::emul::msr;
 use crate::ept::{Outcome, PageLog, Qualification};
@@ -37,8 +37,7 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
     if reason.is_entry_failure() {
         return entry::failed_late(cpu, current, reason);
     }
-    let slot = &mut cpu.nested.slots[current];
-    slot.mark_launched();
+    cpu.nested.slots[current].mark_launched();
     if reason.basic() == BasicReason::EPT_VIOLATION {
         // ept12 says whose it is.
         violation(cpu, current)?;
@@ -51,9 +50,11 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
         BasicReason::CR_ACCESS => qualification = cpu.vmx.read(Field::EXIT_QUALIFICATION),
         BasicReason::INIT_SIGNAL => smp::stop_if_over(),
         BasicReason::EXCEPTION_OR_NMI => event = EventInfo(cpu.vmx.read(Field::VM_EXIT_INTR_INFO) as u32),
+        BasicReason::MONITOR_TRAP_FLAG if events::stopped_l3(cpu, current)? => return Ok(()),
         _ => {}
     }
     let info = ExitInfo { reason, qualification, event, ecx: cpu.regs.gpr[1] as u32 };
+    let slot = &cpu.nested.slots[current];
     match route(&info, &Wants { slot, guest: &cpu.guest }) {
         Route::Reflect => reflect::reflect(cpu, current, None),
         Route::Nvmx => keep(cpu, current, reason),
@@ -103,6 +104,9 @@ fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReaso
             return Err(KillReason::UnexpectedExit(reason.0));
         }
         BasicReason::VMFUNC => vmfunc::emulate(cpu, index)?,
+        // L3's NMIs are its own, and nvmx has one for it.
+        BasicReason::NMI_WINDOW => events::window_opened(cpu),
+        BasicReason::EXCEPTION_OR_NMI => events::note_nmi(cpu),
         BasicReason::RDMSR => msr_of_l3(cpu, index, msr::read),
         BasicReason::WRMSR if cpu.regs.gpr[1] as u32 == msr::IA32_PAT => pat_of_l3(cpu, index),
         BasicReason::WRMSR => msr_of_l3(cpu, index, msr::write),
@@ -156,7 +160,7 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
     let mut tables = Cpu::tables(&mut cpu.frames, &cpu.phys);
     if cpu.ept02.refill(eptp12, Ngpa::new(at), qualification, &cpu.guest, &mut tables) {
         cpu.vmx.counters.bump(Counter::Ept02Fills);
-        l2_exit::redeliver(&mut cpu.vmx, qualification);
+        l2_exit::redeliver(cpu, qualification);
         return Ok(());
     }
     let mut log = eptp12.accessed_dirty().then(|| page_log(slot)).flatten();
@@ -169,7 +173,7 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
             cpu.vmx.counters.bump(Counter::Ept02Fills);
             let activation = cpu.ept02.activate(eptp12, &mut tables);
             slot.run_on(&mut cpu.vmx, activation);
-            l2_exit::redeliver(&mut cpu.vmx, qualification);
+            l2_exit::redeliver(cpu, qualification);
             Ok(())
         }
         Outcome::ReflectViolation { qualification, convertible } => {

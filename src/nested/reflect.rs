@@ -68,7 +68,7 @@ pub fn reflect(cpu: &mut Cpu, index: usize, info: Option<Info>) -> Result<(), Ki
         let left = vmx.read(Field::VMX_PREEMPTION_TIMER_VALUE);
         slot.vmcs12.set(Field::VMX_PREEMPTION_TIMER_VALUE, left);
     }
-    let nmi_blocked = nmi_blocked(vmx, pin);
+    let nmi_blocked = nmi_blocked(vmx, pin, info);
     let stored = slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_COUNT);
     if stored != 0 {
         MsrLists::store(vmx, &cpu.guest, slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_ADDR), stored)?;
@@ -92,10 +92,19 @@ pub fn entry_failure(cpu: &mut Cpu, basic: BasicReason, qualification: u64) -> R
 
 /// NMIs are blocked for L2 after an exit by an NMI, and if L3 ran with them blocked in the processor.
 #[inline(always)]
-fn nmi_blocked(vmx: &mut Vmx, pin: PinControls) -> bool {
+fn nmi_blocked(vmx: &mut Vmx, pin: PinControls, info: Option<Info>) -> bool {
     if pin.contains(PinControls::NMI_EXITING) {
-        let by_nmi = ExitReason(vmx.read(Field::VM_EXIT_REASON) as u32).basic() == BasicReason::EXCEPTION_OR_NMI
-            && EventInfo(vmx.read(Field::VM_EXIT_INTR_INFO) as u32).is(EventKind::Nmi);
+        let real = ExitReason(vmx.read(Field::VM_EXIT_REASON) as u32).basic();
+        let by_nmi = match info {
+            // An NMI of nvmx's comes with an exit by the monitor trap flag.
+            Some((reason, _)) => {
+                reason.basic() == BasicReason::EXCEPTION_OR_NMI && real == BasicReason::MONITOR_TRAP_FLAG
+            }
+            None => {
+                real == BasicReason::EXCEPTION_OR_NMI
+                    && EventInfo(vmx.read(Field::VM_EXIT_INTR_INFO) as u32).is(EventKind::Nmi)
+            }
+        };
         if by_nmi || pin.contains(PinControls::VIRTUAL_NMIS) {
             return by_nmi;
         }

@@ -180,6 +180,12 @@ impl Slot {
         good
     }
 
+    /// vmcs02 has controls besides the merged ones: the next entry writes all of them.
+    pub fn write_controls_anew(&mut self) {
+        self.written = None;
+        self.unwritten = true;
+    }
+
     /// Writes to vmcs02, which is current, what the merge has changed.
     #[cold]
     pub fn write_controls(&mut self, vmx: &mut Vmx) {

@@ -6,7 +6,7 @@
 //! Source: SDM vol. 3C, "Virtualization Exceptions": "Convertible EPT Violations", "Virtualization-Exception Information",
 //! "Delivery of Virtualization Exceptions".
 
-use super::reflect;
+use super::{events, reflect};
 use crate::addr::Gpa;
 use crate::emul::cr::Cr0;
 use crate::ept::Qualification;
@@ -74,7 +74,7 @@ pub fn convert(cpu: &mut Cpu, index: usize, qualification: Qualification) -> Res
     }
     let event = EventInfo::new(EventKind::HardwareException, vector::VE);
     if vmx.read(Field::EXCEPTION_BITMAP) >> vector::VE & 1 == 0 {
-        vmx.write(Field::VM_ENTRY_INTR_INFO_FIELD, event.0.into());
+        events::inject(cpu, event, None, None);
         return Ok(true);
     }
     let unblocked = qualification.contains(Qualification::NMI_UNBLOCKING);

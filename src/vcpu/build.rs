@@ -125,6 +125,7 @@ impl Common {
             phys: self.phys,
             guest: self.guest,
             waiting: Waiting::empty(),
+            events: Default::default(),
             started_at: None,
             config: Config { hardware, offered, strategy: self.strategy, layout, exists, mtrrs: self.mtrrs.clone() },
         })

@@ -11,6 +11,7 @@ use crate::mm::linear::AccessError;
 use crate::mm::mtrr::Mtrrs;
 use crate::mm::{FramePool, GuestMemory};
 use crate::nested::Nested;
+use crate::nested::events::Events;
 use crate::nested::vmcs12::FieldSet;
 use crate::vmx::Capabilities;
 use crate::vmx::bitmap::Words;
@@ -26,6 +27,8 @@ bitflags! {
         const NMI = 1 << 0;
         /// An INIT that arrived while L2 was in VMX root operation, where it is blocked.
         const INIT = 1 << 1;
+        /// None of these: something of nvmx's own is in the VMCS of the guest, [`Events`] says what.
+        const OWN = 1 << 2;
     }
 }
 
@@ -87,6 +90,8 @@ pub struct Cpu {
     pub waiting: Waiting,
     /// Hardware exits at the SIPI that started L2 here.
     pub started_at: Option<u64>,
+    /// What nvmx has changed in vmcs02 for events of its own.
+    pub events: Events,
 }
 
 impl Cpu {

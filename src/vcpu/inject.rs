@@ -8,6 +8,8 @@ use super::Cpu;
 use crate::emul::cr::Cr0;
 use crate::error::{Fault, VmxError, VmxResult};
 use crate::hw::cr;
+use crate::hw::vmx::Vmx;
+use crate::nested::events;
 use crate::nested::explain::Refusal;
 use crate::vmx::Field;
 use crate::vmx::event::{EventInfo, EventKind, vector};
@@ -19,6 +21,7 @@ const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_ARITHMETIC: u64 = 0x8D5;
 const BLOCKING_BY_STI_OR_MOV_SS: u64 = 0b11;
 const PENDING_BS: u64 = 1 << 14;
+const DEBUGCTL_BTF: u64 = 1 << 1;
 
 /// Moves the guest behind the instruction that exited.
 #[inline(always)]
@@ -32,7 +35,16 @@ pub fn advance(cpu: &mut Cpu) {
     }
     // A single step over an instruction that nvmx emulates must still trap.
     if vmx.read(Field::GUEST_RFLAGS) & RFLAGS_TF != 0 {
-        vmx.write(Field::GUEST_PENDING_DBG_EXCEPTIONS, PENDING_BS);
+        pend_single_step(vmx);
+    }
+}
+
+/// With IA32_DEBUGCTL.BTF only branches are stepped, and none is emulated. Breakpoints that MOV SS holds back stay pending.
+#[cold]
+fn pend_single_step(vmx: &mut Vmx) {
+    if vmx.read(Field::GUEST_IA32_DEBUGCTL) & DEBUGCTL_BTF == 0 {
+        let pending = vmx.read(Field::GUEST_PENDING_DBG_EXCEPTIONS);
+        vmx.write(Field::GUEST_PENDING_DBG_EXCEPTIONS, pending | PENDING_BS);
     }
 }
 
@@ -50,11 +62,10 @@ pub fn fault(cpu: &mut Cpu, fault: Fault) {
     let mut info = EventInfo::new(EventKind::HardwareException, vector);
     // Real mode pushes no error codes.
     let error_code = error_code.filter(|_| cpu.vmx.read(Field::GUEST_CR0) & Cr0::PE.bits() != 0);
-    if let Some(code) = error_code {
+    if error_code.is_some() {
         info = info.with_error_code();
-        cpu.vmx.write(Field::VM_ENTRY_EXCEPTION_ERROR_CODE, code as u64);
     }
-    cpu.vmx.write(Field::VM_ENTRY_INTR_INFO_FIELD, info.0 as u64);
+    events::inject(cpu, info, error_code, None);
 }
 
 /// Reports the result of a VMX instruction in RFLAGS and, if it failed with a current vmcs12, in its error field.

@@ -6,10 +6,9 @@ use crate::emul;
 use crate::ept::{Missing, Qualification};
 use crate::error::{Fault, KillReason};
 use crate::hw::cache;
-use crate::hw::vmx::Vmx;
-use crate::nested::instr;
+use crate::nested::{events, instr};
 use crate::vmx::Field;
-use crate::vmx::event::{EventInfo, EventKind};
+use crate::vmx::event::EventInfo;
 use crate::vmx::exit::{BasicReason, ExitReason};
 
 /// Handles an exit of L2; vmcs01 is current. On return L2 or L3 is ready to run.
@@ -60,6 +59,15 @@ fn dispatch(cpu: &mut Cpu, reason: ExitReason) -> Result<Next, Stop> {
         // SMX is not offered and CR4.SMXE stays 0, so GETSEC is an invalid opcode.
         BasicReason::GETSEC => Err(Fault::InvalidOpcode.into()),
         BasicReason::EPT_VIOLATION => memory_missing(cpu),
+        // Only while nvmx has an NMI for L2.
+        BasicReason::NMI_WINDOW => {
+            events::window_opened(cpu);
+            Ok(Next::Stay)
+        }
+        BasicReason::EXCEPTION_OR_NMI => {
+            events::note_nmi(cpu);
+            Ok(Next::Stay)
+        }
         BasicReason::TRIPLE_FAULT => Err(KillReason::TripleFault.into()),
         BasicReason::INIT_SIGNAL => Ok(emul::init::init(cpu)),
         BasicReason::SIPI => Ok(emul::init::sipi(cpu)),
@@ -81,44 +89,24 @@ pub fn map_missing(cpu: &mut Cpu, at: Gpa) -> Result<(), KillReason> {
     match cpu.ept01.map_missing(at, memory_type, &mut Cpu::tables(&mut cpu.frames, &cpu.phys)) {
         Ok(Missing::Mapped | Missing::Present) => {
             let qualification = Qualification::from_bits_retain(cpu.vmx.read(Field::EXIT_QUALIFICATION));
-            redeliver(&mut cpu.vmx, qualification);
+            redeliver(cpu, qualification);
             Ok(())
         }
         Ok(Missing::Forbidden | Missing::BeyondPhysical) | Err(_) => Err(KillReason::ForbiddenMemory(at)),
     }
 }
 
-/// After an EPT violation that L2 does not see, with the qualification it had: delivers the event again whose delivery it
-/// hit (SDM, "IDT-Vectoring Information").
+/// After an EPT violation that L2 does not see, with the qualification it had: the event whose delivery it hit is delivered
+/// again, or the IRET runs again (SDM, "Information for VM Exits That Occur During Event Delivery", "Information About NMI
+/// Unblocking Due to IRET").
 #[inline(always)]
-pub fn redeliver(vmx: &mut Vmx, qualification: Qualification) {
-    let vectoring = EventInfo(vmx.read(Field::IDT_VECTORING_INFO_FIELD) as u32);
+pub fn redeliver(cpu: &mut Cpu, qualification: Qualification) {
+    let vectoring = EventInfo(cpu.vmx.read(Field::IDT_VECTORING_INFO_FIELD) as u32);
     if vectoring.is_valid() {
-        deliver_again(vmx, vectoring);
+        events::deliver_again(cpu, vectoring);
     } else if qualification.contains(Qualification::NMI_UNBLOCKING) {
-        // IRET had unblocked NMIs before the fault and will run again.
-        block_nmis(vmx, true);
+        events::iret_again(cpu);
     }
-}
-
-#[cold]
-fn deliver_again(vmx: &mut Vmx, vectoring: EventInfo) {
-    vmx.write(Field::VM_ENTRY_INTR_INFO_FIELD, vectoring.to_entry().0 as u64);
-    let code = vmx.read(Field::IDT_VECTORING_ERROR_CODE);
-    vmx.write(Field::VM_ENTRY_EXCEPTION_ERROR_CODE, code);
-    let length = vmx.read(Field::VM_EXIT_INSTRUCTION_LEN);
-    vmx.write(Field::VM_ENTRY_INSTRUCTION_LEN, length);
-    // A redelivered NMI blocks NMIs by its own delivery.
-    if vectoring.is(EventKind::Nmi) {
-        block_nmis(vmx, false);
-    }
-}
-
-#[cold]
-fn block_nmis(vmx: &mut Vmx, blocked: bool) {
-    const BLOCKING_BY_NMI: u64 = 1 << 3;
-    let others = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & !BLOCKING_BY_NMI;
-    vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, others | if blocked { BLOCKING_BY_NMI } else { 0 });
 }
 
 /// The processor refused vmcs01.

@@ -135,6 +135,31 @@ impl EventInfo {
     }
 }
 
+/// What injects once more an event whose delivery an exit interrupted (SDM, "Information for VM Exits That Occur During
+/// Event Delivery"; "VM-Entry Controls for Event Injection").
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Redelivery {
+    /// VM-entry interruption information.
+    pub info: EventInfo,
+    /// Error code, of an event that has one.
+    pub error: Option<u32>,
+    /// Instruction length, of an event that an instruction raised: its delivery pushes the address behind that.
+    pub length: Option<u32>,
+}
+
+impl Redelivery {
+    /// From what the exit says: IDT-vectoring information and error code, instruction length.
+    pub fn of(vectoring: EventInfo, error: u32, length: u32) -> Self {
+        let info = vectoring.to_entry();
+        let valid = info.is_valid();
+        Redelivery {
+            info,
+            error: (valid && info.has_error_code()).then_some(error),
+            length: (valid && info.has_instruction_length()).then_some(length),
+        }
+    }
+}
+
 impl fmt::Debug for EventInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if !self.is_valid() {

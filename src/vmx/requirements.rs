@@ -3,7 +3,7 @@
 //! Source: Intel SDM vol. 3D (December 2024), appendix "VMX Capability Reporting Facility".
 
 use super::caps::Capabilities;
-use super::controls::{EntryControls, ExitControls, PrimaryControls, SecondaryControls};
+use super::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 
 /// One thing nvmx cannot run without.
 #[derive(Clone, Copy)]
@@ -38,6 +38,10 @@ requirements! {
         |c| c.basic.region_size() <= 4096;
     "VMX structures above 4 GiB (IA32_VMX_BASIC bit 48 = 0)",
         |c| !c.basic.addresses_limited_to_32_bits();
+    "virtual NMIs (IA32_VMX_PINBASED_CTLS bits 35 and 37)",
+        |c| c.pin.allows(PinControls::NMI_EXITING | PinControls::VIRTUAL_NMIS);
+    "NMI-window exiting (IA32_VMX_PROCBASED_CTLS bit 54)",
+        |c| c.primary.allows(PrimaryControls::NMI_WINDOW_EXITING);
     "MSR bitmaps (IA32_VMX_PROCBASED_CTLS bit 60)",
         |c| c.primary.allows(PrimaryControls::USE_MSR_BITMAPS);
     "secondary processor-based controls (IA32_VMX_PROCBASED_CTLS bit 63)",

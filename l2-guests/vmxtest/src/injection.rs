@@ -41,6 +41,11 @@ pub struct Seen {
 
 static SEEN: Global<Seen> = Global::new(Seen { count: 0, vector: 0, error: 0, rip: 0 });
 
+/// What was noted so far.
+pub fn seen() -> Seen {
+    SEEN.get()
+}
+
 fn note(frame: &mut Frame) -> bool {
     let count = SEEN.get().count + 1;
     SEEN.set(Seen { count, vector: frame.vector, error: frame.error, rip: frame.rip });
@@ -65,6 +70,7 @@ pub fn all() -> Result<(), Missing> {
     injected(&mut guest);
     halted(&mut guest);
     vectoring(&mut guest);
+    chains(&mut guest);
     Ok(())
 }
 
@@ -153,6 +159,51 @@ fn skip_two(frame: &mut Frame) -> bool {
     note(frame)
 }
 
+/// Without a usable IDT, delivery of one event raises the next, up to the triple fault. Each link can exit, and the exit names
+/// the event whose delivery it interrupted.
+fn chains(guest: &mut Guest) {
+    let limit = vmx::read(f::GUEST_IDTR_LIMIT);
+    vmx::write(f::GUEST_IDTR_LIMIT, 0);
+    for (event, info, length) in [
+        ("an interrupt", INTERRUPT | u64::from(VECTOR), 0),
+        ("an NMI", NMI | 2, 0),
+        ("#DE", HARDWARE, 0),
+        ("#UD", HARDWARE | 6, 0),
+        ("#GP", HARDWARE | ERROR | 13, 0),
+        ("#PF", HARDWARE | ERROR | 14, 0),
+        ("#DF", HARDWARE | ERROR | 8, 0),
+        ("INT", SOFTWARE_INTERRUPT | u64::from(VECTOR), 2),
+        ("INT3", SOFTWARE_EXCEPTION | 3, 1),
+        ("INT1", PRIVILEGED | 1, 1),
+    ] {
+        for (how, bitmap) in [("nothing", 0u64), ("#GP", 1 << trap::GP), ("#DF", 1 << trap::DF)] {
+            vmx::write(f::EXCEPTION_BITMAP, bitmap);
+            guest.start(slide, 5);
+            vmx::write(f::GUEST_RIP, start_plus(0));
+            vmx::write(f::GUEST_RFLAGS, 2 | IF);
+            vmx::write(f::ENTRY_INTERRUPTION_INFO, VALID | info);
+            vmx::write(f::ENTRY_EXCEPTION_ERROR, 0);
+            vmx::write(f::ENTRY_INSTRUCTION_LENGTH, length);
+            let exit = guest.run();
+            // Bit 12 is undefined; so is all without bit 31.
+            let valid = |value: u64| if value & VALID != 0 { value & !(1 << 12) } else { 0 };
+            let vectoring = valid(vmx::read(f::IDT_VECTORING_INFO));
+            let raised = valid(vmx::read(f::EXIT_INTERRUPTION_INFO));
+            let code = if vectoring & ERROR != 0 { vmx::read(f::IDT_VECTORING_ERROR) } else { 0 };
+            Check::new(&mut Serial, format_args!("{event} without an IDT, exits by {how}"))
+                .fact("result", exit)
+                .fact("info", Hex(raised))
+                .fact("vectoring", Hex(vectoring))
+                .fact("error", code)
+                .fact("rip", vmx::read(f::GUEST_RIP).wrapping_sub(start_plus(0)))
+                .fact("blocked", vmx::read(f::GUEST_INTERRUPTIBILITY))
+                .end();
+        }
+    }
+    vmx::write(f::EXCEPTION_BITMAP, 0);
+    vmx::write(f::GUEST_IDTR_LIMIT, limit);
+}
+
 /// The guest's IDT is missing, so delivery exits; then it is there, and the event is delivered once more.
 fn vectoring(guest: &mut Guest) {
     let Some(ept) = guest.ept else { return };
@@ -164,10 +215,14 @@ fn vectoring(guest: &mut Guest) {
     let own = vmx::read(f::GUEST_IDTR_BASE);
     vmx::write(f::GUEST_IDTR_BASE, idt);
     trap::hook(trap::UD, Some(skip_two));
-    let cases: [(&str, crate::guest::Program, u64, u64, u64); 5] = [
+    let cases: [(&str, crate::guest::Program, u64, u64, u64); 9] = [
         ("an interrupt", nothing, VALID | INTERRUPT | u64::from(VECTOR), 0, IF),
         ("an NMI", nothing, VALID | NMI | 2, 0, 0),
         ("#GP", nothing, VALID | HARDWARE | ERROR | 13, 0x28, 0),
+        ("#PF", nothing, VALID | HARDWARE | ERROR | 14, 2, 0),
+        ("#DE", nothing, VALID | HARDWARE, 0, 0),
+        ("INT", slide, VALID | SOFTWARE_INTERRUPT | u64::from(VECTOR), 0, 0),
+        ("INT3", slide, VALID | SOFTWARE_EXCEPTION | 3, 0, 0),
         ("INT of its own", software_interrupt, SOFTWARE_INTERRUPT | u64::from(VECTOR), 0, 0),
         ("#UD of its own", undefined, HARDWARE | 6, 0, 0),
     ];
@@ -178,6 +233,10 @@ fn vectoring(guest: &mut Guest) {
         if info & VALID != 0 {
             vmx::write(f::ENTRY_INTERRUPTION_INFO, info);
             vmx::write(f::ENTRY_EXCEPTION_ERROR, error);
+            if info >> 8 & 7 >= SOFTWARE_INTERRUPT >> 8 {
+                vmx::write(f::GUEST_RIP, start_plus(0));
+                vmx::write(f::ENTRY_INSTRUCTION_LENGTH, if info as u8 == trap::BP { 1 } else { 2 });
+            }
         }
         vmx::write(f::GUEST_RFLAGS, 2 | rflags);
         let exit = guest.run();

@@ -20,7 +20,9 @@ mod inner;
 mod instructions;
 mod memory;
 mod modes;
+mod nmis;
 mod operands;
+mod orderings;
 mod paging;
 mod random;
 mod registers;
@@ -62,6 +64,8 @@ const PARTS: &[(&str, Part)] = &[
     ("memory", Guests(memory::all)),
     ("injection", Guests(injection::all)),
     ("windows", Guests(windows::all)),
+    ("orderings", Guests(orderings::all)),
+    ("nmis", Guests(nmis::all)),
     ("traps", Guests(traps::all)),
     ("exits", Guests(exits::all)),
     ("state", Guests(state::all)),
