@@ -129,6 +129,21 @@ fn blocked(ids: &[u32]) {
     smp::clear_notes();
 }
 
+/// INIT to the CPU that booted: it comes back through firmware. Then the end.
+pub fn restart_first() -> ! {
+    smp::restart_first(|index| {
+        let mut out = Serial;
+        let mut check = Check::new(&mut out, "the CPU that booted again").fact("cpu", index);
+        for (word, key) in
+            STATE.iter().enumerate().filter(|(_, key)| matches!(**key, "cr0" | "cr3" | "cr4" | "efer" | "dr7"))
+        {
+            check = check.fact(key, Hex(u64::from(smp::state(word))));
+        }
+        check.fact("bsp", cpu::rdmsr(0x1B) >> 8 & 1).end();
+        crate::end()
+    })
+}
+
 /// With `parked`: the other CPUs must not come.
 pub fn parked(ids: &[u32]) {
     let mut came = 0;

@@ -79,9 +79,16 @@ fn main(info: &BootInfo) {
         smp::clear_notes();
         part(&ids);
     }
-    // The last word is another CPU's: it ends the machine.
+    match chosen {
+        None | Some("init") => init::restart_first(),
+        Some(_) => end(),
+    }
+}
+
+/// The last word is another CPU's: it ends the machine.
+fn end() -> ! {
     smp::give(cpus() - 1, |_| report::end());
-    cpu::halt();
+    cpu::halt()
 }
 
 /// Prints what each CPU left, a record a CPU, as facts of these names.

@@ -79,14 +79,7 @@ fn read32(at: u64) -> u32 {
 /// Sends INIT and start-up to the CPU with this APIC id and waits until it is there, as number `index`: true, or false if
 /// it does not come.
 pub fn start(index: usize, apic_id: u32) -> bool {
-    let begin = &raw const kit_ap_begin;
-    let length = &raw const kit_ap_end as usize - begin as usize;
-    // SAFETY: 1. the page is conventional memory that nothing of ours uses. 2. One CPU is started at a time.
-    unsafe {
-        core::ptr::copy_nonoverlapping(begin, PAGE as *mut u8, length);
-        (STACK_AT as *mut u64).write_volatile(descriptors::start_stack(index));
-        (INDEX_AT as *mut u64).write_volatile(index as u64);
-    }
+    lay_out(index);
     let before = STARTS[index].load(Ordering::Acquire);
     JOBS[index].store(0, Ordering::Release);
     apic::send(apic_id, apic::message::INIT);
@@ -95,6 +88,36 @@ pub fn start(index: usize, apic_id: u32) -> bool {
         apic::send(apic_id, apic::message::startup((PAGE >> 12) as u8));
         until(100_000, || STARTS[index].load(Ordering::Acquire) > before)
     })
+}
+
+/// The page that a CPU begins in, for CPU `index`.
+fn lay_out(index: usize) {
+    let begin = &raw const kit_ap_begin;
+    let length = &raw const kit_ap_end as usize - begin as usize;
+    // SAFETY: 1. the page is conventional memory that nothing of ours uses. 2. One CPU is started at a time.
+    unsafe {
+        core::ptr::copy_nonoverlapping(begin, PAGE as *mut u8, length);
+        (STACK_AT as *mut u64).write_volatile(descriptors::start_stack(index));
+        (INDEX_AT as *mut u64).write_volatile(index as u64);
+    }
+}
+
+/// Sends an INIT to the CPU that booted, which is this one: it goes on in firmware, at the reset vector. Firmware finds that
+/// it is to go on at a given place (as operating systems came back from protected mode once), and so the CPU begins like
+/// the others do, and does `job`.
+pub fn restart_first(job: Job) -> ! {
+    const CMOS: u16 = 0x70;
+    const SHUTDOWN_STATUS: u8 = 0x0F;
+    /// Jump to the address at 0:467H
+    const JUMP: u8 = 0x0A;
+    lay_out(0);
+    JOBS[0].store(job as usize, Ordering::Release);
+    cpu::out8(CMOS, SHUTDOWN_STATUS);
+    cpu::out8(CMOS + 1, JUMP);
+    // SAFETY: the BIOS data area, for which firmware alone has a use.
+    unsafe { (0x467 as *mut u32).write_unaligned((PAGE << 12) as u32) };
+    apic::send(cpu::cpuid(1, 0)[1] >> 24, apic::message::INIT);
+    cpu::halt()
 }
 
 /// A word of the state in which the CPU that was started last began.
