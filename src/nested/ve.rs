@@ -16,6 +16,7 @@ use crate::vcpu::Cpu;
 use crate::vmx::Field;
 use crate::vmx::event::{EventInfo, EventKind, vector};
 use crate::vmx::exit::{BasicReason, ExitReason};
+use l2_protocol::abi::Strategy;
 
 /// Offset of the word that is 0 while the area is free.
 const BUSY: u64 = 4;
@@ -78,9 +79,16 @@ pub fn convert(cpu: &mut Cpu, index: usize, qualification: Qualification) -> Res
         return Ok(true);
     }
     let unblocked = qualification.contains(Qualification::NMI_UNBLOCKING);
-    let event = event.0 | if unblocked { EventInfo::NMI_UNBLOCKING } else { 0 };
-    vmx.write(Field::VM_EXIT_INTR_INFO, event.into());
+    let event = u64::from(event.0 | if unblocked { EventInfo::NMI_UNBLOCKING } else { 0 });
+    // Exit information is where L2 reads it: not every processor that traps its accesses can VMWRITE it.
+    let zero_copy = cpu.config.strategy == Strategy::ZeroCopy;
+    if zero_copy {
+        vmx.write(Field::VM_EXIT_INTR_INFO, event);
+    }
     reflect::reflect(cpu, index, Some((ExitReason::exit(BasicReason::EXCEPTION_OR_NMI), 0)))?;
+    if !zero_copy {
+        cpu.nested.slots[index].vmcs12.fetched(Field::VM_EXIT_INTR_INFO, event);
+    }
     Ok(true)
 }
 
