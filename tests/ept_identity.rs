@@ -150,6 +150,28 @@ fn a_watched_page_has_its_own_leaf_and_the_rest_stays_as_it_was() {
     assert_eq!(ept.tables() as usize, frames.used.len());
 }
 
+#[test]
+fn a_page_is_mapped_small_wherever_l2_may_have_it() {
+    let own = Span::new(4 * MIB2, 5 * MIB2);
+    let mut frames = Frames::new(12);
+    let mut ept = Ept01::new(rules(), true, Gpa::new(GIB1), own, write_back, &mut frames).unwrap();
+    let mut small = |ept: &mut Ept01, at| ept.make_small(Gpa::new(at), write_back, &mut frames);
+    let (inside, beyond) = (7 * MIB2 + 3 * KIB4, 3 * GIB1 + KIB4);
+    assert_eq!(small(&mut ept, inside), Ok(()));
+    assert_eq!(small(&mut ept, beyond), Ok(()), "was not mapped before");
+    assert_eq!(small(&mut ept, 4 * MIB2), Ok(()), "nvmx's own: stays away");
+    assert_eq!(small(&mut ept, !0xFFF), Ok(()), "no address at all");
+    let mut before = ept.tables();
+    while small(&mut ept, u64::from(before) * MIB2 * 16 + GIB1).is_ok() {
+        assert!(ept.tables() > before, "it takes frames");
+        before = ept.tables();
+    }
+    for page in [inside, beyond] {
+        assert_eq!(leaf_at(&ept, &frames, page), Some((page, KIB4, page | 6 << 3 | 7)));
+    }
+    assert_eq!(leaf_at(&ept, &frames, 4 * MIB2), None);
+}
+
 /// Sets flags like a processor that writes at an address.
 fn processor_writes(ept: &Ept01, frames: &mut Frames, at: u64) {
     let mut table = ept.eptp().ep4ta();

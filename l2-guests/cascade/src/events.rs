@@ -79,6 +79,8 @@ const fn event(name: &'static str, who: Who, handled_by: HandledBy, count: u64, 
 pub const EMPTY: usize = 0;
 /// Its hypervisor arms the timer at the beginning of the bracket.
 pub const TIMER: &str = "preemption_timer";
+/// Needs the TPR shadow.
+pub const MOV_CR8_SHADOWED: &str = "mov_cr8_shadowed";
 /// Needs CR4.OSXSAVE.
 pub const XSETBV: &str = "xsetbv";
 
@@ -105,6 +107,8 @@ pub static EVENTS: &[Event] = &[
     event("mov_cr3_passed", Plain, Hardware, N, true, p::mov_cr3),
     event("mov_cr0", Strict, L2, N, true, p::mov_cr0),
     event("mov_cr4", Strict, L2, N, true, p::mov_cr4),
+    event("mov_cr8", Strict, L2, N, true, p::mov_cr8),
+    event(MOV_CR8_SHADOWED, Plain, Hardware, N, true, p::mov_cr8),
     event("exception", Plain, L2, N, true, p::undefined),
     event("ept_violation", Plain, L2, PAGES, false, p::touch_hole),
     event("ept_fill", Plain, Nvmx, PAGES, false, p::touch_fresh),

@@ -144,6 +144,7 @@ fn control_register(hypervisor: &mut Hypervisor) -> Result<(), Stop> {
             vmx::write(f::GUEST_CR4, value | cpu::CR4_VMXE);
             vmx::write(f::CR4_SHADOW, value);
         }
+        (8, 0) => hypervisor.virtual_priority = value,
         _ => return Err(unexpected(r::CR_ACCESS)),
     }
     advance();

@@ -36,6 +36,11 @@ pub fn has_timer() -> bool {
     setup::allowed_one(Kind::Pin, pin::PREEMPTION_TIMER)
 }
 
+/// Whether a guest's writes of CR8 can do without exits.
+pub fn has_tpr_shadow() -> bool {
+    setup::allowed_one(Kind::Primary, primary::TPR_SHADOW)
+}
+
 fn has_vpid() -> bool {
     setup::allowed_one(Kind::Secondary, secondary::VPID)
 }
@@ -94,6 +99,10 @@ impl Guest {
         if vpid != 0 {
             vmx::write(f::VPID, vpid.into());
         }
+        if who == Who::Plain && has_tpr_shadow() {
+            vmx::write(f::VIRTUAL_APIC, pages::address(pages::page()));
+            vmx::write(f::TPR_THRESHOLD, 0);
+        }
         if who == Who::Strict {
             for (field, value) in [
                 (f::CR0_MASK, CR0_AM),
@@ -112,12 +121,14 @@ impl Guest {
 
 fn controls(who: Who, vpid: u16) -> Controls {
     let efer = has_efer();
+    let own = match who {
+        Who::Strict => primary::RDTSC | primary::CR3_LOAD | primary::CR8_LOAD,
+        Who::Plain if has_tpr_shadow() => primary::TPR_SHADOW,
+        Who::Plain => 0,
+    };
     Controls {
         pin: pin::EXTERNAL_INTERRUPT,
-        primary: primary::HLT
-            | primary::IO_BITMAPS
-            | primary::MSR_BITMAPS
-            | if who == Who::Strict { primary::RDTSC | primary::CR3_LOAD } else { 0 },
+        primary: primary::HLT | primary::IO_BITMAPS | primary::MSR_BITMAPS | own,
         secondary: secondary::EPT | if vpid != 0 { secondary::VPID } else { 0 },
         exit: exit_controls::ACKNOWLEDGE
             | exit_controls::SAVE_DEBUG

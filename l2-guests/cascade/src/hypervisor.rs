@@ -2,7 +2,7 @@
 
 use crate::{
     cpuid::Leaves,
-    events::{self, TIMER, Who, XSETBV},
+    events::{self, MOV_CR8_SHADOWED, TIMER, Who, XSETBV},
     exits::{self, Next},
     guest::{self, Guest},
     measure::Bracket,
@@ -33,6 +33,8 @@ pub struct Hypervisor {
     pub exits: u64,
     /// What the guests see in the intercepted MSR
     pub virtual_msr: u64,
+    /// The task priority of the guest that has no virtual-APIC page
+    pub virtual_priority: u64,
     /// What the guests see of CPUID
     pub leaves: Leaves,
     /// Physical addresses that the guests find missing and get when they touch them
@@ -61,6 +63,9 @@ impl Hypervisor {
         if !guest::has_timer() {
             events::leave_out(TIMER);
         }
+        if !guest::has_tpr_shadow() {
+            events::leave_out(MOV_CR8_SHADOWED);
+        }
         if cpu::cr4() & cpu::CR4_OSXSAVE == 0 {
             events::leave_out(XSETBV);
         }
@@ -81,6 +86,7 @@ impl Hypervisor {
             observed: None,
             exits: 0,
             virtual_msr: 0,
+            virtual_priority: 0,
             leaves: Leaves::default(),
             holes: hole..hole + LARGE,
             timer: 0,

@@ -124,6 +124,11 @@ pub fn mov_cr4(count: u64) {
     }
 }
 
+/// Writes the task priority that lets every interrupt in.
+pub fn mov_cr8(count: u64) {
+    repeat!(count, "mov cr8, {}", in(reg) 0u64);
+}
+
 /// Length of the instruction in [`undefined`].
 pub const UD2_LENGTH: u64 = 2;
 
