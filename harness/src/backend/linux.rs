@@ -76,17 +76,18 @@ pub struct LinuxKvm {
 }
 
 impl LinuxKvm {
-    /// The boot alone on the machine, with Linux as its hypervisor.
+    /// The boot alone on the machine, which has so many CPUs, with Linux as its hypervisor; its guest has as many.
     ///
     /// # Errors
     /// If a file cannot be read or written.
-    pub fn bare(&self, session: &Session, name: &str, job: &Job) -> Result<Spec> {
+    pub fn bare(&self, session: &Session, name: &str, job: &Job, cpus: u32) -> Result<Spec> {
         let folder = session.paths.target.join("nvmx").join("linux");
         std::fs::create_dir_all(&folder)?;
         let initramfs = folder.join(format!("{name}.initramfs"));
-        std::fs::write(&initramfs, self.initramfs(job, session.machine.cpus)?)?;
+        std::fs::write(&initramfs, self.initramfs(job, cpus)?)?;
         let kernel = Payload::new(self.linux.file("vmlinuz"), COMMAND_LINE);
-        let spec = session.spec(format!("{name}-bare"), kernel, vec![Payload::new(initramfs, "")]);
+        let mut spec = session.spec(format!("{name}-bare"), kernel, vec![Payload::new(initramfs, "")]);
+        spec.machine.cpus = cpus;
         Ok(in_linux(Spec { protocol: Protocol::Linux, ..spec }))
     }
 
@@ -94,7 +95,9 @@ impl LinuxKvm {
     pub fn nested(&self, session: &Session, name: &str, bare: &Spec, options: &str) -> Spec {
         let modules = std::iter::once(&bare.kernel).chain(&bare.modules).cloned().collect();
         let nvmx = Payload::new(&session.images.nvmx, options);
-        in_linux(Spec { timeout: bare.timeout, ..session.spec(format!("{name}-nvmx"), nvmx, modules) })
+        let mut spec = session.spec(format!("{name}-nvmx"), nvmx, modules);
+        spec.machine.cpus = bare.machine.cpus;
+        in_linux(Spec { timeout: bare.timeout, ..spec })
     }
 
     fn initramfs(&self, job: &Job, cpus: u32) -> Result<Vec<u8>> {

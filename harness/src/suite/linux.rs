@@ -25,8 +25,8 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let linux = session.linux(true)?;
     let job = Job::parse("").map_err(anyhow::Error::msg)?;
     let nests = Job { hypervisor: Some(Payload::new(session.images.guest("cascade")?, FEW)), ..job.clone() };
-    for (name, job) in [("linux", &job), ("linux-cascade", &nests)] {
-        let bare = Spec { timeout: LONG, ..linux.bare(session, name, job)? };
+    for (name, job, cpus) in [("linux", &job, 1), ("linux-2", &job, 2), ("linux-cascade", &nests, 1)] {
+        let bare = Spec { timeout: LONG, ..linux.bare(session, name, job, cpus)? };
         let nested = linux.nested(session, name, &bare, &session.options(Fields::Auto));
         [bare, nested].into_iter().for_each(|spec| drop(suite.boots.insert(spec.name.clone(), Ok(spec))));
     }
@@ -36,6 +36,9 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let both = ["linux-bare", "linux-nvmx"];
     let same: Judge = Box::new(|o| same_but_for_the_machine(o[0], o[1]));
     case("Linux with KVM as L2 boots Linux as L3, and both see what they see with KVM alone", both, same);
+    let same: Judge = Box::new(|o| same_but_for_the_machine(o[0], o[1]));
+    let name = "Linux with KVM on 2 CPUs boots Linux with 2 CPUs, and both see what they see with KVM alone";
+    case(name, ["linux-2-bare", "linux-2-nvmx"], same);
     case("Linux takes under nvmx to its init what it takes alone", both, Box::new(|o| boots_as_fast(o[0], o[1])));
     let nested: Judge = Box::new(|o| compare::agree(o[0], o[1]));
     let boots = ["cascade-few", "linux-cascade-nvmx"];
