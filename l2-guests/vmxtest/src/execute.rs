@@ -6,7 +6,7 @@ use crate::guest::{self, Exit, Guest, Program};
 use core::ptr;
 use l2_kit::{
     Check, caps,
-    ept::{self, Ept, rights},
+    ept::{Ept, rights},
     fields as f,
     pages::{self, LARGE, PAGE},
     protocol::Hex,
