@@ -8,7 +8,7 @@
 //! kernel /nvmx log=warn       a multiboot image and its command line
 //! payload /cascade            its modules, in order
 //! program /qemu -accel kvm    instead of memory, kernel, payload: a program and its arguments, whose output is shown
-//! kill 2                      end the program of every second turn by a signal after so many seconds
+//! kill 400                    end the program of every second turn by a signal after so many milliseconds
 //! times 20                    so many such machines, one after the other
 //! reload on                   with KVM unloaded and loaded again in between
 //! role hypervisor             say in records what this Linux is, and end the log (the default is `host`: neither)
@@ -52,7 +52,7 @@ pub struct Plan {
     pub payloads: Vec<Item>,
     /// What runs instead of a machine of ours
     pub program: Option<Item>,
-    /// The program of every second turn is killed after so many seconds
+    /// The program of every second turn is killed after so many milliseconds
     pub kill: Option<u64>,
     /// How many machines
     pub times: u32,

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 const EVENT: &[u8] = b"@L3 event ";
 
-/// Runs it to its end, or kills it after so many seconds. Its arguments are separated by blanks; one with a blank in it is quoted by `"`.
+/// Runs it to its end, or kills it after so many milliseconds. Its arguments are separated by blanks; one with a blank in it is quoted by `"`.
 ///
 /// # Errors
 /// If it does not start.
@@ -29,7 +29,7 @@ pub fn run(program: &Item, kill: Option<u64>, console: &mut Console) -> Result<E
         .stdout(Stdio::piped())
         .spawn()
         .with_context(|| format!("cannot start {}", program.path))?;
-    let killer = kill.map(|seconds| kill_later(child.id(), seconds));
+    let killer = kill.map(|after| kill_later(child.id(), Duration::from_millis(after)));
     if let Some(output) = child.stdout.take() {
         for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
             let line = line.strip_suffix(b"\r").unwrap_or(&line);
@@ -56,9 +56,9 @@ pub fn run(program: &Item, kill: Option<u64>, console: &mut Console) -> Result<E
 }
 
 /// Kills a child of this process, which nobody waits for before the thread has ended or the child's output has.
-fn kill_later(child: u32, seconds: u64) -> JoinHandle<()> {
+fn kill_later(child: u32, after: Duration) -> JoinHandle<()> {
     std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_secs(seconds));
+        std::thread::sleep(after);
         // SAFETY: a signal has no memory arguments.
         unsafe { libc::kill(child as libc::pid_t, libc::SIGKILL) };
     })

@@ -26,7 +26,7 @@ pub struct Job {
     pub qemu: bool,
     /// How many guests, one after the other
     pub times: u32,
-    /// Every second guest's VMM is killed after so many seconds
+    /// Every second guest's VMM is killed after so many milliseconds
     pub kill: Option<u32>,
     /// KVM is unloaded and loaded again for each
     pub reload: bool,
@@ -37,7 +37,7 @@ pub struct Job {
 }
 
 impl Job {
-    /// Reads the words of a command line: `vmm=qemu|own`, `times=N`, `kill=SECONDS`, `reload=on`; the rest is for
+    /// Reads the words of a command line: `vmm=qemu|own`, `times=N`, `kill=MILLISECONDS`, `reload=on`; the rest is for
     /// kvm-intel.
     ///
     /// # Errors
@@ -48,7 +48,7 @@ impl Job {
         let mut parameters = Vec::new();
         for word in text.split_whitespace() {
             let bad =
-                || format!("`{word}` is no order for Linux as L2: vmm=qemu|own, times=N, kill=SECONDS, reload=on");
+                || format!("`{word}` is no order for Linux as L2: vmm=qemu|own, times=N, kill=MILLISECONDS, reload=on");
             match word.split_once('=').ok_or_else(bad)? {
                 ("vmm", "own") => job.qemu = false,
                 ("vmm", "qemu") => job.qemu = true,
@@ -146,8 +146,8 @@ fn plan(job: &Job, cpus: u32) -> String {
         let _ = writeln!(text, "{}", format!("module /{module}.ko {parameters}").trim_end());
     }
     let _ = writeln!(text, "times {}", job.times);
-    if let Some(seconds) = job.kill {
-        let _ = writeln!(text, "kill {seconds}");
+    if let Some(after) = job.kill {
+        let _ = writeln!(text, "kill {after}");
     }
     if job.reload {
         text.push_str("reload on\n");
@@ -179,7 +179,7 @@ mod tests {
 
     #[test]
     fn the_plan_has_a_line_for_each_order() {
-        assert!(plan(&Job::parse("kill=8 times=2").unwrap(), 1).contains("\nkill 8\n"));
+        assert!(plan(&Job::parse("kill=400 times=2").unwrap(), 1).contains("\nkill 400\n"));
         let own = plan(&Job::parse("vmm=own reload=on times=2 ept=0").unwrap(), 1);
         let lines: Vec<&str> = own.lines().collect();
         assert_eq!(lines[..2], ["role hypervisor", "nested off"]);

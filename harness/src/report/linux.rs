@@ -4,7 +4,7 @@ use super::table::number;
 use crate::backend::Unit;
 use crate::transcript::Transcript;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-use l2_protocol::{Kind, OwnedRecord};
+use l2_protocol::{Kind, Level, OwnedRecord};
 use nvmx::vmx::exit::BasicReason;
 
 /// The stages that Linux tells of, and what they are.
@@ -33,7 +33,10 @@ pub fn render(columns: &[Column<'_>], unit: Unit) -> String {
         // With many guests, the last stands for all: the first one finds cold caches.
         let cells = columns.iter().flat_map(|c| {
             let record = named(c.said, stage).next_back();
-            ["ticks", "l0_exits"].map(|key| record.and_then(|r| r.number(key).ok()).map(|n| n as f64))
+            // Those of L2 itself are KVM's where KVM is L1: another KVM's.
+            let inner = record.filter(|r| r.level == Level::L3);
+            let figure = |r: Option<&OwnedRecord>, key| r.and_then(|r| r.number(key).ok()).map(|n| n as f64);
+            [figure(record, "ticks"), figure(inner, "l0_exits")]
         });
         table.add_row(std::iter::once(text.to_string()).chain(cells.map(number)));
     }
