@@ -292,7 +292,7 @@ fn scaled_time(guest: &mut Guest) {
         vmx::write(f::TSC_MULTIPLIER, multiplier);
         vmx::write(f::TSC_OFFSET, offset);
         let seen = |time: u64| match primary == offsetting {
-            true => ((u128::from(time) * u128::from(multiplier) >> 48) as u64).wrapping_add(offset),
+            true => (((u128::from(time) * u128::from(multiplier)) >> 48) as u64).wrapping_add(offset),
             false => time,
         };
         for (instruction, program) in [("RDTSC", read_time as crate::guest::Program), ("RDMSR", read_time_msr)] {
