@@ -1,7 +1,7 @@
 //! All processors of the machine: each runs L2 under nvmx, or is parked where L2 cannot start it.
 //!
 //! Before L2 runs, nvmx starts every processor that firmware lists. One that is used builds its own
-//! [`Cpu`](super::Cpu) and enters L2 in the wait-for-SIPI state, where it stays until L2 starts it. One that is not used
+//! [`Cpu`] and enters L2 in the wait-for-SIPI state, where it stays until L2 starts it. One that is not used
 //! stays in VMX root operation, which blocks INIT, and halts: L2 finds a processor that does not start.
 //!
 //! Nothing of this is shared afterwards (ADR 0010) but whether L2 runs on more than one of them.
