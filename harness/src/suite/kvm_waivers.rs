@@ -38,6 +38,11 @@ pub const WAIVERS: &[Waiver] = &[
         why: "KVM keeps no reserved bits of access rights, so that an entry does not fail by them",
     },
     Waiver {
+        id: "kvm-fault-of-a-delivery",
+        checks: &["an NMI without an IDT, exits by #GP", "INT1 without an IDT, exits by #GP"],
+        why: "KVM names no INT1 whose delivery faulted, and unblocks NMIs when the delivery of one has",
+    },
+    Waiver {
         id: "kvm-vmread-canonical",
         checks: &["vmread over the canonical edge"],
         why: "KVM, which answers VMREAD of shadowed fields itself, finds the missing page before the address that is not canonical",

@@ -228,7 +228,9 @@ pub fn all() -> Result<(), Missing> {
             }
         }
     }
-    VECTORS.into_iter().zip(before).for_each(|(vector, hook)| drop(trap::hook(vector, hook)));
+    for (vector, hook) in VECTORS.into_iter().zip(before) {
+        trap::hook(vector, hook);
+    }
     Ok(())
 }
 
