@@ -10,6 +10,7 @@ mod apic;
 mod bitmaps;
 mod entries;
 mod execute;
+mod ept;
 mod exits;
 mod expect;
 mod explained;
@@ -76,6 +77,7 @@ const PARTS: &[(&str, Part)] = &[
     ("execute", Guests(execute::all)),
     ("ve", Guests(ve::all)),
     ("apic", Guests(apic::all)),
+    ("ept", Guests(ept::all)),
     ("random", Guests(random::all)),
     ("explained", Guests(explained::all)),
 ];

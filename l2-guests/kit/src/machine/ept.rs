@@ -18,11 +18,16 @@ pub mod rights {
     pub(super) const ALL: u64 = RWX | XU;
 }
 
-const LARGE_BIT: u64 = 1 << 7;
+/// In an entry of level 1 or 2: it maps a page.
+pub const LARGE_BIT: u64 = 1 << 7;
 const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
 
 /// Memory types in a leaf.
 pub const WRITE_BACK: u64 = 6 << 3;
+/// An entry was used (with flags enabled in the EPTP).
+pub const ACCESSED: u64 = 1 << 8;
+/// A page was written.
+pub const DIRTY: u64 = 1 << 9;
 /// Uncacheable
 pub const UNCACHEABLE: u64 = 0;
 
@@ -58,6 +63,16 @@ impl Ept {
     /// EPTP: four levels, write-back.
     pub fn pointer(&self) -> u64 {
         self.root | 3 << 3 | 6
+    }
+
+    /// EPTP: the same, with accessed and dirty flags.
+    pub fn pointer_with_flags(&self) -> u64 {
+        self.pointer() | 1 << 6
+    }
+
+    /// Clears the accessed and dirty flags of all entries.
+    pub fn clear_flags(&self) {
+        clear_flags(self.root, 3);
     }
 
     /// Sets the entry that maps `address` by a page of `size` (4 KiB or 2 MiB); a 2 MiB page in the way is split.
@@ -110,6 +125,18 @@ impl Ept {
 
 fn index(address: u64, level: u32) -> usize {
     (address >> (12 + 9 * level)) as usize & 511
+}
+
+fn clear_flags(table: u64, level: u32) {
+    for index in 0..512 {
+        // SAFETY: the tree is this image's memory; the reference ends before the next table is looked at.
+        let entry = &mut unsafe { pages::at(table) }[index];
+        *entry &= !(ACCESSED | DIRTY);
+        let entry = *entry;
+        if level > 0 && entry & LARGE_BIT == 0 && entry & rights::RWX != 0 {
+            clear_flags(entry & ADDRESS, level - 1);
+        }
+    }
 }
 
 /// A table of 4 KiB pages that maps what the 2 MiB entry mapped.

@@ -188,6 +188,7 @@ pub mod reason {
     pub const XSETBV: u32 = 55;
     pub const APIC_WRITE: u32 = 56;
     pub const VMFUNC: u32 = 59;
+    pub const PML_FULL: u32 = 62;
     /// Bit of the exit reason: the entry failed
     pub const ENTRY_FAILURE: u32 = 1 << 31;
 }
