@@ -52,7 +52,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Machine<ROOTS, RESERVE> {
 
     /// Leaves under an EPTP, and whether activating it asked for INVEPT.
     fn activate(&mut self, eptp: Eptp) -> (Vec<(u64, u64, u64)>, bool) {
-        let activation = self.ept.activate(eptp, &mut self.frames);
+        let activation = self.ept.activate(eptp, &self.l2, &mut self.frames);
         let flags = eptp.get() & 1 << 6;
         assert_eq!(activation.eptp02.get() & 0xfff, 0x1e | flags, "write-back, four levels, flags as in ept12");
         (self.frames.leaves(activation.eptp02.ep4ta()), activation.invept)
@@ -381,13 +381,13 @@ fn contents_survive_a_switch_and_the_role_is_the_whole_eptp() {
     let roles = [ROOT | 0x1e, ROOT | 0x18, ROOT | 0x5e, OTHER | 0x1e].map(Eptp::new);
     let pointers = roles.map(|role| {
         assert_eq!(m.fault(role, 0x5000, READ), Outcome::Filled);
-        let activation = m.ept.activate(role, &mut m.frames);
+        let activation = m.ept.activate(role, &m.l2, &mut m.frames);
         assert!(activation.invept);
         activation.eptp02
     });
     for (n, role) in roles.into_iter().enumerate() {
         assert!(!pointers[..n].contains(&pointers[n]), "no root is shared");
-        let activation = m.ept.activate(role, &mut m.frames);
+        let activation = m.ept.activate(role, &m.l2, &mut m.frames);
         assert_eq!((activation.eptp02, activation.invept), (pointers[n], false));
         assert_eq!(m.activate(role).0.len(), 1);
     }
@@ -408,54 +408,6 @@ fn the_root_longest_out_of_use_gives_way() {
     assert_eq!(m.activate(a), (vec![(0x5000, KIB4, 0x77_7000 | WB | 7)], false));
     assert_eq!(m.activate(b), (vec![], false), "c's root, which never held anything");
     assert_eq!(m.ept.stats().evictions, 2);
-}
-
-#[test]
-fn invept_single_goes_by_the_address_of_the_root_table_alone() {
-    let mut m = Machine::<4, 3>::with_budget(100);
-    m.l2.set(PT, 5, 0x77_7000 | WB | 7);
-    let [a, a_uc, other] = [ROOT | 0x1e, ROOT | 0x18, OTHER | 0x1e].map(Eptp::new);
-    for role in [a, a_uc, other] {
-        assert_eq!(m.fault(role, 0x5000, READ), Outcome::Filled);
-        let _ = m.activate(role);
-    }
-    m.ept.invept_single(Eptp::new(ROOT | 0x5e));
-    m.ept.invept_single(Eptp::new(ROOT | 0x5e));
-    assert_eq!(m.activate(other), (vec![(0x5000, KIB4, 0x77_7000 | WB | 7)], false));
-    for role in [a, a_uc] {
-        assert_eq!(m.activate(role), (vec![], true));
-        assert_eq!(m.activate(role), (vec![], false), "once, however often L2 asked");
-    }
-    assert_eq!(m.ept.stats().flushes, 2);
-    m.ept.invept_single(a);
-    assert_eq!(m.activate(a), (vec![], false), "an empty root owes nothing");
-}
-
-#[test]
-fn invept_all_concerns_every_root() {
-    let mut m = Machine::<4, 3>::with_budget(100);
-    m.l2.set(PT, 5, 0x77_7000 | WB | 7);
-    let roles = [ROOT | 0x1e, OTHER | 0x1e].map(Eptp::new);
-    for role in roles {
-        assert_eq!(m.fault(role, 0x5000, READ), Outcome::Filled);
-        let _ = m.activate(role);
-    }
-    m.ept.invept_all();
-    for role in roles {
-        assert_eq!(m.activate(role), (vec![], true));
-    }
-}
-
-#[test]
-fn a_fault_after_invept_starts_from_an_empty_root() {
-    let mut m = machine();
-    m.l2.set(PT, 5, 0x77_7000 | WB | 7);
-    m.l2.set(PT, 6, 0x77_8000 | WB | 7);
-    assert_eq!(m.fault(EPTP, 0x5000, READ), Outcome::Filled);
-    m.l2.set(PT, 5, 0);
-    m.ept.invept_all();
-    assert_eq!(m.fault(EPTP, 0x6000, READ), Outcome::Filled);
-    assert_eq!(m.activate(EPTP), (vec![(0x6000, KIB4, 0x77_8000 | WB | 7)], true));
 }
 
 #[test]
@@ -495,7 +447,10 @@ fn a_frame_of_the_reserve_comes_back_empty() {
         m.l2.set(PT, index, 0x77_7000 | WB | 7);
         assert_eq!(m.fault(EPTP, index * KIB4, READ), Outcome::Filled);
     }
+    m.l2.set(PD, 0, 0);
     m.ept.invept_all();
+    assert_eq!(m.activate(EPTP), (vec![], true));
+    m.l2.set(PD, 0, PT | 7);
     m.l2.set(PDPT, 1, (7 * GIB1) | LARGE | WB | 7);
     assert_eq!(m.fault(EPTP, GIB1, READ), Outcome::Filled);
     assert_eq!(m.fault(EPTP, 0, READ), Outcome::Filled);
@@ -534,6 +489,9 @@ fn an_access_that_ept01_refuses_is_forbidden() {
         fn read_entry(&self, at: Gpa) -> Result<u64, nvmx::ept::NotOwned> {
             self.0.read_entry(at)
         }
+        fn read_entries(&self, at: Gpa, into: &mut [u64]) -> Result<(), nvmx::ept::NotOwned> {
+            self.0.read_entries(at, into)
+        }
         fn set_flags(&self, at: Gpa, entry: u64, flags: u64) -> bool {
             self.0.set_flags(at, entry, flags)
         }
@@ -552,7 +510,7 @@ fn an_access_that_ept01_refuses_is_forbidden() {
     };
     assert_eq!(fault(WRITE), Outcome::Forbidden { gpa: Gpa::new(0x77_7008) });
     assert_eq!(fault(READ), Outcome::Filled);
-    let root = m.ept.activate(EPTP, &mut m.frames).eptp02.ep4ta();
+    let root = m.ept.activate(EPTP, &guest, &mut m.frames).eptp02.ep4ta();
     assert_eq!(m.frames.leaves(root), [(0x5000, KIB4, 0x77_7000 | WB | R)]);
 }
 
@@ -574,7 +532,7 @@ fn the_machines_pool_and_memory_serve_too() {
     assert_eq!(fault(0x5123), Outcome::Filled);
     assert_eq!(fault(0x18_0123), Outcome::Forbidden { gpa: Gpa::new(0x18_0123) });
     assert_eq!(fault(0x20_0000), Outcome::ReflectViolation { qualification: Qualification::READ, convertible: true });
-    let mut table = ept.activate(eptp, &mut frames).eptp02.ep4ta();
+    let mut table = ept.activate(eptp, &guest, &mut frames).eptp02.ep4ta();
     for (index, present) in [(0, true), (0, true), (0, true), (5, true)] {
         let entry = frames.read(nvmx::addr::Hpa::new(table + index * 8));
         assert_eq!(entry & 7 != 0, present);

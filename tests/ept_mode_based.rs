@@ -55,7 +55,7 @@ impl Machine {
 
     /// The entry that maps the page in ept02, and whether activating it asked for INVEPT.
     fn activate(&mut self, eptp: Eptp) -> (Option<u64>, bool) {
-        let activation = self.ept.activate(eptp, &mut self.frames);
+        let activation = self.ept.activate(eptp, &self.l2, &mut self.frames);
         assert_eq!(activation.eptp02.get() & 0xfff, 0x1e, "the role is nothing that a processor sees");
         let leaves = self.frames.leaves(activation.eptp02.ep4ta());
         (leaves.first().map(|leaf| leaf.2), activation.invept)
@@ -147,9 +147,10 @@ fn one_ept12_has_a_role_with_and_one_without_the_control() {
     assert_eq!(m.activate(MODE_BASED).0, Some(PAGE | R | XU));
     assert!(matches!(m.fault(PLAIN, FETCH | OF_USER), Outcome::ReflectViolation { .. }));
     // INVEPT goes by the address of the root alone.
+    m.l2.set(PT, 5, PAGE | R | X | XU);
     m.ept.invept_single(PLAIN);
-    assert_eq!(m.activate(MODE_BASED), (None, true));
-    assert_eq!(m.activate(PLAIN), (None, true));
+    assert_eq!(m.activate(MODE_BASED), (Some(PAGE | R | X | XU), true));
+    assert_eq!(m.activate(PLAIN), (Some(PAGE | R | X), true));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! Invariants I1 and I2 hold after every step, with as few frames as there can be.
 //!
 //! ept12 counts as it stands, except that a page table may be reached as it was reached before, until L2 must expect
-//! otherwise: after INVEPT, or a violation there.
+//! otherwise: after INVEPT, or a violation there. After INVEPT a leaf stays exactly if ept12 still says it.
 //!
 //! The processor here is the most forgetful of its duties that the SDM allows: it caches every translation it used, in
 //! pieces of 4 KiB, and every reference to a table, and drops them only when it must.
@@ -14,7 +14,7 @@ use ept_model::*;
 use nvmx::addr::{Hpa, Ngpa};
 use nvmx::ept::{Ept02, Eptp, Outcome, Qualification, TableFrames};
 use proptest::prelude::*;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Six tables of ept12, the first two of them roots. Nothing stops one from serving at several levels.
 pub const TABLES: u64 = 0x10_0000;
@@ -178,6 +178,8 @@ struct History<const ROOTS: usize, const RESERVE: usize> {
     filled: HashMap<u64, Vec<(u64, u64, u64)>>,
     /// Page tables of ept12 that were used, with the rights above them, by role and bits 63:21 of the address.
     ways: HashMap<(u64, u64), Vec<(u64, u64)>>,
+    /// Roles that L2 invalidated since they were last used.
+    invalidated: HashSet<u64>,
     /// The last address that L3 accessed.
     last: u64,
 }
@@ -204,13 +206,17 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             roots: HashMap::new(),
             filled: HashMap::new(),
             ways: HashMap::new(),
+            invalidated: HashSet::new(),
             last: 0,
         }
     }
 
     /// What a VM entry does: returns the root.
     fn enter(&mut self) -> Result<u64, TestCaseError> {
-        let activation = self.ept.activate(Eptp::new(self.role), &mut self.frames);
+        let invalidated = self.invalidated.remove(&self.role);
+        let before = self.roots.get(&self.role).filter(|_| invalidated).map(|&root| (root, self.frames.leaves(root)));
+        let activation = self.ept.activate(Eptp::new(self.role), &self.l2, &mut self.frames);
+        self.l2.fetched.take();
         let root = activation.eptp02.ep4ta();
         if activation.invept {
             self.processor.invept(root);
@@ -218,6 +224,17 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         self.roots.retain(|_, owned| *owned != root);
         self.roots.insert(self.role, root);
         prop_assert!(self.processor.is_coherent(&self.frames, root), "INVEPT was due");
+        if invalidated {
+            let leaves = self.frames.leaves(root);
+            for &leaf in &leaves {
+                prop_assert_eq!(Some(leaf), self.said_at(leaf.0), "what L2 took back is still there");
+            }
+            for leaf in before.into_iter().filter(|before| before.0 == root).flat_map(|before| before.1) {
+                let kept = self.said_at(leaf.0) != Some(leaf) || leaves.contains(&leaf);
+                prop_assert!(kept, "{:x?} was dropped although ept12 says it", leaf);
+            }
+            self.filled.insert(self.role, leaves);
+        }
         let filled = self.filled.entry(self.role).or_default();
         for leaf in self.frames.leaves(root) {
             let (start, size, entry) = leaf;
@@ -226,6 +243,21 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             prop_assert_eq!(newest, Some(&leaf), "I2: the leaf is the newest that was composed there");
         }
         Ok(root)
+    }
+
+    /// The leaf that ept12 says for the page at `ngpa`, without an access to it.
+    fn said_at(&self, ngpa: u64) -> Option<(u64, u64, u64)> {
+        let root = self.role & 0xf_ffff_ffff_f000;
+        let Said::Page(page, size, mut rights, types) = reference(&self.l2, root, ngpa, true) else { return None };
+        if self.role & 1 << 6 != 0 {
+            if !is_accessed(&self.l2, root, ngpa) {
+                return None;
+            }
+            if !is_dirty(&self.l2, root, ngpa) {
+                rights &= !W;
+            }
+        }
+        composed(page, size, rights, types, ngpa).filter(|leaf| leaf.2 & 7 != 0)
     }
 
     /// L3 accesses memory until it succeeds or L2 must see an exit.
@@ -329,7 +361,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             });
         prop_assert!(possible.any(|leaf| Some(leaf) == written), "no way that L2 must expect leads there");
         self.filled.entry(self.role).or_default().extend(written);
-        let again = self.ept.activate(Eptp::new(self.role), &mut self.frames);
+        let again = self.ept.activate(Eptp::new(self.role), &self.l2, &mut self.frames);
         prop_assert_eq!((again.eptp02.ep4ta(), again.invept), (root, false), "nothing to activate");
         self.enter()?;
         match self.processor.access(&self.frames, root, ngpa, access) {
@@ -359,12 +391,12 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             Step::Switch(role) => self.role = ROLES[role],
             Step::InveptSingle(role) => {
                 self.ept.invept_single(Eptp::new(ROLES[role]));
-                self.filled.retain(|filled, _| filled >> 12 != ROLES[role] >> 12);
+                self.invalidated.extend(ROLES.iter().filter(|other| *other >> 12 == ROLES[role] >> 12));
                 self.ways.retain(|way, _| way.0 >> 12 != ROLES[role] >> 12);
             }
             Step::InveptAll => {
                 self.ept.invept_all();
-                self.filled.clear();
+                self.invalidated.extend(ROLES);
                 self.ways.clear();
             }
             Step::Forget => {

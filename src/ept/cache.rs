@@ -5,9 +5,9 @@
 //! reference that could go stale and nothing to count. Memory is bounded: when frames run out, other roots lose their
 //! contents, the one longest out of use first; then the own root does. A root's own frame is never freed.
 //!
-//! [`Ept02::activate`] is the only door to a VM entry. Whatever the processor must forget before it may use a root
-//! again is noted with the root and paid there, once, however often L2 asked for it. One `Ept02` belongs to one
-//! processor.
+//! [`Ept02::activate`] is the only door to a VM entry. What L2 invalidated is compared with ept12 there, and whatever the
+//! processor must forget before it may use a root again is noted with the root and paid there: once, however often L2
+//! asked for it. One `Ept02` belongs to one processor.
 //!
 //! Source: Intel SDM vol. 3C (December 2024), "Invalidating Cached Translation Information", "Operations that
 //! Invalidate Cached Mappings", "Guidelines for Use of the INVEPT Instruction".
@@ -16,7 +16,7 @@ use super::entry::{self, EptRules, Level};
 use super::eptp::Eptp;
 use super::reserve::Reserve;
 use super::run::Run;
-use super::{OutOfFrames, TableFrames};
+use super::{GuestView, OutOfFrames, TableFrames};
 use crate::addr::Hpa;
 
 /// What to run L3 with.
@@ -34,7 +34,7 @@ pub struct Activation {
 pub struct Stats {
     /// Leaves written.
     pub fills: u64,
-    /// Roots that lost their contents because L2 executed INVEPT.
+    /// Roots whose contents must be compared with ept12 because L2 executed INVEPT.
     pub flushes: u64,
     /// Roots that lost their contents, or their role, for want of memory or of roots.
     pub evictions: u64,
@@ -49,7 +49,7 @@ pub(super) struct Root {
     pub(super) table: Hpa,
     /// Tables below the root table.
     pub(super) tables: u32,
-    /// L2 invalidated the contents: they must not be used again.
+    /// L2 invalidated the contents: they must not be used again before they were compared with ept12.
     pub(super) stale: bool,
     /// The processor may have cached something that is no longer in the tables.
     pub(super) invept: bool,
@@ -113,17 +113,17 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     /// The EPTP to enter L3 with, for the EPTP that L2 set up. To be called before every VM entry into L3; costs a few
     /// instructions when nothing changed.
     #[inline]
-    pub fn activate<F: TableFrames>(&mut self, eptp12: Eptp, frames: &mut F) -> Activation {
+    pub fn activate<G: GuestView, F: TableFrames>(&mut self, eptp12: Eptp, guest: &G, frames: &mut F) -> Activation {
         let root = self.root(self.current);
         if root.role == Some(eptp12) && !root.stale && !root.invept {
             return Activation { eptp02: Eptp::for_root(root.table, eptp12.accessed_dirty()), invept: false };
         }
-        self.settle(eptp12, frames)
+        self.settle(eptp12, guest, frames)
     }
 
     #[cold]
-    fn settle<F: TableFrames>(&mut self, eptp12: Eptp, frames: &mut F) -> Activation {
-        let index = self.enter(eptp12, frames);
+    fn settle<G: GuestView, F: TableFrames>(&mut self, eptp12: Eptp, guest: &G, frames: &mut F) -> Activation {
+        let index = self.enter(eptp12, guest, frames);
         let root = self.root(index);
         let invept = core::mem::take(&mut root.invept);
         let eptp02 = Eptp::for_root(root.table, eptp12.accessed_dirty());
@@ -167,16 +167,16 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
 
     /// Makes the root of this role the current one, without stale contents, and returns its index.
     #[inline(always)]
-    pub(super) fn enter<F: TableFrames>(&mut self, role: Eptp, frames: &mut F) -> usize {
+    pub(super) fn enter<G: GuestView, F: TableFrames>(&mut self, role: Eptp, guest: &G, frames: &mut F) -> usize {
         let root = self.root(self.current);
         if root.role == Some(role) && !root.stale {
             return self.current;
         }
-        self.switch(role, frames)
+        self.switch(role, guest, frames)
     }
 
     #[cold]
-    fn switch<F: TableFrames>(&mut self, role: Eptp, frames: &mut F) -> usize {
+    fn switch<G: GuestView, F: TableFrames>(&mut self, role: Eptp, guest: &G, frames: &mut F) -> usize {
         let index = match self.roots.iter().position(|root| root.role == Some(role)) {
             Some(index) => index,
             None => {
@@ -192,7 +192,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             }
         };
         if self.root(index).stale {
-            self.drop_contents(index, frames);
+            self.validate(index, guest, frames);
         }
         self.clock += 1;
         let clock = self.clock;

@@ -181,7 +181,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             return Outcome::Forbidden { gpa };
         }
         let composed = entry::leaf_entry(block.hpa, block.level, rights, leaf.caching);
-        let index = self.enter(eptp12, frames);
+        let index = self.enter(eptp12, guest, frames);
         self.stats.fills += 1;
         if level == Level::Pt {
             let table = match self.run.as_ref().and_then(|run| run.table02(eptp12, ngpa)) {

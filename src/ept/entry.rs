@@ -295,6 +295,12 @@ pub const fn leaf_entry(page: Hpa, level: Level, rights: Rights, caching: Cachin
     page.get() & ADDRESS | large | caching.0 as u64 | rights.bits() as u64
 }
 
+/// True when both map the same, whatever flags a processor has set.
+#[inline]
+pub const fn is_same(old: u64, new: u64) -> bool {
+    (old ^ new) & !(ACCESSED | DIRTY) == 0
+}
+
 /// True when `new` differs from the leaf `old` by more rights at most, whatever flags a processor has set. The violation itself made the processor forget
 /// `old` for this address; at other addresses of the page the old rights may stay cached, and cost no more than another
 /// violation.

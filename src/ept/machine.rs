@@ -11,6 +11,12 @@ impl<P: PhysMem> GuestView for GuestMemory<P> {
         Ok(self.phys().read_u64(self.translate(at)?))
     }
 
+    #[inline]
+    fn read_entries(&self, at: Gpa, into: &mut [u64]) -> Result<(), NotOwned> {
+        self.phys().read_words(self.translate(at)?, into);
+        Ok(())
+    }
+
     fn set_flags(&self, at: Gpa, entry: u64, flags: u64) -> bool {
         self.translate(at).is_ok_and(|at| self.phys().compare_exchange(at, entry, entry | flags))
     }
@@ -58,6 +64,10 @@ impl<P: PhysMem> TableFrames for PoolFrames<'_, P> {
     #[inline]
     fn read(&self, entry: Hpa) -> u64 {
         self.memory.read_u64(entry)
+    }
+    #[inline]
+    fn read_all(&self, first: Hpa, into: &mut [u64]) {
+        self.memory.read_words(first, into);
     }
     #[inline]
     fn write(&mut self, entry: Hpa, value: u64) {

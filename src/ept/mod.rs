@@ -4,6 +4,7 @@
 //! * [`walk`] is the only walker; it reads ept12 through L2's memory and nvmx's own tables through their frames.
 //! * [`identity`] builds ept01: the machine one to one without nvmx; [`watch`] notices there that L2 wrote a page.
 //! * [`compose`] and [`cache`] are ept02: composed on demand from ept12, kept by role.
+//!   After an INVEPT of L2, `validate` compares what is there with ept12.
 //! * [`flags`] sets accessed and dirty flags in ept12 and writes L2's page-modification log.
 //!
 //! Everything here is pure: what it needs of the machine are the two traits below; [`machine`] implements them on top
@@ -22,6 +23,7 @@ pub mod watch;
 
 mod reserve;
 mod run;
+mod validate;
 
 use crate::addr::{Gpa, Hpa};
 
@@ -83,6 +85,9 @@ pub trait GuestView {
     /// Reads the eight aligned bytes at `at`, once.
     fn read_entry(&self, at: Gpa) -> Result<u64, NotOwned>;
 
+    /// Reads the entries from `at` on, each once; they lie in one page.
+    fn read_entries(&self, at: Gpa, into: &mut [u64]) -> Result<(), NotOwned>;
+
     /// Sets `flags` in the entry at `at` in one atomic step, unless it is no longer `entry`, which it was when it was read:
     /// then nothing changes and the answer is false.
     fn set_flags(&self, at: Gpa, entry: u64, flags: u64) -> bool;
@@ -107,6 +112,8 @@ pub trait TableFrames {
     fn clear(&mut self, table: Hpa);
     /// Reads an entry.
     fn read(&self, entry: Hpa) -> u64;
+    /// Reads the entries from `first` on, in one table.
+    fn read_all(&self, first: Hpa, into: &mut [u64]);
     /// Writes an entry; one store of eight bytes, since a processor may walk the table at the same time.
     fn write(&mut self, entry: Hpa, value: u64);
     /// Clears `bits` of an entry in one atomic step (a processor may set its flags at the same time) and tells which of

@@ -82,6 +82,18 @@ impl PhysMem for DirectMap {
         unsafe { copy_bytes(pointer, into.as_mut_ptr(), into.len()) };
     }
 
+    #[inline]
+    fn read_words(&self, at: Hpa, into: &mut [u64]) {
+        let len = size_of_val(into);
+        let Some(pointer) = self.linear(at, len as u64) else {
+            into.fill(u64::MAX);
+            return;
+        };
+        // SAFETY: 1. the source is mapped. 2. The destination is a Rust slice of that length, disjoint from it (condition 2
+        // of `new`), and any bytes are good words.
+        unsafe { copy_bytes(pointer, into.as_mut_ptr().cast(), len) };
+    }
+
     fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
         let Some(pointer) = self.linear(at, bytes.len() as u64) else { return };
         // SAFETY: 1. the destination is mapped and writable and no Rust object. 2. The source is a Rust slice.

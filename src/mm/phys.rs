@@ -16,6 +16,14 @@ pub trait PhysMem {
     /// Writes `bytes` from `at` on.
     fn write_bytes(&self, at: Hpa, bytes: &[u8]);
 
+    /// Reads eight bytes each, from `at` on, which is aligned to eight; no word is torn.
+    #[inline]
+    fn read_words(&self, at: Hpa, into: &mut [u64]) {
+        for (n, word) in into.iter_mut().enumerate() {
+            *word = self.read_u64(Hpa::new(at.get().wrapping_add(8 * n as u64)));
+        }
+    }
+
     /// Clears `bits` of the eight aligned bytes at `at` in one atomic step, since a processor may set flags in an entry
     /// at the same time, and tells which of them were set.
     fn take_bits(&self, at: Hpa, bits: u64) -> u64;
@@ -73,6 +81,10 @@ impl<M: PhysMem + ?Sized> PhysMem for &M {
     }
     fn read_bytes(&self, at: Hpa, into: &mut [u8]) {
         (**self).read_bytes(at, into);
+    }
+    #[inline]
+    fn read_words(&self, at: Hpa, into: &mut [u64]) {
+        (**self).read_words(at, into);
     }
     fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
         (**self).write_bytes(at, bytes);

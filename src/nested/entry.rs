@@ -68,7 +68,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     let activation = if duties.contains(Duties::LOAD_PDPTES) {
         Activation { eptp02: cpu.ept01.eptp(), invept: false }
     } else {
-        cpu.ept02.activate(slot.eptp12(), &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
+        cpu.ept02.activate(slot.eptp12(), &cpu.guest, &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
     };
     slot.run_on(vmx, activation);
     let vpid02 = if duties.contains(Duties::FLUSH_VPID) {

@@ -171,7 +171,7 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
     match outcome {
         Outcome::Filled => {
             cpu.vmx.counters.bump(Counter::Ept02Fills);
-            let activation = cpu.ept02.activate(eptp12, &mut tables);
+            let activation = cpu.ept02.activate(eptp12, &cpu.guest, &mut tables);
             slot.run_on(&mut cpu.vmx, activation);
             l2_exit::redeliver(cpu, qualification);
             Ok(())

@@ -29,7 +29,7 @@ pub fn emulate(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
     if cpu.config.offered.has_field(Field::EPTP_INDEX) {
         slot.vmcs12.set(Field::EPTP_INDEX, ecx.into());
     }
-    let activation = cpu.ept02.activate(slot.eptp12(), &mut Cpu::tables(&mut cpu.frames, &cpu.phys));
+    let activation = cpu.ept02.activate(slot.eptp12(), &cpu.guest, &mut Cpu::tables(&mut cpu.frames, &cpu.phys));
     slot.run_on(&mut cpu.vmx, activation);
     inject::advance(cpu);
     Ok(())

@@ -88,6 +88,10 @@ impl TableFrames for Frames {
         let (frame, index) = self.slot(entry);
         self.used.get(&frame).expect("frame in use")[index]
     }
+    fn read_all(&self, first: Hpa, into: &mut [u64]) {
+        let (frame, index) = self.slot(first);
+        into.copy_from_slice(&self.used.get(&frame).expect("frame in use")[index..index + into.len()]);
+    }
     fn write(&mut self, entry: Hpa, value: u64) {
         let (frame, index) = self.slot(entry);
         self.used.get_mut(&frame).expect("frame in use")[index] = value;
@@ -130,6 +134,13 @@ impl GuestView for L2 {
         assert_eq!(at.get() % 8, 0, "entries are aligned");
         *self.fetched.borrow_mut().entry(at.get()).or_default() += 1;
         if owned(at.get(), 8) { Ok(self.get(at.get())) } else { Err(NotOwned(at)) }
+    }
+    fn read_entries(&self, at: Gpa, into: &mut [u64]) -> Result<(), NotOwned> {
+        assert!(at.get() % KIB4 + into.len() as u64 * 8 <= KIB4, "entries of one table");
+        for (n, entry) in (0..).zip(into) {
+            *entry = self.read_entry(Gpa::new(at.get() + n * 8))?;
+        }
+        Ok(())
     }
     fn set_flags(&self, at: Gpa, entry: u64, flags: u64) -> bool {
         assert!(owned(at.get(), 8), "flags are set where they were read");
@@ -237,6 +248,11 @@ pub fn marked(words: HashMap<u64, u64>, root: u64, ngpa: u64, write: bool) -> Ha
         *l2.words.get_mut().get_mut(&path[path.len() - 1]).expect("it was read") |= DIRTY;
     }
     l2.words.into_inner()
+}
+
+/// Whether all entries of the walk are marked accessed.
+pub fn is_accessed(l2: &L2, root: u64, ngpa: u64) -> bool {
+    entries(l2, root, ngpa).iter().all(|at| l2.get(*at) & ACCESSED != 0)
 }
 
 /// Whether the page is marked dirty.

@@ -20,10 +20,12 @@ pub const DONE: u64 = 6;
 pub const HOST_WRITES: u64 = 7;
 /// Changes controls before the next entry: the event `control_writes`.
 pub const CONTROL_WRITES: u64 = 8;
+/// Invalidates what was cached of the guest's EPT, and changes nothing: the event `invept`.
+pub const INVEPT: u64 = 9;
 
 /// Whether an exit for this call only serves the measurement.
 pub fn is_service(number: u64) -> bool {
-    !matches!(number, NOTHING | YIELD | HOST_WRITES | CONTROL_WRITES)
+    !matches!(number, NOTHING | YIELD | HOST_WRITES | CONTROL_WRITES | INVEPT)
 }
 
 /// The guest's side of a call.

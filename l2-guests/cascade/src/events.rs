@@ -112,6 +112,7 @@ pub static EVENTS: &[Event] = &[
     event("exception", Plain, L2, N, true, p::undefined),
     event("ept_violation", Plain, L2, PAGES, false, p::touch_hole),
     event("ept_fill", Plain, Nvmx, PAGES, false, p::touch_fresh),
+    event("invept", Plain, L2, PAGES, false, p::invept),
     event("interrupt", Plain, L2, N, true, p::interrupt),
     event(TIMER, Plain, L2, N, false, p::nothing),
     event(XSETBV, Plain, L2, N, true, p::xsetbv),

@@ -194,6 +194,12 @@ fn call(hypervisor: &mut Hypervisor) -> Result<Next, Stop> {
         calls::NOTHING => {}
         calls::END => hypervisor.bracket.stop(hypervisor.exits),
         calls::SAY => say(b, c),
+        calls::INVEPT => {
+            let pointer = hypervisor.guests[hypervisor.current].ept.pointer();
+            if !vmx::invept(1, [pointer, 0]).succeeded() {
+                return Err(unexpected(r::VMCALL));
+            }
+        }
         calls::YIELD => {
             advance();
             hypervisor.switch_to(PARTNER - hypervisor.current);

@@ -32,6 +32,8 @@ pub const VECTOR: u8 = 0x51;
 pub static INTERRUPTS: Global<u64> = Global::new(0);
 /// The next page that the guest finds missing.
 pub static HOLE: Global<u64> = Global::new(0);
+/// How many pages a guest uses after each INVEPT.
+const USED: u64 = 16;
 /// The next page that is mapped and was never touched.
 pub static FRESH: Global<u64> = Global::new(0);
 
@@ -142,6 +144,18 @@ pub fn touch_hole(count: u64) {
 
 pub fn touch_fresh(count: u64) {
     touch(&FRESH, count);
+}
+
+/// Has its hypervisor execute INVEPT, and then uses pages that were touched before it.
+pub fn invept(count: u64) {
+    let mapped = FRESH.get() - PAGE;
+    for _ in 0..count {
+        call(calls::INVEPT, 0, 0);
+        for page in 0..USED {
+            // SAFETY: pages that `touch_fresh` wrote.
+            unsafe { write_volatile((mapped - page * PAGE) as *mut u64, page) };
+        }
+    }
 }
 
 fn touch(next: &Global<u64>, count: u64) {

@@ -102,7 +102,7 @@ counters! {
     TrappedVmwrite = "trapped_vmwrite";
     /// Entries of ept02 filled
     Ept02Fills = "ept02_fills";
-    /// ept02 roots or contexts dropped
+    /// ept02 contexts that an INVEPT of L2 concerned
     Ept02Flushes = "ept02_flushes";
 }
 

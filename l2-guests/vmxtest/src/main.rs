@@ -9,8 +9,8 @@
 mod apic;
 mod bitmaps;
 mod entries;
-mod execute;
 mod ept;
+mod execute;
 mod exits;
 mod expect;
 mod explained;
