@@ -47,13 +47,22 @@ pub struct Options {
     pub vmcs: Vmcs,
     /// `cpus=`: how many processors run L2 at most; the rest is parked.
     pub cpus: Option<u32>,
+    /// `ept02=`: how many tables the composed EPTs of a processor may have beyond their reserve.
+    pub ept02: Option<u32>,
     /// `exit=`
     pub exit: Exit,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { log: LevelFilter::Info, fields: Fields::Auto, vmcs: Vmcs::Auto, cpus: None, exit: Exit::Ports }
+        Self {
+            log: LevelFilter::Info,
+            fields: Fields::Auto,
+            vmcs: Vmcs::Auto,
+            cpus: None,
+            ept02: None,
+            exit: Exit::Ports,
+        }
     }
 }
 
@@ -97,8 +106,10 @@ const LOG: &str = "off|error|warn|info|debug|trace";
 const FIELDS: &str = "auto|zero-copy|trapped";
 const VMCS: &str = "auto|instructions|memory";
 const CPUS: &str = "all|1|2|3|...";
+const EPT02: &str = "auto|0|1|2|...";
 const EXIT: &str = "none|ports";
-const ACCEPTED: [(&str, &str); 5] = [("log", LOG), ("fields", FIELDS), ("vmcs", VMCS), ("cpus", CPUS), ("exit", EXIT)];
+const ACCEPTED: [(&str, &str); 6] =
+    [("log", LOG), ("fields", FIELDS), ("vmcs", VMCS), ("cpus", CPUS), ("ept02", EPT02), ("exit", EXIT)];
 
 impl Options {
     /// Parses words separated by blanks. A later word wins over an earlier one for the same option.
@@ -129,6 +140,12 @@ impl Options {
                     options.cpus = match value {
                         "all" => None,
                         _ => Some(value.parse().ok().filter(|n| *n > 0).ok_or_else(|| bad("cpus", CPUS))?),
+                    }
+                }
+                "ept02" => {
+                    options.ept02 = match value {
+                        "auto" => None,
+                        _ => Some(value.parse().map_err(|_| bad("ept02", EPT02))?),
                     }
                 }
                 "exit" => {
@@ -174,7 +191,7 @@ mod tests {
                 assert!(Options::parse(&format!("{option}={value}")).is_ok(), "{option}={value}");
             }
         }
-        let all = Options::parse("log=trace fields=trapped vmcs=memory cpus=3 exit=none").unwrap();
+        let all = Options::parse("log=trace fields=trapped vmcs=memory cpus=3 ept02=7 exit=none").unwrap();
         assert_eq!(
             all,
             Options {
@@ -182,6 +199,7 @@ mod tests {
                 fields: Fields::Trapped,
                 vmcs: Vmcs::Memory,
                 cpus: Some(3),
+                ept02: Some(7),
                 exit: Exit::None
             }
         );
@@ -193,7 +211,7 @@ mod tests {
         assert_eq!(
             text,
             "unknown option 'colour=red': nvmx accepts log=off|error|warn|info|debug|trace, \
-             fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, cpus=all|1|2|3|..., exit=none|ports"
+             fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, cpus=all|1|2|3|..., ept02=auto|0|1|2|..., exit=none|ports"
         );
     }
 

@@ -171,6 +171,7 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
     match outcome {
         Outcome::Filled => {
             cpu.vmx.counters.bump(Counter::Ept02Fills);
+            cpu.vmx.counters.set(Counter::Ept02Evictions, cpu.ept02.stats().evictions);
             let activation = cpu.ept02.activate(eptp12, &cpu.guest, &mut tables);
             slot.run_on(&mut cpu.vmx, activation);
             l2_exit::redeliver(cpu, qualification);

@@ -25,8 +25,8 @@ use crate::vmx::{Capabilities, Field};
 use arrayvec::ArrayVec;
 use l2_protocol::abi::Strategy;
 
-/// Tables that ept02 may hold beyond its reserve; half of a CPU's frames at most.
-const EPT02_BUDGET: usize = 2048;
+/// Tables that ept02 may hold beyond its reserve unless the command line says how many; half of a CPU's frames at most.
+const EPT02_BUDGET: u32 = 2048;
 
 /// What every processor builds its [`Cpu`] from: the same for all, and never changed.
 pub struct Common {
@@ -34,6 +34,7 @@ pub struct Common {
     offered: Capabilities,
     strategy: Strategy,
     vmcs: VmcsOption,
+    ept02_budget: u32,
     on_kvm: bool,
     mtrrs: Mtrrs,
     own: Span,
@@ -51,6 +52,7 @@ impl Common {
             offered: caps::offered(&hardware),
             strategy: machine.strategy,
             vmcs: machine.options.vmcs,
+            ept02_budget: machine.options.ept02.unwrap_or(EPT02_BUDGET),
             on_kvm: machine.processor.l0 == KVM,
             mtrrs: machine.mtrrs.clone(),
             own: machine.own,
@@ -74,7 +76,7 @@ impl Common {
         let (hardware, offered, phys) = (self.hardware, self.offered, &self.phys);
         let mut vmx = self.enter_vmx(&mut frames)?;
         let revision = hardware.basic.revision();
-        let budget = EPT02_BUDGET.min(frames.available() / 2) as u32;
+        let budget = self.ept02_budget.min(frames.available() as u32 / 2);
         let vmcs01 = region(&mut frames, phys, revision)?;
         let msr_bitmap01 = page(&mut frames, phys, &msr_bitmap01())?;
         let void = page(&mut frames, phys, &BitmapPage::SET)?;

@@ -10,6 +10,7 @@ use crate::boot::Outcome;
 use crate::cli::Fields;
 use crate::report::{self, budget::Budget};
 use crate::session::{Session, budget_file};
+use crate::transcript::Line;
 use anyhow::Result;
 use l2_protocol::{Kind, Level};
 use std::collections::BTreeMap;
@@ -59,6 +60,7 @@ pub fn all(session: &Session) -> Result<Suite> {
     b.case("nvmx names the rule that a refused entry broke", &["vmxtest-zero-copy", "vmxtest-trapped"], explain);
     b.flipped_bits();
     b.later_cpu();
+    b.few_tables();
     b.nvmx_in_nvmx();
     b.protocols();
     b.refusals(&fixtures);
@@ -122,6 +124,17 @@ impl Builder<'_> {
         self.boot(names[1], self.session.nested("vmxtest", "part=exits", Fields::Auto).map(on));
         let judge: Judge = Box::new(|o| compare::agree(o[0], o[1]));
         self.case("instructions of a later CPU exit under nvmx as they exit bare", &names, judge);
+    }
+
+    /// An L3 that needs more tables of ept02 than there are goes on all the same.
+    fn few_tables(&mut self) {
+        let names = ["vmxtest-ept-bare", "vmxtest-few-tables"];
+        const ARGS: &str = "part=ept";
+        self.clamped_boot(names[0], self.session.bare("vmxtest", ARGS), names[1]);
+        let module = self.session.images.guest("vmxtest").map(|path| vec![Payload::new(path, ARGS)]);
+        self.boot(names[1], module.map(|modules| self.nvmx("ept02=0", modules)));
+        let judge: Judge = Box::new(|o| compare::agree(o[0], o[1]).and_then(|()| evicted(o[1])));
+        self.case("vmxtest sees with few tables for ept02 what it sees bare", &names, judge);
     }
 
     /// A second nvmx is a guest hypervisor like any other.
@@ -222,6 +235,20 @@ impl Builder<'_> {
         let ended = "is ended by the time limit, which tells where it was";
         self.case(&format!("a guest that hangs on the bare machine {ended}"), &["spin-bare"], Box::new(|o| hung(o[0])));
         self.case(&format!("an L2 that hangs under nvmx {ended}"), &["spin"], Box::new(|o| hung(o[0])));
+    }
+}
+
+/// What vmxtest says of it: else the boot did not test what it is for.
+fn evicted(outcome: &Outcome) -> Result<(), String> {
+    const SAYS: &str = "ept02 evictions: ";
+    let number = |line: &Line| match line {
+        Line::Text(text) => text.split_once(SAYS)?.1.trim().parse::<u64>().ok(),
+        _ => None,
+    };
+    let count = outcome.transcript.lines.iter().find_map(number);
+    match count {
+        Some(1..) => Ok(()),
+        count => Err(format!("no context of ept02 was evicted: {count:?}")),
     }
 }
 

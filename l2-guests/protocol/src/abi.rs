@@ -104,6 +104,8 @@ counters! {
     Ept02Fills = "ept02_fills";
     /// ept02 contexts that an INVEPT of L2 concerned
     Ept02Flushes = "ept02_flushes";
+    /// ept02 contexts dropped for want of tables or of roots
+    Ept02Evictions = "ept02_evictions";
 }
 
 /// What was refused, for [`LEAF_REFUSAL`].

@@ -12,9 +12,9 @@ pub const PAGE: u64 = 4096;
 /// Size of a page that a page directory maps.
 pub const LARGE: u64 = 2 << 20;
 
-/// 30 MiB, and what it takes to align them: a section aligned to more than 4 KiB would spread the image's file offsets, which
+/// 32 MiB, and what it takes to align them: a section aligned to more than 4 KiB would spread the image's file offsets, which
 /// multiboot wants linear with addresses.
-const POOL: usize = 32 << 20;
+const POOL: usize = 34 << 20;
 
 /// The pool is part of the image, so that every loader keeps modules out of it and its addresses are the same in each slot.
 #[repr(C, align(4096))]

@@ -5,6 +5,7 @@
 mod access;
 mod entries;
 mod log;
+mod many;
 
 use crate::guest::{Exit, Guest};
 use core::{arch::asm, ptr};
@@ -303,5 +304,6 @@ pub fn all() -> Result<(), Missing> {
     access::all(&mut lab);
     entries::all(&mut lab);
     log::all(&mut lab);
+    many::all(&mut lab);
     Ok(())
 }
