@@ -194,7 +194,12 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
             let reason = ExitReason::exit(BasicReason::PML_FULL);
             reflect::reflect(cpu, index, Some((reason, qualification.of_log_full().bits())))
         }
-        Outcome::Forbidden { gpa } => Err(KillReason::ForbiddenMemory(gpa)),
+        Outcome::Forbidden { gpa } => {
+            // L2 pointed ept12 where its memory map has no memory for it; that must not be a way for L3 to end L2.
+            log::debug!("ept12 leads L3 to nvmx's own memory at {gpa}: a misconfiguration for L2");
+            let reason = ExitReason::exit(BasicReason::EPT_MISCONFIGURATION);
+            reflect::reflect(cpu, index, Some((reason, 0)))
+        }
     }
 }
 

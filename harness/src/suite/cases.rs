@@ -61,6 +61,7 @@ pub fn all(session: &Session) -> Result<Suite> {
     b.flipped_bits();
     b.later_cpu();
     b.few_tables();
+    b.outside();
     b.nvmx_in_nvmx();
     b.protocols();
     b.refusals(&fixtures);
@@ -135,6 +136,15 @@ impl Builder<'_> {
         self.boot(names[1], module.map(|modules| self.nvmx("ept02=0", modules)));
         let judge: Judge = Box::new(|o| compare::agree(o[0], o[1]).and_then(|()| evicted(o[1])));
         self.case("vmxtest sees with few tables for ept02 what it sees bare", &names, judge);
+    }
+
+    /// An L3 cannot end its L2, wherever L2 leads it.
+    fn outside(&mut self) {
+        let args = format!("part=ept outside={:#x}", inside_nvmx(self.session.machine.memory));
+        self.boot("vmxtest-outside", self.session.nested("vmxtest", &args, Fields::Auto));
+        let name = "an L3 that is led to nvmx's memory exits, and its L2 goes on";
+        let judge: Judge = Box::new(|o| all_pass(o).and_then(|()| went_outside(o[0])));
+        self.case(name, &["vmxtest-outside"], judge);
     }
 
     /// A second nvmx is a guest hypervisor like any other.
@@ -236,6 +246,13 @@ impl Builder<'_> {
         self.case(&format!("a guest that hangs on the bare machine {ended}"), &["spin-bare"], Box::new(|o| hung(o[0])));
         self.case(&format!("an L2 that hangs under nvmx {ended}"), &["spin"], Box::new(|o| hung(o[0])));
     }
+}
+
+/// That it was tried at all.
+fn went_outside(outcome: &Outcome) -> Result<(), String> {
+    let tried =
+        |line: &Line| matches!(line, Line::Record(record) if record.get("name") == Some("ept: a table outside"));
+    if outcome.transcript.lines.iter().any(tried) { Ok(()) } else { Err("it was not tried".into()) }
 }
 
 /// What vmxtest says of it: else the boot did not test what it is for.

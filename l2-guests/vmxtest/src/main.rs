@@ -116,6 +116,13 @@ fn main(info: &BootInfo) {
             return;
         }
     }
+    if let Some(address) = info.option("outside") {
+        let Ok(address) = u64::from_str_radix(address.trim_start_matches("0x"), 16) else {
+            report::fail(format_args!("outside= needs an address"));
+            return;
+        };
+        ept::outside::ADDRESS.set(address);
+    }
     local_apic::init();
     if let Err(missing) = run(|part| chosen.is_none_or(|c| c == part) && info.option("skip") != Some(part)) {
         report::fail(format_args!("{missing}"));

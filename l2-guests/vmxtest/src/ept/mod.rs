@@ -6,6 +6,7 @@ mod access;
 mod entries;
 mod log;
 mod many;
+pub mod outside;
 
 use crate::guest::{Exit, Guest};
 use core::{arch::asm, ptr};
@@ -305,5 +306,6 @@ pub fn all() -> Result<(), Missing> {
     entries::all(&mut lab);
     log::all(&mut lab);
     many::all(&mut lab);
+    outside::all(&mut lab);
     Ok(())
 }
