@@ -161,8 +161,10 @@ const SEGMENTS: u64 = 8;
 const OF_SEGMENT: [(u32, u64); 4] =
     [(f::GUEST_ES, 0xFFFF), (f::GUEST_ES_LIMIT, LOW), (f::GUEST_ES_AR, LOW), (f::GUEST_ES_BASE, !0)];
 
-/// What the valid VMCS is like before bits are flipped: interruption information, activity state, MSRs in lists, virtual APIC.
-const BASES: [(u64, u64, u64, &[(Kind, u32)]); 7] = [
+/// Interruption information, activity state, MSRs in lists, controls of the virtual APIC.
+type Base = (u64, u64, u64, &'static [(Kind, u32)]);
+/// What the valid VMCS is like before bits are flipped.
+const BASES: [Base; 7] = [
     (0, 0, 0, &[]),
     // Each MSR list has an entry
     (0, 0, 1, &[]),
