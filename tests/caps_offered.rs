@@ -143,7 +143,7 @@ fn a_rich_machine_offers_all_that_is_implemented() {
 fn what_nvmx_does_not_implement_is_withheld() {
     let o = offered(&rich());
     let primary = PrimaryControls::ACTIVATE_TERTIARY_CONTROLS;
-    let secondary = SecondaryControls::VMCS_SHADOWING;
+    let secondary = SecondaryControls::SUB_PAGE_WRITE_PERMISSIONS | SecondaryControls::ENABLE_PCONFIG;
     let exit = ExitControls::LOAD_PERF_GLOBAL_CTRL | ExitControls::LOAD_CET | ExitControls::CLEAR_BNDCFGS;
     let entry = EntryControls::LOAD_PERF_GLOBAL_CTRL | EntryControls::LOAD_CET | EntryControls::ENTRY_TO_SMM;
     assert_eq!(o.primary.may_be_one() & primary.bits(), 0);
@@ -151,7 +151,7 @@ fn what_nvmx_does_not_implement_is_withheld() {
     assert_eq!(o.exit.may_be_one() & exit.bits(), 0);
     assert_eq!(o.entry.may_be_one() & entry.bits(), 0);
     assert!(!o.ept_vpid.walk_5() && !o.ept_vpid.supervisor_shadow_stack());
-    assert!(!o.misc.vmwrite_any_field() && !o.misc.activity_shutdown() && !o.misc.activity_wait_for_sipi());
+    assert!(!o.misc.activity_shutdown() && !o.misc.activity_wait_for_sipi());
     assert!(!o.misc.pt_in_vmx() && !o.misc.smbase_msr());
 }
 

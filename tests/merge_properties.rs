@@ -17,6 +17,7 @@ const TO: Translated = Translated {
     io_bitmaps: Some((Hpa::new(0xA000), Hpa::new(0xB000))),
     msr_bitmap: Some(Hpa::new(0xC000)),
     apic: APIC_PAGES,
+    shadow_bitmaps: Some((Hpa::new(0xD000), Hpa::new(0xE000))),
 };
 
 /// What L2 gets by nvmx's own work.
@@ -244,7 +245,10 @@ fn each_duty_follows_one_control_of_l2() {
         v.clear(field, 1 << bit);
         assert_eq!(merged(&v, &hw, &TO).duties, duty);
     }
-    let both = cases.iter().fold(Duties::FLUSH_EPT01, |all, case| all | case.2);
+    let mut shadowing = all_on.clone();
+    shadowing.or(SECONDARY_VM_EXEC_CONTROL, 1 << 14);
+    assert_eq!(merged(&shadowing, &hw, &TO).duties, Duties::LINK_SHADOW_VMCS);
+    let both = cases.iter().fold(Duties::FLUSH_EPT01 | Duties::LINK_SHADOW_VMCS, |all, case| all | case.2);
     assert_eq!(both, Duties::all());
 }
 
@@ -277,4 +281,17 @@ fn virtualized_apic_accesses_on_ept01_flush_it() {
         merged(&v, &hw, &TO).duties.contains(Duties::FLUSH_EPT01)
     };
     assert_eq!([duty(0, 0), duty(0, 1), duty(1, 1), duty(1, 0)], [false, false, false, true]);
+}
+
+#[test]
+fn shadowing_runs_only_where_the_hardware_gets_bitmaps_for_it() {
+    let hw = rich();
+    let mut v = valid_vmcs12(&offered(&hw));
+    v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 31).or(SECONDARY_VM_EXEC_CONTROL, 1 << 14);
+    let by_hardware = merged(&v, &hw, &TO);
+    assert!(by_hardware.secondary.contains(SecondaryControls::VMCS_SHADOWING));
+    assert_eq!(by_hardware.shadow_bitmaps, TO.shadow_bitmaps);
+    let by_nvmx = merged(&v, &hw, &Translated { shadow_bitmaps: None, ..TO });
+    assert!(!by_nvmx.secondary.contains(SecondaryControls::VMCS_SHADOWING), "every access exits");
+    assert!(by_nvmx.duties.contains(Duties::LINK_SHADOW_VMCS));
 }

@@ -14,6 +14,7 @@ struct L2 {
     primary: PrimaryControls,
     secondary: SecondaryControls,
     bitmap: MsrBitmap,
+    shadow: BitmapPage,
 }
 
 impl L2 {
@@ -23,6 +24,7 @@ impl L2 {
             primary: PrimaryControls::USE_MSR_BITMAPS,
             secondary: SecondaryControls::empty(),
             bitmap: MsrBitmap::PASS_ALL,
+            shadow: BitmapPage::CLEAR,
         }
     }
     fn asks_for_everything() -> Self {
@@ -31,6 +33,7 @@ impl L2 {
             primary: PrimaryControls::all(),
             secondary: SecondaryControls::all(),
             bitmap: MsrBitmap(BitmapPage::SET),
+            shadow: BitmapPage::SET,
         }
     }
 }
@@ -49,6 +52,10 @@ impl L2Wants for L2 {
         assert!(self.primary.contains(PrimaryControls::USE_MSR_BITMAPS), "asked although L2 uses none");
         self.bitmap.exits(msr, access)
     }
+    fn shadow_bitmap(&self, bit: u16, _: Access) -> bool {
+        assert!(self.secondary.contains(SecondaryControls::VMCS_SHADOWING), "asked although L2 does not use it");
+        self.shadow.get(bit)
+    }
 }
 
 fn exit(reason: u16) -> ExitInfo {
@@ -57,6 +64,7 @@ fn exit(reason: u16) -> ExitInfo {
         qualification: 0,
         event: EventInfo::new(EventKind::HardwareException, 6),
         ecx: 0x174,
+        encoding: 0x681E,
     }
 }
 
@@ -96,7 +104,7 @@ const fn secondary(bit: u32) -> u32 {
 fn rule(reason: u16) -> Rule {
     use Rule::*;
     match reason {
-        0 | 28 | 30 | 31 | 32 => Operands,
+        0 | 23 | 25 | 28 | 30 | 31 | 32 => Operands,
         1 => Any(vec![pin(0)]),
         2 | 3 | 9 | 10 | 11 | 13 => Always, // triple fault, INIT, task switch, CPUID, GETSEC, INVD
         7 => Any(vec![primary(2)]),
@@ -105,7 +113,7 @@ fn rule(reason: u16) -> Rule {
         14 => Any(vec![primary(9)]),
         15 => Any(vec![primary(11)]),
         16 | 51 => Any(vec![primary(12)]),
-        18..=27 | 50 | 53 | 55 => Always, // VMX instructions, XSETBV
+        18..=22 | 24 | 26..=27 | 50 | 53 | 55 => Always, // VMX instructions, XSETBV
         29 => Any(vec![primary(23)]),
         36 => Any(vec![primary(10)]),
         37 => Always,
@@ -165,6 +173,25 @@ fn each_reason_goes_to_l2_exactly_if_its_own_control_is_set() {
                 both.primary |= other.primary;
                 both.secondary |= other.secondary;
                 assert_eq!(route(&exit(reason), &both), Route::Reflect, "{reason}");
+            }
+        }
+    }
+}
+
+#[test]
+fn vmread_and_vmwrite_are_nvmx_s_where_l2_s_bitmap_opens_the_field() {
+    let mut l2 = L2::asks_for_nothing();
+    for reason in [23, 25] {
+        for shadowing in [false, true] {
+            l2.secondary.set(SecondaryControls::VMCS_SHADOWING, shadowing);
+            for closed in [false, true] {
+                l2.shadow.put(0x681E, closed);
+                for encoding in [0x681E, 0x681E | 1 << 15, 0x681E | 1 << 32, u64::MAX] {
+                    let info = ExitInfo { encoding, ..exit(reason) };
+                    let nvmx_s = shadowing && !closed && encoding == 0x681E;
+                    let expected = if nvmx_s { Route::Nvmx } else { Route::Reflect };
+                    assert_eq!(route(&info, &l2), expected, "{reason} {shadowing} {closed} {encoding:#x}");
+                }
             }
         }
     }

@@ -16,6 +16,7 @@ const TO: Translated = Translated {
     io_bitmaps: Some((Hpa::new(0xA000), Hpa::new(0xB000))),
     msr_bitmap: Some(Hpa::new(0xC000)),
     apic: APIC_PAGES,
+    shadow_bitmaps: Some((Hpa::new(0xD000), Hpa::new(0xE000))),
 };
 
 fn outcome(v: &Vmcs, hw: &Capabilities) -> Option<Vmcs02Controls> {

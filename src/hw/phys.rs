@@ -100,6 +100,26 @@ impl PhysMem for DirectMap {
         unsafe { copy_bytes(bytes.as_ptr(), pointer, bytes.len()) };
     }
 
+    fn write_words(&self, at: Hpa, words: &[u64]) {
+        let len = size_of_val(words);
+        let Some(pointer) = self.linear(at, len as u64) else { return };
+        // SAFETY: 1. the destination is mapped and writable and no Rust object. 2. The source is a Rust slice.
+        unsafe { copy_bytes(words.as_ptr().cast(), pointer, len) };
+    }
+
+    fn holds_words(&self, at: Hpa, words: &[u64]) -> bool {
+        let Some(pointer) = self.linear(at, size_of_val(words) as u64) else { return false };
+        let equal: u8;
+        // SAFETY: 1. both are mapped for the length of the slice and only read. 2. Rust code keeps the direction flag clear.
+        // CMP of a register with itself sets ZF first: no words are equal words.
+        unsafe {
+            asm!("cmp rcx, rcx", "repe cmpsq", "sete {equal}", equal = out(reg_byte) equal,
+                inout("rcx") words.len() => _, inout("rsi") words.as_ptr() => _, inout("rdi") pointer => _,
+                options(nostack, readonly));
+        }
+        equal != 0
+    }
+
     fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
         self.atomic(at).map_or(0, |word| word.fetch_and(!bits, Ordering::AcqRel) & bits)
     }

@@ -119,6 +119,19 @@ impl<P: PhysMem> GuestMemory<P> {
         Ok(())
     }
 
+    /// Writes `words` from `gpa` on, which lie in one page.
+    pub fn write_words(&self, gpa: Gpa, words: &[u64]) -> Result<(), NotOwned> {
+        self.owns(gpa, size_of_val(words) as u64)?;
+        self.phys.write_words(self.translate(gpa)?, words);
+        Ok(())
+    }
+
+    /// True if `words` stand from `gpa` on, in one page of L2's.
+    pub fn holds_words(&self, gpa: Gpa, words: &[u64]) -> bool {
+        self.owns(gpa, size_of_val(words) as u64).is_ok()
+            && self.translate(gpa).is_ok_and(|at| self.phys.holds_words(at, words))
+    }
+
     /// Checks that every byte of `gpa .. gpa + len` is L2's.
     pub fn owns(&self, gpa: Gpa, len: u64) -> Result<(), NotOwned> {
         let Some(last) = len.checked_sub(1) else { return Ok(()) };

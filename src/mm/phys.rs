@@ -24,6 +24,16 @@ pub trait PhysMem {
         }
     }
 
+    /// Writes `words` from `at` on.
+    fn write_words(&self, at: Hpa, words: &[u64]) {
+        (0..).zip(words).for_each(|(i, word)| self.write_u64(Hpa::new(at.get() + 8 * i), *word));
+    }
+
+    /// True if `words` stand from `at` on; each is read once at most.
+    fn holds_words(&self, at: Hpa, words: &[u64]) -> bool {
+        (0..).zip(words).all(|(i, word)| self.read_u64(Hpa::new(at.get() + 8 * i)) == *word)
+    }
+
     /// Clears `bits` of the eight aligned bytes at `at` in one atomic step, since a processor may set flags in an entry
     /// at the same time, and tells which of them were set.
     fn take_bits(&self, at: Hpa, bits: u64) -> u64;
@@ -71,6 +81,12 @@ pub trait PhysMem {
 }
 
 impl<M: PhysMem + ?Sized> PhysMem for &M {
+    fn write_words(&self, at: Hpa, words: &[u64]) {
+        (**self).write_words(at, words);
+    }
+    fn holds_words(&self, at: Hpa, words: &[u64]) -> bool {
+        (**self).holds_words(at, words)
+    }
     #[inline]
     fn read_u64(&self, at: Hpa) -> u64 {
         (**self).read_u64(at)

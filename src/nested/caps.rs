@@ -100,6 +100,7 @@ run! {
         ENABLE_EPT,         "ept02 is composed of ept12 and ept01";
         ENABLE_VPID,        "L2's identifier stands for one of nvmx's own";
         ENABLE_PML,         "nvmx writes the log when it sets a dirty flag in ept12";
+        VMCS_SHADOWING,     "L3 reaches the vmcs02 of L2's shadow VMCS; nvmx makes what it must see in its copy";
         UNRESTRICTED_GUEST, "runs in vmcs02, only together with EPT of L2";
         MODE_BASED_EXECUTE_CONTROL, "runs in vmcs02; ept02 is composed with both execute rights";
         EPT_VIOLATION_VE,   "does not run in vmcs02: nvmx makes #VE of violations that ept12 leaves convertible";
@@ -143,9 +144,9 @@ const EPT_BITS: u64 = 0xFFFF_FFFF;
 pub const VMFUNC: u64 = 1 << 0;
 
 /// The bits of IA32_VMX_MISC that are taken from the hardware: timer rate, storing of LMA, activity state HLT, injection
-/// with instruction length 0. Withheld: other activity states, Intel PT, SMM, VMWRITE to exit-information fields (L2
-/// would write into vmcs02 what the processor reports).
-pub const MISC: u64 = 0x1F | 1 << 5 | 1 << 6 | 1 << 30;
+/// with instruction length 0, VMWRITE to exit-information fields (nvmx believes them only after an exit, which writes them
+/// anew). Withheld: other activity states, Intel PT, SMM.
+pub const MISC: u64 = 0x1F | 1 << 5 | 1 << 6 | 1 << 29 | 1 << 30;
 const MISC_CR3_TARGETS_SHIFT: u32 = 16;
 /// CR3-target values in the field table.
 const MAX_CR3_TARGETS: u32 = 4;

@@ -6,6 +6,7 @@
 use super::checks::{self, CheckId, ControlsChecked, GuestContext};
 use super::explain::Refusal;
 use super::merge::{self, Duties, NvmxNeeds, Translated};
+use super::shadow::{self, NO_LINK};
 use super::slot::Slot;
 use super::stale::Stale;
 use super::vmcs12::{FieldSet, Vmcs12};
@@ -39,6 +40,11 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
             return Ok(Next::Advance);
         }
     }
+    let slot = &cpu.nested.slots[index];
+    let links = slot.merged.is_some_and(|m| m.duties.contains(Duties::LINK_SHADOW_VMCS));
+    if links || slot.vmcs12.get(Field::VMCS_LINK_POINTER) != NO_LINK || slot.link02 != NO_LINK {
+        shadow::link(cpu, index);
+    }
     let slot = &mut cpu.nested.slots[index];
     let (vmx, config) = (&mut cpu.vmx, &cpu.config);
     let Some(merged) = &slot.merged else { return Err(KillReason::UnexpectedExit(0).into()) };
@@ -62,6 +68,10 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
 
     slot.load_vmcs02(vmx, &cpu.phys, config.hardware.basic.revision());
     slot.flush_dirty(vmx, config.strategy, &config.exists);
+    if slot.link02 != slot.link_to {
+        slot.link02 = slot.link_to;
+        vmx.write(Field::VMCS_LINK_POINTER, slot.link02);
+    }
     if slot.unwritten {
         slot.write_controls(vmx);
     }
@@ -167,6 +177,7 @@ fn live_controls_failure(cpu: &mut Cpu, index: usize) -> Option<checks::Failure>
 
 /// Merges the controls anew, which were checked.
 fn merge_controls(cpu: &mut Cpu, index: usize, checked: ControlsChecked) {
+    let by_hardware = shadow::by_hardware(cpu);
     let slot = &cpu.nested.slots[index];
     let primary = PrimaryControls::from_bits_retain(slot.vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32);
     let io = |field| cpu.guest.translate(Gpa::new(slot.vmcs12.get(field))).ok();
@@ -182,7 +193,12 @@ fn merge_controls(cpu: &mut Cpu, index: usize, checked: ControlsChecked) {
 
     let apic = virtual_apic::pages(cpu, &cpu.nested.slots[index].vmcs12);
     let slot = &mut cpu.nested.slots[index];
-    let to = Translated { io_bitmaps, msr_bitmap: uses_msr_bitmap.then_some(slot.msr_bitmap), apic };
+    let to = Translated {
+        io_bitmaps,
+        msr_bitmap: uses_msr_bitmap.then_some(slot.msr_bitmap),
+        shadow_bitmaps: by_hardware.then_some(slot.shadow_bitmaps),
+        apic,
+    };
     let merged = merge::merge(&NvmxNeeds::new(&cpu.config.hardware), &slot.vmcs12, checked, &to);
     let entry12 = EntryControls::from_bits_retain(slot.vmcs12.get(Field::VM_ENTRY_CONTROLS) as u32);
     let exit12 = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);

@@ -8,7 +8,9 @@ use crate::emul::msr;
 use crate::ept::{Outcome, PageLog, Qualification};
 use crate::error::{Fault, KillReason};
 use crate::mm::{GuestMemory, PhysMem};
+use crate::nested::l3_memory::Miss;
 use crate::nested::merge::Duties;
+use crate::nested::shadow;
 use crate::nested::slot::Slot;
 use crate::vcpu::tracked::is_pat;
 use crate::vcpu::{Cpu, inject, l2_exit, smp};
@@ -45,16 +47,19 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
         return Ok(());
     }
     // Only these reasons need more than the reason itself to find their way.
-    let (mut qualification, mut event) = (0, EventInfo::NONE);
+    let (mut qualification, mut event, mut encoding) = (0, EventInfo::NONE, 0);
     match reason.basic() {
         BasicReason::CR_ACCESS => qualification = cpu.vmx.read(Field::EXIT_QUALIFICATION),
         BasicReason::INIT_SIGNAL => smp::stop_if_over(),
         BasicReason::EXCEPTION_OR_NMI => event = EventInfo(cpu.vmx.read(Field::VM_EXIT_INTR_INFO) as u32),
         BasicReason::MONITOR_TRAP_FLAG if events::stopped_l3(cpu, current)? => return Ok(()),
+        BasicReason::VMREAD | BasicReason::VMWRITE if uses_shadowing(&cpu.nested.slots[current]) => {
+            encoding = shadow::encoding(cpu);
+        }
         _ => {}
     }
-    let info = ExitInfo { reason, qualification, event, ecx: cpu.regs.gpr[1] as u32 };
     let slot = &cpu.nested.slots[current];
+    let info = ExitInfo { reason, qualification, event, ecx: cpu.regs.gpr[1] as u32, encoding };
     match route(&info, &Wants { slot, guest: &cpu.guest }) {
         Route::Reflect => reflect::reflect(cpu, current, None),
         Route::Nvmx => keep(cpu, current, reason),
@@ -65,6 +70,19 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
 struct Wants<'a, P> {
     slot: &'a Slot,
     guest: &'a GuestMemory<P>,
+}
+
+impl<P: PhysMem> Wants<'_, P> {
+    /// A bit of the page that this field points to; a page that L2 does not own reads as all ones.
+    fn bit(&self, bitmap: Field, bit: u16) -> bool {
+        let page = Gpa::new(self.slot.vmcs12.get(bitmap)).page();
+        let word = self.guest.read_u64(Gpa::new(page.get() + bit as u64 / 64 * 8)).unwrap_or(u64::MAX);
+        word >> (bit % 64) & 1 == 1
+    }
+}
+
+fn uses_shadowing(slot: &Slot) -> bool {
+    slot.merged.is_some_and(|m| m.duties.contains(Duties::LINK_SHADOW_VMCS))
 }
 
 impl<P: PhysMem> L2Wants for Wants<'_, P> {
@@ -88,10 +106,15 @@ impl<P: PhysMem> L2Wants for Wants<'_, P> {
 
     fn msr_bitmap(&self, index: u32, access: Access) -> bool {
         let Some(bit) = MsrBitmap::index(index, access) else { return true };
-        let page = Gpa::new(self.slot.vmcs12.get(Field::MSR_BITMAP)).page();
-        // A page that L2 does not own reads as all ones.
-        let word = self.guest.read_u64(Gpa::new(page.get() + bit as u64 / 64 * 8)).unwrap_or(u64::MAX);
-        word >> (bit % 64) & 1 == 1
+        self.bit(Field::MSR_BITMAP, bit)
+    }
+
+    fn shadow_bitmap(&self, bit: u16, access: Access) -> bool {
+        let bitmap = match access {
+            Access::Read => Field::VMREAD_BITMAP,
+            Access::Write => Field::VMWRITE_BITMAP,
+        };
+        self.bit(bitmap, bit)
     }
 }
 
@@ -107,6 +130,8 @@ fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReaso
         // L3's NMIs are its own, and nvmx has one for it.
         BasicReason::NMI_WINDOW => events::window_opened(cpu),
         BasicReason::EXCEPTION_OR_NMI => events::note_nmi(cpu),
+        BasicReason::VMREAD => shadow::of_l3(cpu, index, Access::Read)?,
+        BasicReason::VMWRITE => shadow::of_l3(cpu, index, Access::Write)?,
         BasicReason::RDMSR => msr_of_l3(cpu, index, msr::read),
         BasicReason::WRMSR if cpu.regs.gpr[1] as u32 == msr::IA32_PAT => pat_of_l3(cpu, index),
         BasicReason::WRMSR => msr_of_l3(cpu, index, msr::write),
@@ -144,6 +169,20 @@ fn msr_of_l3(cpu: &mut Cpu, index: usize, emulate: fn(&mut Cpu) -> Result<(), Fa
         Ok(()) => inject::advance(cpu),
         Err(fault) => inject::fault(cpu, fault),
     }
+}
+
+/// ept12 does not serve an operand of an instruction that nvmx was completing: as if the access had been L3's own. Where
+/// this is offered the processor lets exit information be written.
+#[cold]
+pub fn missed(cpu: &mut Cpu, index: usize, miss: Miss) -> Result<(), KillReason> {
+    for (field, value) in [
+        (Field::GUEST_PHYSICAL_ADDRESS, miss.at),
+        (Field::GUEST_LINEAR_ADDRESS, miss.linear),
+        (Field::EXIT_QUALIFICATION, miss.qualification.bits()),
+    ] {
+        cpu.vmx.write(field, value);
+    }
+    violation(cpu, index)
 }
 
 /// An EPT violation of L3: fills ept02, or tells L2.

@@ -1,6 +1,6 @@
 //! What vmcs02 runs with: nvmx's needs and a checked vmcs12, merged.
 //!
-//! Pure; only [`msr_bitmaps`] works in memory. Every address comes in translated; what L2 wants intercepted is a subset of
+//! Pure; only [`msr_bitmaps`] and [`shadow_bitmap`] work in memory. Every address comes in translated; what L2 wants intercepted is a subset of
 //! what comes out (invariant I3), and nothing of vmcs12 reaches the host side of the VM exit (invariant I4).
 //!
 //! Exception bitmap, CR masks and shadows, CR3 targets, TSC offset, the PF mask and all guest state are not here: L2's
@@ -66,6 +66,8 @@ pub struct Translated {
     pub msr_bitmap: Option<Hpa>,
     /// What vmcs12 names for those of its controls that use it.
     pub apic: ApicPages,
+    /// The merged VMREAD and VMWRITE bitmaps, if the hardware is to use them.
+    pub shadow_bitmaps: Option<(Hpa, Hpa)>,
 }
 
 bitflags! {
@@ -91,6 +93,8 @@ bitflags! {
         /// The guest runs on ept01 with virtualized APIC accesses: each entry must flush what L2 itself, and guests without,
         /// left cached of ept01.
         const FLUSH_EPT01 = 1 << 8;
+        /// L2 uses VMCS shadowing: its shadow VMCS must be active, and within L3's reach.
+        const LINK_SHADOW_VMCS = 1 << 9;
     }
 }
 
@@ -113,6 +117,8 @@ pub struct Vmcs02Controls {
     pub apic_access: Option<Hpa>,
     /// The posted-interrupt descriptor, if L2 uses one.
     pub posted_descriptor: Option<Hpa>,
+    /// To be written if the secondary controls use VMCS shadowing.
+    pub shadow_bitmaps: Option<(Hpa, Hpa)>,
     /// To be written if the secondary controls enable XSAVES.
     pub xss_exiting_bitmap: u64,
     /// To be written if the secondary controls enable PAUSE-loop exiting.
@@ -143,7 +149,10 @@ pub fn merge(needs: &NvmxNeeds, vmcs12: &impl Fields, checked: ControlsChecked, 
         exit |= needs.save_timer;
     }
     // Both are about L2's tables and not those that run: `ept::flags` writes its log, `nested::ve` makes its #VE.
-    let run12 = secondary12 - SecondaryControls::ENABLE_PML - SecondaryControls::EPT_VIOLATION_VE;
+    let mut run12 = secondary12 - SecondaryControls::ENABLE_PML - SecondaryControls::EPT_VIOLATION_VE;
+    let shadow_bitmaps = to.shadow_bitmaps.filter(|_| secondary12.contains(SecondaryControls::VMCS_SHADOWING));
+    // Without shadowing each access exits, and nvmx looks into L2's bitmaps.
+    run12.set(SecondaryControls::VMCS_SHADOWING, shadow_bitmaps.is_some());
     Vmcs02Controls {
         pin: pin12 | needs.pin,
         primary: merge_primary(primary12, to) | needs.primary,
@@ -155,6 +164,7 @@ pub fn merge(needs: &NvmxNeeds, vmcs12: &impl Fields, checked: ControlsChecked, 
         virtual_apic: primary12.contains(PrimaryControls::USE_TPR_SHADOW).then_some(to.apic.virtual_apic),
         apic_access: secondary12.contains(SecondaryControls::VIRTUALIZE_APIC_ACCESSES).then_some(to.apic.apic_access),
         posted_descriptor: pin12.contains(PinControls::POSTED_INTERRUPTS).then_some(to.apic.posted_descriptor),
+        shadow_bitmaps,
         xss_exiting_bitmap: vmcs12.get(Field::XSS_EXITING_BITMAP),
         ple_gap: get32(Field::PLE_GAP),
         ple_window: get32(Field::PLE_WINDOW),
@@ -210,6 +220,7 @@ fn duties(entry12: EntryControls, exit12: ExitControls, secondary12: SecondaryCo
     duties.set(Duties::KEEP_PAT, !exit12.contains(ExitControls::SAVE_PAT));
     duties.set(Duties::KEEP_DEBUG, !exit12.contains(ExitControls::SAVE_DEBUG_CONTROLS));
     duties.set(Duties::LOAD_PDPTES, !secondary12.contains(SecondaryControls::ENABLE_EPT));
+    duties.set(Duties::LINK_SHADOW_VMCS, secondary12.contains(SecondaryControls::VMCS_SHADOWING));
     duties.set(Duties::FLUSH_VPID, !secondary12.contains(SecondaryControls::ENABLE_VPID));
     let virtualizes_accesses = secondary12.contains(SecondaryControls::VIRTUALIZE_APIC_ACCESSES);
     duties.set(Duties::FLUSH_EPT01, virtualizes_accesses && duties.contains(Duties::LOAD_PDPTES));
@@ -225,4 +236,14 @@ pub fn msr_bitmaps<P: PhysMem>(phys: &P, ours: &Words, guest: &GuestMemory<P>, t
         Err(_) => (0..PAGE_SIZE).step_by(8).for_each(|offset| phys.write_u64(word(offset), u64::MAX)),
     }
     ours.iter().for_each(|(offset, bits)| phys.write_u64(word(offset), phys.read_u64(word(offset)) | bits));
+}
+
+/// Makes the bitmap in the frame `to`, which is all ones elsewhere, the union of nvmx's VMREAD or VMWRITE bitmap and L2's at
+/// `theirs`: `ours` are the words of nvmx's in which a field is open. A page that L2 does not own reads as all ones.
+pub fn shadow_bitmap<P: PhysMem>(phys: &P, ours: &Words, guest: &GuestMemory<P>, theirs: Gpa, to: Hpa) {
+    let theirs = guest.translate(theirs.page()).ok();
+    for (offset, word) in ours.iter() {
+        let theirs = theirs.map_or(u64::MAX, |page| phys.read_u64(Hpa::new(page.get() + offset)));
+        phys.write_u64(Hpa::new(to.get() + offset), word | theirs);
+    }
 }

@@ -12,11 +12,13 @@ pub mod explain;
 pub mod inherit;
 pub mod instr;
 pub mod l3_exit;
+pub mod l3_memory;
 pub mod merge;
 pub mod msr_lists;
 pub mod reflect;
 pub mod refused;
 pub mod route;
+pub mod shadow;
 pub mod slot;
 pub mod stale;
 pub mod ve;
@@ -74,7 +76,7 @@ mod state {
         pub blocking01: u64,
         /// What was refused last, for L2 to read.
         pub refusals: Refusals,
-        /// Counts VMPTRLDs, for the order of use.
+        /// Counts uses, for their order.
         pub uses: u64,
     }
 
@@ -108,7 +110,15 @@ mod state {
             }
         }
 
-        /// The slot of the vmcs12 at `vmptr`, if it is active.
+        /// Notes that a slot is in use.
+        pub fn touch(&mut self, index: usize) {
+            self.uses += 1;
+            if let Some(slot) = self.slots.get_mut(index) {
+                slot.used = self.uses;
+            }
+        }
+
+        /// The slot for the vmcs12 at `vmptr`, active or not, if there is one.
         pub fn find(&self, vmptr: Gpa) -> Option<usize> {
             self.slots.iter().position(|s| s.vmptr == Some(vmptr))
         }

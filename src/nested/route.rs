@@ -6,7 +6,7 @@
 //! Source: Intel SDM vol. 3C (December 2024), chapter "VMX Non-Root Operation": "Instructions That Cause VM Exits", "Other
 //! Causes of VM Exits".
 
-use crate::vmx::bitmap::Access;
+use crate::vmx::bitmap::{Access, shadow_index};
 use crate::vmx::controls::{PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::event::{EventInfo, EventKind};
 use crate::vmx::exit::{BasicReason, ExitReason};
@@ -33,6 +33,8 @@ pub struct ExitInfo {
     pub event: EventInfo,
     /// ECX at the exit: the MSR of RDMSR and WRMSR.
     pub ecx: u32,
+    /// The field encoding that VMREAD or VMWRITE gives, if L2 uses VMCS shadowing.
+    pub encoding: u64,
 }
 
 /// What L2 asked for in vmcs12.
@@ -45,6 +47,9 @@ pub trait L2Wants {
     fn secondary(&self) -> SecondaryControls;
     /// True if L2's MSR bitmap has the bit set, or lies outside of L2's memory. Asked only if L2 uses MSR bitmaps.
     fn msr_bitmap(&self, msr: u32, access: Access) -> bool;
+    /// True if L2's VMREAD or VMWRITE bitmap has this bit set, or lies outside of L2's memory. Asked only if L2 uses VMCS
+    /// shadowing.
+    fn shadow_bitmap(&self, bit: u16, access: Access) -> bool;
 }
 
 /// Decides. An entry that failed late failed on L2's guest state or L2's MSR list.
@@ -64,7 +69,7 @@ fn l2_wants_exit(exit: &ExitInfo, l2: &impl L2Wants) -> bool {
     match exit.reason.basic() {
         // Always, in VMX non-root operation.
         R::CPUID | R::GETSEC | R::INVD | R::XSETBV | R::TASK_SWITCH | R::TRIPLE_FAULT | R::INIT_SIGNAL => true,
-        R::VMCALL | R::VMCLEAR | R::VMLAUNCH | R::VMPTRLD | R::VMPTRST | R::VMREAD | R::VMRESUME | R::VMWRITE => true,
+        R::VMCALL | R::VMCLEAR | R::VMLAUNCH | R::VMPTRLD | R::VMPTRST | R::VMRESUME => true,
         R::VMXOFF | R::VMXON | R::INVEPT | R::INVVPID => true,
 
         // Events.
@@ -94,6 +99,8 @@ fn l2_wants_exit(exit: &ExitInfo, l2: &impl L2Wants) -> bool {
         // Operands decide.
         R::CR_ACCESS => wants_cr_access(CrAccess::decode(exit.qualification), l2.primary()),
         R::IO_INSTRUCTION => primary(P::UNCONDITIONAL_IO_EXITING | P::USE_IO_BITMAPS),
+        R::VMREAD => wants_field_access(exit.encoding, Access::Read, l2),
+        R::VMWRITE => wants_field_access(exit.encoding, Access::Write, l2),
         R::RDMSR => wants_msr(exit.ecx, Access::Read, l2),
         R::WRMSR => wants_msr(exit.ecx, Access::Write, l2),
 
@@ -136,6 +143,11 @@ fn wants_cr_access(access: CrAccess, primary: PrimaryControls) -> bool {
         CrAccess::Write { cr: 0 | 4, .. } | CrAccess::Clts | CrAccess::Lmsw { .. } => true,
         CrAccess::Write { .. } | CrAccess::Read { .. } => false,
     }
+}
+
+fn wants_field_access(encoding: u64, access: Access, l2: &impl L2Wants) -> bool {
+    let shadowing = l2.secondary().contains(SecondaryControls::VMCS_SHADOWING);
+    !shadowing || shadow_index(encoding).is_none_or(|bit| l2.shadow_bitmap(bit, access))
 }
 
 fn wants_msr(msr: u32, access: Access, l2: &impl L2Wants) -> bool {

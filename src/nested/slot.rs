@@ -4,6 +4,7 @@ use super::checks::host_field_holds;
 use super::inherit::Inherited;
 use super::merge::Vmcs02Controls;
 use super::msr_lists::MsrLists;
+use super::shadow::NO_LINK;
 use super::stale::Stale;
 use super::vmcs12::{FieldSet, Vmcs12};
 use crate::addr::{Gpa, Hpa};
@@ -13,12 +14,12 @@ use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::PhysMem;
 use crate::vcpu::Config;
 use crate::vmx::controls::{PrimaryControls, SecondaryControls};
-use crate::vmx::field::Home;
+use crate::vmx::image::Layout;
 use crate::vmx::{Capabilities, Field};
 use l2_protocol::abi::Strategy;
 
 /// Bit 31 of the first word of a VMCS region: the shadow-VMCS indicator (SDM table "Format of the VMCS Region").
-const SHADOW_INDICATOR: u32 = 1 << 31;
+pub const SHADOW_INDICATOR: u32 = 1 << 31;
 
 /// What vmcs02 is at the moment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,8 +40,13 @@ enum Form {
 
 /// A slot.
 pub struct Slot {
-    /// Address of the vmcs12 that holds this slot; free if none.
+    /// Address of the vmcs12 that this slot is for; free if none.
     pub vmptr: Option<Gpa>,
+    /// VMPTRLD made the vmcs12 active, and no VMCLEAR inactive. An inactive one is in L2's memory, and stays here as well:
+    /// the next VMPTRLD finds it good if that memory has not changed.
+    pub active: bool,
+    /// The region says that it is a shadow VMCS.
+    pub shadow12: bool,
     /// nvmx's copy.
     pub vmcs12: Vmcs12,
     /// The VMCS that runs L3.
@@ -56,6 +62,14 @@ pub struct Slot {
     pub unwritten: bool,
     /// ept12 is under mode-based execute control.
     pub mode_based: bool,
+    /// VMREAD and VMWRITE bitmap for vmcs02, merged: frames of nvmx, all ones but where nvmx opens fields.
+    pub shadow_bitmaps: (Hpa, Hpa),
+    /// The slot of the shadow VMCS that L3 reaches.
+    pub linked: Option<usize>,
+    /// What vmcs02 is to link to.
+    pub link_to: u64,
+    /// The link pointer in vmcs02.
+    pub link02: u64,
     /// EPTP in vmcs02.
     pub eptp02: u64,
     /// VPID in vmcs02.
@@ -75,10 +89,12 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// A free slot on three kinds of frames of its own.
-    pub fn new(vmcs02: Hpa, msr_bitmap: Hpa, msr_lists: MsrLists) -> Self {
+    /// A free slot on frames of its own.
+    pub fn new(vmcs02: Hpa, msr_bitmap: Hpa, shadow_bitmaps: (Hpa, Hpa), msr_lists: MsrLists) -> Self {
         Slot {
             vmptr: None,
+            active: false,
+            shadow12: false,
             vmcs12: Vmcs12::new(),
             vmcs02,
             form: Form::Ordinary { launched: false },
@@ -87,6 +103,10 @@ impl Slot {
             written: None,
             unwritten: true,
             mode_based: false,
+            shadow_bitmaps,
+            linked: None,
+            link_to: NO_LINK,
+            link02: NO_LINK,
             eptp02: 0,
             vpid02: 0,
             msr_bitmap,
@@ -193,6 +213,7 @@ impl Slot {
         let old = self.written.replace(new);
         let values = |c: &Vmcs02Controls| {
             let (a, b) = c.io_bitmaps.map_or((None, None), |(a, b)| (Some(a.get()), Some(b.get())));
+            let (read, write) = c.shadow_bitmaps.map_or((None, None), |(r, w)| (Some(r.get()), Some(w.get())));
             let with = |control, value| c.secondary.contains(control).then_some(value);
             [
                 (Field::PIN_BASED_VM_EXEC_CONTROL, Some(c.pin.bits().into())),
@@ -206,6 +227,8 @@ impl Slot {
                 (Field::VIRTUAL_APIC_ADDRESS, c.virtual_apic.map(Hpa::get)),
                 (Field::APIC_ACCESS_ADDRESS, c.apic_access.map(Hpa::get)),
                 (Field::POSTED_INTR_DESC_ADDR, c.posted_descriptor.map(Hpa::get)),
+                (Field::VMREAD_BITMAP, read),
+                (Field::VMWRITE_BITMAP, write),
                 (Field::XSS_EXITING_BITMAP, with(SecondaryControls::ENABLE_XSAVES, c.xss_exiting_bitmap)),
                 (Field::PLE_GAP, with(SecondaryControls::PAUSE_LOOP_EXITING, c.ple_gap.into())),
                 (Field::PLE_WINDOW, with(SecondaryControls::PAUSE_LOOP_EXITING, c.ple_window.into())),
@@ -256,24 +279,34 @@ impl Slot {
 
     /// Fetches every field that only vmcs02 has, which is current.
     pub fn fetch_all(&mut self, vmx: &mut Vmx, exists: &FieldSet) {
-        for field in Field::ALL.iter().copied().filter(|f| f.home() != Home::Cache && exists.contains(*f)) {
-            if !self.vmcs12.valid.contains(field) {
-                let value = vmx.read(field);
-                self.vmcs12.fetched(field, value);
-            }
+        let missing = exists.without(&self.vmcs12.valid);
+        self.vmcs12.fetch(missing, |field| vmx.read(field));
+    }
+
+    /// Fetches the same where vmcs02 lies in memory.
+    pub fn fetch_image(&mut self, layout: &Layout, phys: &DirectMap, exists: &FieldSet) {
+        let (missing, vmcs02) = (exists.without(&self.vmcs12.valid), self.vmcs02);
+        self.vmcs12.fetch(missing, |field| layout.read(phys, vmcs02, field));
+    }
+
+    /// vmcs02, which is not current, takes the form in which vmcs01 and other vmcs02s may link to it.
+    pub fn rest(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
+        if self.form != Form::Shadow {
+            self.become_shadow(vmx, phys, revision);
         }
     }
 
-    /// Frees the slot; the copy must have been stored before.
-    pub fn release(&mut self, vmx: &mut Vmx) {
-        vmx.clear(self.vmcs02);
-        self.form = Form::Ordinary { launched: false };
+    /// Forgets the vmcs12; the copy must have been stored before if it is wanted. What is in vmcs02 stays.
+    pub fn release(&mut self) {
         self.vmptr = None;
+        self.active = false;
         self.vmcs12 = Vmcs12::new();
         self.bitmap12 = None;
         self.bitmap_watch = None;
         self.stale = Stale::all();
         self.merged = None;
+        self.linked = None;
+        self.link_to = NO_LINK;
         self.inherited.forget();
     }
 }

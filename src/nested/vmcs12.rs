@@ -65,6 +65,11 @@ impl FieldSet {
         self.0.iter().all(|w| *w == 0)
     }
 
+    /// The fields that are in this set and not in `others`.
+    pub fn without(self, others: &FieldSet) -> FieldSet {
+        FieldSet(core::array::from_fn(|i| self.0[i] & !others.0[i]))
+    }
+
     /// The fields in it, in the order of the table.
     pub fn iter(self) -> impl Iterator<Item = Field> {
         self.0.into_iter().enumerate().flat_map(|(word, mut bits)| {
@@ -119,6 +124,20 @@ impl Vmcs12 {
         self.valid.insert(field);
     }
 
+    /// Keeps the values of all fields of `set` as `read` tells them; each fits its field.
+    pub fn fetch(&mut self, set: FieldSet, mut read: impl FnMut(Field) -> u64) {
+        for (word, mut bits) in set.0.into_iter().enumerate() {
+            self.valid.0[word] |= bits;
+            while bits != 0 {
+                let i = word * 64 + bits.trailing_zeros() as usize;
+                bits &= bits - 1;
+                if let (Some(value), Some(field)) = (self.values.get_mut(i), Field::ALL.get(i)) {
+                    *value = read(*field);
+                }
+            }
+        }
+    }
+
     /// A value that L2 wrote and vmcs02 must get before the next entry.
     pub fn written(&mut self, field: Field, value: u64) {
         self.fetched(field, value);
@@ -145,11 +164,18 @@ impl Vmcs12 {
 
     /// Writes every value back to the region at `at`; all fields must be valid.
     pub fn store(&self, memory: &GuestMemory<impl PhysMem>, at: Gpa) -> Result<(), NotOwned> {
-        memory.write_u64(offset(at, LAUNCH_OFFSET), if self.launched { LAUNCHED } else { 0 })?;
-        for (i, value) in self.values.iter().enumerate() {
-            memory.write_u64(offset(at, VALUES_OFFSET + 8 * i as u64), *value)?;
-        }
-        Ok(())
+        memory.write_u64(offset(at, LAUNCH_OFFSET), self.launch_state())?;
+        memory.write_words(offset(at, VALUES_OFFSET), &self.values)
+    }
+
+    /// True if the region at `at` holds what [`Vmcs12::store`] would write there.
+    pub fn is_stored_at(&self, memory: &GuestMemory<impl PhysMem>, at: Gpa) -> bool {
+        memory.read_u64(offset(at, LAUNCH_OFFSET)) == Ok(self.launch_state())
+            && memory.holds_words(offset(at, VALUES_OFFSET), &self.values)
+    }
+
+    fn launch_state(&self) -> u64 {
+        if self.launched { LAUNCHED } else { 0 }
     }
 
     /// Sets the launch state in the region at `at` to clear, for a region that is not active.

@@ -81,10 +81,10 @@ impl Common {
         let msr_bitmap01 = page(&mut frames, phys, &msr_bitmap01())?;
         let void = page(&mut frames, phys, &BitmapPage::SET)?;
         let mut shadow_bitmaps = [Hpa::new(0); 2];
-        for (at, access) in shadow_bitmaps.iter_mut().zip([Access::Read, Access::Write]) {
-            let mut bitmap = BitmapPage::SET;
-            shadow_bitmap(&mut bitmap, access, &offered);
-            *at = page(&mut frames, phys, &bitmap)?;
+        let mut bitmaps = [BitmapPage::SET, BitmapPage::SET];
+        for ((at, bitmap), access) in shadow_bitmaps.iter_mut().zip(&mut bitmaps).zip([Access::Read, Access::Write]) {
+            shadow_bitmap(bitmap, access, &offered);
+            *at = page(&mut frames, phys, bitmap)?;
         }
         let mut slots = ArrayVec::new();
         for _ in 0..SLOTS {
@@ -92,7 +92,8 @@ impl Common {
             let bitmap = frames.alloc(phys)?.into_hpa();
             let lists =
                 MsrLists::new(frames.alloc_contiguous(phys, AREA_FRAMES)?, frames.alloc_contiguous(phys, AREA_FRAMES)?);
-            slots.push(Slot::new(vmcs02, bitmap, lists));
+            let merged = (page(&mut frames, phys, &BitmapPage::SET)?, page(&mut frames, phys, &BitmapPage::SET)?);
+            slots.push(Slot::new(vmcs02, bitmap, merged, lists));
         }
         let mut tables = Cpu::tables(&mut frames, phys);
         let ept01 = Ept01::new(
@@ -116,6 +117,7 @@ impl Common {
             loads_msrs01: false,
             msr_bitmap01,
             void,
+            shadow_words: bitmaps.each_ref().map(|bitmap| Words::that_differ(bitmap, u64::MAX)),
             msr_intercepts: Words::that_differ(&msr_bitmap_l3(), 0),
             shadow_bitmaps,
             feature_control: FEATURE_LOCK | FEATURE_VMX,

@@ -12,6 +12,7 @@ use crate::mm::mtrr::Mtrrs;
 use crate::mm::{FramePool, GuestMemory};
 use crate::nested::Nested;
 use crate::nested::events::Events;
+use crate::nested::l3_memory::{Failed, Miss};
 use crate::nested::vmcs12::FieldSet;
 use crate::vmx::Capabilities;
 use crate::vmx::bitmap::Words;
@@ -66,6 +67,8 @@ pub struct Cpu {
     pub shadow_bitmaps: [Hpa; 2],
     /// MSR bitmap of vmcs01: what nvmx itself must see.
     pub msr_bitmap01: Hpa,
+    /// What L3 may reach of a shadow VMCS by VMREAD and VMWRITE, to be merged with L2's bitmaps.
+    pub shadow_words: [Words; 2],
     /// What nvmx must see of L3, to be merged with L2's bitmap.
     pub msr_intercepts: Words,
     /// Stands for memory that is not there: a frame of nvmx.
@@ -118,6 +121,8 @@ pub enum Next {
 pub enum Stop {
     /// L2 gets an exception.
     Fault(Fault),
+    /// ept12 does not serve an operand of L3.
+    Miss(Miss),
     /// The machine ends.
     Kill(KillReason),
 }
@@ -131,6 +136,15 @@ impl From<Fault> for Stop {
 impl From<KillReason> for Stop {
     fn from(reason: KillReason) -> Self {
         Stop::Kill(reason)
+    }
+}
+
+impl From<Failed> for Stop {
+    fn from(failed: Failed) -> Self {
+        match failed {
+            Failed::Access(error) => error.into(),
+            Failed::Miss(miss) => Stop::Miss(miss),
+        }
     }
 }
 

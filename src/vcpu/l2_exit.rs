@@ -19,6 +19,8 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
         Ok(Next::Stay) => {}
         Err(Stop::Fault(fault)) => inject::fault(cpu, fault),
         Err(Stop::Kill(reason)) => return Err(reason),
+        // L2 has no EPT of its own.
+        Err(Stop::Miss(miss)) => return Err(KillReason::ForbiddenMemory(Gpa::new(miss.at))),
     }
     Ok(())
 }

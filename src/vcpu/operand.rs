@@ -1,11 +1,16 @@
-//! Operands of L2's instructions: registers, and memory through L2's segments and page tables. vmcs01 is current.
+//! Operands of a guest's instructions: registers, and memory through its segments and page tables. The guest is that of the
+//! current VMCS: L2, or L3 where nvmx completes an instruction for it.
 //!
 //! Source: SDM vol. 3C, tables "Format of the VM-Exit Instruction-Information Field as Used for ...".
 
 use super::{Cpu, Stop};
+use crate::ept::{EptRules, Eptp};
 use crate::error::Fault;
+use crate::hw::phys::DirectMap;
 use crate::mm::linear::Paging;
 use crate::nested::Operation;
+use crate::nested::l3_memory::View;
+use crate::nested::merge::Duties;
 use crate::vmx::Field;
 use crate::vmx::field::{Fields, PDPTES};
 use crate::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, decode_field_access};
@@ -19,11 +24,11 @@ pub fn in_64_bit_mode(cpu: &mut Cpu) -> bool {
     efer(cpu) & EFER_LMA != 0
 }
 
-/// IA32_EFER of L2: known in VMX operation, where paging, and so LMA, stays as it is.
+/// IA32_EFER of the guest. L2's is known in VMX operation, where paging, and so LMA, stays as it is.
 fn efer(cpu: &mut Cpu) -> u64 {
     match cpu.nested.operation {
-        Operation::Off => cpu.vmx.read(Field::GUEST_IA32_EFER),
-        _ => cpu.tracked.efer(),
+        Operation::Root { .. } => cpu.tracked.efer(),
+        _ => cpu.vmx.read(Field::GUEST_IA32_EFER),
     }
 }
 
@@ -93,21 +98,37 @@ fn paging(cpu: &mut Cpu) -> Paging {
     }
 }
 
-/// Reads L2's memory at a linear address.
+/// Reads the guest's memory at a linear address.
 pub fn read(cpu: &mut Cpu, linear: u64, into: &mut [u8]) -> Result<(), Stop> {
-    Ok(paging(cpu).read(&cpu.guest, linear, into)?)
+    match cpu.nested.operation {
+        Operation::NonRoot { current, .. } => Ok(l3_view(cpu, current).read(linear, into)?),
+        _ => Ok(paging(cpu).read(&cpu.guest, linear, into)?),
+    }
 }
 
-/// Writes L2's memory at a linear address.
+/// Writes the guest's memory at a linear address.
 pub fn write(cpu: &mut Cpu, linear: u64, bytes: &[u8]) -> Result<(), Stop> {
-    Ok(paging(cpu).write(&cpu.guest, linear, bytes)?)
+    match cpu.nested.operation {
+        Operation::NonRoot { current, .. } => Ok(l3_view(cpu, current).write(linear, bytes)?),
+        _ => Ok(paging(cpu).write(&cpu.guest, linear, bytes)?),
+    }
+}
+
+/// L3's memory; vmcs02 is current.
+fn l3_view(cpu: &mut Cpu, index: usize) -> View<'_, DirectMap> {
+    let paging = paging(cpu);
+    let slot = &cpu.nested.slots[index];
+    let has_ept = slot.merged.is_some_and(|m| !m.duties.contains(Duties::LOAD_PDPTES));
+    let eptp12 = has_ept.then(|| Eptp::new(slot.vmcs12.get(Field::EPT_POINTER)));
+    View { guest: &cpu.guest, eptp12, rules: EptRules::of(&cpu.config.offered), paging }
 }
 
 /// The instruction information of VMREAD or VMWRITE.
 ///
 /// A hypervisor below that emulates VMX may not shadow that field; then the instruction's own bytes are cheaper.
 pub fn field_access_info(cpu: &mut Cpu) -> InstructionInfo {
-    if cpu.config.layout.is_some() && in_64_bit_mode(cpu) {
+    let of_l2 = !matches!(cpu.nested.operation, Operation::NonRoot { .. });
+    if of_l2 && cpu.config.layout.is_some() && in_64_bit_mode(cpu) {
         let rip = cpu.vmx.read(Field::GUEST_RIP);
         let mut bytes = [0; 5];
         let len = bytes.len().min(cpu.vmx.read(Field::VM_EXIT_INSTRUCTION_LEN) as usize);

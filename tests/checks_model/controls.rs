@@ -83,6 +83,10 @@ pub fn violations(v: &impl Fields, caps: &Capabilities) -> Violations {
     if !bit(pin, 5) {
         demand("NmiWindowNeedsVirtualNmis", !bit(primary, 22));
     }
+    if bit(secondary, 14) {
+        let pages = page_pointer(v.get(VMREAD_BITMAP)) && page_pointer(v.get(VMWRITE_BITMAP));
+        demand("ShadowBitmapAddresses", pages);
+    }
     if bit(secondary, 5) {
         demand("VpidNotZero", v.get(VIRTUAL_PROCESSOR_ID) != 0);
     }

@@ -69,7 +69,7 @@ pub const CASES: &[(CheckId, Change)] = &[
     (CheckId::PinControls, |v| _ = v.clear(PIN_BASED_VM_EXEC_CONTROL, 1 << 1)),
     (CheckId::PrimaryControls, |v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 17)),
     (CheckId::PrimaryControls, |v| _ = v.clear(CPU_BASED_VM_EXEC_CONTROL, 1 << 26)),
-    (CheckId::SecondaryControls, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 14)),
+    (CheckId::SecondaryControls, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 15)),
     (CheckId::SecondaryControls, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 29)),
     (CheckId::IoBitmapAddress, |v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 25).set(IO_BITMAP_A, 0x1001)),
     (CheckId::IoBitmapAddress, |v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 25).set(IO_BITMAP_B, 1 << 39)),
@@ -100,6 +100,8 @@ pub const CASES: &[(CheckId, Change)] = &[
     (CheckId::NmiWindowNeedsVirtualNmis, |v| {
         _ = v.or(PIN_BASED_VM_EXEC_CONTROL, 1 << 3).or(CPU_BASED_VM_EXEC_CONTROL, 1 << 22)
     }),
+    (CheckId::ShadowBitmapAddresses, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 14).set(VMREAD_BITMAP, 0x800)),
+    (CheckId::ShadowBitmapAddresses, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 14).set(VMWRITE_BITMAP, 1 << 63)),
     (CheckId::VpidNotZero, |v| _ = v.set(VIRTUAL_PROCESSOR_ID, 0)),
     (CheckId::EptpMemoryType, |v| _ = v.or(EPT_POINTER, 1)),
     (CheckId::EptpMemoryType, |v| _ = v.clear(EPT_POINTER, 2)),

@@ -133,10 +133,15 @@ impl Guest {
         if let Err(outcome) = entered {
             return Exit::Refused(outcome);
         }
-        let (reason, qualification) = (vmx::read(f::EXIT_REASON) as u32, vmx::read(f::EXIT_QUALIFICATION));
+        let (reason, mut qualification) = (vmx::read(f::EXIT_REASON) as u32, vmx::read(f::EXIT_QUALIFICATION));
         if reason & reason::ENTRY_FAILURE != 0 {
             self.vcpu.launched = launched;
             return Exit::Failed(reason & 0xFFFF, qualification);
+        }
+        // Of a register operand Bochs reports, as displacement, what its decoder left there.
+        let is_register = || vmx::read(f::EXIT_INSTRUCTION_INFO) & 1 << 10 != 0;
+        if matches!(reason, reason::VMREAD | reason::VMWRITE) && is_register() {
+            qualification = 0;
         }
         match self.vcpu.registers.rax {
             DONE if reason == reason::VMCALL => Exit::Done(self.vcpu.registers.rbx),

@@ -27,6 +27,7 @@ mod orderings;
 mod paging;
 mod random;
 mod registers;
+mod shadow;
 mod state;
 mod traps;
 mod ve;
@@ -78,6 +79,7 @@ const PARTS: &[(&str, Part)] = &[
     ("ve", Guests(ve::all)),
     ("apic", Guests(apic::all)),
     ("ept", Guests(ept::all)),
+    ("shadow", Guests(shadow::all)),
     ("random", Guests(random::all)),
     ("explained", Guests(explained::all)),
 ];

@@ -29,6 +29,7 @@ pub fn check_cached_controls(fields: &impl Fields, caps: &Capabilities) -> Resul
         MsrBitmapAddress => msr_bitmap_address;
         VirtualNmisNeedNmiExiting => virtual_nmis_need_nmi_exiting;
         NmiWindowNeedsVirtualNmis => nmi_window_needs_virtual_nmis;
+        ShadowBitmapAddresses => shadow_bitmap_addresses;
         VpidNotZero => vpid_not_zero;
         EptpMemoryType => eptp_memory_type;
         EptpWalkLength => eptp_walk_length;
@@ -102,6 +103,11 @@ fn io_bitmap_addresses(v: &View<impl Fields>) -> bool {
 
 fn msr_bitmap_address(v: &View<impl Fields>) -> bool {
     implies(v.primary().contains(PrimaryControls::USE_MSR_BITMAPS), v.is_page_pointer(Field::MSR_BITMAP))
+}
+
+fn shadow_bitmap_addresses(v: &View<impl Fields>) -> bool {
+    let used = v.secondary().contains(SecondaryControls::VMCS_SHADOWING);
+    implies(used, v.is_page_pointer(Field::VMREAD_BITMAP) && v.is_page_pointer(Field::VMWRITE_BITMAP))
 }
 
 fn virtual_nmis_need_nmi_exiting(v: &View<impl Fields>) -> bool {

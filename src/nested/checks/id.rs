@@ -55,6 +55,9 @@ checks! {
         NmiWindowNeedsVirtualNmis = "NMI-window exiting needs virtual NMIs" [
             CPU_BASED_VM_EXEC_CONTROL PIN_BASED_VM_EXEC_CONTROL
         ];
+        ShadowBitmapAddresses = "VMREAD- and VMWRITE-bitmap addresses are page-aligned and within the physical-address width" [
+            VMREAD_BITMAP VMWRITE_BITMAP
+        ];
         VpidNotZero = "the VPID is not 0" [VIRTUAL_PROCESSOR_ID];
         EptpMemoryType = "the EPTP's memory type is supported" [EPT_POINTER];
         EptpWalkLength = "the EPTP's page-walk length is supported" [EPT_POINTER];

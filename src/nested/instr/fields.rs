@@ -2,6 +2,7 @@
 
 use super::{done, require_root};
 use crate::error::{VmxError, VmxResult};
+use crate::nested::Operation;
 use crate::nested::stale::Stale;
 use crate::vcpu::{Cpu, Next, Stop, operand};
 use crate::vmx::Field;
@@ -12,7 +13,14 @@ use l2_protocol::abi::{Counter, Strategy};
 pub fn vmread(cpu: &mut Cpu) -> Result<Next, Stop> {
     cpu.vmx.counters.bump(Counter::TrappedVmread);
     require_root(cpu)?;
-    let Some(index) = cpu.nested.current() else { return done(cpu, VmxResult::FailInvalid) };
+    match cpu.nested.current() {
+        Some(index) => read(cpu, index),
+        None => done(cpu, VmxResult::FailInvalid),
+    }
+}
+
+/// VMREAD of the vmcs12 in a slot by the guest of the current VMCS.
+pub fn read(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     let info = operand::field_access_info(cpu);
     let encoding = operand::gpr(cpu, info.reg2());
     let Some((field, high)) = offered_field(cpu, encoding) else {
@@ -27,7 +35,14 @@ pub fn vmread(cpu: &mut Cpu) -> Result<Next, Stop> {
 pub fn vmwrite(cpu: &mut Cpu) -> Result<Next, Stop> {
     cpu.vmx.counters.bump(Counter::TrappedVmwrite);
     require_root(cpu)?;
-    let Some(index) = cpu.nested.current() else { return done(cpu, VmxResult::FailInvalid) };
+    match cpu.nested.current() {
+        Some(index) => write(cpu, index),
+        None => done(cpu, VmxResult::FailInvalid),
+    }
+}
+
+/// VMWRITE to the vmcs12 in a slot by the guest of the current VMCS.
+pub fn write(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     let info = operand::field_access_info(cpu);
     let value = operand::load(cpu, info)?;
     let encoding = operand::gpr(cpu, info.reg2());
@@ -95,12 +110,14 @@ fn write_field(cpu: &mut Cpu, index: usize, field: Field, value: u64) {
     cpu.nested.slots[index].stale |= Stale::of(field);
 }
 
-/// Runs `f` with the slot's vmcs02 as the current VMCS.
+/// Runs `f` with the slot's vmcs02 as the current VMCS, in whichever form it is, and goes back to the one that was.
 fn on_vmcs02<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&mut crate::hw::vmx::Vmx) -> T) -> T {
-    let revision = cpu.config.hardware.basic.revision();
-    let slot = &mut cpu.nested.slots[index];
-    slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, revision);
+    cpu.vmx.ptrld(cpu.nested.slots[index].vmcs02());
     let result = f(&mut cpu.vmx);
-    slot.leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
+    let before = match cpu.nested.operation {
+        Operation::NonRoot { current, .. } => cpu.nested.slots[current].vmcs02(),
+        _ => cpu.vmcs01,
+    };
+    cpu.vmx.ptrld(before);
     result
 }

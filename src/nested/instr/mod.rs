@@ -27,7 +27,7 @@ fn require_root(cpu: &mut Cpu) -> Result<(), Fault> {
 
 /// #GP(0) above CPL 0. The DPL of SS is the CPL.
 #[inline(always)]
-fn require_cpl0(cpu: &mut Cpu) -> Result<(), Fault> {
+pub(super) fn require_cpl0(cpu: &mut Cpu) -> Result<(), Fault> {
     match cpu.vmx.read(Field::GUEST_SS_AR_BYTES) >> 5 & 3 {
         0 => Ok(()),
         _ => Err(Fault::GeneralProtection(0)),

@@ -4,10 +4,12 @@ use super::{done, is_region_address, pointer_operand, require_root};
 use crate::addr::Gpa;
 use crate::error::{VmxError, VmxResult};
 use crate::nested::caps;
+use crate::nested::slot::SHADOW_INDICATOR;
 use crate::nested::vmcs12::{FieldSet, Vmcs12};
 use crate::nested::{Operation, SLOTS};
 use crate::vcpu::{Cpu, Next, Stop, operand};
 use crate::vmx::Field;
+use crate::vmx::controls::SecondaryControls;
 use crate::vmx::instr::Direction;
 use l2_protocol::abi::Strategy;
 
@@ -23,16 +25,15 @@ pub fn vmptrld(cpu: &mut Cpu) -> Result<Next, Stop> {
     if cpu.nested.vmxon_ptr() == Some(at) {
         return done(cpu, VmxResult::FailValid(VmxError::VmptrldVmxonPointer));
     }
-    // Bit 31 asks for a shadow VMCS, which is not offered. No memory there reads as all ones.
+    // No memory there reads as all ones.
     let revision = Vmcs12::revision(&cpu.guest, at).unwrap_or(u32::MAX);
-    if revision != caps::REVISION {
+    let shadow = revision & SHADOW_INDICATOR != 0;
+    let may_be_shadow = cpu.config.offered.secondary.allows(SecondaryControls::VMCS_SHADOWING);
+    if revision & !SHADOW_INDICATOR != caps::REVISION || shadow && !may_be_shadow {
         return done(cpu, VmxResult::FailValid(VmxError::VmptrldIncorrectRevisionId));
     }
-    if cpu.nested.current().is_none_or(|i| cpu.nested.slots[i].vmptr != Some(at)) {
-        let index = match cpu.nested.find(at) {
-            Some(index) => index,
-            None => activate(cpu, at),
-        };
+    let index = activate(cpu, at, shadow);
+    if cpu.nested.current() != Some(index) {
         make_current(cpu, Some(index));
     }
     done(cpu, VmxResult::Succeed)
@@ -57,7 +58,7 @@ pub fn vmclear(cpu: &mut Cpu) -> Result<Next, Stop> {
     if cpu.nested.vmxon_ptr() == Some(at) {
         return done(cpu, VmxResult::FailValid(VmxError::VmclearVmxonPointer));
     }
-    match cpu.nested.find(at) {
+    match cpu.nested.find(at).filter(|index| cpu.nested.slots[*index].active) {
         Some(index) => {
             cpu.nested.slots[index].vmcs12.launched = false;
             if cpu.nested.current() == Some(index) {
@@ -78,61 +79,95 @@ pub fn make_current(cpu: &mut Cpu, index: Option<usize>) {
     if let Operation::Root { vmxon_ptr, .. } = cpu.nested.operation {
         cpu.nested.operation = Operation::Root { vmxon_ptr, current: index };
     }
-    cpu.nested.uses += 1;
-    let uses = cpu.nested.uses;
-    let slot = index.and_then(|i| cpu.nested.slots.get_mut(i));
-    let link = slot.map_or(NO_VMCS, |slot| {
-        slot.used = uses;
-        slot.vmcs02().get()
+    let link = index.map_or(NO_VMCS, |index| {
+        cpu.nested.touch(index);
+        cpu.nested.slots[index].vmcs02().get()
     });
     if cpu.config.strategy == Strategy::ZeroCopy {
         cpu.vmx.write(Field::VMCS_LINK_POINTER, link);
     }
 }
 
-/// Takes a slot for the vmcs12 at `at`: a free one, or the least recently used.
-fn activate(cpu: &mut Cpu, at: Gpa) -> usize {
+/// Makes the vmcs12 at `at` active; returns its slot. vmcs01 is current.
+pub fn activate(cpu: &mut Cpu, at: Gpa, shadow: bool) -> usize {
+    let found = cpu.nested.find(at);
+    let index = found.unwrap_or_else(|| free_slot(cpu));
+    let slot = &mut cpu.nested.slots[index];
+    if slot.active {
+        return index;
+    }
+    if found.is_none() || !slot.vmcs12.is_stored_at(&cpu.guest, at) {
+        load(cpu, index, at);
+    }
+    let slot = &mut cpu.nested.slots[index];
+    (slot.vmptr, slot.active, slot.shadow12) = (Some(at), true, shadow);
+    index
+}
+
+/// A slot for another vmcs12: a free one, or the least recently used, inactive ones first.
+fn free_slot(cpu: &mut Cpu) -> usize {
     const { assert!(SLOTS > 0) };
-    let age = |i: &usize| cpu.nested.slots[*i].vmptr.map_or(0, |_| cpu.nested.slots[*i].used + 1);
+    let age = |i: &usize| {
+        let slot = &cpu.nested.slots[*i];
+        (slot.active, slot.vmptr.map_or(0, |_| slot.used + 1))
+    };
     let index = (0..cpu.nested.slots.len()).min_by_key(age).unwrap_or(0);
-    if cpu.nested.slots[index].vmptr.is_some() {
+    if cpu.nested.slots[index].active {
         if cpu.nested.current() == Some(index) {
             make_current(cpu, None);
         }
         write_back(cpu, index);
     }
-    let revision = cpu.config.hardware.basic.revision();
-    let slot = &mut cpu.nested.slots[index];
-    slot.vmptr = Some(at);
-    if slot.vmcs12.load(&cpu.guest, at).is_err() {
-        slot.vmcs12 = Vmcs12::new();
-    }
-    if let Some(layout) = &cpu.config.layout {
-        for field in slot.vmcs12.dirty.iter() {
-            layout.write(&cpu.phys, slot.vmcs02(), field, slot.vmcs12.get(field));
-        }
-        slot.vmcs12.dirty = FieldSet::EMPTY;
-        slot.vmcs12.valid = FieldSet::CACHED;
-        if cpu.config.strategy == Strategy::ZeroCopy {
-            slot.become_shadow_in_memory(&cpu.phys, revision);
-        }
-    } else if cpu.config.strategy == Strategy::ZeroCopy {
-        slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, revision);
-        slot.flush_dirty(&mut cpu.vmx, Strategy::ZeroCopy, &cpu.config.exists);
-        slot.leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
-    }
     index
 }
 
-/// Stores a slot to L2's memory and frees it; it is not current.
+/// Fills a slot from the region at `at`.
+#[cold]
+fn load(cpu: &mut Cpu, index: usize, at: Gpa) {
+    let (vmx, config) = (&mut cpu.vmx, &cpu.config);
+    let slot = &mut cpu.nested.slots[index];
+    slot.release();
+    if slot.vmcs12.load(&cpu.guest, at).is_err() {
+        slot.vmcs12 = Vmcs12::new();
+    }
+    let revision = config.hardware.basic.revision();
+    match (&config.layout, config.strategy) {
+        (Some(layout), strategy) => {
+            for field in slot.vmcs12.dirty.iter() {
+                layout.write(&cpu.phys, slot.vmcs02(), field, slot.vmcs12.get(field));
+            }
+            slot.vmcs12.dirty = FieldSet::EMPTY;
+            slot.vmcs12.valid = FieldSet::CACHED;
+            if strategy == Strategy::ZeroCopy {
+                slot.become_shadow_in_memory(&cpu.phys, revision);
+            }
+        }
+        (None, Strategy::ZeroCopy) => {
+            slot.rest(vmx, &cpu.phys, revision);
+            vmx.ptrld(slot.vmcs02());
+            slot.flush_dirty(vmx, Strategy::ZeroCopy, &config.exists);
+            vmx.ptrld(cpu.vmcs01);
+        }
+        (None, Strategy::Trapped) => {}
+    }
+}
+
+/// Stores an active slot to L2's memory and makes it inactive. vmcs01 is current.
 pub fn write_back(cpu: &mut Cpu, index: usize) {
-    let revision = cpu.config.hardware.basic.revision();
+    let config = &cpu.config;
     let slot = &mut cpu.nested.slots[index];
     let Some(at) = slot.vmptr else { return };
-    slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, revision);
-    slot.fetch_all(&mut cpu.vmx, &cpu.config.exists);
+    if let Some(layout) = &config.layout {
+        slot.fetch_image(layout, &cpu.phys, &config.exists);
+    } else {
+        cpu.vmx.ptrld(slot.vmcs02());
+        slot.fetch_all(&mut cpu.vmx, &config.exists);
+        cpu.vmx.ptrld(cpu.vmcs01);
+    }
     // L2 may have no memory there any more: then nothing could have kept its VMCS either.
     let _ = slot.vmcs12.store(&cpu.guest, at);
-    slot.release(&mut cpu.vmx);
-    cpu.vmx.ptrld(cpu.vmcs01);
+    slot.active = false;
+    if config.strategy == Strategy::ZeroCopy || config.layout.is_some() {
+        slot.vmcs12.valid = FieldSet::CACHED;
+    }
 }

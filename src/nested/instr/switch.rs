@@ -42,7 +42,10 @@ pub fn vmxoff(cpu: &mut Cpu) -> Result<Next, Stop> {
     require_root(cpu)?;
     make_current(cpu, None);
     for index in 0..cpu.nested.slots.len() {
-        write_back(cpu, index);
+        if cpu.nested.slots[index].active {
+            write_back(cpu, index);
+        }
+        cpu.nested.slots[index].release();
     }
     cpu.ept02.forget_all(&mut Cpu::tables(&mut cpu.frames, &cpu.phys));
     cpu.nested.operation = Operation::Off;

@@ -111,7 +111,7 @@ impl Machine<'_> {
         let word = |field| vmcs12.get(field) as u32;
         let pin = PinControls::from_bits_retain(word(Field::PIN_BASED_VM_EXEC_CONTROL));
         let primary = PrimaryControls::from_bits_retain(word(Field::CPU_BASED_VM_EXEC_CONTROL));
-        let to = Translated { io_bitmaps: None, msr_bitmap: None, apic: APIC_PAGES };
+        let to = Translated { io_bitmaps: None, msr_bitmap: None, shadow_bitmaps: None, apic: APIC_PAGES };
         let merged = merge(&NvmxNeeds::new(&self.hardware), &**vmcs12, checked, &to);
         let bitmaps = PrimaryControls::USE_IO_BITMAPS | PrimaryControls::USE_MSR_BITMAPS;
         assert!(merged.pin.contains(pin) && merged.primary.contains(primary - bitmaps), "I3");

@@ -62,6 +62,7 @@ pub mod secondary {
     pub const RDRAND: u32 = 1 << 11;
     pub const INVPCID: u32 = 1 << 12;
     pub const VM_FUNCTIONS: u32 = 1 << 13;
+    pub const VMCS_SHADOWING: u32 = 1 << 14;
     pub const RDSEED: u32 = 1 << 16;
     pub const EPT_VIOLATION_VE: u32 = 1 << 18;
     pub const MODE_BASED_EXECUTE: u32 = 1 << 22;

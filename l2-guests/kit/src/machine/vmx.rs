@@ -173,6 +173,8 @@ pub mod reason {
     pub const INVD: u32 = 13;
     pub const RDTSC: u32 = 16;
     pub const VMCALL: u32 = 18;
+    pub const VMREAD: u32 = 23;
+    pub const VMWRITE: u32 = 25;
     pub const CR_ACCESS: u32 = 28;
     pub const IO: u32 = 30;
     pub const RDMSR: u32 = 31;

@@ -1,0 +1,155 @@
+//! L3's memory, for the operands of an instruction that nvmx completes for L3: through L3's paging and ept12.
+//!
+//! Where ept12 has no such page, or its flags are still to be set, the access is given up and told: the code for EPT
+//! violations then fills, sets flags or tells L2, and L3 executes its instruction again.
+
+use crate::addr::{Gpa, Hpa};
+use crate::ept::walk::{GuestTables, Walk, walk};
+use crate::ept::{EptRules, Eptp, Qualification, Rights};
+use crate::mm::linear::{AccessError, Paging};
+use crate::mm::{GuestMemory, PhysMem, Span};
+use core::cell::Cell;
+
+const ACCESSED: u64 = 1 << 8;
+const DIRTY: u64 = 1 << 9;
+
+/// An access that ept12 does not serve.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Miss {
+    /// The address in L3's physical memory.
+    pub at: u64,
+    /// The linear address of the operand.
+    pub linear: u64,
+    /// As an EPT violation would report the access.
+    pub qualification: Qualification,
+}
+
+/// Why an operand of L3's is not accessible.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Failed {
+    /// L3's own paging, or memory that L2 does not own.
+    Access(AccessError),
+    /// ept12.
+    Miss(Miss),
+}
+
+/// How L3's physical addresses become L2's.
+#[derive(Clone, Copy)]
+pub struct View<'a, P> {
+    /// L2's memory.
+    pub guest: &'a GuestMemory<P>,
+    /// L2's EPT, if it uses one for this guest.
+    pub eptp12: Option<Eptp>,
+    /// What is reserved in it.
+    pub rules: EptRules,
+    /// L3's paging.
+    pub paging: Paging,
+}
+
+impl<P: PhysMem> View<'_, P> {
+    /// Reads an operand.
+    pub fn read(&self, linear: u64, into: &mut [u8]) -> Result<(), Failed> {
+        let memory = self.memory();
+        let result = self.paging.read(&memory, linear, into);
+        conclude(&memory, linear, result)
+    }
+
+    /// Writes an operand.
+    pub fn write(&self, linear: u64, bytes: &[u8]) -> Result<(), Failed> {
+        let memory = self.memory();
+        let result = self.paging.write(&memory, linear, bytes);
+        conclude(&memory, linear, result)
+    }
+
+    fn memory(&self) -> GuestMemory<Physical<'_, P>> {
+        GuestMemory::new(Physical { view: self, missed: Cell::new(None) }, Span::new(0, 0), 52)
+    }
+}
+
+fn conclude<P: PhysMem>(
+    memory: &GuestMemory<Physical<P>>,
+    linear: u64,
+    result: Result<(), AccessError>,
+) -> Result<(), Failed> {
+    // After a miss the rest of the walk was on all ones.
+    match memory.phys().missed.get() {
+        Some((at, qualification)) => Err(Failed::Miss(Miss { at, linear, qualification })),
+        None => result.map_err(Failed::Access),
+    }
+}
+
+/// L3's physical memory.
+struct Physical<'a, P> {
+    view: &'a View<'a, P>,
+    missed: Cell<Option<(u64, Qualification)>>,
+}
+
+impl<P: PhysMem> Physical<'_, P> {
+    /// L2's address behind `at`, or `None` and a note of the miss. Once something is missing nothing more happens.
+    fn gpa(&self, at: Hpa, rights: Rights, operand: bool) -> Option<Gpa> {
+        if self.missed.get().is_some() {
+            return None;
+        }
+        let Some(eptp12) = self.view.eptp12 else { return Some(Gpa::new(at.get())) };
+        let found = self.walk(eptp12, at.get(), rights);
+        if found.is_none() {
+            let mut qualification = Qualification::LINEAR_VALID;
+            qualification.set(Qualification::READ, rights.contains(Rights::READ));
+            qualification.set(Qualification::WRITE, rights.contains(Rights::WRITE));
+            qualification.set(Qualification::LINEAR_TRANSLATED, operand);
+            self.missed.set(Some((at.get(), qualification)));
+        }
+        found
+    }
+
+    fn walk(&self, eptp12: Eptp, at: u64, rights: Rights) -> Option<Gpa> {
+        let guest = self.view.guest;
+        let Walk::Leaf(leaf) = walk(&mut GuestTables(guest), eptp12.guest_root(), at, &self.view.rules) else {
+            return None;
+        };
+        let flags = match (eptp12.accessed_dirty(), rights.contains(Rights::WRITE)) {
+            (false, _) => 0,
+            (true, false) => ACCESSED,
+            (true, true) => ACCESSED | DIRTY,
+        };
+        let flagged = flags == 0 || guest.read_u64(leaf.entry).is_ok_and(|entry| entry & flags == flags);
+        (leaf.rights.contains(rights) && flagged).then(|| Gpa::new(leaf.page.get() | leaf.level.offset(at)))
+    }
+}
+
+impl<P: PhysMem> PhysMem for Physical<'_, P> {
+    fn read_u64(&self, at: Hpa) -> u64 {
+        let gpa = self.gpa(at, Rights::READ, false);
+        gpa.and_then(|gpa| self.view.guest.read_u64(gpa).ok()).unwrap_or(u64::MAX)
+    }
+
+    fn write_u64(&self, at: Hpa, value: u64) {
+        if let Some(gpa) = self.gpa(at, Rights::READ | Rights::WRITE, false) {
+            let _ = self.view.guest.write_u64(gpa, value);
+        }
+    }
+
+    fn read_bytes(&self, at: Hpa, into: &mut [u8]) {
+        let gpa = self.gpa(at, Rights::READ, true);
+        if gpa.is_none_or(|gpa| self.view.guest.read_bytes(gpa, into).is_err()) {
+            into.fill(0xFF);
+        }
+    }
+
+    fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
+        if let Some(gpa) = self.gpa(at, Rights::WRITE, true) {
+            let _ = self.view.guest.write_bytes(gpa, bytes);
+        }
+    }
+
+    fn take_bits(&self, _: Hpa, _: u64) -> u64 {
+        // No walk of linear addresses takes flags back.
+        0
+    }
+
+    fn compare_exchange(&self, _: Hpa, _: u64, _: u64) -> bool {
+        false
+    }
+}

@@ -1,0 +1,108 @@
+//! VMCS shadowing for L3: L2's shadow VMCS, reached by VMREAD and VMWRITE of L3 without an exit to L2.
+//!
+//! Before an entry the vmcs12 behind the link pointer becomes active in a slot of its own, as it does in a processor. Where
+//! the hardware has VMCS shadowing, vmcs02 links to the vmcs02 of that slot, which is in shadow form, and L3 reaches in it
+//! the fields that L2's bitmaps leave open and whose values live there. All other accesses exit: to L2 if a bitmap says so,
+//! else to nvmx, which makes them in the slot's copy ([`of_l3`]).
+//!
+//! Source: Intel SDM vol. 3C (December 2024), "VMCS Shadowing", "VMCS Types: Ordinary and Shadow", "Instructions That Cause VM
+//! Exits Conditionally".
+
+use super::caps::REVISION;
+use super::instr::{fields, pointers, require_cpl0};
+use super::l3_exit;
+use super::merge::{self, Duties};
+use super::slot::SHADOW_INDICATOR;
+use super::stale::Stale;
+use super::vmcs12::Vmcs12;
+use crate::addr::{Gpa, PAGE_SIZE};
+use crate::error::{KillReason, VmxResult};
+use crate::vcpu::{Cpu, Next, Stop, inject, operand};
+use crate::vmx::Field;
+use crate::vmx::bitmap::Access;
+use l2_protocol::abi::Strategy;
+
+/// No link.
+pub const NO_LINK: u64 = u64::MAX;
+
+/// Makes the shadow VMCS of a slot's vmcs12 ready for an entry; vmcs01 is current, the rules on controls hold. A link pointer
+/// that breaks a rule is left to the rules on guest state.
+#[cold]
+pub fn link(cpu: &mut Cpu, index: usize) {
+    let slot = &mut cpu.nested.slots[index];
+    let shadows = slot.merged.is_some_and(|m| m.duties.contains(Duties::LINK_SHADOW_VMCS));
+    let link12 = slot.vmcs12.get(Field::VMCS_LINK_POINTER);
+    let at = Gpa::new(link12);
+    let good = at.is_aligned(PAGE_SIZE)
+        && cpu.config.offered.is_physical(link12)
+        && slot.vmptr != Some(at)
+        && Vmcs12::revision(&cpu.guest, at) == Ok(REVISION | SHADOW_INDICATOR);
+    slot.linked = None;
+    slot.link_to = NO_LINK;
+    if link12 != NO_LINK && !(shadows && good) {
+        slot.stale |= Stale::GUEST;
+    }
+    if !shadows {
+        return;
+    }
+    let bitmaps = slot.merged.and_then(|m| m.shadow_bitmaps);
+    if let Some((read, write)) = bitmaps {
+        for (field, to, ours) in
+            [(Field::VMREAD_BITMAP, read, &cpu.shadow_words[0]), (Field::VMWRITE_BITMAP, write, &cpu.shadow_words[1])]
+        {
+            merge::shadow_bitmap(&cpu.phys, ours, &cpu.guest, Gpa::new(slot.vmcs12.get(field)), to);
+        }
+    }
+    if link12 == NO_LINK || !good {
+        return;
+    }
+    // The current vmcs12 must not be the one that makes room.
+    cpu.nested.touch(index);
+    let linked = pointers::activate(cpu, at, true);
+    cpu.nested.touch(linked);
+    let target = &mut cpu.nested.slots[linked];
+    let link_to = bitmaps.map(|_| {
+        target.rest(&mut cpu.vmx, &cpu.phys, cpu.config.hardware.basic.revision());
+        target.vmcs02().get()
+    });
+    let slot = &mut cpu.nested.slots[index];
+    slot.linked = Some(linked);
+    slot.link_to = link_to.unwrap_or(NO_LINK);
+}
+
+/// The encoding in the register operand of L3's VMREAD or VMWRITE; vmcs02 is current.
+pub fn encoding(cpu: &mut Cpu) -> u64 {
+    let info = operand::field_access_info(cpu);
+    let encoding = operand::gpr(cpu, info.reg2());
+    if operand::in_64_bit_mode(cpu) { encoding } else { encoding & 0xFFFF_FFFF }
+}
+
+/// L3's VMREAD or VMWRITE that L2's bitmaps let through and the hardware does not; vmcs02 is current.
+pub fn of_l3(cpu: &mut Cpu, index: usize, access: Access) -> Result<(), KillReason> {
+    let linked = cpu.nested.slots[index].linked;
+    let access_field = match access {
+        Access::Read => fields::read,
+        Access::Write => fields::write,
+    };
+    let result = match (require_cpl0(cpu), linked) {
+        (Err(fault), _) => Err(Stop::Fault(fault)),
+        (Ok(()), Some(linked)) => access_field(cpu, linked),
+        (Ok(()), None) => {
+            inject::vmx_result(cpu, VmxResult::FailInvalid);
+            Ok(Next::Advance)
+        }
+    };
+    match result {
+        Ok(Next::Advance) => inject::advance(cpu),
+        Ok(Next::Stay) => {}
+        Err(Stop::Fault(fault)) => inject::fault(cpu, fault),
+        Err(Stop::Miss(miss)) => return l3_exit::missed(cpu, index, miss),
+        Err(Stop::Kill(reason)) => return Err(reason),
+    }
+    Ok(())
+}
+
+/// Can the hardware do it? Where VMCSs are reached in memory nvmx does it alone.
+pub fn by_hardware(cpu: &Cpu) -> bool {
+    cpu.config.strategy == Strategy::ZeroCopy && cpu.config.layout.is_none()
+}
