@@ -186,7 +186,7 @@ pub fn missed(cpu: &mut Cpu, index: usize, miss: Miss) -> Result<(), KillReason>
 }
 
 /// An EPT violation of L3: fills ept02, or tells L2.
-#[inline]
+#[inline(always)]
 fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
     let slot = &mut cpu.nested.slots[index];
     let at = cpu.vmx.read(Field::GUEST_PHYSICAL_ADDRESS);

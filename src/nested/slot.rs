@@ -211,6 +211,13 @@ impl Slot {
     pub fn write_controls(&mut self, vmx: &mut Vmx) {
         let Some(new) = self.merged else { return };
         let old = self.written.replace(new);
+        self.unwritten = false;
+        // An interrupt window comes or goes: nothing else is as frequent.
+        if old.is_some_and(|old| Vmcs02Controls { primary: new.primary, entry: new.entry, ..old } == new) {
+            vmx.write(Field::CPU_BASED_VM_EXEC_CONTROL, new.primary.bits().into());
+            vmx.write(Field::VM_ENTRY_CONTROLS, new.entry.bits().into());
+            return;
+        }
         let values = |c: &Vmcs02Controls| {
             let (a, b) = c.io_bitmaps.map_or((None, None), |(a, b)| (Some(a.get()), Some(b.get())));
             let (read, write) = c.shadow_bitmaps.map_or((None, None), |(r, w)| (Some(r.get()), Some(w.get())));
@@ -242,7 +249,6 @@ impl Slot {
                 vmx.write(field, value);
             }
         }
-        self.unwritten = false;
     }
 
     /// Must the next entry be a VMLAUNCH? vmcs02 is current.

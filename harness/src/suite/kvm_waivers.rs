@@ -43,6 +43,21 @@ pub const WAIVERS: &[Waiver] = &[
         why: "KVM names no INT1 whose delivery faulted, and unblocks NMIs when the delivery of one has",
     },
     Waiver {
+        id: "kvm-tsc-multiplier",
+        checks: &["TSC multiplier 0"],
+        why: "KVM lets an entry with a TSC multiplier of 0 through",
+    },
+    Waiver {
+        id: "kvm-virtual-apic",
+        checks: &["virtual-APIC page without memory"],
+        why: "KVM refuses an entry whose virtual-APIC page it cannot map",
+    },
+    Waiver {
+        id: "kvm-timer",
+        checks: &["random base with a timer"],
+        why: "KVM keeps the preemption timer by a clock of its own, and a guest that ends soon is not stopped by it",
+    },
+    Waiver {
         id: "kvm-vmread-canonical",
         checks: &["vmread over the canonical edge"],
         why: "KVM, which answers VMREAD of shadowed fields itself, finds the missing page before the address that is not canonical",
