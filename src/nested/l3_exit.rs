@@ -202,7 +202,7 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
         l2_exit::redeliver(cpu, qualification);
         return Ok(());
     }
-    let mut log = eptp12.accessed_dirty().then(|| page_log(slot)).flatten();
+    let mut log = eptp12.accessed_dirty().then(|| page_log(slot, &cpu.guest)).flatten();
     let outcome = cpu.ept02.violation(eptp12, Ngpa::new(at), qualification, log.as_mut(), &cpu.guest, &mut tables);
     if let Some(log) = log {
         slot.vmcs12.set(Field::PML_INDEX, log.index.into());
@@ -244,11 +244,8 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
 
 /// L2's page-modification log, if it keeps one for this guest.
 #[cold]
-fn page_log(slot: &Slot) -> Option<PageLog> {
-    let primary = PrimaryControls::from_bits_retain(slot.vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32);
-    let secondary = SecondaryControls::from_bits_retain(slot.vmcs12.get(Field::SECONDARY_VM_EXEC_CONTROL) as u32);
-    let active = primary.contains(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS);
-    (active && secondary.contains(SecondaryControls::ENABLE_PML)).then(|| PageLog {
+fn page_log<P: PhysMem>(slot: &Slot, guest: &GuestMemory<P>) -> Option<PageLog> {
+    Wants { slot, guest }.secondary().contains(SecondaryControls::ENABLE_PML).then(|| PageLog {
         address: Gpa::new(slot.vmcs12.get(Field::PML_ADDRESS)),
         index: slot.vmcs12.get(Field::PML_INDEX) as u16,
     })

@@ -73,8 +73,7 @@ pub fn link(cpu: &mut Cpu, index: usize) {
 /// The encoding in the register operand of L3's VMREAD or VMWRITE; vmcs02 is current.
 pub fn encoding(cpu: &mut Cpu) -> u64 {
     let info = operand::field_access_info(cpu);
-    let encoding = operand::gpr(cpu, info.reg2());
-    if operand::in_64_bit_mode(cpu) { encoding } else { encoding & 0xFFFF_FFFF }
+    operand::field_encoding(cpu, info)
 }
 
 /// L3's VMREAD or VMWRITE that L2's bitmaps let through and the hardware does not; vmcs02 is current.

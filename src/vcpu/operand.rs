@@ -19,6 +19,12 @@ use crate::vmx::segment::Segment;
 const RSP: u8 = 4;
 const EFER_LMA: u64 = 1 << 10;
 
+/// The encoding of the field that VMREAD or VMWRITE names in its register operand: 32 bits of it outside 64-bit mode.
+pub fn field_encoding(cpu: &mut Cpu, info: InstructionInfo) -> u64 {
+    let encoding = gpr(cpu, info.reg2());
+    if in_64_bit_mode(cpu) { encoding } else { encoding & 0xFFFF_FFFF }
+}
+
 /// True in IA-32e mode, which is 64-bit mode here: all VMX instructions but VMCALL exit in no other sub-mode of it.
 pub fn in_64_bit_mode(cpu: &mut Cpu) -> bool {
     efer(cpu) & EFER_LMA != 0

@@ -216,15 +216,29 @@ pub fn all() -> Result<(), Missing> {
     for (pending_name, pending) in PENDINGS {
         for wants in WANTS {
             for state in STATES {
-                let name = format_args!("ordering {pending_name}; {}; {}", wants.name, state.name);
-                one(&mut guest, name, pending, wants, state, None);
+                let (wanted, blocked) = (wants.name, state.name);
+                one(
+                    &mut guest,
+                    format_args!("ordering {pending_name}; {wanted}; {blocked}"),
+                    pending,
+                    wants,
+                    state,
+                    None,
+                );
             }
         }
         for wants in WANTS.into_iter().filter(|wants| wants.primary & primary::NMI_WINDOW == 0 || wants.timer != 0) {
             for injected in INJECTIONS {
-                let name = format_args!("ordering {pending_name}; {}; inject {}", wants.name, injected.name);
                 let state = State { rflags: injected.rflags, ..PLAIN };
-                one(&mut guest, name, pending, wants, state, Some(injected));
+                let (wanted, event) = (wants.name, injected.name);
+                one(
+                    &mut guest,
+                    format_args!("ordering {pending_name}; {wanted}; inject {event}"),
+                    pending,
+                    wants,
+                    state,
+                    Some(injected),
+                );
             }
         }
     }

@@ -177,13 +177,16 @@ impl Test {
                         for on in [true, false] {
                             control(on);
                             let exit = self.run(program);
-                            let how = format_args!(
-                                "#VE {} {size_name} {right:#x}{}: {name}",
-                                if on { "on" } else { "off" },
-                                if suppress != 0 { " suppressed" } else { "" }
+                            let switch = if on { "on" } else { "off" };
+                            let kind = if suppress != 0 { " suppressed" } else { "" };
+                            self.one(
+                                format_args!("#VE {switch} {size_name} {right:#x}{kind}: {name}"),
+                                exit,
+                                right,
+                                needed,
+                                offset,
+                                on && suppress == 0,
                             );
-                            let converted = on && suppress == 0;
-                            self.one(how, exit, right, needed, offset, converted);
                         }
                     }
                 }

@@ -22,7 +22,7 @@ pub fn vmread(cpu: &mut Cpu) -> Result<Next, Stop> {
 /// VMREAD of the vmcs12 in a slot by the guest of the current VMCS.
 pub fn read(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     let info = operand::field_access_info(cpu);
-    let encoding = operand::gpr(cpu, info.reg2());
+    let encoding = operand::field_encoding(cpu, info);
     let Some((field, high)) = offered_field(cpu, encoding) else {
         return done(cpu, VmxResult::FailValid(VmxError::UnsupportedVmcsComponent));
     };
@@ -45,7 +45,7 @@ pub fn vmwrite(cpu: &mut Cpu) -> Result<Next, Stop> {
 pub fn write(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     let info = operand::field_access_info(cpu);
     let value = operand::load(cpu, info)?;
-    let encoding = operand::gpr(cpu, info.reg2());
+    let encoding = operand::field_encoding(cpu, info);
     let Some((field, high)) = offered_field(cpu, encoding) else {
         return done(cpu, VmxResult::FailValid(VmxError::UnsupportedVmcsComponent));
     };
@@ -59,8 +59,7 @@ pub fn write(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
 }
 
 /// The field of an encoding, if the processor that L2 sees has it.
-fn offered_field(cpu: &mut Cpu, encoding: u64) -> Option<(Field, bool)> {
-    let encoding = if operand::in_64_bit_mode(cpu) { encoding } else { encoding & 0xFFFF_FFFF };
+fn offered_field(cpu: &Cpu, encoding: u64) -> Option<(Field, bool)> {
     let (field, high) = Field::decode(u32::try_from(encoding).ok()?)?;
     // A hypervisor below may lack fields that nvmx would have to keep in vmcs02.
     let kept = field.home() == Home::Cache || cpu.config.exists.contains(field);

@@ -42,7 +42,7 @@ kit_ap_16:
     mov ss, ax
     mov esp, 0x7F0
     pushfd
-    pop [AP_STATE + 72]
+    pop dword ptr [AP_STATE + 72]
     mov eax, cr0
     and eax, 0x9FFFFFFF             # CD and NW are what firmware left
     mov [AP_STATE + 76], eax
