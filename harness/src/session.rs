@@ -11,6 +11,7 @@ use crate::error::Stop;
 use crate::image::{self, Images};
 use crate::paths::Paths;
 use crate::report::stack::StackLevel;
+use crate::setup::linux::Kernel;
 use crate::setup::{self, toolchain};
 use crate::ui::Ui;
 use anyhow::Result;
@@ -128,9 +129,9 @@ impl Session {
     ///
     /// # Errors
     /// [`Stop::Environment`] with what to type.
-    pub fn linux(&self, qemu: bool) -> Result<LinuxKvm> {
+    pub fn linux(&self, kernel: Kernel, qemu: bool) -> Result<LinuxKvm> {
         let _lock = self.paths.lock(&self.ui)?;
-        let linux = setup::linux::set_up(&self.ui, &self.paths)?;
+        let linux = setup::linux::set_up(&self.ui, &self.paths, kernel)?;
         let vmm = setup::linux::build_vmm(&self.ui, &self.paths)?;
         let qemu = if qemu { Some(setup::qemu::set_up(&self.ui, &self.paths)?) } else { None };
         Ok(LinuxKvm { linux, vmm, qemu })
@@ -197,7 +198,7 @@ fn set_up_l0(ui: &Ui, paths: &Paths, args: &L0Args) -> Result<(Box<dyn Backend>,
 }
 
 fn kvm_in_bochs(ui: &Ui, paths: &Paths, bochs: setup::bochs::Bochs) -> Result<KvmInBochs> {
-    let linux = setup::linux::set_up(ui, paths)?;
+    let linux = setup::linux::set_up(ui, paths, Kernel::Newest)?;
     let vmm = setup::linux::build_vmm(ui, paths)?;
     Ok(KvmInBochs { bochs, linux, vmm, parameters: KVM_INTEL.into(), depth: 1 })
 }

@@ -91,7 +91,7 @@ pub fn run(ui: &Ui, args: &DoctorArgs) -> Result<()> {
         for need in &linux::NEEDS {
             doctor.need("Linux", need);
         }
-        match linux::ready(&paths) {
+        match linux::ready(&paths, linux::Kernel::Newest) {
             Some(linux) => doctor.say(State::Ok, "Linux", &format!("{}: {}", linux.release, linux.folder.display())),
             None => doctor.say(State::Will, "Linux", "a kernel package will be fetched and unpacked, not installed"),
         }

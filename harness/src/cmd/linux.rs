@@ -9,6 +9,7 @@ use crate::cmd::run::tell_failure;
 use crate::error::Stop;
 use crate::report::{linux as report, stack};
 use crate::session::{LONG, Session};
+use crate::setup::linux::Kernel;
 use crate::suite::linux::same_but_for_the_machine;
 use crate::transcript::{Show, View};
 use crate::ui::Ui;
@@ -25,7 +26,7 @@ pub const NAME: &str = "linux-kvm";
 pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let job = Job::parse(&args.l2_args).map_err(Stop::Usage)?;
     let session = Session::start(ui, &args.l0)?;
-    let linux = session.linux(job.qemu)?;
+    let linux = session.linux(Kernel::Newest, job.qemu)?;
     let limit = args.l0.timeout.unwrap_or(LONG);
     let mut bare = linux.bare(&session, NAME, &job, session.machine.cpus)?;
     bare.timeout = limit;

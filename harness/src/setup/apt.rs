@@ -3,9 +3,11 @@
 use super::program;
 use crate::error::Stop;
 use crate::proc;
-use crate::ui::Ui;
-use anyhow::Result;
+use crate::ui::{Step, Ui};
+use anyhow::{Result, ensure};
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// How packages can be installed here.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,6 +79,36 @@ pub fn update(ui: &Ui) -> Result<()> {
         proc::run(apt_get(power).arg("update"), None, |line| step.at(line))?;
     }
     Ok(())
+}
+
+/// [`update`], once: what is in a cache folder for long must not come from lists that are older than the archive.
+///
+/// # Errors
+/// As there.
+pub fn refresh(ui: &Ui) -> Result<()> {
+    static DONE: AtomicBool = AtomicBool::new(false);
+    if DONE.swap(true, Ordering::Relaxed) { Ok(()) } else { update(ui) }
+}
+
+/// Fetches packages into the folder `work` and unpacks them there, without installing them; the tree of their files.
+///
+/// # Errors
+/// [`Stop::Environment`] if a package cannot be had.
+pub fn unpacked(step: &mut Step, packages: &[String], work: &Path) -> Result<PathBuf> {
+    let mut download = Command::new("apt-get");
+    download.args(["-o", "APT::Sandbox::User=root", "download"]).args(packages).current_dir(work);
+    let said = proc::run(download.env("LC_ALL", "C.UTF-8"), None, |line| step.at(line))?;
+    if !said.status.success() {
+        let todo = vec!["sudo apt-get update".into()];
+        return Err(Stop::Environment { what: format!("apt-get cannot fetch a package:\n{}", said.tail(6)), todo }.into());
+    }
+    step.at("unpacking");
+    let tree = work.join("tree");
+    for entry in std::fs::read_dir(work)?.flatten().filter(|e| e.path().extension().is_some_and(|x| x == "deb")) {
+        let said = proc::run(Command::new("dpkg-deb").arg("-x").arg(entry.path()).arg(&tree), None, |_| {})?;
+        ensure!(said.status.success(), "{} cannot be unpacked:\n{}", entry.path().display(), said.tail(4));
+    }
+    Ok(tree)
 }
 
 /// Installs packages, or says which command does.

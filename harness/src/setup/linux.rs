@@ -41,14 +41,37 @@ impl Linux {
     }
 }
 
+/// Which of the distribution's kernels.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kernel {
+    /// The one for CPU models with the most VMX features
+    Newest,
+    /// Linux 6.1, the older of those that Debian 12 has
+    Linux61,
+}
+
+impl Kernel {
+    fn packages(self) -> &'static [&'static str] {
+        match self {
+            Kernel::Newest => &PACKAGES,
+            Kernel::Linux61 => &["linux-image-cloud-amd64"],
+        }
+    }
+
+    /// Whether a release is what is asked for. The newest of a distribution may be 6.1 too: then the archive says so.
+    fn is(self, release: &str) -> bool {
+        release.starts_with("6.1.") == (self == Kernel::Linux61)
+    }
+}
+
 /// The kernel in the cache, if there is one.
-pub fn ready(paths: &Paths) -> Option<Linux> {
+pub fn ready(paths: &Paths, kernel: Kernel) -> Option<Linux> {
     let folders = std::fs::read_dir(&paths.cache).ok()?.flatten();
     let prefix = format!("linux-{FORMAT}-");
     let mut found: Vec<Linux> = folders
         .filter_map(|e| {
             let release = e.file_name().to_str()?.strip_prefix(&prefix)?.to_string();
-            Some(Linux { release, folder: e.path() })
+            kernel.is(&release).then(|| Linux { release, folder: e.path() })
         })
         .collect();
     found.sort_by(|a, b| a.release.cmp(&b.release));
@@ -59,61 +82,45 @@ pub fn ready(paths: &Paths) -> Option<Linux> {
 ///
 /// # Errors
 /// [`Stop::Environment`] if the package cannot be had or is not what it should be.
-pub fn set_up(ui: &Ui, paths: &Paths) -> Result<Linux> {
+pub fn set_up(ui: &Ui, paths: &Paths, kernel: Kernel) -> Result<Linux> {
     require(ui, &NEEDS, "Linux with KVM on the emulated machine")?;
-    match ready(paths) {
+    match ready(paths, kernel) {
         Some(linux) => Ok(linux),
-        None => fetch(ui, paths),
+        None => fetch(ui, paths, kernel),
     }
 }
 
-fn fetch(ui: &Ui, paths: &Paths) -> Result<Linux> {
+fn fetch(ui: &Ui, paths: &Paths, kernel: Kernel) -> Result<Linux> {
     if apt::Power::find() == apt::Power::None {
         let text = "the kernel for the emulated machine comes from a Debian package, and there is no apt here";
         return Err(Stop::environment(text).into());
     }
-    let package = match find_package() {
-        Some(package) => package,
-        None => {
-            apt::update(ui)?;
-            let names = PACKAGES.join(", ");
-            let missing =
-                || Stop::environment(format!("the package archive has no kernel with KVM (looked for {names})"));
-            find_package().ok_or_else(missing)?
-        }
-    };
+    apt::refresh(ui)?;
+    let package = find_package(kernel).ok_or_else(|| {
+        let names = kernel.packages().join(", ");
+        Stop::environment(format!("the package archive has no kernel with KVM (looked for {names})"))
+    })?;
+    let release = package.trim_start_matches("linux-image-").trim_start_matches("unsigned-").to_string();
+    let folder = paths.cache.join(format!("linux-{FORMAT}-{release}"));
+    if folder.exists() {
+        return Ok(Linux { release, folder });
+    }
     let mut step = ui.step(&format!("fetching {package}"));
     // Everything happens beside the final place, which appears whole or not at all.
     let work = tempfile::Builder::new().prefix(".linux-").tempdir_in(&paths.cache)?;
-    let mut list = vec![package.clone()];
-    list.extend(modules_package(&package));
-    let mut download = Command::new("apt-get");
-    download.args(["-o", "APT::Sandbox::User=root", "download"]).args(&list).current_dir(work.path());
-    let said = proc::run(download.env("LC_ALL", "C.UTF-8"), None, |line| step.at(line))?;
-    if !said.status.success() {
-        return Err(Stop::environment(format!("apt-get cannot fetch {package}:\n{}", said.tail(6))).into());
-    }
-    step.at("unpacking");
-    let tree = work.path().join("tree");
-    for file in files(work.path(), ".deb") {
-        let mut unpack = Command::new("dpkg-deb");
-        let said = proc::run(unpack.arg("-x").arg(&file).arg(&tree), None, |_| {})?;
-        ensure!(said.status.success(), "{} cannot be unpacked:\n{}", file.display(), said.tail(4));
-    }
+    let list: Vec<String> = std::iter::once(package.clone()).chain(modules_package(&package)).collect();
+    let tree = apt::unpacked(&mut step, &list, work.path())?;
     let output = work.path().join("output");
     let release = collect(&tree, &output).with_context(|| format!("in the package {package}"))?;
     let folder = paths.cache.join(format!("linux-{FORMAT}-{release}"));
-    if folder.exists() {
-        std::fs::remove_dir_all(&folder)?;
-    }
     std::fs::rename(&output, &folder)?;
     step.done(&format!("Linux {release} is ready"));
     Ok(Linux { release, folder })
 }
 
 /// The package that a name stands for today.
-fn find_package() -> Option<String> {
-    PACKAGES.iter().find_map(|name| {
+fn find_package(kernel: Kernel) -> Option<String> {
+    kernel.packages().iter().find_map(|name| {
         apt::candidate(name)?;
         let depends = proc::stdout_of(Command::new("apt-cache").args(["depends", name])).ok()?;
         kernel_of(&depends)

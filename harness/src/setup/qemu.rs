@@ -69,15 +69,15 @@ pub fn set_up(ui: &Ui, paths: &Paths) -> Result<Qemu> {
         let text = "QEMU for the emulated machine comes from Debian packages, and there is no apt here";
         return Err(Stop::environment(text).into());
     }
-    let version = || apt::candidate(PACKAGE);
-    let version = match version() {
-        Some(version) => version,
-        None => {
-            apt::update(ui)?;
-            version().ok_or_else(|| Stop::environment(format!("the package archive has no {PACKAGE}")))?
-        }
+    let folder = || {
+        let version = apt::candidate(PACKAGE)?.replace([':', '/'], "-");
+        Some(paths.cache.join(format!("qemu-{FORMAT}-{version}")))
     };
-    let folder = paths.cache.join(format!("qemu-{FORMAT}-{}", version.replace([':', '/'], "-")));
+    if let Some(folder) = folder().filter(|folder| folder.exists()) {
+        return Ok(Qemu { folder });
+    }
+    apt::refresh(ui)?;
+    let folder = folder().ok_or_else(|| Stop::environment(format!("the package archive has no {PACKAGE}")))?;
     if !folder.exists() {
         fetch(ui, paths, &folder)?;
     }
@@ -88,21 +88,7 @@ fn fetch(ui: &Ui, paths: &Paths, folder: &Path) -> Result<()> {
     let mut step = ui.step("fetching QEMU and its libraries");
     // Everything happens beside the final place, which appears whole or not at all.
     let work = tempfile::Builder::new().prefix(".qemu-").tempdir_in(&paths.cache)?;
-    let packages = with_dependencies()?;
-    let mut download = Command::new("apt-get");
-    download.args(["-o", "APT::Sandbox::User=root", "download"]).args(&packages).current_dir(work.path());
-    let said = proc::run(download.env("LC_ALL", "C.UTF-8"), None, |line| step.at(line))?;
-    if !said.status.success() {
-        return Err(Stop::environment(format!("apt-get cannot fetch QEMU:\n{}", said.tail(6))).into());
-    }
-    step.at("unpacking");
-    let tree = work.path().join("tree");
-    for entry in std::fs::read_dir(work.path())?.flatten() {
-        if entry.path().extension().is_some_and(|e| e == "deb") {
-            let said = proc::run(Command::new("dpkg-deb").arg("-x").arg(entry.path()).arg(&tree), None, |_| {})?;
-            ensure!(said.status.success(), "{} cannot be unpacked:\n{}", entry.path().display(), said.tail(4));
-        }
-    }
+    let tree = apt::unpacked(&mut step, &with_dependencies()?, work.path())?;
     let output = work.path().join("output");
     collect(&tree, &output)?;
     std::fs::rename(&output, folder)?;

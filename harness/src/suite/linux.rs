@@ -8,6 +8,7 @@ use crate::boot::Outcome;
 use crate::cli::Fields;
 use crate::report::linux::named;
 use crate::session::{LONG, Session};
+use crate::setup::linux::Kernel;
 use crate::transcript::Transcript;
 use anyhow::Result;
 use std::collections::BTreeSet;
@@ -22,7 +23,7 @@ const MORE: f64 = 1.05;
 /// # Errors
 /// [`crate::error::Stop::Environment`] if Linux or the VMM cannot be had.
 pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
-    let linux = session.linux(true)?;
+    let linux = session.linux(Kernel::Newest, true)?;
     let job = Job::parse("").map_err(anyhow::Error::msg)?;
     let nests = Job { hypervisor: Some(Payload::new(session.images.guest("cascade")?, FEW)), ..job.clone() };
     for (name, job, cpus) in [("linux", &job, 1), ("linux-2", &job, 2), ("linux-cascade", &nests, 1)] {
