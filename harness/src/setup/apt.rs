@@ -100,7 +100,9 @@ pub fn unpacked(step: &mut Step, packages: &[String], work: &Path) -> Result<Pat
     let said = proc::run(download.env("LC_ALL", "C.UTF-8"), None, |line| step.at(line))?;
     if !said.status.success() {
         let todo = vec!["sudo apt-get update".into()];
-        return Err(Stop::Environment { what: format!("apt-get cannot fetch a package:\n{}", said.tail(6)), todo }.into());
+        return Err(
+            Stop::Environment { what: format!("apt-get cannot fetch a package:\n{}", said.tail(6)), todo }.into()
+        );
     }
     step.at("unpacking");
     let tree = work.join("tree");

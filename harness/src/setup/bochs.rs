@@ -32,7 +32,7 @@ pub enum Flavour {
 }
 
 /// The name of our build in the cache; the number changes with the fixes or the options.
-const BUILD: &str = "bochs-3.0-nvmx2";
+const BUILD: &str = "bochs-3.0-nvmx3";
 /// The upstream version that the fixes are written for.
 const UPSTREAM: &str = "3.0";
 
@@ -43,7 +43,7 @@ struct Fix {
     instead: &'static str,
 }
 
-const FIXES: [Fix; 5] = [
+const FIXES: [Fix; 8] = [
     // The interrupt mask was computed with the state of the hypervisor, so a guest entered with interrupts off under
     // external-interrupt exiting was not left on an interrupt until its RFLAGS.IF changed.
     Fix {
@@ -74,6 +74,26 @@ const FIXES: [Fix; 5] = [
         file: "cpu/vapic.cc",
         place: "vector = BX_CPU_THIS_PTR lapic->highest_priority_int(virr);",
         instead: "int highest = BX_CPU_THIS_PTR lapic->highest_priority_int(virr);\n  vector = highest < 0 ? 0 : (Bit8u) highest;",
+    },
+    // MONITOR made sure that writes of other processors are seen by dropping a translation of the physical address as if it
+    // were a linear one, which also woke every processor that waited. Those that had a translation of the page to write by
+    // went on unseen, so that a processor in MWAIT slept until its next interrupt.
+    Fix {
+        file: "cpu/mwait.cc",
+        place: "bx_pc_system.invlpg(paddr);\n\n  BX_CPU_THIS_PTR monitor.arm(paddr, (",
+        instead: "for (unsigned n = 0; n < BX_SMP_PROCESSORS; n++) BX_CPU(n)->forget_page(paddr);\n\n  BX_CPU_THIS_PTR monitor.arm(paddr, (",
+    },
+    Fix {
+        file: "cpu/mwait.cc",
+        place: "bx_pc_system.invlpg(paddr);\n\n  BX_CPU_THIS_PTR monitor.arm(paddr, BX_MONITOR_ARMED_BY_UMONITOR",
+        instead: "for (unsigned n = 0; n < BX_SMP_PROCESSORS; n++) BX_CPU(n)->forget_page(paddr);\n\n  BX_CPU_THIS_PTR monitor.arm(paddr, BX_MONITOR_ARMED_BY_UMONITOR",
+    },
+    Fix {
+        file: "cpu/cpu.h",
+        place: "BX_SMF void wakeup_monitor(void);",
+        instead: "BX_SMF void wakeup_monitor(void);\n  void forget_page(bx_phy_address paddr) {\n    \
+                  for (bx_TLB_entry &entry : DTLB.entry) if (PPFOf(entry.ppf) == PPFOf(paddr)) entry.invalidate();\n    \
+                  invalidate_stack_cache();\n  }",
     },
 ];
 const CONFIGURE: [&str; 10] = [

@@ -1,5 +1,6 @@
 //! smp: a guest hypervisor on all CPUs of the machine at once, as `check` records: what an INIT leaves, messages between
-//! CPUs, a guest on each CPU, VMCSs that migrate, invalidations, events that reach a CPU while its guest runs.
+//! CPUs and writes that wake them, a guest on each CPU, VMCSs that migrate, invalidations, events that reach a CPU while its
+//! guest runs.
 //!
 //! CPU 0 prints for all, in the order of CPUs, so that the records of two machines can be compared.
 #![no_std]
@@ -12,6 +13,7 @@ mod init;
 mod memory;
 mod messages;
 mod migrate;
+mod mwait;
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 use l2_kit::{
@@ -36,8 +38,9 @@ pub fn cpus() -> usize {
 type Part = fn(&[u32]);
 
 /// The parts, in order; `part=NAME` on the command line chooses one beside the start.
-const PARTS: [(&str, Part); 6] = [
+const PARTS: [(&str, Part); 7] = [
     ("messages", messages::all),
+    ("mwait", mwait::all),
     ("guests", guests::all),
     ("migrate", migrate::all),
     ("memory", memory::all),
