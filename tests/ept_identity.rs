@@ -172,6 +172,38 @@ fn a_page_is_mapped_small_wherever_l2_may_have_it() {
     assert_eq!(leaf_at(&ept, &frames, 4 * MIB2), None);
 }
 
+#[test]
+fn pages_that_were_split_are_joined_again() {
+    let own = Span::new(4 * MIB2, 5 * MIB2);
+    let mut frames = Frames::new(12);
+    let mut ept = Ept01::new(rules(), true, Gpa::new(2 * GIB1), own, pc, &mut frames).unwrap();
+    let (before, tables) = (leaves(&ept, &frames), ept.tables());
+    assert!(!ept.join(&mut frames), "nothing was split");
+    for page in [7 * MIB2 + 3 * KIB4, 7 * MIB2, GIB1 + MIB2, 0xa_1000] {
+        let _ = ept.watch(Gpa::new(page), &mut frames).unwrap();
+        processor_writes(&ept, &mut frames, page);
+    }
+    assert_ne!(ept.tables(), tables);
+    assert!(ept.join(&mut frames));
+    let plain = |list: Vec<(u64, u64, u64)>| -> Vec<_> {
+        list.into_iter().map(|(start, size, entry)| (start, size, entry & !(ACCESSED | DIRTY))).collect()
+    };
+    assert_eq!(plain(leaves(&ept, &frames)), before);
+    assert_eq!((ept.tables(), frames.used.len() as u32), (tables, tables));
+    let mut watch = ept.watch(Gpa::new(7 * MIB2), &mut frames).unwrap();
+    assert_eq!(ept.written(&mut watch, &mut frames), NO, "what was written before is forgotten");
+}
+
+#[test]
+fn pages_are_not_joined_beyond_what_the_processor_can_map() {
+    let small = EptRules::new(40, true, false, true);
+    let mut frames = Frames::new(600);
+    let mut ept = Ept01::new(small, true, Gpa::new(1), Span::new(0, 0), write_back, &mut frames).unwrap();
+    let before = leaves(&ept, &frames);
+    assert!(!ept.join(&mut frames));
+    assert_eq!(leaves(&ept, &frames), before);
+}
+
 /// Sets flags like a processor that writes at an address.
 fn processor_writes(ept: &Ept01, frames: &mut Frames, at: u64) {
     let mut table = ept.eptp().ep4ta();
@@ -329,6 +361,7 @@ proptest! {
         for at in &touched {
             let _ = ept.map_missing(Gpa::new(*at), types, &mut frames).unwrap();
         }
+        let (unsplit, tables) = (leaves(&ept, &frames), ept.tables());
         for at in &watched {
             let _ = ept.watch(Gpa::new(*at), &mut frames);
         }
@@ -351,5 +384,7 @@ proptest! {
             let covered = all.iter().any(|(start, size, _)| (*start..start + size).contains(&at));
             prop_assert_eq!(covered, !own.overlaps(Span::sized(at, 1)));
         }
+        prop_assert_eq!(ept.join(&mut frames), all.len() != unsplit.len());
+        prop_assert_eq!((leaves(&ept, &frames), ept.tables()), (unsplit, tables));
     }
 }

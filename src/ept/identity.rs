@@ -1,7 +1,8 @@
 //! ept01: L2's memory is the machine's, one to one, without nvmx.
 //!
 //! Pages are the largest that the processor offers, that lie outside nvmx's range, and that have one memory type.
-//! Tables are never freed or merged, so the address of an entry stays valid: a [`Watch`](super::Watch) is one.
+//! Tables are freed by [`Ept01::join`] alone, so until then the address of an entry stays valid: a
+//! [`Watch`](super::Watch) is one.
 //!
 //! Source: Intel SDM vol. 3C (December 2024), "EPT Translation Mechanism" and "EPT and Memory Typing".
 
@@ -131,6 +132,50 @@ impl Ept01 {
             }
             frames.write(at, entry::table_entry(table));
         }
+    }
+
+    /// Puts pages that were split together again and frees their tables; all watches end. If the answer is true, execute
+    /// INVEPT before L2 runs or a frame is used again.
+    pub fn join<F: TableFrames>(&mut self, frames: &mut F) -> bool {
+        self.watched = Watched::default();
+        let before = self.tables;
+        for index in 0..512 {
+            let pdpt = frames.read(Hpa::new(self.root.get() | index << 3));
+            if entry::is_present(pdpt) {
+                self.join_in(Hpa::new(pdpt & ADDRESS), Level::Pdpt, frames);
+            }
+        }
+        self.tables != before
+    }
+
+    /// Joins what the entries of a table lead to.
+    fn join_in<F: TableFrames>(&mut self, table: Hpa, level: Level, frames: &mut F) {
+        let Some(below) = level.below() else { return };
+        for index in 0..512 {
+            let at = Hpa::new(table.get() | index << 3);
+            let old = frames.read(at);
+            if !entry::is_present(old) || entry::is_leaf(old, level) {
+                continue;
+            }
+            let child = Hpa::new(old & ADDRESS);
+            self.join_in(child, below, frames);
+            if let Some(page) = self.whole(child, level, below, frames) {
+                frames.write(at, page);
+                frames.free(child);
+                self.tables -= 1;
+            }
+        }
+    }
+
+    /// The leaf at `level` that says what all entries of `table`, one level below, say together; `None` if none does.
+    fn whole<F: TableFrames>(&self, table: Hpa, level: Level, below: Level, frames: &F) -> Option<u64> {
+        let plain = |index: u64| frames.read(Hpa::new(table.get() | index << 3)) & !(entry::ACCESSED | entry::DIRTY);
+        let first = plain(0);
+        let is_whole = entry::is_present(first)
+            && entry::is_leaf(first, below)
+            && self.splittable(level)
+            && (1..512).all(|index| plain(index) == first + index * below.bytes());
+        is_whole.then_some(first | entry::LARGE)
     }
 
     /// True when the processor sets accessed and dirty flags in this map.

@@ -5,6 +5,7 @@ use super::{done, is_region_address, pointer_operand, require_cpl0, require_root
 use crate::emul::cr::Cr4;
 use crate::emul::msr::{FEATURE_LOCK, FEATURE_VMX};
 use crate::error::{Fault, VmxError, VmxResult};
+use crate::hw::vmx::Invalidate;
 use crate::nested::Operation;
 use crate::nested::caps;
 use crate::nested::vmcs12::Vmcs12;
@@ -47,7 +48,12 @@ pub fn vmxoff(cpu: &mut Cpu) -> Result<Next, Stop> {
         }
         cpu.nested.slots[index].release();
     }
-    cpu.ept02.forget_all(&mut Cpu::tables(&mut cpu.frames, &cpu.phys));
+    let mut tables = Cpu::tables(&mut cpu.frames, &cpu.phys);
+    cpu.ept02.forget_all(&mut tables);
+    // No slot watches a page of L2 any more.
+    if cpu.ept01.join(&mut tables) {
+        cpu.vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
+    }
     cpu.nested.operation = Operation::Off;
     vmcs01::own_control_bits(cpu, false);
     done(cpu, VmxResult::Succeed)
