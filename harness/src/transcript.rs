@@ -178,7 +178,8 @@ impl View {
         match line {
             Line::Record(r) => {
                 if r.level == Level::L1 && r.kind == Kind::Hello {
-                    self.met.set(self.met.get() + 1);
+                    // After a reset they come once more.
+                    self.met.set(self.met.get() % self.depth + 1);
                 }
                 match (r.level, r.kind) {
                     // Which nvmx it is cannot be told.
@@ -275,8 +276,9 @@ mod tests {
             ["@L1 hello version=1", "@L1 hello version=1", "@L2 say text=x", "@L3 say text=x", "[nvmx WARN ] x"];
         let levels = lines.map(|l| view.real_level(&Line::parse(l), "L1"));
         assert_eq!(levels, ["L1", "L2", "L3", "L4", "nvmx"]);
+        assert_eq!(lines[..2].iter().map(|l| view.real_level(&Line::parse(l), "L1")).collect::<Vec<_>>(), ["L1", "L2"]);
         let view = View::new(&Ui::new(false), Show::Nothing);
-        assert_eq!(lines.map(|l| view.real_level(&Line::parse(l), "L1"))[2..], ["L2", "L3", "L1"]);
+        assert_eq!(lines.map(|l| view.real_level(&Line::parse(l), "L1")), ["L1", "L1", "L2", "L3", "L1"]);
     }
 
     #[test]

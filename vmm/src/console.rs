@@ -67,10 +67,21 @@ impl Console {
     }
 }
 
-fn outb(port: u16, byte: u8) {
-    // SAFETY: 1. `debug_port` gave the process the right to use ports, and only its console calls this. 2. Neither port
+/// Writes a byte to a port; init alone has the right to.
+pub fn outb(port: u16, byte: u8) {
+    // SAFETY: 1. `debug_port` gave the process the right to use ports, else it gets a signal. 2. No port that is used here
     // has an effect on memory.
     unsafe {
         std::arch::asm!("out dx, al", in("dx") port, in("al") byte, options(nomem, nostack, preserves_flags));
     }
+}
+
+/// Reads a byte from a port, as [`outb`].
+pub fn inb(port: u16) -> u8 {
+    let byte;
+    // SAFETY: as there.
+    unsafe {
+        std::arch::asm!("in al, dx", in("dx") port, out("al") byte, options(nomem, nostack, preserves_flags));
+    }
+    byte
 }

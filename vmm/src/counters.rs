@@ -6,9 +6,11 @@ use l2_protocol::abi::{
 };
 use raw_cpuid::native_cpuid::cpuid_count;
 
-/// How many of nvmx's frames are free.
+/// How many of nvmx's frames are free, those of all CPUs together.
 pub fn free_frames() -> Option<u64> {
-    present().then(|| value(FRAMES_FREE))
+    let mut sum = 0;
+    present().then(|| on_each_cpu(|| sum += value(FRAMES_FREE)))?;
+    Some(sum)
 }
 
 /// One value.

@@ -10,6 +10,7 @@ mod acpi;
 mod console;
 mod counters;
 mod cpu;
+mod ending;
 mod facts;
 mod guest;
 mod init;
@@ -103,7 +104,10 @@ fn machines(plan: &Plan, console: &mut Console) -> Result<End> {
         let (before, start) = (Counters::read(), facts::ticks());
         end = match &plan.program {
             // The first turn, and the last of an odd number, run to their end.
-            Some(program) => program::run(program, plan.kill.filter(|_| turn % 2 == 1), console)?,
+            Some(program) => {
+                let ending = plan.end.filter(|_| turn == 0);
+                program::run(program, plan.kill.filter(|_| turn % 2 == 1), ending, console)?
+            }
             None => Machine::new(plan)?.run(console)?,
         };
         if plan.role == Role::Hypervisor {

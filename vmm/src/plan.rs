@@ -11,6 +11,7 @@
 //! kill 400                    end the program of every second turn by a signal after so many milliseconds
 //! times 20                    so many such machines, one after the other
 //! reload on                   with KVM unloaded and loaded again in between
+//! end reset                   reset the machine while the first program's guest works, once (or `power-off`)
 //! role hypervisor             say in records what this Linux is, and end the log (the default is `host`: neither)
 //! role workload               no machine at all: do a little of everything, as the innermost Linux
 //! ```
@@ -37,6 +38,15 @@ pub enum Role {
     Workload,
 }
 
+/// How the machine ends while its guest works.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ending {
+    /// It is reset, and does everything once more, to a usual end
+    Reset,
+    /// It is switched off
+    PowerOff,
+}
+
 /// The orders.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Plan {
@@ -58,6 +68,8 @@ pub struct Plan {
     pub times: u32,
     /// KVM is loaded again for each
     pub reload: bool,
+    /// The machine ends in the midst of the first one
+    pub end: Option<Ending>,
     /// What this Linux is
     pub role: Role,
 }
@@ -79,6 +91,7 @@ impl Plan {
             kill: None,
             times: 1,
             reload: false,
+            end: None,
             role: Role::Host,
         };
         for line in text.lines().filter(|l| !l.trim().is_empty()) {
@@ -97,6 +110,13 @@ impl Plan {
                 "kill" => plan.kill = Some(rest.parse().with_context(|| format!("plan: kill {rest}"))?),
                 "times" => plan.times = rest.parse().with_context(|| format!("plan: times {rest}"))?,
                 "reload" => plan.reload = rest == "on",
+                "end" => {
+                    plan.end = match rest {
+                        "reset" => Some(Ending::Reset),
+                        "power-off" => Some(Ending::PowerOff),
+                        _ => bail!("plan: unknown end `{rest}`"),
+                    }
+                }
                 "role" => {
                     plan.role = match rest {
                         "host" => Role::Host,
@@ -136,6 +156,8 @@ mod tests {
         let program = Plan::parse("program /q -a b\ntimes 3\nreload on\nkill 2").unwrap();
         assert_eq!(program.kill, Some(2));
         assert_eq!((program.program.unwrap().args.as_str(), program.times, program.reload), ("-a b", 3, true));
+        assert_eq!(Plan::parse("program /q\nend power-off").unwrap().end, Some(Ending::PowerOff));
+        assert_eq!(error("end x"), "plan: unknown end `x`");
         assert_eq!(error("role x"), "plan: unknown role `x`");
         assert!(!Plan::parse("kernel /k\nmemory 64\nnested off").unwrap().nested);
     }

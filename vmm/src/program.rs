@@ -3,10 +3,10 @@
 
 use crate::console::Console;
 use crate::counters::Counters;
-use crate::init;
 use crate::machine::End;
-use crate::plan::Item;
+use crate::plan::{Ending, Item};
 use crate::stats::NAMES;
+use crate::{ending, init};
 use anyhow::{Context, Result};
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
@@ -16,11 +16,12 @@ use std::time::Duration;
 
 const EVENT: &[u8] = b"@L3 event ";
 
-/// Runs it to its end, or kills it after so many milliseconds. Its arguments are separated by blanks; one with a blank in it is quoted by `"`.
+/// Runs it to its end, or kills it after so many milliseconds, or ends the machine when its guest has said that it works. Its
+/// arguments are separated by blanks; one with a blank in it is quoted by `"`.
 ///
 /// # Errors
 /// If it does not start.
-pub fn run(program: &Item, kill: Option<u64>, console: &mut Console) -> Result<End> {
+pub fn run(program: &Item, kill: Option<u64>, mut end: Option<Ending>, console: &mut Console) -> Result<End> {
     init::mount_debugfs();
     let mut meter = Meter::now();
     let mut child = Command::new(&program.path)
@@ -38,6 +39,9 @@ pub fn run(program: &Item, kill: Option<u64>, console: &mut Console) -> Result<E
                 console.write(meter.advance().as_bytes());
             }
             console.write(b"\n");
+            if line.starts_with(EVENT) {
+                end.take().map_or(Ok(()), |how| ending::end(how, console))?;
+            }
         }
     }
     // Before the child is waited for: until then its number is its own.

@@ -3,7 +3,7 @@
 
 use super::initramfs::Archive;
 use super::kvm_in_bochs::COMMAND_LINE;
-use super::{Payload, Protocol, Spec};
+use super::{Machine, Payload, Protocol, Spec};
 use crate::session::Session;
 use crate::setup::linux::{Linux, MODULES};
 use crate::setup::qemu::Qemu;
@@ -19,6 +19,25 @@ const KERNEL: &str = "vmlinuz";
 const INNER: &str = "inner.initramfs";
 const HYPERVISOR: &str = "hypervisor";
 
+/// How the machine ends while its guest works.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// It is reset, and does everything once more
+    Reset,
+    /// It is switched off
+    PowerOff,
+}
+
+impl End {
+    /// Its name in orders.
+    fn word(self) -> &'static str {
+        match self {
+            End::Reset => "reset",
+            End::PowerOff => "power-off",
+        }
+    }
+}
+
 /// What the guest hypervisor is to do.
 #[derive(Clone, Debug)]
 pub struct Job {
@@ -30,37 +49,60 @@ pub struct Job {
     pub kill: Option<u32>,
     /// KVM is unloaded and loaded again for each
     pub reload: bool,
+    /// The machine is reset, or switched off, while the first guest works
+    pub end: Option<End>,
+    /// CPUs of the guest, if not those of the machine
+    pub vcpus: Option<u32>,
     /// Parameters of the module kvm-intel
     pub parameters: String,
     /// The guest is no Linux but this guest hypervisor of `l2-guests/`, in our own VMM
     pub hypervisor: Option<Payload>,
 }
 
+/// The words of [`Job::parse`].
+const ORDERS: &str = "vmm=qemu|own, times=N, kill=MILLISECONDS, reload=on, vcpus=N, end=reset|power-off";
+
 impl Job {
-    /// Reads the words of a command line: `vmm=qemu|own`, `times=N`, `kill=MILLISECONDS`, `reload=on`; the rest is for
-    /// kvm-intel.
+    /// Reads the words of a command line: `vmm=qemu|own`, `times=N`, `kill=MILLISECONDS`, `reload=on`, `vcpus=N`,
+    /// `end=reset|power-off`; the rest is for kvm-intel.
     ///
     /// # Errors
     /// The word that makes no sense.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let mut job =
-            Job { qemu: true, times: 1, kill: None, reload: false, parameters: String::new(), hypervisor: None };
+        let mut job = Job {
+            qemu: true,
+            times: 1,
+            kill: None,
+            reload: false,
+            end: None,
+            vcpus: None,
+            parameters: String::new(),
+            hypervisor: None,
+        };
         let mut parameters = Vec::new();
         for word in text.split_whitespace() {
-            let bad =
-                || format!("`{word}` is no order for Linux as L2: vmm=qemu|own, times=N, kill=MILLISECONDS, reload=on");
+            let bad = || format!("`{word}` is no order for Linux as L2: {ORDERS}");
+            let number = |text: &str| text.parse().ok().filter(|n| *n > 0).ok_or_else(bad);
             match word.split_once('=').ok_or_else(bad)? {
                 ("vmm", "own") => job.qemu = false,
                 ("vmm", "qemu") => job.qemu = true,
-                ("times", n) => job.times = n.parse().ok().filter(|n| *n > 0).ok_or_else(bad)?,
+                ("times", n) => job.times = number(n)?,
+                ("vcpus", n) => job.vcpus = Some(number(n)?),
                 ("kill", n) => job.kill = Some(n.parse().ok().ok_or_else(bad)?),
                 ("reload", "on") => job.reload = true,
+                ("end", end) => {
+                    job.end = Some([End::Reset, End::PowerOff].into_iter().find(|e| e.word() == end).ok_or_else(bad)?)
+                }
                 ("vmm" | "reload", _) => return Err(bad()),
                 _ => parameters.push(word),
             }
         }
         job.parameters = parameters.join(" ");
-        Ok(job)
+        // Our own VMM has one CPU, and no program that could be ended.
+        match !job.qemu && (job.end.is_some() || job.kill.is_some() || job.vcpus.is_some_and(|n| n > 1)) {
+            true => Err("`vmm=own` goes without `end=`, `kill=` and `vcpus=`: these are for QEMU".into()),
+            false => Ok(job),
+        }
     }
 }
 
@@ -76,18 +118,20 @@ pub struct LinuxKvm {
 }
 
 impl LinuxKvm {
-    /// The boot alone on the machine, which has so many CPUs, with Linux as its hypervisor; its guest has as many.
+    /// The boot alone on the machine with Linux as its hypervisor; its guest has as many CPUs unless the job says otherwise.
     ///
     /// # Errors
     /// If a file cannot be read or written.
-    pub fn bare(&self, session: &Session, name: &str, job: &Job, cpus: u32) -> Result<Spec> {
+    pub fn bare(&self, session: &Session, name: &str, job: &Job, machine: &Machine) -> Result<Spec> {
         let folder = session.paths.target.join("nvmx").join("linux");
         std::fs::create_dir_all(&folder)?;
         let initramfs = folder.join(format!("{name}.initramfs"));
-        std::fs::write(&initramfs, self.initramfs(job, cpus)?)?;
-        let kernel = Payload::new(self.linux.file("vmlinuz"), COMMAND_LINE);
+        std::fs::write(&initramfs, self.initramfs(job, machine.cpus)?)?;
+        // Without it Linux asks the keyboard controller first, whose reset the firmware of Bochs does not survive.
+        let reset = if job.end == Some(End::Reset) { " reboot=pci" } else { "" };
+        let kernel = Payload::new(self.linux.file("vmlinuz"), format!("{COMMAND_LINE}{reset}"));
         let mut spec = session.spec(format!("{name}-bare"), kernel, vec![Payload::new(initramfs, "")]);
-        spec.machine.cpus = cpus;
+        spec.machine = machine.clone();
         Ok(in_linux(Spec { protocol: Protocol::Linux, ..spec }))
     }
 
@@ -96,7 +140,7 @@ impl LinuxKvm {
         let modules = std::iter::once(&bare.kernel).chain(&bare.modules).cloned().collect();
         let nvmx = Payload::new(&session.images.nvmx, options);
         let mut spec = session.spec(format!("{name}-nvmx"), nvmx, modules);
-        spec.machine.cpus = bare.machine.cpus;
+        spec.machine = bare.machine.clone();
         in_linux(Spec { timeout: bare.timeout, ..spec })
     }
 
@@ -152,10 +196,13 @@ fn plan(job: &Job, cpus: u32) -> String {
     if job.reload {
         text.push_str("reload on\n");
     }
+    if let Some(end) = job.end {
+        let _ = writeln!(text, "end {}", end.word());
+    }
     if let Some(hypervisor) = &job.hypervisor {
         let _ = writeln!(text, "memory {GUEST_MEMORY}\nkernel /{HYPERVISOR} {}", hypervisor.args);
     } else if job.qemu {
-        let line = Qemu::command_line(cpus, GUEST_MEMORY, KERNEL, INNER, COMMAND_LINE);
+        let line = Qemu::command_line(job.vcpus.unwrap_or(cpus), GUEST_MEMORY, KERNEL, INNER, COMMAND_LINE);
         let _ = writeln!(text, "program {line}");
     } else {
         let _ = writeln!(text, "memory {GUEST_MEMORY}\nkernel /{KERNEL} {COMMAND_LINE}\npayload /{INNER}");
@@ -174,12 +221,16 @@ mod tests {
         assert_eq!(job.parameters, "ept=0");
         let default = Job::parse("").unwrap();
         assert_eq!((default.qemu, default.times, default.parameters.as_str()), (true, 1, ""));
+        assert_eq!(Job::parse("end=power-off vcpus=2").map(|j| (j.end, j.vcpus)), Ok((Some(End::PowerOff), Some(2))));
+        assert!(Job::parse("end=never").is_err() && Job::parse("vmm=own end=reset").is_err());
         assert!(Job::parse("times=0").is_err() && Job::parse("vmm=xen").is_err() && Job::parse("fast").is_err());
     }
 
     #[test]
     fn the_plan_has_a_line_for_each_order() {
         assert!(plan(&Job::parse("kill=400 times=2").unwrap(), 1).contains("\nkill 400\n"));
+        assert!(plan(&Job::parse("end=reset").unwrap(), 1).contains("\nend reset\n"));
+        assert!(plan(&Job::parse("vcpus=2").unwrap(), 4).contains(" -smp 2 "));
         let own = plan(&Job::parse("vmm=own reload=on times=2 ept=0").unwrap(), 1);
         let lines: Vec<&str> = own.lines().collect();
         assert_eq!(lines[..2], ["role hypervisor", "nested off"]);

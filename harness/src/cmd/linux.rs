@@ -28,7 +28,7 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let session = Session::start(ui, &args.l0)?;
     let linux = session.linux(Kernel::Newest, job.qemu)?;
     let limit = args.l0.timeout.unwrap_or(LONG);
-    let mut bare = linux.bare(&session, NAME, &job, session.machine.cpus)?;
+    let mut bare = linux.bare(&session, NAME, &job, &session.machine)?;
     bare.timeout = limit;
     let nested = linux.nested(&session, NAME, &bare, &session.options(args.fields));
     let peer = if args.l1 == L1::Kvm { Some(session.kvm_in_place(&args.l0)?) } else { None };

@@ -2,9 +2,9 @@
 
 use super::on_kvm::FEW;
 use super::{Case, Judge, Suite, compare};
-use crate::backend::linux::Job;
-use crate::backend::{Payload, Spec};
-use crate::boot::Outcome;
+use crate::backend::linux::{Job, LinuxKvm};
+use crate::backend::{Machine, Payload, Spec};
+use crate::boot::{Ended, Outcome};
 use crate::cli::Fields;
 use crate::report::linux::named;
 use crate::session::{LONG, Session};
@@ -18,33 +18,112 @@ const FEATURES: [&str; 3] = ["ept", "vpid", "unrestricted_guest"];
 /// How much longer Linux may take under nvmx to its init, of what it takes alone.
 const MORE: f64 = 1.05;
 
+/// The CPU model for Linux 6.1, which stops early on the one with the most VMX features.
+const MODEL_OF_61: &str = "corei7_skylake_x";
+
 /// Adds the boots and cases.
 ///
 /// # Errors
 /// [`crate::error::Stop::Environment`] if Linux or the VMM cannot be had.
 pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let linux = session.linux(Kernel::Newest, true)?;
-    let job = Job::parse("").map_err(anyhow::Error::msg)?;
-    let nests = Job { hypervisor: Some(Payload::new(session.images.guest("cascade")?, FEW)), ..job.clone() };
-    for (name, job, cpus) in [("linux", &job, 1), ("linux-2", &job, 2), ("linux-cascade", &nests, 1)] {
-        let bare = Spec { timeout: LONG, ..linux.bare(session, name, job, cpus)? };
-        let nested = linux.nested(session, name, &bare, &session.options(Fields::Auto));
-        [bare, nested].into_iter().for_each(|spec| drop(suite.boots.insert(spec.name.clone(), Ok(spec))));
+    let job = |words: &str| Job::parse(words).map_err(anyhow::Error::msg);
+    let cascade = Payload::new(session.images.guest("cascade")?, FEW);
+    let nests = |words: &str| anyhow::Ok(Job { hypervisor: Some(cascade.clone()), ..job(words)? });
+    for (name, job, cpus) in [
+        ("linux", job("")?, 1),
+        ("linux-2", job("")?, 2),
+        ("linux-4", job("vcpus=2")?, 4),
+        ("linux-again", job("end=reset times=2 kill=400 reload=on")?, 1),
+        ("linux-off", job("end=power-off")?, 1),
+        ("linux-ept0", job("vmm=own ept=0")?, 1),
+        ("linux-cascade", nests("")?, 1),
+        ("linux-cascade-trapped", nests("enable_shadow_vmcs=0")?, 1),
+    ] {
+        add_boots(suite, session, &linux, name, &job, |machine| machine.cpus = cpus)?;
     }
-    let mut case = |name: &str, boots: [&str; 2], judge: Judge| {
-        suite.cases.push(Case { name: name.into(), boots: boots.map(str::to_string).to_vec(), judge });
+    let pair = |name: &str| [format!("{name}-bare"), format!("{name}-nvmx")];
+    let same = || -> Judge { Box::new(|o| same_but_for_the_machine(o[0], o[1])) };
+    let mut case = |name: &str, boots: [String; 2], judge: Judge| {
+        suite.cases.push(Case { name: name.into(), boots: boots.to_vec(), judge });
     };
-    let both = ["linux-bare", "linux-nvmx"];
-    let same: Judge = Box::new(|o| same_but_for_the_machine(o[0], o[1]));
-    case("Linux with KVM as L2 boots Linux as L3, and both see what they see with KVM alone", both, same);
-    let same: Judge = Box::new(|o| same_but_for_the_machine(o[0], o[1]));
+    case("Linux with KVM as L2 boots Linux as L3, and both see what they see with KVM alone", pair("linux"), same());
     let name = "Linux with KVM on 2 CPUs boots Linux with 2 CPUs, and both see what they see with KVM alone";
-    case(name, ["linux-2-bare", "linux-2-nvmx"], same);
-    case("Linux takes under nvmx to its init what it takes alone", both, Box::new(|o| boots_as_fast(o[0], o[1])));
-    let nested: Judge = Box::new(|o| compare::agree(o[0], o[1]));
-    let boots = ["cascade-few", "linux-cascade-nvmx"];
-    case("cascade as L3 of Linux with KVM as L2, with a guest of its own, sees what it sees bare", boots, nested);
+    case(name, pair("linux-2"), same());
+    let name = "Linux with KVM on 4 CPUs boots Linux with 2 CPUs, and both see what they see with KVM alone";
+    case(name, pair("linux-4"), same());
+    let fast: Judge = Box::new(|o| boots_as_fast(o[0], o[1]));
+    case("Linux takes under nvmx to its init what it takes alone", pair("linux"), fast);
+    let name =
+        "Linux that is reset while its guest works, kills a guest and loads KVM anew sees what it sees with KVM alone";
+    case(name, pair("linux-again"), Box::new(|o| same_but_for_the_machine(o[0], o[1]).and_then(|()| frees_all(o[1]))));
+    let name = "Linux without EPT for its guest sees what it sees with KVM alone";
+    case(name, pair("linux-ept0"), same());
+    for (how, boot) in [("", "linux-cascade"), (" and trapped field access", "linux-cascade-trapped")] {
+        let name =
+            format!("cascade as L3 of Linux with KVM as L2, with a guest of its own{how}, sees what it sees bare");
+        let nested: Judge = Box::new(|o| compare::agree(o[0], o[1]));
+        case(&name, ["cascade-few".into(), format!("{boot}-nvmx")], nested);
+    }
+    let off: Judge = Box::new(|o| switched_off(o[0]));
+    let name = "Linux with KVM as L2 switches the machine off while its guest works".into();
+    suite.cases.push(Case { name, boots: vec!["linux-off-nvmx".into()], judge: off });
+    add_linux_61(suite, session)
+}
+
+/// The same with the older kernel, where the distribution has it.
+fn add_linux_61(suite: &mut Suite, session: &Session) -> Result<()> {
+    let linux = session.linux(Kernel::Linux61, false)?;
+    if !linux.linux.release.starts_with("6.1.") {
+        session.ui.note(&format!("the archive has Linux {} and no 6.1: not tested", linux.linux.release));
+        return Ok(());
+    }
+    let job = Job::parse("vmm=own").map_err(anyhow::Error::msg)?;
+    add_boots(suite, session, &linux, "linux-61", &job, |machine| machine.model = MODEL_OF_61.into())?;
+    let judge: Judge = Box::new(|o| same_but_for_the_machine(o[0], o[1]).and_then(|()| boots_as_fast(o[0], o[1])));
+    let boots = ["linux-61-bare", "linux-61-nvmx"].map(str::to_string).to_vec();
+    let name = "Linux 6.1 takes under nvmx to its init what it takes alone, and boots Linux as L3".into();
+    suite.cases.push(Case { name, boots, judge });
     Ok(())
+}
+
+/// Adds a boot alone on the machine and one under nvmx.
+fn add_boots(
+    suite: &mut Suite,
+    session: &Session,
+    linux: &LinuxKvm,
+    name: &str,
+    job: &Job,
+    change: impl Fn(&mut Machine),
+) -> Result<()> {
+    let mut machine = session.machine.clone();
+    change(&mut machine);
+    let bare = Spec { timeout: LONG, ..linux.bare(session, name, job, &machine)? };
+    let nested = linux.nested(session, name, &bare, &session.options(Fields::Auto));
+    [bare, nested].into_iter().for_each(|spec| drop(suite.boots.insert(spec.name.clone(), Ok(spec))));
+    Ok(())
+}
+
+/// Whenever L2 had left VMX operation, nvmx had as many free frames as at the start of that L2.
+fn frees_all(under: &Outcome) -> Result<(), String> {
+    let free: Vec<u64> = named(&under.transcript, "frames").filter_map(|r| r.number("free").ok()).collect();
+    match free.iter().find(|n| **n != free[0]) {
+        _ if free.len() < 3 => Err(format!("{}: it told the free frames only {} times", under.name, free.len())),
+        Some(_) => Err(format!("{}: frames are lost: {free:?} were free", under.name)),
+        None => Ok(()),
+    }
+}
+
+/// The guest worked, and then the machine went off by itself.
+fn switched_off(under: &Outcome) -> Result<(), String> {
+    under.verdict().map_err(|e| format!("{}: {e}", under.name))?;
+    if named(&under.transcript, "l3_boot").next().is_none() || named(&under.transcript, "l3_work").next().is_some() {
+        return Err(format!("{}: the guest did not work just then", under.name));
+    }
+    match under.ended {
+        Ended::Itself => Ok(()),
+        _ => Err(format!("{}: the machine was still on", under.name)),
+    }
 }
 
 /// The records agree; under nvmx the kernel warns of nothing that it does not warn of alone, and finds the VMX that KVM needs.
@@ -65,8 +144,10 @@ pub fn same_but_for_the_machine(alone: &Outcome, under: &Outcome) -> Result<(), 
     }
 }
 
-fn warnings(said: &Transcript) -> BTreeSet<&str> {
-    named(said, "warning").filter_map(|r| r.get("text")).collect()
+/// The kernel's warnings, without their numbers, which tell of times and places.
+fn warnings(said: &Transcript) -> BTreeSet<String> {
+    let plain = |text: &str| text.split(|c: char| c.is_ascii_digit()).collect::<Vec<_>>().join("");
+    named(said, "warning").filter_map(|r| r.get("text")).map(plain).collect()
 }
 
 fn boots_as_fast(alone: &Outcome, under: &Outcome) -> Result<(), String> {
@@ -84,7 +165,6 @@ fn boots_as_fast(alone: &Outcome, under: &Outcome) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::Ended;
     use crate::report::tests::transcript;
     use std::time::Duration;
 
@@ -113,6 +193,28 @@ mod tests {
         assert_eq!(judge(&outcome(100, "ept vpid unrestricted_guest", "odd clock")), Ok(()));
         assert!(judge(&outcome(100, "ept vpid unrestricted_guest", "bug")).unwrap_err().contains("bug"));
         assert!(judge(&outcome(100, "ept vpid", "odd clock")).unwrap_err().contains("unrestricted_guest"));
+    }
+
+    #[test]
+    fn a_warning_is_known_again_by_its_words_alone() {
+        let alone = outcome(100, "", "TSC 123 is odd");
+        let under = outcome(100, "ept vpid unrestricted_guest", "TSC 4567 is odd");
+        assert_eq!(same_but_for_the_machine(&alone, &under), Ok(()));
+    }
+
+    #[test]
+    fn lost_frames_and_a_machine_that_stays_on_are_found() {
+        let says = |lines: &[&str]| Outcome { transcript: transcript(lines), ..outcome(1, "", "") };
+        let frames = |n: [u64; 3]| says(&n.map(|n| format!("@L2 event name=frames free={n}")).each_ref().map(|l| &**l));
+        assert_eq!(frees_all(&frames([5, 5, 5])), Ok(()));
+        assert!(frees_all(&frames([5, 5, 4])).unwrap_err().contains("[5, 5, 4]"));
+        assert!(frees_all(&says(&["@L2 event name=frames free=5"])).is_err());
+        let end = "@L2 end status=pass failed=0";
+        let off = says(&["@L3 event name=l3_boot", end]);
+        assert_eq!(switched_off(&off), Ok(()));
+        assert!(switched_off(&Outcome { ended: Ended::Lingered, ..off }).is_err());
+        assert!(switched_off(&says(&["@L3 event name=l3_boot", "@L3 event name=l3_work", end])).is_err());
+        assert!(switched_off(&says(&[end])).is_err());
     }
 
     #[test]

@@ -1,0 +1,51 @@
+//! The end of the machine while a guest works in it, as its user might order it: by the kernel, which tells KVM first.
+
+use crate::console::{Console, inb, outb};
+use crate::facts;
+use crate::plan::Ending;
+use anyhow::{Result, bail};
+use l2_protocol::{Kind, Level};
+
+/// CMOS memory: index and data. It outlasts a reset, and nothing on a PC uses its last bytes.
+const CMOS: u16 = 0x70;
+const PLACE: u8 = 0x7D;
+/// Written there before the reset.
+const MARK: u8 = 0x5A;
+
+/// Ends the machine, which for a reset is done once: behind it everything takes its usual course.
+///
+/// # Errors
+/// What the kernel says if it goes on.
+pub fn end(ending: Ending, console: &mut Console) -> Result<()> {
+    let how = match ending {
+        Ending::Reset => {
+            if take_mark() {
+                return Ok(());
+            }
+            leave_mark(MARK);
+            console.log("INFO", "resetting the machine while its guest works");
+            libc::RB_AUTOBOOT
+        }
+        Ending::PowerOff => {
+            console.log("INFO", "switching the machine off while its guest works");
+            facts::record(console, Level::L2, Kind::End, &[("status", "pass"), ("failed", "0")]);
+            libc::RB_POWER_OFF
+        }
+    };
+    // SAFETY: reboot has no memory arguments here.
+    unsafe { libc::reboot(how) };
+    bail!("the machine does not end: {}", std::io::Error::last_os_error())
+}
+
+/// Whether the mark is there; it is not afterwards.
+fn take_mark() -> bool {
+    outb(CMOS, PLACE);
+    let marked = inb(CMOS + 1) == MARK;
+    leave_mark(0);
+    marked
+}
+
+fn leave_mark(mark: u8) {
+    outb(CMOS, PLACE);
+    outb(CMOS + 1, mark);
+}
