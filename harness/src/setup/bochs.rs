@@ -32,7 +32,7 @@ pub enum Flavour {
 }
 
 /// The name of our build in the cache; the number changes with the fixes or the options.
-const BUILD: &str = "bochs-3.0-nvmx3";
+const BUILD: &str = "bochs-3.0-nvmx4";
 /// The upstream version that the fixes are written for.
 const UPSTREAM: &str = "3.0";
 
@@ -43,7 +43,7 @@ struct Fix {
     instead: &'static str,
 }
 
-const FIXES: [Fix; 8] = [
+const FIXES: [Fix; 9] = [
     // The interrupt mask was computed with the state of the hypervisor, so a guest entered with interrupts off under
     // external-interrupt exiting was not left on an interrupt until its RFLAGS.IF changed.
     Fix {
@@ -74,6 +74,13 @@ const FIXES: [Fix; 8] = [
         file: "cpu/vapic.cc",
         place: "vector = BX_CPU_THIS_PTR lapic->highest_priority_int(virr);",
         instead: "int highest = BX_CPU_THIS_PTR lapic->highest_priority_int(virr);\n  vector = highest < 0 ? 0 : (Bit8u) highest;",
+    },
+    // A VM exit during the delivery of a virtual interrupt named the event delivered before as the one it interrupted.
+    Fix {
+        file: "cpu/vapic.cc",
+        place: "clear_event(BX_EVENT_PENDING_VMX_VIRTUAL_INTR);\n\n  BX_CPU_THIS_PTR EXT = 1;",
+        instead: "clear_event(BX_EVENT_PENDING_VMX_VIRTUAL_INTR);\n  vm->idt_vector_info = vector | (BX_EXTERNAL_INTERRUPT << 8);\n  \
+                  vm->idt_vector_error_code = 0;\n\n  BX_CPU_THIS_PTR EXT = 1;",
     },
     // MONITOR made sure that writes of other processors are seen by dropping a translation of the physical address as if it
     // were a linear one, which also woke every processor that waited. Those that had a translation of the page to write by

@@ -204,14 +204,19 @@ fn chains(guest: &mut Guest) {
     vmx::write(f::GUEST_IDTR_LIMIT, limit);
 }
 
-/// The guest's IDT is missing, so delivery exits; then it is there, and the event is delivered once more.
-fn vectoring(guest: &mut Guest) {
-    let Some(ept) = guest.ept else { return };
+/// A page like this hypervisor's IDT, for the guest alone: its address.
+pub fn copy_of_idt() -> u64 {
     let idt = pages::page();
     let source = trap::idt_base() as *const [u64; 512];
     // SAFETY: the IDT has 4096 bytes and does not change.
     *idt = unsafe { *source };
-    let idt = pages::address(idt);
+    pages::address(idt)
+}
+
+/// The guest's IDT is missing, so delivery exits; then it is there, and the event is delivered once more.
+fn vectoring(guest: &mut Guest) {
+    let Some(ept) = guest.ept else { return };
+    let idt = copy_of_idt();
     let own = vmx::read(f::GUEST_IDTR_BASE);
     vmx::write(f::GUEST_IDTR_BASE, idt);
     trap::hook(trap::UD, Some(skip_two));

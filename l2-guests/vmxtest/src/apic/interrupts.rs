@@ -3,9 +3,12 @@
 
 use super::{Apic, BOTH, DELIVERY, OPERAND, Vectors, and, offset};
 use crate::guest::{Exit, Program, nothing};
+use crate::injection::copy_of_idt;
 use core::arch::asm;
 use l2_kit::{
-    Check, Global, cpu, fields as f,
+    Check, Global, cpu,
+    ept::rights,
+    fields as f, pages,
     protocol::Hex,
     serial::Serial,
     setup::{Controls, primary, secondary as s},
@@ -90,6 +93,7 @@ pub fn all(apic: &mut Apic) {
     self_ipis(apic);
     opened(apic);
     others(apic);
+    delivery_exits(apic);
 }
 
 /// Requested, in service and task priority, with interrupts on and off, against the SDM's rules.
@@ -365,4 +369,45 @@ fn others(apic: &mut Apic) {
         .expect("taken", Hex(taken), Hex(0x5241))
         .expect("status", Hex(vmx::read(f::GUEST_INTERRUPT_STATUS)), Hex(0x4100))
         .end();
+}
+
+/// The guest's IDT is missing when a virtual interrupt is delivered, in ept12 or only where a hypervisor below composes it.
+fn delivery_exits(apic: &mut Apic) {
+    let Some(ept) = apic.guest.ept else { return };
+    let _ = apic.choose(&DELIVERY);
+    let (own, idt) = (vmx::read(f::GUEST_IDTR_BASE), copy_of_idt());
+    vmx::write(f::GUEST_IDTR_BASE, idt);
+    let unmap = || {
+        ept.unmap(idt, pages::PAGE);
+        let _ = vmx::invept(1, [ept.pointer(), 0]);
+    };
+    unmap();
+    request(apic, &[0x41]);
+    let (exit, _) = run(apic, nothing, 5, IF, End::None);
+    let reason = if let Exit::Reason(reason, _) = exit { reason } else { 0 };
+    // Bit 12 is undefined.
+    let vectoring = vmx::read(f::IDT_VECTORING_INFO) & !(1 << 12);
+    Check::new(&mut Serial, "delivery of a virtual interrupt exits")
+        .expect("reason", reason, r::EPT_VIOLATION)
+        .expect("vectoring", Hex(vectoring), Hex(VALID | 0x41))
+        .expect("status", Hex(vmx::read(f::GUEST_INTERRUPT_STATUS)), Hex(0x4100))
+        .end();
+    for (how, injected) in [("again", vectoring), ("through a page that is new", 0)] {
+        if injected == 0 {
+            unmap();
+            let _ = apic.choose(&DELIVERY);
+            request(apic, &[0x41]);
+            apic.guest.start(nothing, 5);
+            vmx::write(f::GUEST_RFLAGS, 2 | IF);
+        }
+        ept.map(idt, pages::PAGE, rights::RWX);
+        vmx::write(f::ENTRY_INTERRUPTION_INFO, injected);
+        let (exit, taken) = taking(End::None, || apic.guest.run());
+        Check::new(&mut Serial, format_args!("delivery of a virtual interrupt {how}"))
+            .expect("result", exit, Exit::Done(5))
+            .expect("taken", Hex(taken), Hex(0x41))
+            .expect("status", Hex(vmx::read(f::GUEST_INTERRUPT_STATUS)), Hex(0x4100))
+            .end();
+    }
+    vmx::write(f::GUEST_IDTR_BASE, own);
 }
