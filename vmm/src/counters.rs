@@ -67,13 +67,15 @@ impl Counters {
         }
     }
 
-    /// What happened between two moments, as fields of a record.
+    /// What happened between two moments, by name.
+    pub fn between<'a>(&'a self, to: &'a Self) -> impl Iterator<Item = (&'static str, u64)> + 'a {
+        let pairs = Counter::ALL.iter().zip(&self.named).zip(&to.named);
+        pairs.map(|((counter, from), to)| (counter.name(), to.saturating_sub(*from)))
+    }
+
+    /// The same as fields of a record.
     pub fn fields(&self, to: &Self) -> String {
-        let mut text = String::new();
-        for ((counter, from), to) in Counter::ALL.iter().zip(&self.named).zip(&to.named) {
-            text.push_str(&format!(" {}={}", counter.name(), to.saturating_sub(*from)));
-        }
-        text
+        self.between(to).map(|(name, count)| format!(" {name}={count}")).collect()
     }
 
     /// Exits by basic exit reason between two moments, of L2 and of L3, as `reason:count`, the most frequent first.

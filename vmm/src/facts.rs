@@ -22,10 +22,13 @@ pub fn record(console: &mut Console, level: Level, kind: Kind, fields: &[(&str, 
     }
 }
 
-/// A measurement of this Linux.
-pub fn measured(console: &mut Console, name: &str, ticks: u64) {
-    let ticks = ticks.to_string();
-    record(console, Level::L2, Kind::Event, &[("name", name), ("count", "1"), ("ticks", &ticks)]);
+/// A measurement of this Linux, with what else was counted.
+pub fn measured(console: &mut Console, name: &str, ticks: u64, counts: impl IntoIterator<Item = (&'static str, u64)>) {
+    let counts: Vec<(&str, String)> =
+        [("ticks", ticks)].into_iter().chain(counts).map(|(k, n)| (k, n.to_string())).collect();
+    let mut fields = vec![("name", name), ("count", "1")];
+    fields.extend(counts.iter().map(|(key, count)| (*key, count.as_str())));
+    record(console, Level::L2, Kind::Event, &fields);
 }
 
 /// How many CPUs Linux runs.
@@ -39,29 +42,38 @@ pub fn ticks() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-/// How long the boot took, what CPU and KVM are, and each warning of the kernel.
+/// What `/proc/cpuinfo` says of the first CPU under a key.
+///
+/// # Errors
+/// If there is no `/proc`.
+pub fn cpu(key: &str) -> Result<String> {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").context("no /proc")?;
+    let line = cpuinfo.lines().find_map(|l| l.strip_prefix(key)?.trim_start().strip_prefix(':'));
+    Ok(line.unwrap_or_default().trim().to_string())
+}
+
+/// This Linux as the guest hypervisor.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn tell_linux(console: &mut Console) -> Result<()> {
+    let (release, cpu, vmx) = (init::release()?, cpu("model name")?, cpu("vmx flags")?);
+    let hello = [("name", "linux"), ("version", &release), ("cpu", &cpu), ("features", &vmx)];
+    record(console, Level::L2, Kind::Hello, &hello);
+    Ok(())
+}
+
+/// How long the boot took, which Linux on which CPU, and each warning of the kernel.
 ///
 /// # Errors
 /// If the kernel does not tell.
 pub fn tell(console: &mut Console, ticks: u64) -> Result<()> {
-    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").context("no /proc")?;
-    let cpu = |key: &str| {
-        let line = cpuinfo.lines().find_map(|l| l.strip_prefix(key)?.trim_start().strip_prefix(':'));
-        line.unwrap_or_default().trim().to_string()
-    };
-    let release = init::release()?;
-    let (flags, vmx) = (cpu("flags"), cpu("vmx flags"));
-    record(
-        console,
-        Level::L2,
-        Kind::Hello,
-        &[("name", "linux"), ("version", &release), ("cpu", &cpu("model name")), ("features", &vmx)],
-    );
+    let (release, flags, vmx) = (init::release()?, cpu("flags")?, cpu("vmx flags")?);
     let has_vmx = flags.split(' ').any(|f| f == "vmx").to_string();
     let facts = [("name", "linux"), ("release", &release), ("vmx", &has_vmx), ("cpus", &cpus().to_string())];
     record(console, Level::L2, Kind::Check, &facts);
     record(console, Level::L2, Kind::Event, &[("name", "cpu"), ("flags", &flags), ("vmx_flags", &vmx)]);
-    measured(console, "linux_boot", ticks);
+    measured(console, "linux_boot", ticks, []);
     for warning in warnings()? {
         record(console, Level::L2, Kind::Event, &[("name", "warning"), ("text", &warning)]);
     }

@@ -12,9 +12,18 @@ use std::path::Path;
 /// # Errors
 /// If the kernel has no such file system.
 pub fn mount() -> Result<()> {
-    for (kind, place) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")] {
+    mount_all(&[("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")])
+}
+
+/// Mounts file systems without a device, each by its kind at its place.
+///
+/// # Errors
+/// If the kernel has no such file system.
+pub fn mount_all(list: &[(&str, &str)]) -> Result<()> {
+    for (kind, place) in list {
+        // Where the kernel itself makes the folder, it is there.
         std::fs::create_dir_all(place)?;
-        let (kind_c, place_c) = (CString::new(kind)?, CString::new(place)?);
+        let (kind_c, place_c) = (CString::new(*kind)?, CString::new(*place)?);
         // SAFETY: the strings live until the call returns; the data pointer may be null.
         let failed =
             unsafe { libc::mount(kind_c.as_ptr(), place_c.as_ptr(), kind_c.as_ptr(), 0, std::ptr::null()) } != 0;

@@ -22,6 +22,7 @@ mod program;
 mod serial;
 mod stats;
 mod workload;
+mod xen;
 
 use anyhow::{Context, Result};
 use console::Console;
@@ -76,7 +77,11 @@ fn run(path: &std::path::Path, as_init: bool, boot: u64, console: &mut Console) 
     match plan.role {
         Role::Host => machines(&plan, console),
         Role::Workload => workload::run(console, boot).map(|()| End::Itself),
-        Role::Hypervisor => {
+        Role::Hypervisor | Role::Dom0 => {
+            match plan.role {
+                Role::Dom0 => xen::tell(console)?,
+                _ => facts::tell_linux(console)?,
+            }
             facts::tell(console, boot)?;
             let end = machines(&plan, console)?;
             if end == End::Itself {
@@ -89,42 +94,60 @@ fn run(path: &std::path::Path, as_init: bool, boot: u64, console: &mut Console) 
 
 /// Runs the plan's machines, one after the other, to the first that breaks.
 fn machines(plan: &Plan, console: &mut Console) -> Result<End> {
-    let mut end = End::Itself;
     tell_frames(console);
     for turn in 0..plan.times {
         if turn == 0 || plan.reload {
-            let start = facts::ticks();
-            plan.modules.iter().try_for_each(init::load_module)?;
-            if plan.role == Role::Hypervisor {
-                facts::measured(console, "kvm_load", facts::ticks() - start);
-            }
-            console.log("INFO", &init::describe_kvm()?);
-            init::check_kvm(plan.nested)?;
+            prepare(plan, console)?;
         }
-        let (before, start) = (Counters::read(), facts::ticks());
-        end = match &plan.program {
-            // The first turn, and the last of an odd number, run to their end.
-            Some(program) => {
-                let ending = plan.end.filter(|_| turn == 0);
-                program::run(program, plan.kill.filter(|_| turn % 2 == 1), ending, console)?
-            }
-            None => Machine::new(plan)?.run(console)?,
-        };
-        if plan.role == Role::Hypervisor {
-            facts::measured(console, "machine", facts::ticks() - start);
-        }
-        if let (Some(before), Some(after)) = (before, Counters::read()) {
-            let [l2, l3] = before.reasons(&after);
-            facts::record(console, Level::L2, Kind::Event, &[("name", "exits"), ("l2", &l2), ("l3", &l3)]);
-        }
+        let end = machine(plan, turn, console)?;
         if end != End::Itself {
-            break;
+            return Ok(end);
         }
         if plan.reload {
             plan.modules.iter().rev().try_for_each(init::unload_module)?;
         }
-        // With its last machine KVM leaves VMX operation: what nvmx took for it must be free again.
+        // With its last machine a hypervisor may leave VMX operation: what nvmx took for it must be free again.
         tell_frames(console);
+    }
+    Ok(End::Itself)
+}
+
+/// Loads the kernel modules, and sees to it that KVM or Xen is there.
+fn prepare(plan: &Plan, console: &mut Console) -> Result<()> {
+    let start = facts::ticks();
+    plan.modules.iter().try_for_each(init::load_module)?;
+    if plan.role == Role::Dom0 {
+        xen::start(&plan.services)?;
+        facts::measured(console, "services", facts::ticks() - start, []);
+        return Ok(());
+    }
+    if plan.role == Role::Hypervisor {
+        facts::measured(console, "kvm_load", facts::ticks() - start, []);
+    }
+    console.log("INFO", &init::describe_kvm()?);
+    init::check_kvm(plan.nested)
+}
+
+/// One machine from its start to its end, and what it cost.
+fn machine(plan: &Plan, turn: u32, console: &mut Console) -> Result<End> {
+    let (before, start) = (Counters::read(), facts::ticks());
+    let end = match &plan.program {
+        // The first turn, and the last of an odd number, run to their end.
+        Some(program) => {
+            let ending = plan.end.filter(|_| turn == 0);
+            program::run(program, plan.kill.filter(|_| turn % 2 == 1), ending, console)?
+        }
+        None => Machine::new(plan)?.run(console)?,
+    };
+    let ticks = facts::ticks() - start;
+    let counters = before.zip(Counters::read());
+    if plan.role != Role::Host {
+        let counts = counters.iter().flat_map(|(from, to)| from.between(to));
+        facts::measured(console, "machine", ticks, counts);
+    }
+    if let Some((before, after)) = &counters {
+        let [l2, l3] = before.reasons(after);
+        facts::record(console, Level::L2, Kind::Event, &[("name", "exits"), ("l2", &l2), ("l3", &l3)]);
     }
     Ok(end)
 }

@@ -7,12 +7,14 @@
 //! memory 256                  MiB
 //! kernel /nvmx log=warn       a multiboot image and its command line
 //! payload /cascade            its modules, in order
+//! service /xenstored          a program that runs to its end before the first machine; what is to stay detaches itself
 //! program /qemu -accel kvm    instead of memory, kernel, payload: a program and its arguments, whose output is shown
 //! kill 400                    end the program of every second turn by a signal after so many milliseconds
 //! times 20                    so many such machines, one after the other
 //! reload on                   with KVM unloaded and loaded again in between
 //! end reset                   reset the machine while the first program's guest works, once (or `power-off`)
 //! role hypervisor             say in records what this Linux is, and end the log (the default is `host`: neither)
+//! role dom0                   the same as the control domain of Xen, whose tools start the machine: no KVM
 //! role workload               no machine at all: do a little of everything, as the innermost Linux
 //! ```
 
@@ -34,6 +36,8 @@ pub enum Role {
     Host,
     /// The guest hypervisor
     Hypervisor,
+    /// The control domain of a guest hypervisor that is no Linux: of Xen
+    Dom0,
     /// The innermost guest
     Workload,
 }
@@ -60,6 +64,8 @@ pub struct Plan {
     pub kernel: Item,
     /// Its modules
     pub payloads: Vec<Item>,
+    /// What must run before the first machine
+    pub services: Vec<Item>,
     /// What runs instead of a machine of ours
     pub program: Option<Item>,
     /// The program of every second turn is killed after so many milliseconds
@@ -87,6 +93,7 @@ impl Plan {
             memory: 0,
             kernel: Item { path: String::new(), args: String::new() },
             payloads: Vec::new(),
+            services: Vec::new(),
             program: None,
             kill: None,
             times: 1,
@@ -106,6 +113,7 @@ impl Plan {
                 "memory" => plan.memory = rest.parse().with_context(|| format!("plan: memory {rest}"))?,
                 "kernel" => kernel = Some(item()),
                 "payload" => plan.payloads.push(item()),
+                "service" => plan.services.push(item()),
                 "program" => plan.program = Some(item()),
                 "kill" => plan.kill = Some(rest.parse().with_context(|| format!("plan: kill {rest}"))?),
                 "times" => plan.times = rest.parse().with_context(|| format!("plan: times {rest}"))?,
@@ -121,6 +129,7 @@ impl Plan {
                     plan.role = match rest {
                         "host" => Role::Host,
                         "hypervisor" => Role::Hypervisor,
+                        "dom0" => Role::Dom0,
                         "workload" => Role::Workload,
                         _ => bail!("plan: unknown role `{rest}`"),
                     }
@@ -152,6 +161,8 @@ mod tests {
         assert_eq!(error("memory 64"), "plan: no kernel");
         assert_eq!(error("kernel /k\nmemory 5000"), "plan: memory must be 4 to 3072 MiB, not 5000");
         assert_eq!(error("frobnicate /k"), "plan: unknown order `frobnicate`");
+        let dom0 = Plan::parse("role dom0\nservice /s -x\nservice /t\nprogram /xl create").unwrap();
+        assert_eq!((dom0.role, dom0.services.len(), dom0.services[0].args.as_str()), (Role::Dom0, 2, "-x"));
         assert_eq!(Plan::parse("role workload").unwrap().role, Role::Workload);
         let program = Plan::parse("program /q -a b\ntimes 3\nreload on\nkill 2").unwrap();
         assert_eq!(program.kill, Some(2));

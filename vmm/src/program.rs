@@ -95,7 +95,8 @@ impl Meter {
     }
 }
 
-fn arguments(text: &str) -> Vec<String> {
+/// The words of a command line; `"` keeps blanks in one.
+pub fn arguments(text: &str) -> Vec<String> {
     let mut list = Vec::new();
     for (n, part) in text.split('"').enumerate() {
         match n % 2 {
