@@ -104,7 +104,8 @@ impl Fields {
 /// `run`
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Which guest hypervisor runs as L2: one of l2-guests/, or `linux-kvm`, which runs Linux in QEMU
+    /// Which guest hypervisor runs as L2: one of l2-guests/, `linux-kvm`, which runs Linux in QEMU, or `xen`, which
+    /// runs Linux in a PVH domain
     #[arg(long, value_name = "NAME", default_value = "cascade")]
     pub l2: String,
 

@@ -4,6 +4,7 @@ use crate::backend::host::{self, HostFacts};
 use crate::backend::kvm::{Kvm, QEMU};
 use crate::backend::kvm_in_bochs::{KVM_INTEL, KvmInBochs};
 use crate::backend::linux::LinuxKvm;
+use crate::backend::xen::XenLinux;
 use crate::backend::{Backend, Machine, Payload, Protocol, Spec};
 use crate::boot;
 use crate::cli::{Fields, L0Args};
@@ -137,6 +138,17 @@ impl Session {
         Ok(LinuxKvm { linux, vmm, qemu })
     }
 
+    /// Xen as the guest hypervisor.
+    ///
+    /// # Errors
+    /// [`Stop::Environment`] with what to type.
+    pub fn xen(&self) -> Result<XenLinux> {
+        let _lock = self.paths.lock(&self.ui)?;
+        let linux = setup::linux::set_up(&self.ui, &self.paths, Kernel::Newest)?;
+        let vmm = setup::linux::build_vmm(&self.ui, &self.paths)?;
+        Ok(XenLinux { xen: setup::xen::set_up(&self.ui, &self.paths)?, linux, vmm })
+    }
+
     /// A guest under nvmx.
     ///
     /// # Errors
@@ -146,6 +158,13 @@ impl Session {
         let module = Payload::new(self.images.guest(guest)?, args);
         let name = format!("{guest}-{}", fields.option());
         Ok(self.spec(name, Payload::new(&self.images.nvmx, options), vec![module]))
+    }
+
+    /// A boot of a guest hypervisor that is alone on the machine, under nvmx instead.
+    pub fn under_nvmx(&self, bare: &Spec, name: String, options: &str) -> Spec {
+        let modules = std::iter::once(&bare.kernel).chain(&bare.modules).cloned().collect();
+        let kernel = Payload::new(&self.images.nvmx, options);
+        Spec { name, kernel, modules, protocol: Protocol::Multiboot2, ..bare.clone() }
     }
 
     /// A guest under so many nvmx, each in the one before it.

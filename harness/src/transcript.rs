@@ -23,6 +23,7 @@ pub enum Line {
 impl Line {
     /// Reads one line.
     pub fn parse(line: &str) -> Self {
+        let line = of_domain(line).unwrap_or(line);
         if !is_record(line) {
             return Line::Text(line.to_string());
         }
@@ -31,6 +32,12 @@ impl Line {
             Err(error) => Line::Broken(line.to_string(), error.to_string()),
         }
     }
+}
+
+/// The record that a domain of Xen wrote to its debug port: on Xen's console `(d1) ` is before it.
+fn of_domain(line: &str) -> Option<&str> {
+    let (number, text) = line.strip_prefix("(d")?.split_once(") ")?;
+    (number.bytes().all(|b| b.is_ascii_digit()) && is_record(text)).then_some(text)
 }
 
 /// All that a boot has said.
@@ -267,6 +274,15 @@ mod tests {
         assert!(shown(&Line::parse("[nvmx ERROR] no VMX"), false, Show::Warnings).is_some());
         assert_eq!(shown(&Line::parse("[nvmx ERROR] no VMX"), true, Show::Nothing), None);
         assert!(shown(&Line::parse("@L2 evnt"), false, Show::Warnings).unwrap().1.contains("evnt"));
+    }
+
+    #[test]
+    fn what_a_domain_of_xen_says_is_a_record_of_its_own() {
+        let Line::Record(record) = Line::parse("(d12) @L3 say text=x") else { panic!("no record") };
+        assert_eq!((record.level, record.get("text")), (Level::L3, Some("x")));
+        for text in ["(d1) Linux says", "(XEN) @L3 say text=x", "(dx) @L3 say text=x"] {
+            assert_eq!(Line::parse(text), Line::Text(text.into()));
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Source: Linux documentation, "initramfs buffer format" (the "newc" format).
 
 use anyhow::{Context, Result};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// An archive that grows file by file.
 #[derive(Default)]
@@ -39,6 +39,23 @@ impl Archive {
     /// Never; as [`Self::add`].
     pub fn add_folder(&mut self, name: &str) -> Result<()> {
         self.entry(name, FOLDER, &[])
+    }
+
+    /// Adds folders of the host, with the files in them.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn add_folders(&mut self, base: &Path, names: &[&str]) -> Result<()> {
+        for folder in names {
+            self.add_folder(folder)?;
+            let mut files: Vec<PathBuf> = std::fs::read_dir(base.join(folder))?.flatten().map(|e| e.path()).collect();
+            files.sort();
+            for path in files {
+                let name = path.file_name().and_then(|n| n.to_str()).context("a file has a strange name")?;
+                self.add_file(&format!("{folder}/{name}"), &path)?;
+            }
+        }
+        Ok(())
     }
 
     /// The whole archive.

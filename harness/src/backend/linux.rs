@@ -9,7 +9,7 @@ use crate::setup::linux::{Linux, MODULES};
 use crate::setup::qemu::Qemu;
 use anyhow::Result;
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Memory of the innermost Linux, and of all, in MiB.
 const GUEST_MEMORY: u32 = 256;
@@ -135,15 +135,6 @@ impl LinuxKvm {
         Ok(in_linux(Spec { protocol: Protocol::Linux, ..spec }))
     }
 
-    /// The same under nvmx.
-    pub fn nested(&self, session: &Session, name: &str, bare: &Spec, options: &str) -> Spec {
-        let modules = std::iter::once(&bare.kernel).chain(&bare.modules).cloned().collect();
-        let nvmx = Payload::new(&session.images.nvmx, options);
-        let mut spec = session.spec(format!("{name}-nvmx"), nvmx, modules);
-        spec.machine = bare.machine.clone();
-        in_linux(Spec { timeout: bare.timeout, ..spec })
-    }
-
     fn initramfs(&self, job: &Job, cpus: u32) -> Result<Vec<u8>> {
         let mut archive = Archive::default();
         ["dev", "proc", "sys", "tmp"].iter().try_for_each(|folder| archive.add_folder(folder))?;
@@ -155,7 +146,7 @@ impl LinuxKvm {
             archive.add_file(HYPERVISOR, &hypervisor.path)?;
         } else {
             archive.add_file(KERNEL, &self.linux.file("vmlinuz"))?;
-            archive.add(INNER, &self.inner()?)?;
+            archive.add(INNER, &workload(&self.vmm)?)?;
         }
         if let Some(qemu) = self.qemu.as_ref().filter(|_| job.qemu) {
             qemu.add_to(&mut archive)?;
@@ -163,15 +154,18 @@ impl LinuxKvm {
         archive.add("plan", plan(job, cpus).as_bytes())?;
         archive.finish()
     }
+}
 
-    /// The innermost initial file system: the VMM as a program that makes some work.
-    fn inner(&self) -> Result<Vec<u8>> {
-        let mut archive = Archive::default();
-        ["dev", "proc", "sys"].iter().try_for_each(|folder| archive.add_folder(folder))?;
-        archive.add_file("init", &self.vmm)?;
-        archive.add("plan", b"role workload\n")?;
-        archive.finish()
-    }
+/// The innermost initial file system: the VMM as a program that makes some work.
+///
+/// # Errors
+/// If the VMM cannot be read.
+pub fn workload(vmm: &Path) -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    ["dev", "proc", "sys"].iter().try_for_each(|folder| archive.add_folder(folder))?;
+    archive.add_file("init", vmm)?;
+    archive.add("plan", b"role workload\n")?;
+    archive.finish()
 }
 
 /// Two Linux need more memory than a small guest, and say what they say at the debug port.

@@ -8,6 +8,7 @@ pub mod kvm;
 pub mod kvm_in_bochs;
 pub mod linux;
 pub mod memory;
+pub mod xen;
 
 use crate::proc::Child;
 use anyhow::Result;

@@ -5,7 +5,7 @@ use crate::backend::linux::Job;
 use crate::backend::{Backend, Spec};
 use crate::boot::{self, Outcome};
 use crate::cli::{L1, RunArgs};
-use crate::cmd::run::tell_failure;
+use crate::cmd::run::{both, tell_failure};
 use crate::error::Stop;
 use crate::report::{linux as report, stack};
 use crate::session::{LONG, Session};
@@ -30,20 +30,12 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let limit = args.l0.timeout.unwrap_or(LONG);
     let mut bare = linux.bare(&session, NAME, &job, &session.machine)?;
     bare.timeout = limit;
-    let nested = linux.nested(&session, NAME, &bare, &session.options(args.fields));
+    let nested = session.under_nvmx(&bare, format!("{NAME}-nvmx"), &session.options(args.fields));
     let peer = if args.l1 == L1::Kvm { Some(session.kvm_in_place(&args.l0)?) } else { None };
     let heading = |text: &str| ui.line(&ui.paint(text, Style::new().bold()));
     heading(&format!("L0 | {}", stack::banner_line(&session.l0(), None)));
 
-    let step = ui.step("Linux in Linux with KVM alone, and under nvmx");
-    let backend = session.backend.as_ref();
-    let (alone, under) = std::thread::scope(|scope| {
-        let one = scope.spawn(|| boot::boot(&session.paths, backend, &bare, &View::new(ui, Show::Warnings)));
-        let two = boot::boot(&session.paths, backend, &nested, &View::new(ui, Show::All));
-        (one.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the boot of {} panicked", bare.name))), two)
-    });
-    let (alone, under) = (alone?, under?);
-    drop(step);
+    let (alone, under) = both(&session, [&bare, &nested], "Linux in Linux with KVM alone, and under nvmx")?;
     let mut failed = vec![tell_failure(ui, &alone), tell_failure(ui, &under)];
     failed.push(same_but_for_the_machine(&alone, &under).err());
     let in_place = match &peer {
@@ -61,9 +53,9 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     columns.extend(in_place.iter().map(|o| report::Column { name: "KVM as L1:", said: &o.transcript }));
     ui.line("");
     heading("What booting Linux as a guest of Linux costs");
-    ui.line(&report::render(&columns, backend.unit()));
+    ui.line(&report::render(&columns, &report::KVM, session.backend.unit()));
     ui.line("");
-    ui.line(&report::render_nvmx(&under.transcript));
+    ui.line(&report::render_nvmx(&under.transcript, &report::KVM));
     ui.line("");
     ui.line(&report::render_reasons(&under.transcript));
     let seconds = |o: &Outcome| format!("{:.1} s", o.took.as_secs_f64());

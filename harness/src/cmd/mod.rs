@@ -9,3 +9,4 @@ pub mod linux;
 pub mod run;
 pub mod test;
 pub mod toolchain;
+pub mod xen;

@@ -4,7 +4,7 @@ use crate::backend::host::L0;
 use crate::backend::{Backend, Spec};
 use crate::boot::{self, Outcome};
 use crate::cli::{L1, RunArgs};
-use crate::cmd::{depth, linux};
+use crate::cmd::{depth, linux, xen};
 use crate::error::Stop;
 use crate::report::{self, json::Run, stack, table};
 use crate::session::{LONG, Session};
@@ -22,6 +22,9 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     if args.l2 == linux::NAME {
         return linux::run(ui, args);
     }
+    if args.l2 == xen::NAME {
+        return xen::run(ui, args);
+    }
     if args.depth > 1 {
         return depth::run(ui, args);
     }
@@ -31,15 +34,7 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let peer = if args.l1 == L1::Kvm { Some(session.kvm_in_place(&args.l0)?) } else { None };
     let l0 = session.l0();
     ui.line(&ui.paint(&format!("L0 | {}", stack::banner_line(&l0, None)), Style::new().bold()));
-    let step = ui.step(&format!("{} alone, and under nvmx", args.l2));
-    let (bare, nested) = std::thread::scope(|scope| {
-        let backend = session.backend.as_ref();
-        let one = scope.spawn(|| boot::boot(&session.paths, backend, &bare, &View::new(ui, Show::Warnings)));
-        let two = boot::boot(&session.paths, backend, &nested, &View::new(ui, Show::All));
-        (one.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the boot of {} panicked", bare.name))), two)
-    });
-    let (bare, nested) = (bare?, nested?);
-    drop(step);
+    let (bare, nested) = both(&session, [&bare, &nested], &format!("{} alone, and under nvmx", args.l2))?;
     let mut failed = vec![tell_failure(ui, &bare), tell_failure(ui, &nested)];
     let mut events = report::events(Some(&bare.transcript), &nested.transcript);
     if let Some(kvm) = peer {
@@ -68,6 +63,21 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     }
     let failed: Vec<String> = failed.into_iter().flatten().collect();
     if failed.is_empty() { Ok(()) } else { Err(Stop::Guest(failed.join("\n")).into()) }
+}
+
+/// Two boots at a time, the first alone on the machine and the second under nvmx, whose lines are shown.
+///
+/// # Errors
+/// If L0 does not start, or after Ctrl-C.
+pub fn both(session: &Session, [bare, nested]: [&Spec; 2], what: &str) -> Result<(Outcome, Outcome)> {
+    let _step = session.ui.step(what);
+    let (backend, view) = (session.backend.as_ref(), |show| View::new(&session.ui, show));
+    let (one, two) = std::thread::scope(|scope| {
+        let one = scope.spawn(|| boot::boot(&session.paths, backend, bare, &view(Show::Warnings)));
+        let two = boot::boot(&session.paths, backend, nested, &view(Show::All));
+        (one.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the boot of {} panicked", bare.name))), two)
+    });
+    Ok((one?, two?))
 }
 
 /// The guest's command line. KVM in KVM pays so much for each event that cascade raises fewer, unless told how many.

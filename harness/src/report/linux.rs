@@ -1,4 +1,5 @@
-//! What booting a Linux guest of Linux costs with KVM alone on the machine, under nvmx, and with KVM in nvmx's place.
+//! What booting a Linux guest of Linux or Xen costs with the guest hypervisor alone on the machine, under nvmx, and with KVM in
+//! nvmx's place.
 
 use super::table::number;
 use crate::backend::Unit;
@@ -7,13 +8,25 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use l2_protocol::{Kind, Level, OwnedRecord};
 use nvmx::vmx::exit::BasicReason;
 
-/// The stages that Linux tells of, and what they are.
-const STAGES: [(&str, &str); 5] = [
+/// The stages that L2 and L3 tell of, and what they are.
+pub type Stages = [(&'static str, &'static str)];
+
+/// Those of Linux with KVM.
+pub const KVM: [(&str, &str); 5] = [
     ("linux_boot", "L2 boots, from power-on"),
     ("kvm_load", "L2 loads KVM"),
     ("l3_boot", "L3 boots"),
     ("l3_work", "L3 works"),
     ("machine", "VMM of L3, to its end"),
+];
+
+/// Those of Xen.
+pub const XEN: [(&str, &str); 5] = [
+    ("linux_boot", "Xen and dom0 boot, from power-on"),
+    ("services", "services of dom0 start"),
+    ("l3_boot", "L3 boots"),
+    ("l3_work", "L3 works"),
+    ("machine", "xl: L3 from file to its end"),
 ];
 
 /// One boot of the comparison.
@@ -24,19 +37,25 @@ pub struct Column<'a> {
     pub said: &'a Transcript,
 }
 
-/// Stages by boot: ticks, and exits to the KVM that runs L3 by its own count.
-pub fn render(columns: &[Column<'_>], unit: Unit) -> String {
+/// Stages by boot: ticks, and exits to the KVM that runs L3 by its own count, if one counts.
+pub fn render(columns: &[Column<'_>], stages: &Stages, unit: Unit) -> String {
+    // With many guests, the last stands for all: the first one finds cold caches.
+    let last = |c: &Column<'_>, stage| named(c.said, stage).next_back().cloned();
+    let figure = |r: Option<&OwnedRecord>, key| r.and_then(|r| r.number(key).ok()).map(|n| n as f64);
+    // Those of L2 itself are KVM's where KVM is L1: another KVM's.
+    let exits = |r: Option<&OwnedRecord>| figure(r.filter(|r| r.level == Level::L3), "l0_exits");
+    let counted = stages.iter().any(|(stage, _)| columns.iter().any(|c| exits(last(c, stage).as_ref()).is_some()));
     let mut table = table();
-    let head = columns.iter().flat_map(|c| [format!("{}\n{}", c.name, unit.name()), "exits\nto L2".into()]);
+    let head = columns.iter().flat_map(|c| {
+        let exits = counted.then(|| "exits\nto L2".to_string());
+        std::iter::once(format!("{}\n{}", c.name, unit.name())).chain(exits)
+    });
     table.set_header(std::iter::once("stage".to_string()).chain(head));
-    for (stage, text) in STAGES {
-        // With many guests, the last stands for all: the first one finds cold caches.
+    for &(stage, text) in stages {
         let cells = columns.iter().flat_map(|c| {
-            let record = named(c.said, stage).next_back();
-            // Those of L2 itself are KVM's where KVM is L1: another KVM's.
-            let inner = record.filter(|r| r.level == Level::L3);
-            let figure = |r: Option<&OwnedRecord>, key| r.and_then(|r| r.number(key).ok()).map(|n| n as f64);
-            [figure(record, "ticks"), figure(inner, "l0_exits")]
+            let record = last(c, stage);
+            let exits = counted.then(|| exits(record.as_ref()));
+            std::iter::once(figure(record.as_ref(), "ticks")).chain(exits)
         });
         table.add_row(std::iter::once(text.to_string()).chain(cells.map(number)));
     }
@@ -44,7 +63,7 @@ pub fn render(columns: &[Column<'_>], unit: Unit) -> String {
 }
 
 /// What nvmx did for the stages of L3.
-pub fn render_nvmx(nested: &Transcript) -> String {
+pub fn render_nvmx(nested: &Transcript, stages: &Stages) -> String {
     const KEYS: [(&str, &str); 8] = [
         ("hw_exits", "hardware\nexits"),
         ("exits_l2", "of L2"),
@@ -57,7 +76,7 @@ pub fn render_nvmx(nested: &Transcript) -> String {
     ];
     let mut table = table();
     table.set_header(std::iter::once("nvmx").chain(KEYS.map(|(_, head)| head)));
-    for (stage, text) in STAGES {
+    for &(stage, text) in stages {
         let Some(record) = named(nested, stage).next_back().filter(|r| r.get("hw_exits").is_some()) else { continue };
         let cells = KEYS.map(|(key, _)| number(record.number(key).ok().map(|n| n as f64)));
         table.add_row(std::iter::once(text.to_string()).chain(cells));
@@ -130,13 +149,21 @@ mod tests {
         ]);
         let text = render(
             &[Column { name: "KVM alone", said: &bare }, Column { name: "under nvmx", said: &nested }],
+            &KVM,
             Unit::Instructions,
         );
         let row = text.lines().find(|l| l.contains("L3 boots")).unwrap();
         let cells: Vec<&str> = row.split_whitespace().skip(2).collect();
         assert_eq!(cells, ["4,000,000", "41,000", "5,000,000", "42,000"]);
-        assert!(render_nvmx(&nested).contains("99"));
+        assert!(render_nvmx(&nested, &KVM).contains("99"));
         let reasons = render_reasons(&nested);
         assert!(reasons.contains("VMWRITE") && reasons.contains("41,004") && reasons.contains("40,785"), "{reasons}");
+    }
+
+    #[test]
+    fn exits_that_nobody_counts_have_no_column() {
+        let said = transcript(&["@L3 event name=l3_boot count=1 ticks=4000000"]);
+        let text = render(&[Column { name: "Xen alone", said: &said }], &XEN, Unit::Instructions);
+        assert!(text.contains("4,000,000") && !text.contains("exits"), "{text}");
     }
 }

@@ -5,6 +5,7 @@ use crate::error::Stop;
 use crate::proc;
 use crate::ui::{Step, Ui};
 use anyhow::{Result, ensure};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -113,6 +114,40 @@ pub fn unpacked(step: &mut Step, packages: &[String], work: &Path) -> Result<Pat
     Ok(tree)
 }
 
+/// Packages and all that they depend on, as far as those are packages.
+///
+/// # Errors
+/// If apt does not know them.
+pub fn with_dependencies(packages: &[&str]) -> Result<Vec<String>> {
+    let mut command = Command::new("apt-cache");
+    command.args(["depends", "--recurse", "--no-recommends", "--no-suggests", "--no-conflicts", "--no-breaks"]);
+    command.args(["--no-replaces", "--no-enhances"]).args(packages);
+    let names = package_names(&proc::stdout_of(&mut command)?);
+    let policy = proc::stdout_of(Command::new("apt-cache").arg("policy").args(&names).env("LC_ALL", "C.UTF-8"))?;
+    Ok(real_packages(&policy))
+}
+
+/// Those that have a version to install.
+fn real_packages(policy: &str) -> Vec<String> {
+    let mut name = "";
+    let mut found = Vec::new();
+    for line in policy.lines() {
+        match line.trim().strip_prefix("Candidate: ") {
+            Some("(none)") => {}
+            Some(_) => found.push(name.to_string()),
+            None if !line.starts_with(' ') => name = line.trim_end_matches(':'),
+            None => {}
+        }
+    }
+    found
+}
+
+/// Names at the start of a line; those in angle brackets have no package of their own.
+fn package_names(depends: &str) -> BTreeSet<String> {
+    let is_name = |l: &&str| l.starts_with(|c: char| c.is_ascii_alphanumeric()) && !l.contains(':');
+    depends.lines().filter(is_name).map(str::to_string).collect()
+}
+
 /// Installs packages, or says which command does.
 ///
 /// # Errors
@@ -173,5 +208,14 @@ mod tests {
         assert_eq!(parse_candidate(policy).as_deref(), Some("1.85.0+dfsg3-1"));
         assert_eq!(parse_candidate("x:\n  Installed: (none)\n  Candidate: (none)\n"), None);
         assert_eq!(parse_candidate(""), None);
+    }
+
+    #[test]
+    fn names_of_packages_are_told_from_relations() {
+        let text = "qemu-system-x86\n  Depends: libaio1\n |Depends: x\n    libaio1:i386\nlibaio1\n<virtual>\nlibaio1\n";
+        let policy =
+            "libc6:\n  Installed: 1\n  Candidate: 2\n  Version table:\n *** 1 100\nvirtual:\n  Candidate: (none)\n";
+        assert_eq!(real_packages(policy), ["libc6"]);
+        assert_eq!(package_names(text).into_iter().collect::<Vec<_>>(), ["libaio1", "qemu-system-x86"]);
     }
 }

@@ -96,11 +96,11 @@ fn fetch(ui: &Ui, paths: &Paths, kernel: Kernel) -> Result<Linux> {
         return Err(Stop::environment(text).into());
     }
     apt::refresh(ui)?;
-    let package = find_package(kernel).ok_or_else(|| {
+    let package = find_package(kernel.packages()).ok_or_else(|| {
         let names = kernel.packages().join(", ");
         Stop::environment(format!("the package archive has no kernel with KVM (looked for {names})"))
     })?;
-    let release = package.trim_start_matches("linux-image-").trim_start_matches("unsigned-").to_string();
+    let release = release_of(&package).to_string();
     let folder = paths.cache.join(format!("linux-{FORMAT}-{release}"));
     if folder.exists() {
         return Ok(Linux { release, folder });
@@ -108,8 +108,7 @@ fn fetch(ui: &Ui, paths: &Paths, kernel: Kernel) -> Result<Linux> {
     let mut step = ui.step(&format!("fetching {package}"));
     // Everything happens beside the final place, which appears whole or not at all.
     let work = tempfile::Builder::new().prefix(".linux-").tempdir_in(&paths.cache)?;
-    let list: Vec<String> = std::iter::once(package.clone()).chain(modules_package(&package)).collect();
-    let tree = apt::unpacked(&mut step, &list, work.path())?;
+    let tree = apt::unpacked(&mut step, &with_modules(&package), work.path())?;
     let output = work.path().join("output");
     let release = collect(&tree, &output).with_context(|| format!("in the package {package}"))?;
     let folder = paths.cache.join(format!("linux-{FORMAT}-{release}"));
@@ -119,12 +118,17 @@ fn fetch(ui: &Ui, paths: &Paths, kernel: Kernel) -> Result<Linux> {
 }
 
 /// The package that a name stands for today.
-fn find_package(kernel: Kernel) -> Option<String> {
-    kernel.packages().iter().find_map(|name| {
+pub(super) fn find_package(names: &[&str]) -> Option<String> {
+    names.iter().find_map(|name| {
         apt::candidate(name)?;
         let depends = proc::stdout_of(Command::new("apt-cache").args(["depends", name])).ok()?;
         kernel_of(&depends)
     })
+}
+
+/// The release of the kernel that is in a package.
+pub(super) fn release_of(package: &str) -> &str {
+    package.trim_start_matches("linux-image-").trim_start_matches("unsigned-")
 }
 
 /// The kernel that a package without content depends on.
@@ -133,10 +137,10 @@ fn kernel_of(depends: &str) -> Option<String> {
     names.map(str::trim).find(|n| n.starts_with("linux-image-")).map(str::to_string)
 }
 
-/// Where the distribution puts modules into a package of their own.
-fn modules_package(kernel: &str) -> Option<String> {
-    let name = kernel.replace("linux-image-unsigned-", "linux-modules-").replace("linux-image-", "linux-modules-");
-    apt::candidate(&name).map(|_| name)
+/// The package of a kernel, and that of its modules where the distribution has one.
+pub(super) fn with_modules(kernel: &str) -> Vec<String> {
+    let modules = kernel.replace("linux-image-unsigned-", "linux-modules-").replace("linux-image-", "linux-modules-");
+    std::iter::once(kernel.to_string()).chain(apt::candidate(&modules).map(|_| modules)).collect()
 }
 
 fn files(folder: &Path, end: &str) -> Vec<PathBuf> {
@@ -146,20 +150,29 @@ fn files(folder: &Path, end: &str) -> Vec<PathBuf> {
 
 /// Takes the kernel and the modules out of the unpacked package; the kernel's release.
 fn collect(tree: &Path, output: &Path) -> Result<String> {
+    std::fs::create_dir(output)?;
+    let place = |name: &str| if name == "irqbypass" { "virt/lib" } else { "arch/x86/kvm" };
+    take(tree, &MODULES.map(|name| (place(name), name)), output)
+}
+
+/// Takes the kernel, as `vmlinuz`, and modules by folder and name, as `NAME.ko`, out of the unpacked package; the kernel's
+/// release.
+///
+/// # Errors
+/// What is not there.
+pub(super) fn take(tree: &Path, modules: &[(&str, &str)], output: &Path) -> Result<String> {
     let kernel = files(&tree.join("boot"), "").into_iter().find_map(|path| {
         let release = path.file_name()?.to_str()?.strip_prefix("vmlinuz-")?.to_string();
         Some((path, release))
     });
     let (kernel, release) = kernel.context("there is no kernel")?;
-    std::fs::create_dir(output)?;
     std::fs::copy(&kernel, output.join("vmlinuz"))?;
-    let modules = ["lib/modules", "usr/lib/modules"].map(|m| tree.join(m).join(&release).join("kernel"));
-    for name in MODULES {
-        let place = if name == "irqbypass" { "virt/lib" } else { "arch/x86/kvm" };
-        let found = modules
+    let folders = ["lib/modules", "usr/lib/modules"].map(|m| tree.join(m).join(&release).join("kernel"));
+    for (place, name) in modules {
+        let found = folders
             .iter()
             .flat_map(|m| files(&m.join(place), ""))
-            .find(|p| p.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.split('.').next() == Some(name)));
+            .find(|p| p.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.split('.').next() == Some(*name)));
         let path = found.with_context(|| format!("there is no module {name}"))?;
         std::fs::write(output.join(format!("{name}.ko")), unsigned(&unpack(&path)?))?;
     }

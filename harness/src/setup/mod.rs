@@ -4,10 +4,12 @@ pub mod apt;
 pub mod bochs;
 pub mod grub;
 pub mod linux;
+pub mod programs;
 pub mod qemu;
 pub mod sources;
 pub mod sysroot;
 pub mod toolchain;
+pub mod xen;
 
 use anyhow::Result;
 use std::path::{Path, PathBuf};

@@ -3,7 +3,7 @@
 use super::{
     Case, Judge, Suite, all_pass, compare,
     fixtures::{Fixtures, inside_nvmx},
-    linux, messages, on_kvm, refused, smp,
+    linux, messages, on_kvm, refused, smp, xen,
 };
 use crate::backend::{Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
@@ -69,6 +69,7 @@ pub fn all(session: &Session) -> Result<Suite> {
     smp::add(&mut b.suite, session);
     on_kvm::add(&mut b.suite, session)?;
     linux::add(&mut b.suite, session)?;
+    xen::add(&mut b.suite, session)?;
     Ok(b.suite)
 }
 

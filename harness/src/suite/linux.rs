@@ -99,7 +99,7 @@ fn add_boots(
     let mut machine = session.machine.clone();
     change(&mut machine);
     let bare = Spec { timeout: LONG, ..linux.bare(session, name, job, &machine)? };
-    let nested = linux.nested(session, name, &bare, &session.options(Fields::Auto));
+    let nested = session.under_nvmx(&bare, format!("{name}-nvmx"), &session.options(Fields::Auto));
     [bare, nested].into_iter().for_each(|spec| drop(suite.boots.insert(spec.name.clone(), Ok(spec))));
     Ok(())
 }
@@ -132,14 +132,23 @@ fn switched_off(under: &Outcome) -> Result<(), String> {
 /// The first difference.
 pub fn same_but_for_the_machine(alone: &Outcome, under: &Outcome) -> Result<(), String> {
     compare::agree(alone, under)?;
-    let (before, now) = (warnings(&alone.transcript), warnings(&under.transcript));
-    if let Some(new) = now.difference(&before).next() {
-        return Err(format!("{}: the kernel warns, as it does not alone: {new}", under.name));
-    }
+    no_new_warnings(alone, under)?;
     let cpu = named(&under.transcript, "cpu").next().ok_or("the kernel did not tell of the CPU")?;
     let flags: Vec<&str> = cpu.get("vmx_flags").unwrap_or_default().split(' ').collect();
     match FEATURES.iter().find(|f| !flags.contains(f)) {
         Some(missing) => Err(format!("{}: /proc/cpuinfo does not show {missing}", under.name)),
+        None => Ok(()),
+    }
+}
+
+/// The kernel of L2 warns of nothing that it does not warn of alone.
+///
+/// # Errors
+/// The first new warning.
+pub fn no_new_warnings(alone: &Outcome, under: &Outcome) -> Result<(), String> {
+    let (before, now) = (warnings(&alone.transcript), warnings(&under.transcript));
+    match now.difference(&before).next() {
+        Some(new) => Err(format!("{}: the kernel warns, as it does not alone: {new}", under.name)),
         None => Ok(()),
     }
 }

@@ -8,6 +8,7 @@ pub mod linux;
 pub mod messages;
 pub mod on_kvm;
 pub mod smp;
+pub mod xen;
 
 use crate::backend::{Backend, Spec};
 use crate::boot::{self, Ended, Outcome};
