@@ -14,8 +14,10 @@ use nvmx::{
         acpi::{self, AcpiError},
         identity,
         info::InfoError,
+        int15,
     },
     hw::{
+        self,
         boot::{Handover, Home},
         cpu,
         epitaph::{self, Status},
@@ -76,6 +78,10 @@ fn assemble(home: Home, info: &BootInfo, options: Options, processor: Processor)
     let mut l2_memory = info.memory.clone();
     l2_memory.set(own, RangeKind::Reserved).unwrap_or_else(|_| give_up(InfoError::TooManyRanges));
     let guest = GuestMemory::new(phys, own, processor.max_phys_addr);
+    let modules = info.modules.iter().map(|module| module.span);
+    if let Some(page) = int15::answer(&guest, &mut l2_memory, modules, hw::boot::int15::code()) {
+        info!("INT 15h tells L2 of its memory from {page}");
+    }
     let start = l2_image::load(&guest, &l2_memory, &info.modules, rsdp.as_ref()).unwrap_or_else(|e| give_up(e));
     Machine {
         options,

@@ -6,6 +6,7 @@
 pub mod acpi;
 pub mod identity;
 pub mod info;
+pub mod int15;
 pub mod layout;
 pub mod machine;
 pub mod multiboot1;

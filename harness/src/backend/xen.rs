@@ -123,13 +123,12 @@ impl XenLinux {
 
 /// Xen's command line.
 ///
-/// - `no-real-mode`: where the BIOS tells of memory, it tells of nvmx's too. Xen goes by what the boot loader says.
 /// - `ept=exec-sp`: on a CPU that it does not know Xen keeps large pages from being executed, but not under a hypervisor,
 ///   which nvmx is. Both boots shall do the same.
 /// - `guest_loglvl=all`: what a domain writes to the debug port, Xen puts on its own console.
 fn command_line(job: &Job) -> String {
     let line = format!(
-        "{NAME} no-real-mode console=com1 com1=115200,8n1 guest_loglvl=all noreboot ept=exec-sp \
+        "{NAME} console=com1 com1=115200,8n1 guest_loglvl=all noreboot ept=exec-sp \
          dom0_mem={DOM0_MEMORY}M,max:{DOM0_MEMORY}M {}",
         job.options
     );
@@ -174,7 +173,7 @@ mod tests {
     fn the_name_comes_first_so_that_no_word_is_lost() {
         let job = Job::parse("").unwrap();
         assert_eq!(job.times, 1);
-        assert!(command_line(&job).starts_with("placeholder no-real-mode "));
+        assert!(command_line(&job).starts_with("placeholder console=com1 "));
         assert!(command_line(&job).ends_with("max:384M"));
     }
 

@@ -1,4 +1,4 @@
-//! The boot test with an unmodified Xen as the guest hypervisor.
+//! The boot tests with an unmodified Xen as the guest hypervisor.
 
 use super::linux::no_new_warnings;
 use super::{Case, Suite, compare};
@@ -13,7 +13,13 @@ use anyhow::Result;
 /// What Xen says where VMX with EPT is there for its guests.
 const ENABLED: [&str; 2] = ["HVM: VMX enabled", "HVM: Hardware Assisted Paging (HAP) detected"];
 
-/// Adds the boots and the case.
+/// Xen before the memory map that it has from the BIOS; it has other words for one from the boot loader.
+const FROM_FIRMWARE: &str = "(XEN) Xen-e820 RAM map:";
+/// What nvmx may keep for itself, in bytes.
+const LEAST: u64 = 4 << 20;
+const MOST: u64 = 64 << 20;
+
+/// Adds the boots and the cases.
 ///
 /// # Errors
 /// [`crate::error::Stop::Environment`] if Xen or a kernel cannot be had.
@@ -25,6 +31,11 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
         let name = spec.name.clone();
         suite.boots.insert(name.clone(), Ok(spec));
         name
+    });
+    suite.cases.push(Case {
+        name: "L2 that asks the firmware for its memory is told of all but nvmx's".into(),
+        boots: boots.to_vec(),
+        judge: Box::new(|o| less_memory(o[0], o[1])),
     });
     suite.cases.push(Case {
         name: "Xen as L2 boots Linux in a PVH domain as L3, and all see what they see with Xen alone".into(),
@@ -51,6 +62,25 @@ pub fn same_but_for_the_machine(alone: &Outcome, under: &Outcome) -> Result<(), 
         let text = |list: &[&str]| list.get(i).copied().unwrap_or("nothing more").to_string();
         Err(format!("{}: Xen says `{}`, alone `{}`", under.name, text(&now), text(&before)))
     })
+}
+
+/// Xen goes by the map that the firmware gives, and under nvmx there is less in it.
+fn less_memory(alone: &Outcome, under: &Outcome) -> Result<(), String> {
+    if let Some(other) = [alone, under].iter().find(|o| !o.transcript.texts().any(|l| l == FROM_FIRMWARE)) {
+        return Err(format!("{}: Xen did not ask the firmware for a memory map", other.name));
+    }
+    let (all, left) = (usable(&alone.transcript), usable(&under.transcript));
+    match all.checked_sub(left) {
+        Some(LEAST..=MOST) => Ok(()),
+        _ => Err(format!("{left} bytes of memory are usable, alone {all}")),
+    }
+}
+
+/// Bytes in the usable ranges of Xen's memory map, which names the first and the last address of each.
+fn usable(said: &Transcript) -> u64 {
+    let ranges = said.texts().filter_map(|l| l.strip_prefix("(XEN)  [")?.strip_suffix("] (usable)")?.split_once(", "));
+    let number = |text: &str| u64::from_str_radix(text, 16).ok();
+    ranges.filter_map(|(first, last)| Some(number(last)?.checked_sub(number(first)?)? + 1)).sum()
 }
 
 /// What Xen says of VMX, its features, and domains with it.
@@ -92,6 +122,17 @@ mod tests {
         assert_eq!(judge(&outcome("EPT", &[])), Err("x: Xen says `- EPT`, alone `- VPID`".into()));
         let crash = judge(&outcome("VPID", &["(XEN) d1v0 vmentry failure"])).unwrap_err();
         assert_eq!(crash, "x: Xen says `d1v0 vmentry failure`, alone `nothing more`");
+    }
+
+    #[test]
+    fn a_memory_map_with_nvmx_in_it_or_from_the_loader_fails() {
+        let map = |last: &str| format!("(XEN)  [0000000000100000, {last}] (usable)");
+        let of = |title: &str, last: &str| outcome("VPID", &[title, &map(last), "(XEN)  [0, 1] (reserved)"]);
+        let alone = of(FROM_FIRMWARE, "000000003ffeffff");
+        assert_eq!(usable(&alone.transcript), 0x3FEF_0000);
+        assert_eq!(less_memory(&alone, &of(FROM_FIRMWARE, "000000003dbfffff")), Ok(()));
+        assert!(less_memory(&alone, &of(FROM_FIRMWARE, "000000003ffeffff")).is_err());
+        assert!(less_memory(&alone, &of("(XEN) Multiboot-e820 RAM map:", "000000003dbfffff")).is_err());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! so the switch is one write of CR3.
 
 pub mod ap;
+pub mod int15;
 
 #[cfg(target_os = "none")]
 use core::arch::global_asm;
