@@ -3,7 +3,7 @@
 
 use super::initramfs::Archive;
 use super::linux::workload;
-use super::{Payload, Spec};
+use super::{Machine, Payload, Spec};
 use crate::session::Session;
 use crate::setup::linux::Linux;
 use crate::setup::xen::{MODULES, SERVICES, XL, Xen};
@@ -85,20 +85,19 @@ pub struct XenLinux {
 }
 
 impl XenLinux {
-    /// The boot alone on the machine, which has so many CPUs; dom0 and the domain have as many.
+    /// The boot alone on a machine; dom0 and the domain have as many CPUs.
     ///
     /// # Errors
     /// If a file cannot be read or written.
-    pub fn bare(&self, session: &Session, name: &str, job: &Job, cpus: u32) -> Result<Spec> {
+    pub fn bare(&self, session: &Session, name: &str, job: &Job, machine: &Machine) -> Result<Spec> {
         let folder = session.paths.target.join("nvmx").join("xen");
         std::fs::create_dir_all(&folder)?;
         let initramfs = folder.join(format!("{name}.initramfs"));
-        std::fs::write(&initramfs, self.initramfs(job, cpus)?)?;
+        std::fs::write(&initramfs, self.initramfs(job, machine.cpus)?)?;
         let kernel = Payload::new(self.xen.file("xen"), command_line(job));
         let dom0 = Payload::new(self.xen.file("vmlinuz"), format!("{NAME} {LINUX}"));
         let mut spec = session.spec(format!("{name}-bare"), kernel, vec![dom0, Payload::new(initramfs, "")]);
-        spec.machine.cpus = cpus;
-        spec.machine.memory = spec.machine.memory.max(MEMORY);
+        spec.machine = Machine { memory: machine.memory.max(MEMORY), ..machine.clone() };
         spec.debug_port = true;
         Ok(spec)
     }

@@ -27,7 +27,7 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let job = Job::parse(&args.l2_args).map_err(Stop::Usage)?;
     let session = Session::start(ui, &args.l0)?;
     let xen = session.xen()?;
-    let bare = xen.bare(&session, NAME, &job, session.machine.cpus)?;
+    let bare = xen.bare(&session, NAME, &job, &session.machine)?;
     let bare = Spec { timeout: args.l0.timeout.unwrap_or(LONG), ..bare };
     let nested = session.under_nvmx(&bare, format!("{NAME}-nvmx"), &session.options(args.fields));
     let heading = |text: &str| ui.line(&ui.paint(text, Style::new().bold()));

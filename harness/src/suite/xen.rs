@@ -25,7 +25,7 @@ const MOST: u64 = 64 << 20;
 /// [`crate::error::Stop::Environment`] if Xen or a kernel cannot be had.
 pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let job = Job::parse("").map_err(anyhow::Error::msg)?;
-    let bare = Spec { timeout: LONG, ..session.xen()?.bare(session, "xen", &job, 1)? };
+    let bare = Spec { timeout: LONG, ..session.xen()?.bare(session, "xen", &job, &session.machine)? };
     let nested = session.under_nvmx(&bare, "xen-nvmx".into(), &session.options(Fields::Auto));
     let boots = [bare, nested].map(|spec| {
         let name = spec.name.clone();
