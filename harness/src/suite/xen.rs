@@ -33,7 +33,7 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
         name
     });
     suite.cases.push(Case {
-        name: "L2 that asks the firmware for its memory is told of all but nvmx's".into(),
+        name: "Xen as L2 asks the firmware for its memory and is told of all but nvmx's".into(),
         boots: boots.to_vec(),
         judge: Box::new(|o| less_memory(o[0], o[1])),
     });
