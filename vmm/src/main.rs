@@ -1,7 +1,8 @@
 //! A small VMM on `/dev/kvm`: boots one multiboot image with its modules, or a Linux, shows its COM1, and counts what KVM had to do.
 //!
 //! It is made to be init of a Linux that runs on an emulated machine and has nothing else to do: then it mounts what it
-//! needs, loads the modules of KVM, and switches the machine off at the end. It runs on any other Linux with KVM as well.
+//! needs, loads the modules of KVM, and switches the machine off at the end. It runs on any other Linux with KVM as well. As init
+//! of Xen's control domain it starts Xen's tools instead, and has no machine of its own.
 //!
 //! The machine that its guest gets: one CPU as the host's KVM offers it (VMX included), memory, the interrupt controllers
 //! and the timer of KVM, COM1 without interrupts, the exit ports of Bochs and QEMU, ACPI tables that list the CPU.

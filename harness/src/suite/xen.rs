@@ -6,6 +6,7 @@ use crate::backend::Spec;
 use crate::backend::xen::Job;
 use crate::boot::Outcome;
 use crate::cli::Fields;
+use crate::report::linux::named;
 use crate::session::{LONG, Session};
 use crate::transcript::Transcript;
 use anyhow::Result;
@@ -45,12 +46,16 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     Ok(())
 }
 
-/// The records agree, Xen says the same of VMX and of its domains, and dom0 warns of nothing that it does not warn of alone.
+/// The records agree, L3 worked to its end, Xen says the same of VMX and of its domains, and dom0 warns of nothing that it does not warn of alone.
 ///
 /// # Errors
 /// The first difference.
 pub fn same_but_for_the_machine(alone: &Outcome, under: &Outcome) -> Result<(), String> {
     compare::agree(alone, under)?;
+    // `xl` does not tell a domain that has crashed from one that has ended.
+    if let Some(short) = [alone, under].iter().find(|o| named(&o.transcript, "l3_work").next().is_none()) {
+        return Err(format!("{}: L3 did not come to its end", short.name));
+    }
     no_new_warnings(alone, under)?;
     let (before, now) = (about_vmx(&alone.transcript), about_vmx(&under.transcript));
     if let Some(missing) = ENABLED.iter().find(|text| !now.contains(text)) {
@@ -97,12 +102,14 @@ mod tests {
     use super::*;
     use crate::boot::Ended;
     use crate::report::tests::transcript;
+    use crate::transcript::Line;
     use std::time::Duration;
 
     fn outcome(feature: &str, more: &[&str]) -> Outcome {
         let feature = format!("(XEN)  - {feature}");
         let mut lines = vec!["(XEN) HVM: VMX enabled", "(XEN) HVM: Hardware Assisted Paging (HAP) detected", &feature];
-        lines.extend(["(XEN) System RAM: 1", "(d1) @L3 check name=fork sum=15", "@L2 end status=pass failed=0"]);
+        lines.extend(["(XEN) System RAM: 1", "(d1) @L3 check name=fork sum=15"]);
+        lines.extend(["(d1) @L3 event name=l3_work count=1 ticks=1", "@L2 end status=pass failed=0"]);
         lines.extend(more);
         Outcome {
             name: "x".into(),
@@ -140,5 +147,12 @@ mod tests {
         let mut none = outcome("VPID", &[]);
         none.transcript.lines.remove(0);
         assert!(same_but_for_the_machine(&none, &none).unwrap_err().contains("VMX enabled"));
+    }
+
+    #[test]
+    fn a_domain_that_crashes_in_both_boots_fails() {
+        let mut short = outcome("VPID", &[]);
+        short.transcript.lines.retain(|line| !matches!(line, Line::Record(r) if r.get("name") == Some("l3_work")));
+        assert_eq!(same_but_for_the_machine(&short, &short), Err("x: L3 did not come to its end".into()));
     }
 }
