@@ -32,7 +32,7 @@ pub enum Flavour {
 }
 
 /// The name of our build in the cache; the number changes with the fixes or the options.
-const BUILD: &str = "bochs-3.0-nvmx4";
+const BUILD: &str = "bochs-3.0-nvmx5";
 /// The upstream version that the fixes are written for.
 const UPSTREAM: &str = "3.0";
 
@@ -43,7 +43,7 @@ struct Fix {
     instead: &'static str,
 }
 
-const FIXES: [Fix; 9] = [
+const FIXES: [Fix; 10] = [
     // The interrupt mask was computed with the state of the hypervisor, so a guest entered with interrupts off under
     // external-interrupt exiting was not left on an interrupt until its RFLAGS.IF changed.
     Fix {
@@ -101,6 +101,14 @@ const FIXES: [Fix; 9] = [
         instead: "BX_SMF void wakeup_monitor(void);\n  void forget_page(bx_phy_address paddr) {\n    \
                   for (bx_TLB_entry &entry : DTLB.entry) if (PPFOf(entry.ppf) == PPFOf(paddr)) entry.invalidate();\n    \
                   invalidate_stack_cache();\n  }",
+    },
+    // With more than one processor, what follows the delivery of an exception did not commit the new RIP, as it does with one.
+    // An interrupt that then caused a VM exit, before the handler's first instruction, put the old RIP back: the guest went
+    // on where it had faulted, but with the code segment and the stack of its handler.
+    Fix {
+        file: "cpu/cpu.cc",
+        place: "void BX_CPU_C::cpu_run_trace(void)\n{\n",
+        instead: "void BX_CPU_C::cpu_run_trace(void)\n{\n  BX_CPU_THIS_PTR prev_rip = RIP;\n  BX_CPU_THIS_PTR speculative_rsp = false;\n",
     },
 ];
 const CONFIGURE: [&str; 10] = [
