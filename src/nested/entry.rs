@@ -92,7 +92,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         vmx.write(Field::VIRTUAL_PROCESSOR_ID, vpid02 as u64);
     }
     if uses_timer {
-        vmx.write(Field::VMX_PREEMPTION_TIMER_VALUE, slot.vmcs12.get(Field::VMX_PREEMPTION_TIMER_VALUE));
+        slot.timer12 = vmx.read(Field::VMX_PREEMPTION_TIMER_VALUE);
     }
     slot.inherited.enter_l3(vmx, &slot.vmcs12, &cpu.tracked);
     let count = slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_COUNT);

@@ -7,6 +7,7 @@ use crate::addr::{Gpa, Ngpa};
 use crate::emul::msr;
 use crate::ept::{Outcome, PageLog, Qualification};
 use crate::error::{Fault, KillReason};
+use crate::hw::vmx::Vmx;
 use crate::mm::{GuestMemory, PhysMem};
 use crate::nested::l3_memory::Miss;
 use crate::nested::merge::Duties;
@@ -202,10 +203,10 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
         l2_exit::redeliver(cpu, qualification);
         return Ok(());
     }
-    let mut log = eptp12.accessed_dirty().then(|| page_log(slot, &cpu.guest)).flatten();
+    let mut log = if eptp12.accessed_dirty() { page_log(slot, &cpu.guest, &mut cpu.vmx) } else { None };
     let outcome = cpu.ept02.violation(eptp12, Ngpa::new(at), qualification, log.as_mut(), &cpu.guest, &mut tables);
     if let Some(log) = log {
-        slot.vmcs12.set(Field::PML_INDEX, log.index.into());
+        cpu.vmx.write(Field::PML_INDEX, log.index.into());
     }
     match outcome {
         Outcome::Filled => {
@@ -242,11 +243,11 @@ fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
     }
 }
 
-/// L2's page-modification log, if it keeps one for this guest.
+/// L2's page-modification log, if it keeps one for this guest; vmcs02 is current.
 #[cold]
-fn page_log<P: PhysMem>(slot: &Slot, guest: &GuestMemory<P>) -> Option<PageLog> {
+fn page_log<P: PhysMem>(slot: &Slot, guest: &GuestMemory<P>, vmx: &mut Vmx) -> Option<PageLog> {
     Wants { slot, guest }.secondary().contains(SecondaryControls::ENABLE_PML).then(|| PageLog {
         address: Gpa::new(slot.vmcs12.get(Field::PML_ADDRESS)),
-        index: slot.vmcs12.get(Field::PML_INDEX) as u16,
+        index: vmx.read(Field::PML_INDEX) as u16,
     })
 }

@@ -64,9 +64,8 @@ pub fn reflect(cpu: &mut Cpu, index: usize, info: Option<Info>) -> Result<(), Ki
             slot.stale |= Stale::of(Field::VM_ENTRY_CONTROLS);
         }
     }
-    if pin.contains(PinControls::PREEMPTION_TIMER) && exit.contains(ExitControls::SAVE_PREEMPTION_TIMER) {
-        let left = vmx.read(Field::VMX_PREEMPTION_TIMER_VALUE);
-        slot.vmcs12.set(Field::VMX_PREEMPTION_TIMER_VALUE, left);
+    if pin.contains(PinControls::PREEMPTION_TIMER) && !exit.contains(ExitControls::SAVE_PREEMPTION_TIMER) {
+        vmx.write(Field::VMX_PREEMPTION_TIMER_VALUE, slot.timer12);
     }
     let nmi_blocked = nmi_blocked(vmx, pin, info);
     let stored = slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_COUNT);

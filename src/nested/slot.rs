@@ -74,6 +74,8 @@ pub struct Slot {
     pub eptp02: u64,
     /// VPID in vmcs02.
     pub vpid02: u16,
+    /// The timer that L2 set for the last entry; vmcs02 counts it down over exits that L2 does not see.
+    pub timer12: u64,
     /// The OR of nvmx's and L2's MSR bitmaps: a frame of nvmx.
     pub msr_bitmap: Hpa,
     /// Address of L2's MSR bitmap, if it uses one.
@@ -109,6 +111,7 @@ impl Slot {
             link02: NO_LINK,
             eptp02: 0,
             vpid02: 0,
+            timer12: 0,
             msr_bitmap,
             bitmap12: None,
             bitmap_watch: None,

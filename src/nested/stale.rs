@@ -28,10 +28,7 @@ impl Stale {
     pub const fn of(field: Field) -> Stale {
         match field {
             // Taken from the copy at every entry or exit, without a rule on their value.
-            Field::VMX_PREEMPTION_TIMER_VALUE
-            | Field::EXECUTIVE_VMCS_POINTER
-            | Field::EPTP_INDEX
-            | Field::GUEST_IA32_PAT => Stale::empty(),
+            Field::EXECUTIVE_VMCS_POINTER | Field::EPTP_INDEX | Field::GUEST_IA32_PAT => Stale::empty(),
             Field::VMCS_LINK_POINTER => Stale::GUEST,
             // The modes of host and guest are among them.
             Field::VM_EXIT_CONTROLS | Field::VM_ENTRY_CONTROLS => Stale::CONTROLS.union(Stale::HOST),

@@ -151,7 +151,7 @@ fields! {
     GUEST_LDTR_SELECTOR                 = 0x080C, W16,     Vmcs02,   Always;
     GUEST_TR_SELECTOR                   = 0x080E, W16,     Vmcs02,   Always;
     GUEST_INTERRUPT_STATUS              = 0x0810, W16,     Vmcs02,   Secondary(9);
-    PML_INDEX                           = 0x0812, W16,     Cache,    Secondary(17);
+    PML_INDEX                           = 0x0812, W16,     Vmcs02,   Secondary(17);
 
     HOST_ES_SELECTOR                    = 0x0C00, W16,     Cache,    Always;
     HOST_CS_SELECTOR                    = 0x0C02, W16,     Cache,    Always;
@@ -258,7 +258,7 @@ fields! {
     GUEST_ACTIVITY_STATE                = 0x4826, W32,     Watched,  Always;
     GUEST_SMBASE                        = 0x4828, W32,     Vmcs02,   Always;
     GUEST_SYSENTER_CS                   = 0x482A, W32,     Vmcs02,   Always;
-    VMX_PREEMPTION_TIMER_VALUE          = 0x482E, W32,     Cache,    Pin(6);
+    VMX_PREEMPTION_TIMER_VALUE          = 0x482E, W32,     Vmcs02,   Pin(6);
 
     HOST_IA32_SYSENTER_CS               = 0x4C00, W32,     Cache,    Always;
 
