@@ -48,6 +48,11 @@ pub const WAIVERS: &[Waiver] = &[
         why: "KVM lets an entry with a TSC multiplier of 0 through",
     },
     Waiver {
+        id: "kvm-tsc-rounding",
+        checks: &["TSC multiplier 1/65536: RDTSC", "TSC multiplier 1/65536: RDMSR"],
+        why: "KVM scales the TSC and its own offset apart and rounds both, so that time may seem to be one tick earlier",
+    },
+    Waiver {
         id: "kvm-virtual-apic",
         checks: &["virtual-APIC page without memory"],
         why: "KVM refuses an entry whose virtual-APIC page it cannot map",
