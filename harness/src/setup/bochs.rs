@@ -215,8 +215,8 @@ fn flavour_of(help: &str) -> Flavour {
 
 fn lost(version: &str, flavour: Flavour) -> String {
     let mut lost = vec![
-        "without nvmx's fixes an L3 guest that has interrupts off may not be left on an interrupt, and posted and virtual \
-         interrupts depart from the architecture",
+        "without nvmx's fixes an L3 guest that has interrupts off may not be left on an interrupt, posted and virtual \
+         interrupts depart from the architecture, and Linux on several CPUs may sleep too long or die",
     ];
     if flavour == Flavour::Debugger {
         lost.push("about a third of the speed");
