@@ -1,12 +1,13 @@
 //! smp: a guest hypervisor on all CPUs of the machine at once, as `check` records: what an INIT leaves, messages between
 //! CPUs and writes that wake them, a guest on each CPU, VMCSs that migrate, invalidations, events that reach a CPU while its
-//! guest runs.
+//! guest runs, exceptions of a guest that is interrupted.
 //!
 //! CPU 0 prints for all, in the order of CPUs, so that the records of two machines can be compared.
 #![no_std]
 #![no_main]
 
 mod events;
+mod exceptions;
 mod guest;
 mod guests;
 mod init;
@@ -38,13 +39,14 @@ pub fn cpus() -> usize {
 type Part = fn(&[u32]);
 
 /// The parts, in order; `part=NAME` on the command line chooses one beside the start.
-const PARTS: [(&str, Part); 7] = [
+const PARTS: [(&str, Part); 8] = [
     ("messages", messages::all),
     ("mwait", mwait::all),
     ("guests", guests::all),
     ("migrate", migrate::all),
     ("memory", memory::all),
     ("events", events::all),
+    ("exceptions", exceptions::all),
     ("init", init::again),
 ];
 
