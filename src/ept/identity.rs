@@ -139,12 +139,7 @@ impl Ept01 {
     pub fn join<F: TableFrames>(&mut self, frames: &mut F) -> bool {
         self.watched = Watched::default();
         let before = self.tables;
-        for index in 0..512 {
-            let pdpt = frames.read(Hpa::new(self.root.get() | index << 3));
-            if entry::is_present(pdpt) {
-                self.join_in(Hpa::new(pdpt & ADDRESS), Level::Pdpt, frames);
-            }
-        }
+        self.join_in(self.root, Level::Pml4, frames);
         self.tables != before
     }
 

@@ -69,11 +69,15 @@ fn parse_candidate(policy: &str) -> Option<String> {
     (version != "(none)").then(|| version.to_string())
 }
 
+/// Whether [`update`] was called.
+static UPDATED: AtomicBool = AtomicBool::new(false);
+
 /// Brings apt's lists up to date, if that is in our power.
 ///
 /// # Errors
 /// After Ctrl-C. Lists that cannot be fetched are no error here: the install that follows tells.
 pub fn update(ui: &Ui) -> Result<()> {
+    UPDATED.store(true, Ordering::Relaxed);
     let power = Power::find();
     if matches!(power, Power::Root | Power::Sudo) {
         let mut step = ui.step("updating apt's package lists");
@@ -82,13 +86,12 @@ pub fn update(ui: &Ui) -> Result<()> {
     Ok(())
 }
 
-/// [`update`], once: what is in a cache folder for long must not come from lists that are older than the archive.
+/// [`update`], unless that was done: what is in a cache folder for long must not come from lists that are older than the archive.
 ///
 /// # Errors
 /// As there.
 pub fn refresh(ui: &Ui) -> Result<()> {
-    static DONE: AtomicBool = AtomicBool::new(false);
-    if DONE.swap(true, Ordering::Relaxed) { Ok(()) } else { update(ui) }
+    if UPDATED.load(Ordering::Relaxed) { Ok(()) } else { update(ui) }
 }
 
 /// Fetches packages into the folder `work` and unpacks them there, without installing them; the tree of their files.

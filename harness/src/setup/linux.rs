@@ -111,7 +111,6 @@ fn fetch(ui: &Ui, paths: &Paths, kernel: Kernel) -> Result<Linux> {
     let tree = apt::unpacked(&mut step, &with_modules(&package), work.path())?;
     let output = work.path().join("output");
     let release = collect(&tree, &output).with_context(|| format!("in the package {package}"))?;
-    let folder = paths.cache.join(format!("linux-{FORMAT}-{release}"));
     std::fs::rename(&output, &folder)?;
     step.done(&format!("Linux {release} is ready"));
     Ok(Linux { release, folder })
