@@ -8,6 +8,7 @@ use crate::ui::Ui;
 use anyhow::{Context, Result, ensure};
 use object::{Object, ObjectSegment, ObjectSymbol};
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -54,7 +55,7 @@ pub fn build(ui: &Ui, paths: &Paths, toolchain: &Toolchain) -> Result<Images> {
         if group.is_empty() {
             continue;
         }
-        let mut cargo = command(toolchain, &target);
+        let mut cargo = command(toolchain, &paths.root, &target);
         cargo
             .current_dir(&paths.root)
             .args(["build", "--release", "--locked", "--target", TARGET])
@@ -73,6 +74,9 @@ pub fn build(ui: &Ui, paths: &Paths, toolchain: &Toolchain) -> Result<Images> {
     for path in images.guests.values().chain([&images.nvmx]) {
         let data = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         let shape = check(&data).with_context(|| format!("{} cannot boot", path.display()))?;
+        for folder in [&paths.root, &cargo_home()] {
+            ensure!(!names(&data, folder), "{} names the folder {}", path.display(), folder.display());
+        }
         ui.detail(&format!("{}: {shape}", path.display()));
     }
     if step.elapsed().as_secs() >= 2 {
@@ -82,19 +86,36 @@ pub fn build(ui: &Ui, paths: &Paths, toolchain: &Toolchain) -> Result<Images> {
 }
 
 /// A cargo that builds for the bare machine.
-pub fn command(toolchain: &Toolchain, target: &Path) -> Command {
+pub fn command(toolchain: &Toolchain, root: &Path, target: &Path) -> Command {
     let mut cargo = Command::new(&toolchain.cargo);
     clean(&mut cargo).env("RUSTC", &toolchain.rustc).env("CARGO_TARGET_DIR", target);
     if let Some(linker) = &toolchain.linker {
         cargo.env("CARGO_TARGET_X86_64_UNKNOWN_NONE_LINKER", linker);
     }
-    // The images are linked for fixed addresses.
-    cargo.env("CARGO_TARGET_X86_64_UNKNOWN_NONE_RUSTFLAGS", "-Crelocation-model=static");
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", flags(root, &cargo_home()));
     cargo
 }
 
+/// The compiler's flags, in cargo's encoding: the images are linked for fixed addresses, and name no folder of this machine,
+/// so that two checkouts make the same bytes.
+fn flags(root: &Path, cargo_home: &Path) -> OsString {
+    let mut flags = OsString::from("-Crelocation-model=static");
+    for (folder, name) in [(root, "nvmx"), (cargo_home, "cargo")] {
+        flags.push("\x1f--remap-path-prefix=");
+        flags.push(folder);
+        flags.push(format!("=/{name}"));
+    }
+    flags
+}
+
+/// Where cargo keeps the sources of packages.
+fn cargo_home() -> PathBuf {
+    let given = std::env::var_os("CARGO_HOME").filter(|folder| !folder.is_empty()).map(PathBuf::from);
+    given.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cargo"))
+}
+
 fn programs(paths: &Paths, toolchain: &Toolchain) -> Result<Vec<Program>> {
-    let mut cargo = command(toolchain, &paths.target);
+    let mut cargo = command(toolchain, &paths.root, &paths.target);
     cargo.current_dir(&paths.root).args(["metadata", "--no-deps", "--locked", "--format-version=1"]);
     let metadata = serde_json::from_str(&proc::stdout_of(&mut cargo)?).context("cargo metadata is no JSON")?;
     Ok(bootable(&metadata, &paths.root.to_string_lossy()))
@@ -131,6 +152,13 @@ fn arguments(programs: &[Program]) -> Vec<String> {
         }
     }
     list
+}
+
+/// Whether the path of a folder stands in an image.
+fn names(data: &[u8], folder: &Path) -> bool {
+    let path = [folder.as_os_str().as_encoded_bytes(), b"/"].concat();
+    // "/" alone names nothing.
+    path.len() > 2 && memchr::memmem::find(data, &path).is_some()
 }
 
 /// What a boot loader will find: an error names what it would stumble over.
@@ -179,6 +207,15 @@ mod tests {
         assert_eq!(found.len(), 2);
         assert_eq!(arguments(&found[..1]), ["-p", "l2-cascade", "--bin", "cascade"]);
         assert_eq!(arguments(&found[1..]), ["-p", "nvmx", "--bin", "nvmx", "--features", "nvmx/image"]);
+    }
+
+    #[test]
+    fn the_compiler_is_told_to_leave_out_the_folders_of_this_machine() {
+        let flags = flags(Path::new("/a b"), Path::new("/c"));
+        let expected = "-Crelocation-model=static\x1f--remap-path-prefix=/a b=/nvmx\x1f--remap-path-prefix=/c=/cargo";
+        assert_eq!(flags, *expected);
+        let names = |data: &[u8]| names(data, Path::new("/a b"));
+        assert!(names(b"x/a b/src") && !names(b"x/a bc/src") && !names(b"/nvmx/src"));
     }
 
     #[test]
