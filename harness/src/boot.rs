@@ -1,6 +1,7 @@
 //! One boot from start to verdict.
 
 use crate::backend::{Backend, DEBUG_PORT, SERIAL, Spec, memory};
+use crate::clock::{Clock, Over, Time};
 use crate::image;
 use crate::paths::Paths;
 use crate::proc;
@@ -18,8 +19,8 @@ pub enum Ended {
     Itself,
     /// The guest had said its last word, but the machine went on and was ended
     Lingered,
-    /// The time limit
-    Timeout,
+    /// The limit
+    Timeout(Over),
 }
 
 /// What came of a boot.
@@ -33,8 +34,10 @@ pub struct Outcome {
     pub ended: Ended,
     /// What L0 says about it
     pub machine: Vec<String>,
-    /// How long it took
+    /// How long it took by the clock on the wall
     pub took: Duration,
+    /// What it used up, as its limit counts
+    pub used: Option<Time>,
     /// Its files
     pub folder: PathBuf,
 }
@@ -59,10 +62,11 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
     let folder = tempfile::Builder::new().prefix(&format!("{}-", spec.name)).tempdir_in(paths.boots()?)?;
     let start = Instant::now();
     let mut child = backend.start(spec, folder.path())?;
+    let mut clock = Clock::start(child.id(), folder.path());
     let logs = if spec.debug_port { &[SERIAL, DEBUG_PORT][..] } else { &[SERIAL] };
     let mut followers: Vec<Follower> = logs.iter().map(|log| Follower::new(&folder.path().join(log))).collect();
     let mut transcript = Transcript::default();
-    let mut last_word: Option<Instant> = None;
+    let mut last_word: Option<(Instant, Duration)> = None;
     let mut take = |transcript: &mut Transcript, last: bool| {
         for line in followers.iter_mut().flat_map(|follower| follower.lines(last)) {
             let line = Line::parse(&line);
@@ -78,19 +82,19 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
             break (Ended::Itself, Vec::new());
         }
         if last_word.is_none() && transcript.is_over() {
-            last_word = Some(Instant::now());
+            last_word = Some((Instant::now(), used(&mut clock)));
         }
-        if last_word.is_some_and(|t| t.elapsed() > GRACE) {
+        if last_word.is_some_and(|since| lingers(since, used(&mut clock))) {
             child.end();
             break (Ended::Lingered, Vec::new());
         }
-        if start.elapsed() > spec.timeout {
+        if let Some(over) = clock.over(spec.timeout) {
             // Held while it is looked at.
             child.signal(Signal::STOP);
             let mut machine = memory::last_exits(child.id());
             child.signal(Signal::CONT);
             machine.extend(backend.stop(&mut child, folder.path()));
-            break (Ended::Timeout, machine);
+            break (Ended::Timeout(over), machine);
         }
         std::thread::sleep(POLL);
     };
@@ -102,7 +106,18 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
     // Kept for a look: a later `run` or `test` clears what is old.
     let folder = folder.keep();
     let _ = std::fs::remove_file(folder.join("boot.iso"));
-    Ok(Outcome { name: spec.name.clone(), transcript, ended, machine, took, folder })
+    let used = clock.read();
+    Ok(Outcome { name: spec.name.clone(), transcript, ended, machine, took, used, folder })
+}
+
+fn used(clock: &mut Clock) -> Duration {
+    clock.read().map_or(Duration::ZERO, Time::as_limit)
+}
+
+/// Whether a machine whose last word came then goes on for too long. One that is halted uses up nothing.
+fn lingers((word, used_then): (Instant, Duration), used: Duration) -> bool {
+    let (wall, machine) = (word.elapsed(), used.saturating_sub(used_then));
+    wall > GRACE && (machine > GRACE || wall > GRACE * 12)
 }
 
 /// Adds the function's name to what L0 says about RIP.
@@ -127,8 +142,8 @@ impl Outcome {
     /// # Errors
     /// The reason.
     pub fn verdict(&self) -> Result<(), String> {
-        if self.ended == Ended::Timeout {
-            return Err(format!("it did not end within {} s", self.took.as_secs()));
+        if let Ended::Timeout(over) = self.ended {
+            return Err(over.to_string());
         }
         let t = &self.transcript;
         if let Some(epitaph) = t.of_kind(Kind::Epitaph).next() {
@@ -180,6 +195,9 @@ impl Outcome {
             lines.push("the machine:".into());
             lines.extend(self.machine.iter().map(|l| format!("  {l}")));
         }
+        if let Some(used) = self.used {
+            lines.push(format!("it used {used}, {:.1} s by the clock on the wall", self.took.as_secs_f64()));
+        }
         lines.push(format!("its files: {}", self.folder.display()));
         lines
     }
@@ -202,6 +220,8 @@ pub fn clear_old(paths: &Paths) {
 mod tests {
     use super::*;
 
+    const LATE: Ended = Ended::Timeout(Over::Limit(Time::Cpu(Duration::from_secs(7))));
+
     fn outcome(ended: Ended, lines: &[&str]) -> Outcome {
         Outcome {
             name: "x".into(),
@@ -209,6 +229,7 @@ mod tests {
             ended,
             machine: vec!["3rd exception".into()],
             took: Duration::from_secs(7),
+            used: None,
             folder: "/x".into(),
         }
     }
@@ -222,8 +243,8 @@ mod tests {
         assert_eq!(silent, "the machine ended before the guest did: [nvmx ERROR] no module");
         let dead = outcome(Ended::Itself, &[]).verdict().unwrap_err();
         assert_eq!(dead, "the machine ended before the guest did: 3rd exception");
-        let late = outcome(Ended::Timeout, &["@L2 end status=pass failed=0"]).verdict().unwrap_err();
-        assert_eq!(late, "it did not end within 7 s");
+        let late = outcome(LATE, &["@L2 end status=pass failed=0"]).verdict().unwrap_err();
+        assert_eq!(late, "it did not end within 7 s of CPU time");
         let dead = outcome(Ended::Itself, &["@L1 epitaph who=L2 where=0x10 why=\"triple fault\""]).verdict();
         assert_eq!(dead, Err("L2 died: triple fault (0x10)".into()));
         assert!(outcome(Ended::Itself, &["@L2 x", "@L2 end status=pass failed=0"]).verdict().is_err());
@@ -232,7 +253,7 @@ mod tests {
     #[test]
     fn a_post_mortem_names_the_last_word_of_each_level() {
         let lines = ["@L2 say text=a", "@L3 say text=b", "@L1 epitaph who=L2 last_l2=cpuid last_l3=hlt", "end of log"];
-        let text = outcome(Ended::Timeout, &lines).post_mortem().join("\n");
+        let text = outcome(LATE, &lines).post_mortem().join("\n");
         assert!(text.contains("L3 last said: @L3 say text=b"), "{text}");
         assert!(text.contains("last exit of L3: hlt"));
         assert!(text.contains("  end of log"));

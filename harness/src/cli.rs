@@ -65,7 +65,8 @@ pub struct L0Args {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8), help_heading = "Machine")]
     pub cpus: u32,
 
-    /// End a boot after so many seconds and tell where each level stopped [default: 120, with KVM on Bochs, --depth, or diff 600]
+    /// End a boot after so many seconds of the machine's time and tell where each level stopped: on Bochs 100 M instructions
+    /// each, with KVM seconds of CPU time, so that a loaded host ends none [default: 120, with KVM on Bochs, --depth, or diff 600]
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Machine")]
     pub timeout: Option<Duration>,
 }

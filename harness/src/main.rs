@@ -1,13 +1,14 @@
 //! `./nvmx`: builds, boots, tests and measures.
 //!
 //! `setup` finds or makes the tools, `image` builds what boots, `backend` starts machines, `boot` runs one boot from start to
-//! verdict, `clamp` makes two boots see the same capabilities, `transcript` reads its serial line, `report` makes figures of records, `suite` holds the boot tests, `cmd` the
+//! verdict, `clock` tells how far it has come, `clamp` makes two boots see the same capabilities, `transcript` reads its serial line, `report` makes figures of records, `suite` holds the boot tests, `cmd` the
 //! subcommands.
 
 mod backend;
 mod boot;
 mod clamp;
 mod cli;
+mod clock;
 mod cmd;
 mod error;
 mod image;

@@ -1,6 +1,7 @@
 //! Bochs as L0: a configuration file, a boot disk, and what its log tells afterwards.
 
 use super::{Backend, DEBUG_PORT, Machine, SERIAL, Spec, Unit, iso};
+use crate::clock;
 use crate::proc::Child;
 use crate::setup::bochs::{BIOS, Bochs, Flavour, VGA_BIOS};
 use anyhow::{Context, Result};
@@ -77,6 +78,8 @@ pub fn start(bochs: &Bochs, machine: &Machine, serial: Serial, out: &str, folder
     let mut command = Command::new(&bochs.path);
     // Relative names throughout: a comma or a space in the checkout's path would end an option.
     command.current_dir(folder).args(["-q", "-f", "bochsrc"]);
+    // Our build counts its ticks there.
+    command.env("NVMX_TICKS", clock::TICKS);
     if bochs.flavour == Flavour::Debugger {
         std::fs::write(folder.join("go"), "c\n")?;
         command.args(["-rc", "go"]);

@@ -114,12 +114,9 @@ fn sum(a: Option<f64>, b: Option<f64>) -> Option<f64> {
     if a.is_none() && b.is_none() { None } else { Some(a.unwrap_or(0.0) + b.unwrap_or(0.0)) }
 }
 
-/// Thousands apart, one decimal where it says something.
-pub fn number(value: Option<f64>) -> String {
-    let Some(value) = value else { return "-".into() };
-    let tenths = (value.abs() * 10.0).round() as u64;
-    let (whole, tenth) = if tenths >= 1000 { ((value.abs().round()) as u64, 0) } else { (tenths / 10, tenths % 10) };
-    let digits = whole.to_string();
+/// Thousands apart.
+pub fn grouped(value: u64) -> String {
+    let digits = value.to_string();
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {
         if i > 0 && (digits.len() - i) % 3 == 0 {
@@ -127,6 +124,15 @@ pub fn number(value: Option<f64>) -> String {
         }
         text.push(digit);
     }
+    text
+}
+
+/// Thousands apart, one decimal where it says something.
+pub fn number(value: Option<f64>) -> String {
+    let Some(value) = value else { return "-".into() };
+    let tenths = (value.abs() * 10.0).round() as u64;
+    let (whole, tenth) = if tenths >= 1000 { ((value.abs().round()) as u64, 0) } else { (tenths / 10, tenths % 10) };
+    let mut text = grouped(whole);
     if tenth != 0 {
         text.push_str(&format!(".{tenth}"));
     }

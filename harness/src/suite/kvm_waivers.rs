@@ -83,7 +83,7 @@ pub fn agree_but_for_kvm(one: &Outcome, other: &Outcome) -> Result<(), String> {
     one.verdict().map_err(|e| format!("{}: {e}; nothing to compare", one.name))?;
     let over = other.transcript.of_kind(Kind::End).next_back();
     let broken = other.transcript.lines.iter().any(|l| matches!(l, Line::Broken(..)));
-    let Some(end) = over.filter(|_| other.ended != Ended::Timeout && !broken) else {
+    let Some(end) = over.filter(|_| !matches!(other.ended, Ended::Timeout(_)) && !broken) else {
         let reason = other.verdict().err().unwrap_or_else(|| "it did not end as it should".into());
         return Err(format!("{}: {reason}", other.name));
     };
@@ -118,6 +118,7 @@ mod tests {
             ended: Ended::Itself,
             machine: Vec::new(),
             took: Duration::ZERO,
+            used: None,
             folder: "/".into(),
         }
     }

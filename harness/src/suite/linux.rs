@@ -191,6 +191,7 @@ mod tests {
             ended: Ended::Itself,
             machine: Vec::new(),
             took: Duration::ZERO,
+            used: None,
             folder: "/".into(),
         }
     }
