@@ -82,7 +82,8 @@ fn assemble(home: Home, info: &BootInfo, options: Options, processor: Processor)
     if let Some(page) = int15::answer(&guest, &mut l2_memory, modules, hw::boot::int15::code()) {
         info!("INT 15h tells L2 of its memory from {page}");
     }
-    let start = l2_image::load(&guest, &l2_memory, &info.modules, rsdp.as_ref()).unwrap_or_else(|e| give_up(e));
+    let start =
+        l2_image::load(&guest, &l2_memory, &info.modules, rsdp.as_ref(), &info.extras).unwrap_or_else(|e| give_up(e));
     Machine {
         options,
         memory: info.memory.clone(),

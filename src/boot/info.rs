@@ -6,7 +6,7 @@ use arrayvec::{ArrayString, ArrayVec};
 
 use crate::{
     addr::Hpa,
-    boot::{multiboot1, multiboot2, pvh},
+    boot::{extras::Extras, multiboot1, multiboot2, pvh},
     mm::{MemoryMap, PhysMem, Span, map::TooManyRanges},
 };
 
@@ -46,6 +46,8 @@ pub struct BootInfo {
     pub modules: Modules,
     /// The ACPI root pointer, if the loader gave it.
     pub rsdp: Option<Rsdp>,
+    /// What only L2 may want to know.
+    pub extras: Extras,
 }
 
 /// Boot information that nvmx cannot use.

@@ -4,6 +4,7 @@
 //! machine is in `hw::boot`.
 
 pub mod acpi;
+pub mod extras;
 pub mod identity;
 pub mod info;
 pub mod int15;

@@ -23,12 +23,28 @@ pub mod tag {
     pub const MODULE: u32 = 3;
     /// `mem_lower` and `mem_upper`
     pub const MEMORY: u32 = 4;
+    /// The BIOS's boot device
+    pub const BOOT_DEVICE: u32 = 5;
     /// Memory map
     pub const MAP: u32 = 6;
+    /// VBE
+    pub const VBE: u32 = 7;
+    /// Framebuffer
+    pub const FRAMEBUFFER: u32 = 8;
+    /// APM table
+    pub const APM: u32 = 10;
+    /// Pointer to the EFI system table of 32-bit firmware
+    pub const EFI32: u32 = 11;
+    /// Pointer to the EFI system table of 64-bit firmware
+    pub const EFI64: u32 = 12;
+    /// SMBIOS tables
+    pub const SMBIOS: u32 = 13;
     /// Copy of an ACPI 1.0 RSDP
     pub const RSDP_OLD: u32 = 14;
     /// Copy of an RSDP of ACPI 2.0 or later
     pub const RSDP_NEW: u32 = 15;
+    /// What DHCP said
+    pub const NETWORK: u32 = 16;
 }
 
 /// Longest information that is read, in bytes; longer ones are malformed.
@@ -72,7 +88,7 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
             // The new one wins, in whichever order they come.
             tag::RSDP_OLD if info.rsdp.is_none() => info.rsdp = Some(read_rsdp(field(8), size - 8, memory)),
             tag::RSDP_NEW => info.rsdp = Some(read_rsdp(field(8), size - 8, memory)),
-            _ => {}
+            _ => info.extras.take_tag(kind, field(0), size, memory),
         }
         offset += size.next_multiple_of(8);
     }

@@ -1,6 +1,8 @@
 //! COM1: log lines for people and records for the harness.
 //!
-//! L2 owns the port as well as nvmx does; nvmx only polls and writes, never programs it after [`init`].
+//! L2 owns the port as well as nvmx does. After [`init`] nvmx polls and writes, and leaves the port as it found it: each line
+//! is drained, so that whatever L2 does to the port next cannot cut it, and what L2 had set that would swallow a line (divisor
+//! access, break, loopback) is set aside for its length. No wait is for ever.
 
 use core::{
     fmt::{self, Write},
@@ -19,7 +21,15 @@ use crate::{
 };
 
 const COM1: u16 = 0x3F8;
+const LINE_CONTROL: u16 = COM1 + 3;
+const MODEM_CONTROL: u16 = COM1 + 4;
 const LINE_STATUS: u16 = COM1 + 5;
+/// LCR: the data register is the divisor's.
+const DIVISOR_ACCESS: u8 = 1 << 7;
+/// LCR: the line is held low.
+const BREAK: u8 = 1 << 6;
+/// MCR: what is sent goes to the receiver.
+const LOOPBACK: u8 = 1 << 4;
 /// LSR: the transmit buffer takes another byte.
 const THR_EMPTY: u8 = 1 << 5;
 /// LSR: the last bit has left.
@@ -29,19 +39,58 @@ const DRAINED: u8 = 1 << 6;
 static LINE: LineLock<AtomicU32> = LineLock::new(AtomicU32::new(0), AtomicU32::new(0));
 /// How often a processor that dies looks whether another one has ended its line: about a second.
 const PATIENCE: u32 = 10_000_000;
+/// How often the line status is read for one byte, or for the last bit to leave: at 300 baud a FIFO of 16 bytes takes half a
+/// second, and a read takes about a microsecond. A port that never becomes ready loses the byte and does not hang nvmx.
+const POLLS: u32 = 1_000_000;
 
-struct Port;
+/// The port, for one line.
+#[derive(Default)]
+struct Port {
+    /// It did not become ready once: nobody waits for the rest of the line.
+    stuck: bool,
+}
 
 impl Port {
-    fn byte(&self, byte: u8) {
+    fn byte(&mut self, byte: u8) {
+        self.stuck = self.stuck || !comes(THR_EMPTY);
         // SAFETY: the 16550's registers have no effect on memory.
-        unsafe {
-            while inb(LINE_STATUS) & THR_EMPTY == 0 {
-                core::hint::spin_loop();
-            }
-            outb(COM1, byte);
-        }
+        unsafe { outb(COM1, byte) };
     }
+}
+
+/// Waits for `bit` of the line status; false if it does not come.
+fn comes(bit: u8) -> bool {
+    for _ in 0..POLLS {
+        // SAFETY: reading the line status has no effect on memory.
+        if unsafe { inb(LINE_STATUS) } & bit != 0 {
+            return true;
+        }
+        core::hint::spin_loop();
+    }
+    false
+}
+
+/// Runs `write` with a port that sends what it is given, and puts back what L2 had set.
+fn ready_to_send(write: impl FnOnce(&mut Port)) {
+    // SAFETY: the 16550's registers have no effect on memory.
+    let (line, modem) = unsafe { (inb(LINE_CONTROL), inb(MODEM_CONTROL)) };
+    let (plain_line, plain_modem) = (line & !(DIVISOR_ACCESS | BREAK), modem & !LOOPBACK);
+    let set = |line_control: u8, modem_control: u8| {
+        if (line, modem) != (plain_line, plain_modem) {
+            // SAFETY: as above.
+            unsafe {
+                outb(LINE_CONTROL, line_control);
+                outb(MODEM_CONTROL, modem_control);
+            }
+        }
+    };
+    set(plain_line, plain_modem);
+    let mut port = Port::default();
+    write(&mut port);
+    if !port.stuck {
+        drain();
+    }
+    set(line, modem);
 }
 
 impl Write for Port {
@@ -58,6 +107,8 @@ impl Write for Port {
 
 /// Programs COM1 for 115200 8N1 and makes it the target of the `log` macros.
 pub fn init(level: LevelFilter) {
+    // The loader's last line.
+    drain();
     // SAFETY: the 16550's registers have no effect on memory; interrupts are off in IER.
     unsafe {
         outb(COM1 + 1, 0x00);
@@ -75,12 +126,9 @@ pub fn init(level: LevelFilter) {
     log::set_max_level(level);
 }
 
-/// Waits until everything written has left the port.
+/// Waits until everything written has left the port, or the port shows that it never will.
 pub fn drain() {
-    // SAFETY: reading the line status has no effect on memory.
-    while unsafe { inb(LINE_STATUS) } & DRAINED == 0 {
-        core::hint::spin_loop();
-    }
+    comes(DRAINED);
 }
 
 /// nvmx is about to end, on this processor: the others write nothing any more. Does not return if another one was first.
@@ -107,7 +155,9 @@ fn line(write: impl FnOnce(&mut Port) -> fmt::Result) {
         cpu::halt();
     }
     // The port itself never fails; a `Display` that does has already shown what it could.
-    let _ = write(&mut Port);
+    ready_to_send(|port| {
+        let _ = write(port);
+    });
     if turn == Turn::Held {
         LINE.unlock();
     }

@@ -27,6 +27,7 @@ pub fn write_boot_state(cpu: &mut Cpu, start: &Start) {
     write_rest(cpu, Cr0::PE | Cr0::NE | CR0_ET, start.entry.get());
     cpu.vmx.write(Field::GUEST_GDTR_BASE, start.gdt.map_or(0, Span::start));
     cpu.vmx.write(Field::GUEST_GDTR_LIMIT, start.gdt.map_or(0, |gdt| gdt.len().saturating_sub(1)));
+    cpu.vmx.write(Field::GUEST_RSP, start.esp.get());
     cpu.regs.gpr = [0; 16];
     cpu.regs.gpr[0] = start.eax as u64;
     cpu.regs.gpr[3] = start.ebx.get();

@@ -20,6 +20,8 @@ pub const TRIPLE_FAULT: &[&str] = &["@L1 epitaph who=L2", "triple fault"];
 pub const TOUCH: &[&str] = &["@L1 epitaph who=L2", "memory"];
 /// The first module has no multiboot header.
 pub const NO_HEADER: &[&str] = &["ERROR", "multiboot"];
+/// A flat image whose entry point is not in it.
+pub const ASTRAY: &[&str] = &["ERROR", "multiboot header", "entry point"];
 /// A value that its option does not accept.
 pub const BAD_VALUE: &[&str] = &["ERROR", "sideways", "fields"];
 /// KVM without nesting, told by the VMM.

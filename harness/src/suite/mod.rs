@@ -5,6 +5,7 @@ pub mod compare;
 pub mod fixtures;
 pub mod kvm_waivers;
 pub mod linux;
+pub mod loaders;
 pub mod messages;
 pub mod on_kvm;
 pub mod smp;

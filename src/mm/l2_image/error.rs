@@ -9,7 +9,7 @@ use crate::mm::Span;
 pub enum LoadError {
     /// There is no module.
     NoModule,
-    /// It is no ELF file for this processor.
+    /// It is no ELF file for this processor, nor does a multiboot header say where it goes.
     NotElf {
         /// Its size in bytes.
         size: u64,
@@ -66,13 +66,16 @@ pub enum LoadError {
 impl fmt::Display for LoadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const EXPECTED: &str = "expected is an ELF image (32 or 64 bit, x86) with a multiboot or multiboot2 header, \
-                                or a Linux kernel (bzImage)";
+                                any file whose multiboot header has address fields, or a Linux kernel (bzImage)";
         match self {
             Self::NoModule => {
                 write!(f, "no boot module: nvmx needs the image of L2 as its first module; {EXPECTED}")
             }
             Self::NotElf { size, first } => {
-                write!(f, "the first module is no x86 ELF file: {size} bytes, the first are")?;
+                write!(
+                    f,
+                    "the first module is no x86 ELF file and has no multiboot header with address fields: {size} bytes, the first are"
+                )?;
                 for byte in first.iter().take(usize::try_from(*size).unwrap_or(usize::MAX)) {
                     write!(f, " {byte:02x}")?;
                 }

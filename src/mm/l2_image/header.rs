@@ -6,7 +6,10 @@
 use arrayvec::ArrayVec;
 
 use super::{LoadError, Protocol, elf, file::File, plan::PLACES};
-use crate::mm::{PhysMem, Span};
+use crate::{
+    boot::{extras::Extras, multiboot2::tag},
+    mm::{PhysMem, Span},
+};
 
 /// Most loadable segments of an image.
 pub const MAX_SEGMENTS: usize = 16;
@@ -41,6 +44,8 @@ pub struct Image {
 }
 
 const MULTIBOOT1_MAGIC: u32 = 0x1BAD_B002;
+/// Bytes up to and with the entry address.
+const MULTIBOOT1_SIZE: u64 = 32;
 const MULTIBOOT1_SEARCH: u64 = 8192;
 /// Flags 0 and 1 ask for what nvmx gives anyway: modules on page boundaries, the memory map.
 const MULTIBOOT1_KNOWN: u32 = 0b11;
@@ -60,39 +65,45 @@ struct Addresses {
 }
 
 impl Image {
-    /// Reads the headers. An image with both multiboot headers is started by multiboot 1.
-    pub fn read<M: PhysMem>(file: &File<'_, M>) -> Result<Self, LoadError> {
-        elf::check(file)?;
-        if let Some(at) = find_multiboot1(file) {
-            return Self::multiboot1(file, at);
+    /// Reads the headers. An image with both multiboot headers is started by multiboot 1. It is an ELF file, or one piece
+    /// whose header has addresses. `extras` is what L2 can be told beyond the map, the modules and the command lines.
+    pub fn read<M: PhysMem>(file: &File<'_, M>, extras: &Extras) -> Result<Self, LoadError> {
+        let image = if let Some(at) = find_multiboot1(file) {
+            Self::multiboot1(file, at, extras)?
+        } else if let Some(at) = find_multiboot2(file) {
+            Self::multiboot2(file, at, extras)?
+        } else {
+            elf::check(file)?;
+            return Err(LoadError::NoHeader { size: file.len() });
+        };
+        let first = Span::sized(image.entry, 1);
+        match image.segments.iter().any(|segment| segment.to.contains(first)) {
+            true => Ok(image),
+            false => Err(LoadError::BrokenHeader("its entry point lies outside of what is loaded")),
         }
-        if let Some(at) = find_multiboot2(file) {
-            return Self::multiboot2(file, at);
-        }
-        Err(LoadError::NoHeader { size: file.len() })
     }
 
-    fn multiboot1<M: PhysMem>(file: &File<'_, M>, at: u64) -> Result<Self, LoadError> {
+    fn multiboot1<M: PhysMem>(file: &File<'_, M>, at: u64, extras: &Extras) -> Result<Self, LoadError> {
         let field = |offset| file.u32(at + offset).ok_or(LoadError::BrokenHeader("it is cut short"));
         let flags = field(4)?;
-        if flags & MULTIBOOT1_VIDEO != 0 {
+        if flags & MULTIBOOT1_VIDEO != 0 && !extras.has_screen() {
             return Err(LoadError::Unsupported("a video mode"));
         }
-        if flags & 0xFFFF & !MULTIBOOT1_KNOWN != 0 {
+        if flags & 0xFFFF & !(MULTIBOOT1_KNOWN | MULTIBOOT1_VIDEO) != 0 {
             return Err(LoadError::Unsupported("an unknown multiboot feature"));
         }
         let (protocol, modules_end) = (Protocol::Multiboot1, PLACES.end());
         if flags & MULTIBOOT1_ADDRESSES != 0 {
             let addresses =
                 Addresses { header: field(12)?, load: field(16)?, load_end: field(20)?, bss_end: field(24)? };
-            let segments = flat_file(file, at, &addresses)?;
+            let segments = flat_file(file, at, MULTIBOOT1_SIZE, &addresses)?;
             return Ok(Self { protocol, entry: field(28)?.into(), segments, modules_end });
         }
-        let (entry, segments) = elf::read(file)?;
+        let (entry, segments) = elf::check(file).and_then(|()| elf::read(file))?;
         Ok(Self { protocol, entry, segments, modules_end })
     }
 
-    fn multiboot2<M: PhysMem>(file: &File<'_, M>, at: u64) -> Result<Self, LoadError> {
+    fn multiboot2<M: PhysMem>(file: &File<'_, M>, at: u64, extras: &Extras) -> Result<Self, LoadError> {
         const CUT: LoadError = LoadError::BrokenHeader("it is cut short");
         let end = at + u64::from(file.u32(at + 8).ok_or(CUT)?);
         let (mut addresses, mut entry) = (None, None);
@@ -107,7 +118,7 @@ impl Image {
             let required = flags & TAG_OPTIONAL == 0;
             match kind {
                 0 => break,
-                1 if required => information_request(file, tag, size)?,
+                1 if required => information_request(file, tag, size, extras)?,
                 2 => {
                     addresses = Some(Addresses {
                         header: field(8)?,
@@ -117,7 +128,7 @@ impl Image {
                     });
                 }
                 3 => entry = Some(u64::from(field(8)?)),
-                5 if required => return Err(LoadError::Unsupported("a framebuffer")),
+                5 if required && !extras.has_screen() => return Err(LoadError::Unsupported("a framebuffer")),
                 // Console flags, module alignment, EFI, relocatable image: nothing to do, or not for a BIOS machine.
                 1 | 4..=10 => {}
                 _ if required => return Err(LoadError::Unsupported("an unknown multiboot2 feature")),
@@ -128,23 +139,30 @@ impl Image {
         let (protocol, modules_end) = (Protocol::Multiboot2, PLACES.end());
         match (addresses, entry) {
             (Some(addresses), Some(entry)) => {
-                Ok(Self { protocol, entry, segments: flat_file(file, at, &addresses)?, modules_end })
+                Ok(Self { protocol, entry, segments: flat_file(file, at, end - at, &addresses)?, modules_end })
             }
             (Some(_), None) => Err(LoadError::BrokenHeader("it has an address tag and no entry tag")),
             (None, entry) => {
-                let (elf_entry, segments) = elf::read(file)?;
+                let (elf_entry, segments) = elf::check(file).and_then(|()| elf::read(file))?;
                 Ok(Self { protocol, entry: entry.unwrap_or(elf_entry), segments, modules_end })
             }
         }
     }
 }
 
-/// Information that nvmx writes for L2: command line, loader's name, modules, basic memory, memory map, RSDPs.
-fn information_request<M: PhysMem>(file: &File<'_, M>, tag: u64, size: u64) -> Result<(), LoadError> {
+/// Information that nvmx writes for L2: command line, loader's name, modules, basic memory, memory map, RSDPs; and what it
+/// hands on, where it was given.
+fn information_request<M: PhysMem>(
+    file: &File<'_, M>,
+    request: u64,
+    size: u64,
+    extras: &Extras,
+) -> Result<(), LoadError> {
     let mut offset = 8;
     while offset + 4 <= size {
-        let kind = file.u32(tag + offset).ok_or(LoadError::BrokenHeader("it is cut short"))?;
-        if !matches!(kind, 1..=4 | 6 | 14 | 15) {
+        let kind = file.u32(request + offset).ok_or(LoadError::BrokenHeader("it is cut short"))?;
+        let own = matches!(kind, tag::COMMAND_LINE..=tag::MEMORY | tag::MAP | tag::RSDP_OLD | tag::RSDP_NEW);
+        if !own && !extras.has_tag(kind) {
             return Err(LoadError::UnsupportedInformation(kind));
         }
         offset += 4;
@@ -152,31 +170,46 @@ fn information_request<M: PhysMem>(file: &File<'_, M>, tag: u64, size: u64) -> R
     Ok(())
 }
 
-/// The file as one piece, as the address fields say.
-fn flat_file<M: PhysMem>(file: &File<'_, M>, header_at: u64, addresses: &Addresses) -> Result<Segments, LoadError> {
-    const BROKEN: LoadError = LoadError::BrokenHeader("its address fields contradict each other or the file's size");
-    let Addresses { header, load, load_end, bss_end } = *addresses;
+/// The file as one piece, as the address fields say. The header lies at `header_at` of the file and has `header_size` bytes.
+fn flat_file<M: PhysMem>(
+    file: &File<'_, M>,
+    header_at: u64,
+    header_size: u64,
+    addresses: &Addresses,
+) -> Result<Segments, LoadError> {
+    let broken = |what| Err(LoadError::BrokenHeader(what));
+    let [header, load, load_end, bss_end] =
+        [addresses.header, addresses.load, addresses.load_end, addresses.bss_end].map(u64::from);
     // A load address of all ones means: from the start of the file.
-    let offset = if load == u32::MAX {
-        0
-    } else {
-        header_at.checked_sub(u64::from(header.checked_sub(load).ok_or(BROKEN)?)).ok_or(BROKEN)?
+    let load = match header.checked_sub(header_at) {
+        Some(start) if addresses.load == u32::MAX => start,
+        _ => load,
     };
-    let start = u64::from(header).checked_sub(header_at - offset).ok_or(BROKEN)?;
-    let available = file.len().checked_sub(offset).ok_or(BROKEN)?;
+    let Some(before) = header.checked_sub(load) else {
+        return broken("its header_addr is below its load_addr, so the header is not loaded");
+    };
+    let Some(offset) = header_at.checked_sub(before) else {
+        return broken("its load_addr is so far below its header_addr that the image would begin before the file");
+    };
+    // The header was found in the file.
+    let available = file.len().saturating_sub(offset);
     let in_file = match load_end {
         0 => available,
-        end => u64::from(end).checked_sub(start).ok_or(BROKEN)?,
+        end if end <= load => return broken("its load_end_addr is not above its load_addr"),
+        end => end - load,
     };
     if in_file > available {
-        return Err(BROKEN);
+        return broken("its load_end_addr lies beyond the end of the file");
+    }
+    if before + header_size > in_file {
+        return broken("its load_end_addr cuts off the header");
     }
     let end = match bss_end {
-        0 => start + in_file,
-        end if u64::from(end) >= start + in_file => end.into(),
-        _ => return Err(BROKEN),
+        0 => load + in_file,
+        end if end < load + in_file => return broken("its bss_end_addr is below the end of what is loaded"),
+        end => end,
     };
-    Ok(Segments::from_iter([Segment { offset, in_file, to: Span::new(start, end), zeroed: true }]))
+    Ok(Segments::from_iter([Segment { offset, in_file, to: Span::new(load, end), zeroed: true }]))
 }
 
 fn find_multiboot1<M: PhysMem>(file: &File<'_, M>) -> Option<u64> {

@@ -6,6 +6,7 @@ use super::{LoadError, Protocol};
 use crate::{
     addr::Gpa,
     boot::{
+        extras::{APM_SIZE, Extras, Framebuffer, MAX_COLOURS, MAX_DRIVES, MAX_TAGS, VBE_BLOCKS},
         info::{MAX_COMMAND_LINE, MAX_MODULES, Module, Rsdp},
         multiboot1::layout,
         multiboot2::tag,
@@ -17,10 +18,12 @@ use crate::{
 const LOADER: &str = "nvmx";
 const MAP_ENTRY: u64 = 24;
 
-// The largest boot information of either protocol fits: headers and tags, modules with command lines, the map, the RSDP.
+// The largest boot information of either protocol fits: headers and tags, modules with command lines, the map, the RSDP,
+// what is handed on.
 const _: () = {
     let modules = MAX_MODULES as u64 * (MAX_COMMAND_LINE as u64 + 1 + 16 + 8);
-    assert!(512 + MAX_COMMAND_LINE as u64 + modules + MAX_RANGES as u64 * MAP_ENTRY <= INFO_SIZE);
+    let extras = (MAX_DRIVES + APM_SIZE + VBE_BLOCKS + MAX_COLOURS + MAX_TAGS) as u64;
+    assert!(1024 + MAX_COMMAND_LINE as u64 + modules + MAX_RANGES as u64 * MAP_ENTRY + extras <= INFO_SIZE);
 };
 
 /// What L2 is told.
@@ -34,6 +37,8 @@ pub struct Told<'a> {
     pub memory: &'a MemoryMap,
     /// The ACPI root pointer; only multiboot2 carries it.
     pub rsdp: Option<&'a Rsdp>,
+    /// What the loader said and nvmx does not use.
+    pub extras: &'a Extras,
 }
 
 /// Writes the boot information to the start of `at`.
@@ -61,7 +66,7 @@ fn kib_from(memory: &MemoryMap, start: u64) -> u32 {
 /// The fixed part first, then what it points to.
 fn multiboot1<P: PhysMem>(told: &Told<'_>, out: &mut Writer<'_, P>) -> Result<(), LoadError> {
     let info = out.at;
-    out.at += layout::SIZE;
+    out.bytes(&[0; layout::SIZE as usize])?;
     let name = out.text(LOADER)?;
     let command_line = out.text(told.command_line)?;
     let mut strings = [0; MAX_MODULES];
@@ -94,11 +99,65 @@ fn multiboot1<P: PhysMem>(told: &Told<'_>, out: &mut Writer<'_, P>) -> Result<()
         (layout::MAP, map as u32),
         (layout::LOADER_NAME, name as u32),
     ];
+    let mut end = out.at;
     for (offset, value) in fields {
         out.at = info + offset;
         out.words(&[value])?;
     }
-    Ok(())
+    let Extras { boot_device, drives, config_table, apm, vbe, framebuffer, .. } = told.extras;
+    // What is pointed to goes behind the rest.
+    let mut append = |out: &mut Writer<'_, P>, bytes: &[u8], pointer: u64| -> Result<(), LoadError> {
+        out.at = end.next_multiple_of(8);
+        let at = out.at;
+        out.bytes(bytes)?;
+        end = out.at;
+        out.at = info + pointer;
+        out.words(&[at as u32])
+    };
+    let mut more = 0;
+    if let Some(numbers) = boot_device {
+        more |= layout::HAS_BOOT_DEVICE;
+        out.at = info + layout::BOOT_DEVICE;
+        out.words(&[u32::from_be_bytes(numbers.map(|number| u8::try_from(number).unwrap_or(u8::MAX)))])?;
+    }
+    if !drives.is_empty() {
+        more |= layout::HAS_DRIVES;
+        append(out, drives, layout::DRIVES)?;
+        out.at = info + layout::DRIVES_LENGTH;
+        out.words(&[drives.len() as u32])?;
+    }
+    if let Some(table) = config_table {
+        more |= layout::HAS_CONFIG_TABLE;
+        out.at = info + layout::CONFIG_TABLE;
+        out.words(&[*table])?;
+    }
+    if let Some(apm) = apm {
+        more |= layout::HAS_APM;
+        append(out, apm, layout::APM)?;
+    }
+    if let Some(vbe) = vbe {
+        more |= layout::HAS_VBE;
+        let (control, mode) = vbe.blocks.split_at(512);
+        append(out, control, layout::VBE_CONTROL)?;
+        append(out, mode, layout::VBE_MODE_INFO)?;
+        out.at = info + layout::VBE_FIELDS;
+        out.bytes(&vbe.fields)?;
+    }
+    if let Some(Framebuffer { fields, colours }) = framebuffer {
+        more |= layout::HAS_FRAMEBUFFER;
+        out.at = info + layout::FRAMEBUFFER;
+        out.bytes(fields)?;
+        if framebuffer.as_ref().is_some_and(Framebuffer::is_indexed) {
+            append(out, colours, layout::PALETTE)?;
+            out.at = info + layout::PALETTE_LENGTH;
+            out.bytes(&(colours.len() as u16 / 3).to_le_bytes())?;
+        } else {
+            out.at = info + layout::COLOURS;
+            out.bytes(colours)?;
+        }
+    }
+    out.at = info + layout::FLAGS;
+    out.words(&[flags | more])
 }
 
 /// A list of tags behind the total size.
@@ -125,6 +184,27 @@ fn multiboot2<P: PhysMem>(told: &Told<'_>, out: &mut Writer<'_, P>) -> Result<()
         let kind = if rsdp.len() > 20 { tag::RSDP_NEW } else { tag::RSDP_OLD };
         out.tag(kind, |out| out.bytes(rsdp))?;
     }
+    let Extras { boot_device, apm, vbe, framebuffer, tags, .. } = told.extras;
+    if let Some([drive, partition, sub, _]) = boot_device {
+        out.tag(tag::BOOT_DEVICE, |out| out.words(&[*drive, *partition, *sub]))?;
+    }
+    if let Some(vbe) = vbe {
+        out.tag(tag::VBE, |out| out.bytes(&vbe.fields).and_then(|()| out.bytes(&vbe.blocks)))?;
+    }
+    if let Some(framebuffer) = framebuffer {
+        out.tag(tag::FRAMEBUFFER, |out| {
+            out.bytes(&framebuffer.fields)?;
+            out.bytes(&[0; 2])?;
+            if framebuffer.is_indexed() {
+                out.bytes(&(framebuffer.colours.len() as u16 / 3).to_le_bytes())?;
+            }
+            out.bytes(&framebuffer.colours)
+        })?;
+    }
+    if let Some(apm) = apm {
+        out.tag(tag::APM, |out| out.bytes(apm))?;
+    }
+    out.bytes(tags)?;
     out.tag(tag::END, |_| Ok(()))?;
     let total = out.at - info;
     out.at = info;

@@ -15,7 +15,10 @@ pub use error::LoadError;
 use self::{file::File, header::Image};
 use crate::{
     addr::{Gpa, Hpa},
-    boot::info::{Modules, Rsdp},
+    boot::{
+        extras::Extras,
+        info::{Modules, Rsdp},
+    },
     mm::{GuestMemory, MemoryMap, PhysMem, Span},
 };
 
@@ -42,7 +45,8 @@ impl Protocol {
 }
 
 /// How L2's first processor starts: 32-bit protected mode, paging off, flat 4 GiB code and data segments, A20 on,
-/// interrupts off; ESP and IDTR undefined. Code is selector 0x10, data 0x18, as Linux wants them; multiboot leaves that open.
+/// interrupts off; IDTR undefined, ESP undefined by the protocols and here the top of a free page, since images that rely on
+/// GRUB's exist. Code is selector 0x10, data 0x18, as Linux wants them; multiboot leaves that open.
 ///
 /// Source: Multiboot specification and Multiboot2 specification, "Machine state"; Linux documentation, "The Linux/x86 Boot
 /// Protocol", "32-bit Boot Protocol".
@@ -58,12 +62,14 @@ pub struct Start {
     pub ebx: Gpa,
     /// ESI: Linux's zero page; 0 for multiboot
     pub esi: Gpa,
+    /// ESP
+    pub esp: Gpa,
     /// GDTR: the table in L2's memory that has those selectors, for Linux
     pub gdt: Option<Span>,
 }
 
 /// Loads the first of `modules` as L2, with the others as its modules and its own command line. `memory` is L2's memory
-/// map, in which nvmx's range is not usable.
+/// map, in which nvmx's range is not usable; `extras` is handed on.
 ///
 /// Nothing is moved before everything is known to fit.
 pub fn load<P: PhysMem>(
@@ -71,11 +77,12 @@ pub fn load<P: PhysMem>(
     memory: &MemoryMap,
     modules: &Modules,
     rsdp: Option<&Rsdp>,
+    extras: &Extras,
 ) -> Result<Start, LoadError> {
     let Some((first, rest)) = modules.split_first() else { return Err(LoadError::NoModule) };
     let rest: Modules = rest.iter().cloned().collect();
     let file = File::new(guest.phys(), first.span);
-    let image = if linux::is_kernel(&file) { linux::read(&file, memory)? } else { Image::read(&file)? };
+    let image = if linux::is_kernel(&file) { linux::read(&file, memory)? } else { Image::read(&file, extras)? };
     let plan = plan::plan(&image, first.span, &rest, memory, guest.own())?;
 
     for (from, to) in rest.iter().map(|m| m.span).zip(plan.modules.iter().map(|m| m.span)) {
@@ -90,7 +97,7 @@ pub fn load<P: PhysMem>(
             guest.phys().zero(place(guest, Span::sized(to + content, zeros))?, zeros);
         }
     }
-    let told = info::Told { command_line: &first.command_line, modules: &plan.modules, memory, rsdp };
+    let told = info::Told { command_line: &first.command_line, modules: &plan.modules, memory, rsdp, extras };
     let (info, none) = (Gpa::new(plan.info.start()), Gpa::new(0));
     let (ebx, esi, gdt) = if image.protocol == Protocol::Linux {
         let file = File::new(guest.phys(), plan.file);
@@ -99,7 +106,8 @@ pub fn load<P: PhysMem>(
         info::write(image.protocol, &told, guest, plan.info)?;
         (info, none, None)
     };
-    Ok(Start { protocol: image.protocol, entry: Gpa::new(image.entry), eax: image.protocol.magic(), ebx, esi, gdt })
+    let (entry, esp) = (Gpa::new(image.entry), Gpa::new(plan.stack));
+    Ok(Start { protocol: image.protocol, entry, eax: image.protocol.magic(), ebx, esi, esp, gdt })
 }
 
 /// Copies within L2's memory, unless it already lies there.

@@ -11,7 +11,10 @@ use crate::{
 };
 
 /// Room for the boot information of L2: more than the largest that can come about.
-pub const INFO_SIZE: u64 = 0x4000;
+pub const INFO_SIZE: u64 = 0x5000;
+
+/// ESP as GRUB leaves it, for images that push before they have a stack of their own.
+pub const GRUBS_STACK: u64 = 0x7_FF00;
 
 const PAGE: u64 = 4096;
 /// 32-bit protocols: everything below 4 GiB; and nothing in the first MiB, which firmware and trampolines use.
@@ -26,6 +29,8 @@ pub struct Plan {
     pub modules: Modules,
     /// The boot information.
     pub info: Span,
+    /// The top of L2's first stack: a page of usable memory below it that nothing else uses.
+    pub stack: u64,
 }
 
 /// Plans the loading of `image`. `file` is the image's module, `modules` are those for L2, `memory` is L2's memory map.
@@ -48,6 +53,8 @@ pub fn plan(image: &Image, file: Span, modules: &Modules, memory: &MemoryMap, ow
     for span in occupied {
         free.set(span.outer_pages(), RangeKind::Reserved).map_err(|_| LoadError::NoRoom { bytes: span.len() })?;
     }
+    // Below what is placed from here on.
+    let grubs_is_free = free.is_usable(Span::new(GRUBS_STACK & !(PAGE - 1), GRUBS_STACK));
     let mut place = |bytes: u64, end: u64| -> Result<Span, LoadError> {
         let no_room = LoadError::NoRoom { bytes };
         let pages = bytes.checked_next_multiple_of(PAGE).ok_or(no_room.clone())?;
@@ -64,5 +71,7 @@ pub fn plan(image: &Image, file: Span, modules: &Modules, memory: &MemoryMap, ow
             module.span = place(module.span.len(), image.modules_end)?;
         }
     }
-    Ok(Plan { file: file_place, modules: placed, info: place(INFO_SIZE, PLACES.end())? })
+    let info = place(INFO_SIZE, PLACES.end())?;
+    let stack = if grubs_is_free { GRUBS_STACK } else { place(PAGE, PLACES.end())?.end() };
+    Ok(Plan { file: file_place, modules: placed, info, stack })
 }

@@ -8,6 +8,7 @@ mod input;
 use input::Input;
 use libfuzzer_sys::fuzz_target;
 use nvmx::addr::Hpa;
+use nvmx::boot::extras::Extras;
 use nvmx::boot::info::{BootInfo, CommandLine, Module, Modules};
 use nvmx::boot::options::Options;
 use nvmx::boot::{acpi, multiboot1, multiboot2, pvh};
@@ -44,7 +45,7 @@ fn load(input: &mut Input<'_>) {
     let Ok(command_line) = CommandLine::from(line) else { return };
     modules.insert(0, Module { span, command_line });
     let guest = GuestMemory::new(&memory, OWN, 36);
-    if let Ok(start) = l2_image::load(&guest, &map, &modules, None) {
+    if let Ok(start) = l2_image::load(&guest, &map, &modules, None, &Extras::default()) {
         assert!(guest.translate(start.entry).is_ok() || start.entry.get() >= MEMORY, "it starts in nvmx");
     }
     assert!(memory.bytes(OWN.start(), OWN.len() as usize).iter().all(|byte| *byte == 0), "nvmx's memory was written");
