@@ -40,6 +40,8 @@ pub enum Cmd {
     Toolchain,
     /// Compare the counts of a run with the limits in benches/budget.json
     Bench(BenchArgs),
+    /// List the faults of Bochs that nvmx's build cures, or write the cures as one patch
+    Bochs(BochsArgs),
 }
 
 /// Where boots run.
@@ -251,6 +253,14 @@ pub struct DoctorArgs {
     /// Look at this Bochs
     #[arg(long, value_name = "PATH")]
     pub bochs: Option<PathBuf>,
+}
+
+/// `bochs`
+#[derive(Debug, Args)]
+pub struct BochsArgs {
+    /// Write a unified patch against the source of Bochs 3.0 to this file, for `patch -p1`; `-` is standard output
+    #[arg(long, value_name = "FILE")]
+    pub patch: Option<PathBuf>,
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         Cmd::Doctor(args) => cmd::doctor::run(&ui, args),
         Cmd::Toolchain => cmd::toolchain::run(&ui),
         Cmd::Bench(args) => cmd::bench::run(&ui, args),
+        Cmd::Bochs(args) => cmd::bochs::run(&ui, args),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -173,9 +173,12 @@ fn emulator(doctor: &mut Doctor<'_>, paths: &Paths, args: &DoctorArgs) {
         }
         return;
     }
-    let own = bochs::built(paths);
-    if own.exists() {
-        return doctor.say(State::Ok, "Bochs", &format!("3.0 with nvmx's fix: {}", own.display()));
+    match bochs::built(paths) {
+        Ok(own) if own.exists() => {
+            return doctor.say(State::Ok, "Bochs", &format!("3.0 with nvmx's fixes: {}", own.display()));
+        }
+        Ok(_) => {}
+        Err(error) => return doctor.say(State::Missing, "Bochs", &format!("{error:#}")),
     }
     let installed = crate::setup::program("bochs");
     let missing: Vec<&'static str> =
@@ -183,7 +186,7 @@ fn emulator(doctor: &mut Doctor<'_>, paths: &Paths, args: &DoctorArgs) {
     if doctor.power != Power::None && (missing.is_empty() || doctor.can_install()) {
         doctor.say(State::Will, "Bochs", "3.0 will be built from Debian's source package (2 minutes)");
     } else if let Some(path) = installed {
-        doctor.say(State::Ok, "Bochs", &format!("{} (installed; slower and without nvmx's fix)", path.display()));
+        doctor.say(State::Ok, "Bochs", &format!("{} (installed; slower and without nvmx's fixes)", path.display()));
     } else {
         doctor.say(State::Missing, "Bochs", "3.0 cannot be built yet, and none is installed");
         doctor.packages.extend(missing);

@@ -1,4 +1,29 @@
-//! Bochs: version 3.0 built from Debian's source package with a few fixes, or what is installed.
+//! Bochs: version 3.0 built from Debian's source package with a [`series`] of fixes, or what is installed.
+//!
+//! # The log of VM exits
+//! Our build writes every VM exit and VM entry of the machine to the file that the environment variable `NVMX_EXIT_LOG` names,
+//! at no cost for guests; nothing if it is unset or empty. All numbers are little-endian. The file starts with `NVMXEXIT`, the
+//! format's version (u32, 1) and a record's size (u32, 64); then records follow in the order in which things happened:
+//!
+//! | bytes | field | VM exit | VM entry |
+//! |---|---|---|---|
+//! | 0–7 | tick | instructions before the one that exits or enters, plus skipped time: what the TSC counts on one CPU | same |
+//! | 8–15 | vmcs | physical address of the current VMCS | same |
+//! | 16–23 | rip | the guest's, as saved; of no use if the entry failed | the guest's |
+//! | 24–31 | qualification | exit qualification | 0 |
+//! | 32–39 | address | guest-physical address if an EPT violation or misconfiguration, else 0 | 0 |
+//! | 40–43 | cpu | number of the CPU, from 0 | same |
+//! | 44–47 | kind | 1 | 2 |
+//! | 48–51 | reason | exit reason, all 32 bits: bit 31 is an entry that failed | 0 |
+//! | 52–55 | event | VM-exit interruption information | VM-entry interruption information |
+//! | 56–59 | vectoring | IDT-vectoring information | 0 |
+//! | 60–63 | length | VM-exit instruction length | 0 |
+//!
+//! Bochs runs in the boot's folder, so a name without a folder gives each boot a file of its own. VMX instructions that fail
+//! with an error number leave no record. The file is whole when Bochs ends by itself or on SIGINT; what
+//! is killed leaves the last record cut.
+
+pub mod series;
 
 use super::{Need, apt, program, require, sources};
 use crate::error::Stop;
@@ -6,6 +31,7 @@ use crate::paths::Paths;
 use crate::proc;
 use crate::ui::Ui;
 use anyhow::{Context, Result, ensure};
+use series::Series;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -31,86 +57,9 @@ pub enum Flavour {
     Debugger,
 }
 
-/// The name of our build in the cache; the number changes with the fixes or the options.
-const BUILD: &str = "bochs-3.0-nvmx5";
 /// The upstream version that the fixes are written for.
 const UPSTREAM: &str = "3.0";
 
-/// A fault of Bochs against the SDM: text that its source has once, and what must stand there.
-struct Fix {
-    file: &'static str,
-    place: &'static str,
-    instead: &'static str,
-}
-
-const FIXES: [Fix; 10] = [
-    // The interrupt mask was computed with the state of the hypervisor, so a guest entered with interrupts off under
-    // external-interrupt exiting was not left on an interrupt until its RFLAGS.IF changed.
-    Fix {
-        file: "cpu/vmx.cc",
-        place: "BX_CPU_THIS_PTR in_vmx_guest = true;",
-        instead: "BX_CPU_THIS_PTR in_vmx_guest = true;\n  handleInterruptMaskChange();",
-    },
-    // A posted-interrupt descriptor is aligned to 64 bytes, not to a page.
-    Fix {
-        file: "cpu/vmx.cc",
-        place: "! IsValidPageAlignedPhyAddr(vm->pid_addr)",
-        instead: "(vm->pid_addr & 0x3f) != 0 || ! IsValidPhyAddr(vm->pid_addr)",
-    },
-    // Posted interrupts need virtual-interrupt delivery, and so the TPR shadow.
-    Fix {
-        file: "cpu/vmx.cc",
-        place: "if (vm->vmexec_ctrls2.VIRTUALIZE_X2APIC_MODE() || ",
-        instead: "if (vm->pin_vmexec_ctrls.PROCESS_POSTED_INTERRUPTS() || vm->vmexec_ctrls2.VIRTUALIZE_X2APIC_MODE() || ",
-    },
-    // An external interrupt under external-interrupt exiting does not deliver a virtual interrupt that RFLAGS.IF blocks.
-    Fix {
-        file: "cpu/event.cc",
-        place: "if (is_pending(BX_EVENT_PENDING_VMX_VIRTUAL_INTR))",
-        instead: "if (is_unmasked_event_pending(BX_EVENT_PENDING_VMX_VIRTUAL_INTR))",
-    },
-    // A notification without requests requests nothing, and not vector 255.
-    Fix {
-        file: "cpu/vapic.cc",
-        place: "vector = BX_CPU_THIS_PTR lapic->highest_priority_int(virr);",
-        instead: "int highest = BX_CPU_THIS_PTR lapic->highest_priority_int(virr);\n  vector = highest < 0 ? 0 : (Bit8u) highest;",
-    },
-    // A VM exit during the delivery of a virtual interrupt named the event delivered before as the one it interrupted.
-    Fix {
-        file: "cpu/vapic.cc",
-        place: "clear_event(BX_EVENT_PENDING_VMX_VIRTUAL_INTR);\n\n  BX_CPU_THIS_PTR EXT = 1;",
-        instead: "clear_event(BX_EVENT_PENDING_VMX_VIRTUAL_INTR);\n  vm->idt_vector_info = vector | (BX_EXTERNAL_INTERRUPT << 8);\n  \
-                  vm->idt_vector_error_code = 0;\n\n  BX_CPU_THIS_PTR EXT = 1;",
-    },
-    // MONITOR made sure that writes of other processors are seen by dropping a translation of the physical address as if it
-    // were a linear one, which also woke every processor that waited. Those that had a translation of the page to write by
-    // went on unseen, so that a processor in MWAIT slept until its next interrupt.
-    Fix {
-        file: "cpu/mwait.cc",
-        place: "bx_pc_system.invlpg(paddr);\n\n  BX_CPU_THIS_PTR monitor.arm(paddr, (",
-        instead: "for (unsigned n = 0; n < BX_SMP_PROCESSORS; n++) BX_CPU(n)->forget_page(paddr);\n\n  BX_CPU_THIS_PTR monitor.arm(paddr, (",
-    },
-    Fix {
-        file: "cpu/mwait.cc",
-        place: "bx_pc_system.invlpg(paddr);\n\n  BX_CPU_THIS_PTR monitor.arm(paddr, BX_MONITOR_ARMED_BY_UMONITOR",
-        instead: "for (unsigned n = 0; n < BX_SMP_PROCESSORS; n++) BX_CPU(n)->forget_page(paddr);\n\n  BX_CPU_THIS_PTR monitor.arm(paddr, BX_MONITOR_ARMED_BY_UMONITOR",
-    },
-    Fix {
-        file: "cpu/cpu.h",
-        place: "BX_SMF void wakeup_monitor(void);",
-        instead: "BX_SMF void wakeup_monitor(void);\n  void forget_page(bx_phy_address paddr) {\n    \
-                  for (bx_TLB_entry &entry : DTLB.entry) if (PPFOf(entry.ppf) == PPFOf(paddr)) entry.invalidate();\n    \
-                  invalidate_stack_cache();\n  }",
-    },
-    // With more than one processor, what follows the delivery of an exception did not commit the new RIP, as it does with one.
-    // An interrupt that then caused a VM exit, before the handler's first instruction, put the old RIP back: the guest went
-    // on where it had faulted, but with the code segment and the stack of its handler.
-    Fix {
-        file: "cpu/cpu.cc",
-        place: "void BX_CPU_C::cpu_run_trace(void)\n{\n",
-        instead: "void BX_CPU_C::cpu_run_trace(void)\n{\n  BX_CPU_THIS_PTR prev_rip = RIP;\n  BX_CPU_THIS_PTR speculative_rsp = false;\n",
-    },
-];
 const CONFIGURE: [&str; 10] = [
     "--with-nogui",
     "--enable-all-optimizations",
@@ -147,9 +96,16 @@ pub const BUILD_NEEDS: [Need; 4] = [
     Need::program("pkg-config", "pkg-config"),
 ];
 
-/// Where our build is or will be.
-pub fn built(paths: &Paths) -> PathBuf {
-    paths.cache.join(BUILD).join("bochs")
+/// Where our build is or will be: the folder's name follows from the fixes and the options.
+///
+/// # Errors
+/// As [`Series::read`].
+pub fn built(paths: &Paths) -> Result<PathBuf> {
+    Ok(folder(paths, &Series::read(&paths.root)?).join("bochs"))
+}
+
+fn folder(paths: &Paths, series: &Series) -> PathBuf {
+    paths.cache.join(format!("bochs-{UPSTREAM}-{:016x}", series.digest(&CONFIGURE)))
 }
 
 /// Finds or builds Bochs.
@@ -161,9 +117,10 @@ pub fn set_up(ui: &Ui, paths: &Paths, given: Option<&Path>) -> Result<Bochs> {
         require(ui, &[BIOS, VGA_BIOS], "Bochs")?;
         return look_at(path).map_err(|e| Stop::Usage(format!("--bochs {}: {e}", path.display())).into());
     }
-    let own = built(paths);
+    let series = Series::read(&paths.root)?;
+    let own = folder(paths, &series).join("bochs");
     if !own.exists() {
-        if let Err(error) = build(ui, paths) {
+        if let Err(error) = build(ui, paths, &series) {
             proc::check_interrupt()?;
             let Some(installed) = program("bochs") else { return Err(error) };
             ui.note(&format!("Bochs 3.0 cannot be built here ({error}); using {}", installed.display()));
@@ -227,22 +184,33 @@ fn lost(version: &str, flavour: Flavour) -> String {
     lost.join("; ")
 }
 
-fn build(ui: &Ui, paths: &Paths) -> Result<()> {
-    require(ui, &BUILD_NEEDS, "building Bochs 3.0")?;
+/// All fixes as one patch against the unpacked source.
+///
+/// # Errors
+/// If the source cannot be fetched, or a fix does not go in.
+pub fn patch(ui: &Ui, paths: &Paths, series: &Series) -> Result<String> {
+    require(ui, &BUILD_NEEDS, "unpacking the source of Bochs 3.0")?;
     let work = tempfile::Builder::new().prefix("bochs-").tempdir_in(&paths.cache)?;
-    let tarball = download(ui, work.path())?;
-    let mut step = ui.step("building Bochs 3.0");
-    let source = work.path().join("source");
+    series.patch(&unpack(ui, work.path())?)
+}
+
+/// Fetches and unpacks the source, as it is, into a folder of `work`.
+fn unpack(ui: &Ui, work: &Path) -> Result<PathBuf> {
+    let tarball = download(ui, work)?;
+    let source = work.join("source");
     std::fs::create_dir(&source)?;
-    step.at("unpacking");
     let mut tar = Command::new("tar");
     tar.args(["--strip-components=1", "-xf"]).arg(&tarball).arg("-C").arg(&source);
     must(&proc::run(&mut tar, None, |_| {})?, "unpacking Bochs")?;
-    for fix in &FIXES {
-        let file = source.join(fix.file);
-        let text = std::fs::read(&file).with_context(|| format!("the Bochs source has no {}", fix.file))?;
-        std::fs::write(&file, patch(&String::from_utf8_lossy(&text), fix)?)?;
-    }
+    Ok(source)
+}
+
+fn build(ui: &Ui, paths: &Paths, series: &Series) -> Result<()> {
+    require(ui, &BUILD_NEEDS, "building Bochs 3.0")?;
+    let work = tempfile::Builder::new().prefix("bochs-").tempdir_in(&paths.cache)?;
+    let source = unpack(ui, work.path())?;
+    let mut step = ui.step("building Bochs 3.0");
+    series.apply(&source)?;
     // The folder is a temporary one: make sure that no file of it looks newer than what was made from it.
     let mut configure = Command::new("./configure");
     configure.args(CONFIGURE).current_dir(&source);
@@ -256,7 +224,7 @@ fn build(ui: &Ui, paths: &Paths) -> Result<()> {
     std::fs::copy(source.join("bochs"), output.join("bochs")).context("the build left no bochs")?;
     let found = look_at(&output.join("bochs"))?;
     ensure!(found.version == UPSTREAM, "the built Bochs says it is {}", found.version);
-    let folder = paths.cache.join(BUILD);
+    let folder = folder(paths, series);
     if folder.exists() {
         std::fs::remove_dir_all(&folder)?;
     }
@@ -277,13 +245,6 @@ fn must(said: &proc::Said, what: &str) -> Result<()> {
 fn short(line: &str) -> String {
     let source = |w: &&str| w.ends_with(".cc") || w.ends_with(".a") || w.ends_with(".o");
     line.split_whitespace().rev().find(source).unwrap_or("").to_string()
-}
-
-/// Puts a fix in its place.
-fn patch(source: &str, fix: &Fix) -> Result<String> {
-    let found = source.matches(fix.place).count();
-    ensure!(found == 1, "the source of Bochs has {found} places for a fix in {}, not one", fix.file);
-    Ok(source.replace(fix.place, fix.instead))
 }
 
 /// Fetches the source by apt, from the archive that the machine uses anyway: apt checks signature, size and digest.
@@ -346,20 +307,6 @@ fn tarball_in(folder: &Path) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_fix_goes_in_once_and_only_where_it_belongs() {
-        let source = "a;\n  BX_CPU_THIS_PTR in_vmx_guest = false;\n  BX_CPU_THIS_PTR in_vmx_guest = true;\n  b;\n";
-        let fixed = patch(source, &FIXES[0]).unwrap();
-        assert!(fixed.contains("in_vmx_guest = true;\n  handleInterruptMaskChange();\n  b;"), "{fixed}");
-        assert_eq!(fixed.matches("handleInterruptMaskChange").count(), 1);
-        for fix in &FIXES {
-            assert!(patch("nothing", fix).is_err());
-            let text = format!("a {} b", fix.place);
-            assert_eq!(patch(&text, fix).unwrap(), format!("a {} b", fix.instead));
-            assert!(patch(&format!("{text}{text}"), fix).is_err());
-        }
-    }
 
     #[test]
     fn a_distribution_build_is_known_by_its_debugger_option() {
