@@ -1,14 +1,17 @@
 //! MSRs that nvmx answers itself: the VMX capability MSRs, IA32_FEATURE_CONTROL, and what belongs to the outer hypervisor.
 //!
-//! Writes of L2 to the tracked MSRs (`vcpu::tracked`) exit too. All others go to the processor directly, by the MSR bitmap
-//! of vmcs01. Source: SDM vol. 4,
-//! "Model-Specific Registers (MSRs)", and vol. 3D, appendix "VMX Capability Reporting Facility".
+//! Writes of L2 to the tracked MSRs (`vcpu::tracked`) and to IA32_APIC_BASE exit too. All others go to the processor
+//! directly, by the MSR bitmap of vmcs01. Source: SDM vol. 4, "Model-Specific Registers (MSRs)", vol. 3A, "Advanced
+//! Programmable Interrupt Controller (APIC)", and vol. 3D, appendix "VMX Capability Reporting Facility".
 
 use crate::error::Fault;
+use crate::hw::apic;
+use crate::mm::GuestMemory;
 use crate::vcpu::Cpu;
 use crate::vmx::Field;
 use crate::vmx::bitmap::{Access, MsrBitmap};
 use crate::vmx::caps::msr::{FIRST, LAST};
+use apic::IA32_APIC_BASE;
 
 const IA32_FEATURE_CONTROL: u32 = 0x3A;
 /// KVM's first clock MSRs (wall clock, system time): inside the bitmap's range, writes make L0 write to memory.
@@ -19,12 +22,21 @@ pub const FEATURE_LOCK: u64 = 1 << 0;
 /// VMXON outside SMX operation is allowed.
 pub const FEATURE_VMX: u64 = 1 << 2;
 
-/// MSRs that nvmx answers itself and never lets a guest, or an MSR area of a guest, reach.
-pub fn is_emulated(index: u32) -> bool {
+/// Accesses that nvmx answers itself and never lets a guest, or an MSR area of a guest, make.
+pub fn is_emulated(index: u32, access: Access) -> bool {
     index == IA32_FEATURE_CONTROL
         || (FIRST..=LAST).contains(&index)
         || KVM_CLOCK_OLD.contains(&index)
-        || MsrBitmap::index(index, Access::Read).is_none()
+        || index == IA32_APIC_BASE && access == Access::Write
+        || MsrBitmap::index(index, access).is_none()
+}
+
+/// True if an MSR area of a guest may have the processor load this value.
+pub fn may_load<P>(index: u32, value: u64, memory: &GuestMemory<P>) -> bool {
+    match index {
+        IA32_APIC_BASE => apic::may_move_to(value, memory),
+        _ => !is_emulated(index, Access::Write),
+    }
 }
 
 /// Sets what nvmx must see in an MSR bitmap.
@@ -33,6 +45,7 @@ pub fn intercept(bitmap: &mut MsrBitmap) {
         bitmap.set(index, Access::Read, true);
         bitmap.set(index, Access::Write, true);
     }
+    bitmap.set(IA32_APIC_BASE, Access::Write, true);
 }
 
 /// IA32_PAT: nvmx sees L3 write it, and so knows it at every exit.
@@ -75,6 +88,9 @@ pub fn write_of_l2(cpu: &mut Cpu) -> Result<(), Fault> {
 /// WRMSR to an emulated MSR.
 pub fn write(cpu: &mut Cpu) -> Result<(), Fault> {
     let (index, value) = written(cpu);
+    if index == IA32_APIC_BASE {
+        return apic::set_base(value, &cpu.guest);
+    }
     // L2 may set what the machine has without SMX and SGX, until it sets the lock.
     let known = FEATURE_LOCK | FEATURE_VMX;
     if index == IA32_FEATURE_CONTROL && cpu.feature_control & FEATURE_LOCK == 0 && value & !known == 0 {
@@ -93,6 +109,8 @@ pub fn written(cpu: &Cpu) -> (u32, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::addr::PAGE_SIZE;
+    use crate::mm::Span;
     use proptest::prelude::*;
 
     /// What nvmx keeps for itself, as ranges: the old KVM clock, feature control, VMX capabilities, and everything that an
@@ -100,8 +118,8 @@ mod tests {
     const OWN: [core::ops::RangeInclusive<u32>; 5] =
         [0x11..=0x12, 0x3A..=0x3A, 0x480..=0x493, 0x2000..=0xBFFF_FFFF, 0xC000_2000..=0xFFFF_FFFF];
 
-    fn is_own(index: u32) -> bool {
-        OWN.iter().any(|range| range.contains(&index))
+    fn is_own(index: u32, access: Access) -> bool {
+        OWN.iter().any(|range| range.contains(&index)) || index == 0x1B && access == Access::Write
     }
 
     #[test]
@@ -109,9 +127,9 @@ mod tests {
         let mut bitmap = MsrBitmap::PASS_ALL;
         intercept(&mut bitmap);
         for index in (0..=0x1FFF).chain(0xC000_0000..=0xC000_1FFF) {
-            assert_eq!(is_emulated(index), is_own(index), "{index:#x}");
             for access in [Access::Read, Access::Write] {
-                assert_eq!(bitmap.exits(index, access), is_own(index), "{index:#x} {access:?}");
+                assert_eq!(is_emulated(index, access), is_own(index, access), "{index:#x} {access:?}");
+                assert_eq!(bitmap.exits(index, access), is_own(index, access), "{index:#x} {access:?}");
             }
         }
     }
@@ -120,15 +138,29 @@ mod tests {
     fn the_edges_of_the_ranges_are_emulated() {
         for range in &OWN {
             for index in [range.start().wrapping_sub(1), *range.start(), *range.end(), range.end().wrapping_add(1)] {
-                assert_eq!(is_emulated(index), is_own(index), "{index:#x}");
+                assert_eq!(is_emulated(index, Access::Read), is_own(index, Access::Read), "{index:#x}");
             }
         }
     }
 
+    const NVMX: Span = Span::new(0x4000_0000, 0x4020_0000);
+    const WIDTH: u8 = 39;
+
     proptest! {
         #[test]
         fn no_msr_beyond_the_bitmaps_is_ever_let_through(index: u32) {
-            prop_assert_eq!(is_emulated(index), is_own(index));
+            prop_assert_eq!(is_emulated(index, Access::Read), is_own(index, Access::Read));
+            prop_assert_eq!(is_emulated(index, Access::Write), is_own(index, Access::Write));
+        }
+
+        /// Whatever the mode and the other bits are: a base that does no harm while the APIC is off, or in x2APIC mode, would
+        /// do it as soon as that changes.
+        #[test]
+        fn the_apic_moves_anywhere_but_into_nvmx(page in prop_oneof![0x3_FFF0u64..0x4_0210, any::<u64>()], low in 0u64..0x1000) {
+            let base = (page << 12) & ((1 << 52) - 1);
+            let memory = GuestMemory::new((), NVMX, WIDTH);
+            let harmless = !NVMX.overlaps(Span::new(base, base + PAGE_SIZE)) && base >> WIDTH == 0;
+            prop_assert_eq!(may_load(IA32_APIC_BASE, base | low, &memory), harmless);
         }
     }
 }

@@ -1,5 +1,5 @@
 //! The local APIC of this processor, as far as nvmx uses it: to start and stop processors, and to do to it what an INIT
-//! does. L2 owns it in every other way.
+//! does. L2 owns it in every other way: it may move it to any page but those of nvmx, and nvmx finds it there.
 //!
 //! Source: Intel SDM vol. 3A, chapter "Advanced Programmable Interrupt Controller (APIC)": table "Local APIC Register
 //! Address Map", "Local APIC State After It Receives an INIT Reset", "Interrupt Command Register (ICR)".
@@ -7,12 +7,14 @@
 use core::arch::asm;
 
 use crate::{
-    addr::{Gpa, PAGE_SIZE},
-    hw::{msr, phys::DirectMap},
+    addr::Gpa,
+    error::Fault,
+    hw::{cpu, msr, phys::DirectMap},
     mm::GuestMemory,
 };
 
-const IA32_APIC_BASE: u32 = 0x1B;
+/// Index of IA32_APIC_BASE.
+pub const IA32_APIC_BASE: u32 = 0x1B;
 /// IA32_APIC_BASE: the processor that booted.
 const BOOTED: u64 = 1 << 8;
 /// IA32_APIC_BASE: x2APIC mode.
@@ -20,6 +22,8 @@ const X2APIC: u64 = 1 << 10;
 /// IA32_APIC_BASE: the APIC is on.
 const ENABLED: u64 = 1 << 11;
 const BASE: u64 = 0x000F_FFFF_FFFF_F000;
+/// Where the registers are after reset.
+const RESET_BASE: u64 = 0xFEE0_0000;
 /// The MSR of the register at offset 0 in x2APIC mode.
 const X2APIC_FIRST: u32 = 0x800;
 
@@ -58,27 +62,51 @@ fn apic_base() -> u64 {
     msr::rdmsr_safe(IA32_APIC_BASE).unwrap_or(0)
 }
 
+/// True if this value of IA32_APIC_BASE leaves nvmx its memory: the page of the registers hides what else is there from the
+/// processor. In whatever mode: a later write of the other bits must find no base that does harm.
+pub fn may_move_to<P>(value: u64, guest: &GuestMemory<P>) -> bool {
+    guest.translate(Gpa::new(value & BASE)).is_ok()
+}
+
+/// WRMSR of a guest to IA32_APIC_BASE. A page that L2 does not own is refused like one beyond the physical-address width;
+/// every other fault is the processor's own: reserved bits, transitions between the modes.
+pub fn set_base<P>(value: u64, guest: &GuestMemory<P>) -> Result<(), Fault> {
+    if !may_move_to(value, guest) {
+        return Err(Fault::GeneralProtection(0));
+    }
+    // SAFETY: the registers lie over no memory of nvmx, and nvmx takes no interrupts.
+    unsafe { msr::wrmsr_safe(IA32_APIC_BASE, value) }
+}
+
 /// The APIC of this processor in its present mode.
 #[derive(Clone, Copy, Debug)]
 pub enum LocalApic {
-    /// Registers in memory, at this linear address
+    /// Registers in memory, at this linear address: the processor's window
     Memory(*mut u8),
     /// Registers as MSRs
     Msrs,
 }
 
 impl LocalApic {
-    /// `None` if it is off, or L2 has moved it to where it cannot be reached.
+    /// `None` if it is off. The answer holds until L2 runs again.
     pub fn find(guest: &GuestMemory<DirectMap>) -> Option<Self> {
         let base = apic_base();
         match (base & ENABLED, base & X2APIC) {
             (0, _) => None,
             (_, 0) => {
                 let at = guest.translate(Gpa::new(base & BASE)).ok()?;
-                guest.phys().linear(at, PAGE_SIZE).map(Self::Memory)
+                Some(Self::Memory(cpu::this().window(guest.phys(), at)))
             }
             _ => Some(Self::Msrs),
         }
+    }
+
+    /// [`find`](Self::find); one that L2 has switched off is switched on again. For the end of the machine.
+    pub fn find_or_enable(guest: &GuestMemory<DirectMap>) -> Option<Self> {
+        Self::find(guest).or_else(|| {
+            set_base(apic_base() & BOOTED | ENABLED | RESET_BASE, guest).ok()?;
+            Self::find(guest)
+        })
     }
 
     /// Can this APIC reach a processor by its number?
@@ -146,7 +174,7 @@ impl LocalApic {
         match self {
             Self::Memory(base) => {
                 let value: u32;
-                // SAFETY: 1. the page is mapped in the direct map (`find`). 2. Reading these registers has no effect.
+                // SAFETY: 1. the window maps the page (`find`). 2. Reading these registers has no effect.
                 unsafe {
                     asm!("mov {:e}, [{}]", out(reg) value, in(reg) base.wrapping_add(register as usize),
                         options(nostack, preserves_flags, readonly));

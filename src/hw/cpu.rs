@@ -17,19 +17,20 @@ use x86_64::{
 use l2_protocol::abi;
 
 use crate::{
-    addr::PAGE_SIZE,
+    addr::{Hpa, PAGE_SIZE},
     hw::{idt::Idt, msr, phys::DirectMap},
     mm::{
-        FramePool,
-        paging::{OutOfFrames, PageTables, Rights},
+        FramePool, PhysMem,
+        paging::{OutOfFrames, PageTables, Rights, window_entry},
     },
     vmx::ExitReason,
 };
 
-/// Stacks lie here, one slot each; what a stack does not use of its slot is not mapped, so an overflow faults.
+/// Stacks lie here, one slot each; what a stack does not use of its slot is not mapped, so an overflow faults. The last
+/// slot of a processor is for its window.
 const STACKS: u64 = 0xFFFF_C000_0000_0000;
 const STACK_SLOT: u64 = 0x4_0000;
-const STACKS_PER_CPU: u64 = 4;
+const SLOTS_PER_CPU: u64 = 5;
 /// Boot moves values of 30 KiB around; the run loop needs a fraction.
 const MAIN_STACK: u64 = 0x3_0000;
 const IST_STACK: u64 = 0x4000;
@@ -55,6 +56,8 @@ pub struct PerCpu {
     index: u32,
     last: LastBlock,
     main_stack_top: u64,
+    /// A page that shows any other one, and where its entry lies.
+    window: (u64, Hpa),
     idt: u64,
     gdt: [u64; 5],
     tss: TaskStateSegment,
@@ -126,6 +129,16 @@ impl PerCpu {
     #[inline]
     pub fn set_nmi(&self) {
         self.nmi_pending.store(true, Ordering::Relaxed);
+    }
+
+    /// Lets the processor's window show the page at `at`, strong uncacheable, and returns its linear address. It shows that
+    /// page until this is called again.
+    pub fn window(&self, phys: &DirectMap, at: Hpa) -> *mut u8 {
+        let (linear, entry) = self.window;
+        phys.write_u64(entry, window_entry(at));
+        // SAFETY: dropping a cached translation is always allowed. Only this processor uses the window.
+        unsafe { asm!("invlpg [{}]", in(reg) linear, options(nostack, preserves_flags)) };
+        linear as *mut u8
     }
 
     /// The IDT that it shares with the others.
@@ -253,7 +266,7 @@ pub fn prepare(
 ) -> Result<Idle, OutOfFrames> {
     let rights = if no_execute { Rights::WRITE | Rights::NO_EXECUTE } else { Rights::WRITE };
     let mut stack = |number: u64, size: u64| -> Result<u64, OutOfFrames> {
-        let top = STACKS + (u64::from(index) * STACKS_PER_CPU + number + 1) * STACK_SLOT;
+        let top = STACKS + (u64::from(index) * SLOTS_PER_CPU + number + 1) * STACK_SLOT;
         let frames = pool.alloc_contiguous(&phys, (size / PAGE_SIZE) as usize).ok_or(OutOfFrames)?;
         tables.map(pool, &phys, top - size, frames, size, rights)?;
         Ok(top)
@@ -265,7 +278,10 @@ pub fn prepare(
     }
 
     const { assert!(size_of::<PerCpu>() <= PAGE_SIZE as usize) };
+    let window = STACKS + (u64::from(index) * SLOTS_PER_CPU + SLOTS_PER_CPU - 1) * STACK_SLOT;
     let frame = pool.alloc(&phys).ok_or(OutOfFrames)?;
+    tables.map(pool, &phys, window, frame.hpa(), PAGE_SIZE, rights)?;
+    let window = (window, tables.window(&phys, window).ok_or(OutOfFrames)?);
     let block = phys.linear(frame.hpa(), PAGE_SIZE).ok_or(OutOfFrames)?.cast::<PerCpu>();
     // SAFETY: 1. the frame is nvmx's own and never given back, so the block lives for good. 2. It is mapped writable and
     // page-aligned. 3. Nobody else knows it yet.
@@ -282,6 +298,7 @@ pub fn prepare(
                 l3: LastExit::default(),
             },
             main_stack_top,
+            window,
             idt: idt.base(),
             gdt: gdt(tss_base),
             tss,

@@ -15,6 +15,8 @@ bitflags! {
     pub struct Rights: u64 {
         /// R/W
         const WRITE = 1 << 1;
+        /// PCD and PWT: strong uncacheable, by the entry of IA32_PAT that they choose after reset
+        const UNCACHEABLE = 1 << 3 | 1 << 4;
         /// XD: no instruction fetch
         const NO_EXECUTE = 1 << 63;
     }
@@ -132,21 +134,39 @@ impl PageTables {
 
     /// What `linear` is mapped to, with which rights: a walk as the processor does it.
     pub fn lookup(&self, memory: &impl PhysMem, linear: u64) -> Option<(Hpa, Rights)> {
+        let (at, shift) = self.leaf(memory, linear)?;
+        let entry = memory.read_u64(at);
+        let within = (1 << shift) - 1;
+        Some((Hpa::new(entry & ADDRESS & !within | linear & within), Rights::from_bits_truncate(entry)))
+    }
+
+    /// Where the entry lies that maps the 4 KiB page of `linear` alone: [`window_entry`] changes what the page shows.
+    pub fn window(&self, memory: &impl PhysMem, linear: u64) -> Option<Hpa> {
+        self.leaf(memory, linear).filter(|(_, shift)| *shift == PageSize::Small.shift()).map(|(at, _)| at)
+    }
+
+    /// The entry that maps `linear`, and how many bits of it lie within the page.
+    fn leaf(&self, memory: &impl PhysMem, linear: u64) -> Option<(Hpa, u32)> {
         let mut table = self.root.get();
         for shift in [39, 30, 21, 12] {
-            let entry = memory.read_u64(slot(table, linear, shift));
+            let at = slot(table, linear, shift);
+            let entry = memory.read_u64(at);
             if entry & PRESENT == 0 {
                 return None;
             }
             if shift == 12 || entry & LARGE != 0 {
-                let within = (1 << shift) - 1;
-                let physical = entry & ADDRESS & !within | linear & within;
-                return Some((Hpa::new(physical), Rights::from_bits_truncate(entry)));
+                return Some((at, shift));
             }
             table = entry & ADDRESS;
         }
         None
     }
+}
+
+/// The entry of a window onto the 4 KiB page at `physical`: data, strong uncacheable.
+pub fn window_entry(physical: Hpa) -> u64 {
+    let rights = Rights::WRITE | Rights::NO_EXECUTE | Rights::UNCACHEABLE;
+    physical.get() & ADDRESS | PRESENT | ACCESSED_DIRTY | rights.bits()
 }
 
 /// Where the entry for `linear` is in a table at the level that translates the bits from `shift` on.
@@ -181,6 +201,23 @@ mod tests {
                 .then(|| (Hpa::new(at - linear + physical), Rights::NO_EXECUTE));
             prop_assert_eq!(tables.lookup(&memory, at), expected);
         }
+    }
+
+    #[test]
+    fn a_window_shows_the_page_that_its_entry_names() {
+        let memory = VecMem::new(64 * 4096);
+        let mut pool = FramePool::new(Span::new(0, 64 * 4096));
+        let mut tables = PageTables::new(&mut pool, &memory, PageSize::Huge).unwrap();
+        let (window, behind) = (0xFFFF_C000_0000_3000, 0xFFFF_C000_0000_4000);
+        tables.map(&mut pool, &memory, window, Hpa::new(0x5000), 0x1000, Rights::NO_EXECUTE).unwrap();
+        tables.map(&mut pool, &memory, 0xFFFF_8000_0000_0000, Hpa::new(0), 1 << 30, Rights::WRITE).unwrap();
+        let at = tables.window(&memory, window).unwrap();
+        let shown = Hpa::new(0x7F_FFFF_F000);
+        memory.write_u64(at, window_entry(shown));
+        let rights = Rights::WRITE | Rights::NO_EXECUTE | Rights::UNCACHEABLE;
+        assert_eq!(tables.lookup(&memory, window), Some((shown, rights)));
+        assert_eq!(tables.window(&memory, behind), None, "not mapped");
+        assert_eq!(tables.window(&memory, 0xFFFF_8000_0000_0000), None, "a large page");
     }
 
     #[test]

@@ -133,9 +133,9 @@ fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReaso
         BasicReason::EXCEPTION_OR_NMI => events::note_nmi(cpu),
         BasicReason::VMREAD => shadow::of_l3(cpu, index, Access::Read)?,
         BasicReason::VMWRITE => shadow::of_l3(cpu, index, Access::Write)?,
-        BasicReason::RDMSR => msr_of_l3(cpu, index, msr::read),
+        BasicReason::RDMSR => msr_of_l3(cpu, index, Access::Read, msr::read),
         BasicReason::WRMSR if cpu.regs.gpr[1] as u32 == msr::IA32_PAT => pat_of_l3(cpu, index),
-        BasicReason::WRMSR => msr_of_l3(cpu, index, msr::write),
+        BasicReason::WRMSR => msr_of_l3(cpu, index, Access::Write, msr::write),
         _ => return Err(KillReason::UnexpectedExit(reason.0)),
     }
     disarm(cpu, index);
@@ -161,8 +161,8 @@ fn pat_of_l3(cpu: &mut Cpu, index: usize) {
 }
 
 /// An MSR that only nvmx intercepts: L3 sees what L2 would.
-fn msr_of_l3(cpu: &mut Cpu, index: usize, emulate: fn(&mut Cpu) -> Result<(), Fault>) {
-    if !msr::is_emulated(cpu.regs.gpr[1] as u32) {
+fn msr_of_l3(cpu: &mut Cpu, index: usize, access: Access, emulate: fn(&mut Cpu) -> Result<(), Fault>) {
+    if !msr::is_emulated(cpu.regs.gpr[1] as u32, access) {
         // L2's bitmap lost the bit while L3 ran. Merged again, it lets the instruction through.
         return entry::merge_msr_bitmap(cpu, index);
     }

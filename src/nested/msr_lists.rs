@@ -14,6 +14,7 @@ use crate::hw::vmx::Vmx;
 use crate::mm::PhysMem;
 use crate::mm::guest::GuestMemory;
 use crate::vmx::Field;
+use crate::vmx::bitmap::Access;
 
 /// Entries that fit: the recommended maximum that IA32_VMX_MISC reports to L2.
 pub const MAX_ENTRIES: u64 = 512;
@@ -108,7 +109,7 @@ fn copy_area(phys: &impl PhysMem, memory: &GuestMemory<impl PhysMem>, at: Gpa, c
     for offset in (0..count).map(|i| 16 * i) {
         let word = |further| at.checked_add(offset + further).and_then(|e| memory.read_u64(e).ok());
         let (index, value) = (word(0).unwrap_or(REFUSED), word(8).unwrap_or(0));
-        let refused = index >> 32 == 0 && msr::is_emulated(index as u32);
+        let refused = index >> 32 == 0 && !msr::may_load(index as u32, value, memory);
         phys.write_u64(Hpa::new(to.get() + offset), if refused { REFUSED } else { index });
         phys.write_u64(Hpa::new(to.get() + offset + 8), value);
     }
@@ -119,7 +120,7 @@ fn read_of_l3(vmx: &mut Vmx, index: u32) -> Option<u64> {
     /// x2APIC registers and IA32_SMBASE may not be in the list (SDM, "Saving MSRs").
     const X2APIC: core::ops::RangeInclusive<u32> = 0x800..=0x8FF;
     const SMBASE: u32 = 0x9E;
-    if X2APIC.contains(&index) || index == SMBASE || msr::is_emulated(index) {
+    if X2APIC.contains(&index) || index == SMBASE || msr::is_emulated(index, Access::Read) {
         return None;
     }
     match msr::vmcs_field(index) {
@@ -155,14 +156,21 @@ mod tests {
         #[test]
         fn entries_are_copied_unless_nvmx_answers_for_their_msr(
             entries in prop::collection::vec(
-                (prop_oneof![0u64..0x2000, 0xC000_0000u64..0xC000_2000, 0x47Eu64..0x496, any::<u64>()], any::<u64>()),
+                (
+                    prop_oneof![0u64..0x2000, Just(0x1B), 0xC000_0000u64..0xC000_2000, 0x47Eu64..0x496, any::<u64>()],
+                    prop_oneof![0u64..0x1_0000, any::<u64>()],
+                ),
                 0..64,
             ),
         ) {
             let expected: Vec<_> = entries
                 .iter()
                 .map(|&(index, value)| match u32::try_from(index) {
-                    Ok(index) if msr::is_emulated(index) => (REFUSED, value),
+                    // The APIC would lie over nvmx's memory, or where there is none.
+                    Ok(0x1B) if OWN.overlaps(Span::sized(value & 0xF_FFFF_F000, 1)) || value & 0xF_FFF0_0000_0000 != 0 => {
+                        (REFUSED, value)
+                    }
+                    Ok(index) if index != 0x1B && msr::is_emulated(index, Access::Write) => (REFUSED, value),
                     _ => (index, value),
                 })
                 .collect();

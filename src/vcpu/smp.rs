@@ -159,7 +159,7 @@ pub fn totals() -> &'static Totals {
 /// The machine ends by this processor's word: the others are to stop.
 pub fn stop_others(cpu: &Cpu) {
     if USED.load(Ordering::Relaxed) > 1 {
-        if let Some(apic) = LocalApic::find(&cpu.guest) {
+        if let Some(apic) = LocalApic::find_or_enable(&cpu.guest) {
             apic.stop_others();
         }
     }

@@ -3,7 +3,7 @@
 use super::{
     Case, Judge, Suite, all_pass, compare,
     fixtures::{Fixtures, inside_nvmx},
-    linux, loaders, messages, on_kvm, refused, smp, xen,
+    linux, loaders, messages, msrs, on_kvm, refused, smp, xen,
 };
 use crate::backend::{Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
@@ -67,6 +67,7 @@ pub fn all(session: &Session) -> Result<Suite> {
     b.refusals(&fixtures);
     b.broken_guests();
     loaders::add(&mut b.suite, session, &fixtures);
+    msrs::add(&mut b.suite, session);
     smp::add(&mut b.suite, session);
     on_kvm::add(&mut b.suite, session)?;
     linux::add(&mut b.suite, session)?;

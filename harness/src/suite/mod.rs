@@ -7,6 +7,7 @@ pub mod kvm_waivers;
 pub mod linux;
 pub mod loaders;
 pub mod messages;
+pub mod msrs;
 pub mod on_kvm;
 pub mod smp;
 pub mod xen;

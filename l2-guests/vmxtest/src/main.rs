@@ -21,6 +21,7 @@ mod inner;
 mod instructions;
 mod memory;
 mod modes;
+mod msrs;
 mod nmis;
 mod operands;
 mod orderings;
@@ -72,6 +73,7 @@ const PARTS: &[(&str, Part)] = &[
     ("exits", Guests(exits::all)),
     ("state", Guests(state::all)),
     ("bitmaps", Guests(bitmaps::all)),
+    ("msrs", Guests(msrs::all)),
     ("paging", Guests(paging::all)),
     ("inner", Guests(inner::all)),
     ("functions", Guests(functions::all)),
@@ -124,6 +126,7 @@ fn main(info: &BootInfo) {
             return;
         };
         ept::outside::ADDRESS.set(address);
+        msrs::OUTSIDE.set(address);
     }
     local_apic::init();
     let skipped = |part: &str| info.option("skip").is_some_and(|names| names.split(',').any(|name| name == part));

@@ -1,0 +1,23 @@
+//! MSRs: what RDMSR and WRMSR do in the hypervisor and, where its bitmap lets them pass, in its guest.
+
+mod apic_base;
+
+use crate::guest::Guest;
+use l2_kit::{
+    Global,
+    setup::{Controls, Missing, secondary},
+};
+
+/// An address in memory that the machine of this hypervisor does not have, because nvmx is there (`outside=` on the command
+/// line); 0 if there is none to try.
+pub static OUTSIDE: Global<u64> = Global::new(0);
+
+/// All of it.
+///
+/// # Errors
+/// What the CPU lacks.
+pub fn all() -> Result<(), Missing> {
+    let mut guest = Guest::new(Controls { secondary: secondary::EPT, ..Controls::default() })?;
+    apic_base::all(&mut guest);
+    Ok(())
+}
