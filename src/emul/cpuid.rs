@@ -8,7 +8,7 @@ use crate::vcpu::{Cpu, smp};
 use crate::vmx::Field;
 use l2_protocol::abi::{
     Counter, FRAMES_FREE, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_CPUS, LEAF_INTERFACE, LEAF_MAX, LEAF_REFUSAL,
-    LEAF_SIGNATURE, OF_ALL_CPUS, SIGNATURE, SNAPSHOT,
+    LEAF_SIGNATURE, OF_ALL_CPUS, SIGNATURE, SNAPSHOT, STACK_USED,
 };
 use raw_cpuid::{CpuIdResult as CpuidResult, native_cpuid::cpuid_count};
 
@@ -82,6 +82,7 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
             }
             let value = match subleaf {
                 FRAMES_FREE => Some(cpu.frames.available() as u64),
+                STACK_USED => Some(this_cpu().stack_used()),
                 _ if subleaf & OF_ALL_CPUS != 0 => smp::totals().get(subleaf - OF_ALL_CPUS),
                 _ => cpu.vmx.counters.snapshot_value(subleaf),
             };

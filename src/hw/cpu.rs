@@ -141,6 +141,28 @@ impl PerCpu {
         linear as *mut u8
     }
 
+    /// Zeroes what lies unused of the main stack, on which this runs: [`PerCpu::stack_used`] counts from now on.
+    pub fn clear_unused_stack(&self) {
+        let mut word = self.main_stack_top - MAIN_STACK;
+        let here = &raw const word as u64;
+        // What calls use while this runs.
+        const IN_USE: u64 = 1024;
+        while word < here - IN_USE {
+            // SAFETY: 1. between its end and what is in use the stack is mapped, and nobody's. 2. Other stacks take traps.
+            unsafe { (word as *mut u64).write_volatile(0) };
+            word += 8;
+        }
+    }
+
+    /// Bytes of the main stack that were written since [`PerCpu::clear_unused_stack`]: how deep it went.
+    pub fn stack_used(&self) -> u64 {
+        let end = self.main_stack_top - MAIN_STACK;
+        // SAFETY: the stack is mapped from end to top.
+        let untouched = |at: &u64| unsafe { (*at as *const u64).read_volatile() } == 0;
+        let deepest = (end..self.main_stack_top).step_by(8).find(|at| !untouched(at));
+        self.main_stack_top - deepest.unwrap_or(self.main_stack_top)
+    }
+
     /// The IDT that it shares with the others.
     pub fn idt(&self) -> Idt {
         Idt::at(self.idt)

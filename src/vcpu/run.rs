@@ -11,6 +11,7 @@ use crate::vmx::exit::ExitReason;
 /// Runs L2 and L3 until the machine ends.
 pub fn run(cpu: &mut Cpu) -> KillReason {
     let this = cpu::this();
+    this.clear_unused_stack();
     cpu.regs.start_clock();
     loop {
         if !cpu.waiting.is_empty() {

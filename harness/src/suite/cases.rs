@@ -1,7 +1,7 @@
 //! The boot tests by name.
 
 use super::{
-    Case, Judge, Suite, all_pass, compare,
+    Case, Judge, Suite, all_pass, attacks, compare,
     fixtures::{Fixtures, inside_nvmx},
     linux, loaders, messages, msrs, on_kvm, refused, smp, xen,
 };
@@ -69,6 +69,7 @@ pub fn all(session: &Session) -> Result<Suite> {
     loaders::add(&mut b.suite, session, &fixtures);
     msrs::add(&mut b.suite, session);
     smp::add(&mut b.suite, session);
+    attacks::add(&mut b.suite, session);
     on_kvm::add(&mut b.suite, session)?;
     linux::add(&mut b.suite, session)?;
     xen::add(&mut b.suite, session)?;

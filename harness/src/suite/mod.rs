@@ -1,5 +1,6 @@
 //! The boot tests: boots that run two at a time, and cases that judge what they said.
 
+pub mod attacks;
 pub mod cases;
 pub mod compare;
 pub mod fixtures;

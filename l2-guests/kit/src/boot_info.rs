@@ -23,6 +23,19 @@ pub struct Module {
     pub size: u64,
 }
 
+const MAX_RANGES: usize = 32;
+
+/// A range of the memory map.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Range {
+    /// First byte
+    pub start: u64,
+    /// First byte behind it
+    pub end: u64,
+    /// Memory for whoever wants it
+    pub usable: bool,
+}
+
 /// What the guest uses of the loader's information.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct BootInfo {
@@ -32,6 +45,8 @@ pub struct BootInfo {
     pub command_line: &'static str,
     /// Modules in order, at most eight
     pub modules: ArrayVec<Module, MAX_MODULES>,
+    /// The memory map as the loader gives it, at most 32 ranges
+    pub memory: ArrayVec<Range, MAX_RANGES>,
 }
 
 /// Reads physical memory.
@@ -64,7 +79,7 @@ impl BootInfo {
             MULTIBOOT1 => Self::multiboot1(memory, info),
             MULTIBOOT2 => Self::multiboot2(memory, info),
             PVH => Self::pvh(memory, info),
-            _ => Self { loader: "unknown", command_line: "", modules: ArrayVec::new() },
+            _ => Self { loader: "unknown", command_line: "", modules: ArrayVec::new(), memory: ArrayVec::new() },
         }
     }
 
@@ -80,12 +95,22 @@ impl BootInfo {
         }
         let command_line = if flags & 1 << 2 != 0 { memory.text(u64::from(memory.u32(info + 16))) } else { "" };
         // A multiboot loader puts the image's name first.
-        Self { loader: "multiboot", command_line: without_name(command_line), modules }
+        let mut map = ArrayVec::new();
+        if flags & 1 << 6 != 0 {
+            let (mut entry, end) = (u64::from(memory.u32(info + 48)), u64::from(memory.u32(info + 44)));
+            let end = entry + end;
+            while entry < end {
+                add(&mut map, memory, entry + 4);
+                entry += u64::from(memory.u32(entry)).max(16) + 4;
+            }
+        }
+        Self { loader: "multiboot", command_line: without_name(command_line), modules, memory: map }
     }
 
     fn multiboot2(memory: &impl Memory, info: u64) -> Self {
         let end = info + u64::from(memory.u32(info));
-        let mut found = Self { loader: "multiboot2", command_line: "", modules: ArrayVec::new() };
+        let (modules, map) = (ArrayVec::new(), ArrayVec::new());
+        let mut found = Self { loader: "multiboot2", command_line: "", modules, memory: map };
         let mut tag = info + 8;
         while tag < end {
             let size = u64::from(memory.u32(tag + 4));
@@ -94,6 +119,11 @@ impl BootInfo {
                 3 => {
                     let (start, stop) = (u64::from(memory.u32(tag + 8)), u64::from(memory.u32(tag + 12)));
                     let _ = found.modules.try_push(Module { start, size: stop.saturating_sub(start) });
+                }
+                6 => {
+                    let step = u64::from(memory.u32(tag + 8)).max(24);
+                    let entries = (tag + 16..tag + size.max(16)).step_by(step as usize);
+                    entries.for_each(|entry| add(&mut found.memory, memory, entry));
                 }
                 0 => break,
                 _ => {}
@@ -109,13 +139,23 @@ impl BootInfo {
         for entry in (0..u64::from(count)).map(|i| list + i * 32) {
             let _ = modules.try_push(Module { start: memory.u64(entry), size: memory.u64(entry + 8) });
         }
-        Self { loader: "pvh", command_line: memory.text(memory.u64(info + 24)), modules }
+        let (entries, map_at) = (memory.u32(info + 48), memory.u64(info + 40));
+        let mut map = ArrayVec::new();
+        (0..u64::from(entries)).for_each(|i| add(&mut map, memory, map_at + i * 24));
+        Self { loader: "pvh", command_line: memory.text(memory.u64(info + 24)), modules, memory: map }
     }
 
     /// The value of the option `key` on the command line: see [`option`].
     pub fn option(&self, key: &str) -> Option<&'static str> {
         option(self.command_line, key)
     }
+}
+
+/// Adds the range at `entry`: start, length, and 1 if it is usable, as all three protocols have it.
+fn add(map: &mut ArrayVec<Range, MAX_RANGES>, memory: &impl Memory, entry: u64) {
+    let start = memory.u64(entry);
+    let end = start.saturating_add(memory.u64(entry + 8));
+    let _ = map.try_push(Range { start, end, usable: memory.u32(entry + 16) == 1 });
 }
 
 /// The value of `key=value`, or `""` for a bare `key`; `None` if the command line has neither.
@@ -186,6 +226,20 @@ mod tests {
         let info = BootInfo::read(&memory, PVH, 0x8000);
         assert_eq!((info.loader, info.command_line), ("pvh", "halt"));
         assert_eq!(info.modules[..], [Module { start: 0x10000, size: 5 }]);
+    }
+
+    #[test]
+    fn every_protocol_gives_the_memory_map() {
+        let range = le(&[0x1000, 0, 0x2000, 0, 1, 0]);
+        let wanted = [Range { start: 0x1000, end: 0x3000, usable: true }];
+        let info = le(&[1 << 6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 24, 0x8200]);
+        let entry = [&le(&[20])[..], &range[..20]].concat();
+        let memory = image(0x8000, &[(0, &info), (0x200, &entry)]);
+        assert_eq!(BootInfo::read(&memory, MULTIBOOT1, 0x8000).memory[..], wanted);
+        let tags = [le(&[8 + 40 + 8, 0, 6, 40, 24, 0]), range.clone(), le(&[0, 8])].concat();
+        assert_eq!(BootInfo::read(&image(0x8000, &[(0, &tags)]), MULTIBOOT2, 0x8000).memory[..], wanted);
+        let info = le(&[PVH, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0x8200, 0, 1, 0]);
+        assert_eq!(BootInfo::read(&image(0x8000, &[(0, &info), (0x200, &range)]), PVH, 0x8000).memory[..], wanted);
     }
 
     #[test]

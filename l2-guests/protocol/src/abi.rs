@@ -45,6 +45,8 @@ pub const EXITS_OF_L2: u32 = 0x100;
 pub const EXITS_OF_L3: u32 = 0x200;
 /// Index of the number of nvmx's frames that are free now; not part of the snapshot.
 pub const FRAMES_FREE: u32 = 0x300;
+/// Index of the most bytes of nvmx's stack on this CPU that were in use since L2 runs; not part of the snapshot.
+pub const STACK_USED: u32 = 0x301;
 /// Basic exit reasons counted one by one; higher ones are counted in the last.
 pub const REASONS: usize = 80;
 

@@ -3,8 +3,8 @@
 use super::cpu::cpuid;
 use arrayvec::{ArrayString, ArrayVec};
 use l2_protocol::abi::{
-    Counter, LEAF_COUNTERS, LEAF_CPUS, LEAF_REFUSAL, LEAF_SIGNATURE, NO_FIELD, OF_ALL_CPUS, REFUSAL_FIELDS,
-    REFUSAL_NAME, REFUSAL_RULE, REFUSAL_SUMMARY, SIGNATURE, SNAPSHOT,
+    Counter, FRAMES_FREE, LEAF_COUNTERS, LEAF_CPUS, LEAF_REFUSAL, LEAF_SIGNATURE, NO_FIELD, OF_ALL_CPUS,
+    REFUSAL_FIELDS, REFUSAL_NAME, REFUSAL_RULE, REFUSAL_SUMMARY, SIGNATURE, SNAPSHOT, STACK_USED,
 };
 
 /// What is below the guest.
@@ -102,6 +102,15 @@ pub fn refusal() -> Refusal {
     }
     let encodings = parts(REFUSAL_FIELDS, fields.min(16)).filter(|&field| field != NO_FIELD);
     Refusal { what, number, qualification, count, name, fields: encodings.take(16).collect() }
+}
+
+/// Frames of nvmx's that are free on this CPU, and the most bytes of its stack that were in use.
+pub fn frames_and_stack() -> (u64, u64) {
+    let value = |index| {
+        let [low, _, _, high] = cpuid(LEAF_COUNTERS, index);
+        u64::from(low) | u64::from(high) << 32
+    };
+    (value(FRAMES_FREE), value(STACK_USED))
 }
 
 /// The sum of a counter over all CPUs, each as it was at its last [`counters`].
