@@ -115,7 +115,9 @@ impl<P: PhysMem> Physical<'_, P> {
             (true, true) => ACCESSED | DIRTY,
         };
         let flagged = flags == 0 || guest.read_u64(leaf.entry).is_ok_and(|entry| entry & flags == flags);
-        (leaf.rights.contains(rights) && flagged).then(|| Gpa::new(leaf.page.get() | leaf.level.offset(at)))
+        let gpa = Gpa::new(leaf.page.get() | leaf.level.offset(at));
+        // A page that L2 does not own is a miss too, and a misconfiguration for L2, whoever makes the access.
+        (leaf.rights.contains(rights) && flagged && guest.translate(gpa).is_ok()).then_some(gpa)
     }
 }
 
