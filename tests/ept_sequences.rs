@@ -310,12 +310,11 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
                 let told = Qualification::from_bits_retain(access | 3 << 7);
                 let seen = matches!(outcome, Outcome::ReflectViolation { qualification, .. } if qualification == told);
                 prop_assert!(seen, "{:?} and not {:?}", outcome, told);
-                self.ways.remove(&(self.role, ngpa >> 21));
-                return Ok(());
+                return self.reflected(ngpa);
             }
             Said::Wrong => {
                 prop_assert_eq!(outcome, Outcome::ReflectMisconfig);
-                return Ok(());
+                return self.reflected(ngpa);
             }
             Said::Page(page, size, rights, types) => (page, size, rights, types),
         };
@@ -323,8 +322,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             let told = Qualification::from_bits_retain(access | rights << 3 | 3 << 7);
             let seen = matches!(outcome, Outcome::ReflectViolation { qualification, .. } if qualification == told);
             prop_assert!(seen, "{:?} and not {:?}", outcome, told);
-            self.ways.remove(&(self.role, ngpa >> 21));
-            return Ok(());
+            return self.reflected(ngpa);
         }
         if accessed_dirty && !is_dirty(&self.l2, self.role & 0xf_ffff_ffff_f000, ngpa) {
             rights &= !W;
@@ -332,7 +330,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         let Some(leaf) = composed(page, size, rights, types, ngpa) else {
             let gpa = nvmx::addr::Gpa::new(page + ngpa % size);
             prop_assert_eq!(outcome, Outcome::Forbidden { gpa });
-            return Ok(());
+            return self.reflected(ngpa);
         };
         prop_assert_eq!(outcome, Outcome::Filled);
         self.filled.entry(self.role).or_default().push(leaf);
@@ -345,6 +343,19 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             Ok(kept) => self.check_page(ngpa, kept),
             Err(_) => Err(TestCaseError::fail("L3 does not get on")),
         }
+    }
+
+    /// L2 sees a violation, and may count on it: nothing translates the address any more, in no root of the same EP4TA.
+    fn reflected(&mut self, ngpa: u64) -> Result<(), TestCaseError> {
+        for role in ROLES.into_iter().filter(|role| role >> 12 == self.role >> 12) {
+            self.ways.remove(&(role, ngpa >> 21));
+            let covers = |leaf: &(u64, u64, u64)| (leaf.0..leaf.0 + leaf.1).contains(&ngpa);
+            self.filled.entry(role).or_default().retain(|leaf| !covers(leaf));
+            if let Some(&root) = self.roots.get(&role) {
+                prop_assert!(!self.frames.leaves(root).iter().any(covers), "a reflected violation left its page");
+            }
+        }
+        Ok(())
     }
 
     /// After a fill that did not walk ept12 from its root: it went a way that may still be known, and L3 gets on as it was.

@@ -90,14 +90,15 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             let walk = walk(&mut tables, eptp12.guest_root(), ngpa.get(), &rules);
             self.reached(walk, access, qualification, tables.entry)
         };
-        let leaf = match reached {
-            Ok(leaf) => leaf,
-            Err(outcome) => return outcome,
+        let outcome = match reached {
+            Ok(leaf) if leaf.level == Level::Pt => self.fill(eptp12, ngpa, leaf, Level::Pt, access, guest, frames),
+            Ok(leaf) => self.fill_large(eptp12, ngpa, leaf, access, guest, frames),
+            Err(outcome) => outcome,
         };
-        match leaf.level {
-            Level::Pt => self.fill(eptp12, ngpa, leaf, Level::Pt, access, guest, frames),
-            _ => self.fill_large(eptp12, ngpa, leaf, access, guest, frames),
+        if outcome != Outcome::Filled {
+            self.forget_page(eptp12, ngpa, frames);
         }
+        outcome
     }
 
     /// The page that an access reaches, or what becomes of the access; `entry` is the last of the walk.

@@ -4,7 +4,7 @@
 //! * [`walk`] is the only walker; it reads ept12 through L2's memory and nvmx's own tables through their frames.
 //! * [`identity`] builds ept01: the machine one to one without nvmx; [`watch`] notices there that L2 wrote a page.
 //! * [`compose`] and [`cache`] are ept02: composed on demand from ept12, kept by role.
-//!   After an INVEPT of L2, `validate` compares what is there with ept12.
+//!   After an INVEPT of L2, `validate` compares what is there with ept12; `reflected` drops what a violation drops.
 //! * [`flags`] sets accessed and dirty flags in ept12 and writes L2's page-modification log.
 //!
 //! Everything here is pure: what it needs of the machine are the two traits below; [`machine`] implements them on top
@@ -21,6 +21,7 @@ pub mod violation;
 pub mod walk;
 pub mod watch;
 
+mod reflected;
 mod reserve;
 mod run;
 mod validate;

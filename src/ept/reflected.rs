@@ -1,0 +1,53 @@
+//! What a violation that L2 sees takes out of ept02.
+//!
+//! A violation drops what the processor has cached for its address: the guest-physical mappings of the EP4TA, and the
+//! combined ones of the linear address under the current VPID and PCID. L2 relies on that: it maps another page there and
+//! resumes L3 without INVEPT. ept02 is what nvmx has cached of ept12, so its leaf goes too, in each root of the EP4TA.
+//! The same is done where L2 sees a misconfiguration, a full page-modification log or a #VE in place of the violation.
+//!
+//! Source: Intel SDM vol. 3C (December 2024), "Operations that Invalidate Cached Mappings".
+
+use super::TableFrames;
+use super::cache::Ept02;
+use super::entry::{self, Level};
+use super::eptp::Eptp;
+use crate::addr::{Hpa, Ngpa};
+
+impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
+    /// L2 sees the violation of L3 at `ngpa` under `eptp12`, which the processor had in the root of this role.
+    #[cold]
+    pub(super) fn forget_page<F: TableFrames>(&mut self, eptp12: Eptp, ngpa: Ngpa, frames: &mut F) {
+        for root in &mut self.roots {
+            let Some(role) = root.role.filter(|role| role.ep4ta() == eptp12.ep4ta() && root.tables > 0) else { continue };
+            let Some((at, level)) = leaf_at(root.table, ngpa, frames) else { continue };
+            frames.write(at, 0);
+            // Of a 4 KiB page in its root the processor keeps at most what it may keep on L2's machine as well, until the
+            // INVEPT that follows one of L2. Of other roots, and of the rest of a large page, it does not know.
+            root.invept |= role != eptp12 || level != Level::Pt;
+        }
+    }
+
+    /// nvmx found a violation under `eptp12` that the processor did not have: it still has cached what that would have
+    /// dropped.
+    #[cold]
+    pub fn found_violation(&mut self, eptp12: Eptp) {
+        self.roots.iter_mut().filter(|root| root.role == Some(eptp12)).for_each(|root| root.invept = true);
+    }
+}
+
+/// The leaf of nvmx's own tables for an address, and the level it is at.
+fn leaf_at<F: TableFrames>(root: Hpa, ngpa: Ngpa, frames: &F) -> Option<(Hpa, Level)> {
+    let (mut table, mut level) = (root, Level::Pml4);
+    loop {
+        let at = Hpa::new(table.get() | level.entry_offset(ngpa.get()));
+        let value = frames.read(at);
+        if !entry::is_present(value) {
+            return None;
+        }
+        if entry::is_leaf(value, level) {
+            return Some((at, level));
+        }
+        table = Hpa::new(value & entry::ADDRESS);
+        level = level.below()?;
+    }
+}
