@@ -8,9 +8,9 @@ use crate::error::Fault;
 use crate::hw::apic;
 use crate::mm::GuestMemory;
 use crate::vcpu::Cpu;
-use crate::vmx::Field;
 use crate::vmx::bitmap::{Access, MsrBitmap};
 use crate::vmx::caps::msr::{FIRST, LAST};
+use crate::vmx::{Capabilities, Field};
 use apic::IA32_APIC_BASE;
 
 const IA32_FEATURE_CONTROL: u32 = 0x3A;
@@ -50,6 +50,8 @@ pub fn intercept(bitmap: &mut MsrBitmap) {
 
 /// IA32_PAT: nvmx sees L3 write it, and so knows it at every exit.
 pub const IA32_PAT: u32 = 0x277;
+/// IA32_EFER
+pub const IA32_EFER: u32 = 0xC000_0080;
 
 /// The guest-state field that holds an MSR while VM exits switch it.
 pub fn vmcs_field(index: u32) -> Option<Field> {
@@ -66,13 +68,18 @@ pub fn vmcs_field(index: u32) -> Option<Field> {
     })
 }
 
+/// What RDMSR of an emulated MSR yields in L2; `None` if it is a #GP.
+pub fn answer(offered: &Capabilities, feature_control: u64, index: u32) -> Option<u64> {
+    match index {
+        IA32_FEATURE_CONTROL => Some(feature_control),
+        _ => offered.msr(index),
+    }
+}
+
 /// RDMSR of an emulated MSR.
 pub fn read(cpu: &mut Cpu) -> Result<(), Fault> {
     let index = cpu.regs.gpr[1] as u32;
-    let value = match index {
-        IA32_FEATURE_CONTROL => cpu.feature_control,
-        _ => cpu.config.offered.msr(index).ok_or(Fault::GeneralProtection(0))?,
-    };
+    let value = answer(&cpu.config.offered, cpu.feature_control, index).ok_or(Fault::GeneralProtection(0))?;
     cpu.regs.gpr[0] = value & 0xFFFF_FFFF;
     cpu.regs.gpr[2] = value >> 32;
     Ok(())

@@ -18,7 +18,9 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     #[cold]
     pub(super) fn forget_page<F: TableFrames>(&mut self, eptp12: Eptp, ngpa: Ngpa, frames: &mut F) {
         for root in &mut self.roots {
-            let Some(role) = root.role.filter(|role| role.ep4ta() == eptp12.ep4ta() && root.tables > 0) else { continue };
+            let Some(role) = root.role.filter(|role| role.ep4ta() == eptp12.ep4ta() && root.tables > 0) else {
+                continue;
+            };
             let Some((at, level)) = leaf_at(root.table, ngpa, frames) else { continue };
             frames.write(at, 0);
             // Of a 4 KiB page in its root the processor keeps at most what it may keep on L2's machine as well, until the

@@ -28,8 +28,18 @@ impl GuestRegs {
 
     /// Starts the clock of nvmx's own time.
     pub fn start_clock(&mut self) {
+        self.exit_tsc = self.now();
+    }
+
+    /// TSC at the last exit.
+    pub fn exit_tsc(&self) -> u64 {
+        self.exit_tsc
+    }
+
+    /// TSC.
+    pub fn now(&self) -> u64 {
         // SAFETY: RDTSC reads a counter.
-        self.exit_tsc = unsafe { core::arch::x86_64::_rdtsc() };
+        unsafe { core::arch::x86_64::_rdtsc() }
     }
 
     /// The value for HOST_RSP.

@@ -92,7 +92,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         vmx.write(Field::VIRTUAL_PROCESSOR_ID, vpid02 as u64);
     }
     if uses_timer {
-        slot.timer12 = vmx.read(Field::VMX_PREEMPTION_TIMER_VALUE);
+        slot.timer.start(vmx.read(Field::VMX_PREEMPTION_TIMER_VALUE));
     }
     slot.inherited.enter_l3(vmx, &slot.vmcs12, &cpu.tracked);
     let count = slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_COUNT);
@@ -104,7 +104,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         cpu.nested.operation = Operation::NonRoot { vmxon_ptr, current: index };
     }
     if duties.contains(Duties::LOAD_PDPTES) {
-        load_pdptes(vmx, &cpu.guest);
+        slot.pdptes12 = load_pdptes(vmx, &cpu.guest);
         if duties.contains(Duties::FLUSH_EPT01) {
             vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
         }
@@ -116,16 +116,18 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
 }
 
 /// A guest without EPT of L2: with PAE paging the entry loads the PDPTEs from the table at CR3. vmcs02 has EPT, so the
-/// processor takes (and checks) those in its fields.
-fn load_pdptes(vmx: &mut Vmx, guest: &GuestMemory<impl PhysMem>) {
+/// processor takes (and checks) those in its fields. Answers with what L2 had there, for an entry that fails.
+fn load_pdptes(vmx: &mut Vmx, guest: &GuestMemory<impl PhysMem>) -> Option<[u64; 4]> {
     let pae = vmx.read(Field::GUEST_CR0) & Cr0::PG.bits() != 0
         && vmx.read(Field::GUEST_CR4) & Cr4::PAE.bits() != 0
         && vmx.read(Field::VM_ENTRY_CONTROLS) & EntryControls::IA32E_MODE_GUEST.bits() as u64 == 0;
-    if pae {
+    pae.then(|| {
+        let old = PDPTES.map(|field| vmx.read(field));
         // No memory there: all ones, which the processor refuses as it would on the machine that L2 sees.
         let entries = fetch_pdptes(guest, vmx.read(Field::GUEST_CR3));
         PDPTES.into_iter().zip(entries).for_each(|(field, entry)| vmx.write(field, entry));
-    }
+        old
+    })
 }
 
 /// Runs the checks on what L2 wrote and merges anew; vmcs01 is current.
@@ -202,7 +204,8 @@ fn merge_controls(cpu: &mut Cpu, index: usize, checked: ControlsChecked) {
     let merged = merge::merge(&NvmxNeeds::new(&cpu.config.hardware), &slot.vmcs12, checked, &to);
     let entry12 = EntryControls::from_bits_retain(slot.vmcs12.get(Field::VM_ENTRY_CONTROLS) as u32);
     let exit12 = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
-    slot.inherited.plan(merged.duties, entry12, exit12);
+    let unrestricted = merged.secondary.contains(SecondaryControls::UNRESTRICTED_GUEST);
+    slot.inherited.plan(merged.duties, entry12, exit12, unrestricted);
     slot.mode_based = merged.secondary.contains(SecondaryControls::MODE_BASED_EXECUTE_CONTROL);
     slot.merged = Some(merged);
     slot.unwritten = true;
@@ -329,6 +332,7 @@ pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
 fn refuse(cpu: &mut Cpu, vmxon_ptr: Gpa, current: usize) {
     let slot = &mut cpu.nested.slots[current];
     slot.inherited.undo(&mut cpu.vmx);
+    slot.give_pdptes_back(&mut cpu.vmx);
     slot.leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
     cpu.nested.operation = Operation::Root { vmxon_ptr, current: Some(current) };
     inject::vmx_result(cpu, VmxResult::FailValid(VmxError::EntryInvalidControlField));

@@ -9,13 +9,17 @@
 
 use super::merge::Duties;
 use super::vmcs12::Vmcs12;
+use crate::emul::cr::Cr0;
 use crate::hw::vmx::Vmx;
 use crate::vcpu::tracked::Tracked;
 use crate::vmx::Field;
 use crate::vmx::controls::{EntryControls, ExitControls};
 
-/// IA32_EFER.LME and LMA, which VM entry and VM exit set from a control in any case.
-const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
+/// IA32_EFER.LME and LMA, which VM exits set from a control in any case, and VM entries too but for the LME of a guest
+/// without paging.
+const EFER_LONG_MODE: u64 = EFER_LME | EFER_LMA;
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
 
 const FIELDS: [Field; 3] = [Field::GUEST_IA32_EFER, Field::GUEST_DR7, Field::GUEST_IA32_DEBUGCTL];
 const EFER: usize = 0;
@@ -34,6 +38,8 @@ pub struct Inherited {
     saves_pat: bool,
     host_pat: bool,
     long_mode_guest: bool,
+    /// The guest may be without paging.
+    unrestricted: bool,
     long_mode_host: bool,
     /// The value in the processor.
     live: [u64; 3],
@@ -55,6 +61,7 @@ impl Default for Inherited {
             saves_pat: true,
             host_pat: true,
             long_mode_guest: true,
+            unrestricted: false,
             long_mode_host: true,
             live: [0; 3],
             original: [0; 3],
@@ -66,7 +73,7 @@ impl Default for Inherited {
 
 impl Inherited {
     /// Notes what vmcs12's controls ask for.
-    pub fn plan(&mut self, duties: Duties, entry: EntryControls, exit: ExitControls) {
+    pub fn plan(&mut self, duties: Duties, entry: EntryControls, exit: ExitControls, unrestricted: bool) {
         let bits =
             |efer, debug| !duties.contains(efer) as u8 | if duties.contains(debug) { 0 } else { ALL & !(1 << EFER) };
         self.loaded = bits(Duties::LOAD_EFER_OF_L2, Duties::LOAD_DEBUG_OF_L2);
@@ -76,6 +83,7 @@ impl Inherited {
         self.saves_pat = !duties.contains(Duties::KEEP_PAT);
         self.host_pat = exit.contains(ExitControls::LOAD_PAT);
         self.long_mode_guest = entry.contains(EntryControls::IA32E_MODE_GUEST);
+        self.unrestricted = unrestricted;
         self.long_mode_host = exit.contains(ExitControls::HOST_ADDRESS_SPACE_SIZE);
     }
 
@@ -83,7 +91,7 @@ impl Inherited {
         (0..FIELDS.len()).filter(move |i| bits >> i & 1 == 1)
     }
 
-    /// Before the entry, vmcs01 current: what L3 will find in the processor.
+    /// Before the entry, vmcs01 current: what L2 leaves in the processor.
     #[inline(always)]
     pub fn leave_l2(&mut self, vmx: &mut Vmx) {
         if self.loaded == ALL {
@@ -92,7 +100,6 @@ impl Inherited {
         for i in Self::items(ALL & !self.loaded) {
             self.live[i] = vmx.read(FIELDS[i]);
         }
-        self.live[EFER] = long_mode(self.live[EFER], self.long_mode_guest);
     }
 
     /// Before the entry, vmcs02 current and holding L2's values.
@@ -104,6 +111,10 @@ impl Inherited {
         }
         if self.loaded & self.saved == ALL {
             return;
+        }
+        if self.loaded >> EFER & 1 == 0 {
+            let paging = !self.unrestricted || vmx.read(Field::GUEST_CR0) & Cr0::PG.bits() != 0;
+            self.live[EFER] = entered(self.live[EFER], self.long_mode_guest, paging);
         }
         for i in Self::items(ALL & !(self.loaded & self.saved)) {
             self.original[i] = vmx.read(FIELDS[i]);
@@ -158,6 +169,13 @@ impl Inherited {
         self.undo(vmx);
     }
 
+    /// The entry that failed late had loaded these values from its MSR area.
+    pub fn msrs_loaded(&mut self, pat: Option<u64>, efer: Option<u64>) {
+        self.live_pat = pat.unwrap_or(self.live_pat);
+        // LMA takes no write, and both bits are the exit's.
+        self.live[EFER] = efer.unwrap_or(self.live[EFER]);
+    }
+
     /// After an entry that failed: vmcs02, which is current, gets L2's values back.
     pub fn undo(&mut self, vmx: &mut Vmx) {
         for i in Self::items(ALL & !self.loaded) {
@@ -183,6 +201,30 @@ impl Inherited {
     }
 }
 
+/// L3's IA32_EFER by an entry that does not load it: LMA is the control, and so is LME with paging; without, LME stays
+/// (SDM, "Loading Guest Control Registers, Debug Registers, and MSRs").
+fn entered(efer: u64, long_mode_guest: bool, paging: bool) -> u64 {
+    match paging {
+        true => long_mode(efer, long_mode_guest),
+        false => efer & !EFER_LMA | if long_mode_guest { EFER_LMA } else { 0 },
+    }
+}
+
 fn long_mode(efer: u64, on: bool) -> u64 {
     if on { efer | EFER_LONG_MODE } else { efer & !EFER_LONG_MODE }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lme_of_a_guest_without_paging_stays_l2_s() {
+        for efer in [0, 0x801, EFER_LME, EFER_LONG_MODE, 0xD01] {
+            let others = efer & !EFER_LONG_MODE;
+            assert_eq!(entered(efer, true, true), others | EFER_LONG_MODE);
+            assert_eq!(entered(efer, false, true), others);
+            assert_eq!(entered(efer, false, false), others | efer & EFER_LME);
+        }
+    }
 }

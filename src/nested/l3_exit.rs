@@ -44,7 +44,7 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
     if reason.basic() == BasicReason::EPT_VIOLATION {
         // ept12 says whose it is.
         violation(cpu, current)?;
-        disarm(cpu, current);
+        goes_on(cpu, current);
         return Ok(());
     }
     // Only these reasons need more than the reason itself to find their way.
@@ -138,16 +138,28 @@ fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReaso
         BasicReason::WRMSR => msr_of_l3(cpu, index, Access::Write, msr::write),
         _ => return Err(KillReason::UnexpectedExit(reason.0)),
     }
-    disarm(cpu, index);
+    goes_on(cpu, index);
     Ok(())
 }
 
-/// L3 goes on: the MSRs that L2's entry loaded are not loaded again.
+/// If L3 goes on: the MSRs that L2's entry loaded are not loaded again, and its timer has run meanwhile.
 #[inline(always)]
-fn disarm(cpu: &mut Cpu, index: usize) {
+fn goes_on(cpu: &mut Cpu, index: usize) {
     if matches!(cpu.nested.operation, Operation::NonRoot { .. }) {
-        cpu.nested.slots[index].msr_lists.disarm_entry(&mut cpu.vmx);
+        let slot = &mut cpu.nested.slots[index];
+        slot.msr_lists.disarm_entry(&mut cpu.vmx);
+        if slot.merged.as_ref().is_some_and(|merged| merged.pin.contains(PinControls::PREEMPTION_TIMER)) {
+            timer_goes_on(cpu, index);
+        }
     }
+}
+
+#[cold]
+fn timer_goes_on(cpu: &mut Cpu, index: usize) {
+    let (vmx, shift) = (&mut cpu.vmx, cpu.config.hardware.misc.preemption_timer_shift());
+    let left = || vmx.read(Field::VMX_PREEMPTION_TIMER_VALUE);
+    let left = cpu.nested.slots[index].timer.go_on(left, shift, cpu.regs.exit_tsc(), cpu.regs.now());
+    vmx.write(Field::VMX_PREEMPTION_TIMER_VALUE, left);
 }
 
 /// L3 writes IA32_PAT, which L2 lets it do.
@@ -183,6 +195,7 @@ pub fn missed(cpu: &mut Cpu, index: usize, miss: Miss) -> Result<(), KillReason>
     ] {
         cpu.vmx.write(field, value);
     }
+    cpu.ept02.found_violation(cpu.nested.slots[index].eptp12());
     violation(cpu, index)
 }
 

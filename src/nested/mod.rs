@@ -21,6 +21,7 @@ pub mod route;
 pub mod shadow;
 pub mod slot;
 pub mod stale;
+pub mod timer;
 pub mod ve;
 pub mod virtual_apic;
 pub mod vmcs12;

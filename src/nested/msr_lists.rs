@@ -15,6 +15,7 @@ use crate::mm::PhysMem;
 use crate::mm::guest::GuestMemory;
 use crate::vmx::Field;
 use crate::vmx::bitmap::Access;
+use crate::vmx::image;
 
 /// Entries that fit: the recommended maximum that IA32_VMX_MISC reports to L2.
 pub const MAX_ENTRIES: u64 = 512;
@@ -76,12 +77,24 @@ impl MsrLists {
         }
     }
 
-    /// Stores MSRs to the VM-exit MSR-store area of vmcs12; vmcs02 is current.
-    pub fn store(vmx: &mut Vmx, memory: &GuestMemory<impl PhysMem>, at: u64, count: u64) -> Result<(), KillReason> {
+    /// The value that the entry loaded into an MSR before it failed at the entry with this number, if it did.
+    pub fn loaded_by_entry(&self, phys: &impl PhysMem, failed: u64, msr: u32) -> Option<u64> {
+        loaded(phys, self.entry_load, failed, msr)
+    }
+
+    /// Stores MSRs to the VM-exit MSR-store area of vmcs12; vmcs02 is current. `own` is what RDMSR of L2 yields for an MSR
+    /// that nvmx answers.
+    pub fn store(
+        vmx: &mut Vmx,
+        own: impl Fn(u32) -> Option<u64>,
+        memory: &GuestMemory<impl PhysMem>,
+        at: u64,
+        count: u64,
+    ) -> Result<(), KillReason> {
         for i in 0..count.min(MAX_ENTRIES) {
             let entry = Gpa::new(at).checked_add(16 * i).ok_or(KillReason::VmxAbort(ABORT_SAVING))?;
             let index = memory.read_u64(entry).unwrap_or(REFUSED);
-            let value = (index >> 32 == 0).then(|| read_of_l3(vmx, index as u32)).flatten();
+            let value = (index >> 32 == 0).then(|| read_of_l3(vmx, &own, index as u32)).flatten();
             let value = value.ok_or(KillReason::VmxAbort(ABORT_SAVING))?;
             // Memory that L2 does not own takes no write, like an address without memory behind it.
             let _ = entry.checked_add(8).map(|to| memory.write_u64(to, value));
@@ -115,13 +128,24 @@ fn copy_area(phys: &impl PhysMem, memory: &GuestMemory<impl PhysMem>, at: Gpa, c
     }
 }
 
-/// The value an MSR has for L3: from vmcs02 where VM exits switch it, else from the processor.
-fn read_of_l3(vmx: &mut Vmx, index: u32) -> Option<u64> {
+/// The last value for an MSR among the entries of a list before the one with this number, counted from 1.
+fn loaded(phys: &impl PhysMem, list: Hpa, failed: u64, msr: u32) -> Option<u64> {
+    let word = |at| phys.read_u64(Hpa::new(list.get() + at));
+    let before = failed.saturating_sub(1).min(MAX_ENTRIES);
+    (0..before).rev().map(|i| 16 * i).find(|at| word(*at) == u64::from(msr)).map(|at| word(at + 8))
+}
+
+/// The value an MSR has for L3: nvmx's answer, from vmcs02 where VM exits switch it, else from the processor. As RDMSR of L2
+/// but for the MSRs of L3's own.
+fn read_of_l3(vmx: &mut impl image::Access, own: &impl Fn(u32) -> Option<u64>, index: u32) -> Option<u64> {
     /// x2APIC registers and IA32_SMBASE may not be in the list (SDM, "Saving MSRs").
     const X2APIC: core::ops::RangeInclusive<u32> = 0x800..=0x8FF;
     const SMBASE: u32 = 0x9E;
-    if X2APIC.contains(&index) || index == SMBASE || msr::is_emulated(index, Access::Read) {
+    if X2APIC.contains(&index) || index == SMBASE {
         return None;
+    }
+    if msr::is_emulated(index, Access::Read) {
+        return own(index);
     }
     match msr::vmcs_field(index) {
         Some(field) => Some(vmx.read(field)),
@@ -189,6 +213,41 @@ mod tests {
     fn the_processor_refuses_what_stands_for_a_refused_entry() {
         // Bits 63:32 of an entry's first word are reserved (SDM table "Format of an MSR Entry").
         assert_ne!(REFUSED >> 32, 0);
+    }
+
+    #[test]
+    fn of_a_list_that_failed_the_last_value_before_the_failure_counts() {
+        let memory = VecMem::new(0x8000);
+        for (i, (msr, value)) in [(0x277u64, 1u64), (0x174, 2), (0x277, 3), (0x277, 4), (0x277, 5)].iter().enumerate() {
+            memory.write_u64(Hpa::new(COPY.get() + 16 * i as u64), *msr);
+            memory.write_u64(Hpa::new(COPY.get() + 16 * i as u64 + 8), *value);
+        }
+        for (failed, expected) in [(0, None), (1, None), (2, Some(1)), (3, Some(1)), (4, Some(3)), (5, Some(4))] {
+            assert_eq!(loaded(&memory, COPY, failed, 0x277), expected, "failed at {failed}");
+        }
+        assert_eq!(loaded(&memory, COPY, 5, 0x175), None);
+    }
+
+    #[test]
+    fn an_msr_that_nvmx_answers_is_stored_with_its_answer() {
+        let mut vmcs02 = Vmcs02::default();
+        vmcs02.0.insert(Field::GUEST_IA32_PAT, 0x77);
+        let own = |index| (index != 0x491).then_some(u64::from(index) + 1);
+        let mut read = |index| read_of_l3(&mut vmcs02, &own, index);
+        assert_eq!([0x3A, 0x480, 0x491, 0x277].map(&mut read), [Some(0x3B), Some(0x481), None, Some(0x77)]);
+        assert_eq!([0x800, 0x8FF, 0x9E].map(read), [None; 3]);
+    }
+
+    #[derive(Default)]
+    struct Vmcs02(std::collections::HashMap<Field, u64>);
+
+    impl image::Access for Vmcs02 {
+        fn read(&mut self, field: Field) -> u64 {
+            self.0[&field]
+        }
+        fn write(&mut self, field: Field, value: u64) {
+            self.0.insert(field, value);
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::stale::Stale;
 use super::vmcs12::{FieldSet, Vmcs12};
 use super::vpid::VPID01;
 use crate::emul::cr::Cr4;
+use crate::emul::msr;
 use crate::error::KillReason;
 use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::linear::{fetch_pdptes, pdptes_are_valid};
@@ -65,19 +66,20 @@ pub fn reflect(cpu: &mut Cpu, index: usize, info: Option<Info>) -> Result<(), Ki
         }
     }
     if pin.contains(PinControls::PREEMPTION_TIMER) && !exit.contains(ExitControls::SAVE_PREEMPTION_TIMER) {
-        vmx.write(Field::VMX_PREEMPTION_TIMER_VALUE, slot.timer12);
+        vmx.write(Field::VMX_PREEMPTION_TIMER_VALUE, slot.timer.set());
     }
     let nmi_blocked = nmi_blocked(vmx, pin, info);
     let stored = slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_COUNT);
     if stored != 0 {
-        MsrLists::store(vmx, &cpu.guest, slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_ADDR), stored)?;
+        let own = |index| msr::answer(&cpu.config.offered, cpu.feature_control, index);
+        MsrLists::store(vmx, own, &cpu.guest, slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_ADDR), stored)?;
     }
     slot.inherited.leave_l3(vmx, &mut slot.vmcs12);
     slot.vmcs12.launched = true;
     leave_vmcs02(cpu, index, nmi_blocked, info)
 }
 
-/// Takes L2 out of an entry that failed late: no guest state is saved. vmcs02 is current.
+/// Takes L2 out of an entry that failed late: no guest state is saved, NMIs are blocked as before. vmcs02 is current.
 #[cold]
 pub fn entry_failure(cpu: &mut Cpu, basic: BasicReason, qualification: u64) -> Result<(), KillReason> {
     let Some(index) = cpu.nested.current() else { return Err(KillReason::UnexpectedExit(basic.0 as u32)) };
@@ -85,8 +87,15 @@ pub fn entry_failure(cpu: &mut Cpu, basic: BasicReason, qualification: u64) -> R
     let slot = &mut cpu.nested.slots[index];
     let guest_state_loaded = basic == BasicReason::ENTRY_MSR_LOADING;
     slot.inherited.leave_failed_entry(&mut cpu.vmx, &cpu.tracked, guest_state_loaded);
+    slot.give_pdptes_back(&mut cpu.vmx);
+    if guest_state_loaded {
+        // The qualification is the number of the entry that failed; those before it count.
+        let loaded = |msr| slot.msr_lists.loaded_by_entry(&cpu.phys, qualification, msr);
+        slot.inherited.msrs_loaded(loaded(msr::IA32_PAT), loaded(msr::IA32_EFER));
+    }
+    let nmi_blocked = cpu.nested.blocking01 & BLOCKING_BY_NMI != 0;
     let info = Some((ExitReason::entry_failure(basic), qualification));
-    leave_vmcs02(cpu, index, false, info)
+    leave_vmcs02(cpu, index, nmi_blocked, info)
 }
 
 /// NMIs are blocked for L2 after an exit by an NMI, and if L3 ran with them blocked in the processor.

@@ -2,10 +2,11 @@
 
 use super::checks::host_field_holds;
 use super::inherit::Inherited;
-use super::merge::Vmcs02Controls;
+use super::merge::{Duties, Vmcs02Controls};
 use super::msr_lists::MsrLists;
 use super::shadow::NO_LINK;
 use super::stale::Stale;
+use super::timer::Timer;
 use super::vmcs12::{FieldSet, Vmcs12};
 use crate::addr::{Gpa, Hpa};
 use crate::ept::{Activation, Eptp, Watch};
@@ -14,6 +15,7 @@ use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::PhysMem;
 use crate::vcpu::Config;
 use crate::vmx::controls::{PrimaryControls, SecondaryControls};
+use crate::vmx::field::PDPTES;
 use crate::vmx::image::Layout;
 use crate::vmx::{Capabilities, Field};
 use l2_protocol::abi::Strategy;
@@ -74,8 +76,10 @@ pub struct Slot {
     pub eptp02: u64,
     /// VPID in vmcs02.
     pub vpid02: u16,
-    /// The timer that L2 set for the last entry; vmcs02 counts it down over exits that L2 does not see.
-    pub timer12: u64,
+    /// The preemption timer, which goes on over exits that L2 does not see.
+    pub timer: Timer,
+    /// L2's PDPTEs, where the last entry wrote others to vmcs02.
+    pub pdptes12: Option<[u64; 4]>,
     /// The OR of nvmx's and L2's MSR bitmaps: a frame of nvmx.
     pub msr_bitmap: Hpa,
     /// Address of L2's MSR bitmap, if it uses one.
@@ -111,7 +115,8 @@ impl Slot {
             link02: NO_LINK,
             eptp02: 0,
             vpid02: 0,
-            timer12: 0,
+            timer: Timer::default(),
+            pdptes12: None,
             msr_bitmap,
             bitmap12: None,
             bitmap_watch: None,
@@ -251,6 +256,15 @@ impl Slot {
             if let (Some(value), false) = (value, known) {
                 vmx.write(field, value);
             }
+        }
+    }
+
+    /// An entry failed, which leaves the guest-state area alone; vmcs02 is current.
+    #[cold]
+    pub fn give_pdptes_back(&mut self, vmx: &mut Vmx) {
+        let loaded = self.merged.as_ref().is_some_and(|merged| merged.duties.contains(Duties::LOAD_PDPTES));
+        if let Some(values) = self.pdptes12.take().filter(|_| loaded) {
+            PDPTES.into_iter().zip(values).for_each(|(field, value)| vmx.write(field, value));
         }
     }
 

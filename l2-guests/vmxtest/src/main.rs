@@ -14,6 +14,7 @@ mod execute;
 mod exits;
 mod expect;
 mod explained;
+mod failures;
 mod functions;
 mod guest;
 mod injection;
@@ -64,6 +65,7 @@ const PARTS: &[(&str, Part)] = &[
     ("operands", Instructions(|_| operands::all())),
     ("registers", Instructions(|_| registers::all())),
     ("entries", Guests(entries::all)),
+    ("failures", Guests(failures::all)),
     ("memory", Guests(memory::all)),
     ("injection", Guests(injection::all)),
     ("windows", Guests(windows::all)),

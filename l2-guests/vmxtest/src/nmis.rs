@@ -80,12 +80,27 @@ extern "C" fn nmi_itself(_: u64) -> u64 {
     5
 }
 
-/// NMIs become blocked for us, and one is pending.
-fn block_and_send(guest: &mut Guest) -> bool {
+/// NMIs become blocked for us.
+pub fn block(guest: &mut Guest) -> bool {
     let old = vmx::read(f::PIN_CONTROLS);
     vmx::write(f::PIN_CONTROLS, old | u64::from(pin::NMI));
     let blocked = guest.execute(nmi_itself, 5) == Exit::Reason(r::EXCEPTION_OR_NMI, 0);
     vmx::write(f::PIN_CONTROLS, old);
+    blocked
+}
+
+/// An IRET of ours unblocks NMIs.
+pub fn unblock() {
+    be_refused(|frame| {
+        frame.rip += REFUSED;
+        true
+    });
+    wait();
+}
+
+/// NMIs become blocked for us, and one is pending.
+fn block_and_send(guest: &mut Guest) -> bool {
+    let blocked = block(guest);
     apic::send_self_nmi();
     blocked
 }
@@ -107,7 +122,7 @@ fn be_refused(handler: trap::Hook) {
 }
 
 /// Time for an NMI to come, without any exit.
-fn wait() {
+pub fn wait() {
     for _ in 0..100 {
         // SAFETY: no effect.
         unsafe { asm!("nop") };
