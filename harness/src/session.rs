@@ -126,6 +126,11 @@ impl Session {
         format!("log={} fields={}", if self.ui.verbose { "debug" } else { "warn" }, fields.option())
     }
 
+    /// nvmx's command line for a Linux whose programs read its counters.
+    pub fn options_with_counters(&self, fields: Fields) -> String {
+        format!("{} counters=all", self.options(fields))
+    }
+
     /// Linux with KVM as the guest hypervisor, with QEMU in it or without.
     ///
     /// # Errors

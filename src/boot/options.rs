@@ -27,6 +27,15 @@ pub enum Vmcs {
     Memory,
 }
 
+/// `counters=`: who may read nvmx's counters.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Counters {
+    /// L2 in ring 0: programs would see what other programs and other guests do.
+    Kernel,
+    /// Programs of L2, too.
+    All,
+}
+
 /// `exit=`: what nvmx does after its last line.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Exit {
@@ -49,6 +58,8 @@ pub struct Options {
     pub cpus: Option<u32>,
     /// `ept02=`: how many tables the composed EPTs of a processor may have beyond their reserve.
     pub ept02: Option<u32>,
+    /// `counters=`
+    pub counters: Counters,
     /// `exit=`
     pub exit: Exit,
 }
@@ -61,6 +72,7 @@ impl Default for Options {
             vmcs: Vmcs::Auto,
             cpus: None,
             ept02: None,
+            counters: Counters::Kernel,
             exit: Exit::Ports,
         }
     }
@@ -107,9 +119,17 @@ const FIELDS: &str = "auto|zero-copy|trapped";
 const VMCS: &str = "auto|instructions|memory";
 const CPUS: &str = "all|1|2|3|...";
 const EPT02: &str = "auto|0|1|2|...";
+const COUNTERS: &str = "kernel|all";
 const EXIT: &str = "none|ports";
-const ACCEPTED: [(&str, &str); 6] =
-    [("log", LOG), ("fields", FIELDS), ("vmcs", VMCS), ("cpus", CPUS), ("ept02", EPT02), ("exit", EXIT)];
+const ACCEPTED: [(&str, &str); 7] = [
+    ("log", LOG),
+    ("fields", FIELDS),
+    ("vmcs", VMCS),
+    ("cpus", CPUS),
+    ("ept02", EPT02),
+    ("counters", COUNTERS),
+    ("exit", EXIT),
+];
 
 impl Options {
     /// Parses words separated by blanks. A later word wins over an earlier one for the same option.
@@ -146,6 +166,13 @@ impl Options {
                     options.ept02 = match value {
                         "auto" => None,
                         _ => Some(value.parse().map_err(|_| bad("ept02", EPT02))?),
+                    }
+                }
+                "counters" => {
+                    options.counters = match value {
+                        "kernel" => Counters::Kernel,
+                        "all" => Counters::All,
+                        _ => return Err(bad("counters", COUNTERS)),
                     }
                 }
                 "exit" => {
@@ -191,7 +218,7 @@ mod tests {
                 assert!(Options::parse(&format!("{option}={value}")).is_ok(), "{option}={value}");
             }
         }
-        let all = Options::parse("log=trace fields=trapped vmcs=memory cpus=3 ept02=7 exit=none").unwrap();
+        let all = Options::parse("log=trace fields=trapped vmcs=memory cpus=3 ept02=7 counters=all exit=none").unwrap();
         assert_eq!(
             all,
             Options {
@@ -200,6 +227,7 @@ mod tests {
                 vmcs: Vmcs::Memory,
                 cpus: Some(3),
                 ept02: Some(7),
+                counters: Counters::All,
                 exit: Exit::None
             }
         );
@@ -211,7 +239,8 @@ mod tests {
         assert_eq!(
             text,
             "unknown option 'colour=red': nvmx accepts log=off|error|warn|info|debug|trace, \
-             fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, cpus=all|1|2|3|..., ept02=auto|0|1|2|..., exit=none|ports"
+             fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, cpus=all|1|2|3|..., ept02=auto|0|1|2|..., \
+             counters=kernel|all, exit=none|ports"
         );
     }
 

@@ -25,6 +25,8 @@ const LEAF_SGX: u32 = 0x12;
 const NOTHING: CpuidResult = CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 };
 const CR4_OSXSAVE: u64 = 1 << 18;
 const CR4_PKE: u64 = 1 << 22;
+/// Access rights of SS: the privilege level.
+const SS_DPL: u64 = 0b11 << 5;
 
 /// Handles a CPUID exit of L2.
 #[inline]
@@ -63,9 +65,15 @@ fn as_l2_sees_it(leaf: u32, subleaf: u32, mut answer: CpuidResult, cr4: impl FnO
 }
 
 fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
+    // Counters and refusals tell a program what others do: to one that may not read them they are not there.
+    let private = !cpu.config.user_counters && cpu.vmx.read(Field::GUEST_SS_AR_BYTES) & SS_DPL != 0;
+    let last = if private { LEAF_INTERFACE } else { LEAF_MAX };
+    if leaf > last {
+        return NOTHING;
+    }
     let word = |i: usize| SIGNATURE.iter().skip(4 * i).take(4).rev().fold(0, |w, b| w << 8 | *b as u32);
     match leaf {
-        LEAF_SIGNATURE => CpuidResult { eax: LEAF_MAX, ebx: word(0), ecx: word(1), edx: word(2) },
+        LEAF_SIGNATURE => CpuidResult { eax: last, ebx: word(0), ecx: word(1), edx: word(2) },
         LEAF_INTERFACE => CpuidResult {
             eax: INTERFACE_VERSION,
             ebx: Counter::ALL.len() as u32,

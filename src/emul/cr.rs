@@ -1,6 +1,6 @@
 //! MOV to CR0, LMSW, CLTS and MOV to CR4 of L2, where they touch a bit that nvmx owns: pure decisions.
 //!
-//! nvmx owns CR4.VMXE always, CR4.SMXE (SMX is not offered: it stays 0), CR0.NE always (VMX needs it; L2 sees its own value), and CR0.PE and CR0.PG while L2 is in VMX
+//! nvmx owns CR4.VMXE always, CR0.NE always (VMX needs it; L2 sees its own value), and CR0.PE and CR0.PG while L2 is in VMX
 //! operation. Source: SDM vol. 3A, "Control Registers", vol. 3C, "Restrictions on VMX Operation".
 
 use crate::error::Fault;
@@ -42,8 +42,6 @@ bitflags! {
         const LA57 = 1 << 12;
         /// VMX enable
         const VMXE = 1 << 13;
-        /// SMX enable
-        const SMXE = 1 << 14;
         /// PCIDs
         const PCIDE = 1 << 17;
         /// XSAVE and XGETBV enable

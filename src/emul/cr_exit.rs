@@ -1,6 +1,6 @@
 //! Exits of L2 for control registers: it touched a bit that nvmx owns. vmcs01 is current.
 
-use super::cr::{Cr0, Cr4, Effects, Mode, lmsw, write_cr0, write_cr4};
+use super::cr::{Cr0, Effects, Mode, lmsw, write_cr0, write_cr4};
 use crate::error::{Fault, KillReason};
 use crate::hw::cr;
 use crate::hw::vmx::Invalidate;
@@ -36,7 +36,7 @@ pub fn handle(cpu: &mut Cpu) -> Result<Next, Stop> {
         }
         CrAccess::Write { cr: 4, gpr } => {
             let value = register(cpu, gpr);
-            let effects = write_cr4(mode, value, cpu.config.offered.cr4_fixed1 & !Cr4::SMXE.bits())?;
+            let effects = write_cr4(mode, value, cpu.config.offered.cr4_fixed1)?;
             apply(cpu, effects)?;
             // CR4.VMXE stays set in the processor; L2 sees its own value in the shadow.
             cpu.vmx.write(Field::GUEST_CR4, value | cpu.config.hardware.cr4_fixed0);

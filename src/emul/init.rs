@@ -9,12 +9,11 @@
 
 use crate::hw::vmx::Invalidate;
 use crate::hw::{apic, cr};
-use crate::nested::Operation;
 use crate::nested::vpid::VPID01;
-use crate::vcpu::{Cpu, Next, Waiting, initial, smp};
+use crate::nested::{Operation, events};
+use crate::vcpu::{Cpu, Next, Startup, Waiting, initial, smp};
 use crate::vmx::Field;
 use crate::vmx::segment::Segment;
-use l2_protocol::abi::Counter;
 use raw_cpuid::native_cpuid::cpuid_count;
 
 /// Activity state: wait-for-SIPI.
@@ -24,21 +23,37 @@ const WAIT_FOR_SIPI: u64 = 3;
 #[cold]
 pub fn init(cpu: &mut Cpu) -> Next {
     smp::stop_if_over();
-    if came_before_sipi(cpu) {
-        return Next::Stay;
-    }
     match cpu.nested.operation {
-        Operation::Off => reset(cpu),
+        // While it waits for a SIPI, a processor ignores INITs. One in VMX operation may hold an INIT back until the SIPI
+        // has come, and report it before L2's first instruction.
+        Operation::Off if cpu.start == Startup::Entering => {}
+        Operation::Off => take(cpu),
         _ => cpu.waiting |= Waiting::INIT,
     }
     Next::Stay
 }
 
-/// While it waits for a SIPI, a processor ignores INITs. One below nvmx may hold an INIT back until the SIPI has come, and
-/// report it before L2's first instruction.
-fn came_before_sipi(cpu: &mut Cpu) -> bool {
-    let exits = cpu.vmx.counters.get(Counter::HwExits);
-    cpu.started_at.is_some_and(|at| exits == at + 1) && cpu.vmx.read(Field::GUEST_RIP) == 0
+/// L2's processor, outside VMX operation, takes an INIT; vmcs01 is current.
+///
+/// Until the processor waits for a SIPI it loses one: VMX root operation drops it. So all but what the entry asks for is
+/// left for later.
+pub fn take(cpu: &mut Cpu) {
+    // The one that booted goes on at the reset vector, in firmware.
+    if apic::booted() {
+        return reset(cpu);
+    }
+    for (field, value) in [
+        (Field::GUEST_ACTIVITY_STATE, WAIT_FOR_SIPI),
+        (Field::GUEST_INTERRUPTIBILITY_INFO, 0),
+        (Field::VM_ENTRY_INTR_INFO_FIELD, 0),
+    ] {
+        cpu.vmx.write(field, value);
+    }
+    cpu.waiting = Waiting::empty();
+    cpu.start = Startup::Waiting;
+    if let Some(apic) = apic::LocalApic::find(&cpu.guest) {
+        apic.disable();
+    }
 }
 
 /// Puts L2's processor, outside VMX operation, into the state after an INIT; vmcs01 is current.
@@ -54,7 +69,7 @@ pub fn reset(cpu: &mut Cpu) {
     }
     // Translations that L2 had with paging are not to be found again without.
     cpu.vmx.invvpid(Invalidate::Single, VPID01, 0);
-    // The one that booted goes on at the reset vector, in firmware.
+    cpu.start = Startup::Done;
     if !apic::booted() {
         cpu.vmx.write(Field::GUEST_ACTIVITY_STATE, WAIT_FOR_SIPI);
     }
@@ -64,12 +79,17 @@ pub fn reset(cpu: &mut Cpu) {
 #[cold]
 pub fn sipi(cpu: &mut Cpu) -> Next {
     let page = cpu.vmx.read(Field::EXIT_QUALIFICATION) & 0xFF;
+    if cpu.start == Startup::Waiting {
+        reset(cpu);
+    }
     cpu.vmx.write(Segment::Cs.selector(), page << 8);
     cpu.vmx.write(Segment::Cs.base(), page << 12);
     cpu.vmx.write(Field::GUEST_RIP, 0);
     cpu.vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, 0);
     cpu.vmx.write(Field::GUEST_ACTIVITY_STATE, 0);
-    cpu.started_at = Some(cpu.vmx.counters.get(Counter::HwExits));
+    // Whatever was held back comes before the NMI window, and L2's first instruction behind it.
+    cpu.start = Startup::Entering;
+    events::ask_for_window(cpu);
     smp::note_running();
     Next::Stay
 }

@@ -129,10 +129,15 @@ impl LocalApic {
         self.command(0, INIT | ALL_OTHERS);
     }
 
+    /// Lets it take no more interrupts, the first of what an INIT does.
+    pub fn disable(self) {
+        self.write(register::SPURIOUS, 0xFF);
+    }
+
     /// Does what an INIT does. Interrupts that are requested but not in service yet cannot be withdrawn.
     pub fn reset(self) {
         use register::*;
-        self.write(SPURIOUS, 0xFF);
+        self.disable();
         let last = self.read(VERSION) >> 16 & 0xFF;
         for (entry, from) in LVT {
             if last >= from {

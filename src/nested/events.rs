@@ -16,7 +16,7 @@ use crate::emul::init;
 use crate::error::KillReason;
 use crate::hw::cpu;
 use crate::hw::vmx::Vmx;
-use crate::vcpu::{Cpu, Waiting};
+use crate::vcpu::{Cpu, Startup, Waiting};
 use crate::vmx::Field;
 use crate::vmx::controls::{PinControls, PrimaryControls};
 use crate::vmx::event::{EventInfo, EventKind, Redelivery, vector};
@@ -113,9 +113,9 @@ pub fn take_nmi(cpu: &mut Cpu) {
 
 /// Before the entry into the guest of the current VMCS, if anything waits; an INIT comes before an NMI.
 #[cold]
-pub fn deliver(cpu: &mut Cpu) -> Result<(), KillReason> {
+pub fn deliver(cpu: &mut Cpu) {
     if cpu.waiting.contains(Waiting::INIT) {
-        deliver_init(cpu)?;
+        deliver_init(cpu);
     }
     if !matches!(cpu.nested.operation, Operation::NonRoot { .. }) {
         give_back(cpu);
@@ -123,37 +123,47 @@ pub fn deliver(cpu: &mut Cpu) -> Result<(), KillReason> {
     if cpu.waiting.contains(Waiting::NMI) {
         match pin12(cpu) {
             Some(pin) if pin.contains(PinControls::NMI_EXITING) => stop_l3(cpu, pin),
-            _ => set_controls(cpu, WINDOW, PrimaryControls::NMI_WINDOW_EXITING, true),
+            _ => ask_for_window(cpu),
         }
     }
     let events = &cpu.events;
     cpu.waiting.set(Waiting::OWN, events.stops_l3 || events.lent.is_some() || events.altered.is_some());
-    Ok(())
 }
 
 /// An INIT takes L3 out; outside of VMX operation it resets L2's processor; else it goes on waiting.
-fn deliver_init(cpu: &mut Cpu) -> Result<(), KillReason> {
+fn deliver_init(cpu: &mut Cpu) {
     match cpu.nested.operation {
-        Operation::Off => init::reset(cpu),
+        Operation::Off => init::take(cpu),
         Operation::Root { .. } => {}
-        Operation::NonRoot { current, .. } => {
-            cpu.waiting -= Waiting::INIT;
-            // What L2 injects with this entry is not lost: it counts as an event whose delivery the exit hit.
-            let injected = EventInfo(cpu.vmx.read(Field::VM_ENTRY_INTR_INFO_FIELD) as u32);
-            let vectoring = if injected.is_valid() { injected.0 } else { 0 };
-            let code = cpu.vmx.read(Field::VM_ENTRY_EXCEPTION_ERROR_CODE);
-            for (field, value) in [
-                (Field::VM_EXIT_INTR_INFO, 0),
-                (Field::IDT_VECTORING_INFO_FIELD, u64::from(vectoring)),
-                (Field::IDT_VECTORING_ERROR_CODE, code),
-                (Field::VM_ENTRY_INTR_INFO_FIELD, 0),
-            ] {
-                cpu.vmx.write(field, value);
-            }
-            return reflect::reflect(cpu, current, Some((ExitReason::exit(BasicReason::INIT_SIGNAL), 0)));
-        }
+        Operation::NonRoot { current, .. } => stop_l3_for_init(cpu, current),
     }
-    Ok(())
+}
+
+/// Brings L3 to a stop where an INIT is taken: the entry has checked and loaded everything and delivered its event, and L3
+/// has executed nothing. An entry that fails, or an exit while the event is delivered, leaves the INIT waiting.
+fn stop_l3_for_init(cpu: &mut Cpu, index: usize) {
+    if cpu.events.stops_l3 || !can_stop_l3(cpu) {
+        return;
+    }
+    cpu.events.stops_l3 = true;
+    cpu.waiting |= Waiting::OWN;
+    let event = EventInfo(cpu.vmx.read(Field::VM_ENTRY_INTR_INFO_FIELD) as u32);
+    let primary12 = cpu.nested.slots[index].vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32;
+    if !event.is_valid() {
+        inject(cpu, EventInfo::new(EventKind::Other, 0), None, None);
+    } else if !event.is(EventKind::Other) && !steps(primary12) {
+        set_controls(cpu, PinControls::empty(), PrimaryControls::MONITOR_TRAP_FLAG, true);
+    }
+}
+
+/// The processor has the monitor trap flag.
+fn can_stop_l3(cpu: &Cpu) -> bool {
+    cpu.config.hardware.primary.settable().contains(PrimaryControls::MONITOR_TRAP_FLAG)
+}
+
+/// L2 sets the monitor trap flag.
+fn steps(primary12: u32) -> bool {
+    PrimaryControls::from_bits_retain(primary12).contains(PrimaryControls::MONITOR_TRAP_FLAG)
 }
 
 /// L2 runs again: the fields of vmcs02 that nvmx used have L2's values again.
@@ -175,10 +185,17 @@ fn give_back(cpu: &mut Cpu) {
 /// The controls of the NMI window; the processor keeps blocking by NMI as virtual-NMI blocking meanwhile, in the same bit.
 const WINDOW: PinControls = PinControls::NMI_EXITING.union(PinControls::VIRTUAL_NMIS);
 
-/// The NMI window that nvmx asked for is open: the guest takes the NMI.
+/// Has the guest exit once it could take an NMI.
+#[cold]
+pub fn ask_for_window(cpu: &mut Cpu) {
+    set_controls(cpu, WINDOW, PrimaryControls::NMI_WINDOW_EXITING, true);
+}
+
+/// The NMI window that nvmx asked for is open: the guest takes the NMI, if there is one.
 #[cold]
 pub fn window_opened(cpu: &mut Cpu) {
     set_controls(cpu, WINDOW, PrimaryControls::NMI_WINDOW_EXITING, false);
+    cpu.start = Startup::Done;
     if cpu.waiting.contains(Waiting::NMI) {
         cpu.waiting -= Waiting::NMI;
         let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
@@ -194,17 +211,17 @@ pub fn window_opened(cpu: &mut Cpu) {
 fn stop_l3(cpu: &mut Cpu, pin: PinControls) {
     let Operation::NonRoot { current, .. } = cpu.nested.operation else { return };
     let primary12 = cpu.nested.slots[current].vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32;
-    let wants = |control| PrimaryControls::from_bits_retain(primary12).contains(control);
     let event = EventInfo(cpu.vmx.read(Field::VM_ENTRY_INTR_INFO_FIELD) as u32);
     let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
     let nmis_blocked = blocking & BLOCKING_BY_NMI != 0;
     let blocked = nmis_blocked && !pin.contains(PinControls::VIRTUAL_NMIS);
     // What comes before an NMI takes L3 to L2 by itself, and L2 then takes the NMI: a step, the timer, the NMI window.
-    let steps = wants(PrimaryControls::MONITOR_TRAP_FLAG) || event.is(EventKind::Other);
+    let steps = steps(primary12) || event.is(EventKind::Other);
     let timer = pin.contains(PinControls::PREEMPTION_TIMER) && cpu.vmx.read(Field::VMX_PREEMPTION_TIMER_VALUE) == 0;
-    let window = wants(PrimaryControls::NMI_WINDOW_EXITING) && !nmis_blocked && !event.is(EventKind::Nmi);
-    let possible = cpu.config.hardware.primary.settable().contains(PrimaryControls::MONITOR_TRAP_FLAG);
-    if cpu.events.stops_l3 || blocked || steps || timer || window || !possible {
+    let window = PrimaryControls::from_bits_retain(primary12).contains(PrimaryControls::NMI_WINDOW_EXITING)
+        && !nmis_blocked
+        && !event.is(EventKind::Nmi);
+    if cpu.events.stops_l3 || blocked || steps || timer || window || !can_stop_l3(cpu) {
         return;
     }
     cpu.events.stops_l3 = true;
@@ -216,13 +233,18 @@ fn stop_l3(cpu: &mut Cpu, pin: PinControls) {
     }
 }
 
-/// An exit of L3 by the monitor trap flag: if nvmx asked for it, L2 gets the NMI. Says whether it did.
+/// An exit of L3 by the monitor trap flag: if nvmx asked for it, L2 gets the INIT, else the NMI. Says whether it did.
 #[cold]
 pub fn stopped_l3(cpu: &mut Cpu, index: usize) -> Result<bool, KillReason> {
     if !core::mem::take(&mut cpu.events.stops_l3) {
         return Ok(false);
     }
     set_controls(cpu, PinControls::empty(), PrimaryControls::MONITOR_TRAP_FLAG, false);
+    if cpu.waiting.contains(Waiting::INIT) {
+        cpu.waiting -= Waiting::INIT;
+        reflect::reflect(cpu, index, Some((ExitReason::exit(BasicReason::INIT_SIGNAL), 0)))?;
+        return Ok(true);
+    }
     cpu.waiting -= Waiting::NMI;
     let nmi = EventInfo::new(EventKind::Nmi, vector::NMI).0 as u64;
     // Exit information is where L2 reads it: not every processor that traps its accesses can VMWRITE it.

@@ -1,10 +1,10 @@
 //! One [`Cpu`] out of its own share of frames: VMX operation, VMCSs, slots, bitmaps, EPT tables.
 
 use super::tracked::Tracked;
-use super::{Config, Cpu, Waiting, host, probe, vmcs01};
+use super::{Config, Cpu, Startup, Waiting, host, probe, vmcs01};
 use crate::addr::{Gpa, Hpa};
 use crate::boot::Machine;
-use crate::boot::options::Vmcs as VmcsOption;
+use crate::boot::options::{Counters, Vmcs as VmcsOption};
 use crate::boot::requirements::KVM;
 use crate::emul::cr::Cr4;
 use crate::emul::msr::{self, FEATURE_LOCK, FEATURE_VMX};
@@ -35,6 +35,7 @@ pub struct Common {
     strategy: Strategy,
     vmcs: VmcsOption,
     ept02_budget: u32,
+    user_counters: bool,
     on_kvm: bool,
     mtrrs: Mtrrs,
     own: Span,
@@ -53,6 +54,7 @@ impl Common {
             strategy: machine.strategy,
             vmcs: machine.options.vmcs,
             ept02_budget: machine.options.ept02.unwrap_or(EPT02_BUDGET),
+            user_counters: machine.options.counters == Counters::All,
             on_kvm: machine.processor.l0 == KVM,
             mtrrs: machine.mtrrs.clone(),
             own: machine.own,
@@ -130,8 +132,16 @@ impl Common {
             guest: self.guest,
             waiting: Waiting::empty(),
             events: Default::default(),
-            started_at: None,
-            config: Config { hardware, offered, strategy: self.strategy, layout, exists, mtrrs: self.mtrrs.clone() },
+            start: Startup::Done,
+            config: Config {
+                hardware,
+                offered,
+                strategy: self.strategy,
+                user_counters: self.user_counters,
+                layout,
+                exists,
+                mtrrs: self.mtrrs.clone(),
+            },
         })
     }
 

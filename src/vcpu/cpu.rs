@@ -33,6 +33,17 @@ bitflags! {
     }
 }
 
+/// L2's processor on its way from an INIT to its first instruction.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Startup {
+    /// It runs, or waits for a start-up message in the state after an INIT.
+    Done,
+    /// It waits for a start-up message; vmcs01 is not in the state after an INIT yet.
+    Waiting,
+    /// The message came; L2 has not been entered since.
+    Entering,
+}
+
 /// What is decided at start and never changes.
 pub struct Config {
     /// The processor.
@@ -41,6 +52,8 @@ pub struct Config {
     pub offered: Capabilities,
     /// How L2's VMREAD and VMWRITE reach vmcs12.
     pub strategy: Strategy,
+    /// Programs of L2 may read the counters.
+    pub user_counters: bool,
     /// Where fields lie in memory, under the in-memory strategy.
     pub layout: Option<Layout>,
     /// Fields that the processor has.
@@ -91,8 +104,8 @@ pub struct Cpu {
     pub guest: GuestMemory<DirectMap>,
     /// Events that nvmx holds back.
     pub waiting: Waiting,
-    /// Hardware exits at the SIPI that started L2 here.
-    pub started_at: Option<u64>,
+    /// Where L2 is on its way from an INIT to its first instruction.
+    pub start: Startup,
     /// What nvmx has changed in vmcs02 for events of its own.
     pub events: Events,
 }

@@ -58,7 +58,7 @@ fn dispatch(cpu: &mut Cpu, reason: ExitReason) -> Result<Next, Stop> {
             cache::write_back();
             Ok(Next::Advance)
         }
-        // SMX is not offered and CR4.SMXE stays 0, so GETSEC is an invalid opcode.
+        // SMX is not offered; CR4.SMXE, which L2 may set as IA32_VMX_CR4_FIXED1 says, changes nothing about that.
         BasicReason::GETSEC => Err(Fault::InvalidOpcode.into()),
         BasicReason::EPT_VIOLATION => memory_missing(cpu),
         // Only while nvmx has an NMI for L2.

@@ -15,5 +15,5 @@ mod start;
 pub mod tracked;
 pub mod vmcs01;
 
-pub use cpu::{Config, Cpu, Next, Stop, Waiting};
+pub use cpu::{Config, Cpu, Next, Startup, Stop, Waiting};
 pub use start::{Decided, start};

@@ -15,9 +15,7 @@ pub fn run(cpu: &mut Cpu) -> KillReason {
     cpu.regs.start_clock();
     loop {
         if !cpu.waiting.is_empty() {
-            if let Err(reason) = events::deliver(cpu) {
-                return reason;
-            }
+            events::deliver(cpu);
         }
         let nested = matches!(cpu.nested.operation, Operation::NonRoot { .. });
         let launch = if nested { l3_exit::needs_launch(cpu) } else { !cpu.launched01 };

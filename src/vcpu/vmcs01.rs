@@ -1,6 +1,6 @@
 //! vmcs01: it runs L2, as thinly as VMX allows.
 //!
-//! Intercepts beyond the unconditional ones: some MSRs (emul::msr, tracked), CR4.VMXE and CR4.SMXE, CR0.NE, and CR0.PE and
+//! Intercepts beyond the unconditional ones: some MSRs (emul::msr, tracked), CR4.VMXE, CR0.NE, and CR0.PE and
 //! CR0.PG while L2 is in VMX operation. Interrupts, ports, devices, timers and exceptions are L2's own.
 //! Source: SDM vol. 3C, "VM-Execution Control Fields", "VM-Exit Control Fields", "VM-Entry Control Fields".
 
@@ -94,7 +94,7 @@ pub fn own_control_bits(cpu: &mut Cpu, vmx_operation: bool) {
         // VMXON was refused unless they are set.
         cpu.vmx.write(Field::CR0_READ_SHADOW, (Cr0::NE | Cr0::PE | Cr0::PG).bits());
     }
-    cpu.vmx.write(Field::CR4_GUEST_HOST_MASK, (Cr4::VMXE | Cr4::SMXE).bits());
+    cpu.vmx.write(Field::CR4_GUEST_HOST_MASK, Cr4::VMXE.bits());
     if cpu.config.strategy == Strategy::ZeroCopy {
         let shadowing = if vmx_operation { SecondaryControls::VMCS_SHADOWING } else { SecondaryControls::empty() };
         let controls = secondary(&cpu.config.hardware) | shadowing;

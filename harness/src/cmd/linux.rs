@@ -30,7 +30,7 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let limit = args.l0.timeout.unwrap_or(LONG);
     let mut bare = linux.bare(&session, NAME, &job, &session.machine)?;
     bare.timeout = limit;
-    let nested = session.under_nvmx(&bare, format!("{NAME}-nvmx"), &session.options(args.fields));
+    let nested = session.under_nvmx(&bare, format!("{NAME}-nvmx"), &session.options_with_counters(args.fields));
     let peer = if args.l1 == L1::Kvm { Some(session.kvm_in_place(&args.l0)?) } else { None };
     let heading = |text: &str| ui.line(&ui.paint(text, Style::new().bold()));
     heading(&format!("L0 | {}", stack::banner_line(&session.l0(), None)));

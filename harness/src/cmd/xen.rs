@@ -29,7 +29,7 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let xen = session.xen()?;
     let bare = xen.bare(&session, NAME, &job, &session.machine)?;
     let bare = Spec { timeout: args.l0.timeout.unwrap_or(LONG), ..bare };
-    let nested = session.under_nvmx(&bare, format!("{NAME}-nvmx"), &session.options(args.fields));
+    let nested = session.under_nvmx(&bare, format!("{NAME}-nvmx"), &session.options_with_counters(args.fields));
     let heading = |text: &str| ui.line(&ui.paint(text, Style::new().bold()));
     heading(&format!("L0 | {}", stack::banner_line(&session.l0(), None)));
     let (alone, under) = both(&session, [&bare, &nested], "Linux in Xen alone, and under nvmx")?;

@@ -99,7 +99,7 @@ fn add_boots(
     let mut machine = session.machine.clone();
     change(&mut machine);
     let bare = Spec { timeout: LONG, ..linux.bare(session, name, job, &machine)? };
-    let nested = session.under_nvmx(&bare, format!("{name}-nvmx"), &session.options(Fields::Auto));
+    let nested = session.under_nvmx(&bare, format!("{name}-nvmx"), &session.options_with_counters(Fields::Auto));
     [bare, nested].into_iter().for_each(|spec| drop(suite.boots.insert(spec.name.clone(), Ok(spec))));
     Ok(())
 }

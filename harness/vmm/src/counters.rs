@@ -1,5 +1,5 @@
-//! What nvmx counted, if it is below this Linux: its counters are CPUID leaves, which any program may read, each CPU's on that
-//! CPU.
+//! What nvmx counted, if it is below this Linux: its counters are CPUID leaves, which programs may read with `counters=all`
+//! on nvmx's command line, each CPU's on that CPU.
 
 use l2_protocol::abi::{
     Counter, EXITS_OF_L2, EXITS_OF_L3, FRAMES_FREE, LEAF_COUNTERS, LEAF_SIGNATURE, REASONS, SIGNATURE, SNAPSHOT,
