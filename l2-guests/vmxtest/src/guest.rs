@@ -16,7 +16,7 @@ use l2_kit::{
 pub type Program = extern "C" fn(u64) -> u64;
 
 /// RAX of the VMCALL that ends a program.
-const DONE: u64 = 0xD0E;
+pub const DONE: u64 = 0xD0E;
 
 global_asm!(
     ".pushsection .text.vmxtest_done, \"ax\"",

@@ -7,6 +7,7 @@
 #![no_main]
 
 mod apic;
+mod areas;
 mod bitmaps;
 mod entries;
 mod ept;
@@ -32,6 +33,7 @@ mod registers;
 mod shadow;
 mod state;
 mod traps;
+mod unrestricted;
 mod ve;
 mod vmxon;
 mod windows;
@@ -66,6 +68,8 @@ const PARTS: &[(&str, Part)] = &[
     ("registers", Instructions(|_| registers::all())),
     ("entries", Guests(entries::all)),
     ("failures", Guests(failures::all)),
+    ("areas", Guests(areas::all)),
+    ("unrestricted", Guests(unrestricted::all)),
     ("memory", Guests(memory::all)),
     ("injection", Guests(injection::all)),
     ("windows", Guests(windows::all)),

@@ -4,7 +4,7 @@
 use crate::guest::{Exit, Guest, Program};
 use core::arch::global_asm;
 use l2_kit::{
-    Check, fields as f,
+    Check, caps, cpu, fields as f,
     protocol::Hex,
     serial::Serial,
     setup::{self, Controls, Kind, Missing, exit_controls, pin, primary, secondary},
@@ -69,6 +69,7 @@ pub fn all() -> Result<(), Missing> {
     exceptions(&mut guest);
     trap_flag(&mut guest);
     timer(&mut guest);
+    timer_over_exits(&mut guest);
     Ok(())
 }
 
@@ -146,6 +147,38 @@ extern "C" fn count(steps: u64) -> u64 {
         core::hint::spin_loop();
     }
     5
+}
+
+extern "C" fn read_capability(_: u64) -> u64 {
+    loop {
+        cpu::rdmsr(0x480);
+    }
+}
+
+/// What the hypervisor below does meanwhile is time of the guest: it cannot stretch its slice by exits that we do not see.
+fn timer_over_exits(guest: &mut Guest) {
+    if !setup::allowed_one(Kind::Pin, pin::PREEMPTION_TIMER) {
+        return;
+    }
+    /// Of the entry, of one exit and of what follows the last one.
+    const SLACK: u64 = 20_000;
+    let shift = caps::get(setup::VMX_MISC) & 0x1F;
+    let old = vmx::read(f::PIN_CONTROLS);
+    vmx::write(f::PIN_CONTROLS, old | u64::from(pin::PREEMPTION_TIMER));
+    for ticks in [30_000, 100_000, 1_000_000u64] {
+        let value = ticks >> shift;
+        vmx::write(f::PREEMPTION_TIMER, value);
+        let before = cpu::rdtsc();
+        let result = guest.execute(read_capability, 0);
+        let passed = cpu::rdtsc() - before;
+        Check::new(&mut Serial, format_args!("preemption timer of {ticks} over exits of the hypervisor below"))
+            .expect("result", result, Exit::Reason(r::PREEMPTION_TIMER, 0))
+            .expect("early", passed < value.saturating_sub(1) << shift, false)
+            .expect("late", passed > ticks + SLACK, false)
+            .end();
+    }
+    vmx::write(f::PREEMPTION_TIMER, 0);
+    vmx::write(f::PIN_CONTROLS, old);
 }
 
 /// With 0 the guest does not move; with much time it comes to its end, and the time left is saved.

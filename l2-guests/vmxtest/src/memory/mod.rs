@@ -2,6 +2,7 @@
 //! do (SDM "The Extended Page Table Mechanism", "Exit Qualification for EPT Violations").
 
 mod misconfigured;
+mod remapped;
 
 use crate::guest::{Exit, Guest};
 use core::ptr;
@@ -86,6 +87,7 @@ pub fn all() -> Result<(), Missing> {
     upgrades(&mut guest, ept, &pages);
     switching(&mut guest, ept, &pages);
     sizes(&mut guest, ept, &pages);
+    remapped::all(&mut guest, ept, &pages);
     Ok(())
 }
 
