@@ -36,6 +36,8 @@ const INJECTION: [Field; 3] =
 pub struct Events {
     /// The next exit of L3 by the monitor trap flag is nvmx's own.
     stops_l3: bool,
+    /// The activity state that L3 keeps in such an exit: a processor may say that it woke up.
+    activity: Option<u64>,
     /// The slot in whose vmcs02 nvmx has changed controls.
     altered: Option<usize>,
     /// The slot whose vmcs02 has an event of nvmx's in it, and what L2 had there.
@@ -150,7 +152,7 @@ fn stop_l3_for_init(cpu: &mut Cpu, index: usize) {
     let event = EventInfo(cpu.vmx.read(Field::VM_ENTRY_INTR_INFO_FIELD) as u32);
     let primary12 = cpu.nested.slots[index].vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32;
     if !event.is_valid() {
-        inject(cpu, EventInfo::new(EventKind::Other, 0), None, None);
+        stop_at_once(cpu);
     } else if !event.is(EventKind::Other) && !steps(primary12) {
         set_controls(cpu, PinControls::empty(), PrimaryControls::MONITOR_TRAP_FLAG, true);
     }
@@ -169,6 +171,7 @@ fn steps(primary12: u32) -> bool {
 /// L2 runs again: the fields of vmcs02 that nvmx used have L2's values again.
 fn give_back(cpu: &mut Cpu) {
     cpu.events.stops_l3 = false;
+    cpu.events.activity = None;
     if let Some(index) = cpu.events.altered.take() {
         cpu.nested.slots[index].write_controls_anew();
     }
@@ -229,8 +232,14 @@ fn stop_l3(cpu: &mut Cpu, pin: PinControls) {
     if event.is_valid() || blocking & BLOCKING_BY_STI_OR_MOV_SS != 0 {
         set_controls(cpu, PinControls::empty(), PrimaryControls::MONITOR_TRAP_FLAG, true);
     } else {
-        inject(cpu, EventInfo::new(EventKind::Other, 0), None, None);
+        stop_at_once(cpu);
     }
+}
+
+/// L3 exits before it executes anything.
+fn stop_at_once(cpu: &mut Cpu) {
+    cpu.events.activity = Some(cpu.vmx.read(Field::GUEST_ACTIVITY_STATE));
+    inject(cpu, EventInfo::new(EventKind::Other, 0), None, None);
 }
 
 /// An exit of L3 by the monitor trap flag: if nvmx asked for it, L2 gets the INIT, else the NMI. Says whether it did.
@@ -240,6 +249,9 @@ pub fn stopped_l3(cpu: &mut Cpu, index: usize) -> Result<bool, KillReason> {
         return Ok(false);
     }
     set_controls(cpu, PinControls::empty(), PrimaryControls::MONITOR_TRAP_FLAG, false);
+    if let Some(activity) = cpu.events.activity.take() {
+        cpu.vmx.write(Field::GUEST_ACTIVITY_STATE, activity);
+    }
     if cpu.waiting.contains(Waiting::INIT) {
         cpu.waiting -= Waiting::INIT;
         reflect::reflect(cpu, index, Some((ExitReason::exit(BasicReason::INIT_SIGNAL), 0)))?;

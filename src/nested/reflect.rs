@@ -16,8 +16,8 @@ use crate::error::KillReason;
 use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::linear::{fetch_pdptes, pdptes_are_valid};
 use crate::mm::{GuestMemory, PhysMem};
-use crate::vcpu::Cpu;
 use crate::vcpu::tracked::{HostMsrs, Tracked};
+use crate::vcpu::{Config, Cpu};
 use crate::vmx::Field;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, SecondaryControls};
 use crate::vmx::event::{EventInfo, EventKind};
@@ -69,14 +69,24 @@ pub fn reflect(cpu: &mut Cpu, index: usize, info: Option<Info>) -> Result<(), Ki
         vmx.write(Field::VMX_PREEMPTION_TIMER_VALUE, slot.timer.set());
     }
     let nmi_blocked = nmi_blocked(vmx, pin, info);
-    let stored = slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_COUNT);
-    if stored != 0 {
-        let own = |index| msr::answer(&cpu.config.offered, cpu.feature_control, index);
-        MsrLists::store(vmx, own, &cpu.guest, slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_ADDR), stored)?;
+    if slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_COUNT) != 0 {
+        store_msrs(vmx, slot, &cpu.config, cpu.feature_control, &cpu.guest)?;
     }
     slot.inherited.leave_l3(vmx, &mut slot.vmcs12);
     slot.vmcs12.launched = true;
     leave_vmcs02(cpu, index, nmi_blocked, info)
+}
+
+#[cold]
+fn store_msrs(
+    vmx: &mut Vmx,
+    slot: &Slot,
+    config: &Config,
+    feature_control: u64,
+    guest: &GuestMemory<impl PhysMem>,
+) -> Result<(), KillReason> {
+    let [at, count] = [Field::VM_EXIT_MSR_STORE_ADDR, Field::VM_EXIT_MSR_STORE_COUNT].map(|f| slot.vmcs12.get(f));
+    MsrLists::store(vmx, |index| msr::answer(&config.offered, feature_control, index), guest, at, count)
 }
 
 /// Takes L2 out of an entry that failed late: no guest state is saved, NMIs are blocked as before. vmcs02 is current.

@@ -14,6 +14,8 @@ use l2_kit::{
 
 /// Basic exit reason INIT signal.
 const INIT_SIGNAL: u64 = 3;
+/// Turns between two start-up messages behind an INIT: 10 us at 100 MHz are 1,000 instructions.
+const HASTE: u32 = 300;
 
 /// Starts all CPUs; whether all came.
 pub fn start(ids: &[u32]) -> bool {
@@ -57,9 +59,16 @@ pub fn again(ids: &[u32]) {
         smp::pause(1000);
         start_one("again from halt", index, *id);
         smp::clear_notes();
+        smp::spin_at_offset_0(*id);
+        start_one("again from a loop at offset 0", index, *id);
+        Check::new(&mut Serial, "start in haste")
+            .fact("cpu", index)
+            .expect("came", smp::start_in_haste(index, *id, HASTE), true)
+            .end();
     }
     if identity::Slot::find() == identity::Slot::Nvmx {
         blocked(ids);
+        behind_the_entry(ids);
     }
     let own = cpu::rdmsr(0x1B) >> 8 & 1;
     smp::run_on_all(cpus(), |index| smp::note(index, 0, cpu::rdmsr(0x1B) >> 8 & 1));
@@ -125,6 +134,108 @@ fn blocked(ids: &[u32]) {
     }
     if !smp::start(index, id) {
         report::fail(format_args!("the CPU that an INIT reset after VMXOFF does not start"));
+    }
+    smp::clear_notes();
+}
+
+/// How L3 is entered while an INIT waits, and whether the entry fails first.
+struct Entry {
+    name: &'static str,
+    fields: &'static [(u32, u64)],
+    area: Option<(u32, u64)>,
+    fails: Option<u64>,
+}
+
+const VALID: u64 = 1 << 31;
+const INTERRUPT: u64 = VALID | 0x60;
+const PENDING_TRAP_FLAG: u64 = VALID | 7 << 8;
+const PLAIN: Entry = Entry { name: "nothing", fields: &[], area: None, fails: None };
+
+const ENTRIES: [Entry; 8] = [
+    PLAIN,
+    Entry {
+        name: "an interrupt",
+        fields: &[(f::ENTRY_INTERRUPTION_INFO, INTERRUPT), (f::GUEST_RFLAGS, 0x202)],
+        ..PLAIN
+    },
+    Entry { name: "a pending trap flag", fields: &[(f::ENTRY_INTERRUPTION_INFO, PENDING_TRAP_FLAG)], ..PLAIN },
+    Entry { name: "a halted guest", fields: &[(f::GUEST_ACTIVITY, 1)], ..PLAIN },
+    Entry { name: "blocking by MOV SS", fields: &[(f::GUEST_INTERRUPTIBILITY, 2)], ..PLAIN },
+    Entry { name: "an MSR area", area: Some((cpu::LSTAR, 0x1234)), ..PLAIN },
+    Entry { name: "an MSR area that fails", area: Some((cpu::FS_BASE, 0)), fails: Some(FAILED | 34), ..PLAIN },
+    Entry { name: "bad guest state", fields: &[(f::GUEST_RFLAGS, 0)], fails: Some(FAILED | 33), ..PLAIN },
+];
+const FAILED: u64 = 1 << 31;
+
+/// An INIT that waits for an entry is taken behind it: state is checked and loaded, and the event delivered; an entry that
+/// fails leaves it waiting (SDM "Overview of VM-Entry Operation", the order of steps, "Event Injection").
+fn behind_the_entry(ids: &[u32]) {
+    /// Words of the CPU: which entry it is at; the number of the first that went wrong, and where.
+    const AT: usize = 8;
+    const WRONG: usize = 9;
+    let (index, id) = (1, ids[1]);
+    smp::give(index, |index| {
+        guest::enter_vmx();
+        let guest = guest::Guest::make(index, 1, Controls::default());
+        let area = core::ptr::from_mut(pages::page()).cast::<u64>();
+        vmx::write(f::ENTRY_MSR_LOAD_ADDR, area as u64);
+        for (number, entry) in (1..).zip(&ENTRIES) {
+            guest.start(guest::read_memory, pages::address(pages::page()), false);
+            let began = [f::GUEST_RIP, f::GUEST_RSP].map(vmx::read);
+            entry.fields.iter().for_each(|(field, value)| vmx::write(*field, *value));
+            if let Some((msr, value)) = entry.area {
+                // SAFETY: a page of ours.
+                unsafe { (area.write_volatile(msr.into()), area.add(1).write_volatile(value)) };
+                vmx::write(f::ENTRY_MSR_LOAD_COUNT, 1);
+            }
+            smp::note(index, AT, number);
+            smp::until(u32::MAX, || smp::noted(0, AT) == number);
+            let before = cpu::rdmsr(cpu::LSTAR);
+            let mut right = true;
+            if let Some(reason) = entry.fails {
+                guest.run();
+                right &= vmx::read(f::EXIT_REASON) == reason;
+                vmx::write(f::ENTRY_MSR_LOAD_COUNT, 0);
+                vmx::write(f::GUEST_RFLAGS, 2);
+            }
+            guest.run();
+            right &= vmx::read(f::EXIT_REASON) == INIT_SIGNAL && vmx::read(f::EXIT_QUALIFICATION) == 0;
+            right &= (vmx::read(f::ENTRY_INTERRUPTION_INFO) | vmx::read(f::IDT_VECTORING_INFO)) & VALID == 0;
+            right &= vmx::read(f::EXIT_INTERRUPTION_INFO) & VALID == 0;
+            let now = [f::GUEST_RIP, f::GUEST_RSP].map(vmx::read);
+            // An interrupt pushed five words on the aligned stack, and the guest is at its handler.
+            let delivered = now[0] != began[0] && now[1] == (began[1] & !15) - 40;
+            right &= if entry.name == "an interrupt" { delivered } else { now == began };
+            let loaded = entry.area.filter(|_| entry.fails.is_none()).map_or(before, |(_, value)| value);
+            right &= cpu::rdmsr(cpu::LSTAR) == loaded;
+            right &= vmx::read(f::GUEST_ACTIVITY) == u64::from(entry.name == "a halted guest");
+            if !right && smp::noted(index, WRONG) == 0 {
+                smp::note(index, WRONG, number);
+                smp::note(index, WRONG + 1, vmx::read(f::EXIT_REASON));
+                smp::note(index, WRONG + 2, now[0]);
+            }
+            cpu::wrmsr(cpu::LSTAR, 0);
+            vmx::write(f::ENTRY_MSR_LOAD_COUNT, 0);
+        }
+        vmx::vmxoff();
+        smp::note(index, AT, u64::MAX);
+    });
+    for number in 1..=ENTRIES.len() as u64 {
+        smp::until(u32::MAX, || smp::noted(index, AT) == number);
+        apic::send(id, apic::message::INIT);
+        smp::pause(10_000);
+        smp::note(0, AT, number);
+    }
+    smp::until(u32::MAX, || smp::noted(index, AT) == u64::MAX);
+    smp::wait(index);
+    let wrong = smp::noted(index, WRONG);
+    if let Some(entry) = ENTRIES.get((wrong as usize).wrapping_sub(1)) {
+        report::fail(format_args!(
+            "an INIT that waits for an entry with {}: reason {:#x}, RIP {:#x}",
+            entry.name,
+            smp::noted(index, WRONG + 1),
+            smp::noted(index, WRONG + 2)
+        ));
     }
     smp::clear_notes();
 }

@@ -21,6 +21,7 @@ mod guest;
 mod injection;
 mod inner;
 mod instructions;
+mod leaves;
 mod memory;
 mod modes;
 mod msrs;
@@ -66,6 +67,7 @@ const PARTS: &[(&str, Part)] = &[
     ("instructions", Instructions(instructions::all)),
     ("operands", Instructions(|_| operands::all())),
     ("registers", Instructions(|_| registers::all())),
+    ("leaves", Instructions(|_| leaves::all())),
     ("entries", Guests(entries::all)),
     ("failures", Guests(failures::all)),
     ("areas", Guests(areas::all)),

@@ -90,6 +90,32 @@ pub fn start(index: usize, apic_id: u32) -> bool {
     })
 }
 
+/// Sends INIT and two start-up messages, one right behind it and one `turns` of a loop later; whether the CPU came. The first
+/// one may find a CPU that has not taken the INIT yet.
+pub fn start_in_haste(index: usize, apic_id: u32, turns: u32) -> bool {
+    lay_out(index);
+    let before = STARTS[index].load(Ordering::Acquire);
+    JOBS[index].store(0, Ordering::Release);
+    let startup = apic::message::startup((PAGE >> 12) as u8);
+    apic::send(apic_id, apic::message::INIT);
+    apic::send(apic_id, startup);
+    pause(turns);
+    apic::send(apic_id, startup);
+    until(1_000_000, || STARTS[index].load(Ordering::Acquire) > before)
+}
+
+/// Lets a CPU begin in a loop that is its first instruction, at offset 0 of a page.
+pub fn spin_at_offset_0(apic_id: u32) {
+    const JMP_SELF: [u8; 2] = [0xEB, 0xFE];
+    let page = PAGE + 0x1000;
+    // SAFETY: conventional memory that nothing of ours uses.
+    unsafe { (page as *mut [u8; 2]).write_volatile(JMP_SELF) };
+    apic::send(apic_id, apic::message::INIT);
+    pause(10_000);
+    apic::send(apic_id, apic::message::startup((page >> 12) as u8));
+    pause(10_000);
+}
+
 /// The page that a CPU begins in, for CPU `index`.
 fn lay_out(index: usize) {
     let begin = &raw const kit_ap_begin;
