@@ -4,7 +4,7 @@ mod core_support;
 
 use core_support::Vmcs;
 use nvmx::error::Fault;
-use nvmx::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand};
+use nvmx::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, behind};
 use nvmx::vmx::segment::Segment;
 use nvmx::vmx::{Field, Fields};
 use proptest::option;
@@ -152,7 +152,7 @@ proptest! {
             _ => 0,
         };
         let first = (u128::from(base) + u128::from(operand.offset(&gprs))) % (1 << 64);
-        let good = canonical(first) && canonical(first + u128::from(bytes) - 1);
+        let good = canonical(first) && canonical((first + u128::from(bytes) - 1) % (1 << 64));
         let expected = if good { Ok(first as u64) } else { Err(fault(operand.segment)) };
         let mode = CpuMode::Long64 { linear_width: 48 };
         let actual = operand.memory(bytes, direction).linear_address(mode, |r| gprs[usize::from(r)], &state);
@@ -178,10 +178,10 @@ proptest! {
 
         let first = operand.offset(&gprs);
         let linear = (base + first) % (1 << 32);
-        let wraps = linear + u64::from(bytes) > 1 << 32;
+        let flat = base == 0 && limit == 0xFFFF_FFFF && !(4..8).contains(&kind);
         let expected = if !unusable && !permitted(kind, direction) {
             Err(Fault::GeneralProtection(0)) // even for the stack segment
-        } else if unusable || !inside(first, bytes, limit, kind, big) || wraps {
+        } else if unusable || !inside(first, bytes, limit, kind, big) && !flat {
             Err(fault(operand.segment))
         } else {
             Ok(linear)
@@ -202,7 +202,7 @@ fn limits_hold_to_the_byte() {
     };
     // Read/write data: the last byte is at the limit.
     assert!(at(0xFF8, 0xFFF, 3, true) && !at(0xFF9, 0xFFF, 3, true));
-    assert!(at(0xFFFF_FFF8, 0xFFFF_FFFF, 3, true) && !at(0xFFFF_FFF9, 0xFFFF_FFFF, 3, true));
+    assert!(at(0xFFFF_FFF7, 0xFFFF_FFFE, 3, true) && !at(0xFFFF_FFF8, 0xFFFF_FFFE, 3, true));
     // Expand-down: the first byte is above the limit, the last within 16 or 32 bits.
     assert!(at(0x1000, 0xFFF, 7, true) && !at(0xFFF, 0xFFF, 7, true));
     assert!(at(0xFFF8, 0xFFF, 7, false) && !at(0xFFF9, 0xFFF, 7, false) && at(0xFFF9, 0xFFF, 7, true));
@@ -238,7 +238,7 @@ fn linear_width_of_57_bits_widens_what_is_canonical() {
     assert!(!at(1 << 47, 48) && at(1 << 47, 57));
     assert!(!at(1 << 56, 57) && at(0xFF00_0000_0000_0000, 57));
     assert!(!at((1 << 47) - 7, 48) && at((1 << 47) - 8, 48));
-    assert!(!at(u64::MAX - 6, 48) && at(u64::MAX - 7, 48));
+    assert!(at(u64::MAX - 6, 48), "the lower half follows the upper one");
 }
 
 #[test]
@@ -262,6 +262,18 @@ fn no_more_fields_are_read_than_the_mode_needs() {
         };
         assert_eq!(seen.borrow().as_slice(), expected);
     }
+}
+
+#[test]
+fn instruction_pointers_have_32_bits_outside_of_64_bit_mode() {
+    for rip in [0, 0xFFF0, 0xFFFE, 0x7FFF_FFFE, 0xFFFF_FFF0, 0xFFFF_FFFE, 0xFFFF_FFFF] {
+        for length in 1..=15 {
+            assert_eq!(behind(rip, length, || false), (rip + length) % (1 << 32), "{rip:#x} {length}");
+            assert_eq!(behind(rip, length, || true), rip + length, "{rip:#x} {length}");
+        }
+    }
+    assert_eq!(behind(u64::MAX, 2, || true), 1);
+    assert_eq!(behind(0x7FFF_FFFF_FFFE, 2, || true), 0x8000_0000_0000, "the fetch faults, not the entry");
 }
 
 #[test]

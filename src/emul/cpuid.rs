@@ -4,7 +4,7 @@
 //! write into nvmx's memory. Source: SDM vol. 2A, "CPUID", table "Information Returned by CPUID Instruction".
 
 use crate::hw::cpu::this as this_cpu;
-use crate::vcpu::{Cpu, smp};
+use crate::vcpu::{Cpu, operand, smp};
 use crate::vmx::Field;
 use l2_protocol::abi::{
     Counter, FRAMES_FREE, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_CPUS, LEAF_INTERFACE, LEAF_MAX, LEAF_REFUSAL,
@@ -22,6 +22,8 @@ const LEAF7_EBX_SGX: u32 = 1 << 2;
 const LEAF7_ECX_OSPKE: u32 = 1 << 4;
 const LEAF7_ECX_SGX_LC: u32 = 1 << 30;
 const LEAF_SGX: u32 = 0x12;
+const LEAF_EXTENDED: u32 = 0x8000_0001;
+const LEAF_EXTENDED_EDX_SYSCALL: u32 = 1 << 11;
 const NOTHING: CpuidResult = CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 };
 const CR4_OSXSAVE: u64 = 1 << 18;
 const CR4_PKE: u64 = 1 << 22;
@@ -35,7 +37,12 @@ pub fn emulate(cpu: &mut Cpu) {
     let answer = if HYPERVISOR_LEAVES.contains(&leaf) {
         hypervisor_leaf(cpu, leaf, subleaf)
     } else {
-        as_l2_sees_it(leaf, subleaf, cpuid_count(leaf, subleaf), || cpu.vmx.read(Field::GUEST_CR4))
+        let mut answer = as_l2_sees_it(leaf, subleaf, cpuid_count(leaf, subleaf), || cpu.vmx.read(Field::GUEST_CR4));
+        // The processor tells of SYSCALL in 64-bit mode alone, in which nvmx always is.
+        if leaf == LEAF_EXTENDED && !operand::is_64_bit_code(cpu) {
+            answer.edx &= !LEAF_EXTENDED_EDX_SYSCALL;
+        }
+        answer
     };
     cpu.regs.gpr[0] = answer.eax as u64;
     cpu.regs.gpr[3] = answer.ebx as u64;

@@ -54,7 +54,7 @@ pub fn handle(cpu: &mut Cpu) -> Result<Next, Stop> {
 
 fn register(cpu: &mut Cpu, number: u8) -> u64 {
     let value = operand::gpr(cpu, number);
-    if operand::in_64_bit_mode(cpu) { value } else { value & 0xFFFF_FFFF }
+    if operand::is_64_bit_code(cpu) { value } else { value & 0xFFFF_FFFF }
 }
 
 fn set_cr0(cpu: &mut Cpu, mode: Mode, value: u64) -> Result<(), Fault> {

@@ -49,6 +49,17 @@ pub fn set_cr2(value: u64) {
     unsafe { asm!("mov cr2, {}", in(reg) value, options(nomem, nostack, preserves_flags)) };
 }
 
+/// DR0 to DR3, which are the guest's.
+pub fn breakpoint_addresses() -> [u64; 4] {
+    let (a, b, c, d);
+    // SAFETY: reading has no side effect; DR7.GD of nvmx is 0 after each exit.
+    unsafe {
+        asm!("mov {0}, dr0", "mov {1}, dr1", "mov {2}, dr2", "mov {3}, dr3", out(reg) a, out(reg) b, out(reg) c,
+            out(reg) d, options(nomem, nostack, preserves_flags));
+    }
+    [a, b, c, d]
+}
+
 /// DR0 to DR3 and DR6 as an INIT leaves them; VM entries and exits do not switch these, so they are L2's.
 pub fn reset_debug_registers() {
     const DR6: u64 = 0xFFFF_0FF0;

@@ -190,6 +190,12 @@ impl Paging {
         entry & self.address_mask() & !((1 << shift) - 1)
     }
 
+    /// An operand (at most a page long) as addresses and lengths before and behind the page boundary; a length may be 0.
+    pub fn pieces(&self, linear: u64, bytes: usize) -> [(u64, usize); 2] {
+        let split = split_at_page(linear, bytes);
+        [(linear, split), (self.further(linear, split), bytes - split)]
+    }
+
     /// `bytes` behind `linear`: addresses wrap at 4 GiB outside of IA-32e mode.
     fn further(&self, linear: u64, bytes: usize) -> u64 {
         let sum = linear.wrapping_add(bytes as u64);

@@ -21,7 +21,6 @@ use crate::vmx::Field;
 use crate::vmx::controls::{PinControls, PrimaryControls};
 use crate::vmx::event::{EventInfo, EventKind, Redelivery, vector};
 use crate::vmx::exit::{BasicReason, ExitReason};
-use l2_protocol::abi::Strategy;
 
 const BLOCKING_BY_STI: u64 = 1 << 0;
 const BLOCKING_BY_STI_OR_MOV_SS: u64 = 0b11;
@@ -258,16 +257,7 @@ pub fn stopped_l3(cpu: &mut Cpu, index: usize) -> Result<bool, KillReason> {
         return Ok(true);
     }
     cpu.waiting -= Waiting::NMI;
-    let nmi = EventInfo::new(EventKind::Nmi, vector::NMI).0 as u64;
-    // Exit information is where L2 reads it: not every processor that traps its accesses can VMWRITE it.
-    let zero_copy = cpu.config.strategy == Strategy::ZeroCopy;
-    if zero_copy {
-        cpu.vmx.write(Field::VM_EXIT_INTR_INFO, nmi);
-    }
-    reflect::reflect(cpu, index, Some((ExitReason::exit(BasicReason::EXCEPTION_OR_NMI), 0)))?;
-    if !zero_copy {
-        cpu.nested.slots[index].vmcs12.fetched(Field::VM_EXIT_INTR_INFO, nmi);
-    }
+    reflect::exception(cpu, index, EventInfo::new(EventKind::Nmi, vector::NMI).0, None, 0)?;
     Ok(true)
 }
 

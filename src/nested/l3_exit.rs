@@ -2,14 +2,13 @@
 
 use super::Operation;
 use super::route::{ExitInfo, L2Wants, Route, route};
-use super::{entry, events, reflect, ve, vmfunc};
+use super::{completion, entry, events, reflect, ve, vmfunc};
 use crate::addr::{Gpa, Ngpa};
 use crate::emul::msr;
 use crate::ept::{Outcome, PageLog, Qualification};
 use crate::error::{Fault, KillReason};
 use crate::hw::vmx::Vmx;
 use crate::mm::{GuestMemory, PhysMem};
-use crate::nested::l3_memory::Miss;
 use crate::nested::merge::Duties;
 use crate::nested::shadow;
 use crate::nested::slot::Slot;
@@ -133,9 +132,9 @@ fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReaso
         BasicReason::EXCEPTION_OR_NMI => events::note_nmi(cpu),
         BasicReason::VMREAD => shadow::of_l3(cpu, index, Access::Read)?,
         BasicReason::VMWRITE => shadow::of_l3(cpu, index, Access::Write)?,
-        BasicReason::RDMSR => msr_of_l3(cpu, index, Access::Read, msr::read),
-        BasicReason::WRMSR if cpu.regs.gpr[1] as u32 == msr::IA32_PAT => pat_of_l3(cpu, index),
-        BasicReason::WRMSR => msr_of_l3(cpu, index, Access::Write, msr::write),
+        BasicReason::RDMSR => msr_of_l3(cpu, index, Access::Read, msr::read)?,
+        BasicReason::WRMSR if cpu.regs.gpr[1] as u32 == msr::IA32_PAT => pat_of_l3(cpu, index)?,
+        BasicReason::WRMSR => msr_of_l3(cpu, index, Access::Write, msr::write)?,
         _ => return Err(KillReason::UnexpectedExit(reason.0)),
     }
     goes_on(cpu, index);
@@ -163,45 +162,37 @@ fn timer_goes_on(cpu: &mut Cpu, index: usize) {
 }
 
 /// L3 writes IA32_PAT, which L2 lets it do.
-fn pat_of_l3(cpu: &mut Cpu, index: usize) {
+fn pat_of_l3(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
     let (_, value) = msr::written(cpu);
     if !is_pat(value) {
-        return inject::fault(cpu, Fault::GeneralProtection(0));
+        return completion::refused(cpu, index, Fault::GeneralProtection(0));
     }
     cpu.nested.slots[index].inherited.set_pat(&mut cpu.vmx, value);
-    inject::advance(cpu);
+    completion::completed(cpu, index)
 }
 
 /// An MSR that only nvmx intercepts: L3 sees what L2 would.
-fn msr_of_l3(cpu: &mut Cpu, index: usize, access: Access, emulate: fn(&mut Cpu) -> Result<(), Fault>) {
+fn msr_of_l3(
+    cpu: &mut Cpu,
+    index: usize,
+    access: Access,
+    emulate: fn(&mut Cpu) -> Result<(), Fault>,
+) -> Result<(), KillReason> {
     if !msr::is_emulated(cpu.regs.gpr[1] as u32, access) {
         // L2's bitmap lost the bit while L3 ran. Merged again, it lets the instruction through.
-        return entry::merge_msr_bitmap(cpu, index);
+        entry::merge_msr_bitmap(cpu, index);
+        inject::set_resume_flag(&mut cpu.vmx);
+        return Ok(());
     }
     match emulate(cpu) {
-        Ok(()) => inject::advance(cpu),
-        Err(fault) => inject::fault(cpu, fault),
+        Ok(()) => completion::completed(cpu, index),
+        Err(fault) => completion::refused(cpu, index, fault),
     }
-}
-
-/// ept12 does not serve an operand of an instruction that nvmx was completing: as if the access had been L3's own. Where
-/// this is offered the processor lets exit information be written.
-#[cold]
-pub fn missed(cpu: &mut Cpu, index: usize, miss: Miss) -> Result<(), KillReason> {
-    for (field, value) in [
-        (Field::GUEST_PHYSICAL_ADDRESS, miss.at),
-        (Field::GUEST_LINEAR_ADDRESS, miss.linear),
-        (Field::EXIT_QUALIFICATION, miss.qualification.bits()),
-    ] {
-        cpu.vmx.write(field, value);
-    }
-    cpu.ept02.found_violation(cpu.nested.slots[index].eptp12());
-    violation(cpu, index)
 }
 
 /// An EPT violation of L3: fills ept02, or tells L2.
 #[inline(always)]
-fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
+pub(super) fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
     let slot = &mut cpu.nested.slots[index];
     let at = cpu.vmx.read(Field::GUEST_PHYSICAL_ADDRESS);
     if slot.merged.is_some_and(|m| m.duties.contains(Duties::LOAD_PDPTES)) {

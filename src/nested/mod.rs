@@ -6,6 +6,7 @@
 
 pub mod caps;
 pub mod checks;
+pub mod completion;
 pub mod entry;
 pub mod events;
 pub mod explain;

@@ -89,6 +89,30 @@ fn store_msrs(
     MsrLists::store(vmx, |index| msr::answer(&config.offered, feature_control, index), guest, at, count)
 }
 
+/// Takes L2 out by an exception or NMI that the processor did not exit for, with its interruption information.
+#[cold]
+pub fn exception(
+    cpu: &mut Cpu,
+    index: usize,
+    info: u32,
+    error: Option<u32>,
+    qualification: u64,
+) -> Result<(), KillReason> {
+    let error = error.map(|code| (Field::VM_EXIT_INTR_ERROR_CODE, u64::from(code)));
+    let fields = [Some((Field::VM_EXIT_INTR_INFO, u64::from(info))), error];
+    // Exit information is where L2 reads it: not every processor that traps its accesses can VMWRITE it.
+    let zero_copy = cpu.config.strategy == Strategy::ZeroCopy;
+    if zero_copy {
+        fields.into_iter().flatten().for_each(|(field, value)| cpu.vmx.write(field, value));
+    }
+    reflect(cpu, index, Some((ExitReason::exit(BasicReason::EXCEPTION_OR_NMI), qualification)))?;
+    if !zero_copy {
+        let vmcs12 = &mut cpu.nested.slots[index].vmcs12;
+        fields.into_iter().flatten().for_each(|(field, value)| vmcs12.fetched(field, value));
+    }
+    Ok(())
+}
+
 /// Takes L2 out of an entry that failed late: no guest state is saved, NMIs are blocked as before. vmcs02 is current.
 #[cold]
 pub fn entry_failure(cpu: &mut Cpu, basic: BasicReason, qualification: u64) -> Result<(), KillReason> {

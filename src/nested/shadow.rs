@@ -9,14 +9,15 @@
 //! Exits Conditionally".
 
 use super::caps::REVISION;
-use super::instr::{fields, pointers, require_cpl0};
-use super::l3_exit;
+use super::completion;
+use super::instr::{fields, pointers};
 use super::merge::{self, Duties};
 use super::slot::SHADOW_INDICATOR;
 use super::stale::Stale;
 use super::vmcs12::Vmcs12;
 use crate::addr::{Gpa, PAGE_SIZE};
 use crate::error::{KillReason, VmxResult};
+use crate::vcpu::operand::require_cpl0;
 use crate::vcpu::{Cpu, Next, Stop, inject, operand};
 use crate::vmx::Field;
 use crate::vmx::bitmap::Access;
@@ -92,13 +93,12 @@ pub fn of_l3(cpu: &mut Cpu, index: usize, access: Access) -> Result<(), KillReas
         }
     };
     match result {
-        Ok(Next::Advance) => inject::advance(cpu),
-        Ok(Next::Stay) => {}
-        Err(Stop::Fault(fault)) => inject::fault(cpu, fault),
-        Err(Stop::Miss(miss)) => return l3_exit::missed(cpu, index, miss),
-        Err(Stop::Kill(reason)) => return Err(reason),
+        Ok(Next::Advance) => completion::completed(cpu, index),
+        Ok(Next::Stay) => Ok(()),
+        Err(Stop::Fault(fault)) => completion::refused(cpu, index, fault),
+        Err(Stop::Miss(miss)) => completion::missed(cpu, index, miss),
+        Err(Stop::Kill(reason)) => Err(reason),
     }
-    Ok(())
 }
 
 /// Can the hardware do it? Where VMCSs are reached in memory nvmx does it alone.

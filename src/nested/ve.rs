@@ -15,8 +15,7 @@ use crate::mm::{GuestMemory, PhysMem};
 use crate::vcpu::Cpu;
 use crate::vmx::Field;
 use crate::vmx::event::{EventInfo, EventKind, vector};
-use crate::vmx::exit::{BasicReason, ExitReason};
-use l2_protocol::abi::Strategy;
+use crate::vmx::exit::BasicReason;
 
 /// Offset of the word that is 0 while the area is free.
 const BUSY: u64 = 4;
@@ -79,16 +78,8 @@ pub fn convert(cpu: &mut Cpu, index: usize, qualification: Qualification) -> Res
         return Ok(true);
     }
     let unblocked = qualification.contains(Qualification::NMI_UNBLOCKING);
-    let event = u64::from(event.0 | if unblocked { EventInfo::NMI_UNBLOCKING } else { 0 });
-    // Exit information is where L2 reads it: not every processor that traps its accesses can VMWRITE it.
-    let zero_copy = cpu.config.strategy == Strategy::ZeroCopy;
-    if zero_copy {
-        vmx.write(Field::VM_EXIT_INTR_INFO, event);
-    }
-    reflect::reflect(cpu, index, Some((ExitReason::exit(BasicReason::EXCEPTION_OR_NMI), 0)))?;
-    if !zero_copy {
-        cpu.nested.slots[index].vmcs12.fetched(Field::VM_EXIT_INTR_INFO, event);
-    }
+    let info = event.0 | if unblocked { EventInfo::NMI_UNBLOCKING } else { 0 };
+    reflect::exception(cpu, index, info, None, 0)?;
     Ok(true)
 }
 

@@ -4,12 +4,13 @@
 //! Source: SDM vol. 3C, "VM Functions": "General Operation of the VMFUNC Instruction", "EPTP Switching".
 
 use super::checks::eptp_is_valid;
+use super::completion;
 use super::reflect;
 use super::slot::Slot;
 use crate::addr::Gpa;
 use crate::error::KillReason;
 use crate::mm::{GuestMemory, PhysMem};
-use crate::vcpu::{Cpu, inject};
+use crate::vcpu::Cpu;
 use crate::vmx::controls::EPTP_SWITCHING;
 use crate::vmx::{Capabilities, Field};
 
@@ -31,8 +32,7 @@ pub fn emulate(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
     }
     let activation = cpu.ept02.activate(slot.eptp12(), &cpu.guest, &mut Cpu::tables(&mut cpu.frames, &cpu.phys));
     slot.run_on(&mut cpu.vmx, activation);
-    inject::advance(cpu);
-    Ok(())
+    completion::completed(cpu, index)
 }
 
 /// Entry `number` of L2's EPTP list, read once, if a VM entry would accept it. Memory that L2 does not own reads as all ones,

@@ -5,6 +5,7 @@
 //! "Conventions" of the VMX instruction reference.
 
 use super::Cpu;
+use super::operand::is_64_bit_code;
 use crate::emul::cr::Cr0;
 use crate::error::{Fault, VmxError, VmxResult};
 use crate::hw::cr;
@@ -12,60 +13,75 @@ use crate::hw::vmx::Vmx;
 use crate::nested::events;
 use crate::nested::explain::Refusal;
 use crate::vmx::Field;
-use crate::vmx::event::{EventInfo, EventKind, vector};
+use crate::vmx::debug::PENDING_BS;
+use crate::vmx::event::Exception;
+use crate::vmx::instr::behind;
 
 const RFLAGS_CF: u64 = 1 << 0;
 const RFLAGS_ZF: u64 = 1 << 6;
 const RFLAGS_TF: u64 = 1 << 8;
+const RFLAGS_RF: u64 = 1 << 16;
 /// CF, PF, AF, ZF, SF, OF
 const RFLAGS_ARITHMETIC: u64 = 0x8D5;
 const BLOCKING_BY_STI_OR_MOV_SS: u64 = 0b11;
-const PENDING_BS: u64 = 1 << 14;
 const DEBUGCTL_BTF: u64 = 1 << 1;
 
 /// Moves the guest behind the instruction that exited.
 #[inline(always)]
 pub fn advance(cpu: &mut Cpu) {
+    let (rip, length) = (cpu.vmx.read(Field::GUEST_RIP), cpu.vmx.read(Field::VM_EXIT_INSTRUCTION_LEN));
+    let next = behind(rip, length, || is_64_bit_code(cpu));
     let vmx = &mut cpu.vmx;
-    let rip = vmx.read(Field::GUEST_RIP).wrapping_add(vmx.read(Field::VM_EXIT_INSTRUCTION_LEN));
-    vmx.write(Field::GUEST_RIP, rip);
+    vmx.write(Field::GUEST_RIP, next);
     let blocking = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
     if blocking & BLOCKING_BY_STI_OR_MOV_SS != 0 {
         vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking & !BLOCKING_BY_STI_OR_MOV_SS);
     }
-    // A single step over an instruction that nvmx emulates must still trap.
-    if vmx.read(Field::GUEST_RFLAGS) & RFLAGS_TF != 0 {
-        pend_single_step(vmx);
+    let flags = vmx.read(Field::GUEST_RFLAGS);
+    if flags & (RFLAGS_TF | RFLAGS_RF) != 0 {
+        end_of_instruction(vmx, flags);
     }
 }
 
-/// With IA32_DEBUGCTL.BTF only branches are stepped, and none is emulated. Breakpoints that MOV SS holds back stay pending.
+/// Behind an instruction RF is 0, and a single step over one that nvmx emulates traps. With IA32_DEBUGCTL.BTF only branches
+/// are stepped, and none is emulated.
 #[cold]
-fn pend_single_step(vmx: &mut Vmx) {
-    if vmx.read(Field::GUEST_IA32_DEBUGCTL) & DEBUGCTL_BTF == 0 {
-        let pending = vmx.read(Field::GUEST_PENDING_DBG_EXCEPTIONS);
-        vmx.write(Field::GUEST_PENDING_DBG_EXCEPTIONS, pending | PENDING_BS);
+fn end_of_instruction(vmx: &mut Vmx, flags: u64) {
+    vmx.write(Field::GUEST_RFLAGS, flags & !RFLAGS_RF);
+    if flags & RFLAGS_TF != 0 && vmx.read(Field::GUEST_IA32_DEBUGCTL) & DEBUGCTL_BTF == 0 {
+        pend_debug(vmx, PENDING_BS);
     }
 }
 
-/// Delivers an exception to the guest with the next entry.
+/// Adds to the debug exceptions that wait for the end of the instruction. Those that MOV SS holds back stay pending.
+#[cold]
+pub fn pend_debug(vmx: &mut Vmx, bits: u64) {
+    let pending = vmx.read(Field::GUEST_PENDING_DBG_EXCEPTIONS);
+    vmx.write(Field::GUEST_PENDING_DBG_EXCEPTIONS, pending | bits);
+}
+
+/// The instruction that exited starts again, or its fault is delivered: its breakpoint, which comes before both, does not
+/// fire a second time. An exit by an instruction saves RF as 0 (SDM vol. 3C, "Saving RIP, RSP, RFLAGS, and SSP"; vol. 3B,
+/// "Instruction-Breakpoint Exception Condition").
+#[cold]
+pub fn set_resume_flag(vmx: &mut Vmx) {
+    let flags = vmx.read(Field::GUEST_RFLAGS);
+    vmx.write(Field::GUEST_RFLAGS, flags | RFLAGS_RF);
+}
+
+/// The exception that a fault is in the guest's mode.
+pub fn exception(cpu: &mut Cpu, fault: Fault) -> Exception {
+    Exception::of(fault, cpu.vmx.read(Field::GUEST_CR0) & Cr0::PE.bits() != 0)
+}
+
+/// Delivers an exception to the guest with the next entry, whatever L2 asked for.
 pub fn fault(cpu: &mut Cpu, fault: Fault) {
-    let (vector, error_code) = match fault {
-        Fault::InvalidOpcode => (vector::UD, None),
-        Fault::StackSegment(code) => (vector::SS, Some(code as u32)),
-        Fault::GeneralProtection(code) => (vector::GP, Some(code as u32)),
-        Fault::Page { error_code, linear } => {
-            cr::set_cr2(linear);
-            (vector::PF, Some(error_code))
-        }
-    };
-    let mut info = EventInfo::new(EventKind::HardwareException, vector);
-    // Real mode pushes no error codes.
-    let error_code = error_code.filter(|_| cpu.vmx.read(Field::GUEST_CR0) & Cr0::PE.bits() != 0);
-    if error_code.is_some() {
-        info = info.with_error_code();
+    let Exception { info, error, address } = exception(cpu, fault);
+    if let Some(address) = address {
+        cr::set_cr2(address);
     }
-    events::inject(cpu, info, error_code, None);
+    set_resume_flag(&mut cpu.vmx);
+    events::inject(cpu, info, error, None);
 }
 
 /// Reports the result of a VMX instruction in RFLAGS and, if it failed with a current vmcs12, in its error field.

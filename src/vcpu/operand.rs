@@ -3,21 +3,24 @@
 //!
 //! Source: SDM vol. 3C, tables "Format of the VM-Exit Instruction-Information Field as Used for ...".
 
-use super::{Cpu, Stop};
+use super::{Cpu, Stop, inject};
 use crate::ept::{EptRules, Eptp};
 use crate::error::Fault;
+use crate::hw::cr;
 use crate::hw::phys::DirectMap;
 use crate::mm::linear::Paging;
 use crate::nested::Operation;
 use crate::nested::l3_memory::View;
 use crate::nested::merge::Duties;
 use crate::vmx::Field;
+use crate::vmx::debug;
 use crate::vmx::field::{Fields, PDPTES};
 use crate::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, decode_field_access};
 use crate::vmx::segment::Segment;
 
 const RSP: u8 = 4;
 const EFER_LMA: u64 = 1 << 10;
+const CS_LONG: u64 = 1 << 13;
 
 /// The encoding of the field that VMREAD or VMWRITE names in its register operand: 32 bits of it outside 64-bit mode.
 pub fn field_encoding(cpu: &mut Cpu, info: InstructionInfo) -> u64 {
@@ -25,9 +28,24 @@ pub fn field_encoding(cpu: &mut Cpu, info: InstructionInfo) -> u64 {
     if in_64_bit_mode(cpu) { encoding } else { encoding & 0xFFFF_FFFF }
 }
 
-/// True in IA-32e mode, which is 64-bit mode here: all VMX instructions but VMCALL exit in no other sub-mode of it.
+/// True in IA-32e mode, which is 64-bit mode for a VMX instruction that exits, VMCALL excepted. For all others ask
+/// [`is_64_bit_code`].
 pub fn in_64_bit_mode(cpu: &mut Cpu) -> bool {
     efer(cpu) & EFER_LMA != 0
+}
+
+/// True in 64-bit mode, false in compatibility mode too.
+pub fn is_64_bit_code(cpu: &mut Cpu) -> bool {
+    in_64_bit_mode(cpu) && cpu.vmx.read(Field::GUEST_CS_AR_BYTES) & CS_LONG != 0
+}
+
+/// #GP(0) above CPL 0. The DPL of SS is the CPL.
+#[inline(always)]
+pub fn require_cpl0(cpu: &mut Cpu) -> Result<(), Fault> {
+    match cpu.vmx.read(Field::GUEST_SS_AR_BYTES) >> 5 & 3 {
+        0 => Ok(()),
+        _ => Err(Fault::GeneralProtection(0)),
+    }
 }
 
 /// IA32_EFER of the guest. L2's is known in VMX operation, where paging, and so LMA, stays as it is.
@@ -107,16 +125,36 @@ fn paging(cpu: &mut Cpu) -> Paging {
 /// Reads the guest's memory at a linear address.
 pub fn read(cpu: &mut Cpu, linear: u64, into: &mut [u8]) -> Result<(), Stop> {
     match cpu.nested.operation {
-        Operation::NonRoot { current, .. } => Ok(l3_view(cpu, current).read(linear, into)?),
-        _ => Ok(paging(cpu).read(&cpu.guest, linear, into)?),
+        Operation::NonRoot { current, .. } => l3_view(cpu, current).read(linear, into)?,
+        _ => paging(cpu).read(&cpu.guest, linear, into)?,
     }
+    meet_breakpoints(cpu, linear, into.len(), false);
+    Ok(())
 }
 
 /// Writes the guest's memory at a linear address.
 pub fn write(cpu: &mut Cpu, linear: u64, bytes: &[u8]) -> Result<(), Stop> {
     match cpu.nested.operation {
-        Operation::NonRoot { current, .. } => Ok(l3_view(cpu, current).write(linear, bytes)?),
-        _ => Ok(paging(cpu).write(&cpu.guest, linear, bytes)?),
+        Operation::NonRoot { current, .. } => l3_view(cpu, current).write(linear, bytes)?,
+        _ => paging(cpu).write(&cpu.guest, linear, bytes)?,
+    }
+    meet_breakpoints(cpu, linear, bytes.len(), true);
+    Ok(())
+}
+
+/// Data breakpoints on an operand that was accessed trap behind the instruction, which no longer faults. DR7 is in the VMCS,
+/// the addresses are in the processor.
+fn meet_breakpoints(cpu: &mut Cpu, linear: u64, bytes: usize, write: bool) {
+    let dr7 = cpu.vmx.read(Field::GUEST_DR7);
+    if debug::any_enabled(dr7) {
+        let paging = paging(cpu);
+        let addresses = cr::breakpoint_addresses();
+        let pieces = paging.pieces(linear, bytes);
+        let met = pieces.map(|(at, len)| debug::data_breakpoints(dr7, addresses, at, len as u64, write));
+        let [first, second] = met;
+        if first | second != 0 {
+            inject::pend_debug(&mut cpu.vmx, first | second);
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Source: Intel SDM vol. 3C (December 2024), tables "Format of the VM-Entry Interruption-Information Field", "Format of
 //! the VM-Exit Interruption-Information Field", "Format of the IDT-Vectoring Information Field": one layout for three.
 
+use crate::error::Fault;
 use core::fmt;
 
 /// Interruption type, bits 10:8.
@@ -135,6 +136,56 @@ impl EventInfo {
     }
 }
 
+/// A fault of an instruction as an event.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Exception {
+    /// Interruption information
+    pub info: EventInfo,
+    /// Error code, if one is pushed
+    pub error: Option<u32>,
+    /// What delivery leaves in CR2, and an exit in its qualification
+    pub address: Option<u64>,
+}
+
+impl Exception {
+    /// In protected mode, or in real mode, which pushes no error codes.
+    pub fn of(fault: Fault, protected: bool) -> Self {
+        let (vector, error, address) = match fault {
+            Fault::InvalidOpcode => (vector::UD, None, None),
+            Fault::StackSegment(code) => (vector::SS, Some(u32::from(code)), None),
+            Fault::GeneralProtection(code) => (vector::GP, Some(u32::from(code)), None),
+            Fault::Page { error_code, linear } => (vector::PF, Some(error_code), Some(linear)),
+        };
+        let info = EventInfo::new(EventKind::HardwareException, vector);
+        let error = error.filter(|_| protected);
+        Self { info: if error.is_some() { info.with_error_code() } else { info }, error, address }
+    }
+}
+
+/// What L2 asked for of L3's exceptions.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ExceptionControls {
+    /// Exception bitmap
+    pub bitmap: u32,
+    /// Page-fault error-code mask
+    pub mask: u32,
+    /// Page-fault error-code match
+    pub matches: u32,
+}
+
+impl ExceptionControls {
+    /// Is the exception an exit? (SDM vol. 3C, "Exception Bitmap"; "Other Causes of VM Exits")
+    pub const fn exits(&self, exception: &Exception) -> bool {
+        let vector = exception.info.vector();
+        let listed = self.bitmap >> (vector & 31) & 1 == 1;
+        match exception.error {
+            // Where error code and mask do not match, the bit means the opposite.
+            Some(error) if vector == vector::PF => listed == (error & self.mask == self.matches),
+            _ => listed,
+        }
+    }
+}
+
 /// What injects once more an event whose delivery an exit interrupted (SDM, "Information for VM Exits That Occur During
 /// Event Delivery"; "VM-Entry Controls for Event Injection").
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -167,5 +218,47 @@ impl fmt::Debug for EventInfo {
         }
         let error = if self.has_error_code() { " with error code" } else { "" };
         write!(f, "{:?} {}{error}", self.kind(), self.vector())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn real_mode_pushes_no_error_codes() {
+        let faults = [
+            (Fault::InvalidOpcode, 6, None),
+            (Fault::StackSegment(0), 12, Some(0)),
+            (Fault::GeneralProtection(8), 13, Some(8)),
+            (Fault::Page { error_code: 2, linear: 5 }, 14, Some(2)),
+        ];
+        for (fault, vector, error) in faults {
+            let (protected, real) = (Exception::of(fault, true), Exception::of(fault, false));
+            let code = if error.is_some() { 1 << 11 } else { 0 };
+            assert_eq!((protected.info.0, protected.error), (1 << 31 | 3 << 8 | code | vector, error));
+            assert_eq!((real.info.0, real.error), (1 << 31 | 3 << 8 | vector, None));
+            assert_eq!(protected.address, (vector == 14).then_some(5));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_bitmap_says_which_exceptions_exit_and_for_page_faults_mask_and_match_turn_it_round(
+            bitmap: u32, mask in 0u32..32, matches in 0u32..32, error_code in 0u32..32,
+        ) {
+            let controls = ExceptionControls { bitmap, mask, matches };
+            let bit = |n: u32| bitmap & 1 << n != 0;
+            for (fault, vector) in
+                [(Fault::InvalidOpcode, 6), (Fault::StackSegment(0), 12), (Fault::GeneralProtection(0), 13)]
+            {
+                prop_assert_eq!(controls.exits(&Exception::of(fault, true)), bit(vector));
+            }
+            // SDM: if (PFEC & PFEC_MASK) = PFEC_MATCH, as the bit says; else the other way round.
+            let page = Exception::of(Fault::Page { error_code, linear: 0 }, true);
+            let differs = (0..32).any(|n| mask >> n & 1 & (error_code >> n) != matches >> n & 1);
+            prop_assert_eq!(controls.exits(&page), bit(14) != differs);
+        }
     }
 }

@@ -83,6 +83,15 @@ pub fn decode_field_access(code: &[u8]) -> Option<InstructionInfo> {
     Some(InstructionInfo(REGISTER_OPERAND | value << 3 | field << 28))
 }
 
+/// The address behind an instruction of `length` bytes at `rip`. Outside of 64-bit mode, 16-bit code included, an instruction
+/// pointer has 32 bits: what lies beyond a code segment is found by its limit, at the next fetch. Whether the code is 64-bit
+/// is asked only where it matters.
+#[inline(always)]
+pub fn behind(rip: u64, length: u64, is_64_bit: impl FnOnce() -> bool) -> u64 {
+    let next = rip.wrapping_add(length);
+    if (next ^ rip) >> 32 != 0 && !is_64_bit() { next & 0xFFFF_FFFF } else { next }
+}
+
 /// What the instruction does to its memory operand.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Direction {
@@ -118,7 +127,8 @@ pub struct MemoryOperand {
 }
 
 impl MemoryOperand {
-    /// The linear address of the first byte. All bytes lie at or above it: none wraps around the address space.
+    /// The linear address of the first byte. The others follow it, around the end of the address space where that is
+    /// allowed: at 4 GiB outside of 64-bit mode.
     ///
     /// `state` is asked for base, limit and rights of one segment only, and in 64-bit mode for no more than the base of
     /// FS or GS.
@@ -153,14 +163,12 @@ impl MemoryOperand {
         }
     }
 
-    fn last(&self, first: u64) -> Option<u64> {
-        first.checked_add(u64::from(self.bytes).saturating_sub(1))
+    fn last(&self, first: u64) -> u64 {
+        first.wrapping_add(u64::from(self.bytes).saturating_sub(1))
     }
 
-    /// An operand that wraps around the top of the address space is refused: nothing useful does that, and the code that
-    /// reads the operand need not know of it.
     fn in_64_bit_mode(&self, first: u64, linear_width: u32) -> Option<u64> {
-        let last = self.last(first)?;
+        let last = self.last(first);
         let canonical = |address: u64| match linear_width.checked_sub(1) {
             Some(top @ 0..=63) => matches!((address as i64) >> top, 0 | -1),
             _ => true,
@@ -178,20 +186,19 @@ impl MemoryOperand {
     }
 
     /// At an effective limit of 4 GiB the SDM leaves it to the processor whether an operand that wraps faults; here it
-    /// does.
+    /// does not in a flat segment.
     fn in_protected_mode(&self, first: u64, base: u64, limit: u64, rights: AccessRights) -> Option<u64> {
         if rights.is_unusable() {
             return None;
         }
-        let last = self.last(first)?;
+        let last = self.last(first);
+        let flat = base == 0 && limit == 0xFFFF_FFFF;
         let inside = if rights.is_expand_down() {
             let top = if rights.is_32_bit() { 0xFFFF_FFFF } else { 0xFFFF };
             first > limit && last <= top
         } else {
-            last <= limit
+            last <= limit || flat
         };
-        let linear = base.wrapping_add(first) & 0xFFFF_FFFF;
-        let wraps = self.last(linear)? > 0xFFFF_FFFF;
-        (inside && !wraps).then_some(linear)
+        inside.then_some(base.wrapping_add(first) & 0xFFFF_FFFF)
     }
 }

@@ -3,6 +3,7 @@
 pub mod bitmap;
 pub mod caps;
 pub mod controls;
+pub mod debug;
 pub mod event;
 pub mod exit;
 pub mod field;

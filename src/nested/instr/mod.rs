@@ -12,9 +12,10 @@ pub mod switch;
 use super::Operation;
 use crate::addr::{Gpa, PAGE_SIZE};
 use crate::error::{Fault, VmxResult};
+use crate::vcpu::operand::require_cpl0;
 use crate::vcpu::{Cpu, Next, Stop, inject, operand};
+use crate::vmx::Capabilities;
 use crate::vmx::instr::Direction;
-use crate::vmx::{Capabilities, Field};
 
 /// #UD outside VMX operation, #GP(0) above CPL 0.
 #[inline(always)]
@@ -23,15 +24,6 @@ fn require_root(cpu: &mut Cpu) -> Result<(), Fault> {
         return Err(Fault::InvalidOpcode);
     }
     require_cpl0(cpu)
-}
-
-/// #GP(0) above CPL 0. The DPL of SS is the CPL.
-#[inline(always)]
-pub(super) fn require_cpl0(cpu: &mut Cpu) -> Result<(), Fault> {
-    match cpu.vmx.read(Field::GUEST_SS_AR_BYTES) >> 5 & 3 {
-        0 => Ok(()),
-        _ => Err(Fault::GeneralProtection(0)),
-    }
 }
 
 /// Reports a result in RFLAGS and goes on behind the instruction.

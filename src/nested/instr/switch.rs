@@ -1,7 +1,7 @@
 //! VMXON, VMXOFF and VMCALL of L2.
 
 use super::pointers::{make_current, write_back};
-use super::{done, is_region_address, pointer_operand, require_cpl0, require_root};
+use super::{done, is_region_address, pointer_operand, require_root};
 use crate::emul::cr::Cr4;
 use crate::emul::msr::{FEATURE_LOCK, FEATURE_VMX};
 use crate::error::{Fault, VmxError, VmxResult};
@@ -9,6 +9,7 @@ use crate::hw::vmx::Invalidate;
 use crate::nested::Operation;
 use crate::nested::caps;
 use crate::nested::vmcs12::Vmcs12;
+use crate::vcpu::operand::require_cpl0;
 use crate::vcpu::{Cpu, Next, Stop, operand, vmcs01};
 use crate::vmx::Field;
 

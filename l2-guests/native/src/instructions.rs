@@ -1,0 +1,182 @@
+//! The instructions, with their registers and operands.
+
+/// Register values of an instruction.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Value {
+    /// This
+    Is(u64),
+    /// CR0 with these bits changed
+    Cr0(u64),
+    /// CR4 with these bits changed
+    Cr4(u64),
+    /// EAX and EDX of an MSR as it is
+    Msr(u32),
+    /// EAX and EDX of XCR0 as it is
+    Xcr0,
+}
+
+/// What is in memory at RDI.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Operand {
+    /// There is none.
+    None,
+    /// These bytes are read: a VMCS region's address.
+    Region,
+    /// The address of another region
+    OtherRegion,
+    /// A number
+    Number(u32, u64),
+    /// So many bytes are written.
+    Written(u32),
+}
+
+impl Operand {
+    /// Bytes of it.
+    pub fn bytes(self) -> u32 {
+        match self {
+            Self::None => 0,
+            Self::Region | Self::OtherRegion => 8,
+            Self::Number(bytes, _) | Self::Written(bytes) => bytes,
+        }
+    }
+
+    /// Whether the instruction writes it.
+    pub fn is_written(self) -> bool {
+        matches!(self, Self::Written(_))
+    }
+}
+
+/// An instruction.
+pub struct Instruction {
+    /// Its name
+    pub name: &'static str,
+    /// Its bytes, the same in each mode but for an address-size prefix in 16-bit code
+    pub code: &'static [u8],
+    /// RAX, and with [`Value::Msr`] and [`Value::Xcr0`] RDX
+    pub rax: Value,
+    /// RCX
+    pub rcx: u64,
+    /// RSI
+    pub rsi: u64,
+    /// Memory operand
+    pub operand: Operand,
+    /// Whether it wants a current VMCS
+    pub current: bool,
+    /// What counts of RAX, RBX, RCX, RDX afterwards
+    pub compared: [u64; 4],
+}
+
+const ALL: [u64; 4] = [u64::MAX; 4];
+
+const fn plain(name: &'static str, code: &'static [u8]) -> Instruction {
+    Instruction { name, code, rax: Value::Is(0), rcx: 0, rsi: 0, operand: Operand::None, current: false, compared: ALL }
+}
+
+const fn cpuid(name: &'static str, leaf: u64, subleaf: u64, compared: [u64; 4]) -> Instruction {
+    Instruction { rax: Value::Is(leaf), rcx: subleaf, compared, ..plain(name, &[0x0F, 0xA2]) }
+}
+
+const fn rdmsr(name: &'static str, msr: u64, compared: [u64; 4]) -> Instruction {
+    Instruction { rcx: msr, compared, ..plain(name, &[0x0F, 0x32]) }
+}
+
+const fn wrmsr(name: &'static str, msr: u64, rax: Value) -> Instruction {
+    Instruction { rcx: msr, rax, ..plain(name, &[0x0F, 0x30]) }
+}
+
+const fn control(name: &'static str, code: &'static [u8], rax: Value) -> Instruction {
+    Instruction { rax, ..plain(name, code) }
+}
+
+const fn vmx(name: &'static str, code: &'static [u8], rsi: u64, operand: Operand) -> Instruction {
+    Instruction { rsi, operand, current: true, ..plain(name, code) }
+}
+
+/// Bit 40: beyond what counts of a register outside of 64-bit mode.
+const HIGH: u64 = 1 << 40;
+const NE: u64 = 1 << 5;
+const VMXE: u64 = 1 << 13;
+const SMXE: u64 = 1 << 14;
+const GUEST_RIP: u64 = 0x681E;
+const HOST_RIP: u64 = 0x6C16;
+const NO_FIELD: u64 = 0x6FFE;
+const NOTHING: [u64; 4] = [0; 4];
+
+/// CPUID leaf 1 without what a hypervisor changes: VMX, SMX and the hypervisor's bit.
+const LEAF_1: [u64; 4] = [u64::MAX, u64::MAX, 1 << 27, u64::MAX];
+
+/// Outside of VMX operation.
+pub const OUTSIDE: &[Instruction] = &[
+    cpuid("cpuid 0", 0, 0, ALL),
+    cpuid("cpuid 1", 1, 0, LEAF_1),
+    cpuid("cpuid 7", 7, 0, ALL),
+    cpuid("cpuid 0xd", 0xD, 0, ALL),
+    cpuid("cpuid 0xd.1", 0xD, 1, ALL),
+    cpuid("cpuid 0x80000001", 0x8000_0001, 0, ALL),
+    cpuid("cpuid 0x80000008", 0x8000_0008, 0, ALL),
+    control("mov cr0 with NE cleared", &[0x0F, 0x22, 0xC0], Value::Cr0(NE)),
+    control("mov cr0 with NE cleared and a high bit", &[0x0F, 0x22, 0xC0], Value::Cr0(NE | HIGH)),
+    control("mov cr4 with VMXE cleared", &[0x0F, 0x22, 0xE0], Value::Cr4(VMXE)),
+    control("mov cr4 with VMXE cleared and a high bit", &[0x0F, 0x22, 0xE0], Value::Cr4(VMXE | HIGH)),
+    control("mov cr4 with SMXE", &[0x0F, 0x22, 0xE0], Value::Cr4(SMXE)),
+    plain("invd", &[0x0F, 0x08]),
+    plain("vmxoff", &[0x0F, 0x01, 0xC4]),
+    vmx("vmread", &[0x0F, 0x78, 0xF0], GUEST_RIP, Operand::None),
+    vmx("vmptrld", &[0x0F, 0xC7, 0x37], 0, Operand::Region),
+];
+
+/// In VMX root operation.
+pub const INSIDE: &[Instruction] = &[
+    cpuid("cpuid 0x80000001", 0x8000_0001, 0, ALL),
+    rdmsr("rdmsr 0x480", 0x480, NOTHING),
+    rdmsr("rdmsr 0x3a", 0x3A, ALL),
+    wrmsr("wrmsr 0x480", 0x480, Value::Is(0)),
+    wrmsr("wrmsr 0x3a", 0x3A, Value::Is(0)),
+    wrmsr("wrmsr pat", 0x277, Value::Msr(0x277)),
+    wrmsr("wrmsr pat, bad", 0x277, Value::Is(2)),
+    wrmsr("wrmsr sysenter_cs", 0x174, Value::Msr(0x174)),
+    wrmsr("wrmsr efer", 0xC000_0080, Value::Msr(0xC000_0080)),
+    wrmsr("wrmsr efer, bad", 0xC000_0080, Value::Is(2)),
+    control("xsetbv", &[0x0F, 0x01, 0xD1], Value::Xcr0),
+    control("xsetbv, bad", &[0x0F, 0x01, 0xD1], Value::Is(0)),
+    control("mov cr0 with NE cleared", &[0x0F, 0x22, 0xC0], Value::Cr0(NE)),
+    control("mov cr4 with VMXE cleared", &[0x0F, 0x22, 0xE0], Value::Cr4(VMXE)),
+    plain("invd", &[0x0F, 0x08]),
+    plain("getsec", &[0x0F, 0x37]),
+    plain("vmfunc", &[0x0F, 0x01, 0xD4]),
+    vmx("vmxon", &[0xF3, 0x0F, 0xC7, 0x37], 0, Operand::Region),
+    vmx("vmclear", &[0x66, 0x0F, 0xC7, 0x37], 0, Operand::OtherRegion),
+    vmx("vmptrld", &[0x0F, 0xC7, 0x37], 0, Operand::OtherRegion),
+    vmx("vmptrst", &[0x0F, 0xC7, 0x3F], 0, Operand::Written(8)),
+    vmx("vmread", &[0x0F, 0x78, 0xF0], HOST_RIP, Operand::None),
+    vmx("vmread of no field", &[0x0F, 0x78, 0xF0], NO_FIELD, Operand::None),
+    vmx("vmread to memory", &[0x0F, 0x78, 0x37], GUEST_RIP, Operand::Written(8)),
+    vmx("vmread to memory, host_rip", &[0x0F, 0x78, 0x37], HOST_RIP, Operand::Written(8)),
+    vmx("vmwrite", &[0x0F, 0x79, 0xF0], GUEST_RIP, Operand::None),
+    vmx("vmwrite from memory", &[0x0F, 0x79, 0x37], GUEST_RIP, Operand::Number(8, 0x1234)),
+    vmx("vmwrite from memory, host_rip", &[0x0F, 0x79, 0x37], HOST_RIP, Operand::Number(8, 0x1234)),
+    vmx("vmwrite from memory, no field", &[0x0F, 0x79, 0x37], NO_FIELD, Operand::Number(8, 0x1234)),
+    plain("vmlaunch", &[0x0F, 0x01, 0xC2]),
+    plain("vmresume", &[0x0F, 0x01, 0xC3]),
+    plain("vmcall", &[0x0F, 0x01, 0xC1]),
+    vmx("invept", &[0x66, 0x0F, 0x38, 0x80, 0x37], 2, Operand::Number(16, 0)),
+    vmx("invept of no type", &[0x66, 0x0F, 0x38, 0x80, 0x37], 7, Operand::Number(16, 0)),
+    vmx("invvpid", &[0x66, 0x0F, 0x38, 0x81, 0x37], 2, Operand::Number(16, 0)),
+];
+
+/// What a guest's hypervisor lets it execute.
+pub const OF_A_GUEST: &[Instruction] = &[
+    rdmsr("rdmsr 0x480", 0x480, NOTHING),
+    rdmsr("rdmsr 0x3a", 0x3A, ALL),
+    wrmsr("wrmsr 0x480", 0x480, Value::Is(0)),
+    wrmsr("wrmsr pat", 0x277, Value::Msr(0x277)),
+    wrmsr("wrmsr pat, bad", 0x277, Value::Is(2)),
+    vmx("vmread", &[0x0F, 0x78, 0xF0], HOST_RIP, Operand::None),
+    vmx("vmread of no field", &[0x0F, 0x78, 0xF0], NO_FIELD, Operand::None),
+    vmx("vmread to memory", &[0x0F, 0x78, 0x37], GUEST_RIP, Operand::Written(8)),
+    vmx("vmread to memory, host_rip", &[0x0F, 0x78, 0x37], HOST_RIP, Operand::Written(8)),
+    vmx("vmwrite", &[0x0F, 0x79, 0xF0], HOST_RIP, Operand::None),
+    vmx("vmwrite from memory", &[0x0F, 0x79, 0x37], GUEST_RIP, Operand::Number(8, 0x1234)),
+    vmx("vmwrite from memory, host_rip", &[0x0F, 0x79, 0x37], HOST_RIP, Operand::Number(8, 0x1234)),
+    plain("vmfunc", &[0x0F, 0x01, 0xD4]),
+];

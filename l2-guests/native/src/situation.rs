@@ -1,0 +1,215 @@
+//! The situations that an instruction is executed in.
+
+use crate::{case::Mode, instructions::Instruction};
+use arrayvec::ArrayString;
+use core::fmt::Write;
+use l2_kit::{Check, Global, arrayvec, serial::Serial};
+
+/// What comes before the instruction.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Before {
+    /// Nothing: it is the first one after the IRET.
+    Nothing,
+    /// MOV SS from a register
+    MovSs,
+    /// MOV SS from memory that has a data breakpoint
+    MovSsWatched,
+    /// STI
+    Sti,
+}
+
+/// Where the code lies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum At {
+    /// Somewhere
+    Somewhere,
+    /// At the end of the segment: the next instruction pointer is 2^32, or 2^16 in 16-bit code
+    End,
+}
+
+/// A data breakpoint, DR0 and, if `twins`, DR2 on the same place, disabled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Watch {
+    /// Offset of its address from the operand
+    pub offset: i64,
+    /// R/W and LEN
+    pub kind: u64,
+    /// Whether it is enabled
+    pub enabled: bool,
+}
+
+/// Where the operand lies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Memory {
+    /// In one page
+    Whole,
+    /// So many bytes before a page that is there
+    Crossing(u64),
+    /// ... that is missing
+    Missing(u64),
+    /// ... that is read-only
+    ReadOnly(u64),
+    /// ... that is not canonical
+    NotCanonical(u64),
+}
+
+/// A situation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Situation {
+    /// RFLAGS.TF
+    pub single_step: bool,
+    /// RFLAGS.RF
+    pub resume: bool,
+    /// Instruction breakpoint, in DR1
+    pub breakpoint: bool,
+    /// ...
+    pub before: Before,
+    /// ...
+    pub at: At,
+    /// Data breakpoints, in DR0 and DR2
+    pub watches: [Option<Watch>; 2],
+    /// ...
+    pub memory: Memory,
+}
+
+const PLAIN: Situation = Situation {
+    single_step: false,
+    resume: false,
+    breakpoint: false,
+    before: Before::Nothing,
+    at: At::Somewhere,
+    watches: [None; 2],
+    memory: Memory::Whole,
+};
+
+/// R/W and LEN of DR7
+const WRITES: u64 = 0b01;
+const ACCESSES: u64 = 0b11;
+const LEN: [u64; 4] = [0b0000, 0b0100, 0b1100, 0b1000];
+
+/// The lists of situations that were printed: bytes of the operand, and which kind of mode.
+static LISTS: Global<[Option<(u32, u8)>; 8]> = Global::new([None; 8]);
+
+/// The number of the list of situations that suit, which is printed when it is first asked for.
+pub fn list(instruction: &Instruction, mode: Mode) -> usize {
+    let kind = match mode {
+        Mode::Kernel64 => 0,
+        Mode::User64 => 1,
+        _ => 2,
+    };
+    let key = Some((if kind == 0 { instruction.operand.bytes() } else { 0 }, kind));
+    let mut lists = LISTS.get();
+    let number = lists.iter().position(|list| *list == key || list.is_none()).unwrap_or(0);
+    if lists[number].is_none() {
+        lists[number] = key;
+        LISTS.set(lists);
+        let mut names = ArrayString::<4096>::new();
+        each(instruction, mode, |name, _| {
+            let _ = write!(names, "{}{name}", if names.is_empty() { "" } else { "," });
+        });
+        let (mut out, names) = (Serial, names.as_str());
+        Check::new(&mut out, format_args!("situations {number}")).fact("names", names).end();
+    }
+    number
+}
+
+/// Calls `f` with the name of each situation that suits.
+pub fn each(instruction: &Instruction, mode: Mode, mut f: impl FnMut(&str, Situation)) {
+    // Flags, what comes before, breakpoints: all combinations.
+    for before in [Before::Nothing, Before::MovSs, Before::Sti] {
+        for bits in 0..8u32 {
+            let (single_step, breakpoint, resume) = (bits & 1 != 0, bits & 2 != 0, bits & 4 != 0);
+            // RF is for the first instruction.
+            if resume && before != Before::Nothing {
+                continue;
+            }
+            let mut name = ArrayString::<32>::new();
+            let _ = name.write_str(match before {
+                Before::MovSs => "movss",
+                Before::Sti => "sti",
+                _ => "plain",
+            });
+            for (on, word) in [(single_step, "_tf"), (breakpoint, "_bp"), (resume, "_rf")] {
+                let _ = name.write_str(if on { word } else { "" });
+            }
+            f(&name, Situation { single_step, resume, breakpoint, before, ..PLAIN });
+        }
+    }
+    f("movss_watched", Situation { before: Before::MovSsWatched, ..PLAIN });
+    f("movss_watched_tf", Situation { before: Before::MovSsWatched, single_step: true, ..PLAIN });
+    if mode != Mode::Kernel64 && mode != Mode::User64 {
+        f("end", Situation { at: At::End, ..PLAIN });
+        f("end_tf", Situation { at: At::End, single_step: true, ..PLAIN });
+        f("end_bp", Situation { at: At::End, breakpoint: true, ..PLAIN });
+        f("end_bp_rf", Situation { at: At::End, breakpoint: true, resume: true, ..PLAIN });
+    }
+    // Operands are looked at in 64-bit mode and ring 0 alone.
+    if mode == Mode::Kernel64 && instruction.operand.bytes() != 0 {
+        operands(instruction, f);
+    }
+}
+
+fn operands(instruction: &Instruction, mut f: impl FnMut(&str, Situation)) {
+    let bytes = u64::from(instruction.operand.bytes());
+    let mut one = |name: core::fmt::Arguments<'_>, situation: Situation| {
+        let mut text = ArrayString::<32>::new();
+        let _ = text.write_fmt(name);
+        f(&text, situation);
+    };
+    let watch = |offset, kind| Some(Watch { offset, kind, enabled: true });
+    for (length, name) in LEN.into_iter().zip([1, 2, 4, 8]) {
+        for offset in [-8i64, -4, -1, 0, 3, 7, 8, 15, 16] {
+            for (rw, word) in [(WRITES, "w"), (ACCESSES, "rw")] {
+                let sign = if offset < 0 { "m" } else { "" };
+                one(
+                    format_args!("watch_{word}{name}_{sign}{}", offset.unsigned_abs()),
+                    Situation { watches: [watch(offset, rw | length), None], ..PLAIN },
+                );
+            }
+        }
+    }
+    let disabled = |offset, kind| Some(Watch { offset, kind, enabled: false });
+    let whole = watch(0, ACCESSES | LEN[3]);
+    for (name, situation) in [
+        ("watch_off", Situation { watches: [disabled(0, ACCESSES), None], ..PLAIN }),
+        ("watch_twins", Situation { watches: [whole, disabled(4, ACCESSES)], ..PLAIN }),
+        ("watch_both", Situation { watches: [whole, watch(4, ACCESSES)], ..PLAIN }),
+        ("watch_tf", Situation { watches: [whole, None], single_step: true, ..PLAIN }),
+        ("watch_bp", Situation { watches: [whole, None], breakpoint: true, ..PLAIN }),
+        ("watch_movss", Situation { watches: [whole, None], before: Before::MovSs, ..PLAIN }),
+        ("watch_movss_tf", Situation { watches: [whole, None], before: Before::MovSs, single_step: true, ..PLAIN }),
+        ("watch_sti", Situation { watches: [whole, None], before: Before::Sti, ..PLAIN }),
+        ("watch_missing", Situation { watches: [whole, None], memory: Memory::Missing(4), ..PLAIN }),
+    ] {
+        one(format_args!("{name}"), situation);
+    }
+    for inside in 0..bytes {
+        one(format_args!("missing_{inside}"), Situation { memory: Memory::Missing(inside), ..PLAIN });
+        one(format_args!("readonly_{inside}"), Situation { memory: Memory::ReadOnly(inside), ..PLAIN });
+        one(format_args!("noncanonical_{inside}"), Situation { memory: Memory::NotCanonical(inside), ..PLAIN });
+        if inside != 0 {
+            one(format_args!("crossing_{inside}"), Situation { memory: Memory::Crossing(inside), ..PLAIN });
+            one(
+                format_args!("crossing_{inside}_watch"),
+                Situation {
+                    memory: Memory::Crossing(inside),
+                    watches: [watch(bytes as i64 - 1, ACCESSES), None],
+                    ..PLAIN
+                },
+            );
+        }
+    }
+    for (name, situation) in [
+        ("missing_tf", Situation { memory: Memory::Missing(4), single_step: true, ..PLAIN }),
+        ("missing_bp", Situation { memory: Memory::Missing(4), breakpoint: true, ..PLAIN }),
+        ("missing_movss", Situation { memory: Memory::Missing(4), before: Before::MovSs, ..PLAIN }),
+        (
+            "missing_movss_tf",
+            Situation { memory: Memory::Missing(4), before: Before::MovSs, single_step: true, ..PLAIN },
+        ),
+        ("missing_sti", Situation { memory: Memory::Missing(4), before: Before::Sti, ..PLAIN }),
+        ("crossing_tf", Situation { memory: Memory::Crossing(4), single_step: true, ..PLAIN }),
+    ] {
+        one(format_args!("{name}"), situation);
+    }
+}
