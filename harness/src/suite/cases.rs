@@ -3,7 +3,7 @@
 use super::{
     Case, Judge, Suite, all_pass, attacks, compare,
     fixtures::{Fixtures, inside_nvmx},
-    linux, loaders, messages, msrs, on_kvm, refused, smp, xen,
+    linux, loaders, messages, msrs, native, on_kvm, refused, smp, xen,
 };
 use crate::backend::{Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
@@ -70,6 +70,7 @@ pub fn all(session: &Session) -> Result<Suite> {
     msrs::add(&mut b.suite, session);
     smp::add(&mut b.suite, session);
     attacks::add(&mut b.suite, session);
+    native::add(&mut b.suite, session);
     on_kvm::add(&mut b.suite, session)?;
     linux::add(&mut b.suite, session)?;
     xen::add(&mut b.suite, session)?;

@@ -9,6 +9,7 @@ pub mod linux;
 pub mod loaders;
 pub mod messages;
 pub mod msrs;
+pub mod native;
 pub mod on_kvm;
 pub mod smp;
 pub mod xen;

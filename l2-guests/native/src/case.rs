@@ -3,7 +3,7 @@
 use crate::{
     instructions::{Instruction, Operand, Value},
     log,
-    situation::{At, Before, Memory, Situation},
+    situation::{At, Before, Memory, Situation, Watch},
 };
 use core::arch::asm;
 use l2_kit::{
@@ -62,12 +62,12 @@ impl Mode {
     /// For records.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Kernel64 => "64-bit code, ring 0",
-            Self::User64 => "64-bit code, ring 3",
-            Self::Kernel32 => "32-bit code, ring 0",
-            Self::User32 => "32-bit code, ring 3",
-            Self::Kernel16 => "16-bit code, ring 0",
-            Self::User16 => "16-bit code, ring 3",
+            Self::Kernel64 => "kernel64",
+            Self::User64 => "user64",
+            Self::Kernel32 => "kernel32",
+            Self::User32 => "user32",
+            Self::Kernel16 => "kernel16",
+            Self::User16 => "user16",
         }
     }
 
@@ -189,6 +189,17 @@ struct Running {
     traps: u32,
     /// 64-bit code
     wide: bool,
+    seen: Seen,
+}
+
+/// What the laws are about.
+#[derive(Clone, Copy, Default)]
+struct Seen {
+    completed: bool,
+    faults_without_rf: u32,
+    steps: u32,
+    breakpoints: u32,
+    watches: u32,
 }
 
 static MEMORY: Global<Own> =
@@ -203,6 +214,7 @@ static RUNNING: Global<Running> = Global::new(Running {
     faulted: false,
     traps: 0,
     wide: false,
+    seen: Seen { completed: false, faults_without_rf: 0, steps: 0, breakpoints: 0, watches: 0 },
 });
 static COUNT: Global<u32> = Global::new(0);
 static GDT: Global<[u64; GDT_ENTRIES]> = Global::new([0; GDT_ENTRIES]);
@@ -303,6 +315,38 @@ impl Case<'_> {
         }
     }
 
+    /// What the SDM says of every instruction, whatever the machine: the law that was broken, if any.
+    pub fn broken_law(&self) -> Option<&'static str> {
+        let (seen, situation) = (RUNNING.get().seen, self.situation);
+        let first = situation.before == Before::Nothing;
+        let reaches = |at: Option<Watch>| at.is_some_and(|watch| self.reaches(watch));
+        let watched = seen.completed && reaches(situation.watches[0]);
+        if seen.faults_without_rf != 0 {
+            Some("a fault was delivered with RF clear")
+        } else if first && seen.breakpoints != u32::from(situation.breakpoint && !situation.resume) {
+            Some("the instruction breakpoint")
+        } else if seen.completed && seen.steps != u32::from(situation.single_step) {
+            Some("the single step")
+        } else if seen.watches != u32::from(watched) {
+            Some("the data breakpoint")
+        } else {
+            None
+        }
+    }
+
+    /// Does the instruction, if it completes, touch a byte that an enabled data breakpoint in DR0 is on?
+    fn reaches(&self, watch: Watch) -> bool {
+        let size = [1, 2, 8, 4][(watch.kind >> 2) as usize];
+        let first = self.place.operand.wrapping_add_signed(watch.offset) / size * size;
+        let touched = (0..u64::from(self.instruction.operand.bytes())).map(|n| self.place.operand + n);
+        let writes_only = watch.kind & 3 == 1;
+        let kind = !writes_only || self.instruction.operand.is_written();
+        watch.enabled
+            && kind
+            && self.instruction.operand.is_touched()
+            && touched.into_iter().any(|byte| (first..first + size).contains(&byte))
+    }
+
     /// Puts code and operand where they belong, and what [`run`] needs.
     pub fn prepare(&self) {
         let memory = MEMORY.get();
@@ -338,7 +382,7 @@ impl Case<'_> {
         invalidate(WINDOW + PAGE);
         let value = match self.instruction.operand {
             Operand::None | Operand::Written(_) => 0,
-            Operand::Region => memory.regions[0],
+            Operand::Region | Operand::Untouched => memory.regions[0],
             Operand::OtherRegion => memory.regions[1],
             Operand::Number(_, number) => number,
         };
@@ -405,6 +449,7 @@ impl Case<'_> {
             faulted: false,
             traps: 0,
             wide: mode.is_64(),
+            seen: Seen::default(),
         });
     }
 }
@@ -506,7 +551,7 @@ pub const ABOUT_TO: u32 = 0xAB0;
 /// Is this linear address in the code under test?
 pub fn is_code(linear: u64) -> bool {
     let code = MEMORY.get().code;
-    (code..code + 2 * PAGE).contains(&linear)
+    (code..code + 2 * PAGE).contains(&(linear & 0xFFFF_FFFF))
 }
 
 /// An instruction pointer as an offset from that of the instruction. Of 32-bit code it has 32 bits: Bochs keeps the carry
@@ -545,6 +590,7 @@ fn trapped(frame: &mut Frame) -> bool {
     let on = match vector {
         trap::BP => {
             log::add(format_args!("#{:08x}", hash(frame, &running)));
+            running.seen.completed = true;
             false
         }
         trap::DB => {
@@ -554,6 +600,9 @@ fn trapped(frame: &mut Frame) -> bool {
                 asm!("mov {}, dr6", "mov dr6, {}", "mov {}, dr7", out(reg) dr6, in(reg) DR6_CLEAR, out(reg) dr7);
             }
             log::add(format_args!("d{:x}", dr6 & DR6_BITS));
+            running.seen.steps += u32::from(dr6 & BS != 0);
+            running.seen.breakpoints += u32::from(dr6 & 1 << 1 != 0);
+            running.seen.watches += u32::from(dr6 & 1 != 0);
             if dr6 & BS != 0 {
                 frame.rflags &= !TF;
             }
@@ -564,6 +613,7 @@ fn trapped(frame: &mut Frame) -> bool {
             true
         }
         _ => {
+            running.seen.faults_without_rf += u32::from(frame.rflags & RF == 0);
             if vector == trap::PF {
                 log::add(format_args!("a{}", operand_offset(cpu::cr2())));
                 cpu::set_cr2(CR2_UNTOUCHED);

@@ -24,6 +24,8 @@ pub enum Operand {
     Region,
     /// The address of another region
     OtherRegion,
+    /// As [`Self::Region`], and the instruction ends before it looks.
+    Untouched,
     /// A number
     Number(u32, u64),
     /// So many bytes are written.
@@ -35,9 +37,14 @@ impl Operand {
     pub fn bytes(self) -> u32 {
         match self {
             Self::None => 0,
-            Self::Region | Self::OtherRegion => 8,
+            Self::Region | Self::OtherRegion | Self::Untouched => 8,
             Self::Number(bytes, _) | Self::Written(bytes) => bytes,
         }
+    }
+
+    /// Whether the instruction reads or writes it.
+    pub fn is_touched(self) -> bool {
+        !matches!(self, Self::None | Self::Untouched)
     }
 
     /// Whether the instruction writes it.
@@ -144,7 +151,7 @@ pub const INSIDE: &[Instruction] = &[
     plain("invd", &[0x0F, 0x08]),
     plain("getsec", &[0x0F, 0x37]),
     plain("vmfunc", &[0x0F, 0x01, 0xD4]),
-    vmx("vmxon", &[0xF3, 0x0F, 0xC7, 0x37], 0, Operand::Region),
+    vmx("vmxon", &[0xF3, 0x0F, 0xC7, 0x37], 0, Operand::Untouched),
     vmx("vmclear", &[0x66, 0x0F, 0xC7, 0x37], 0, Operand::OtherRegion),
     vmx("vmptrld", &[0x0F, 0xC7, 0x37], 0, Operand::OtherRegion),
     vmx("vmptrst", &[0x0F, 0xC7, 0x3F], 0, Operand::Written(8)),

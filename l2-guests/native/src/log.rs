@@ -36,14 +36,36 @@ pub fn text() -> Text {
     with(|text| *text)
 }
 
-/// Three characters that stand for it.
-pub fn digest() -> [u8; 3] {
+/// A number that stands for it (FNV-1a).
+pub fn digest() -> u32 {
+    with(|text| text.bytes().fold(0x811C_9DC5, |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)))
+}
+
+/// Two characters that stand for a digest.
+pub fn short(digest: u32) -> [char; 2] {
     const LETTERS: &[u8; 64] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_";
-    // FNV-1a, folded.
-    let hash =
-        with(|text| text.bytes().fold(0x811C_9DC5u32, |h, byte| (h ^ u32::from(byte)).wrapping_mul(0x0100_0193)));
-    let folded = hash ^ hash >> 18;
-    [folded >> 12, folded >> 6, folded].map(|six| LETTERS[(six & 63) as usize])
+    let folded = digest ^ digest >> 12 ^ digest >> 24;
+    [folded >> 6, folded].map(|six| char::from(LETTERS[(six & 63) as usize]))
+}
+
+/// A digest of digests.
+pub struct Digest(u64);
+
+impl Digest {
+    /// Of none
+    pub fn new() -> Self {
+        Self(0xCBF2_9CE4_8422_2325)
+    }
+
+    /// One more
+    pub fn add(&mut self, digest: u32) {
+        self.0 = (self.0 ^ u64::from(digest)).wrapping_mul(0x100_0000_01B3);
+    }
+
+    /// The number
+    pub fn value(&self) -> u64 {
+        self.0
+    }
 }
 
 /// Adds to the log; what does not fit is cut off.

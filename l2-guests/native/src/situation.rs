@@ -87,19 +87,22 @@ const WRITES: u64 = 0b01;
 const ACCESSES: u64 = 0b11;
 const LEN: [u64; 4] = [0b0000, 0b0100, 0b1100, 0b1000];
 
-/// The lists of situations that were printed: bytes of the operand, and which kind of mode.
-static LISTS: Global<[Option<(u32, u8)>; 8]> = Global::new([None; 8]);
+/// A list of situations: bytes of the operand, which kind of mode, whether the operand is written
+type List = Option<(u32, u8, bool)>;
+/// Those that were printed
+static LISTS: Global<[List; 8]> = Global::new([None; 8]);
 
-/// The number of the list of situations that suit, which is printed when it is first asked for.
-pub fn list(instruction: &Instruction, mode: Mode) -> usize {
+/// The letter of the list of situations that suit.
+pub fn list(instruction: &Instruction, mode: Mode) -> char {
     let kind = match mode {
         Mode::Kernel64 => 0,
         Mode::User64 => 1,
         _ => 2,
     };
-    let key = Some((if kind == 0 { instruction.operand.bytes() } else { 0 }, kind));
+    let key = Some((if kind == 0 { instruction.operand.bytes() } else { 0 }, kind, instruction.operand.is_written()));
     let mut lists = LISTS.get();
     let number = lists.iter().position(|list| *list == key || list.is_none()).unwrap_or(0);
+    let letter = char::from(b'a' + number as u8);
     if lists[number].is_none() {
         lists[number] = key;
         LISTS.set(lists);
@@ -108,9 +111,14 @@ pub fn list(instruction: &Instruction, mode: Mode) -> usize {
             let _ = write!(names, "{}{name}", if names.is_empty() { "" } else { "," });
         });
         let (mut out, names) = (Serial, names.as_str());
-        Check::new(&mut out, format_args!("situations {number}")).fact("names", names).end();
+        Check::new(&mut out, format_args!("situations {letter}")).fact("names", names).end();
     }
-    number
+    letter
+}
+
+/// Prints the lists of an instruction that were not printed yet.
+pub fn print_lists(instruction: &Instruction) {
+    Mode::ALL.into_iter().for_each(|mode| _ = list(instruction, mode));
 }
 
 /// Calls `f` with the name of each situation that suits.
