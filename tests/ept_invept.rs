@@ -251,3 +251,22 @@ fn a_root_that_is_not_used_again_is_not_looked_at() {
     }
     assert!(m.l2.fetched.borrow().is_empty());
 }
+
+/// L2 may write into ept12 what nvmx's own table holds at that place: it is memory that L2 does not own all the same.
+#[test]
+fn an_entry_that_looks_like_nvmx_s_own_is_l2_s_all_the_same() {
+    let mut m = machine();
+    let role = ROOT | 0x1e;
+    let before = m.use_all(role);
+    let root = m.ept.activate(Eptp::new(role), &m.l2, &mut m.frames).eptp02.ep4ta();
+    let below = |frames: &Frames, table| nvmx::ept::TableFrames::read(frames, nvmx::addr::Hpa::new(table));
+    let (pdpt02, pd02) = (below(&m.frames, root), below(&m.frames, below(&m.frames, root) & 0xf_ffff_ffff_f000));
+    for (table, entry) in [(PDPT, pd02), (ROOT, pdpt02)] {
+        let own = m.l2.get(table);
+        m.l2.set(table, 0, entry);
+        m.ept.invept_all();
+        let left = m.activate(role).0;
+        assert!(left.iter().all(|leaf| leaf.0 >= GIB1), "{left:x?} of {before:x?}");
+        m.l2.set(table, 0, own);
+    }
+}

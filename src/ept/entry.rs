@@ -177,6 +177,12 @@ impl EptRules {
         Self { rights: ALL_RIGHTS, never_alone, ..self }
     }
 
+    /// The bits of a leaf in a table of `level` that say what it maps and how.
+    #[inline]
+    pub const fn leaf_bits(&self, level: Level) -> u64 {
+        ADDRESS | Caching::BITS | self.rights | if matches!(level, Level::Pt) { 0 } else { LARGE }
+    }
+
     /// All rights that count.
     #[inline]
     pub const fn all_rights(&self) -> Rights {
@@ -280,6 +286,12 @@ pub const fn is_present(entry: u64) -> bool {
 #[inline]
 pub const fn is_own_table(entry: u64) -> bool {
     entry & (LARGE | RIGHTS) == RIGHTS
+}
+
+/// 1 when an entry of nvmx's own grants any right, else 0: to be summed up over many.
+#[inline]
+pub const fn present_bit(entry: u64) -> u64 {
+    (entry | entry >> 1 | entry >> 2 | entry >> Rights::USER_EXECUTE.bits().trailing_zeros()) & 1
 }
 
 /// The entry that references a table, with all rights: in nvmx's tables rights stand in the leaves alone.

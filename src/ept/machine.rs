@@ -70,6 +70,10 @@ impl<P: PhysMem> TableFrames for PoolFrames<'_, P> {
         self.memory.read_words(first, into);
     }
     #[inline]
+    fn zeros(&self, first: Hpa, most: usize) -> usize {
+        self.memory.zeros(first, most)
+    }
+    #[inline]
     fn write(&mut self, entry: Hpa, value: u64) {
         self.memory.write_u64(entry, value);
     }

@@ -115,6 +115,8 @@ pub trait TableFrames {
     fn read(&self, entry: Hpa) -> u64;
     /// Reads the entries from `first` on, in one table.
     fn read_all(&self, first: Hpa, into: &mut [u64]);
+    /// How many entries from `first` on, of `most` in one table, are zero before the first that is not.
+    fn zeros(&self, first: Hpa, most: usize) -> usize;
     /// Writes an entry; one store of eight bytes, since a processor may walk the table at the same time.
     fn write(&mut self, entry: Hpa, value: u64);
     /// Clears `bits` of an entry in one atomic step (a processor may set its flags at the same time) and tells which of

@@ -9,10 +9,11 @@
 //! Instruction".
 
 use super::cache::{Ept02, free_below};
-use super::entry::{self, ACCESSED, Caching, DIRTY, EptRules, Level, Meaning, Rights};
+use super::entry::{self, ACCESSED, Caching, DIRTY, EptRules, LARGE, Level, Meaning, Rights};
 use super::reserve::Reserve;
 use super::{GuestView, TableFrames};
 use crate::addr::{Gpa, Hpa};
+use core::slice::from_ref;
 
 impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     /// Holds the contents of a root against ept12.
@@ -67,8 +68,12 @@ struct Check<'a, G, F, const N: usize> {
     tables: &'a mut u32,
 }
 
-/// Entries that are looked at in one go.
+/// Entries of a table.
+const ENTRIES: usize = 512;
+/// Entries of a table of pages that are read in one go.
 const CHUNK: usize = 64;
+/// Entries that are compared in one go; in a group with one that changed each is looked at.
+const GROUP: usize = 16;
 
 impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
     /// Compares a table of ept02 for the addresses from `base` on, and tells whether anything is left in it.
@@ -84,31 +89,74 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
 
     #[inline(always)]
     fn scan(&mut self, table: Hpa, level: Level, base: u64, source: Source) -> bool {
-        let mut left = false;
+        // Tables of pages are full, those above them nearly empty.
+        let chunk = if level == Level::Pt { CHUNK } else { GROUP };
+        let (mut left, mut next) = (false, 0);
         let (mut entries02, mut entries12) = ([0; CHUNK], [0; CHUNK]);
-        for offset in (0..4096).step_by(8 * CHUNK) {
-            self.frames.read_all(Hpa::new(table.get() | offset), &mut entries02);
-            if !entry::is_present(entries02.iter().fold(0, |all, entry| all | entry)) {
-                continue;
+        let (entries02, entries12) = (&mut entries02[..chunk], &mut entries12[..chunk]);
+        while next < ENTRIES {
+            next += self.frames.zeros(Hpa::new(table.get() | 8 * next as u64), ENTRIES - next);
+            if next >= ENTRIES {
+                break;
             }
+            // The chunk around the first entry that is there.
+            let offset = 8 * (next - next % chunk) as u64;
+            next += chunk - next % chunk;
+            self.frames.read_all(Hpa::new(table.get() | offset), entries02);
             if let Source::Table(table12, _) = source {
-                if self.guest.read_entries(Gpa::new(table12.get() | offset), &mut entries12).is_err() {
+                if self.guest.read_entries(Gpa::new(table12.get() | offset), entries12).is_err() {
                     entries12.fill(0);
                 }
             }
-            for (n, (old, entry12)) in (0..).zip(entries02.iter().zip(&entries12)) {
-                if !entry::is_present(*old) {
-                    continue;
+            let groups = entries02.chunks_exact(GROUP).zip(entries12.chunks_exact(GROUP));
+            for (offset, (group02, group12)) in (offset..).step_by(8 * GROUP).zip(groups) {
+                if let Source::Table(_, rights) = source {
+                    if self.is_unchanged(group02, group12, rights, level) {
+                        left = left || group02.iter().any(|entry| entry::is_present(*entry));
+                        continue;
+                    }
                 }
-                let within = offset + 8 * n;
-                let (at, ngpa) = (Hpa::new(table.get() | within), base + (within >> 3) * level.bytes());
-                left |= match source {
-                    Source::Table(_, rights) => self.entry(at, *old, *entry12, rights, level, ngpa),
-                    Source::Page(page) => self.piece(at, *old, &page, level, ngpa),
-                };
+                for (within, (old, entry12)) in (offset..).step_by(8).zip(group02.iter().zip(group12)) {
+                    if !entry::is_present(*old) {
+                        continue;
+                    }
+                    let (at, ngpa) = (Hpa::new(table.get() | within), base + (within >> 3) * level.bytes());
+                    left |= match source {
+                        Source::Table(_, rights)
+                            if self.is_unchanged(from_ref(old), from_ref(entry12), rights, level) =>
+                        {
+                            true
+                        }
+                        Source::Table(_, rights) => self.entry(at, *old, *entry12, rights, level, ngpa),
+                        Source::Page(page) => self.piece(at, *old, &page, level, ngpa),
+                    };
+                }
             }
         }
         left
+    }
+
+    /// True only if `entries02`, out of a table of `level`, are leaves that all say what `entries12` say: without a look at each.
+    ///
+    /// Where the way to a leaf of ept12 grants all rights, and L2's memory is mapped one to one, that leaf and the one
+    /// composed of it have the same bits, apart from those that a processor ignores or sets. Of an entry that is not there
+    /// in ept02, but in ept12, the bits differ too: then each is looked at.
+    #[inline(always)]
+    fn is_unchanged(&self, entries02: &[u64], entries12: &[u64], upper: Rights, level: Level) -> bool {
+        if upper != self.rules.all_rights() || level == Level::Pml4 {
+            return false;
+        }
+        let fold = |of: fn(u64, u64) -> u64| entries02.iter().zip(entries12).fold(0, |all, (a, b)| all | of(*a, *b));
+        if fold(|e02, e12| e02 ^ e12) & self.rules.leaf_bits(level) != 0 {
+            return false;
+        }
+        // What L2 wrote may look like a reference to a table of nvmx's.
+        if level != Level::Pt && fold(|e02, _| entry::present_bit(e02) & !(e02 >> LARGE.trailing_zeros())) & 1 != 0 {
+            return false;
+        }
+        // With flags, what is mapped must be marked accessed, and what can be written must be marked dirty.
+        let unmarked = |e02, e12: u64| (entry::present_bit(e02) * ACCESSED | (e02 >> 1 & 1) * DIRTY) & !e12;
+        !self.flags || fold(unmarked) == 0
     }
 
     /// Compares an entry with its counterpart in ept12, and tells whether it stays.

@@ -120,6 +120,19 @@ impl PhysMem for DirectMap {
         equal != 0
     }
 
+    fn zeros(&self, at: Hpa, most: usize) -> usize {
+        let Some(pointer) = self.linear(at, 8 * most as u64) else { return 0 };
+        let (left, other): (usize, u8);
+        // SAFETY: the words are mapped and only read. Rust code keeps the direction flag clear. CMP of a register with itself
+        // sets ZF first: of no words none is another than zero.
+        unsafe {
+            asm!("cmp rcx, rcx", "repe scasq", "setne {other}", other = out(reg_byte) other,
+                inout("rcx") most => left, inout("rdi") pointer => _, in("rax") 0u64, options(nostack, readonly));
+        }
+        // The word that is not zero is counted as looked at.
+        most - left - usize::from(other)
+    }
+
     fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
         self.atomic(at).map_or(0, |word| word.fetch_and(!bits, Ordering::AcqRel) & bits)
     }

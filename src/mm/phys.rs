@@ -34,6 +34,11 @@ pub trait PhysMem {
         (0..).zip(words).all(|(i, word)| self.read_u64(Hpa::new(at.get() + 8 * i)) == *word)
     }
 
+    /// How many of the `most` words from `at` on are zero before the first that is not; each is read once at most.
+    fn zeros(&self, at: Hpa, most: usize) -> usize {
+        (0..most).take_while(|i| self.read_u64(Hpa::new(at.get() + 8 * *i as u64)) == 0).count()
+    }
+
     /// Clears `bits` of the eight aligned bytes at `at` in one atomic step, since a processor may set flags in an entry
     /// at the same time, and tells which of them were set.
     fn take_bits(&self, at: Hpa, bits: u64) -> u64;
@@ -86,6 +91,9 @@ impl<M: PhysMem + ?Sized> PhysMem for &M {
     }
     fn holds_words(&self, at: Hpa, words: &[u64]) -> bool {
         (**self).holds_words(at, words)
+    }
+    fn zeros(&self, at: Hpa, most: usize) -> usize {
+        (**self).zeros(at, most)
     }
     #[inline]
     fn read_u64(&self, at: Hpa) -> u64 {

@@ -92,6 +92,10 @@ impl TableFrames for Frames {
         let (frame, index) = self.slot(first);
         into.copy_from_slice(&self.used.get(&frame).expect("frame in use")[index..index + into.len()]);
     }
+    fn zeros(&self, first: Hpa, most: usize) -> usize {
+        let (table, index) = self.slot(first);
+        self.used[&table][index..index + most].iter().take_while(|entry| **entry == 0).count()
+    }
     fn write(&mut self, entry: Hpa, value: u64) {
         let (frame, index) = self.slot(entry);
         self.used.get_mut(&frame).expect("frame in use")[index] = value;
