@@ -459,12 +459,12 @@ fn a_frame_of_the_reserve_comes_back_empty() {
 
 #[test]
 fn without_enough_frames_there_is_no_ept02_and_nothing_is_lost() {
-    for available in 0..5 {
+    for available in 0..4 {
         let mut frames = Frames::new(available);
         assert!(Ept02::<2, 3>::new(rules(), false, 9, &mut frames).is_err());
         assert_eq!(frames.free.len() as u64, available);
     }
-    assert!(Ept02::<2, 3>::new(rules(), false, 9, &mut Frames::new(5)).is_ok());
+    assert!(Ept02::<2, 3>::new(rules(), false, 9, &mut Frames::new(4)).is_ok());
 }
 
 #[test]
@@ -476,9 +476,41 @@ fn forgetting_gives_every_frame_back() {
     }
     assert_eq!(m.frames.used.len(), 2 + 6 + 3, "roots, tables, and the reserve is full while the pool has frames");
     m.ept.forget_all(&mut m.frames);
-    assert_eq!(m.frames.used.len(), 2 + 3);
+    assert_eq!(m.frames.used.len(), 1 + 3, "the first root and the reserve");
     assert_eq!(m.ept.tables(), 0);
     assert_eq!(m.activate(EPTP), (vec![], true));
+}
+
+#[test]
+fn there_are_as_many_roots_as_eptps_in_use_up_to_the_bound() {
+    let mut m = Machine::<5, 3>::with_budget(100);
+    m.l2.set(PT, 5, 0x77_7000 | WB | 7);
+    // Bits 11:7 of an EPTP are no part of the address, and here they only tell one role from another.
+    let roles: Vec<Eptp> = (0..6).map(|n| Eptp::new(ROOT | 0x1e | n << 7)).collect();
+    let before = m.frames.used.len();
+    for role in &roles[..5] {
+        let _ = m.fault(*role, 0x5000, READ);
+    }
+    for role in roles[..5].iter().cycle().take(15) {
+        assert_eq!(m.activate(*role).0.len(), 1);
+    }
+    assert_eq!(m.ept.stats().evictions, 0);
+    assert_eq!(m.frames.used.len(), before + 4 + 5 * 3, "a frame a root beside its tables");
+    let _ = m.fault(roles[5], 0x5000, READ);
+    assert_eq!(m.ept.stats().evictions, 1);
+}
+
+#[test]
+fn without_frames_for_another_root_the_one_longest_out_of_use_gives_way() {
+    let mut m = Machine::<5, 3>::with_budget(0);
+    let [a, b] = [ROOT | 0x1e, OTHER | 0x1e].map(Eptp::new);
+    m.frames.free.clear();
+    for _ in 0..3 {
+        for role in [a, b] {
+            let _ = m.activate(role);
+        }
+    }
+    assert_eq!(m.ept.stats().evictions, 5, "each but the first takes the only root there is");
 }
 
 #[test]
@@ -541,7 +573,7 @@ fn the_machines_pool_and_memory_serve_too() {
     }
     assert_eq!(table, 0x5000, "the 2 MiB page meets nvmx, so its pieces are mapped");
     ept.forget_all(&mut frames);
-    assert_eq!(pool.total() - pool.available(), 2 + 3);
+    assert_eq!(pool.total() - pool.available(), 1 + 3);
 }
 
 #[test]

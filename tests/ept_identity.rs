@@ -319,11 +319,11 @@ proptest! {
     }
 
     #[test]
-    fn up_to_sixteen_pages_are_told_apart_exactly(steps in prop::collection::vec((any::<bool>(), 0usize..16), 1..200)) {
+    fn up_to_sixty_four_pages_are_told_apart_exactly(steps in prop::collection::vec((any::<bool>(), 0usize..64), 1..400)) {
         let mut frames = Frames::new(8);
         let mut ept = Ept01::new(rules(), true, Gpa::new(1), Span::new(0, 0), write_back, &mut frames).unwrap();
         let mut watchers: Vec<_> =
-            (0..16).map(|page| (ept.watch(Gpa::new(page * KIB4), &mut frames).unwrap(), false)).collect();
+            (0..64).map(|page| (ept.watch(Gpa::new(page * KIB4), &mut frames).unwrap(), false)).collect();
         for (writes, page) in steps {
             if writes {
                 processor_writes(&ept, &mut frames, page as u64 * KIB4);

@@ -3,7 +3,8 @@
 //! A root's role is the whole of eptp12, attribute bits included: nothing is shared between roles. Each table hangs in
 //! exactly one place of exactly one tree, and the only handles to tables are entries of that tree, so there is no
 //! reference that could go stale and nothing to count. Memory is bounded: when frames run out, other roots lose their
-//! contents, the one longest out of use first; then the own root does. A root's own frame is never freed.
+//! contents, the one longest out of use first; then the own root does. Roots are made as L2 uses EPTPs, up to a bound; the
+//! frame of one is freed only when L2 leaves VMX operation.
 //!
 //! [`Ept02::activate`] is the only door to a VM entry. What L2 invalidated is compared with ept12 there, and whatever the
 //! processor must forget before it may use a root again is noted with the root and paid there: once, however often L2
@@ -56,15 +57,37 @@ pub(super) struct Root {
     last_used: u64,
 }
 
+impl Root {
+    const fn new(table: Hpa) -> Self {
+        // The frame may have been a root before, under an earlier owner: `invept`.
+        Self { role: None, table, tables: 0, stale: false, invept: true, last_used: 0 }
+    }
+}
+
+/// A power of two.
+const HINTS: usize = 128;
+
+/// The place of a role among the hints: Fibonacci hashing of the address and the attributes.
+#[inline(always)]
+fn hint(role: Eptp) -> usize {
+    const SHIFT: u32 = u64::BITS - HINTS.ilog2();
+    (role.get().wrapping_mul(0x9E37_79B9_7F4A_7C15) >> SHIFT) as usize % HINTS
+}
+
 /// The composed EPTs of one processor: at most `ROOTS`, with `RESERVE` frames of their own.
 ///
 /// `RESERVE` bounds from below what the running root can hold. It must suffice for every page that one instruction of
 /// L3 touches at a time, page walks and event delivery included, or L3 would not get past it.
 #[derive(Debug)]
-pub struct Ept02<const ROOTS: usize = 8, const RESERVE: usize = 128> {
+pub struct Ept02<const ROOTS: usize = 64, const RESERVE: usize = 128> {
     pub(super) rules: EptRules,
     pub(super) advanced_information: bool,
+    /// Those from `made` on have no frame yet.
     pub(super) roots: [Root; ROOTS],
+    /// At least one.
+    made: usize,
+    /// Where a role was found last, by a hash of it: most searches need one look.
+    hints: [u8; HINTS],
     pub(super) reserve: Reserve<RESERVE>,
     pub(super) stats: Stats,
     /// Where the last fill was; its root is not stale and has the table still.
@@ -74,7 +97,7 @@ pub struct Ept02<const ROOTS: usize = 8, const RESERVE: usize = 128> {
 }
 
 impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
-    /// Takes `ROOTS + RESERVE` frames from the pool, and later at most `budget` more at a time.
+    /// Takes `RESERVE + 1` frames from the pool, and later at most `budget + ROOTS - 1` more at a time.
     ///
     /// `rules` are those of the processor that L2 sees (they decide what is a misconfiguration in ept12);
     /// `advanced_information` says whether it was shown "advanced VM-exit information for EPT violations".
@@ -84,24 +107,18 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         budget: u32,
         frames: &mut F,
     ) -> Result<Self, OutOfFrames> {
-        const { assert!(ROOTS > 0, "there must be a root to run on") };
+        const { assert!(ROOTS > 0 && ROOTS <= 256, "there must be a root to run on, and hints are bytes") };
         const { assert!(RESERVE >= 3, "one page needs up to three tables below the root") };
-        let tables = [(); ROOTS].map(|()| frames.alloc());
-        let reserve = if tables.contains(&None) { Err(OutOfFrames) } else { Reserve::new(budget, frames) };
-        let reserve = reserve.inspect_err(|_| tables.into_iter().flatten().for_each(|table| frames.free(table)))?;
-        let roots = tables.map(|table| Root {
-            role: None,
-            table: table.unwrap_or(Hpa::new(0)),
-            tables: 0,
-            stale: false,
-            // The frame may have been a root before, under an earlier owner.
-            invept: true,
-            last_used: 0,
-        });
+        let first = frames.alloc().ok_or(OutOfFrames)?;
+        let reserve = Reserve::new(budget, frames).inspect_err(|_| frames.free(first))?;
+        let mut roots = [const { Root::new(Hpa::new(0)) }; ROOTS];
+        roots[0].table = first;
         Ok(Self {
             rules,
             advanced_information,
             roots,
+            made: 1,
+            hints: [0; HINTS],
             reserve,
             stats: Stats::default(),
             run: None,
@@ -141,12 +158,17 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         self.invalidate(|_| true);
     }
 
-    /// Drops every root, for example when L2 leaves VMX operation.
+    /// Drops every root and frees all but one, for example when L2 leaves VMX operation.
     pub fn forget_all<F: TableFrames>(&mut self, frames: &mut F) {
-        for index in 0..ROOTS {
+        for index in 0..self.made {
             self.drop_contents(index, frames);
-            self.root(index).role = None;
+            if index > 0 {
+                frames.free(self.root(index).table);
+                *self.root(index) = Root::new(Hpa::new(0));
+            }
         }
+        self.root(0).role = None;
+        (self.made, self.current) = (1, 0);
     }
 
     /// The counters.
@@ -156,7 +178,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
 
     /// Tables in use below the roots.
     pub fn tables(&self) -> u32 {
-        self.roots.iter().map(|root| root.tables).sum()
+        self.in_use().iter().map(|root| root.tables).sum()
     }
 
     /// The root of this index; indexes are nvmx's own.
@@ -177,20 +199,8 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
 
     #[cold]
     fn switch<G: GuestView, F: TableFrames>(&mut self, role: Eptp, guest: &G, frames: &mut F) -> usize {
-        let index = match self.roots.iter().position(|root| root.role == Some(role)) {
-            Some(index) => index,
-            None => {
-                // A root without a role was never used or is forgotten: `last_used` does not matter.
-                let age = |root: &Root| root.role.map_or(0, |_| root.last_used + 1);
-                let oldest = (0..ROOTS).min_by_key(|&index| age(&self.roots[index])).unwrap_or(0);
-                if self.root(oldest).role.is_some() {
-                    self.stats.evictions += 1;
-                }
-                self.drop_contents(oldest, frames);
-                self.root(oldest).role = Some(role);
-                oldest
-            }
-        };
+        let index = self.find(role).unwrap_or_else(|| self.take(role, frames));
+        self.hints[hint(role)] = index as u8;
         if self.root(index).stale {
             self.validate(index, guest, frames);
         }
@@ -201,9 +211,45 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         index
     }
 
+    /// The roots that have a frame.
+    fn in_use(&self) -> &[Root] {
+        &self.roots[..self.made.min(ROOTS)]
+    }
+
+    /// The root of a role.
+    fn find(&self, role: Eptp) -> Option<usize> {
+        let is_it = |root: &Root| root.role == Some(role);
+        let hinted = usize::from(self.hints[hint(role)]);
+        if self.in_use().get(hinted).is_some_and(is_it) { Some(hinted) } else { self.in_use().iter().position(is_it) }
+    }
+
+    /// A root for a new role: one without a role, a new one, or the one longest out of use.
+    fn take<F: TableFrames>(&mut self, role: Eptp, frames: &mut F) -> usize {
+        let free = self.in_use().iter().position(|root| root.role.is_none());
+        let index = free.or_else(|| self.make_root(frames)).unwrap_or_else(|| {
+            let oldest = self.in_use().iter().enumerate().min_by_key(|(_, root)| root.last_used);
+            let oldest = oldest.map_or(0, |(index, _)| index);
+            self.stats.evictions += 1;
+            self.drop_contents(oldest, frames);
+            oldest
+        });
+        self.root(index).role = Some(role);
+        index
+    }
+
+    fn make_root<F: TableFrames>(&mut self, frames: &mut F) -> Option<usize> {
+        if self.made >= ROOTS {
+            return None;
+        }
+        let table = frames.alloc()?;
+        *self.root(self.made) = Root::new(table);
+        self.made += 1;
+        Some(self.made - 1)
+    }
+
     fn invalidate(&mut self, concerned: impl Fn(Eptp) -> bool) {
         self.run = None;
-        for root in &mut self.roots {
+        for root in &mut self.roots[..self.made.min(ROOTS)] {
             // The processor does not cache what is not present, so an empty root owes nothing new.
             if root.tables > 0 && !root.stale && root.role.is_some_and(&concerned) {
                 root.stale = true;
@@ -215,7 +261,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     /// Empties one root that has tables: a stale one, or the one longest out of use; so the current one comes last.
     #[cold]
     pub(super) fn make_room<F: TableFrames>(&mut self, frames: &mut F) {
-        let with_tables = (0..ROOTS).filter(|&index| self.roots[index].tables > 0);
+        let with_tables = (0..self.made.min(ROOTS)).filter(|&index| self.roots[index].tables > 0);
         if let Some(oldest) = with_tables.min_by_key(|&index| (!self.roots[index].stale, self.roots[index].last_used)) {
             self.drop_contents(oldest, frames);
             self.stats.evictions += 1;

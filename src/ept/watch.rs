@@ -15,7 +15,7 @@ use crate::addr::{Gpa, Hpa};
 use arrayvec::ArrayVec;
 
 /// Pages whose versions are kept. With more than that in turn, a page counts as written more often than it is.
-const PAGES: usize = 16;
+const PAGES: usize = 64;
 
 /// A watched page, and how far its watcher knows it. Stays valid as long as its [`Ept01`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

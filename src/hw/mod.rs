@@ -6,6 +6,7 @@ pub mod cache;
 pub mod cpu;
 pub mod cr;
 pub mod epitaph;
+pub mod held;
 pub mod idt;
 pub mod msr;
 pub mod phys;

@@ -21,6 +21,7 @@ pub mod refused;
 pub mod route;
 pub mod shadow;
 pub mod slot;
+pub mod slots;
 pub mod stale;
 pub mod timer;
 pub mod ve;
@@ -29,17 +30,13 @@ pub mod vmcs12;
 pub mod vmfunc;
 pub mod vpid;
 
-pub use state::{Nested, Operation, SLOTS};
+pub use state::{Nested, Operation};
 
 mod state {
     use super::explain::Refusals;
-    use super::slot::Slot;
+    use super::slots::Slots;
     use super::vpid::VpidMap;
     use crate::addr::Gpa;
-    use arrayvec::ArrayVec;
-
-    /// How many vmcs12s can be active at once; a further VMPTRLD writes the least recently used one back.
-    pub const SLOTS: usize = 8;
 
     /// Where L2 stands with VMX.
     #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -63,15 +60,11 @@ mod state {
     }
 
     /// The virtual VMX of one CPU.
-    ///
-    /// An index of a slot (in [`Operation`], and handed around as `index`) is nvmx's own: it comes from [`Nested::find`] or
-    /// from a search of `slots`, whose length never changes. No value of a guest becomes one, so `slots[index]` cannot
-    /// panic (invariant I6).
     pub struct Nested {
         /// Where L2 stands.
         pub operation: Operation,
         /// Active vmcs12s.
-        pub slots: ArrayVec<Slot, SLOTS>,
+        pub slots: Slots,
         /// vpid12 to vpid02.
         pub vpids: VpidMap,
         /// Interruptibility state of L2 at its last VMLAUNCH or VMRESUME.
@@ -84,7 +77,7 @@ mod state {
 
     impl Nested {
         /// Outside VMX operation, with these free slots.
-        pub fn new(slots: ArrayVec<Slot, SLOTS>) -> Self {
+        pub fn new(slots: Slots) -> Self {
             Nested {
                 operation: Operation::Off,
                 slots,
@@ -122,7 +115,7 @@ mod state {
 
         /// The slot for the vmcs12 at `vmptr`, active or not, if there is one.
         pub fn find(&self, vmptr: Gpa) -> Option<usize> {
-            self.slots.iter().position(|s| s.vmptr == Some(vmptr))
+            self.slots.find(|slot| slot.vmptr == Some(vmptr))
         }
     }
 }

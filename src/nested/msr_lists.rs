@@ -44,6 +44,12 @@ impl MsrLists {
         MsrLists { entry_load, exit_load, armed: false }
     }
 
+    /// The frames of both copies.
+    pub fn frames(&self) -> impl Iterator<Item = Hpa> + use<> {
+        let of = |first: Hpa| (0..AREA_FRAMES as u64).map(move |n| Hpa::new(first.get() + n * PAGE_SIZE));
+        of(self.entry_load).chain(of(self.exit_load))
+    }
+
     /// vmcs02 would load a list.
     #[inline(always)]
     pub fn is_armed(&self) -> bool {

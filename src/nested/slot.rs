@@ -126,6 +126,12 @@ impl Slot {
         }
     }
 
+    /// Every frame that the slot owns besides the one that it lies in.
+    pub fn frames(&self) -> impl Iterator<Item = Hpa> {
+        let (read, write) = self.shadow_bitmaps;
+        [self.vmcs02, self.msr_bitmap, read, write].into_iter().chain(self.msr_lists.frames())
+    }
+
     /// The region of vmcs02; under the zero-copy strategy vmcs01 links to it.
     pub fn vmcs02(&self) -> Hpa {
         self.vmcs02

@@ -15,14 +15,12 @@ use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::Vmx;
 use crate::mm::mtrr::Mtrrs;
 use crate::mm::{FramePool, GuestMemory, PhysMem, Span};
-use crate::nested::msr_lists::{AREA_FRAMES, MsrLists};
-use crate::nested::slot::Slot;
+use crate::nested::slots::{FIRST_SLOTS, Slots};
 use crate::nested::vmcs12::FieldSet;
-use crate::nested::{Nested, SLOTS, caps};
+use crate::nested::{Nested, caps};
 use crate::vmx::bitmap::{Access, BitmapPage, MsrBitmap, Words, shadow_bitmap};
 use crate::vmx::image::Layout;
 use crate::vmx::{Capabilities, Field};
-use arrayvec::ArrayVec;
 use l2_protocol::abi::Strategy;
 
 /// Tables that ept02 may hold beyond its reserve unless the command line says how many; half of a CPU's frames at most.
@@ -88,14 +86,9 @@ impl Common {
             shadow_bitmap(bitmap, access, &offered);
             *at = page(&mut frames, phys, bitmap)?;
         }
-        let mut slots = ArrayVec::new();
-        for _ in 0..SLOTS {
-            let vmcs02 = region(&mut frames, phys, revision)?;
-            let bitmap = frames.alloc(phys)?.into_hpa();
-            let lists =
-                MsrLists::new(frames.alloc_contiguous(phys, AREA_FRAMES)?, frames.alloc_contiguous(phys, AREA_FRAMES)?);
-            let merged = (page(&mut frames, phys, &BitmapPage::SET)?, page(&mut frames, phys, &BitmapPage::SET)?);
-            slots.push(Slot::new(vmcs02, bitmap, merged, lists));
+        let mut slots = Slots::new();
+        for _ in 0..FIRST_SLOTS {
+            slots.add(&mut frames, phys, revision)?;
         }
         let mut tables = Cpu::tables(&mut frames, phys);
         let ept01 = Ept01::new(
@@ -146,14 +139,14 @@ impl Common {
     }
 
     /// Where fields lie in memory, if they are to be reached there: under KVM, or when the command line says so.
-    fn learn_layout(&self, exists: &FieldSet, vmx: &mut Vmx, slots: &[Slot]) -> Option<Layout> {
+    fn learn_layout(&self, exists: &FieldSet, vmx: &mut Vmx, slots: &Slots) -> Option<Layout> {
         let wanted = match self.vmcs {
             VmcsOption::Auto => self.on_kvm,
             VmcsOption::Instructions => false,
             VmcsOption::Memory => true,
         };
-        let layout = match slots {
-            [a, b, ..] if wanted => probe::layout(vmx, &self.phys, [a.vmcs02(), b.vmcs02()], exists),
+        let layout = match (slots.get(0), slots.get(1)) {
+            (Some(a), Some(b)) if wanted => probe::layout(vmx, &self.phys, [a.vmcs02(), b.vmcs02()], exists),
             _ => None,
         };
         if layout.is_none() && self.vmcs == VmcsOption::Memory {
@@ -195,21 +188,36 @@ fn msr_bitmap_l3() -> BitmapPage {
     bitmap.0
 }
 
+/// A further slot for L2, if frames are left for it; vmcs01 is current.
+#[cold]
+pub fn add_slot(cpu: &mut Cpu) -> Option<usize> {
+    let index = cpu.nested.slots.add(&mut cpu.frames, &cpu.phys, cpu.config.hardware.basic.revision())?;
+    set_up_vmcs02(cpu, index);
+    cpu.vmx.ptrld(cpu.vmcs01);
+    Some(index)
+}
+
+/// Writes the constant parts of the vmcs02 of a slot, which then is clear.
+fn set_up_vmcs02(cpu: &mut Cpu, index: usize) {
+    let vmcs02 = cpu.nested.slots[index].vmcs02();
+    cpu.vmx.clear(vmcs02);
+    cpu.vmx.ptrld(vmcs02);
+    host::write(&mut cpu.vmx, &cpu.regs);
+    for field in [Field::VM_EXIT_MSR_STORE_COUNT, Field::VM_EXIT_MSR_LOAD_COUNT, Field::VM_ENTRY_MSR_LOAD_COUNT] {
+        cpu.vmx.write(field, 0);
+    }
+    cpu.vmx.write(Field::VMCS_LINK_POINTER, u64::MAX);
+    // VM functions are nvmx's to emulate (`nested::vmfunc`).
+    if cpu.config.exists.contains(Field::VM_FUNCTION_CONTROLS) {
+        cpu.vmx.write(Field::VM_FUNCTION_CONTROLS, 0);
+    }
+    cpu.vmx.clear(vmcs02);
+}
+
 /// Writes the constant parts of every VMCS, and vmcs01, whose guest state is the caller's. `cpu` does not move from here on.
 pub fn set_up(cpu: &mut Cpu, write_guest_state: impl FnOnce(&mut Cpu)) {
-    for slot in &mut cpu.nested.slots {
-        cpu.vmx.clear(slot.vmcs02());
-        cpu.vmx.ptrld(slot.vmcs02());
-        host::write(&mut cpu.vmx, &cpu.regs);
-        for field in [Field::VM_EXIT_MSR_STORE_COUNT, Field::VM_EXIT_MSR_LOAD_COUNT, Field::VM_ENTRY_MSR_LOAD_COUNT] {
-            cpu.vmx.write(field, 0);
-        }
-        cpu.vmx.write(Field::VMCS_LINK_POINTER, u64::MAX);
-        // VM functions are nvmx's to emulate (`nested::vmfunc`).
-        if cpu.config.exists.contains(Field::VM_FUNCTION_CONTROLS) {
-            cpu.vmx.write(Field::VM_FUNCTION_CONTROLS, 0);
-        }
-        cpu.vmx.clear(slot.vmcs02());
+    for index in 0..cpu.nested.slots.len() {
+        set_up_vmcs02(cpu, index);
     }
     cpu.vmx.clear(cpu.vmcs01);
     cpu.vmx.ptrld(cpu.vmcs01);

@@ -1,6 +1,6 @@
 //! One virtual CPU: the state, the run loop, and what both levels have in common.
 
-mod build;
+pub(crate) mod build;
 pub mod counters;
 mod cpu;
 pub mod host;

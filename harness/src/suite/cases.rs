@@ -3,7 +3,7 @@
 use super::{
     Case, Judge, Suite, all_pass, attacks, compare,
     fixtures::{Fixtures, inside_nvmx},
-    linux, loaders, messages, msrs, native, on_kvm, refused, smp, xen,
+    growth, linux, loaders, messages, msrs, native, on_kvm, refused, smp, xen,
 };
 use crate::backend::{Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
@@ -68,6 +68,7 @@ pub fn all(session: &Session) -> Result<Suite> {
     b.broken_guests();
     loaders::add(&mut b.suite, session, &fixtures);
     msrs::add(&mut b.suite, session);
+    growth::add(&mut b.suite, session)?;
     smp::add(&mut b.suite, session);
     attacks::add(&mut b.suite, session);
     native::add(&mut b.suite, session);
@@ -290,7 +291,8 @@ fn hung(outcome: &Outcome) -> Result<(), String> {
     Ok(())
 }
 
-fn kept(budget: &Budget, outcomes: &[&Outcome]) -> Result<(), String> {
+/// The limits hold in the first boot.
+pub(super) fn kept(budget: &Budget, outcomes: &[&Outcome]) -> Result<(), String> {
     let events = report::events(None, &outcomes[0].transcript);
     let broken: Vec<String> = budget.apply(&events).iter().filter(|r| !r.kept).map(|r| r.text()).collect();
     if broken.is_empty() { Ok(()) } else { Err(format!("limits are broken:\n  {}", broken.join("\n  "))) }

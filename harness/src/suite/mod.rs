@@ -4,6 +4,7 @@ pub mod attacks;
 pub mod cases;
 pub mod compare;
 pub mod fixtures;
+pub mod growth;
 pub mod kvm_waivers;
 pub mod linux;
 pub mod loaders;

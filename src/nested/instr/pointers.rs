@@ -3,11 +3,11 @@
 use super::{done, is_region_address, pointer_operand, require_root};
 use crate::addr::Gpa;
 use crate::error::{VmxError, VmxResult};
+use crate::nested::Operation;
 use crate::nested::caps;
 use crate::nested::slot::SHADOW_INDICATOR;
 use crate::nested::vmcs12::{FieldSet, Vmcs12};
-use crate::nested::{Operation, SLOTS};
-use crate::vcpu::{Cpu, Next, Stop, operand};
+use crate::vcpu::{Cpu, Next, Stop, build, operand};
 use crate::vmx::Field;
 use crate::vmx::controls::SecondaryControls;
 use crate::vmx::instr::Direction;
@@ -104,15 +104,23 @@ pub fn activate(cpu: &mut Cpu, at: Gpa, shadow: bool) -> usize {
     index
 }
 
-/// A slot for another vmcs12: a free one, or the least recently used, inactive ones first.
+/// Inactive vmcs12s that keep their slots while others could be made.
+const REMEMBERED: usize = 8;
+
+/// A slot for another vmcs12: a free one, else a new one unless enough vmcs12s are inactive, else that of the vmcs12 longest
+/// out of use, inactive ones first.
+#[cold]
 fn free_slot(cpu: &mut Cpu) -> usize {
-    const { assert!(SLOTS > 0) };
-    let age = |i: &usize| {
-        let slot = &cpu.nested.slots[*i];
-        (slot.active, slot.vmptr.map_or(0, |_| slot.used + 1))
-    };
-    let index = (0..cpu.nested.slots.len()).min_by_key(age).unwrap_or(0);
-    if cpu.nested.slots[index].active {
+    let slots = &cpu.nested.slots;
+    let (free, inactive) = (slots.find(|slot| slot.vmptr.is_none()), slots.iter().filter(|slot| !slot.active).count());
+    let new = |cpu: &mut Cpu| if inactive < REMEMBERED { build::add_slot(cpu) } else { None };
+    if let Some(index) = free.or_else(|| new(cpu)) {
+        return index;
+    }
+    let slots = &cpu.nested.slots;
+    let age = |index: &usize| slots.get(*index).map(|slot| (slot.active, slot.used));
+    let index = (0..slots.len()).min_by_key(age).unwrap_or(0);
+    if slots[index].active {
         if cpu.nested.current() == Some(index) {
             make_current(cpu, None);
         }

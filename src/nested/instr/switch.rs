@@ -49,6 +49,8 @@ pub fn vmxoff(cpu: &mut Cpu) -> Result<Next, Stop> {
         }
         cpu.nested.slots[index].release();
     }
+    let (slots, frames, vmx) = (&mut cpu.nested.slots, &mut cpu.frames, &mut cpu.vmx);
+    slots.shrink(frames, |vmcs02| vmx.clear(vmcs02));
     let mut tables = Cpu::tables(&mut cpu.frames, &cpu.phys);
     cpu.ept02.forget_all(&mut tables);
     // No slot watches a page of L2 any more.
