@@ -35,6 +35,13 @@ impl PhysMem for &Words {
         }
         same
     }
+    fn compare_exchange_u32(&self, at: Hpa, old: u32, new: u32) -> bool {
+        let same = self.read_u32(at) == old;
+        if same {
+            self.write_bytes(at, &new.to_le_bytes());
+        }
+        same
+    }
     fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
         let old = self.read_u64(at);
         self.write_u64(at, old & !bits);

@@ -215,6 +215,7 @@ fn verdict(result: Result<Gpa, AccessError>, linear: u64) -> Verdict {
         }
         Err(AccessError::NotOwned(NotOwned(gpa))) => Verdict::NotOwned(gpa.get()),
         Err(AccessError::Fault(other)) => panic!("{other:?}"),
+        Err(AccessError::Again) => panic!("nobody changes the tables"),
     }
 }
 

@@ -5,4 +5,6 @@ pub mod cr;
 pub mod cr_exit;
 pub mod init;
 pub mod msr;
+pub mod task_switch;
+pub mod unasked;
 pub mod xsetbv;

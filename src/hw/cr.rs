@@ -60,6 +60,22 @@ pub fn breakpoint_addresses() -> [u64; 4] {
     [a, b, c, d]
 }
 
+/// Reads DR6, which VM entries and exits do not switch: it is the guest's.
+#[inline]
+pub fn dr6() -> u64 {
+    let value;
+    // SAFETY: reading has no side effect; DR7.GD is clear in nvmx.
+    unsafe { asm!("mov {}, dr6", out(reg) value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// Writes the low half of DR6; the upper one must be 0.
+#[inline]
+pub fn set_dr6(value: u64) {
+    // SAFETY: DR6 affects nothing; a value of 32 bits is accepted.
+    unsafe { asm!("mov dr6, {}", in(reg) value & 0xFFFF_FFFF, options(nomem, nostack, preserves_flags)) };
+}
+
 /// DR0 to DR3 and DR6 as an INIT leaves them; VM entries and exits do not switch these, so they are L2's.
 pub fn reset_debug_registers() {
     const DR6: u64 = 0xFFFF_0FF0;

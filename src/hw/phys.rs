@@ -2,7 +2,7 @@
 
 use core::{
     arch::asm,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
 use crate::{addr::Hpa, mm::PhysMem};
@@ -142,6 +142,13 @@ impl PhysMem for DirectMap {
         self.atomic(at).map_or(old == u64::MAX, |word| {
             word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         })
+    }
+
+    fn compare_exchange_u32(&self, at: Hpa, old: u32, new: u32) -> bool {
+        let Some(pointer) = self.linear(at, 4).filter(|_| at.is_aligned(4)) else { return old == u32::MAX };
+        // SAFETY: as in `atomic`, with four bytes.
+        let word = unsafe { AtomicU32::from_ptr(pointer.cast()) };
+        word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
     fn zero(&self, at: Hpa, len: u64) {

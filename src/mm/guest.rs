@@ -84,6 +84,46 @@ impl<P: PhysMem> GuestMemory<P> {
         self.write_bytes(gpa, &value.to_le_bytes())
     }
 
+    /// Replaces eight aligned bytes by `new` in one atomic step if they are `old`; tells whether they were.
+    pub fn compare_exchange_u64(&self, gpa: Gpa, old: u64, new: u64) -> Result<bool, NotOwned> {
+        Ok(self.phys.compare_exchange(self.translate(gpa)?, old, new))
+    }
+
+    /// Replaces four aligned bytes by `new` in one atomic step if they are `old`; tells whether they were.
+    pub fn compare_exchange_u32(&self, gpa: Gpa, old: u32, new: u32) -> Result<bool, NotOwned> {
+        Ok(self.phys.compare_exchange_u32(self.translate(gpa)?, old, new))
+    }
+
+    /// Sets `bits` of the byte at `gpa` in one atomic step.
+    pub fn set_bits(&self, gpa: Gpa, bits: u8) -> Result<(), NotOwned> {
+        self.change_byte(gpa, |byte| byte | bits)
+    }
+
+    /// Clears `bits` of the byte at `gpa` in one atomic step.
+    pub fn clear_bits(&self, gpa: Gpa, bits: u8) -> Result<(), NotOwned> {
+        self.change_byte(gpa, |byte| byte & !bits)
+    }
+
+    fn change_byte(&self, gpa: Gpa, change: impl Fn(u8) -> u8) -> Result<(), NotOwned> {
+        /// As often as the bytes around it may change meanwhile.
+        const TRIES: u32 = 64;
+        let at = self.translate(gpa)?;
+        let (word_at, place) = (Hpa::new(at.get() & !3), (at.get() & 3) as usize);
+        for _ in 0..TRIES {
+            let old = self.phys.read_u32(word_at);
+            let mut bytes = old.to_le_bytes();
+            bytes[place] = change(bytes[place]);
+            if self.phys.compare_exchange_u32(word_at, old, u32::from_le_bytes(bytes)) {
+                return Ok(());
+            }
+        }
+        // Who writes there all the time without a lock loses the bit to a processor as well.
+        let mut byte = [0];
+        self.phys.read_bytes(at, &mut byte);
+        self.phys.write_bytes(at, &byte.map(change));
+        Ok(())
+    }
+
     /// Reads a little-endian 32-bit value.
     #[inline]
     pub fn read_u32(&self, gpa: Gpa) -> Result<u32, NotOwned> {

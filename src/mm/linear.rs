@@ -1,6 +1,8 @@
 //! Linear addresses of L2: its own paging, walked in software for the memory operands of VMX instructions.
 //!
-//! Only supervisor-mode data accesses: VMX instructions need CPL 0. Sets accessed and dirty flags as the processor would.
+//! Supervisor-mode data accesses, since VMX instructions need CPL 0, and the one push of a task switch that user mode makes.
+//! Accessed and dirty flags are set as the processor sets them: in the entry that was read and no other. If another CPU has
+//! changed it meanwhile, nothing of the change is lost and the walk begins anew, at most [`WALKS`] times.
 //! Protection keys are not applied. Source: Intel SDM vol. 3A, "Paging" (December 2024), tables "Format of a
 //! Page-Table Entry ..." and figure "Page-Fault Error Code".
 
@@ -37,6 +39,15 @@ pub enum DataAccess {
     Write,
 }
 
+/// Who makes an access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Privilege {
+    /// CPL below 3, or the processor itself.
+    Supervisor,
+    /// CPL 3.
+    User,
+}
+
 /// Why an access did not happen.
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,7 +56,12 @@ pub enum AccessError {
     Fault(Fault),
     /// The walk or the operand lies in memory that L2 does not own.
     NotOwned(NotOwned),
+    /// Another CPU changes the entries again and again: the guest executes its instruction anew.
+    Again,
 }
+
+/// How often a walk is begun anew because an entry changed between its reading and the setting of its flags.
+pub const WALKS: u32 = 16;
 
 impl From<NotOwned> for AccessError {
     fn from(e: NotOwned) -> Self {
@@ -73,6 +89,7 @@ const NX: u64 = 1 << 63;
 
 const ERROR_PRESENT: u32 = 1 << 0;
 const ERROR_WRITE: u32 = 1 << 1;
+const ERROR_USER: u32 = 1 << 2;
 const ERROR_RESERVED: u32 = 1 << 3;
 
 /// How entries look: bytes of an entry and index bits of a level.
@@ -93,12 +110,41 @@ impl Paging {
         linear: u64,
         access: DataAccess,
     ) -> Result<Gpa, AccessError> {
+        self.translate_as(memory, linear, access, Privilege::Supervisor)
+    }
+
+    /// The guest-physical address behind `linear` for a data access with that privilege.
+    pub fn translate_as(
+        &self,
+        memory: &GuestMemory<impl PhysMem>,
+        linear: u64,
+        access: DataAccess,
+        privilege: Privilege,
+    ) -> Result<Gpa, AccessError> {
         if self.cr0 & CR0_PG == 0 {
             return Ok(Gpa::new(linear & 0xFFFF_FFFF));
         }
+        for _ in 0..WALKS {
+            if let Some(found) = self.walk(memory, linear, access, privilege)? {
+                return Ok(found);
+            }
+        }
+        Err(AccessError::Again)
+    }
+
+    /// One walk; `None` if an entry changed before its flags were set.
+    fn walk(
+        &self,
+        memory: &GuestMemory<impl PhysMem>,
+        linear: u64,
+        access: DataAccess,
+        privilege: Privilege,
+    ) -> Result<Option<Gpa>, AccessError> {
+        let is_user = privilege == Privilege::User;
         let fault = |code: u32| {
             let write = if access == DataAccess::Write { ERROR_WRITE } else { 0 };
-            AccessError::Fault(Fault::Page { error_code: code | write, linear })
+            let by_user = if is_user { ERROR_USER } else { 0 };
+            AccessError::Fault(Fault::Page { error_code: code | write | by_user, linear })
         };
         let long = self.efer & EFER_LMA != 0;
         let (format, mut table, mut level) = match (long, self.cr4 & CR4_PAE != 0) {
@@ -132,22 +178,26 @@ impl Paging {
             user &= entry & USER != 0;
             let leaf = large || level == 1;
             if leaf {
-                let denied = access == DataAccess::Write && !writable && self.cr0 & CR0_WP != 0;
-                let smap = user && self.cr4 & CR4_SMAP != 0 && self.rflags & RFLAGS_AC == 0;
+                let protects = is_user || self.cr0 & CR0_WP != 0;
+                let denied = access == DataAccess::Write && !writable && protects || is_user && !user;
+                let smap = !is_user && user && self.cr4 & CR4_SMAP != 0 && self.rflags & RFLAGS_AC == 0;
                 if denied || smap {
                     return Err(fault(ERROR_PRESENT));
                 }
             }
             let flags = ACCESSED | if leaf && access == DataAccess::Write { DIRTY } else { 0 };
             if entry & flags != flags {
-                match format.entry_bytes {
-                    8 => memory.write_u64(at, entry | flags)?,
-                    _ => memory.write_bytes(at, &((entry | flags) as u32).to_le_bytes())?,
+                let set = match format.entry_bytes {
+                    8 => memory.compare_exchange_u64(at, entry, entry | flags)?,
+                    _ => memory.compare_exchange_u32(at, entry as u32, (entry | flags) as u32)?,
+                };
+                if !set {
+                    return Ok(None);
                 }
             }
             if leaf {
                 let offset = linear & ((1 << shift) - 1);
-                return Ok(Gpa::new(self.frame(format, entry, shift) | offset));
+                return Ok(Some(Gpa::new(self.frame(format, entry, shift) | offset)));
             }
             table = entry & if format.entry_bytes == 8 { self.address_mask() } else { 0xFFFF_F000 };
             level -= 1;
@@ -217,12 +267,23 @@ impl Paging {
 
     /// Writes bytes at a linear address; nothing is written unless all of it can be.
     pub fn write(&self, memory: &GuestMemory<impl PhysMem>, linear: u64, bytes: &[u8]) -> Result<(), AccessError> {
+        self.write_as(memory, linear, bytes, Privilege::Supervisor)
+    }
+
+    /// [`write`](Self::write) with that privilege.
+    pub fn write_as(
+        &self,
+        memory: &GuestMemory<impl PhysMem>,
+        linear: u64,
+        bytes: &[u8],
+        privilege: Privilege,
+    ) -> Result<(), AccessError> {
         let split = split_at_page(linear, bytes.len());
         let (first, second) = bytes.split_at(split);
-        let a = self.translate(memory, linear, DataAccess::Write)?;
+        let a = self.translate_as(memory, linear, DataAccess::Write, privilege)?;
         let b = match second.is_empty() {
             true => a,
-            false => self.translate(memory, self.further(linear, split), DataAccess::Write)?,
+            false => self.translate_as(memory, self.further(linear, split), DataAccess::Write, privilege)?,
         };
         memory.owns(a, first.len() as u64)?;
         memory.write_bytes(b, second)?;

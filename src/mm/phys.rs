@@ -46,6 +46,9 @@ pub trait PhysMem {
     /// Replaces the eight aligned bytes at `at` by `new` in one atomic step if they are `old`; tells whether they were.
     fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool;
 
+    /// The same with four aligned bytes.
+    fn compare_exchange_u32(&self, at: Hpa, old: u32, new: u32) -> bool;
+
     /// Reads a little-endian 32-bit value, at any alignment.
     #[inline]
     fn read_u32(&self, at: Hpa) -> u32 {
@@ -121,6 +124,10 @@ impl<M: PhysMem + ?Sized> PhysMem for &M {
     fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool {
         (**self).compare_exchange(at, old, new)
     }
+    #[inline]
+    fn compare_exchange_u32(&self, at: Hpa, old: u32, new: u32) -> bool {
+        (**self).compare_exchange_u32(at, old, new)
+    }
     fn zero(&self, at: Hpa, len: u64) {
         (**self).zero(at, len);
     }
@@ -189,6 +196,14 @@ impl PhysMem for VecMem {
         let same = self.read_u64(at) == old;
         if same {
             self.write_u64(at, new);
+        }
+        same
+    }
+
+    fn compare_exchange_u32(&self, at: Hpa, old: u32, new: u32) -> bool {
+        let same = self.read_u32(at) == old;
+        if same {
+            self.write_bytes(at, &new.to_le_bytes());
         }
         same
     }

@@ -151,7 +151,14 @@ impl<P: PhysMem> PhysMem for Physical<'_, P> {
         0
     }
 
-    fn compare_exchange(&self, _: Hpa, _: u64, _: u64) -> bool {
-        false
+    fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool {
+        // After a miss nothing more happens, and the walk is not repeated.
+        self.gpa(at, Rights::READ | Rights::WRITE, false)
+            .is_none_or(|gpa| self.view.guest.compare_exchange_u64(gpa, old, new).unwrap_or(true))
+    }
+
+    fn compare_exchange_u32(&self, at: Hpa, old: u32, new: u32) -> bool {
+        self.gpa(at, Rights::READ | Rights::WRITE, false)
+            .is_none_or(|gpa| self.view.guest.compare_exchange_u32(gpa, old, new).unwrap_or(true))
     }
 }

@@ -98,6 +98,10 @@ pub fn of_l3(cpu: &mut Cpu, index: usize, access: Access) -> Result<(), KillReas
         Err(Stop::Fault(fault)) => completion::refused(cpu, index, fault),
         Err(Stop::Miss(miss)) => completion::missed(cpu, index, miss),
         Err(Stop::Kill(reason)) => Err(reason),
+        Err(Stop::Again) => {
+            inject::set_resume_flag(&mut cpu.vmx);
+            Ok(())
+        }
     }
 }
 

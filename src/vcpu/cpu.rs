@@ -136,6 +136,8 @@ pub enum Stop {
     Fault(Fault),
     /// ept12 does not serve an operand of L3.
     Miss(Miss),
+    /// The guest executes the instruction anew.
+    Again,
     /// The machine ends.
     Kill(KillReason),
 }
@@ -166,6 +168,7 @@ impl From<AccessError> for Stop {
         match error {
             AccessError::Fault(fault) => Stop::Fault(fault),
             AccessError::NotOwned(at) => Stop::Kill(KillReason::ForbiddenMemory(at.0)),
+            AccessError::Again => Stop::Again,
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::{Cpu, Next, Stop, inject};
 use crate::addr::Gpa;
 use crate::emul;
+use crate::emul::unasked::{self, Unasked};
 use crate::ept::{Missing, Qualification};
 use crate::error::{Fault, KillReason};
 use crate::hw::cache;
@@ -19,6 +20,7 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
         Ok(Next::Stay) => {}
         Err(Stop::Fault(fault)) => inject::fault(cpu, fault),
         Err(Stop::Kill(reason)) => return Err(reason),
+        Err(Stop::Again) => inject::set_resume_flag(&mut cpu.vmx),
         // L2 has no EPT of its own.
         Err(Stop::Miss(miss)) => return Err(KillReason::ForbiddenMemory(Gpa::new(miss.at))),
     }
@@ -46,7 +48,6 @@ fn dispatch(cpu: &mut Cpu, reason: ExitReason) -> Result<Next, Stop> {
         BasicReason::VMXON => instr::switch::vmxon(cpu),
         BasicReason::VMXOFF => instr::switch::vmxoff(cpu),
         BasicReason::VMCALL => instr::switch::vmcall(cpu),
-        BasicReason::VMFUNC => Err(Fault::InvalidOpcode.into()),
         BasicReason::INVEPT => instr::invalidate::invept(cpu),
         BasicReason::INVVPID => instr::invalidate::invvpid(cpu),
         BasicReason::RDMSR => Ok(emul::msr::read(cpu).map(done)?),
@@ -58,8 +59,6 @@ fn dispatch(cpu: &mut Cpu, reason: ExitReason) -> Result<Next, Stop> {
             cache::write_back();
             Ok(Next::Advance)
         }
-        // SMX is not offered; CR4.SMXE, which L2 may set as IA32_VMX_CR4_FIXED1 says, changes nothing about that.
-        BasicReason::GETSEC => Err(Fault::InvalidOpcode.into()),
         BasicReason::EPT_VIOLATION => memory_missing(cpu),
         // Only while nvmx has an NMI for L2.
         BasicReason::NMI_WINDOW => {
@@ -70,10 +69,14 @@ fn dispatch(cpu: &mut Cpu, reason: ExitReason) -> Result<Next, Stop> {
             events::note_nmi(cpu);
             Ok(Next::Stay)
         }
+        BasicReason::TASK_SWITCH => emul::task_switch::handle(cpu),
         BasicReason::TRIPLE_FAULT => Err(KillReason::TripleFault.into()),
         BasicReason::INIT_SIGNAL => Ok(emul::init::init(cpu)),
         BasicReason::SIPI => Ok(emul::init::sipi(cpu)),
-        _ => Err(KillReason::UnexpectedExit(reason.0).into()),
+        other => match unasked::outcome(other) {
+            Unasked::InvalidOpcode => Err(Fault::InvalidOpcode.into()),
+            Unasked::Impossible(_) => Err(KillReason::UnexpectedExit(reason.0).into()),
+        },
     }
 }
 

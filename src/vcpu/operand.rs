@@ -103,7 +103,8 @@ fn linear_width(cpu: &mut Cpu) -> u32 {
     if cpu.vmx.read(Field::GUEST_CR4) & CR4_LA57 != 0 { 57 } else { 48 }
 }
 
-fn paging(cpu: &mut Cpu) -> Paging {
+/// What the guest's paging depends on.
+pub fn paging(cpu: &mut Cpu) -> Paging {
     let efer = efer(cpu);
     let vmx = &mut cpu.vmx;
     // The PDPTE registers mean something with PAE paging alone.

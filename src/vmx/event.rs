@@ -129,6 +129,26 @@ impl EventInfo {
         )
     }
 
+    /// What comes of a fault during the delivery of this event (SDM vol. 3A, table "Conditions for Generating a Double
+    /// Fault").
+    pub const fn then(self, fault: u8) -> After {
+        const fn is_contributory(vector: u8) -> bool {
+            matches!(vector, vector::DE | vector::TS | vector::NP | vector::SS | vector::GP | vector::CP)
+        }
+        const fn is_page_fault(vector: u8) -> bool {
+            matches!(vector, vector::PF | vector::VE)
+        }
+        let is_exception = self.is_valid() && matches!(self.kind(), EventKind::HardwareException);
+        let serious = is_contributory(fault) || is_page_fault(fault);
+        match self.vector() {
+            _ if !is_exception || !serious => After::Itself,
+            vector::DF => After::Shutdown,
+            first if is_page_fault(first) => After::DoubleFault,
+            first if is_contributory(first) && is_contributory(fault) => After::DoubleFault,
+            _ => After::Itself,
+        }
+    }
+
     /// What to write into the VM-entry field to deliver again an event that an exit interrupted: only what both formats
     /// share.
     pub const fn to_entry(self) -> Self {
@@ -184,6 +204,18 @@ impl ExceptionControls {
             _ => listed,
         }
     }
+}
+
+/// What follows an event in whose delivery a fault came up.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum After {
+    /// That fault.
+    Itself,
+    /// #DF
+    DoubleFault,
+    /// A triple fault.
+    Shutdown,
 }
 
 /// What injects once more an event whose delivery an exit interrupted (SDM, "Information for VM Exits That Occur During
