@@ -89,7 +89,8 @@ fn model(m: &mut Bytes, s: &State, to: u16, source: Source) -> End {
         m[slot(to) as usize + 5] |= 2;
     }
     // Arriving.
-    let read = |m: &Bytes, n: u32| if long { get(m, NEW + 0x20 + 4 * n, 4) } else { get(m, NEW + 0xE + 2 * n, 2) } as u32;
+    let read =
+        |m: &Bytes, n: u32| if long { get(m, NEW + 0x20 + 4 * n, 4) } else { get(m, NEW + 0xE + 2 * n, 2) } as u32;
     let gprs = [2, 3, 4, 5, 6, 7, 8, 9].map(|n| if long { read(m, n) } else { read(m, n) | 0xFFFF_0000 });
     let nt = if nests { 0x4000 } else { 0 };
     let eflags = read(m, 1) & 0b11_1111_0111_1111_1101_0101 | 2 | nt;
@@ -195,8 +196,7 @@ fn selector() -> impl Strategy<Value = u16> {
 }
 
 fn state(old_long: bool, eflags: u32, old_limit: u32) -> State {
-    let paging =
-        Paging { cr0: 0x11, cr3: 0, cr4: 0, efer: 0, rflags: 0, pdptes: [0; 4], physical_width: 36 };
+    let paging = Paging { cr0: 0x11, cr3: 0, cr4: 0, efer: 0, rflags: 0, pdptes: [0; 4], physical_width: 36 };
     let segment = |selector| SegmentState { selector, base: 0, limit: u32::MAX, rights: 0xC093 };
     State {
         paging,

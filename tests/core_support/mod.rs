@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod broken;
+pub mod failing;
 
 use nvmx::addr::{Gpa, Hpa};
 use nvmx::nested::checks::{GuestContext, GuestMemory};
