@@ -4,11 +4,12 @@ mod core_support;
 
 use core_support::rich;
 use nvmx::addr::{Gpa, Hpa};
+use nvmx::emul::msr::{By, bitmap_word};
 use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, PhysMem, Span};
 use nvmx::nested::caps::offered;
-use nvmx::nested::merge::msr_bitmaps;
-use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap, Words, is_shadowed, shadow_bitmap, shadow_index};
+use nvmx::nested::merge::{MsrIntercepts, msr_bitmaps};
+use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap, is_shadowed, shadow_bitmap, shadow_index};
 use nvmx::vmx::field::{Area, Home, Width};
 use nvmx::vmx::{Capabilities, Field};
 use proptest::prelude::*;
@@ -73,13 +74,13 @@ fn pages_are_what_the_processor_expects() {
 /// Frames 1 and 2: L2's bitmap and the one for vmcs02, which nvmx owns.
 fn merged(ours: &BitmapPage, theirs: &BitmapPage, at: Gpa) -> MsrBitmap {
     let memory = VecMem::new(0x4000);
-    for (page, start) in [(theirs, 0x1000), (&BitmapPage::CLEAR, 0x2000)] {
+    for (page, start) in [(theirs, 0x1000), (&BitmapPage::SET, 0x2000)] {
         for (i, word) in page.0.iter().enumerate() {
             memory.write_u64(Hpa::new(start + 8 * i as u64), *word);
         }
     }
     let guest = GuestMemory::new(&memory, Span::new(0x2000, 0x3000), 36);
-    msr_bitmaps(&&memory, &Words::that_differ(ours, 0), &guest, at, Hpa::new(0x2000));
+    msr_bitmaps(&&memory, &MsrIntercepts::new(|word| ours.0[word]), &guest, at, Hpa::new(0x2000));
     MsrBitmap(BitmapPage(std::array::from_fn(|i| memory.read_u64(Hpa::new(0x2000 + 8 * i as u64)))))
 }
 
@@ -90,6 +91,8 @@ proptest! {
     ) {
         let page = |words: Vec<u64>| MsrBitmap(BitmapPage(words.try_into().unwrap()));
         let (mut a, b) = (MsrBitmap::PASS_ALL, page(b));
+        // As nvmx's is: most reads pass, most writes exit.
+        a.0.0[256..].fill(u64::MAX);
         ours.iter().for_each(|(i, word)| a.0.0[*i] = *word);
         let merged = merged(&a.0, &b.0, Gpa::new(0x1000));
         for msr in (0..0x2000).chain(0xC000_0000..0xC000_2000) {
@@ -100,10 +103,22 @@ proptest! {
     }
 }
 
+/// nvmx's part.
+fn own() -> MsrBitmap {
+    MsrBitmap(BitmapPage(std::array::from_fn(|word| bitmap_word(word, By::L3))))
+}
+
+#[test]
+fn nvmx_s_own_msr_bitmap_is_what_is_left_when_l2_intercepts_nothing() {
+    let ours = own();
+    assert!(merged(&ours.0, &BitmapPage::CLEAR, Gpa::new(0x1000)) == ours);
+    assert!(merged(&ours.0, &BitmapPage::SET, Gpa::new(0x1000)).0 == BitmapPage::SET);
+}
+
 #[test]
 fn an_msr_bitmap_outside_of_l2_s_memory_makes_everything_exit() {
     for at in [0x2000, 1 << 36] {
-        let merged = merged(&BitmapPage::CLEAR, &BitmapPage::CLEAR, Gpa::new(at));
+        let merged = merged(&own().0, &BitmapPage::CLEAR, Gpa::new(at));
         assert!(merged.0 == BitmapPage::SET, "{at:#x}");
     }
 }

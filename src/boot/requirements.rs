@@ -16,6 +16,8 @@ pub const LOCKED: u64 = 1 << 0;
 /// IA32_FEATURE_CONTROL: VMXON is allowed outside SMX operation.
 pub const VMX_OUTSIDE_SMX: u64 = 1 << 2;
 
+const IA32_TME_ACTIVATE: u32 = 0x982;
+
 /// A requirement that the processor does not meet; its text is one line for a person.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Missing {
@@ -57,7 +59,8 @@ pub struct Processor {
     pub l0: &'static str,
     /// Its local APIC's id.
     pub apic_id: u32,
-    /// Physical-address width in bits.
+    /// Physical-address width in bits, without those that name a key of TME-MK: an address with one of these set is an alias
+    /// of the memory without, which nobody may have of nvmx's.
     pub max_phys_addr: u8,
     /// Pages of 1 GiB in page tables.
     pub gib_pages: bool,
@@ -88,7 +91,9 @@ impl Processor {
         if rdmsr(IA32_FEATURE_CONTROL) & (LOCKED | VMX_OUTSIDE_SMX) == LOCKED {
             missing.push(Missing::EnabledByFirmware);
         }
-        let max_phys_addr = sizes.as_ref().map_or(36, |s| s.physical_address_bits());
+        let encrypts = cpuid.get_extended_feature_info().is_some_and(|f| f.has_tme_en());
+        let key_bits = if encrypts { key_bits(rdmsr(IA32_TME_ACTIVATE)) } else { 0 };
+        let max_phys_addr = sizes.as_ref().map_or(36, |s| s.physical_address_bits()).saturating_sub(key_bits);
         let linear = sizes.as_ref().map_or(48, |s| s.linear_address_bits());
         let vmx = Capabilities::read(rdmsr, max_phys_addr.into(), linear.into());
         for what in vmx.missing_requirements() {
@@ -111,6 +116,15 @@ impl Processor {
             vmx,
         })
     }
+}
+
+/// IA32_TME_ACTIVATE: how many of the highest bits of a physical address are a key's number, those of TDX included. Firmware
+/// has locked it, or there are none yet: L2 cannot write it.
+///
+/// Source: SDM vol. 4, table "IA-32 Architectural MSRs".
+fn key_bits(tme_activate: u64) -> u8 {
+    const ENABLED: u64 = 1 << 1;
+    if tme_activate & ENABLED == 0 { 0 } else { (tme_activate >> 32 & 0xF) as u8 }
 }
 
 /// The brand string without the blanks that pad it, or the vendor.
@@ -200,6 +214,52 @@ mod tests {
         assert!(texts[1].contains("firmware has disabled VMX"), "{texts:?}");
         assert!(texts.iter().any(|t| t.starts_with("this CPU lacks extended page tables")), "{texts:?}");
         assert!(texts.iter().any(|t| t.starts_with("this CPU lacks unrestricted guest")), "{texts:?}");
+    }
+
+    /// The width of a processor that has all that nvmx needs, with this IA32_TME_ACTIVATE; without the MSR if `tme` is not set.
+    fn width(tme: bool, activate: u64) -> u8 {
+        let leaves = move |leaf: u32, _: u32| {
+            let (eax, ebx, ecx, edx) = match leaf {
+                0 => (0x16, u32::from_le_bytes(*b"Genu"), u32::from_le_bytes(*b"ntel"), u32::from_le_bytes(*b"ineI")),
+                1 => (0x806C1, 0, VMX, 0),
+                7 => (0, 0, u32::from(tme) << 13, 0),
+                0x8000_0000 => (0x8000_0008, 0, 0, 0),
+                0x8000_0001 => (0, 0, 0, NX),
+                0x8000_0008 => (46 | 48 << 8, 0, 0, 0),
+                _ => (0, 0, 0, 0),
+            };
+            CpuIdResult { eax, ebx, ecx, edx }
+        };
+        let all = 0xFFFF_FFFFu64 << 32;
+        let rdmsr = |index| match index {
+            IA32_TME_ACTIVATE => {
+                assert!(tme, "the MSR does not exist");
+                activate
+            }
+            0x480 => 6 << 50 | 0x1000 << 32 | 1 << 55,
+            0x481..=0x484 | 0x48B | 0x48D..=0x490 => all,
+            0x48C => u64::MAX,
+            _ => 0,
+        };
+        let processor = Processor::examine(&CpuId::with_cpuid_reader(leaves), rdmsr);
+        processor
+            .map(|p| {
+                assert_eq!(p.vmx.physical_width, u32::from(p.max_phys_addr), "addresses in a VMCS go by it too");
+                p.max_phys_addr
+            })
+            .unwrap_or_else(|missing| panic!("{missing:?}"))
+    }
+
+    #[test]
+    fn bits_of_an_address_that_name_a_key_are_not_l2_s() {
+        assert_eq!(width(false, u64::MAX), 46);
+        assert_eq!(width(true, 0), 46, "without encryption");
+        assert_eq!(width(true, 1), 46, "locked, off");
+        assert_eq!(width(true, 6 << 32 | 1), 46, "off");
+        assert_eq!(width(true, 0b11), 46, "one key for all memory");
+        assert_eq!(width(true, 6 << 32 | 0b11), 40);
+        // Three of the six are TDX's: they are among the six.
+        assert_eq!(width(true, 3 << 36 | 6 << 32 | 0b11), 40);
     }
 
     #[test]

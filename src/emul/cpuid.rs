@@ -1,8 +1,11 @@
-//! CPUID of L2: the processor's answer, with VMX shown as nvmx offers it and nvmx's own hypervisor leaves.
+//! CPUID of L2: the processor's answer, with VMX shown as nvmx offers it, without what nvmx refuses (`emul::hidden`), and
+//! nvmx's own hypervisor leaves.
 //!
 //! The outer hypervisor's leaves (0x4000_0000 to 0x4FFF_FFFF) are hidden: its paravirtual interface would let L2 have L0
 //! write into nvmx's memory. Source: SDM vol. 2A, "CPUID", table "Information Returned by CPUID Instruction".
 
+use super::hidden::Register::{Eax, Ebx, Ecx, Edx};
+use super::hidden::{EMPTY, shown};
 use crate::hw::cpu::this as this_cpu;
 use crate::vcpu::{Cpu, operand, smp};
 use crate::vmx::Field;
@@ -15,15 +18,16 @@ use raw_cpuid::{CpuIdResult as CpuidResult, native_cpuid::cpuid_count};
 const HYPERVISOR_LEAVES: core::ops::RangeInclusive<u32> = 0x4000_0000..=0x4FFF_FFFF;
 
 const LEAF1_ECX_VMX: u32 = 1 << 5;
-const LEAF1_ECX_SMX: u32 = 1 << 6;
 const LEAF1_ECX_OSXSAVE: u32 = 1 << 27;
 const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
-const LEAF7_EBX_SGX: u32 = 1 << 2;
 const LEAF7_ECX_OSPKE: u32 = 1 << 4;
-const LEAF7_ECX_SGX_LC: u32 = 1 << 30;
-const LEAF_SGX: u32 = 0x12;
 const LEAF_EXTENDED: u32 = 0x8000_0001;
 const LEAF_EXTENDED_EDX_SYSCALL: u32 = 1 << 11;
+/// Version of architectural performance monitoring: the last one whose counters have no address of their own.
+const PERFMON: u32 = 5;
+/// States that XSAVES does not have for L2.
+const STATE_PT: u32 = 8;
+const STATE_LBR: u32 = 15;
 const NOTHING: CpuidResult = CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 };
 const CR4_OSXSAVE: u64 = 1 << 18;
 const CR4_PKE: u64 = 1 << 22;
@@ -37,7 +41,10 @@ pub fn emulate(cpu: &mut Cpu) {
     let answer = if HYPERVISOR_LEAVES.contains(&leaf) {
         hypervisor_leaf(cpu, leaf, subleaf)
     } else {
-        let mut answer = as_l2_sees_it(leaf, subleaf, cpuid_count(leaf, subleaf), || cpu.vmx.read(Field::GUEST_CR4));
+        let mut answer =
+            as_l2_sees_it(leaf, subleaf, cpuid_count(leaf, subleaf), cpu.config.offered.physical_width, || {
+                cpu.vmx.read(Field::GUEST_CR4)
+            });
         // The processor tells of SYSCALL in 64-bit mode alone, in which nvmx always is.
         if leaf == LEAF_EXTENDED && !operand::is_64_bit_code(cpu) {
             answer.edx &= !LEAF_EXTENDED_EDX_SYSCALL;
@@ -50,22 +57,45 @@ pub fn emulate(cpu: &mut Cpu) {
     cpu.regs.gpr[2] = answer.edx as u64;
 }
 
-/// The processor's answer under nvmx's CR4, as it would be under L2's, without what nvmx does not offer.
+/// The processor's answer under nvmx's CR4, as it would be under L2's, without what nvmx does not offer. `width` is L2's
+/// physical-address width.
 #[inline(always)]
-fn as_l2_sees_it(leaf: u32, subleaf: u32, mut answer: CpuidResult, cr4: impl FnOnce() -> u64) -> CpuidResult {
+fn as_l2_sees_it(
+    leaf: u32,
+    subleaf: u32,
+    mut answer: CpuidResult,
+    width: u32,
+    cr4: impl FnOnce() -> u64,
+) -> CpuidResult {
     match (leaf, subleaf) {
         (1, _) => {
             let on = cr4() & CR4_OSXSAVE != 0;
-            answer.ecx &= !(LEAF1_ECX_SMX | LEAF1_ECX_OSXSAVE);
+            answer.ecx &= const { shown((1, 0), Ecx) } & !LEAF1_ECX_OSXSAVE;
             answer.ecx |= LEAF1_ECX_VMX | LEAF1_ECX_HYPERVISOR | if on { LEAF1_ECX_OSXSAVE } else { 0 };
+            answer.edx &= const { shown((1, 0), Edx) };
+        }
+        (6, _) => {
+            answer.eax &= const { shown((6, 0), Eax) };
+            answer.ecx &= const { shown((6, 0), Ecx) };
+            answer.edx &= const { shown((6, 0), Edx) };
         }
         (7, 0) => {
             let on = cr4() & CR4_PKE != 0;
-            answer.ebx &= !LEAF7_EBX_SGX;
-            answer.ecx &= !(LEAF7_ECX_OSPKE | LEAF7_ECX_SGX_LC);
+            answer.ebx &= const { shown((7, 0), Ebx) };
+            answer.ecx &= const { shown((7, 0), Ecx) } & !LEAF7_ECX_OSPKE;
             answer.ecx |= if on { LEAF7_ECX_OSPKE } else { 0 };
+            answer.edx &= const { shown((7, 0), Edx) };
         }
-        (LEAF_SGX, _) => answer = NOTHING,
+        (7, 1) => {
+            answer.eax &= const { shown((7, 1), Eax) };
+            answer.edx &= const { shown((7, 1), Edx) };
+        }
+        (7, 2) => answer.edx &= const { shown((7, 2), Edx) },
+        (0xA, _) => answer.eax = answer.eax & !0xFF | (answer.eax & 0xFF).min(PERFMON),
+        (0xD, 1) => answer.ecx &= const { shown((0xD, 1), Ecx) },
+        (0xD, STATE_PT | STATE_LBR) => answer = NOTHING,
+        (0x8000_0008, _) => answer.eax = answer.eax & !0xFF | width & 0xFF,
+        _ if EMPTY.iter().any(|(empty, _)| *empty == leaf) => answer = NOTHING,
         _ => {}
     }
     answer
@@ -118,17 +148,20 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::emul::hidden::HIDDEN;
 
     const ALL: CpuidResult = CpuidResult { eax: u32::MAX, ebx: u32::MAX, ecx: u32::MAX, edx: u32::MAX };
+    const WIDTH: u32 = 0xFF;
 
     fn seen(leaf: u32, subleaf: u32, answer: CpuidResult, cr4: u64) -> CpuidResult {
-        as_l2_sees_it(leaf, subleaf, answer, || cr4)
+        as_l2_sees_it(leaf, subleaf, answer, WIDTH, || cr4)
     }
 
     #[test]
-    fn leaf_1_shows_vmx_and_a_hypervisor_and_hides_smx() {
+    fn leaf_1_shows_vmx_and_a_hypervisor_and_hides_smx_and_debug_stores() {
         assert_eq!(seen(1, 0, NOTHING, 0).ecx, 1 << 5 | 1 << 31);
-        assert_eq!(seen(1, 0, ALL, CR4_OSXSAVE), CpuidResult { ecx: !(1 << 6), ..ALL });
+        let hidden = CpuidResult { ecx: !(1 << 6 | 1 << 2 | 1 << 4), edx: !(1 << 21), ..ALL };
+        assert_eq!(seen(1, 0, ALL, CR4_OSXSAVE), hidden);
     }
 
     #[test]
@@ -142,14 +175,41 @@ mod tests {
     }
 
     #[test]
-    fn sgx_is_not_there() {
-        assert_eq!(seen(7, 0, ALL, CR4_PKE), CpuidResult { ebx: !(1 << 2), ecx: !(1 << 30), ..ALL });
-        assert_eq!(seen(0x12, 2, ALL, 0), NOTHING);
+    fn what_is_hidden_is_not_there_and_everything_else_is() {
+        let mut leaves: Vec<_> = HIDDEN.iter().map(|hidden| hidden.leaf).collect();
+        leaves.dedup();
+        for (leaf, subleaf) in leaves {
+            let seen = seen(leaf, subleaf, ALL, u64::MAX);
+            for (register, bits) in [(Eax, seen.eax), (Ebx, seen.ebx), (Ecx, seen.ecx), (Edx, seen.edx)] {
+                let rows = HIDDEN.iter().filter(|row| row.leaf == (leaf, subleaf) && row.register == register);
+                assert_eq!(!bits, rows.fold(0, |all, row| all | row.bits), "leaf {leaf:#x}.{subleaf} {register:?}");
+            }
+        }
+        for (leaf, name) in EMPTY {
+            assert_eq!([seen(*leaf, 0, ALL, 0), seen(*leaf, 2, ALL, 0)], [NOTHING; 2], "{name}");
+        }
+        assert_eq!([seen(0xD, 8, ALL, 0), seen(0xD, 15, ALL, 0)], [NOTHING; 2], "states that go with them");
+    }
+
+    #[test]
+    fn performance_monitoring_ends_before_counters_with_addresses_of_their_own() {
+        for (version, shown) in [(0, 0), (2, 2), (5, 5), (6, 5)] {
+            let answer = CpuidResult { eax: 0x0730_0800 | version, ..NOTHING };
+            assert_eq!(seen(0xA, 0, answer, 0).eax, 0x0730_0800 | shown);
+        }
+    }
+
+    #[test]
+    fn the_physical_address_width_is_l2_s() {
+        let answer = CpuidResult { eax: 0x3034, ..ALL };
+        assert_eq!(as_l2_sees_it(0x8000_0008, 0, answer, 46, || 0), CpuidResult { eax: 0x302E, ..ALL });
     }
 
     #[test]
     fn other_leaves_are_the_processor_s() {
-        for (leaf, subleaf) in [(0, 0), (2, 0), (7, 1), (0xD, 0), (0x13, 0), (0x8000_0001, 0), (0x8000_0008, 0)] {
+        for (leaf, subleaf) in
+            [(0, 0), (2, 0), (7, 3), (0xD, 0), (0xD, 2), (0x13, 0), (0x8000_0001, 0), (0x8000_0008, 0)]
+        {
             assert_eq!(seen(leaf, subleaf, ALL, u64::MAX), ALL, "{leaf:#x}");
         }
     }

@@ -1,6 +1,7 @@
 //! MOV to CR0, LMSW, CLTS and MOV to CR4 of L2, where they touch a bit that nvmx owns: pure decisions.
 //!
-//! nvmx owns CR4.VMXE always, CR0.NE always (VMX needs it; L2 sees its own value), and CR0.PE and CR0.PG while L2 is in VMX
+//! nvmx owns CR4.VMXE always, CR4.FRED (not offered: it stays 0), CR0.NE always (VMX needs it; L2 sees its own value), and
+//! CR0.PE and CR0.PG while L2 is in VMX
 //! operation. Source: SDM vol. 3A, "Control Registers", vol. 3C, "Restrictions on VMX Operation".
 
 use crate::error::Fault;
@@ -14,6 +15,8 @@ bitflags! {
         const PE = 1 << 0;
         /// Task switched
         const TS = 1 << 3;
+        /// Extension type: always 1
+        const ET = 1 << 4;
         /// Numeric error
         const NE = 1 << 5;
         /// Write protect
@@ -36,6 +39,8 @@ bitflags! {
         const PSE = 1 << 4;
         /// Physical address extension
         const PAE = 1 << 5;
+        /// Machine checks
+        const MCE = 1 << 6;
         /// Global pages
         const PGE = 1 << 7;
         /// 57-bit linear addresses
@@ -54,6 +59,8 @@ bitflags! {
         const PKE = 1 << 22;
         /// Control-flow enforcement
         const CET = 1 << 23;
+        /// Flexible return and event delivery
+        const FRED = 1 << 32;
         const _ = !0;
     }
 }

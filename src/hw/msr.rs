@@ -2,6 +2,8 @@
 
 use core::arch::asm;
 
+use raw_cpuid::native_cpuid::cpuid_count;
+
 use crate::error::Fault;
 
 /// Reads an MSR that is known to exist.
@@ -89,4 +91,63 @@ pub fn efer() -> u64 {
     const IA32_EFER: u32 = 0xC000_0080;
     // SAFETY: every 64-bit processor has IA32_EFER.
     unsafe { rdmsr(IA32_EFER) }
+}
+
+/// Index of IA32_MISC_ENABLE.
+pub const IA32_MISC_ENABLE: u32 = 0x1A0;
+/// IA32_MISC_ENABLE: branch trace storage is not available.
+pub const MISC_NO_BTS: u64 = 1 << 11;
+/// IA32_MISC_ENABLE: processor event based sampling is not available.
+pub const MISC_NO_PEBS: u64 = 1 << 12;
+const MISC_NO_EXECUTE_DISABLE: u64 = 1 << 34;
+
+/// True if nvmx can go on with this value of IA32_MISC_ENABLE: without execute-disable, its page tables have reserved bits.
+pub fn is_misc_enable_harmless(value: u64) -> bool {
+    value & MISC_NO_EXECUTE_DISABLE == 0
+}
+
+/// Writes IA32_MISC_ENABLE. The two bits that say what L2 does not have are read-only, and shown otherwise than they are.
+pub fn set_misc_enable(value: u64) -> Result<(), Fault> {
+    if !is_misc_enable_harmless(value) {
+        return Err(Fault::GeneralProtection(0));
+    }
+    let fixed = MISC_NO_BTS | MISC_NO_PEBS;
+    let value = value & !fixed | rdmsr_safe(IA32_MISC_ENABLE)? & fixed;
+    // SAFETY: execute-disable stays; the rest is speed, and what CPUID says.
+    unsafe { wrmsr_safe(IA32_MISC_ENABLE, value) }
+}
+
+/// Index of IA32_XSS.
+pub const IA32_XSS: u32 = 0xDA0;
+/// The states of Intel PT and of architectural LBRs.
+const XSS_TRACES: u64 = 1 << 8 | 1 << 15;
+
+/// True if XRSTORS cannot switch on with this value of IA32_XSS what a guest must not switch on.
+pub fn is_xss_harmless(value: u64) -> bool {
+    value & XSS_TRACES == 0
+}
+
+/// Writes IA32_XSS.
+pub fn set_xss(value: u64) -> Result<(), Fault> {
+    if !is_xss_harmless(value) {
+        return Err(Fault::GeneralProtection(0));
+    }
+    // SAFETY: nvmx uses no extended state.
+    unsafe { wrmsr_safe(IA32_XSS, value) }
+}
+
+/// Stops what a loader may have left on and L2 cannot reach: Intel PT, PEBS, architectural LBRs.
+pub fn stop_traces() {
+    const DEBUG_STORE: u32 = 1 << 21;
+    const TRACE: u32 = 1 << 25;
+    const LBR: u32 = 1 << 19;
+    let (basic, features) = (cpuid_count(1, 0), cpuid_count(7, 0));
+    for (index, present) in
+        [(0x570, features.ebx & TRACE != 0), (0x3F1, basic.edx & DEBUG_STORE != 0), (0x14CE, features.edx & LBR != 0)]
+    {
+        if present && rdmsr_safe(index).is_ok_and(|value| value != 0) {
+            // SAFETY: nvmx needs none of them. A value that the processor refuses changes nothing.
+            let _ = unsafe { wrmsr_safe(index, 0) };
+        }
+    }
 }

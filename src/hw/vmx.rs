@@ -5,9 +5,10 @@
 use super::{cr, msr};
 use crate::addr::Hpa;
 use crate::boot::requirements::{IA32_FEATURE_CONTROL, LOCKED, VMX_OUTSIDE_SMX};
+use crate::emul::cr::{Cr0, Cr4};
 use crate::vcpu::counters::Counters;
-use crate::vmx::Field;
 use crate::vmx::image::Access;
+use crate::vmx::{Capabilities, Field};
 use core::arch::asm;
 use l2_protocol::abi::Counter;
 
@@ -51,23 +52,37 @@ fn unlock() -> Option<()> {
     unsafe { msr::wrmsr_safe(IA32_FEATURE_CONTROL, control | LOCKED | VMX_OUTSIDE_SMX) }.ok()
 }
 
+/// nvmx's CR0: protection, numeric error, write protection, paging; caching as it is.
+pub fn host_cr0(now: u64, caps: &Capabilities) -> u64 {
+    now & (Cr0::CD | Cr0::NW).bits() | (Cr0::PE | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::PG).bits() | caps.cr0_fixed0
+}
+
+/// nvmx's CR4: machine checks end in the epitaph, and XSETBV of L2 is executed by nvmx. Nothing else: what is 0 here is
+/// without effect while nvmx runs, whatever the MSRs of L2 say of it (CET, protection keys, user interrupts, FRED).
+pub fn host_cr4(caps: &Capabilities) -> u64 {
+    (Cr4::PAE | Cr4::MCE | Cr4::OSXSAVE).bits() & caps.cr4_fixed1 | caps.cr4_fixed0
+}
+
 impl Vmx {
     /// Enters VMX operation with a VMXON region: a frame of nvmx's own that holds the revision identifier and is used for
     /// nothing else. `None` if the processor refuses it.
     ///
-    /// `cr0` and `cr4` are the bits that VMX operation needs set (IA32_VMX_CR0_FIXED0, IA32_VMX_CR4_FIXED0).
-    pub fn enter(region: Hpa, cr0: u64, cr4: u64) -> Option<Vmx> {
+    /// CR0 and CR4 get nvmx's values, whatever the loader left there. Translations of whoever used VMX before are dropped.
+    pub fn enter(region: Hpa, caps: &Capabilities) -> Option<Vmx> {
         unlock()?;
         let failed: u8;
-        // SAFETY: 1. nvmx runs in long mode with paging, so the fixed bits of CR0 add NE at most and those of CR4 VMXE;
-        // neither changes how nvmx's own code runs. 2. IA32_FEATURE_CONTROL allows VMX, so VMXON does not fault.
+        // SAFETY: 1. Paging, long mode and everything that nvmx's own code relies on stay on (`host_cr0`, `host_cr4`); the
+        // processor has each bit. 2. IA32_FEATURE_CONTROL allows VMX, so VMXON does not fault.
         // 3. The region is a frame that the caller took from nvmx's pool.
         unsafe {
-            cr::set_cr0(cr::cr0() | cr0);
-            cr::set_cr4(cr::cr4() | cr4);
+            cr::set_cr0(host_cr0(cr::cr0(), caps));
+            cr::set_cr4(host_cr4(caps));
             asm!("vmxon [{p}]", "setbe {f}", p = in(reg) &region.get(), f = out(reg_byte) failed);
         }
-        (failed == 0).then(|| Vmx { counters: Counters::new() })
+        let mut vmx = (failed == 0).then(|| Vmx { counters: Counters::new() })?;
+        vmx.invept(Invalidate::All, 0);
+        vmx.invvpid(Invalidate::All, 0, 0);
+        Some(vmx)
     }
 
     /// Reads a field of the current VMCS; the caller asks only for fields that the processor has.
@@ -168,5 +183,29 @@ impl Access for Vmx {
     #[inline(always)]
     fn write(&mut self, field: Field, value: u64) {
         Vmx::write(self, field, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn processor(cr4_fixed1: u64) -> Capabilities {
+        let value = |index| match index {
+            0x486 => 0x8000_0021,
+            0x487 => 0xFFFF_FFFF,
+            0x488 => 0x2000,
+            0x489 => cr4_fixed1,
+            _ => 0,
+        };
+        Capabilities::read(value, 39, 48)
+    }
+
+    #[test]
+    fn control_registers_are_known_values_whatever_the_loader_left() {
+        assert_eq!(host_cr0(u64::MAX, &processor(0)), 0xE001_0031);
+        assert_eq!(host_cr0(0x11, &processor(0)), 0x8001_0031);
+        assert_eq!(host_cr4(&processor(u64::MAX)), 0x4_2060);
+        assert_eq!(host_cr4(&processor(0x2FF)), 0x2060, "no XSAVE");
     }
 }

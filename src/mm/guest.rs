@@ -216,6 +216,17 @@ mod tests {
         assert_eq!(memory.translate(Gpa::new(1 << 36)), Err(NotOwned(Gpa::new(1 << 36))));
     }
 
+    /// With keys of TME-MK an address above the width is an alias of the memory below.
+    #[test]
+    fn no_alias_of_nvmx_above_the_width_is_l2s() {
+        for bit in 36..64 {
+            for own in [OWN.start(), OWN.end() - 1] {
+                assert!(memory().translate(Gpa::new(own | 1 << bit)).is_err(), "bit {bit}");
+            }
+            assert!(memory().owns(Gpa::new(0x8000 | 1 << bit), 0x1000).is_err(), "bit {bit}");
+        }
+    }
+
     #[test]
     fn a_page_that_nvmx_owns_in_part_is_not_l2s() {
         let memory = GuestMemory::new(VecMem::new(0), Span::new(0x4100, 0x4200), 36);

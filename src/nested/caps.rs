@@ -3,6 +3,7 @@
 //! A bit that is not in these tables is refused exactly as on a machine without it (invariant I11). Each row says how
 //! nvmx honours the bit.
 
+use crate::emul::cr::Cr4;
 use crate::vmx::caps::{Allowed, Basic, Capabilities, EptVpid, Misc};
 use crate::vmx::controls::{
     Controls, EntryControls as Entry, ExitControls as Exit, PinControls as Pin, PrimaryControls as Primary,
@@ -219,7 +220,8 @@ pub fn offered(hardware: &Capabilities) -> Capabilities {
         cr0_fixed0: hardware.cr0_fixed0,
         cr0_fixed1: hardware.cr0_fixed1,
         cr4_fixed0: hardware.cr4_fixed0,
-        cr4_fixed1: hardware.cr4_fixed1,
+        // No control of nvmx's switches the MSRs of FRED.
+        cr4_fixed1: hardware.cr4_fixed1 & !Cr4::FRED.bits(),
         vmcs_enum: 0,
         ept_vpid: EptVpid(ept_bits | vpid_bits),
         vmfunc,

@@ -5,7 +5,7 @@
 
 use super::checks::{self, CheckId, ControlsChecked, GuestContext};
 use super::explain::Refusal;
-use super::merge::{self, Duties, NvmxNeeds, Translated};
+use super::merge::{self, Duties, MsrIntercepts, NvmxNeeds, Translated};
 use super::shadow::{self, NO_LINK};
 use super::slot::Slot;
 use super::stale::Stale;
@@ -21,7 +21,6 @@ use crate::mm::linear::fetch_pdptes;
 use crate::mm::{GuestMemory, PhysMem};
 use crate::vcpu::{Cpu, Next, Stop, inject, smp};
 use crate::vmx::Field;
-use crate::vmx::bitmap::Words;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::field::PDPTES;
@@ -233,7 +232,7 @@ pub fn merge_msr_bitmap(cpu: &mut Cpu, index: usize) {
 }
 
 /// The slot's MSR bitmap = nvmx's ∪ L2's.
-fn merge_bitmaps<P: PhysMem>(phys: &P, guest: &GuestMemory<P>, slot: &Slot, ours: &Words) {
+fn merge_bitmaps<P: PhysMem>(phys: &P, guest: &GuestMemory<P>, slot: &Slot, ours: &MsrIntercepts) {
     merge::msr_bitmaps(phys, ours, guest, Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP)), slot.msr_bitmap);
 }
 

@@ -178,7 +178,7 @@ fn msr_of_l3(
     access: Access,
     emulate: fn(&mut Cpu) -> Result<(), Fault>,
 ) -> Result<(), KillReason> {
-    if !msr::is_emulated(cpu.regs.gpr[1] as u32, access) {
+    if !msr::is_own(cpu.regs.gpr[1] as u32, access) {
         // L2's bitmap lost the bit while L3 ran. Merged again, it lets the instruction through.
         entry::merge_msr_bitmap(cpu, index);
         inject::set_resume_flag(&mut cpu.vmx);

@@ -9,10 +9,11 @@
 use super::checks::ControlsChecked;
 use crate::addr::{Gpa, Hpa, PAGE_SIZE};
 use crate::mm::{GuestMemory, PhysMem};
-use crate::vmx::bitmap::Words;
+use crate::vmx::bitmap::{MsrBitmap, Words};
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::{Capabilities, Field, Fields};
 use bitflags::bitflags;
+use core::ops::Range;
 
 /// The controls that nvmx needs in vmcs02 whatever L2 asks for; made once per processor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -227,15 +228,40 @@ fn duties(entry12: EntryControls, exit12: ExitControls, secondary12: SecondaryCo
     duties
 }
 
-/// Makes the MSR bitmap in the frame `to` the union of nvmx's and L2's at `theirs`; a page that L2 does not own reads as all
-/// ones.
-pub fn msr_bitmaps<P: PhysMem>(phys: &P, ours: &Words, guest: &GuestMemory<P>, theirs: Gpa, to: Hpa) {
-    let word = |offset| Hpa::new(to.get() + offset);
-    match guest.translate(theirs.page()) {
-        Ok(theirs) => phys.copy(theirs, to, PAGE_SIZE),
-        Err(_) => (0..PAGE_SIZE).step_by(8).for_each(|offset| phys.write_u64(word(offset), u64::MAX)),
+/// nvmx's MSR bitmap for L3, as far as it must be merged with L2's: the words with a bit set among those for reads, and those
+/// with a bit clear among those for writes. Few words of either half are so.
+pub struct MsrIntercepts {
+    reads: Words,
+    writes: Words,
+}
+
+/// Bytes of an MSR bitmap for reads; as many for writes follow.
+const HALF: u64 = PAGE_SIZE / 2;
+
+impl MsrIntercepts {
+    /// Of nvmx's bitmap, given its words by number.
+    pub fn new(word: impl Fn(usize) -> u64) -> Self {
+        let differ =
+            |words: Range<usize>, rest| Words::of(words.map(|i| (i as u16, word(i))).filter(|(_, bits)| *bits != rest));
+        let half = MsrBitmap::WORDS / 2;
+        Self { reads: differ(0..half, 0), writes: differ(half..MsrBitmap::WORDS, u64::MAX) }
     }
-    ours.iter().for_each(|(offset, bits)| phys.write_u64(word(offset), phys.read_u64(word(offset)) | bits));
+}
+
+/// Makes the MSR bitmap in the frame `to`, which was all ones, the union of nvmx's and L2's at `theirs`; a page that L2 does
+/// not own reads as all ones.
+pub fn msr_bitmaps<P: PhysMem>(phys: &P, ours: &MsrIntercepts, guest: &GuestMemory<P>, theirs: Gpa, to: Hpa) {
+    let word = |offset| Hpa::new(to.get() + offset);
+    let Ok(theirs) = guest.translate(theirs.page()) else {
+        (0..PAGE_SIZE).step_by(8).for_each(|offset| phys.write_u64(word(offset), u64::MAX));
+        return;
+    };
+    phys.copy(theirs, to, HALF);
+    ours.reads.iter().for_each(|(offset, bits)| phys.write_u64(word(offset), phys.read_u64(word(offset)) | bits));
+    // A write that nvmx must see of each MSR of a word stays so.
+    for (offset, bits) in ours.writes.iter() {
+        phys.write_u64(word(offset), phys.read_u64(Hpa::new(theirs.get() + offset)) | bits);
+    }
 }
 
 /// Makes the bitmap in the frame `to`, which is all ones elsewhere, the union of nvmx's VMREAD or VMWRITE bitmap and L2's at

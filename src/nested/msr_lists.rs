@@ -150,7 +150,7 @@ fn read_of_l3(vmx: &mut impl image::Access, own: &impl Fn(u32) -> Option<u64>, i
     if X2APIC.contains(&index) || index == SMBASE {
         return None;
     }
-    if msr::is_emulated(index, Access::Read) {
+    if msr::is_own(index, Access::Read) {
         return own(index);
     }
     match msr::vmcs_field(index) {
@@ -184,7 +184,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn entries_are_copied_unless_nvmx_answers_for_their_msr(
+        fn entries_are_copied_unless_the_processor_may_not_load_them(
             entries in prop::collection::vec(
                 (
                     prop_oneof![0u64..0x2000, Just(0x1B), 0xC000_0000u64..0xC000_2000, 0x47Eu64..0x496, any::<u64>()],
@@ -193,14 +193,11 @@ mod tests {
                 0..64,
             ),
         ) {
+            let guest = GuestMemory::new((), OWN, 36);
             let expected: Vec<_> = entries
                 .iter()
                 .map(|&(index, value)| match u32::try_from(index) {
-                    // The APIC would lie over nvmx's memory, or where there is none.
-                    Ok(0x1B) if OWN.overlaps(Span::sized(value & 0xF_FFFF_F000, 1)) || value & 0xF_FFF0_0000_0000 != 0 => {
-                        (REFUSED, value)
-                    }
-                    Ok(index) if index != 0x1B && msr::is_emulated(index, Access::Write) => (REFUSED, value),
+                    Ok(index) if !msr::may_load(index, value, &guest) => (REFUSED, value),
                     _ => (index, value),
                 })
                 .collect();

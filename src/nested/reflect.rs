@@ -11,7 +11,7 @@ use super::stale::Stale;
 use super::vmcs12::{FieldSet, Vmcs12};
 use super::vpid::VPID01;
 use crate::emul::cr::Cr4;
-use crate::emul::msr;
+use crate::emul::msr::{self, OwnMsrs};
 use crate::error::KillReason;
 use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::linear::{fetch_pdptes, pdptes_are_valid};
@@ -70,7 +70,7 @@ pub fn reflect(cpu: &mut Cpu, index: usize, info: Option<Info>) -> Result<(), Ki
     }
     let nmi_blocked = nmi_blocked(vmx, pin, info);
     if slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_COUNT) != 0 {
-        store_msrs(vmx, slot, &cpu.config, cpu.feature_control, &cpu.guest)?;
+        store_msrs(vmx, slot, &cpu.config, &cpu.msrs, &cpu.guest)?;
     }
     slot.inherited.leave_l3(vmx, &mut slot.vmcs12);
     slot.vmcs12.launched = true;
@@ -82,11 +82,11 @@ fn store_msrs(
     vmx: &mut Vmx,
     slot: &Slot,
     config: &Config,
-    feature_control: u64,
+    own: &OwnMsrs,
     guest: &GuestMemory<impl PhysMem>,
 ) -> Result<(), KillReason> {
     let [at, count] = [Field::VM_EXIT_MSR_STORE_ADDR, Field::VM_EXIT_MSR_STORE_COUNT].map(|f| slot.vmcs12.get(f));
-    MsrLists::store(vmx, |index| msr::answer(&config.offered, feature_control, index), guest, at, count)
+    MsrLists::store(vmx, |index| msr::answer(&config.offered, own, index), guest, at, count)
 }
 
 /// Takes L2 out by an exception or NMI that the processor did not exit for, with its interruption information.

@@ -117,7 +117,8 @@ fn make(
     let shadow_bitmaps = (some(1)?, some(1)?);
     let lists = MsrLists::new(some(AREA_FRAMES)?, some(AREA_FRAMES)?);
     phys.write_u64(vmcs02, revision.into());
-    for bitmap in [shadow_bitmaps.0, shadow_bitmaps.1] {
+    // Merging writes only what is not all ones.
+    for bitmap in [msr_bitmap, shadow_bitmaps.0, shadow_bitmaps.1] {
         phys.write_words(bitmap, &BitmapPage::SET.0);
     }
     Some(Slot::new(vmcs02, msr_bitmap, shadow_bitmaps, lists))

@@ -2,23 +2,24 @@
 
 use super::tracked::Tracked;
 use super::{Config, Cpu, Startup, Waiting, host, probe, vmcs01};
-use crate::addr::{Gpa, Hpa};
+use crate::addr::{Gpa, Hpa, PAGE_SIZE};
 use crate::boot::Machine;
 use crate::boot::options::{Counters, Vmcs as VmcsOption};
 use crate::boot::requirements::KVM;
-use crate::emul::cr::Cr4;
-use crate::emul::msr::{self, FEATURE_LOCK, FEATURE_VMX};
+use crate::emul::msr::{self, By, OwnMsrs};
 use crate::ept::{Ept01, Ept02, EptRules};
 use crate::hw::epitaph::{self, Status};
+use crate::hw::msr as hw_msr;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::Vmx;
 use crate::mm::mtrr::Mtrrs;
 use crate::mm::{FramePool, GuestMemory, PhysMem, Span};
+use crate::nested::merge::MsrIntercepts;
 use crate::nested::slots::{FIRST_SLOTS, Slots};
 use crate::nested::vmcs12::FieldSet;
 use crate::nested::{Nested, caps};
-use crate::vmx::bitmap::{Access, BitmapPage, MsrBitmap, Words, shadow_bitmap};
+use crate::vmx::bitmap::{Access, BitmapPage, Words, shadow_bitmap};
 use crate::vmx::image::Layout;
 use crate::vmx::{Capabilities, Field};
 use l2_protocol::abi::Strategy;
@@ -36,6 +37,7 @@ pub struct Common {
     user_counters: bool,
     on_kvm: bool,
     mtrrs: Mtrrs,
+    has_mtrrs: bool,
     own: Span,
     end_of_memory: Gpa,
     phys: DirectMap,
@@ -55,6 +57,7 @@ impl Common {
             user_counters: machine.options.counters == Counters::All,
             on_kvm: machine.processor.l0 == KVM,
             mtrrs: machine.mtrrs.clone(),
+            has_mtrrs: machine.processor.mtrrs,
             own: machine.own,
             end_of_memory: Gpa::new(machine.memory.end_of_memory().max(4 << 30)),
             phys: machine.phys,
@@ -65,9 +68,8 @@ impl Common {
     /// Enters VMX operation on this processor, on a region out of `frames`; it stays there for good.
     pub fn enter_vmx(&self, frames: &mut FramePool) -> Option<Vmx> {
         let vmxon = region(frames, &self.phys, self.hardware.basic.revision())?;
-        // XSETBV of L2 is executed by nvmx, so nvmx's own CR4 must allow it where the processor has it.
-        let xsave = self.hardware.cr4_fixed1 & Cr4::OSXSAVE.bits();
-        Vmx::enter(vmxon, self.hardware.cr0_fixed0, self.hardware.cr4_fixed0 | xsave)
+        hw_msr::stop_traces();
+        Vmx::enter(vmxon, &self.hardware)
     }
 
     /// Builds the [`Cpu`] of this processor; `None` if its frames do not suffice, or the processor refuses VMX operation.
@@ -78,7 +80,7 @@ impl Common {
         let revision = hardware.basic.revision();
         let budget = self.ept02_budget.min(frames.available() as u32 / 2);
         let vmcs01 = region(&mut frames, phys, revision)?;
-        let msr_bitmap01 = page(&mut frames, phys, &msr_bitmap01())?;
+        let msr_bitmap01 = words(&mut frames, phys, |word| msr::bitmap_word(word, By::L2))?;
         let void = page(&mut frames, phys, &BitmapPage::SET)?;
         let mut shadow_bitmaps = [Hpa::new(0); 2];
         let mut bitmaps = [BitmapPage::SET, BitmapPage::SET];
@@ -113,9 +115,9 @@ impl Common {
             msr_bitmap01,
             void,
             shadow_words: bitmaps.each_ref().map(|bitmap| Words::that_differ(bitmap, u64::MAX)),
-            msr_intercepts: Words::that_differ(&msr_bitmap_l3(), 0),
+            msr_intercepts: MsrIntercepts::new(|word| msr::bitmap_word(word, By::L3)),
             shadow_bitmaps,
-            feature_control: FEATURE_LOCK | FEATURE_VMX,
+            msrs: OwnMsrs::of_this_processor(self.has_mtrrs, offered.physical_width),
             tracked: Tracked::default(),
             nested: Nested::new(slots),
             ept01,
@@ -166,26 +168,16 @@ fn region(frames: &mut FramePool, phys: &DirectMap, revision: u32) -> Option<Hpa
 
 /// A frame with this content.
 fn page(frames: &mut FramePool, phys: &DirectMap, content: &BitmapPage) -> Option<Hpa> {
+    words(frames, phys, |i| content.0[i])
+}
+
+/// A frame with these words.
+fn words(frames: &mut FramePool, phys: &DirectMap, word: impl Fn(usize) -> u64) -> Option<Hpa> {
     let at = frames.alloc(phys)?.into_hpa();
-    for (i, word) in content.0.iter().enumerate() {
-        phys.write_u64(Hpa::new(at.get() + 8 * i as u64), *word);
+    for i in 0..(PAGE_SIZE / 8) as usize {
+        phys.write_u64(Hpa::new(at.get() + 8 * i as u64), word(i));
     }
     Some(at)
-}
-
-/// What nvmx must see of L2: also the MSRs that it tracks.
-fn msr_bitmap01() -> BitmapPage {
-    let mut bitmap = MsrBitmap(msr_bitmap_l3());
-    Tracked::indexes().for_each(|index| bitmap.set(index, Access::Write, true));
-    bitmap.0
-}
-
-/// What nvmx must see of L3.
-fn msr_bitmap_l3() -> BitmapPage {
-    let mut bitmap = MsrBitmap::PASS_ALL;
-    msr::intercept(&mut bitmap);
-    bitmap.set(msr::IA32_PAT, Access::Write, true);
-    bitmap.0
 }
 
 /// A further slot for L2, if frames are left for it; vmcs01 is current.

@@ -2,6 +2,7 @@
 
 use super::tracked::Tracked;
 use crate::addr::Hpa;
+use crate::emul::msr::OwnMsrs;
 use crate::ept::{Ept01, Ept02, PoolFrames};
 use crate::error::{Fault, KillReason};
 use crate::hw::phys::DirectMap;
@@ -13,6 +14,7 @@ use crate::mm::{FramePool, GuestMemory};
 use crate::nested::Nested;
 use crate::nested::events::Events;
 use crate::nested::l3_memory::{Failed, Miss};
+use crate::nested::merge::MsrIntercepts;
 use crate::nested::vmcs12::FieldSet;
 use crate::vmx::Capabilities;
 use crate::vmx::bitmap::Words;
@@ -83,11 +85,11 @@ pub struct Cpu {
     /// What L3 may reach of a shadow VMCS by VMREAD and VMWRITE, to be merged with L2's bitmaps.
     pub shadow_words: [Words; 2],
     /// What nvmx must see of L3, to be merged with L2's bitmap.
-    pub msr_intercepts: Words,
+    pub msr_intercepts: MsrIntercepts,
     /// Stands for memory that is not there: a frame of nvmx.
     pub void: Hpa,
-    /// IA32_FEATURE_CONTROL as L2 sees it.
-    pub feature_control: u64,
+    /// MSRs as L2 sees them, where nvmx keeps them for it.
+    pub msrs: OwnMsrs,
     /// MSRs of L2 whose values nvmx knows.
     pub tracked: Tracked,
     /// Virtual VMX.

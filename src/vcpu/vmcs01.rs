@@ -1,6 +1,6 @@
 //! vmcs01: it runs L2, as thinly as VMX allows.
 //!
-//! Intercepts beyond the unconditional ones: some MSRs (emul::msr, tracked), CR4.VMXE, CR0.NE, and CR0.PE and
+//! Intercepts beyond the unconditional ones: MSRs (emul::msr_policy), CR4.VMXE and FRED, CR0.NE, and CR0.PE and
 //! CR0.PG while L2 is in VMX operation. Interrupts, ports, devices, timers and exceptions are L2's own.
 //! Source: SDM vol. 3C, "VM-Execution Control Fields", "VM-Exit Control Fields", "VM-Entry Control Fields".
 
@@ -26,8 +26,7 @@ pub fn secondary(caps: &Capabilities) -> SecondaryControls {
     let enables = SecondaryControls::ENABLE_RDTSCP
         | SecondaryControls::ENABLE_INVPCID
         | SecondaryControls::ENABLE_XSAVES
-        | SecondaryControls::ENABLE_USER_WAIT_AND_PAUSE
-        | SecondaryControls::ENABLE_PCONFIG;
+        | SecondaryControls::ENABLE_USER_WAIT_AND_PAUSE;
     caps.secondary.with_required(
         SecondaryControls::ENABLE_EPT
             | SecondaryControls::ENABLE_VPID
@@ -94,7 +93,7 @@ pub fn own_control_bits(cpu: &mut Cpu, vmx_operation: bool) {
         // VMXON was refused unless they are set.
         cpu.vmx.write(Field::CR0_READ_SHADOW, (Cr0::NE | Cr0::PE | Cr0::PG).bits());
     }
-    cpu.vmx.write(Field::CR4_GUEST_HOST_MASK, Cr4::VMXE.bits());
+    cpu.vmx.write(Field::CR4_GUEST_HOST_MASK, (Cr4::VMXE | Cr4::FRED).bits());
     if cpu.config.strategy == Strategy::ZeroCopy {
         let shadowing = if vmx_operation { SecondaryControls::VMCS_SHADOWING } else { SecondaryControls::empty() };
         let controls = secondary(&cpu.config.hardware) | shadowing;
@@ -166,8 +165,7 @@ mod tests {
         let instructions = SecondaryControls::ENABLE_RDTSCP
             | SecondaryControls::ENABLE_INVPCID
             | SecondaryControls::ENABLE_XSAVES
-            | SecondaryControls::ENABLE_USER_WAIT_AND_PAUSE
-            | SecondaryControls::ENABLE_PCONFIG;
+            | SecondaryControls::ENABLE_USER_WAIT_AND_PAUSE;
         assert_eq!(enabling, instructions);
     }
 

@@ -35,7 +35,7 @@ impl BitmapPage {
 }
 
 /// How many words a [`Words`] has room for.
-const WORDS: usize = 32;
+const WORDS: usize = 64;
 
 /// The words of a page that differ from the rest of it: all there is to merge into another page.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -46,6 +46,11 @@ impl Words {
     /// of the page finds, and panics here.
     pub fn that_differ(page: &BitmapPage, rest: u64) -> Self {
         Self((0..).zip(page.0).filter(|(_, word)| *word != rest).collect())
+    }
+
+    /// The words with these numbers; at most as many as there is room for, as in [`Words::that_differ`].
+    pub fn of(words: impl IntoIterator<Item = (u16, u64)>) -> Self {
+        Self(words.into_iter().collect())
     }
 
     /// Each word with its byte offset in the page.
@@ -70,6 +75,8 @@ pub enum Access {
 pub struct MsrBitmap(pub BitmapPage);
 
 impl MsrBitmap {
+    /// 64-bit words: half of them for reads, half for writes, each half for low MSRs first.
+    pub const WORDS: usize = 512;
     /// Nothing in its ranges exits.
     pub const PASS_ALL: Self = Self(BitmapPage::CLEAR);
 

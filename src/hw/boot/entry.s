@@ -97,8 +97,8 @@ boot_start:
     jb 3b
 
     # SDM vol. 3A, "Initializing IA-32e Mode": CR4.PAE, CR3, EFER.LME, CR0.PG. CR0.WP too: read-only means read-only.
-    mov eax, cr4
-    or eax, 0x20
+    # CR4 is nothing but PAE, whatever the loader left there: with LA57, paging would take these tables for others.
+    mov eax, 0x20
     mov cr4, eax
     mov cr3, edi
     mov ecx, 0xC0000080

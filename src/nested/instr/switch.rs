@@ -25,7 +25,10 @@ pub fn vmxon(cpu: &mut Cpu) -> Result<Next, Stop> {
     }
     let (cr0, cr4) = (vmcs01::cr0_of_l2(cpu), vmcs01::cr4_of_l2(cpu));
     let allowed = FEATURE_LOCK | FEATURE_VMX;
-    if !cpu.config.offered.cr0_ok(cr0) || !cpu.config.offered.cr4_ok(cr4) || cpu.feature_control & allowed != allowed {
+    if !cpu.config.offered.cr0_ok(cr0)
+        || !cpu.config.offered.cr4_ok(cr4)
+        || cpu.msrs.feature_control & allowed != allowed
+    {
         return Err(Fault::GeneralProtection(0).into());
     }
     let at = pointer_operand(cpu)?;

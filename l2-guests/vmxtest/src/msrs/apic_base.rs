@@ -111,7 +111,8 @@ fn moved(home: u64, page: u64) {
     let back = write(home);
     Check::new(&mut Serial, "APIC base: over memory")
         .expect("written", wrote, Wrote::Taken)
-        .expect("read", Hex(read_back), Hex(at(home, page)))
+        // The address differs from machine to machine.
+        .expect("read", read_back == at(home, page), true)
         .expect("version", there, version)
         .expect("priority", priority, 0x30)
         .expect("back", back, Wrote::Taken)
@@ -178,10 +179,10 @@ fn by_areas(guest: &mut Guest, home: u64, page: u64) {
     cpu::wrmsr(APIC_BASE, home);
     Check::new(&mut Serial, "APIC base: loaded by MSR areas")
         .expect("entry", seen, Exit::Done(version.into()))
-        .expect("stays", Hex(kept), Hex(at(home, page)))
+        .expect("stays", kept == at(home, page), true)
         .expect("reserved_bit", refused, Exit::Failed(34, 1))
         .expect("guest_before_exit", before, Exit::Done(MARK.into()))
-        .expect("exit", Hex(after), Hex(at(home, page)))
+        .expect("exit", after == at(home, page), true)
         .expect("version", there, version)
         .end();
 }

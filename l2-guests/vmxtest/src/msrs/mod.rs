@@ -1,6 +1,11 @@
 //! MSRs: what RDMSR and WRMSR do in the hypervisor and, where its bitmap lets them pass, in its guest.
 
 mod apic_base;
+#[path = "../../../../src/emul/msr_policy.rs"]
+#[expect(dead_code, reason = "the reasons are for people")]
+pub mod policy;
+mod sweep;
+mod values;
 
 use crate::guest::Guest;
 use l2_kit::{
@@ -19,5 +24,7 @@ pub static OUTSIDE: Global<u64> = Global::new(0);
 pub fn all() -> Result<(), Missing> {
     let mut guest = Guest::new(Controls { secondary: secondary::EPT, ..Controls::default() })?;
     apic_base::all(&mut guest);
+    values::all();
+    sweep::all(&mut guest);
     Ok(())
 }
