@@ -90,6 +90,9 @@ impl<F: TableFrames> TableFrames for FailingFrames<F> {
     fn write(&mut self, entry: Hpa, value: u64) {
         self.frames.write(entry, value);
     }
+    fn zeros(&self, first: Hpa, count: usize) -> usize {
+        self.frames.zeros(first, count)
+    }
     fn take_bits(&mut self, entry: Hpa, bits: u64) -> u64 {
         self.frames.take_bits(entry, bits)
     }
