@@ -10,7 +10,7 @@ use crate::hw::cpu::this as this_cpu;
 use crate::vcpu::{Cpu, operand, smp};
 use crate::vmx::Field;
 use l2_protocol::abi::{
-    Counter, FRAMES_FREE, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_CPUS, LEAF_INTERFACE, LEAF_MAX, LEAF_REFUSAL,
+    BELOW, Counter, FRAMES_FREE, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_CPUS, LEAF_INTERFACE, LEAF_MAX, LEAF_REFUSAL,
     LEAF_SIGNATURE, OF_ALL_CPUS, SIGNATURE, SNAPSHOT, STACK_USED,
 };
 use raw_cpuid::{CpuIdResult as CpuidResult, native_cpuid::cpuid_count};
@@ -105,12 +105,14 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
     // Counters and refusals tell a program what others do: to one that may not read them they are not there.
     let private = !cpu.config.user_counters && cpu.vmx.read(Field::GUEST_SS_AR_BYTES) & SS_DPL != 0;
     let last = if private { LEAF_INTERFACE } else { LEAF_MAX };
+    if leaf >= LEAF_SIGNATURE + BELOW && !private {
+        return below(leaf - BELOW, subleaf);
+    }
     if leaf > last {
         return NOTHING;
     }
-    let word = |i: usize| SIGNATURE.iter().skip(4 * i).take(4).rev().fold(0, |w, b| w << 8 | *b as u32);
     match leaf {
-        LEAF_SIGNATURE => CpuidResult { eax: last, ebx: word(0), ecx: word(1), edx: word(2) },
+        LEAF_SIGNATURE => CpuidResult { eax: last, ..own_signature() },
         LEAF_INTERFACE => CpuidResult {
             eax: INTERFACE_VERSION,
             ebx: Counter::ALL.len() as u32,
@@ -143,6 +145,22 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
         }
         _ => NOTHING,
     }
+}
+
+fn own_signature() -> CpuidResult {
+    let word = |i: usize| SIGNATURE.iter().skip(4 * i).take(4).rev().fold(0, |w, b| w << 8 | *b as u32);
+    CpuidResult { eax: LEAF_MAX, ebx: word(0), ecx: word(1), edx: word(2) }
+}
+
+/// The answer of the nvmx below, if it is one: another hypervisor's leaves stay hidden.
+#[cold]
+fn below(leaf: u32, subleaf: u32) -> CpuidResult {
+    let found = cpuid_count(LEAF_SIGNATURE, 0);
+    let own = own_signature();
+    if (found.ebx, found.ecx, found.edx) != (own.ebx, own.ecx, own.edx) {
+        return NOTHING;
+    }
+    cpuid_count(leaf, subleaf)
 }
 
 #[cfg(test)]
@@ -203,6 +221,12 @@ mod tests {
     fn the_physical_address_width_is_l2_s() {
         let answer = CpuidResult { eax: 0x3034, ..ALL };
         assert_eq!(as_l2_sees_it(0x8000_0008, 0, answer, 46, || 0), CpuidResult { eax: 0x302E, ..ALL });
+    }
+
+    #[test]
+    fn where_no_nvmx_is_below_its_leaves_are_empty() {
+        // A host that runs tests is no guest of nvmx.
+        assert_eq!(below(LEAF_COUNTERS, SNAPSHOT), NOTHING);
     }
 
     #[test]

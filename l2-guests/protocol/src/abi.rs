@@ -31,10 +31,13 @@ pub const REFUSAL_TEXT: u32 = 0x300;
 pub const NO_FIELD: u32 = 0xFFFF_FFFF;
 /// EAX = number of CPUs that L2 has, EBX = number of this one, counted from 0 (the one that booted).
 pub const LEAF_CPUS: u32 = 0x4000_0004;
+/// Added to a leaf, times k: the same leaf of the k-th nvmx below this one (zeros if there is none), so that a guest on a
+/// stack of nvmx can read the counters of each. The exits for the way there are not taken out of the counts in between.
+pub const BELOW: u32 = 0x100;
 /// Highest leaf.
 pub const LEAF_MAX: u32 = LEAF_CPUS;
 /// The version this module describes.
-pub const INTERFACE_VERSION: u32 = 3;
+pub const INTERFACE_VERSION: u32 = 4;
 /// ECX of [`LEAF_COUNTERS`] that takes the snapshot.
 pub const SNAPSHOT: u32 = 0xFFFF_FFFF;
 /// Added to an index of [`LEAF_COUNTERS`]: the sum over all CPUs, each as it was at that CPU's last snapshot.

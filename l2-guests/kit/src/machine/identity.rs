@@ -3,7 +3,7 @@
 use super::cpu::cpuid;
 use arrayvec::{ArrayString, ArrayVec};
 use l2_protocol::abi::{
-    Counter, FRAMES_FREE, LEAF_COUNTERS, LEAF_CPUS, LEAF_REFUSAL, LEAF_SIGNATURE, NO_FIELD, OF_ALL_CPUS,
+    BELOW, Counter, FRAMES_FREE, LEAF_COUNTERS, LEAF_CPUS, LEAF_REFUSAL, LEAF_SIGNATURE, NO_FIELD, OF_ALL_CPUS,
     REFUSAL_FIELDS, REFUSAL_NAME, REFUSAL_RULE, REFUSAL_SUMMARY, SIGNATURE, SNAPSHOT, STACK_USED,
 };
 
@@ -21,13 +21,8 @@ pub enum Slot {
 impl Slot {
     /// Asks CPUID.
     pub fn find() -> Self {
-        let [_, b, c, d] = cpuid(LEAF_SIGNATURE, 0);
-        let mut name = [0; 12];
-        for (four, register) in name.chunks_exact_mut(4).zip([b, c, d]) {
-            four.copy_from_slice(&register.to_le_bytes());
-        }
         match cpuid(1, 0)[2] >> 31 {
-            _ if name == SIGNATURE => Slot::Nvmx,
+            _ if signature(LEAF_SIGNATURE) == SIGNATURE => Slot::Nvmx,
             0 => Slot::Bare,
             _ => Slot::Hypervisor,
         }
@@ -41,6 +36,15 @@ impl Slot {
             Slot::Hypervisor => "hypervisor",
         }
     }
+}
+
+fn signature(leaf: u32) -> [u8; 12] {
+    let [_, b, c, d] = cpuid(leaf, 0);
+    let mut name = [0; 12];
+    for (four, register) in name.chunks_exact_mut(4).zip([b, c, d]) {
+        four.copy_from_slice(&register.to_le_bytes());
+    }
+    name
 }
 
 /// The CPU's name.
@@ -65,10 +69,22 @@ pub type Counters = [u64; Counter::ALL.len()];
 
 /// Reads nvmx's counters: one snapshot, then value by value; the exits for this are not counted.
 pub fn counters() -> Counters {
-    cpuid(LEAF_COUNTERS, SNAPSHOT);
+    counters_below(0)
+}
+
+/// How many nvmx there are below this guest, one in the other; at most eight are looked for.
+pub fn depth() -> u32 {
+    let is_nvmx = |k: &u32| signature(LEAF_SIGNATURE + k * BELOW) == SIGNATURE;
+    (0..8).take_while(is_nvmx).count() as u32
+}
+
+/// [`counters`] of the `k`-th nvmx below the innermost.
+pub fn counters_below(k: u32) -> Counters {
+    let leaf = LEAF_COUNTERS + k * BELOW;
+    cpuid(leaf, SNAPSHOT);
     let mut values = [0; Counter::ALL.len()];
     for (counter, value) in Counter::ALL.iter().zip(values.iter_mut()) {
-        let [low, _, _, high] = cpuid(LEAF_COUNTERS, *counter as u32);
+        let [low, _, _, high] = cpuid(leaf, *counter as u32);
         *value = u64::from(low) | u64::from(high) << 32;
     }
     values

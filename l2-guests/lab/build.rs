@@ -1,0 +1,3 @@
+//! Links the guest as all guests are.
+
+include!("../kit/guest_build.rs");
