@@ -38,6 +38,8 @@ pub enum Cmd {
     Doctor(DoctorArgs),
     /// Set up the compiler for the bare machine and print, as shell variables, how to call it
     Toolchain,
+    /// Run the experiments of the story of the VM exit (docs/lab.md) and say which of its claims hold
+    Lab(LabArgs),
     /// Compare the counts of a run with the limits in benches/budget.json
     Bench(BenchArgs),
     /// List the faults of Bochs that nvmx's build cures, or write the cures as one patch
@@ -131,6 +133,42 @@ pub struct RunArgs {
     /// Write the figures to this file too (docs/run-schema.md)
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+
+    /// The machine
+    #[command(flatten)]
+    pub l0: L0Args,
+}
+
+/// `lab`
+#[derive(Debug, Args)]
+pub struct LabArgs {
+    /// Only these experiments, with their explanation
+    #[arg(value_name = "NAME")]
+    pub names: Vec<String>,
+
+    /// List the experiments and their claims, and stop
+    #[arg(long)]
+    pub list: bool,
+
+    /// Print the constants of the model of cycles with their sources, and stop
+    #[arg(long)]
+    pub model: bool,
+
+    /// Show the exits of one round of each row instead of figures
+    #[arg(long)]
+    pub trace: bool,
+
+    /// Write claims, verdicts, tables and figures to this file too
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
+    /// Write a page with a plot for each experiment
+    #[arg(long, value_name = "FILE.html")]
+    pub report: Option<PathBuf>,
+
+    /// Record the figures in docs/lab-figures.json and make docs/lab.md anew
+    #[arg(long, conflicts_with = "trace")]
+    pub bless: bool,
 
     /// The machine
     #[command(flatten)]

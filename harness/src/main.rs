@@ -1,7 +1,8 @@
 //! `./nvmx`: builds, boots, tests and measures.
 //!
 //! `setup` finds or makes the tools, `image` builds what boots, `backend` starts machines, `boot` runs one boot from start to
-//! verdict, `clock` tells how far it has come, `clamp` makes two boots see the same capabilities, `transcript` reads its serial line, `report` makes figures of records, `suite` holds the boot tests, `cmd` the
+//! verdict, `clock` tells how far it has come, `clamp` makes two boots see the same capabilities, `transcript` reads its serial line, `report` makes figures of records, `suite` holds the boot tests, `lab` the
+//! experiments of `./nvmx lab`, `cmd` the
 //! subcommands.
 
 mod backend;
@@ -12,6 +13,7 @@ mod clock;
 mod cmd;
 mod error;
 mod image;
+mod lab;
 mod paths;
 mod proc;
 mod report;
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         Cmd::Fuzz(args) => cmd::fuzz::run(&ui, args),
         Cmd::Doctor(args) => cmd::doctor::run(&ui, args),
         Cmd::Toolchain => cmd::toolchain::run(&ui),
+        Cmd::Lab(args) => cmd::lab::run(&ui, args),
         Cmd::Bench(args) => cmd::bench::run(&ui, args),
         Cmd::Bochs(args) => cmd::bochs::run(&ui, args),
     });

@@ -6,6 +6,7 @@ pub mod depth;
 pub mod diff;
 pub mod doctor;
 pub mod fuzz;
+pub mod lab;
 pub mod linux;
 pub mod run;
 pub mod test;

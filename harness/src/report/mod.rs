@@ -4,6 +4,7 @@ pub mod budget;
 pub mod growth;
 pub mod json;
 pub mod linux;
+pub mod model;
 pub mod stack;
 pub mod table;
 

@@ -75,6 +75,7 @@ pub fn all(session: &Session) -> Result<Suite> {
     on_kvm::add(&mut b.suite, session)?;
     linux::add(&mut b.suite, session)?;
     xen::add(&mut b.suite, session)?;
+    lab::add(&mut b.suite, session);
     Ok(b.suite)
 }
 

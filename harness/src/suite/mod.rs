@@ -6,6 +6,7 @@ pub mod compare;
 pub mod fixtures;
 pub mod growth;
 pub mod kvm_waivers;
+pub mod lab;
 pub mod linux;
 pub mod loaders;
 pub mod messages;

@@ -38,7 +38,7 @@ fn with_shadow() -> Result<(), Stop> {
     (shadow.hidden, shadow.reflected) = (0, 0);
     FAULTS.set(0);
     vm.run(count, 0, page_lives, &mut |vm, reason| shadow.handle(vm, reason))?;
-    let facts = [("guest_faults", FAULTS.get()), ("hidden", shadow.hidden), ("reflected", shadow.reflected)];
+    let facts = [("guest_faults", FAULTS.get()), ("hidden", shadow.hidden), ("reflected_faults", shadow.reflected)];
     record::row("shadow", "l3", count, &vm.bracket, &facts);
     Ok(())
 }
