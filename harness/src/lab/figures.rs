@@ -155,9 +155,17 @@ impl Figures {
     pub fn missing(&self, experiment: &str) -> Vec<String> {
         let mut all: Vec<String> =
             self.boots.values().filter_map(|boot| boot.missing.get(experiment)).flatten().cloned().collect();
+        if experiment == "cascade" && !self.shadowing() {
+            all.push("VMCS shadowing".into());
+        }
         all.sort();
         all.dedup();
         all
+    }
+
+    /// Whether the machine has VMCS shadowing, on which every nested figure depends.
+    pub fn shadowing(&self) -> bool {
+        !self.missing(CALIBRATION).iter().any(|what| what.contains("shadowing"))
     }
 
     /// Whether ticks are instructions, so that cycles can only be modelled.

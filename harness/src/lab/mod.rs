@@ -150,6 +150,15 @@ impl Asserts {
         self.that(format!("{what}: {}", text::number(Some(value))), (value - wanted).abs() <= 0.12 * wanted.max(0.4));
     }
 
+    /// Hardware exits of an event: exactly so many with VMCS shadowing, without it at least as many.
+    fn hardware(&mut self, figures: &Figures, what: &str, value: Option<f64>, wanted: f64) {
+        if figures.shadowing() {
+            return self.about(what, value, wanted);
+        }
+        let value = self.need(value);
+        self.that(format!("{what}: {}, without VMCS shadowing", text::number(Some(value))), value > 0.88 * wanted);
+    }
+
     /// The end: `verdict` if all of it is so.
     fn judge(self, verdict: Verdict, levels: [String; 3], why: String) -> Judgement {
         let verdict = match self.all.iter().all(|(_, holds)| *holds) {

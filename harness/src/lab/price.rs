@@ -48,7 +48,8 @@ fn judge(figures: &Figures) -> Judgement {
     for row in [EXITING, "price/cpuid/l3", "price/vmcall/l3"] {
         let name = row.split('/').nth(1).unwrap_or_default().to_uppercase();
         for ((stack, level), wanted) in LEVELS.into_iter().zip([1.0, 2.0, 8.0]) {
-            asserts.about(
+            asserts.hardware(
+                figures,
                 &format!("{level}: hardware exits of a {name}"),
                 figures.count(stack, row, "hw_exits"),
                 wanted,

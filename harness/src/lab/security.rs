@@ -16,7 +16,7 @@ pub const EXPERIMENT: Experiment = Experiment {
                 bitmap's bits for writing.",
     method: "The same ordinary work (calls into guarded code, a trap through the guarded IDT, a read of the guarded MSR, CR4 bits that \
              nobody guards) in an open and a guarded guest; each attack 1,000 times; then a rootkit does all six in both.",
-    lacking: "Without execute-only pages code can be read as data and nobody hears of it.",
+    lacking: "The attack that it stands against would go unheard.",
     sources: &[
         "Seshadri et al., SecVisor, SOSP 2007; Riley et al., NICKLE, RAID 2008: code of a kernel kept whole by a hypervisor",
     ],
@@ -40,7 +40,8 @@ const ROOTKIT: [&str; 2] = ["security/rootkit_open/l3", "security/rootkit_guarde
 
 fn judge(figures: &Figures) -> Judgement {
     let mut asserts = Asserts::default();
-    let lacks = !figures.missing("security").is_empty();
+    let missing = figures.missing("security");
+    let lacks = |part: &str| missing.iter().any(|what| what.contains(part));
     for (stack, level) in LEVELS {
         let exits = asserts.need(figures.count(stack, GUARDED, "hw_exits"));
         asserts.that(
@@ -50,7 +51,9 @@ fn judge(figures: &Figures) -> Judgement {
         let (open, guarded) = (figures.get(stack, OPEN, "ticks"), figures.get(stack, GUARDED, "ticks"));
         let same = open.zip(guarded).is_some_and(|(a, b)| !figures.counted() || (a - b).abs() < 0.1);
         asserts.that(format!("{level}: it takes what it takes in an open guest"), same);
-        for (name, row) in ATTACKS.iter().filter(|(_, row)| !(lacks && row.contains("secret"))) {
+        for (name, row) in ATTACKS.iter().filter(|(_, row)| {
+            !(lacks("execute-only") && row.contains("secret") || lacks("SMEP") && row.contains("smep"))
+        }) {
             asserts.about(&format!("{level}: exits when it {name}"), figures.count(stack, row, "exits"), 1.0);
         }
         let seen = asserts.need(figures.get(stack, ROOTKIT[0], "alarms"));
@@ -65,7 +68,7 @@ fn judge(figures: &Figures) -> Judgement {
         );
         let alarms = (asserts.need(figures.get(stack, ROOTKIT[1], "alarms")) as u64).count_ones();
         let harm = asserts.need(figures.get(stack, ROOTKIT[1], "harm"));
-        let wanted = if lacks { 5 } else { 6 };
+        let wanted = 6 - missing.len() as u32;
         asserts.that(
             format!("{level}: guarded, {alarms} alarms and {} pages", number(Some(harm))),
             alarms == wanted && harm == 0.0,

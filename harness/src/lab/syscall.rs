@@ -51,7 +51,8 @@ fn judge(figures: &Figures) -> Judgement {
     for ((stack, level), wanted) in LEVELS.into_iter().zip([1.0, 2.0, 8.0]) {
         let exits = asserts.need(figures.count(stack, SYSCALL, "exits"));
         asserts.that(format!("{level}: exits of a system call: {}", number(Some(exits))), exits == 0.0);
-        asserts.about(
+        asserts.hardware(
+            figures,
             &format!("{level}: hardware exits of a hypercall"),
             figures.count(stack, HYPERCALL, "hw_exits"),
             wanted,

@@ -50,6 +50,10 @@ fn main(info: &BootInfo) {
     if let Err(why) = vm::calibrate() {
         return report::fail(format_args!("{why}"));
     }
+    // What every nested figure depends on; under an nvmx it is nvmx that offers it.
+    if slot == identity::Slot::Bare && !setup::allowed_one(setup::Kind::Secondary, setup::secondary::VMCS_SHADOWING) {
+        record::missing("VMCS shadowing");
+    }
     for experiment in EXPERIMENTS.iter().filter(|e| only.is_empty() || only.split(',').any(|name| name == e.name)) {
         record::begin(experiment.name);
         match (experiment.run)() {

@@ -203,6 +203,12 @@ pub fn answer_cpuid(vm: &mut Vm, answer: [u32; 4]) {
     advance();
 }
 
+/// EBX and ECX of CPUID leaf 7, which older CPUs do not have: extended features.
+pub fn extended_features() -> (u32, u32) {
+    let [_, b, c, _] = if cpu::cpuid(0, 0)[0] >= 7 { cpu::cpuid(7, 0) } else { [0; 4] };
+    (b, c)
+}
+
 /// Answers RDTSC.
 pub fn answer_rdtsc(vm: &mut Vm) {
     vm.vcpu.registers.set_edx_eax(cpu::rdtsc());

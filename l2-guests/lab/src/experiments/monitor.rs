@@ -7,7 +7,7 @@
 use crate::{
     record::{self, Bracket, Stop},
     rings::{self, GDT_LIMIT, RING0, RING1, Ring},
-    vm::{Vm, advance, plain},
+    vm::{Vm, advance, extended_features, plain},
 };
 use core::arch::global_asm;
 use l2_kit::{
@@ -128,7 +128,7 @@ static AREA: Global<u64> = Global::new(0);
 pub fn run(kernel_gdt: u64, monitor_gdt: u64) -> Result<(), Stop> {
     rings::load_gdt(monitor_gdt, GDT_LIMIT);
     boot("kernel_ring1", RING1);
-    if cpu::cpuid(7, 0)[2] & 1 << 2 != 0 {
+    if extended_features().1 & 1 << 2 != 0 {
         cpu::set_cr4(cpu::cr4() | CR4_UMIP);
         boot("kernel_umip", RING1);
         cpu::set_cr4(cpu::cr4() & !CR4_UMIP);

@@ -11,7 +11,7 @@ use super::monitor;
 use crate::{
     record::{self, Bracket, Stop},
     rings::{self, GDT_LIMIT, IF, KERNEL_LDT, KERNEL_TSS, RING0, RING1, RING3, Ring, STAR},
-    vm::{Vm, advance, answer_cpuid, plain},
+    vm::{Vm, advance, answer_cpuid, extended_features, plain},
 };
 use core::arch::global_asm;
 use l2_kit::{
@@ -141,7 +141,7 @@ pub fn run() -> Result<(), Stop> {
     cpu::set_cr4(cpu::cr4() | cpu::CR4_TSD);
     rings::load_gdt(monitor, GDT_LIMIT);
     let (ring3, ring1) = (deprivileged(RING3), deprivileged(RING1));
-    let umip = if cpu::cpuid(7, 0)[2] & 1 << 2 != 0 {
+    let umip = if extended_features().1 & 1 << 2 != 0 {
         cpu::set_cr4(cpu::cr4() | CR4_UMIP);
         let answers = deprivileged(RING1);
         cpu::set_cr4(cpu::cr4() & !CR4_UMIP);

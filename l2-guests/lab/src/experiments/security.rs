@@ -8,7 +8,7 @@ use crate::{
     record::{self, Stop, WARM_UP},
     repeat, rings,
     store::{emulate, store},
-    vm::{Vm, advance, intercept, plain},
+    vm::{Vm, advance, extended_features, intercept, plain},
 };
 use core::{arch::asm, ptr::read_volatile};
 use l2_kit::{
@@ -75,7 +75,10 @@ fn open_and_guarded() -> Result<(), Stop> {
         ("clear_wp", clear_wp),
         ("write_lstar", write_lstar),
     ];
-    for (name, attack) in attacks {
+    if !has_smep() {
+        record::missing("CR4.SMEP");
+    }
+    for (name, attack) in attacks.into_iter().filter(|(name, _)| *name != "clear_smep" || has_smep()) {
         let mut alarms = 0;
         let count = record::events(EVENTS);
         vm.run(count, WARM_UP, attack, &mut |vm, reason| watch(vm, reason, &mut alarms))?;
@@ -97,7 +100,7 @@ fn state() {
 }
 
 fn has_smep() -> bool {
-    cpu::cpuid(7, 0)[1] & 1 << 7 != 0
+    extended_features().0 & 1 << 7 != 0
 }
 
 fn guard(vm: &Vm) {
