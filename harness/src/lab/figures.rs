@@ -125,7 +125,6 @@ fn row(record: &OwnedRecord, empty: Option<&OwnedRecord>, depth: u32) -> Row {
         row.insert("accesses".into(), sum(&["l1_vmread", "l1_vmwrite"]));
         row.insert("pointers".into(), sum(&["l1_vmptrld", "l1_vmclear"]));
         row.insert("invalidations".into(), sum(&["l1_invept", "l1_invvpid"]));
-        row.extend(average("l1_ticks").map(|value| ("inside".into(), value)));
         let trapped = ["trapped_vmread", "trapped_vmwrite"].into_iter().filter_map(average).sum::<f64>();
         row.insert("own_accesses".into(), trapped);
     } else if let Some(exits) = average("exits") {

@@ -83,7 +83,7 @@ pub fn write(path: &Path, text: &str) -> Result<()> {
 }
 
 /// How far instructions may be from the recorded ones: the compiler and every change of nvmx move them a little.
-const TOLERANCE: f64 = 0.15;
+const TOLERANCE: f64 = 0.25;
 /// Rows whose exits may be as far: they follow the clock, which runs on while the levels below work, or depend on which pages the
 /// compiler puts the guest's code and data on. All other exits are told exactly.
 const LOOSE: [&str; 4] = ["mmio/", "paging/shadow", "cow/shadow", "cow/filtered"];
