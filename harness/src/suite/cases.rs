@@ -3,7 +3,7 @@
 use super::{
     Case, Judge, Suite, all_pass, attacks, compare,
     fixtures::{Fixtures, inside_nvmx},
-    growth, linux, loaders, messages, msrs, native, on_kvm, refused, smp, xen,
+    growth, lab, linux, loaders, messages, msrs, native, on_kvm, refused, smp, xen,
 };
 use crate::backend::{Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
