@@ -333,7 +333,7 @@ fn ept02_when_frames_fail() {
         }
         frames.allocations.get()
     });
-    assert!(failures >= 1 + 4, "{failures}");
+    assert!(failures > 4, "{failures}");
 }
 
 #[test]
