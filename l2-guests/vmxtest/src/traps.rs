@@ -4,7 +4,7 @@
 use crate::guest::{Exit, Guest, Program};
 use core::arch::global_asm;
 use l2_kit::{
-    Check, caps, cpu, fields as f,
+    Check, caps, cpu, fields as f, log,
     protocol::Hex,
     serial::Serial,
     setup::{self, Controls, Kind, Missing, exit_controls, pin, primary, secondary},
@@ -171,6 +171,7 @@ fn timer_over_exits(guest: &mut Guest) {
         let before = cpu::rdtsc();
         let result = guest.execute(read_capability, 0);
         let passed = cpu::rdtsc() - before;
+        log!("preemption timer of {ticks}: {passed} passed");
         Check::new(&mut Serial, format_args!("preemption timer of {ticks} over exits of the hypervisor below"))
             .expect("result", result, Exit::Reason(r::PREEMPTION_TIMER, 0))
             .expect("early", passed < value.saturating_sub(1) << shift, false)

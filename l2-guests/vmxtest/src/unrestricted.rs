@@ -3,7 +3,8 @@
 //! Debug Registers, and MSRs", "Saving Control Registers, Debug Registers, and MSRs", "Loading Host Control Registers, Debug
 //! Registers, MSRs").
 //!
-//! The guest begins without paging and switches to the mode, or is entered in it.
+//! The guest begins without paging and switches to the mode, or is entered in it. Bochs has the field for IA32_DEBUGCTL and
+//! not the MSR, which is 0 throughout.
 
 use crate::guest::{DONE, Exit, Guest, Program};
 use core::arch::global_asm;
