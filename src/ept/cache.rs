@@ -216,6 +216,11 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         &self.roots[..self.made.min(ROOTS)]
     }
 
+    /// The same, to be changed.
+    pub(super) fn in_use_mut(&mut self) -> &mut [Root] {
+        &mut self.roots[..self.made.min(ROOTS)]
+    }
+
     /// The root of a role.
     fn find(&self, role: Eptp) -> Option<usize> {
         let is_it = |root: &Root| root.role == Some(role);

@@ -17,7 +17,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     /// L2 sees the violation of L3 at `ngpa` under `eptp12`, which the processor had in the root of this role.
     #[cold]
     pub(super) fn forget_page<F: TableFrames>(&mut self, eptp12: Eptp, ngpa: Ngpa, frames: &mut F) {
-        for root in &mut self.roots {
+        for root in self.in_use_mut() {
             let Some(role) = root.role.filter(|role| role.ep4ta() == eptp12.ep4ta() && root.tables > 0) else {
                 continue;
             };
@@ -33,7 +33,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     /// dropped.
     #[cold]
     pub fn found_violation(&mut self, eptp12: Eptp) {
-        self.roots.iter_mut().filter(|root| root.role == Some(eptp12)).for_each(|root| root.invept = true);
+        self.in_use_mut().iter_mut().filter(|root| root.role == Some(eptp12)).for_each(|root| root.invept = true);
     }
 }
 
