@@ -109,14 +109,17 @@ const HOST_RIP: u64 = 0x6C16;
 const NO_FIELD: u64 = 0x6FFE;
 const NOTHING: [u64; 4] = [0; 4];
 
-/// CPUID leaf 1 without what a hypervisor changes: VMX, SMX and the hypervisor's bit.
-const LEAF_1: [u64; 4] = [u64::MAX, u64::MAX, 1 << 27, u64::MAX];
+/// CPUID leaf 1 without what a hypervisor changes: VMX, SMX and the hypervisor's bit, and the debug store.
+const LEAF_1: [u64; 4] = [u64::MAX, u64::MAX, 1 << 27, !(1 << 21)];
+/// CPUID leaf 7 without what nvmx does not show: docs/msrs.md.
+const LEAF_7: [u64; 4] =
+    [u64::MAX, !(1 << 2 | 1 << 14 | 1 << 25), !(1 << 13 | 1 << 30), !(1 << 18 | 1 << 19 | 1 << 30)];
 
 /// Outside of VMX operation.
 pub const OUTSIDE: &[Instruction] = &[
     cpuid("cpuid 0", 0, 0, ALL),
     cpuid("cpuid 1", 1, 0, LEAF_1),
-    cpuid("cpuid 7", 7, 0, ALL),
+    cpuid("cpuid 7", 7, 0, LEAF_7),
     cpuid("cpuid 0xd", 0xD, 0, ALL),
     cpuid("cpuid 0xd.1", 0xD, 1, ALL),
     cpuid("cpuid 0x80000001", 0x8000_0001, 0, ALL),
