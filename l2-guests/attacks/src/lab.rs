@@ -75,6 +75,7 @@ impl From<Outcome> for Seen {
 pub struct Choice {
     pub seed: u64,
     pub rounds: u64,
+    pub changes: u64,
     pub only: Option<&'static str>,
     pub list: bool,
 }
@@ -137,6 +138,25 @@ impl Lab {
         };
         lab.probe.fresh(Extra::default())?;
         Ok(lab)
+    }
+
+    /// Names an attack that a part runs by itself; true if that is all that is wanted.
+    pub fn lists(&mut self, name: fmt::Arguments<'_>) -> bool {
+        self.attacks += 1;
+        if self.choice.list {
+            log!("{name}");
+        }
+        self.choice.list
+    }
+
+    /// Changes, exits, switches that a long attack makes.
+    pub fn changes(&self) -> u64 {
+        self.choice.changes
+    }
+
+    /// The seed.
+    pub fn seed(&self) -> u64 {
+        self.choice.seed
     }
 
     /// Address of the VMXON region.

@@ -3,7 +3,7 @@
 //! below was read or changed. The same image runs alone and under nvmx.
 //!
 //! Words of the command line: `list` (names the attacks and does nothing), `part=NAME`, `attack=TEXT` (those whose name has it,
-//! `_` for a space), `seed=N`, `rounds=N` (tries of each), `inside=ADDRESS` (an address of the hypervisor below).
+//! `_` for a space), `seed=N`, `rounds=N` (tries of each), `changes=N` (of tables, in part `roles`), `inside=ADDRESS` (an address of the hypervisor below).
 #![no_std]
 #![no_main]
 
@@ -12,22 +12,24 @@ mod lab;
 mod memory;
 mod place;
 mod random;
+mod roles;
 
 use l2_kit::{
-    BootInfo, apic, caps, cpu, identity, log,
+    BootInfo, Global, apic, caps, cpu, identity, log,
     protocol::Kind,
     report,
     setup::{self, Missing},
+    smp,
 };
 use lab::{Choice, Lab};
 
 l2_kit::entry!(main);
 
 /// The parts, in order.
-const PARTS: &[(&str, fn(&mut Lab))] = &[("memory", memory::all)];
+const PARTS: &[(&str, fn(&mut Lab))] = &[("memory", memory::all), ("roles", roles::all)];
 
 /// The words that the command line may have.
-const WORDS: &[&str] = &["list", "part", "attack", "seed", "rounds", "inside", "caps"];
+const WORDS: &[&str] = &["list", "part", "attack", "seed", "rounds", "changes", "inside", "caps"];
 
 fn main(info: &BootInfo) {
     report::record(
@@ -58,6 +60,9 @@ fn main(info: &BootInfo) {
     }
     caps::init(info);
     apic::init();
+    let ids = smp::find();
+    let others = ids.iter().enumerate().skip(1).take(1).filter(|(index, id)| smp::start(*index, **id)).count();
+    CPUS.set(1 + others);
     if let Err(missing) = run(choice, |part| chosen.is_none_or(|c| c == part)) {
         report::fail(format_args!("{missing}"));
     }
@@ -83,7 +88,32 @@ fn choice(info: &BootInfo) -> Option<Choice> {
         return None;
     }
     let list = info.option("list").is_some();
-    Some(Choice { seed: read("seed", 1)?, rounds: read("rounds", 4)?, only: info.option("attack"), list })
+    Some(Choice {
+        seed: read("seed", 1)?,
+        rounds: read("rounds", 4)?,
+        changes: read("changes", 10_000)?,
+        only: info.option("attack"),
+        list,
+    })
+}
+
+/// CPUs that attack: two if there are as many.
+static CPUS: Global<usize> = Global::new(1);
+/// The other CPU is in VMX operation.
+static ENTERED: Global<bool> = Global::new(false);
+
+/// How many CPUs attack.
+fn cpus() -> usize {
+    CPUS.get()
+}
+
+/// The other CPU enters VMX operation, where it stays.
+fn enter_vmx_once() {
+    if !ENTERED.replace(true) {
+        if let Err(missing) = setup::enter_vmx() {
+            report::die(format_args!("{missing}"));
+        }
+    }
 }
 
 /// Into VMX operation, and the parts.
