@@ -76,6 +76,7 @@ pub struct Choice {
     pub seed: u64,
     pub rounds: u64,
     pub changes: u64,
+    pub exits: u64,
     pub only: Option<&'static str>,
     pub list: bool,
 }
@@ -149,9 +150,14 @@ impl Lab {
         self.choice.list
     }
 
-    /// Changes, exits, switches that a long attack makes.
+    /// Changes of tables that each variant of `roles` makes.
     pub fn changes(&self) -> u64 {
         self.choice.changes
+    }
+
+    /// Exits that `soak` makes, and a hundredth as many switches of guests.
+    pub fn exits(&self) -> u64 {
+        self.choice.exits
     }
 
     /// The seed.

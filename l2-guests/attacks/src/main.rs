@@ -3,16 +3,23 @@
 //! below was read or changed. The same image runs alone and under nvmx.
 //!
 //! Words of the command line: `list` (names the attacks and does nothing), `part=NAME`, `attack=TEXT` (those whose name has it,
-//! `_` for a space), `seed=N`, `rounds=N` (tries of each), `changes=N` (of tables, in part `roles`), `inside=ADDRESS` (an address of the hypervisor below).
+//! `_` for a space), `seed=N`, `rounds=N` (tries of each), `changes=N` (of tables, in
+//! part `roles`), `exits=N` (in part `soak`), `inside=ADDRESS` (an address of the hypervisor below).
 #![no_std]
 #![no_main]
 
+mod addresses;
+mod controls;
 mod guest;
 mod lab;
+mod liveness;
 mod memory;
 mod place;
+mod races;
 mod random;
 mod roles;
+mod soak;
+mod state;
 
 use l2_kit::{
     BootInfo, Global, apic, caps, cpu, identity, log,
@@ -26,10 +33,19 @@ use lab::{Choice, Lab};
 l2_kit::entry!(main);
 
 /// The parts, in order.
-const PARTS: &[(&str, fn(&mut Lab))] = &[("memory", memory::all), ("roles", roles::all)];
+const PARTS: &[(&str, fn(&mut Lab))] = &[
+    ("memory", memory::all),
+    ("addresses", addresses::all),
+    ("controls", controls::all),
+    ("state", state::all),
+    ("liveness", liveness::all),
+    ("races", races::all),
+    ("roles", roles::all),
+    ("soak", soak::all),
+];
 
 /// The words that the command line may have.
-const WORDS: &[&str] = &["list", "part", "attack", "seed", "rounds", "changes", "inside", "caps"];
+const WORDS: &[&str] = &["list", "part", "attack", "seed", "rounds", "changes", "exits", "inside", "caps"];
 
 fn main(info: &BootInfo) {
     report::record(
@@ -92,6 +108,7 @@ fn choice(info: &BootInfo) -> Option<Choice> {
         seed: read("seed", 1)?,
         rounds: read("rounds", 4)?,
         changes: read("changes", 10_000)?,
+        exits: read("exits", 100_000)?,
         only: info.option("attack"),
         list,
     })
@@ -118,7 +135,10 @@ fn enter_vmx_once() {
 
 /// Into VMX operation, and the parts.
 fn run(choice: Choice, chosen: impl Fn(&str) -> bool) -> Result<(), Missing> {
+    // XMM registers and XSETBV: in the host state of every VMCS
+    const OSFXSR: u64 = 1 << 9;
     let region = setup::enter_vmx()?;
+    cpu::set_cr4(cpu::cr4() | OSFXSR | cpu::CR4_OSXSAVE);
     let mut lab = Lab::new(region, choice)?;
     for (name, part) in PARTS.iter().filter(|(name, _)| chosen(name)) {
         log!("part {name}");
