@@ -8,21 +8,32 @@ use crate::session::Session;
 use anyhow::Result;
 use l2_protocol::{Kind, Level};
 
-/// Attacks there are at least, and tries.
-const ATTACKS: u64 = 300;
-const TRIES: u64 = 900;
+/// Attacks there are at least on one CPU, and tries.
+const ATTACKS: u64 = 600;
+const TRIES: u64 = 1_200;
+/// Parts in which CPUs race.
+const RACES: &str = "part=races,roles";
 
 /// Adds the boots and cases.
 pub fn add(suite: &mut Suite, session: &Session) {
-    let args = format!("inside={:#x} rounds=4", inside_nvmx(session.machine.memory));
-    let mut boot = |name: &str, spec: Result<Spec>| {
-        let spec = spec.map(|spec| Spec { name: name.into(), ..spec }).map_err(|e| format!("{e:#}"));
-        suite.boots.insert(name.into(), spec);
+    let inside = inside_nvmx(session.machine.memory);
+    let one = format!("inside={inside:#x} rounds=2 changes=20000 exits=50000");
+    let two = format!("inside={inside:#x} {RACES} rounds=2 changes=10000");
+    let mut boot = |name: &str, cpus: u32, spec: Result<Spec>| {
+        let with_cpus = |mut spec: Spec| {
+            spec.machine.cpus = cpus;
+            Spec { name: name.into(), ..spec }
+        };
+        suite.boots.insert(name.into(), spec.map(with_cpus).map_err(|e| format!("{e:#}")));
     };
-    boot("attacks-bare", session.bare("attacks", &args));
-    boot("attacks-zero-copy", session.nested("attacks", &args, Fields::ZeroCopy));
-    boot("attacks-trapped", session.nested("attacks", &args, Fields::Trapped));
-    suite.clamps.insert("attacks-bare".into(), "attacks-zero-copy".into());
+    boot("attacks-bare", 1, session.bare("attacks", &one));
+    boot("attacks-zero-copy", 1, session.nested("attacks", &one, Fields::ZeroCopy));
+    boot("attacks-trapped", 1, session.nested("attacks", &one, Fields::Trapped));
+    boot("attacks-2-bare", 2, session.bare("attacks", &two));
+    boot("attacks-2", 2, session.nested("attacks", &two, Fields::Auto));
+    for (bare, nested) in [("attacks-bare", "attacks-zero-copy"), ("attacks-2-bare", "attacks-2")] {
+        suite.clamps.insert(bare.into(), nested.into());
+    }
 
     let mut case = |name: &str, boots: &[&str], judge: Judge| {
         suite.cases.push(Case { name: name.into(), boots: boots.iter().map(|b| b.to_string()).collect(), judge });
@@ -33,6 +44,8 @@ pub fn add(suite: &mut Suite, session: &Session) {
         let name = format!("what L2 and L3 try against nvmx with {fields} is answered as on the bare machine");
         case(&name, &["attacks-bare", nested], Box::new(|o| compare::agree(o[0], o[1])));
     }
+    let name = "what two CPUs try against nvmx at once gets nowhere and is answered as on the bare machine";
+    case(name, &["attacks-2-bare", "attacks-2"], Box::new(|o| compare::agree(o[0], o[1])));
 }
 
 /// That it was tried at all.

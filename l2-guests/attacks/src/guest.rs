@@ -182,6 +182,15 @@ impl Guest {
     }
 }
 
+/// The page directory for `linear` in the page tables at `root`, where it must be.
+pub fn directory_of(root: u64, linear: u64) -> u64 {
+    [39, 30].into_iter().fold(root, |table, shift| {
+        // SAFETY: page tables of this image, to which nobody holds a reference.
+        let entries = unsafe { pages::at(table) };
+        entries[(linear >> shift) as usize & 511] & 0x000F_FFFF_FFFF_F000
+    })
+}
+
 /// Forgets what was cached of all of this CPU's EPTs and VPIDs.
 pub fn forget() {
     let _ = vmx::invept(2, [0, 0]);

@@ -1,7 +1,7 @@
 //! Storms and loops: whatever a guest does, its hypervisor and the one below go on, and no exit takes long.
 
 use crate::{
-    guest::{self, Exit, Extra, Program, forget},
+    guest::{self, Exit, Extra, Program, directory_of, forget},
     lab::{LINEAR, Lab, PHYSICAL, Seen, Told},
 };
 use core::arch::global_asm;
@@ -9,7 +9,7 @@ use l2_kit::{
     apic,
     ept::{WRITE_BACK, rights::RWX},
     fields as f,
-    pages::PAGE,
+    pages::{self, LARGE, PAGE},
     setup::{self, Kind, exit_controls, pin, primary as p, secondary as s},
     vmx::{self, reason as r},
 };
@@ -167,6 +167,7 @@ pub fn all(lab: &mut Lab) {
     loops(lab);
     entries(lab);
     messages(lab);
+    tables(lab);
 }
 
 fn rage(lab: &mut Lab, storm: &Storm) -> Seen {
@@ -378,4 +379,68 @@ extern "C" fn send_nmi(_: u64) -> u64 {
     loop {
         core::hint::spin_loop();
     }
+}
+
+/// Regions of 2 MiB, each with a page table of its own as far as nvmx can tell.
+const REGIONS: u64 = 4096;
+/// So many tables nvmx keeps at once, more or less.
+const MOST_TABLES: u64 = 2000;
+/// Where they begin for the guest, and in its physical memory.
+const REGIONS_LINEAR: u64 = 16 << 30;
+const REGIONS_PHYSICAL: u64 = 40 << 30;
+
+/// The most that one exit of L2 can ask for: all tables of ept02 are compared with ept12.
+fn tables(lab: &mut Lab) {
+    lab.attack(format_args!("INVEPT with as many tables as there can be"), Told::Same, |lab| {
+        lab.many_tables = true;
+        let (ept, cr3) = (lab.guest.ept, lab.guest.cr3);
+        let page = lab.pages[4];
+        lab.words(9)[0] = page | WRITE_BACK | RWX;
+        let table = lab.pages[9];
+        for region in 0..REGIONS {
+            let (linear, physical) = (REGIONS_LINEAR + region * LARGE, REGIONS_PHYSICAL + region * LARGE);
+            if region % 512 == 0 {
+                ept.set(physical, LARGE, 0);
+                pages::set_entry(cr3, linear, 0);
+            }
+            ept.set_entry(physical, 1, table | RWX);
+            let directory = directory_of(cr3, linear);
+            crate::place::put(directory, linear >> 21, physical | 0xE3);
+        }
+        let (mut seen, eptp) = (0u64, ept.pointer());
+        for first in [0, REGIONS / 2] {
+            forget();
+            lab.guest.vcpu.registers.rsi = MOST_TABLES;
+            seen += u64::from(lab.execute(everywhere, REGIONS_LINEAR + first * LARGE) == Exit::Done(0));
+            let _ = vmx::invept(1, [eptp, 0]);
+            seen += u64::from(lab.execute(guest::nothing, 1) == Exit::Done(1));
+        }
+        // One table after the other, until there is no room for one more.
+        for region in 0..REGIONS / 2 - MOST_TABLES + 64 {
+            let linear = REGIONS_LINEAR + (MOST_TABLES + region) * LARGE;
+            seen += u64::from(lab.execute(guest::read, linear) == Exit::Done(0));
+        }
+        (0..REGIONS / 512).for_each(|pointer| ept.set_entry(REGIONS_PHYSICAL + pointer * 512 * LARGE, 2, 0));
+        forget();
+        Seen::of(seen)
+    });
+}
+
+global_asm!(
+    ".pushsection .text.attacks_everywhere, \"ax\"",
+    "attacks_everywhere:",
+    "xor eax, eax",
+    "2: add rax, [rdi]",
+    "add rdi, {large}",
+    "dec rsi",
+    "jnz 2b",
+    "ret",
+    ".popsection",
+    large = const LARGE,
+);
+
+unsafe extern "C" {
+    /// Reads in as many regions as RSI says: a program.
+    #[link_name = "attacks_everywhere"]
+    safe fn everywhere(address: u64) -> u64;
 }

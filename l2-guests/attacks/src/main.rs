@@ -2,7 +2,7 @@
 //! several seeds; what must hold is that the machine goes on, that VMX works afterwards, and that nothing of the hypervisor
 //! below was read or changed. The same image runs alone and under nvmx.
 //!
-//! Words of the command line: `list` (names the attacks and does nothing), `part=NAME`, `attack=TEXT` (those whose name has it,
+//! Words of the command line: `list` (names the attacks and does nothing), `part=NAME,NAME`, `attack=TEXT` (those whose name has it,
 //! `_` for a space), `seed=N`, `rounds=N` (tries of each), `changes=N` (of tables, in
 //! part `roles`), `exits=N` (in part `soak`), `inside=ADDRESS` (an address of the hypervisor below).
 #![no_std]
@@ -65,7 +65,8 @@ fn main(info: &BootInfo) {
         }
     }
     let chosen = info.option("part");
-    if let Some(name) = chosen.filter(|name| PARTS.iter().all(|(part, _)| part != name)) {
+    let mut names = chosen.into_iter().flat_map(|names| names.split(','));
+    if let Some(name) = names.find(|name| PARTS.iter().all(|(part, _)| part != name)) {
         report::fail(format_args!("there is no part `{name}`"));
         return;
     }
@@ -79,7 +80,7 @@ fn main(info: &BootInfo) {
     let ids = smp::find();
     let others = ids.iter().enumerate().skip(1).take(1).filter(|(index, id)| smp::start(*index, **id)).count();
     CPUS.set(1 + others);
-    if let Err(missing) = run(choice, |part| chosen.is_none_or(|c| c == part)) {
+    if let Err(missing) = run(choice, |part| chosen.is_none_or(|names| names.split(',').any(|name| name == part))) {
         report::fail(format_args!("{missing}"));
     }
 }

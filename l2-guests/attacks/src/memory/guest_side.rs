@@ -2,7 +2,7 @@
 
 use super::{everywhere, no_end_inside, with};
 use crate::{
-    guest::{self, Exit, Extra, Program, forget},
+    guest::{self, Exit, Extra, Program, directory_of, forget},
     lab::{LINEAR, Lab, PHYSICAL, Seen, Told},
     place,
 };
@@ -154,10 +154,7 @@ fn across(lab: &mut Lab) {
 /// Sets an entry of the page directory for `linear`.
 fn set_directory_entry(root: u64, linear: u64, entry: u64) {
     pages::set_entry(root, linear, 0);
-    // SAFETY: page tables of this image, to which nobody holds a reference.
-    let next =
-        |table: u64, shift: u32| unsafe { pages::at(table) }[(linear >> shift) as usize & 511] & 0x000F_FFFF_FFFF_F000;
-    place::put(next(next(root, 39), 30), linear >> 21, entry);
+    place::put(directory_of(root, linear), linear >> 21, entry);
 }
 
 /// Runs with another entry of the page-directory-pointer table for `linear`.

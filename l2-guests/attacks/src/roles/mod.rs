@@ -194,10 +194,7 @@ fn map_base(guest: &Guest, arena: u64) {
         let linear = BASE | pointer << 30;
         // Makes the tables.
         pages::set_entry(guest.cr3, linear, 0);
-        // SAFETY: page tables of this image.
-        let entries = |table: u64| unsafe { pages::at(table) };
-        let next = |table: u64, shift: u32| entries(table)[(linear >> shift) as usize & 511] & 0x000F_FFFF_FFFF_F000;
-        let directory = next(next(guest.cr3, 39), 30);
+        let directory = guest::directory_of(guest.cr3, linear);
         for large in slots(arena) {
             crate::place::put(directory, large, linear | large << 21 | 0xE7);
         }
