@@ -89,7 +89,7 @@ pub fn all(lab: &mut Lab) {
     }
 }
 
-const GUESTS: usize = 10;
+const GUESTS: usize = 70;
 
 /// Lets `run` make so many events in pieces, and compares what the first and the last took. The very first events, which fill
 /// what is empty, come before.
