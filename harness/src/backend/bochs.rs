@@ -73,7 +73,7 @@ impl Backend for Bochs {
 pub fn start(bochs: &Bochs, machine: &Machine, serial: Serial, out: &str, folder: &Path) -> Result<Child> {
     let bios = BIOS.find().context("the BIOS of Bochs is missing (package bochsbios)")?;
     let vga = VGA_BIOS.find().context("the VGA BIOS is missing (package vgabios)")?;
-    std::fs::write(folder.join("bochsrc"), rc(machine, bochs.flavour, serial, &bios, &vga))?;
+    std::fs::write(folder.join("bochsrc"), rc(machine, bochs, serial, &bios, &vga))?;
     let out = File::create(folder.join(out))?;
     let mut command = Command::new(&bochs.path);
     // Relative names throughout: a comma or a space in the checkout's path would end an option.
@@ -87,14 +87,13 @@ pub fn start(bochs: &Bochs, machine: &Machine, serial: Serial, out: &str, folder
     Child::spawn(command.stdout(out.try_clone()?).stderr(out))
 }
 
-fn rc(machine: &Machine, flavour: Flavour, serial: Serial, bios: &Path, vga: &Path) -> String {
-    let memory = machine.memory;
-    let display = match flavour {
+fn rc(machine: &Machine, bochs: &Bochs, serial: Serial, bios: &Path, vga: &Path) -> String {
+    let display = match bochs.flavour {
         Flavour::Plain => "nogui",
         Flavour::Debugger => "rfb, options=\"timeout=0\"",
     };
     let lines = [
-        format!("memory: guest={memory}, host={}", memory.min(HOST_MEMORY)),
+        memory_line(machine.memory, bochs),
         format!("romimage: file={}, options=fastboot", bios.display()),
         format!("vgaromimage: file={}", vga.display()),
         format!("cpu: model={}, count={}, ips={IPS}, reset_on_triple_fault=0", machine.model, machine.cpus),
@@ -110,6 +109,13 @@ fn rc(machine: &Machine, flavour: Flavour, serial: Serial, bios: &Path, vga: &Pa
         format!("display_library: {display}"),
     ];
     lines.join("\n") + "\n"
+}
+
+/// What does not fit into the host's part is swapped in blocks; with the usual small ones of 128 KiB, time to start grows with
+/// the square of the memory. The size of blocks can be set from version 3.0 on.
+fn memory_line(memory: u32, bochs: &Bochs) -> String {
+    let blocks = if memory > HOST_MEMORY && !bochs.version.starts_with("2.") { ", block_size=8192" } else { "" };
+    format!("memory: guest={memory}, host={}{blocks}", memory.min(HOST_MEMORY))
 }
 
 /// Panics in the log, but not the one that is the normal end: the guest's "Shutdown".
@@ -145,7 +151,17 @@ mod tests {
 
     fn rc_of(memory: u32, flavour: Flavour) -> String {
         let machine = Machine { memory, cpus: 2, model: "tigerlake".into() };
-        rc(&machine, flavour, Serial { file: SERIAL, debug_port: false }, &PathBuf::from("/b"), &PathBuf::from("/v"))
+        rc(
+            &machine,
+            &built(flavour, "3.0"),
+            Serial { file: SERIAL, debug_port: false },
+            &PathBuf::from("/b"),
+            &PathBuf::from("/v"),
+        )
+    }
+
+    fn built(flavour: Flavour, version: &str) -> Bochs {
+        Bochs { path: "/bochs".into(), version: version.into(), flavour, lost: None }
     }
 
     #[test]
@@ -163,7 +179,9 @@ mod tests {
 
     #[test]
     fn more_memory_than_bochs_takes_is_not_asked_of_the_host() {
-        assert!(rc_of(3072, Flavour::Plain).contains("memory: guest=3072, host=2048\n"));
+        assert!(rc_of(3072, Flavour::Plain).contains("memory: guest=3072, host=2048, block_size=8192\n"));
+        assert!(rc_of(2048, Flavour::Plain).contains("memory: guest=2048, host=2048\n"));
+        assert_eq!(memory_line(3072, &built(Flavour::Debugger, "2.7")), "memory: guest=3072, host=2048");
     }
 
     #[test]

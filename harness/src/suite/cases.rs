@@ -3,7 +3,7 @@
 use super::{
     Case, Judge, Suite, all_pass, attacks, compare,
     fixtures::{Fixtures, inside_nvmx},
-    growth, lab, linux, loaders, messages, msrs, native, on_kvm, refused, smp, xen,
+    growth, lab, linux, loaders, messages, models, msrs, native, on_kvm, refused, smp, xen,
 };
 use crate::backend::{Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
@@ -21,8 +21,6 @@ use std::time::Duration;
 const NO_VMX: &str = "p4_prescott_celeron_336";
 /// A CPU with VMX and without EPT.
 const NO_EPT: &str = "core2_penryn_t9600";
-/// A CPU with TPAUSE, UMWAIT and UMONITOR.
-const LATER_CPU: &str = "arrow_lake";
 /// MiB that GRUB can boot from but nvmx cannot use.
 const LITTLE_MEMORY: u32 = 16;
 /// A refusal comes at once; a machine that takes longer hangs.
@@ -59,7 +57,6 @@ pub fn all(session: &Session) -> Result<Suite> {
     let explain: Judge = Box::new(|o| compare::explain_alike(o[0], o[1], EXPLAINED));
     b.case("nvmx names the rule that a refused entry broke", &["vmxtest-zero-copy", "vmxtest-trapped"], explain);
     b.flipped_bits();
-    b.later_cpu();
     b.few_tables();
     b.outside();
     b.nvmx_in_nvmx();
@@ -72,6 +69,7 @@ pub fn all(session: &Session) -> Result<Suite> {
     smp::add(&mut b.suite, session);
     attacks::add(&mut b.suite, session);
     native::add(&mut b.suite, session);
+    models::add(&mut b.suite, session);
     on_kvm::add(&mut b.suite, session)?;
     linux::add(&mut b.suite, session)?;
     xen::add(&mut b.suite, session)?;
@@ -122,16 +120,6 @@ impl Builder<'_> {
         for (name, nested) in [(NAME.into(), names[1]), (format!("{NAME}, with trapped field access"), names[2])] {
             self.case(&name, &[names[0], nested], Box::new(|o| compare::agree(o[0], o[1])));
         }
-    }
-
-    /// Controls that only a later CPU model has.
-    fn later_cpu(&mut self) {
-        let names = ["vmxtest-later-cpu-bare", "vmxtest-later-cpu"];
-        let on = |spec: Spec| Spec { machine: Machine { model: LATER_CPU.into(), ..spec.machine.clone() }, ..spec };
-        self.clamped_boot(names[0], self.session.bare("vmxtest", "part=exits").map(on), names[1]);
-        self.boot(names[1], self.session.nested("vmxtest", "part=exits", Fields::Auto).map(on));
-        let judge: Judge = Box::new(|o| compare::agree(o[0], o[1]));
-        self.case("instructions of a later CPU exit under nvmx as they exit bare", &names, judge);
     }
 
     /// An L3 that needs more tables of ept02 than there are goes on all the same.

@@ -10,6 +10,7 @@ pub mod lab;
 pub mod linux;
 pub mod loaders;
 pub mod messages;
+pub mod models;
 pub mod msrs;
 pub mod native;
 pub mod on_kvm;

@@ -3,7 +3,7 @@
 use crate::{cpus, guest};
 use core::arch::asm;
 use l2_kit::{
-    Check, apic, cpu, fields as f, identity, pages,
+    Check, apic, cpu, fields as f, pages,
     protocol::Hex,
     report,
     serial::Serial,
@@ -66,10 +66,8 @@ pub fn again(ids: &[u32]) {
             .expect("came", smp::start_in_haste(index, *id, HASTE), true)
             .end();
     }
-    if identity::Slot::find() == identity::Slot::Nvmx {
-        blocked(ids);
-        behind_the_entry(ids);
-    }
+    blocked(ids);
+    behind_the_entry(ids);
     let own = cpu::rdmsr(0x1B) >> 8 & 1;
     smp::run_on_all(cpus(), |index| smp::note(index, 0, cpu::rdmsr(0x1B) >> 8 & 1));
     crate::print("again: the CPU that booted", &["bsp"]);
@@ -90,8 +88,7 @@ fn halt(index: usize) {
     cpu::halt();
 }
 
-/// In VMX root operation an INIT waits: for the next guest, which it takes out, or for VMXOFF. Bochs itself forgets such an
-/// INIT, so there is nothing to compare with.
+/// In VMX root operation an INIT waits: for the next guest, which it takes out, or for VMXOFF.
 fn blocked(ids: &[u32]) {
     let (index, id) = (1, ids[1]);
     smp::give(index, |index| {

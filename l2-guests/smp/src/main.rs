@@ -1,11 +1,12 @@
 //! smp: a guest hypervisor on all CPUs of the machine at once, as `check` records: what an INIT leaves, messages between
 //! CPUs and writes that wake them, a guest on each CPU, VMCSs that migrate, invalidations, events that reach a CPU while its
-//! guest runs, exceptions of a guest that is interrupted.
+//! guest runs, exceptions of a guest that is interrupted, messages to all at once.
 //!
 //! CPU 0 prints for all, in the order of CPUs, so that the records of two machines can be compared.
 #![no_std]
 #![no_main]
 
+mod broadcast;
 mod events;
 mod exceptions;
 mod guest;
@@ -39,7 +40,7 @@ pub fn cpus() -> usize {
 type Part = fn(&[u32]);
 
 /// The parts, in order; `part=NAME` on the command line chooses one beside the start.
-const PARTS: [(&str, Part); 8] = [
+const PARTS: [(&str, Part); 9] = [
     ("messages", messages::all),
     ("mwait", mwait::all),
     ("guests", guests::all),
@@ -47,6 +48,7 @@ const PARTS: [(&str, Part); 8] = [
     ("memory", memory::all),
     ("events", events::all),
     ("exceptions", exceptions::all),
+    ("broadcast", broadcast::all),
     ("init", init::again),
 ];
 

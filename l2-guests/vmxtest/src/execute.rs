@@ -93,12 +93,9 @@ fn invalidate() {
     let _ = vmx::invept(2, [0, 0]);
 }
 
-/// What is defined of the qualification. Bochs moves bit 6 to bit 13 where the access is no fetch.
+/// What is defined of the qualification.
 fn defined(exit: Exit) -> Exit {
     match exit {
-        Exit::Reason(r::EPT_VIOLATION, q) if q & FETCH == 0 => {
-            Exit::Reason(r::EPT_VIOLATION, q & !(USER_EXECUTABLE | 1 << 13))
-        }
         Exit::Reason(r::EPT_MISCONFIGURATION, _) => Exit::Reason(r::EPT_MISCONFIGURATION, 0),
         other => other,
     }
@@ -110,7 +107,7 @@ fn wanted(right: u64, at: u64, needed: u64) -> Exit {
         return Exit::Done(0x77);
     }
     let access = if needed == rights::XU { FETCH } else { needed };
-    let user = if right & rights::XU != 0 && access == FETCH { USER_EXECUTABLE } else { 0 };
+    let user = if right & rights::XU != 0 { USER_EXECUTABLE } else { 0 };
     let linear = LINEAR | WRITABLE | if at == USER { OF_USER } else { 0 };
     let advanced = if caps::get(setup::VMX_EPT_VPID_CAP) & 1 << 22 != 0 { !0 } else { !(7 << 9) };
     Exit::Reason(r::EPT_VIOLATION, (access | (right & rights::RWX) << 3 | user | linear) & advanced)

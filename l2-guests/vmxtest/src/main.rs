@@ -18,6 +18,8 @@ mod explained;
 mod failures;
 mod functions;
 mod guest;
+mod halted;
+mod hardware;
 mod injection;
 mod inner;
 mod instructions;
@@ -77,6 +79,8 @@ const PARTS: &[(&str, Part)] = &[
     ("injection", Guests(injection::all)),
     ("windows", Guests(windows::all)),
     ("orderings", Guests(orderings::all)),
+    ("halted", Guests(halted::all)),
+    ("hardware", Guests(hardware::all)),
     ("nmis", Guests(nmis::all)),
     ("traps", Guests(traps::all)),
     ("exits", Guests(exits::all)),

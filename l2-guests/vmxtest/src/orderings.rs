@@ -5,8 +5,7 @@
 //! Sources: SDM "Priority Among Concurrent Events", "Event Injection", "Other Causes of VM Exits", "Monitor Trap Flag",
 //! "VMX-Preemption Timer", "Delivery of Pending Debug Exceptions after VM Entry".
 //!
-//! Left out, because Bochs departs from the SDM: an interrupt window that wakes a halted guest (it sleeps on), pending debug
-//! exceptions beside an injected event (dropped).
+//! Left out, because Bochs departs from the SDM: pending debug exceptions beside an injected event (dropped).
 
 use crate::guest::{Exit, Guest, Program};
 use core::{arch::global_asm, fmt::Write};
@@ -162,11 +161,12 @@ const PENDINGS: [(&str, Pending); 4] = [
 const EXITING: u32 = pin::EXTERNAL_INTERRUPT | pin::NMI;
 const WINDOWS: u32 = primary::INTERRUPT_WINDOW | primary::NMI_WINDOW;
 
-const WANTS: [Wants; 7] = [
+const WANTS: [Wants; 8] = [
     Wants { name: "own", pin: 0, primary: 0, timer: LONG },
     Wants { name: "exiting", pin: EXITING, primary: 0, timer: LONG },
     Wants { name: "exiting, timer", pin: EXITING, primary: 0, timer: 0 },
     Wants { name: "exiting, windows", pin: EXITING | pin::VIRTUAL_NMI, primary: WINDOWS, timer: LONG },
+    Wants { name: "exiting, interrupt window", pin: EXITING, primary: primary::INTERRUPT_WINDOW, timer: LONG },
     Wants { name: "exiting, windows, timer", pin: EXITING | pin::VIRTUAL_NMI, primary: WINDOWS, timer: 0 },
     Wants { name: "own, steps", pin: 0, primary: primary::TRAP_FLAG, timer: LONG },
     Wants { name: "exiting, steps, timer", pin: EXITING, primary: primary::TRAP_FLAG, timer: 0 },

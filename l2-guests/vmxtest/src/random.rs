@@ -61,10 +61,12 @@ const IN_PAGE: u64 = 0xFFF;
 /// Few enough entries for the pages that the lists have.
 const FEW: u64 = 7;
 
-/// Controls that ask for memory or tables which these guests have not set up.
+/// Controls that ask for memory or tables which these guests have not set up, or that not every hypervisor offers: tertiary
+/// controls; PERF_GLOBAL_CTRL, UINV, CET, PKRS, secondary exit controls; SMM.
+const PRIMARY_NOT_SET_UP: u64 = 1 << 17;
 const SECONDARY_NOT_SET_UP: u64 = 0x0082_4000;
-const EXIT_NOT_SET_UP: u64 = 1 << 12 | 1 << 30;
-const ENTRY_NOT_SET_UP: u64 = 1 << 10 | 1 << 11 | 1 << 13;
+const EXIT_NOT_SET_UP: u64 = 1 << 12 | 1 << 27 | 1 << 28 | 1 << 29 | 1 << 30 | 1 << 31;
+const ENTRY_NOT_SET_UP: u64 = 1 << 10 | 1 << 11 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 22;
 const EPTP_AD: u64 = 1 << 6;
 /// What the SDM defines of CR4.
 const CR4_DEFINED: u64 = 0x1_1BFF_7FFF;
@@ -79,7 +81,7 @@ const TRAP_FLAG: u64 = 1 << 8;
 /// Fields of events and controls, which can be flipped with every base: the bits that may be.
 const EVENTS: &[(u32, u64)] = &[
     (f::PIN_CONTROLS, LOW),
-    (f::PRIMARY_CONTROLS, LOW),
+    (f::PRIMARY_CONTROLS, LOW & !PRIMARY_NOT_SET_UP),
     (f::SECONDARY_CONTROLS, LOW & !SECONDARY_NOT_SET_UP),
     (f::EXIT_CONTROLS, LOW & !EXIT_NOT_SET_UP),
     (f::ENTRY_CONTROLS, LOW & !ENTRY_NOT_SET_UP),

@@ -60,7 +60,8 @@ pub enum Flavour {
 /// The upstream version that the fixes are written for.
 const UPSTREAM: &str = "3.0";
 
-const CONFIGURE: [&str; 10] = [
+/// All that its models of processors have; `--enable-all-optimizations` alone leaves alignment checks out.
+const CONFIGURE: [&str; 17] = [
     "--with-nogui",
     "--enable-all-optimizations",
     "--enable-cpu-level=6",
@@ -68,6 +69,13 @@ const CONFIGURE: [&str; 10] = [
     "--enable-vmx=2",
     "--enable-avx",
     "--enable-evex",
+    "--enable-cet",
+    "--enable-uintr",
+    "--enable-protection-keys",
+    "--enable-amx",
+    "--enable-memtype",
+    "--enable-perfmon",
+    "--enable-alignment-check",
     "--enable-pci",
     "--enable-smp",
     "--disable-docbook",

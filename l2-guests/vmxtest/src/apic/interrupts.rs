@@ -77,7 +77,7 @@ fn run(apic: &mut Apic, program: Program, argument: u64, rflags: u64, end: End) 
 }
 
 /// Requests vectors.
-fn request(apic: &Apic, vectors: &[u8]) {
+pub fn request(apic: &Apic, vectors: &[u8]) {
     vectors.iter().for_each(|vector| apic.set_vector(offset::IRR, *vector));
     apic.status(vectors.iter().copied().max().unwrap_or(0).into());
 }

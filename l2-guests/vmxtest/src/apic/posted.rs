@@ -33,7 +33,7 @@ extern "C" fn send(vector: u64) -> u64 {
 }
 
 /// Sets requests and the outstanding notification.
-fn post(apic: &Apic, vectors: &[u8]) {
+pub fn post(apic: &Apic, vectors: &[u8]) {
     for byte in 0..64 {
         write_byte(apic, byte, 0);
     }

@@ -9,12 +9,10 @@ use crate::{
     vmxon::too_wide,
 };
 use l2_kit::{
-    fields as f,
+    caps, fields as f,
     setup::{Kind, exit_controls as exit, pin, primary, secondary},
     vmx::{self, Outcome},
 };
-
-const BIT31: u64 = 1 << 31;
 
 /// All of it.
 pub fn all(guest: &mut Guest) {
@@ -24,11 +22,19 @@ pub fn all(guest: &mut Guest) {
     attempt(guest, "primary controls without what must be 1", &[(f::PRIMARY_CONTROLS, must(Kind::Primary))], bad);
     attempt(guest, "exit controls without what must be 1", &[(f::EXIT_CONTROLS, must(Kind::Exit))], bad);
     attempt(guest, "entry controls without what must be 1", &[(f::ENTRY_CONTROLS, must(Kind::Entry))], bad);
-    attempt(guest, "pin controls with bit 31", &[(f::PIN_CONTROLS, On(BIT31))], bad);
+    // The highest bit that the processor itself does not know.
+    let must_not =
+        |kind: Kind| On(1 << (!((kind.allowed_by(caps::own_or_0) >> 32) as u32)).checked_ilog2().unwrap_or(31));
+    attempt(guest, "pin controls with what must be 0", &[(f::PIN_CONTROLS, must_not(Kind::Pin))], bad);
     attempt(guest, "primary controls with bit 0", &[(f::PRIMARY_CONTROLS, On(1))], bad);
-    attempt(guest, "secondary controls with bit 31", &[(f::SECONDARY_CONTROLS, On(BIT31))], bad);
-    attempt(guest, "exit controls with bit 31", &[(f::EXIT_CONTROLS, On(BIT31))], bad);
-    attempt(guest, "entry controls with bit 31", &[(f::ENTRY_CONTROLS, On(BIT31))], bad);
+    attempt(
+        guest,
+        "secondary controls with what must be 0",
+        &[(f::SECONDARY_CONTROLS, must_not(Kind::Secondary))],
+        bad,
+    );
+    attempt(guest, "exit controls with what must be 0", &[(f::EXIT_CONTROLS, must_not(Kind::Exit))], bad);
+    attempt(guest, "entry controls with what must be 0", &[(f::ENTRY_CONTROLS, must_not(Kind::Entry))], bad);
     attempt(guest, "5 CR3 targets", &[(f::CR3_TARGET_COUNT, Set(5))], bad);
     let io = (f::PRIMARY_CONTROLS, On(primary::IO_BITMAPS.into()));
     let page = (f::IO_BITMAP_B, Set(0x1000));

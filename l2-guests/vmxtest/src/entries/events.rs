@@ -2,14 +2,15 @@
 
 use super::{
     BAD_GUEST,
-    Change::{On, Set},
+    Change::{self, On, Set},
     attempt,
 };
 use crate::guest::{self, Exit, Guest};
 use l2_kit::{
-    Check, fields as f,
+    Check, caps, fields as f,
     serial::Serial,
-    vmx::{self, Outcome},
+    setup::{self, Kind, pin},
+    vmx::{self, Outcome, reason as r},
 };
 
 const VALID: u64 = 1 << 31;
@@ -18,6 +19,9 @@ const EXTERNAL: u64 = 0 << 8;
 const NMI: u64 = 2 << 8;
 const HARDWARE: u64 = 3 << 8;
 const SOFTWARE: u64 = 4 << 8;
+
+/// Bit of IA32_VMX_BASIC: hardware exceptions may be injected with and without error code, whatever their vector.
+const ANY_ERROR_CODE: u64 = 1 << 56;
 
 /// All of it.
 pub fn all(guest: &mut Guest) {
@@ -28,8 +32,15 @@ pub fn all(guest: &mut Guest) {
     attempt(guest, "inject the reserved type 1", &[info(1 << 8)], bad);
     attempt(guest, "inject an NMI with vector 3", &[info(NMI | 3)], bad);
     attempt(guest, "inject the exception 32", &[info(HARDWARE | 32)], bad);
-    attempt(guest, "inject #UD with an error code", &[info(HARDWARE | DELIVER_ERROR | 6), error(0)], bad);
-    attempt(guest, "inject #GP without an error code", &[info(HARDWARE | 13)], bad);
+    let ud = [info(HARDWARE | DELIVER_ERROR | 6), error(0)];
+    let np = [info(HARDWARE | 11)];
+    if caps::own_or_0(setup::VMX_BASIC) & ANY_ERROR_CODE == 0 {
+        attempt(guest, "inject #UD with an error code", &ud, bad);
+        attempt(guest, "inject #NP without an error code", &np, bad);
+    } else {
+        pushes(guest, "inject #UD with an error code", &ud, 6);
+        pushes(guest, "inject #NP without an error code", &np, 5);
+    }
     attempt(
         guest,
         "inject #GP with an error code of 17 bits",
@@ -68,5 +79,27 @@ pub fn all(guest: &mut Guest) {
     Check::new(&mut Serial, "inject an NMI while blocked by MOV SS")
         .fact("result", got)
         .expect("refused", refused, true)
+        .end();
+}
+
+/// Injects, and looks at the stack before the handler's first instruction: so many words of eight bytes must lie there.
+fn pushes(guest: &mut Guest, name: &str, changes: &[(u32, Change)], wanted: u64) {
+    if !setup::allowed_one(Kind::Pin, pin::PREEMPTION_TIMER) {
+        Check::new(&mut Serial, name).fact("offered", false).end();
+        return;
+    }
+    guest.start(guest::nothing, 5);
+    let top = vmx::read(f::GUEST_RSP) & !15;
+    let timer = [(f::PIN_CONTROLS, On(pin::PREEMPTION_TIMER.into())), (f::PREEMPTION_TIMER, Set(0))];
+    let old = [f::PIN_CONTROLS, f::ENTRY_INTERRUPTION_INFO].map(|field| (field, vmx::read(field)));
+    for (field, change) in changes.iter().chain(&timer) {
+        vmx::write(*field, change.of(vmx::read(*field)));
+    }
+    let exit = guest.run();
+    let pushed = (top - vmx::read(f::GUEST_RSP)) / 8;
+    old.iter().for_each(|(field, value)| vmx::write(*field, *value));
+    Check::new(&mut Serial, name)
+        .expect("result", exit, Exit::Reason(r::PREEMPTION_TIMER, 0))
+        .expect("pushed", pushed, wanted)
         .end();
 }

@@ -33,6 +33,17 @@ pub enum Change {
 
 use Change::{Off, On, Set};
 
+impl Change {
+    /// What becomes of a value.
+    fn of(self, old: u64) -> u64 {
+        match self {
+            Set(value) => value,
+            On(bits) => old | bits,
+            Off(bits) => old & !bits,
+        }
+    }
+}
+
 /// All of it.
 ///
 /// # Errors
@@ -84,14 +95,7 @@ pub fn try_with(guest: &mut Guest, changes: &[(u32, Change)]) -> (Exit, bool) {
     for (saved, (field, change)) in before.iter_mut().zip(changes) {
         let old = vmx::read(*field);
         *saved = (*field, old);
-        vmx::write(
-            *field,
-            match change {
-                Set(value) => *value,
-                On(bits) => old | bits,
-                Off(bits) => old & !bits,
-            },
-        );
+        vmx::write(*field, change.of(old));
     }
     let (rip, rflags) = (vmx::read(f::GUEST_RIP), vmx::read(f::GUEST_RFLAGS));
     let got = guest.run();

@@ -59,7 +59,7 @@ fn leaves(lab: &mut Lab, size: &Size) {
         ("memory type 7", good & !TYPE | 7 << 3, true),
         ("beyond the address width", good | too_wide(), true),
         ("bit 51", good | 1 << 51, true),
-        // Bit 12 of a large page passes on Bochs.
+        ("bit 12", good | 1 << 12, size.level > 0),
         ("bit 13", good | 1 << 13, size.level > 0),
         ("bit 20", good | 1 << 20, size.level > 0),
         ("bit 29", good | 1 << 29, size.level > 1),
