@@ -4,7 +4,7 @@
 
 use nvmx::addr::{Gpa, PAGE_SIZE};
 use nvmx::error::Fault;
-use nvmx::mm::linear::{AccessError, DataAccess, Paging, fetch_pdptes, pdptes_are_valid};
+use nvmx::mm::linear::{AccessError, DataAccess, PageKind, Paging, Privilege, fetch_pdptes, pdptes_are_valid};
 use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, NotOwned, Span};
 use proptest::prelude::*;
@@ -440,4 +440,22 @@ fn pdptes_are_fetched_from_a_table_of_32_bytes() {
     assert_eq!(fetch_pdptes(&memory, 0xFFFF_0000_0000_3018), [0x11, 0x22, 0, 0], "32-byte aligned, below 4 GiB");
     let nowhere = fetch_pdptes(&memory, OWN.start());
     assert!(nowhere == [u64::MAX; 4] && !pdptes_are_valid(&nowhere, 1 << 36));
+}
+
+#[test]
+fn a_page_is_of_user_mode_and_writable_if_each_entry_says_so_and_not_for_fetches_if_one_does() {
+    for bits in 0..8u64 {
+        let (user, writable, execute_disable) = (bits & 1 != 0, bits & 2 != 0, bits & 4 != 0);
+        let entry = 1 | u64::from(writable) << 1 | u64::from(user) << 2 | u64::from(execute_disable) << 63;
+        // In the entry of the page, and in the table's above.
+        for (above, page) in [(0x3007, 0x4000 | entry), (0x3000 | entry, 0x4007)] {
+            let memory = two_pages([page, 0]);
+            memory.write_u64(Gpa::new(0x2000), above).unwrap();
+            let kind = LONG.page(&memory, 5, DataAccess::Read, Privilege::Supervisor).map(|(_, kind)| kind);
+            assert_eq!(kind, Ok(PageKind { user, writable, execute_disable }), "{above:#x} {page:#x}");
+        }
+    }
+    let p = Paging { cr0: 1, ..LONG };
+    let kind = p.page(&two_pages([0, 0]), 5, DataAccess::Read, Privilege::Supervisor).map(|(_, kind)| kind);
+    assert_eq!(kind, Ok(PageKind { user: true, writable: true, execute_disable: false }), "without paging");
 }

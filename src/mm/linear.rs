@@ -48,6 +48,17 @@ pub enum Privilege {
     User,
 }
 
+/// What the guest's paging says of a page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PageKind {
+    /// A user-mode address
+    pub user: bool,
+    /// Writes are allowed
+    pub writable: bool,
+    /// Fetches are not
+    pub execute_disable: bool,
+}
+
 /// Why an access did not happen.
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -121,8 +132,20 @@ impl Paging {
         access: DataAccess,
         privilege: Privilege,
     ) -> Result<Gpa, AccessError> {
+        self.page(memory, linear, access, privilege).map(|(gpa, _)| gpa)
+    }
+
+    /// [`Self::translate_as`], and the kind of the page. Without paging all of memory is user-mode and writable.
+    pub fn page(
+        &self,
+        memory: &GuestMemory<impl PhysMem>,
+        linear: u64,
+        access: DataAccess,
+        privilege: Privilege,
+    ) -> Result<(Gpa, PageKind), AccessError> {
         if self.cr0 & CR0_PG == 0 {
-            return Ok(Gpa::new(linear & 0xFFFF_FFFF));
+            let kind = PageKind { user: true, writable: true, execute_disable: false };
+            return Ok((Gpa::new(linear & 0xFFFF_FFFF), kind));
         }
         for _ in 0..WALKS {
             if let Some(found) = self.walk(memory, linear, access, privilege)? {
@@ -139,7 +162,7 @@ impl Paging {
         linear: u64,
         access: DataAccess,
         privilege: Privilege,
-    ) -> Result<Option<Gpa>, AccessError> {
+    ) -> Result<Option<(Gpa, PageKind)>, AccessError> {
         let is_user = privilege == Privilege::User;
         let fault = |code: u32| {
             let write = if access == DataAccess::Write { ERROR_WRITE } else { 0 };
@@ -158,7 +181,7 @@ impl Paging {
             }
             (false, false) => (NARROW, self.cr3 & 0xFFFF_F000, 2),
         };
-        let (mut writable, mut user) = (true, true);
+        let (mut writable, mut user, mut execute_disable) = (true, true, false);
         loop {
             let shift = 12 + (level - 1) * format.index_bits;
             let index = linear >> shift & ((1 << format.index_bits) - 1);
@@ -176,6 +199,8 @@ impl Paging {
             }
             writable &= entry & WRITABLE != 0;
             user &= entry & USER != 0;
+            // Without IA32_EFER.NXE the bit is reserved.
+            execute_disable |= format.entry_bytes == 8 && entry & NX != 0;
             let leaf = large || level == 1;
             if leaf {
                 let protects = is_user || self.cr0 & CR0_WP != 0;
@@ -197,7 +222,8 @@ impl Paging {
             }
             if leaf {
                 let offset = linear & ((1 << shift) - 1);
-                return Ok(Some(Gpa::new(self.frame(format, entry, shift) | offset)));
+                let gpa = Gpa::new(self.frame(format, entry, shift) | offset);
+                return Ok(Some((gpa, PageKind { user, writable, execute_disable })));
             }
             table = entry & if format.entry_bytes == 8 { self.address_mask() } else { 0xFFFF_F000 };
             level -= 1;

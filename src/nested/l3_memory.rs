@@ -6,7 +6,7 @@
 use crate::addr::{Gpa, Hpa};
 use crate::ept::walk::{GuestTables, Walk, walk};
 use crate::ept::{EptRules, Eptp, Qualification, Rights};
-use crate::mm::linear::{AccessError, Paging};
+use crate::mm::linear::{AccessError, DataAccess, Paging, Privilege};
 use crate::mm::{GuestMemory, PhysMem, Span};
 use core::cell::Cell;
 
@@ -53,30 +53,47 @@ impl<P: PhysMem> View<'_, P> {
     pub fn read(&self, linear: u64, into: &mut [u8]) -> Result<(), Failed> {
         let memory = self.memory();
         let result = self.paging.read(&memory, linear, into);
-        conclude(&memory, linear, result)
+        self.conclude(&memory, linear, into.len(), result)
     }
 
     /// Writes an operand.
     pub fn write(&self, linear: u64, bytes: &[u8]) -> Result<(), Failed> {
         let memory = self.memory();
         let result = self.paging.write(&memory, linear, bytes);
-        conclude(&memory, linear, result)
+        self.conclude(&memory, linear, bytes.len(), result)
+    }
+
+    fn conclude(
+        &self,
+        memory: &GuestMemory<Physical<P>>,
+        linear: u64,
+        bytes: usize,
+        result: Result<(), AccessError>,
+    ) -> Result<(), Failed> {
+        // After a miss the rest of the walk was on all ones.
+        let Some((at, qualification)) = memory.phys().missed.get() else { return result.map_err(Failed::Access) };
+        if !qualification.contains(Qualification::LINEAR_TRANSLATED) {
+            return Err(Failed::Miss(Miss { at, linear, qualification }));
+        }
+        // An operand that crosses pages does not begin at the beginning of one.
+        let [first, (behind, rest)] = self.paging.pieces(linear, bytes);
+        let linear = if rest != 0 && at & 0xFFF == 0 { behind } else { first.0 };
+        Err(Failed::Miss(Miss { at, linear, qualification: qualification | self.advanced(linear) }))
+    }
+
+    /// The advanced information on an address whose translation by L3's paging has just worked.
+    fn advanced(&self, linear: u64) -> Qualification {
+        let mut bits = Qualification::empty();
+        if let Ok((_, kind)) = self.paging.page(&self.memory(), linear, DataAccess::Read, Privilege::Supervisor) {
+            bits.set(Qualification::USER_LINEAR, kind.user);
+            bits.set(Qualification::WRITABLE_LINEAR, kind.writable);
+            bits.set(Qualification::NO_EXECUTE_LINEAR, kind.execute_disable);
+        }
+        bits
     }
 
     fn memory(&self) -> GuestMemory<Physical<'_, P>> {
         GuestMemory::new(Physical { view: self, missed: Cell::new(None) }, Span::new(0, 0), 52)
-    }
-}
-
-fn conclude<P: PhysMem>(
-    memory: &GuestMemory<Physical<P>>,
-    linear: u64,
-    result: Result<(), AccessError>,
-) -> Result<(), Failed> {
-    // After a miss the rest of the walk was on all ones.
-    match memory.phys().missed.get() {
-        Some((at, qualification)) => Err(Failed::Miss(Miss { at, linear, qualification })),
-        None => result.map_err(Failed::Access),
     }
 }
 

@@ -34,7 +34,9 @@ const BS: u64 = 1 << 14;
 pub const CR2_UNTOUCHED: u64 = 0x5555_0000;
 
 /// Linear addresses of the operand's pages: there, and as the situation says; below 4 GiB, where no memory is.
-const WINDOW: u64 = 0x7000_0000;
+pub const WINDOW: u64 = 0x7000_0000;
+/// Offset of an operand in its page, and in the segment that is the page
+const IN_SEGMENT: u64 = 0x800;
 /// The last canonical page of the lower half.
 const EDGE: u64 = 0x0000_7FFF_FFFF_F000;
 
@@ -52,12 +54,22 @@ pub enum Mode {
     User32,
     Kernel16,
     User16,
+    Narrow32,
+    NarrowUser32,
+    Pae32,
+    Flat32,
+    Legacy16,
+    Real,
 }
 
 impl Mode {
-    /// All of them.
+    /// Those of IA-32e mode.
     pub const ALL: [Self; 6] =
         [Self::Kernel64, Self::User64, Self::Kernel32, Self::User32, Self::Kernel16, Self::User16];
+
+    /// Outside of IA-32e mode: 32-bit paging in both rings, PAE paging, no paging; 16-bit code; real mode.
+    pub const LEGACY: [Self; 6] =
+        [Self::Narrow32, Self::NarrowUser32, Self::Pae32, Self::Flat32, Self::Legacy16, Self::Real];
 
     /// For records.
     pub fn name(self) -> &'static str {
@@ -68,19 +80,28 @@ impl Mode {
             Self::User32 => "user32",
             Self::Kernel16 => "kernel16",
             Self::User16 => "user16",
+            Self::Narrow32 => "narrow32",
+            Self::NarrowUser32 => "narrowuser32",
+            Self::Pae32 => "pae32",
+            Self::Flat32 => "flat32",
+            Self::Legacy16 => "legacy16",
+            Self::Real => "real",
         }
     }
 
-    fn ring(self) -> u16 {
-        if matches!(self, Self::User64 | Self::User32 | Self::User16) { 3 } else { 0 }
+    /// Ring
+    pub fn ring(self) -> u16 {
+        if matches!(self, Self::User64 | Self::User32 | Self::User16 | Self::NarrowUser32) { 3 } else { 0 }
     }
 
-    fn is_64(self) -> bool {
+    /// 64-bit code
+    pub fn is_64(self) -> bool {
         matches!(self, Self::Kernel64 | Self::User64)
     }
 
-    fn is_16(self) -> bool {
-        matches!(self, Self::Kernel16 | Self::User16)
+    /// 16-bit code
+    pub fn is_16(self) -> bool {
+        matches!(self, Self::Kernel16 | Self::User16 | Self::Legacy16 | Self::Real)
     }
 
     /// The descriptor of such a code segment, as long as it can be.
@@ -118,7 +139,8 @@ impl Place {
             At::Somewhere => boundary - 0x8000,
         };
         let operand = match situation.memory {
-            Memory::Whole => WINDOW + 0x800,
+            Memory::Whole | Memory::Limit(_) | Memory::ExpandDown(_) => WINDOW + IN_SEGMENT,
+            Memory::Wrap(inside) => (1 << 32) - inside,
             Memory::Crossing(inside) | Memory::Missing(inside) | Memory::ReadOnly(inside) => WINDOW + PAGE - inside,
             Memory::NotCanonical(inside) => EDGE + PAGE - inside,
         };
@@ -160,28 +182,28 @@ struct Own {
 /// What the IRET loads, where the assembly code finds it.
 #[derive(Clone, Copy, Default)]
 #[repr(C)]
-struct Start {
-    rip: u64,
-    cs: u64,
-    rflags: u64,
-    rsp: u64,
-    ss: u64,
-    rax: u64,
-    rbx: u64,
-    rcx: u64,
-    rdx: u64,
-    rsi: u64,
-    rdi: u64,
-    rbp: u64,
+#[allow(missing_docs, reason = "registers speak for themselves")]
+pub struct Start {
+    pub rip: u64,
+    pub cs: u64,
+    pub rflags: u64,
+    pub rsp: u64,
+    pub ss: u64,
+    pub rax: u64,
+    pub rbx: u64,
+    pub rcx: u64,
+    pub rdx: u64,
+    pub rsi: u64,
+    pub rdi: u64,
+    pub rbp: u64,
 }
 
 /// The case that runs, for the hook.
 #[derive(Clone, Copy, Default)]
 struct Running {
     active: bool,
-    /// Instruction pointer and linear address of the instruction
+    /// Instruction pointer of the instruction
     ip: u64,
-    linear: u64,
     operand: u64,
     operand_bytes: u64,
     compared: [u64; 4],
@@ -189,6 +211,8 @@ struct Running {
     traps: u32,
     /// 64-bit code
     wide: bool,
+    /// Bits of a linear address
+    mask: u64,
     seen: Seen,
 }
 
@@ -202,18 +226,26 @@ struct Seen {
     watches: u32,
 }
 
+impl Seen {
+    fn debugged(&mut self, dr6: u64) {
+        self.steps += u32::from(dr6 & BS != 0);
+        self.breakpoints += u32::from(dr6 & 1 << 1 != 0);
+        self.watches += u32::from(dr6 & 1 != 0);
+    }
+}
+
 static MEMORY: Global<Own> =
     Global::new(Own { code: 0, window: [0; 2], edge: 0, stack: 0, regions: [0; 2], selector: 0 });
 static RUNNING: Global<Running> = Global::new(Running {
     active: false,
     ip: 0,
-    linear: 0,
     operand: 0,
     operand_bytes: 0,
     compared: [0; 4],
     faulted: false,
     traps: 0,
     wide: false,
+    mask: 0,
     seen: Seen { completed: false, faults_without_rf: 0, steps: 0, breakpoints: 0, watches: 0 },
 });
 static COUNT: Global<u32> = Global::new(0);
@@ -315,6 +347,24 @@ impl Case<'_> {
         }
     }
 
+    /// Bytes of the operand: those of VMREAD and VMWRITE have the size of the mode.
+    fn bytes(&self) -> u64 {
+        self.instruction.bytes(self.mode).into()
+    }
+
+    /// Base of the segment of the operand outside of IA-32e mode
+    pub fn segment_base(&self) -> u64 {
+        if matches!(self.situation.memory, Memory::Limit(_) | Memory::ExpandDown(_)) { WINDOW } else { 0 }
+    }
+
+    /// Its limit
+    pub fn limit(&self) -> u64 {
+        match self.situation.memory {
+            Memory::Limit(inside) | Memory::ExpandDown(inside) => IN_SEGMENT + inside - 1,
+            _ => 0xFFFF_FFFF,
+        }
+    }
+
     /// What the SDM says of every instruction, whatever the machine: the law that was broken, if any.
     pub fn broken_law(&self) -> Option<&'static str> {
         let (seen, situation) = (RUNNING.get().seen, self.situation);
@@ -338,7 +388,7 @@ impl Case<'_> {
     fn reaches(&self, watch: Watch) -> bool {
         let size = [1, 2, 8, 4][(watch.kind >> 2) as usize];
         let first = self.place.operand.wrapping_add_signed(watch.offset) / size * size;
-        let touched = (0..u64::from(self.instruction.operand.bytes())).map(|n| self.place.operand + n);
+        let touched = (0..self.bytes()).map(|n| self.place.operand + n);
         let writes_only = watch.kind & 3 == 1;
         let kind = !writes_only || self.instruction.operand.is_written();
         watch.enabled
@@ -386,9 +436,9 @@ impl Case<'_> {
             Operand::OtherRegion => memory.regions[1],
             Operand::Number(_, number) => number,
         };
-        let bytes = u64::from(self.instruction.operand.bytes());
+        let bytes = self.bytes();
         for (n, byte) in (0..bytes).zip(u128::from(value).to_le_bytes()) {
-            if let Some(at) = physical(place.operand + n) {
+            if let Some(at) = physical(place.operand + n & mask) {
                 poke(at, byte);
             }
         }
@@ -442,13 +492,13 @@ impl Case<'_> {
         RUNNING.set(Running {
             active: false,
             ip,
-            linear,
             operand: place.operand,
             operand_bytes: bytes,
             compared: self.instruction.compared,
             faulted: false,
             traps: 0,
             wide: mode.is_64(),
+            mask,
             seen: Seen::default(),
         });
     }
@@ -480,10 +530,13 @@ fn xcr0() -> u64 {
 
 /// The image's own address of a byte of the operand.
 fn physical(linear: u64) -> Option<u64> {
+    const LAST: u64 = 0xFFFF_F000;
     let memory = MEMORY.get();
     let page = match linear & !(PAGE - 1) {
         WINDOW => memory.window[0],
         EDGE => memory.edge,
+        LAST => memory.window[0],
+        0 => memory.window[1],
         other if other == WINDOW + PAGE => memory.window[1],
         _ => return None,
     };
@@ -589,8 +642,20 @@ fn trapped(frame: &mut Frame) -> bool {
     }
     let on = match vector {
         trap::BP => {
-            log::add(format_args!("#{:08x}", hash(frame, &running)));
-            running.seen.completed = true;
+            RUNNING.set(running);
+            completed([
+                frame.rax,
+                frame.rbx,
+                frame.rcx,
+                frame.rdx,
+                frame.rsi,
+                frame.rdi,
+                frame.rbp,
+                frame.rflags,
+                frame.cs,
+                frame.ss,
+            ]);
+            running = RUNNING.get();
             false
         }
         trap::DB => {
@@ -600,9 +665,7 @@ fn trapped(frame: &mut Frame) -> bool {
                 asm!("mov {}, dr6", "mov dr6, {}", "mov {}, dr7", out(reg) dr6, in(reg) DR6_CLEAR, out(reg) dr7);
             }
             log::add(format_args!("d{:x}", dr6 & DR6_BITS));
-            running.seen.steps += u32::from(dr6 & BS != 0);
-            running.seen.breakpoints += u32::from(dr6 & 1 << 1 != 0);
-            running.seen.watches += u32::from(dr6 & 1 != 0);
+            running.seen.debugged(dr6);
             if dr6 & BS != 0 {
                 frame.rflags &= !TF;
             }
@@ -627,22 +690,57 @@ fn trapped(frame: &mut Frame) -> bool {
     on
 }
 
+/// The code under test came to its end: RAX, RBX, RCX, RDX, RSI, RDI, RBP, RFLAGS, CS, SS.
+pub fn completed(registers: [u64; 10]) {
+    let mut running = RUNNING.get();
+    let hash = hash(registers, &running);
+    log::add(format_args!("#{hash:08x}"));
+    running.seen.completed = true;
+    RUNNING.set(running);
+}
+
+/// A #DB that exited; true if it is the instruction's breakpoint.
+pub fn debugged(qualification: u64, ip: u64) -> bool {
+    let mut running = RUNNING.get();
+    running.seen.debugged(qualification);
+    RUNNING.set(running);
+    qualification & 1 << 1 != 0 && ip == running.ip
+}
+
+/// Another exception that exited, with RF or without; true if it is the first: the instruction gets another try.
+pub fn faulted(rf: bool) -> bool {
+    let mut running = RUNNING.get();
+    running.seen.faults_without_rf += u32::from(!rf);
+    let again = !core::mem::replace(&mut running.faulted, true);
+    RUNNING.set(running);
+    again
+}
+
+/// What the prepared case starts with.
+pub fn start() -> Start {
+    START.get()
+}
+
+/// DR7 and DR0 to DR3 of the prepared case.
+pub fn breakpoints() -> (u64, [u64; 4]) {
+    DEBUG.get()
+}
+
+/// Sets DR0 to DR3, without effect here.
+pub fn set_addresses(addresses: [u64; 4]) {
+    set_debug((DR7_CLEAR, addresses));
+}
+
+/// The pages of the operand.
+pub fn window() -> [u64; 2] {
+    MEMORY.get().window
+}
+
 /// What the instruction left: registers, flags, its operand.
-fn hash(frame: &Frame, running: &Running) -> u32 {
-    let [rax, rbx, rcx, rdx] = running.compared;
-    let registers = [
-        frame.rax & rax,
-        frame.rbx & rbx,
-        frame.rcx & rcx,
-        frame.rdx & rdx,
-        frame.rsi,
-        frame.rdi,
-        frame.rbp,
-        frame.rflags & COMPARED_FLAGS,
-        frame.cs,
-        frame.ss,
-    ];
-    let memory = (0..running.operand_bytes).filter_map(|n| physical(running.operand + n)).map(|at| {
+fn hash(mut registers: [u64; 10], running: &Running) -> u32 {
+    let masks = running.compared.into_iter().chain([u64::MAX; 3]).chain([COMPARED_FLAGS]);
+    registers.iter_mut().zip(masks).for_each(|(register, mask)| *register &= mask);
+    let memory = (0..running.operand_bytes).filter_map(|n| physical(running.operand + n & running.mask)).map(|at| {
         // SAFETY: the test's own memory.
         unsafe { core::ptr::read_volatile(at as *const u8) }
     });

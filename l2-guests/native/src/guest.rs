@@ -105,7 +105,7 @@ pub fn all() -> Result<(), Missing> {
             0 => |_, _| true,
             _ => |instruction, mode| instruction.operand.bytes() != 0 && mode == Mode::Kernel64,
         };
-        matrix(setting.name, OF_A_GUEST, chosen, &mut |case| guest.run(case, setting));
+        matrix(setting.name, OF_A_GUEST, &Mode::ALL, chosen, &mut |case| guest.run(case, setting));
     }
     let _ = vmx::vmclear(guest.vcpu.vmcs);
     Ok(())
@@ -115,9 +115,6 @@ impl Guest {
     fn new() -> Result<Self, Missing> {
         let shadowing = setup::allowed_one(Kind::Secondary, secondary::VMCS_SHADOWING);
         let functions = setup::allowed_one(Kind::Secondary, secondary::VM_FUNCTIONS);
-        let page = pages::page();
-        page[0] = u64::from(setup::revision()) | SHADOW;
-        let shadow = pages::address(page);
         let vcpu = Vcpu::new(setup::revision()).map_err(|o| Missing::Instruction("VMCLEAR or VMPTRLD", o))?;
         let optional = |on, bit| if on { bit } else { 0 };
         setup::write_controls(&Controls {
@@ -148,17 +145,13 @@ impl Guest {
             report::say("no VMCS shadowing");
         }
         let (stack, primary) = (pages::take(STACK, PAGE) + STACK, vmx::read(f::PRIMARY_CONTROLS));
-        Ok(Self { vcpu, stack, catch: 0, primary, shadow: if shadowing { shadow } else { 0 } })
+        Ok(Self { vcpu, stack, catch: 0, primary, shadow: if shadowing { shadow_region() } else { 0 } })
     }
 
     fn run(&mut self, case: &Case, setting: &Setting) {
         case.prepare();
         if self.shadow != 0 {
-            // What VMREAD finds; a shadow VMCS that is current is written like any other.
-            let _ = (vmx::vmclear(self.vcpu.vmcs), vmx::vmptrld(self.shadow));
-            vmx::write(f::GUEST_RIP, 0x1111_2222_3333_4444);
-            vmx::write(f::HOST_RIP, 0x5555_6666_7777_8888);
-            let _ = (vmx::vmclear(self.shadow), vmx::vmptrld(self.vcpu.vmcs));
+            fill_shadow(self.vcpu.vmcs, self.shadow);
             self.vcpu.launched = false;
         }
         setup::write_guest_state(cpu::cr3(), true);
@@ -192,11 +185,7 @@ impl Guest {
     /// Handles an exit; true if the guest goes on.
     fn exit(&mut self, setting: &Setting) -> bool {
         let reason = vmx::read(f::EXIT_REASON) as u32;
-        let rip = vmx::read(f::GUEST_RIP);
-        if rip >> 32 != 0 && vmx::read(f::GUEST_CS_AR) & CS_LONG == 0 {
-            // See `case::offset`: with it the next entry would fail.
-            vmx::write(f::GUEST_RIP, rip & 0xFFFF_FFFF);
-        }
+        cut_rip();
         match (reason, self.vcpu.registers.rax) {
             (r::VMCALL, DONE) => false,
             (r::VMCALL, rax) if rax as u32 == case::ABOUT_TO => {
@@ -233,8 +222,31 @@ impl Guest {
     }
 }
 
+/// A cleared shadow VMCS.
+pub fn shadow_region() -> u64 {
+    let page = pages::page();
+    page[0] = u64::from(setup::revision()) | SHADOW;
+    pages::address(page)
+}
+
+/// What VMREAD of a guest finds; a shadow VMCS that is current is written like any other. The VMCS is then clear and current.
+pub fn fill_shadow(vmcs: u64, shadow: u64) {
+    let _ = (vmx::vmclear(vmcs), vmx::vmptrld(shadow));
+    vmx::write(f::GUEST_RIP, 0x1111_2222_3333_4444);
+    vmx::write(f::HOST_RIP, 0x5555_6666_7777_8888);
+    let _ = (vmx::vmclear(shadow), vmx::vmptrld(vmcs));
+}
+
+/// Outside of 64-bit mode RIP has 32 bits: see `case::offset`; with more the next entry would fail.
+pub fn cut_rip() {
+    let rip = vmx::read(f::GUEST_RIP);
+    if rip >> 32 != 0 && vmx::read(f::GUEST_CS_AR) & CS_LONG == 0 {
+        vmx::write(f::GUEST_RIP, rip & 0xFFFF_FFFF);
+    }
+}
+
 /// Where the guest was, and what is left pending for it.
-fn say(reason: u32) {
+pub fn say(reason: u32) {
     log::add(format_args!("{}x{reason}@{}", case::comma(), case::offset(vmx::read(f::GUEST_RIP))));
     if vmx::read(f::GUEST_RFLAGS) & RF != 0 {
         log::add(format_args!("r"));
@@ -255,25 +267,31 @@ fn say(reason: u32) {
     }
 }
 
-/// Gives the guest the exception that it exited for.
-fn deliver() {
+/// Says which exception it was; returns its information and qualification, and its error code.
+pub fn exception() -> (u64, u64, Option<u64>) {
     let info = vmx::read(f::EXIT_INTERRUPTION_INFO) & VALID_ERROR_TYPE_VECTOR;
     let qualification = vmx::read(f::EXIT_QUALIFICATION);
     log::add(format_args!("v{info:x}"));
     match info as u8 {
-        trap::PF => {
-            log::add(format_args!("q{}", case::operand_offset(qualification)));
-            cpu::set_cr2(qualification);
-        }
-        trap::DB => {
-            log::add(format_args!("q{qualification:x}"));
-            case::set_dr6(qualification);
-        }
+        trap::PF => log::add(format_args!("q{}", case::operand_offset(qualification))),
         _ => log::add(format_args!("q{qualification:x}")),
     }
-    if info & ERROR_CODE != 0 {
-        let error = vmx::read(f::EXIT_INTERRUPTION_ERROR);
+    let error = (info & ERROR_CODE != 0).then(|| vmx::read(f::EXIT_INTERRUPTION_ERROR));
+    if let Some(error) = error {
         log::add(format_args!("e{error:x}"));
+    }
+    (info, qualification, error)
+}
+
+/// Gives the guest the exception that it exited for.
+fn deliver() {
+    let (info, qualification, error) = exception();
+    match info as u8 {
+        trap::PF => cpu::set_cr2(qualification),
+        trap::DB => case::set_dr6(qualification),
+        _ => {}
+    }
+    if let Some(error) = error {
         vmx::write(f::ENTRY_EXCEPTION_ERROR, error);
     }
     vmx::write(f::ENTRY_INTERRUPTION_INFO, info);

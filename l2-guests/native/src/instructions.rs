@@ -1,5 +1,7 @@
 //! The instructions, with their registers and operands.
 
+use crate::case::Mode;
+
 /// Register values of an instruction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Value {
@@ -50,6 +52,14 @@ impl Operand {
     /// Whether the instruction writes it.
     pub fn is_written(self) -> bool {
         matches!(self, Self::Written(_))
+    }
+}
+
+impl Instruction {
+    /// Bytes of the operand: those of VMREAD and VMWRITE have the size of the mode.
+    pub fn bytes(&self, mode: Mode) -> u32 {
+        let natural = matches!(self.code, [0x0F, 0x78 | 0x79, ..]);
+        if natural && !mode.is_64() { self.operand.bytes().min(4) } else { self.operand.bytes() }
     }
 }
 

@@ -226,6 +226,10 @@ impl Guest {
         guest::say(reason);
         if reason != r::EXCEPTION_OR_NMI {
             log::add(format_args!("q{:x}", vmx::read(f::EXIT_QUALIFICATION)));
+            if reason == r::EPT_VIOLATION {
+                let [linear, physical] = [f::GUEST_LINEAR_ADDRESS, f::GUEST_PHYSICAL_ADDRESS].map(vmx::read);
+                log::add(format_args!("l{}g{physical:x}", case::operand_offset(linear)));
+            }
             return false;
         }
         let (info, qualification, _) = guest::exception();

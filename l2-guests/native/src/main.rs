@@ -15,6 +15,7 @@
 mod case;
 mod guest;
 mod instructions;
+mod legacy;
 mod log;
 mod situation;
 
@@ -68,27 +69,34 @@ fn all() -> Result<(), Missing> {
     setup::prepare_vmx()?;
     cpu::set_cr0(cpu::cr0() | case::CR0_WP);
     cpu::set_cr4(cpu::cr4() | cpu::CR4_OSXSAVE);
-    matrix("L2", instructions::OUTSIDE, |_, _| true, &mut |case| case.run_here(false));
+    matrix("L2", instructions::OUTSIDE, &Mode::ALL, |_, _| true, &mut |case| case.run_here(false));
     setup::enter_vmx()?;
-    matrix("L2 in VMX operation", instructions::INSIDE, |_, _| true, &mut |case| case.run_here(true));
+    matrix("L2 in VMX operation", instructions::INSIDE, &Mode::ALL, |_, _| true, &mut |case| case.run_here(true));
     guest::all()?;
+    legacy::all()?;
     let outcome = vmx::vmxoff();
     Check::new(&mut Serial, "vmxoff").expect("result", outcome, vmx::Outcome::Succeed).end();
     Ok(())
 }
 
-/// Every mode of every instruction, a record an instruction: two characters a situation that stand for what was seen, in the
+/// The given modes of every instruction, a record an instruction: two characters a situation that stand for what was seen, in the
 /// order of a list that is printed once, and a digest of all. Of the instructions that `detail=` names all is said, and of
 /// combinations that break a law.
-fn matrix(who: &str, instructions: &[Instruction], chosen: fn(&Instruction, Mode) -> bool, run: &mut dyn FnMut(&Case)) {
-    for instruction in instructions.iter().filter(|i| Mode::ALL.iter().any(|mode| chosen(i, *mode))) {
+fn matrix(
+    who: &str,
+    instructions: &[Instruction],
+    modes: &[Mode],
+    chosen: fn(&Instruction, Mode) -> bool,
+    run: &mut dyn FnMut(&Case),
+) {
+    for instruction in instructions.iter().filter(|i| modes.iter().any(|mode| chosen(i, *mode))) {
         let mut name = ArrayString::<96>::new();
         let _ = write!(name, "{who}: {}", instruction.name);
         let detailed = DETAIL.get().is_some_and(|part| name.contains(part));
-        situation::print_lists(instruction);
+        situation::print_lists(instruction, modes);
         let (mut out, mut cases, mut all) = (Serial, 0u32, log::Digest::new());
         let mut record = ArrayString::<2048>::new();
-        for mode in Mode::ALL.into_iter().filter(|mode| chosen(instruction, *mode)) {
+        for mode in modes.iter().copied().filter(|mode| chosen(instruction, *mode)) {
             let _ = write!(
                 record,
                 "{}{}{}:",

@@ -51,6 +51,12 @@ pub enum Memory {
     ReadOnly(u64),
     /// ... that is not canonical
     NotCanonical(u64),
+    /// So many bytes before the end of its segment
+    Limit(u64),
+    /// So many bytes below the beginning of its segment, which expands down
+    ExpandDown(u64),
+    /// So many bytes before the end of the address space of 32 bits
+    Wrap(u64),
 }
 
 /// A situation.
@@ -90,16 +96,19 @@ const LEN: [u64; 4] = [0b0000, 0b0100, 0b1100, 0b1000];
 /// A list of situations: bytes of the operand, which kind of mode, whether the operand is written
 type List = Option<(u32, u8, bool)>;
 /// Those that were printed
-static LISTS: Global<[List; 8]> = Global::new([None; 8]);
+static LISTS: Global<[List; 20]> = Global::new([None; 20]);
 
 /// The letter of the list of situations that suit.
 pub fn list(instruction: &Instruction, mode: Mode) -> char {
     let kind = match mode {
         Mode::Kernel64 => 0,
         Mode::User64 => 1,
+        Mode::Narrow32 | Mode::Pae32 => 3,
+        Mode::Flat32 => 4,
         _ => 2,
     };
-    let key = Some((if kind == 0 { instruction.operand.bytes() } else { 0 }, kind, instruction.operand.is_written()));
+    let bytes = if has_operands(mode) { instruction.bytes(mode) } else { 0 };
+    let key = Some((bytes, kind, instruction.operand.is_written()));
     let mut lists = LISTS.get();
     let number = lists.iter().position(|list| *list == key || list.is_none()).unwrap_or(0);
     let letter = char::from(b'a' + number as u8);
@@ -117,8 +126,8 @@ pub fn list(instruction: &Instruction, mode: Mode) -> char {
 }
 
 /// Prints the lists of an instruction that were not printed yet.
-pub fn print_lists(instruction: &Instruction) {
-    Mode::ALL.into_iter().for_each(|mode| _ = list(instruction, mode));
+pub fn print_lists(instruction: &Instruction, modes: &[Mode]) {
+    modes.iter().for_each(|mode| _ = list(instruction, *mode));
 }
 
 /// Calls `f` with the name of each situation that suits.
@@ -151,14 +160,18 @@ pub fn each(instruction: &Instruction, mode: Mode, mut f: impl FnMut(&str, Situa
         f("end_bp", Situation { at: At::End, breakpoint: true, ..PLAIN });
         f("end_bp_rf", Situation { at: At::End, breakpoint: true, resume: true, ..PLAIN });
     }
-    // Operands are looked at in 64-bit mode and ring 0 alone.
-    if mode == Mode::Kernel64 && instruction.operand.bytes() != 0 {
-        operands(instruction, f);
+    if has_operands(mode) && instruction.operand.bytes() != 0 {
+        operands(instruction, mode, f);
     }
 }
 
-fn operands(instruction: &Instruction, mut f: impl FnMut(&str, Situation)) {
-    let bytes = u64::from(instruction.operand.bytes());
+/// Operands are looked at in ring 0, and not in compatibility mode.
+fn has_operands(mode: Mode) -> bool {
+    matches!(mode, Mode::Kernel64 | Mode::Narrow32 | Mode::Pae32 | Mode::Flat32)
+}
+
+fn operands(instruction: &Instruction, mode: Mode, mut f: impl FnMut(&str, Situation)) {
+    let bytes = u64::from(instruction.bytes(mode));
     let mut one = |name: core::fmt::Arguments<'_>, situation: Situation| {
         let mut text = ArrayString::<32>::new();
         let _ = text.write_fmt(name);
@@ -187,14 +200,24 @@ fn operands(instruction: &Instruction, mut f: impl FnMut(&str, Situation)) {
         ("watch_movss", Situation { watches: [whole, None], before: Before::MovSs, ..PLAIN }),
         ("watch_movss_tf", Situation { watches: [whole, None], before: Before::MovSs, single_step: true, ..PLAIN }),
         ("watch_sti", Situation { watches: [whole, None], before: Before::Sti, ..PLAIN }),
-        ("watch_missing", Situation { watches: [whole, None], memory: Memory::Missing(4), ..PLAIN }),
+        ("watch_missing", Situation { watches: [whole, None], memory: Memory::Missing(bytes / 2), ..PLAIN }),
     ] {
         one(format_args!("{name}"), situation);
     }
     for inside in 0..bytes {
         one(format_args!("missing_{inside}"), Situation { memory: Memory::Missing(inside), ..PLAIN });
         one(format_args!("readonly_{inside}"), Situation { memory: Memory::ReadOnly(inside), ..PLAIN });
-        one(format_args!("noncanonical_{inside}"), Situation { memory: Memory::NotCanonical(inside), ..PLAIN });
+        let mut more = |name: &str, memory| one(format_args!("{name}_{inside}"), Situation { memory, ..PLAIN });
+        match mode {
+            Mode::Kernel64 => more("noncanonical", Memory::NotCanonical(inside)),
+            _ => {
+                more("limit", Memory::Limit(inside));
+                more("expanddown", Memory::ExpandDown(inside));
+            }
+        }
+        if inside != 0 && matches!(mode, Mode::Narrow32 | Mode::Pae32) {
+            more("wrap", Memory::Wrap(inside));
+        }
         if inside != 0 {
             one(format_args!("crossing_{inside}"), Situation { memory: Memory::Crossing(inside), ..PLAIN });
             one(
@@ -208,15 +231,15 @@ fn operands(instruction: &Instruction, mut f: impl FnMut(&str, Situation)) {
         }
     }
     for (name, situation) in [
-        ("missing_tf", Situation { memory: Memory::Missing(4), single_step: true, ..PLAIN }),
-        ("missing_bp", Situation { memory: Memory::Missing(4), breakpoint: true, ..PLAIN }),
-        ("missing_movss", Situation { memory: Memory::Missing(4), before: Before::MovSs, ..PLAIN }),
+        ("missing_tf", Situation { memory: Memory::Missing(bytes / 2), single_step: true, ..PLAIN }),
+        ("missing_bp", Situation { memory: Memory::Missing(bytes / 2), breakpoint: true, ..PLAIN }),
+        ("missing_movss", Situation { memory: Memory::Missing(bytes / 2), before: Before::MovSs, ..PLAIN }),
         (
             "missing_movss_tf",
-            Situation { memory: Memory::Missing(4), before: Before::MovSs, single_step: true, ..PLAIN },
+            Situation { memory: Memory::Missing(bytes / 2), before: Before::MovSs, single_step: true, ..PLAIN },
         ),
-        ("missing_sti", Situation { memory: Memory::Missing(4), before: Before::Sti, ..PLAIN }),
-        ("crossing_tf", Situation { memory: Memory::Crossing(4), single_step: true, ..PLAIN }),
+        ("missing_sti", Situation { memory: Memory::Missing(bytes / 2), before: Before::Sti, ..PLAIN }),
+        ("crossing_tf", Situation { memory: Memory::Crossing(bytes / 2), single_step: true, ..PLAIN }),
     ] {
         one(format_args!("{name}"), situation);
     }
