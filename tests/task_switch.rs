@@ -41,7 +41,7 @@ fn model(m: &mut Bytes, s: &State, to: u16, source: Source) -> End {
     let ext = u32::from(matches!(source, Source::Gate { external: true, .. }));
     let iret = source == Source::Iret;
     let nests = matches!(source, Source::Call | Source::Gate { .. });
-    let code = |selector: u16| u32::from(selector) / 4 * 4 | ext;
+    let code = |selector: u16| (u32::from(selector) / 4 * 4) | ext;
     let slot = |selector: u16| GDT + u32::from(selector) / 8 * 8;
     // The new TSS.
     let wrong = if iret { 10 } else { 13 };
@@ -122,7 +122,7 @@ fn arrive(
     eip: u32,
     ext: u32,
 ) -> Option<(u8, u32)> {
-    let bad = |vector: u8, sel: u16| Some((vector, u32::from(sel) / 4 * 4 | ext));
+    let bad = |vector: u8, sel: u16| Some((vector, (u32::from(sel) / 4 * 4) | ext));
     let mut local = None;
     if ldt & 4 != 0 {
         return bad(10, ldt);

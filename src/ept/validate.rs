@@ -95,7 +95,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
         let (mut entries02, mut entries12) = ([0; CHUNK], [0; CHUNK]);
         let (entries02, entries12) = (&mut entries02[..chunk], &mut entries12[..chunk]);
         while next < ENTRIES {
-            next += self.frames.zeros(Hpa::new(table.get() | 8 * next as u64), ENTRIES - next);
+            next += self.frames.zeros(Hpa::new(table.get() | (8 * next as u64)), ENTRIES - next);
             if next >= ENTRIES {
                 break;
             }
@@ -155,7 +155,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
             return false;
         }
         // With flags, what is mapped must be marked accessed, and what can be written must be marked dirty.
-        let unmarked = |e02, e12: u64| (entry::present_bit(e02) * ACCESSED | (e02 >> 1 & 1) * DIRTY) & !e12;
+        let unmarked = |e02, e12: u64| ((entry::present_bit(e02) * ACCESSED) | ((e02 >> 1 & 1) * DIRTY)) & !e12;
         !self.flags || fold(unmarked) == 0
     }
 

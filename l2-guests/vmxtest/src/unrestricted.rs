@@ -9,8 +9,7 @@
 use crate::guest::{DONE, Exit, Guest, Program};
 use core::arch::global_asm;
 use l2_kit::{
-    Check, cpu, descriptors as d, fields as f,
-    pages::{self, LARGE},
+    Check, cpu, descriptors as d, fields as f, pages,
     protocol::Hex,
     serial::Serial,
     setup::{Controls, Kind, Missing, allowed_one, entry_controls as entry, exit_controls as exit, secondary},
