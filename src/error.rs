@@ -36,6 +36,9 @@ macro_rules! vmx_errors {
         pub enum VmxError { $( #[doc = $text] $name = $number, )* }
 
         impl VmxError {
+            /// All of them.
+            pub const ALL: &'static [VmxError] = &[ $( VmxError::$name, )* ];
+
             /// The name, for records.
             pub const fn name(self) -> &'static str {
                 match self { $( VmxError::$name => stringify!($name), )* }

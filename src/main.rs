@@ -36,6 +36,7 @@ fn main(handover: Handover) -> ! {
     let options = Options::parse(&info.command_line).unwrap_or_else(|e| give_up(e));
     log::set_max_level(options.log);
     epitaph::configure(options.exit);
+    nvmx::nested::tell::configure(options.explain);
     info!("nvmx {}, loaded by {}", env!("CARGO_PKG_VERSION"), if info.loader.is_empty() { "?" } else { &info.loader });
 
     let home = handover.settle(&info).unwrap_or_else(|e| give_up(e));

@@ -402,3 +402,27 @@ fn events_that_each_activity_state_takes() {
         }
     }
 }
+
+/// The first of all broken rules is the one that the entry ends with, and a second one that has nothing to do with it is
+/// told as well.
+#[test]
+fn all_broken_rules_begin_with_the_one_that_is_reported() {
+    let (caps, memory) = (caps(), Memory::default());
+    let all = |v: &Vmcs| nvmx::nested::checks::all_broken(v, &caps, true, &CONTEXT, &memory);
+    assert!(all(&valid_vmcs12(&caps)).is_empty());
+    for (check, change) in CASES {
+        let mut v = valid_vmcs12(&caps);
+        change(&mut v);
+        match run(&v, &memory, &caps) {
+            Verdict::Passed => continue,
+            Verdict::VmFail(first, _) | Verdict::EntryExit(first, _) => {
+                assert_eq!(all(&v).first(), Some(&first), "{check:?}");
+                let group = first.name().starts_with("Guest");
+                v.set(HOST_RIP, 1 << 62).set(GUEST_SYSENTER_ESP, 1 << 62);
+                let both = all(&v);
+                assert!(both.contains(&first) && both.contains(&CheckId::HostRip), "{check:?}: {both:?} {group}");
+                assert!(both.contains(&CheckId::GuestSysenter), "{check:?}: {both:?}");
+            }
+        }
+    }
+}

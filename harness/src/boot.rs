@@ -19,6 +19,10 @@ pub enum Ended {
     Itself,
     /// The guest had said its last word, but the machine went on and was ended
     Lingered,
+    /// A line had the text that the user waits for
+    Text,
+    /// Its only processor is halted with interrupts off
+    Halted,
     /// The limit
     Timeout(Over),
 }
@@ -38,6 +42,10 @@ pub struct Outcome {
     pub took: Duration,
     /// What it used up, as its limit counts
     pub used: Option<Time>,
+    /// The exit code of the emulator, if it ended itself
+    pub status: Option<i32>,
+    /// The image that is L2, where it is known
+    pub l2: Option<PathBuf>,
     /// Its files
     pub folder: PathBuf,
 }
@@ -67,19 +75,29 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
     let mut followers: Vec<Follower> = logs.iter().map(|log| Follower::new(&folder.path().join(log))).collect();
     let mut transcript = Transcript::default();
     let mut last_word: Option<(Instant, Duration)> = None;
-    let mut take = |transcript: &mut Transcript, last: bool| {
+    let take = |followers: &mut Vec<Follower>, transcript: &mut Transcript, look: &mut dyn FnMut(&Line), last: bool| {
         for line in followers.iter_mut().flat_map(|follower| follower.lines(last)) {
             let line = Line::parse(&line);
             look(&line);
             transcript.lines.push(line);
         }
     };
+    let mut code = None;
     let (ended, mut machine) = loop {
         let status = child.poll()?;
-        take(&mut transcript, false);
+        take(&mut followers, &mut transcript, &mut look, false);
         proc::check_interrupt()?;
-        if status.is_some() {
+        if spec.stop.text.as_ref().is_some_and(|text| transcript.a_line_has(&[text]) || waits(&followers, text)) {
+            child.end();
+            break (Ended::Text, Vec::new());
+        }
+        if let Some(status) = status {
+            code = status.code();
             break (Ended::Itself, Vec::new());
+        }
+        if spec.stop.halt && clock.halted() {
+            child.end();
+            break (Ended::Halted, Vec::new());
         }
         if last_word.is_none() && transcript.is_over() {
             last_word = Some((Instant::now(), used(&mut clock)));
@@ -99,7 +117,7 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
         std::thread::sleep(POLL);
     };
     drop(child);
-    take(&mut transcript, true);
+    take(&mut followers, &mut transcript, &mut look, true);
     machine.extend(backend.last_words(folder.path()));
     name_addresses(&mut machine, spec);
     let took = start.elapsed();
@@ -107,7 +125,12 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
     let folder = folder.keep();
     let _ = std::fs::remove_file(folder.join("boot.iso"));
     let used = clock.read();
-    Ok(Outcome { name: spec.name.clone(), transcript, ended, machine, took, used, folder })
+    Ok(Outcome { name: spec.name.clone(), transcript, ended, machine, took, used, status: code, l2: spec.l2(), folder })
+}
+
+/// Whether a line that is not complete yet (a prompt) has the text.
+fn waits(followers: &[Follower], text: &str) -> bool {
+    followers.iter().any(|follower| follower.pending().contains(text))
 }
 
 fn used(clock: &mut Clock) -> Duration {
@@ -171,6 +194,11 @@ impl Outcome {
         }
     }
 
+    /// Whether the emulator's exit code is what the guest wrote to an exit port: QEMU's is odd, that of Bochs is always 1.
+    pub fn status_is_the_guests(&self) -> bool {
+        self.used.is_none_or(|used| matches!(used, Time::Cpu(_))) && self.status.is_some_and(|code| code > 1)
+    }
+
     /// Where each level stopped, for people.
     pub fn post_mortem(&self) -> Vec<String> {
         let mut lines = Vec::new();
@@ -230,6 +258,8 @@ mod tests {
             machine: vec!["3rd exception".into()],
             took: Duration::from_secs(7),
             used: None,
+            status: None,
+            l2: None,
             folder: "/x".into(),
         }
     }

@@ -1,6 +1,7 @@
 //! The command line.
 
 use crate::backend::host::L0;
+use crate::suite::select::Shard;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -20,7 +21,8 @@ pub struct Cli {
     pub verbose: bool,
 }
 
-const AFTER_HELP: &str = "Exit codes: 0 success, 1 a guest or a test failed, 2 usage, 3 the machine lacks something.\n\
+const AFTER_HELP: &str = "Exit codes: 0 success, 1 a guest or a test failed, 2 usage, 3 the machine lacks something;\n\
+    of an L2 of your own also 4 the limit, 5 halted with interrupts off.\n\
     Levels: L0 the machine or KVM, L1 nvmx, L2 the guest hypervisor, L3 its guest.";
 
 /// The subcommands.
@@ -36,6 +38,10 @@ pub enum Cmd {
     Fuzz(FuzzArgs),
     /// Say what is there, what is missing, and which L0 would be used and why
     Doctor(DoctorArgs),
+    /// Say what an exit reason, a rule, a field, an error number or an event is
+    Explain(ExplainArgs),
+    /// Make a folder with a guest hypervisor to begin with
+    New(NewArgs),
     /// Set up the compiler for the bare machine and print, as shell variables, how to call it
     Toolchain,
     /// Run the experiments of the story of the VM exit (docs/lab.md) and say which of its claims hold
@@ -109,18 +115,43 @@ impl Fields {
 /// `run`
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Which guest hypervisor runs as L2: one of l2-guests/, `linux-kvm`, which runs Linux in QEMU, or `xen`, which
-    /// runs Linux in a PVH domain
-    #[arg(long, value_name = "NAME", default_value = "cascade")]
+    /// Which guest hypervisor runs as L2: one of l2-guests/, `linux-kvm`, which runs Linux in QEMU, `xen`, which runs Linux
+    /// in a PVH domain, or an image of your own: a multiboot or multiboot2 file, a Linux kernel (bzImage), or a folder in which
+    /// `make` or `cargo` builds one (docs/l2-guide.md)
+    #[arg(long, value_name = "NAME|PATH", default_value = "cascade")]
     pub l2: String,
 
     /// The guest's command line
     #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
     pub l2_args: String,
 
+    /// A file that L2 gets as a boot module, and its command line; may be given again (a comma in the file's name is doubled)
+    #[arg(long, value_name = "FILE[,ARGS]", help_heading = "Your own L2")]
+    pub module: Vec<String>,
+
+    /// The initial file system of a Linux kernel
+    #[arg(long, value_name = "FILE", help_heading = "Your own L2", conflicts_with = "module")]
+    pub initrd: Option<PathBuf>,
+
+    /// Only run L2 alone on the machine, without nvmx
+    #[arg(long, help_heading = "Your own L2", conflicts_with_all = ["depth", "l1"])]
+    pub bare: bool,
+
+    /// End the boot with success once a line has this in it
+    #[arg(long, value_name = "TEXT", help_heading = "Your own L2")]
+    pub until: Option<String>,
+
+    /// Build and boot again whenever a file of L2 changes, until Ctrl-C
+    #[arg(long, help_heading = "Your own L2", conflicts_with = "json")]
+    pub watch: bool,
+
     /// How L2's VMREAD and VMWRITE reach nvmx
     #[arg(long, value_enum, default_value = "auto")]
     pub fields: Fields,
+
+    /// How refused VM entries and failed VMX instructions of L2 are told: every broken rule with its fields and values
+    #[arg(long, value_enum, default_value = "text", num_args = 0..=1, default_missing_value = "text")]
+    pub explain: Explain,
 
     /// Who runs L2: nvmx, or for comparison KVM too
     #[arg(long, value_enum, default_value = "nvmx")]
@@ -130,7 +161,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8), conflicts_with = "l1")]
     pub depth: u32,
 
-    /// Write the figures to this file too (docs/run-schema.md)
+    /// Write the figures to this file too (docs/run-schema.md); `-` is standard output, which then has nothing else
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 
@@ -175,6 +206,57 @@ pub struct LabArgs {
     pub l0: L0Args,
 }
 
+/// How refused VM entries and failed VMX instructions of L2 are told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Explain {
+    /// In words, as they happen
+    Text,
+    /// One JSON object a line
+    Json,
+    /// Not at all
+    Off,
+}
+
+/// The languages of templates.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Language {
+    /// C and assembly, with a Makefile
+    C,
+    /// Rust with the kit of our own guests, with a Cargo.toml
+    Rust,
+}
+
+/// What can be made anew.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum New {
+    /// A guest hypervisor
+    L2,
+}
+
+/// `new`
+#[derive(Debug, Args)]
+pub struct NewArgs {
+    /// What to make
+    #[arg(value_enum)]
+    pub what: New,
+
+    /// Where: a folder that is not there, or is empty
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+
+    /// In which language
+    #[arg(long, value_enum, default_value = "c")]
+    pub lang: Language,
+}
+
+/// `explain`
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// `exit 48`, `error 7`, `field 0x6c14`, or a name: GuestRflagsReserved, EPT_VIOLATION, HOST_RSP, cpuid
+    #[arg(value_name = "WORD", required = true)]
+    pub words: Vec<String>,
+}
+
 /// `diff`
 #[derive(Debug, Args)]
 pub struct DiffArgs {
@@ -194,22 +276,39 @@ pub struct DiffArgs {
     #[arg(long, value_name = "N", default_value_t = 250)]
     pub cases: u32,
 
+    /// A share of a campaign, K of N, for N machines: the states that vmxtest generates, each share its own; what is not generated
+    /// is the first share's
+    #[arg(long, value_name = "K/N")]
+    pub shard: Option<Shard>,
+
     /// How L2's VMREAD and VMWRITE reach nvmx
     #[arg(long, value_enum, default_value = "auto")]
     pub fields: Fields,
+
+    /// Write what was compared as JSON (docs/run-schema.md); `-` is standard output, which then has nothing else
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
 
     /// The machine
     #[command(flatten)]
     pub l0: L0Args,
 }
 
+/// Between the seeds of two shares.
+const SEEDS: u64 = 1_000_003;
+
 impl DiffArgs {
     /// The command line of a guest: only `vmxtest` generates states.
     pub fn guest_args(&self, guest: &str) -> String {
         let mut words: Vec<String> = self.l2_args.split_whitespace().map(str::to_string).collect();
         if guest == "vmxtest" {
-            let given = |key: &str| words.iter().any(|word| word.starts_with(key));
-            let own = [("seed=", self.seed), ("cases=", u64::from(self.cases))];
+            let given = |key: &str| self.l2_args.split_whitespace().any(|word| word.starts_with(key));
+            let shard = self.shard.unwrap_or(Shard { number: 1, of: 1 });
+            let seed = self.seed.wrapping_add((shard.number as u64 - 1).wrapping_mul(SEEDS));
+            if shard.number > 1 && !given("part=") {
+                words.push("part=random".into());
+            }
+            let own = [("seed=", seed), ("cases=", shard.range(self.cases.into()).1)];
             let more: Vec<String> = own.iter().filter(|(k, _)| !given(k)).map(|(k, n)| format!("{k}{n}")).collect();
             words.extend(more);
         }
@@ -224,6 +323,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "FILE")]
     pub budget: Option<PathBuf>,
 
+    /// Write the figures as JSON (docs/run-schema.md); `-` is standard output, which then has nothing else
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
     /// The machine
     #[command(flatten)]
     pub l0: L0Args,
@@ -232,16 +335,40 @@ pub struct BenchArgs {
 /// `test`
 #[derive(Debug, Args)]
 pub struct TestArgs {
-    /// Only boot tests with this in their name
+    /// Only boot tests with this in their name; may be given again
     #[arg(long, value_name = "TEXT")]
-    pub filter: Option<String>,
+    pub filter: Vec<String>,
 
-    /// List the boot tests and stop
+    /// Only the boot test of this name; may be given again
+    #[arg(long, value_name = "NAME")]
+    pub exact: Vec<String>,
+
+    /// No boot test with this in its name; may be given again
+    #[arg(long, value_name = "TEXT")]
+    pub exclude: Vec<String>,
+
+    /// Only a share of the boot tests: K of N, for N machines that together run each once
+    #[arg(long, value_name = "K/N")]
+    pub shard: Option<Shard>,
+
+    /// Make the boots of a test that failed again, so often at most; what passes only then is told as such
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=9))]
+    pub retry: u32,
+
+    /// Write the results for CI programs
+    #[arg(long, value_name = "FILE")]
+    pub junit: Option<PathBuf>,
+
+    /// Write the results as JSON (docs/run-schema.md); `-` is standard output, which then has nothing else
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
+    /// List the boot tests that are selected, and stop; sets nothing up
     #[arg(long)]
     pub list: bool,
 
     /// Only tests that need no machine
-    #[arg(long, conflicts_with_all = ["boot_only", "filter"])]
+    #[arg(long, conflicts_with_all = ["boot_only", "filter", "exact", "exclude", "shard", "list"])]
     pub host_only: bool,
 
     /// Only tests that boot
@@ -267,6 +394,10 @@ pub struct FuzzArgs {
     /// How long each target runs
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     pub seconds: u32,
+
+    /// Only a share of the targets: K of N, for N machines
+    #[arg(long, value_name = "K/N", conflicts_with = "input")]
+    pub shard: Option<Shard>,
 
     /// Targets at the same time
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
@@ -327,6 +458,9 @@ mod tests {
         };
         assert_eq!(diff.guest_args("vmxtest"), "seed=7 cases=9");
         assert_eq!(diff.guest_args("cascade"), "");
+        let share = ["nvmx", "diff", "--cases", "10", "--shard", "3/3"];
+        let Ok(Cli { command: Cmd::Diff(diff), .. }) = Cli::try_parse_from(share) else { panic!("not diff") };
+        assert_eq!(diff.guest_args("vmxtest"), "part=random seed=2000007 cases=4");
         assert!(Cli::try_parse_from(["nvmx", "diff", "--l2-args", "part=modes"]).is_err());
     }
 

@@ -5,7 +5,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// The file in a boot's folder in which our build of Bochs keeps its count of ticks: eight bytes, the lowest first.
+/// The file in a boot's folder in which our build of Bochs keeps its count of ticks, and then 1 once its only processor has
+/// halted for good, with interrupts off: two words of eight bytes, the lowest first.
 pub const TICKS: &str = "ticks";
 /// Instructions that a second of [`Time`] stands for: what the emulated machine makes of its own clock.
 pub const PER_SECOND: u64 = crate::backend::bochs::IPS;
@@ -17,10 +18,10 @@ const PATIENCE: u32 = 20;
 /// What a boot has used up.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Debug)]
 pub enum Time {
-    /// Emulated instructions, and what the machine skipped while it was halted
-    Instructions(u64),
     /// CPU time of the emulator's process
     Cpu(Duration),
+    /// Emulated instructions, and what the machine skipped while it was halted: goes before CPU time
+    Instructions(u64),
 }
 
 impl Time {
@@ -73,13 +74,15 @@ pub struct Clock {
     start: Instant,
     last: Option<Time>,
     moved: Instant,
+    /// When it was first seen halted
+    halted: Option<Duration>,
 }
 
 impl Clock {
     /// The clock of the machine that this process emulates, with its files in `folder`.
     pub fn start(process: u32, folder: &Path) -> Self {
         let now = Instant::now();
-        Clock { process, ticks: folder.join(TICKS), start: now, last: None, moved: now }
+        Clock { process, ticks: folder.join(TICKS), start: now, last: None, moved: now, halted: None }
     }
 
     /// What was used up so far: the last that could be read.
@@ -95,6 +98,14 @@ impl Clock {
         self.last
     }
 
+    /// Whether the machine's only processor has halted for good, and its serial line has had the time to say so.
+    pub fn halted(&mut self) -> bool {
+        const DRAINED: Duration = Duration::from_millis(200);
+        let Some([ticks, _]) = words(&self.ticks).filter(|[_, halted]| *halted != 0) else { return false };
+        let now = Time::Instructions(ticks).as_limit();
+        now.saturating_sub(*self.halted.get_or_insert(now)) >= DRAINED
+    }
+
     /// Whether the boot has gone on for too long.
     pub fn over(&mut self, limit: Duration) -> Option<Over> {
         let time = self.read();
@@ -108,10 +119,15 @@ impl Clock {
     }
 }
 
-/// The count in the file, if the emulator has written one.
+/// The words in the file, if the emulator has written them.
+fn words(file: &Path) -> Option<[u64; 2]> {
+    let bytes: [u8; 16] = std::fs::read(file).ok()?.try_into().ok()?;
+    let bits = u128::from_le_bytes(bytes);
+    Some([bits as u64, (bits >> 64) as u64])
+}
+
 fn ticks(file: &Path) -> Option<u64> {
-    let bytes: [u8; 8] = std::fs::read(file).ok()?.try_into().ok()?;
-    Some(u64::from_le_bytes(bytes)).filter(|&n| n > 0)
+    words(file).map(|[ticks, _]| ticks).filter(|&n| n > 0)
 }
 
 /// User and system time of a process.
@@ -146,7 +162,10 @@ mod tests {
         let mut clock = Clock::start(std::process::id(), folder.path());
         assert!(matches!(clock.read(), Some(Time::Cpu(_))));
         assert_eq!(clock.over(Duration::from_secs(1000)), None);
-        std::fs::write(folder.path().join(TICKS), (5 * PER_SECOND).to_le_bytes()).unwrap();
+        // The emulator begins to count after its start.
+        write(folder.path(), 7, 0);
+        assert_eq!(clock.read(), Some(Time::Instructions(7)));
+        write(folder.path(), 5 * PER_SECOND, 0);
         let mut clock = Clock::start(std::process::id(), folder.path());
         let five = Time::Instructions(5 * PER_SECOND);
         assert_eq!(clock.read(), Some(five));
@@ -160,9 +179,27 @@ mod tests {
     fn a_count_that_is_not_whole_or_not_begun_is_none() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join(TICKS);
-        for bytes in [&b""[..], &[1, 2, 3], &[0; 8]] {
+        for bytes in [&b""[..], &[1, 2, 3], &[0; 16]] {
             std::fs::write(&file, bytes).unwrap();
             assert_eq!(ticks(&file), None);
+        }
+    }
+
+    fn write(folder: &Path, ticks: u64, halted: u64) {
+        let bytes: Vec<u8> = [ticks, halted].iter().flat_map(|word| word.to_le_bytes()).collect();
+        std::fs::write(folder.join(TICKS), bytes).unwrap();
+    }
+
+    #[test]
+    fn a_halt_for_good_counts_once_the_serial_line_is_drained() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut clock = Clock::start(std::process::id(), folder.path());
+        assert!(!clock.halted());
+        for (ticks, halted, expected) in
+            [(1, 0, false), (PER_SECOND, 1, false), (PER_SECOND + 1, 1, false), (2 * PER_SECOND, 1, true)]
+        {
+            write(folder.path(), ticks, halted);
+            assert_eq!(clock.halted(), expected);
         }
     }
 

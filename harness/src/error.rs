@@ -9,6 +9,12 @@ pub enum Stop {
     /// A guest or nvmx failed, or a test did.
     #[error("{0}")]
     Guest(String),
+    /// The user's own L2 reached the limit.
+    #[error("{0}")]
+    Limit(String),
+    /// The user's own L2 halted with interrupts off.
+    #[error("{0}")]
+    Halted(String),
     /// The command line asks for something that does not exist.
     #[error("{0}")]
     Usage(String),
@@ -31,12 +37,14 @@ impl Stop {
         Stop::Environment { what: what.into(), todo: Vec::new() }
     }
 
-    /// The process's exit code: 1 the guest failed, 2 usage, 3 environment, 130 interrupted.
+    /// The process's exit code: 1 the guest failed, 2 usage, 3 environment, 4 limit, 5 halted, 130 interrupted.
     pub fn code(&self) -> u8 {
         match self {
             Stop::Guest(_) => 1,
             Stop::Usage(_) => 2,
             Stop::Environment { .. } => 3,
+            Stop::Limit(_) => 4,
+            Stop::Halted(_) => 5,
             Stop::Interrupted => 130,
         }
     }

@@ -19,9 +19,16 @@ pub struct Images {
     pub nvmx: PathBuf,
     /// The guests by name
     pub guests: BTreeMap<String, PathBuf>,
+    /// Where any guest would be, if none was built
+    unbuilt: Option<PathBuf>,
 }
 
 impl Images {
+    /// Every image, none of which is there.
+    pub fn unbuilt(nowhere: &Path) -> Self {
+        Images { nvmx: nowhere.to_path_buf(), guests: BTreeMap::new(), unbuilt: Some(nowhere.to_path_buf()) }
+    }
+
     /// The image of a guest.
     ///
     /// # Errors
@@ -29,7 +36,7 @@ impl Images {
     pub fn guest(&self, name: &str) -> Result<&Path> {
         let names = || self.guests.keys().cloned().collect::<Vec<_>>().join(", ");
         let missing = || Stop::Usage(format!("there is no L2 guest `{name}`; there are: {}", names()));
-        Ok(self.guests.get(name).ok_or_else(missing)?)
+        Ok(self.guests.get(name).or(self.unbuilt.as_ref()).ok_or_else(missing)?)
     }
 }
 
@@ -42,14 +49,45 @@ struct Program {
     guest: bool,
 }
 
-/// Builds all images.
+/// Which images a command needs. One that does not build is no one's trouble but those who need it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Wanted {
+    /// nvmx and every guest
+    All,
+    /// nvmx and the guest of this name
+    Guest(String),
+    /// nvmx alone
+    Nvmx,
+}
+
+impl Wanted {
+    fn has(&self, guest: &str) -> bool {
+        match self {
+            Wanted::All => true,
+            Wanted::Guest(name) => name == guest,
+            Wanted::Nvmx => false,
+        }
+    }
+}
+
+/// Builds images.
 ///
 /// # Errors
-/// [`Stop::Environment`] with the compiler's last lines if one does not build.
-pub fn build(ui: &Ui, paths: &Paths, toolchain: &Toolchain) -> Result<Images> {
+/// [`Stop::Environment`] with the compiler's last lines if one does not build, [`Stop::Usage`] if there is no such guest.
+pub fn build(ui: &Ui, paths: &Paths, toolchain: &Toolchain, wanted: &Wanted) -> Result<Images> {
     let mut step = ui.step("building the images");
     let target = paths.target.join("image");
-    let (guests, nvmx): (Vec<Program>, Vec<Program>) = programs(paths, toolchain)?.into_iter().partition(|p| p.guest);
+    let (mut guests, nvmx): (Vec<Program>, Vec<Program>) =
+        programs(paths, toolchain)?.into_iter().partition(|p| p.guest);
+    if let Wanted::Guest(name) = wanted {
+        if !guests.iter().any(|p| p.bin == *name) {
+            let names = guests.iter().map(|p| p.bin.as_str()).collect::<Vec<_>>().join(", ");
+            let text =
+                format!("there is no L2 guest `{name}` and no file of that name; there are: {names}, linux-kvm, xen");
+            return Err(Stop::Usage(text).into());
+        }
+    }
+    guests.retain(|p| wanted.has(&p.bin));
     ensure!(!nvmx.is_empty(), "the workspace has no bootable nvmx");
     for group in [&nvmx, &guests] {
         if group.is_empty() {
@@ -67,7 +105,7 @@ pub fn build(ui: &Ui, paths: &Paths, toolchain: &Toolchain) -> Result<Images> {
         }
     }
     let place = |p: &Program| target.join(TARGET).join("release").join(&p.bin);
-    let mut images = Images { nvmx: place(&nvmx[0]), guests: BTreeMap::new() };
+    let mut images = Images { nvmx: place(&nvmx[0]), guests: BTreeMap::new(), unbuilt: None };
     for program in &guests {
         images.guests.insert(program.bin.clone(), place(program));
     }
@@ -188,6 +226,24 @@ pub fn symbol(image: &Path, address: u64) -> Option<String> {
     let name = rustc_demangle::demangle(found.name().ok()?).to_string();
     let short = name.rsplit_once("::h").map_or(name.as_str(), |(path, _)| path);
     Some(format!("{short}+{:#x}", address - found.address()))
+}
+
+/// [`symbol`], or the nearest label before the address: for code that surely is this image's.
+pub fn symbol_or_label(image: &Path, address: u64) -> Option<String> {
+    const NEAR: u64 = 1 << 16;
+    symbol(image, address).or_else(|| {
+        let data = std::fs::read(image).ok()?;
+        let elf = object::File::parse(&*data).ok()?;
+        let before = |s: &object::Symbol<'_, '_>| address.checked_sub(s.address()).is_some_and(|offset| offset < NEAR);
+        let label = |s: &object::Symbol<'_, '_>| s.is_definition() && s.size() == 0 && s.name().is_ok_and(is_word);
+        let found = elf.symbols().filter(|s| before(s) && label(s)).max_by_key(|s| (s.address(), s.is_global()))?;
+        Some(format!("{}+{:#x}", found.name().ok()?, address - found.address()))
+    })
+}
+
+/// No local label of a compiler.
+fn is_word(name: &str) -> bool {
+    !name.is_empty() && !name.starts_with('.') && !name.starts_with('$') && !name.starts_with("L")
 }
 
 #[cfg(test)]

@@ -13,7 +13,9 @@ mod clock;
 mod cmd;
 mod error;
 mod image;
+mod l2;
 mod lab;
+mod output;
 mod paths;
 mod proc;
 mod report;
@@ -29,20 +31,29 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let ui = ui::Ui::new(cli.verbose);
+    let mut ui = ui::Ui::new(cli.verbose);
+    ui.json_refusals = matches!(&cli.command, Cmd::Run(args) if args.explain == cli::Explain::Json);
     let result = proc::install_handler().and_then(|()| match &cli.command {
         Cmd::Run(args) => cmd::run::run(&ui, args),
         Cmd::Test(args) => cmd::test::run(&ui, args),
         Cmd::Diff(args) => cmd::diff::run(&ui, args),
         Cmd::Fuzz(args) => cmd::fuzz::run(&ui, args),
         Cmd::Doctor(args) => cmd::doctor::run(&ui, args),
+        Cmd::Explain(args) => cmd::explain::run(&ui, args),
+        Cmd::New(args) => cmd::new::run(&ui, args),
         Cmd::Toolchain => cmd::toolchain::run(&ui),
         Cmd::Lab(args) => cmd::lab::run(&ui, args),
         Cmd::Bench(args) => cmd::bench::run(&ui, args),
         Cmd::Bochs(args) => cmd::bochs::run(&ui, args),
     });
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => match ui.stdout_failure() {
+            None => ExitCode::SUCCESS,
+            Some(error) => {
+                ui.note(&format!("nvmx: cannot write standard output: {error}"));
+                ExitCode::FAILURE
+            }
+        },
         Err(_) if proc::interrupted() => {
             ui.note("nvmx: interrupted");
             ExitCode::from(130)

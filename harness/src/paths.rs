@@ -77,6 +77,23 @@ fn cache_candidates(xdg: Option<std::ffi::OsString>, home: Option<std::ffi::OsSt
     base.map(|base| base.join("nvmx")).into_iter().chain([target.join("nvmx").join("cache")]).collect()
 }
 
+/// Copies the files of a folder and those below it over what is there.
+///
+/// # Errors
+/// If one cannot be read or written.
+pub fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(from)? {
+        let (path, target) = entry.map(|e| (e.path(), to.join(e.file_name())))?;
+        if path.is_dir() {
+            std::fs::create_dir_all(&target)?;
+            copy_tree(&path, &target)?;
+        } else {
+            std::fs::copy(&path, &target).with_context(|| format!("cannot write {}", target.display()))?;
+        }
+    }
+    Ok(())
+}
+
 fn writable(folder: &Path) -> bool {
     tempfile::Builder::new().prefix(".probe").tempfile_in(folder).is_ok()
 }

@@ -5,15 +5,16 @@ use crate::backend::kvm::{Kvm, QEMU};
 use crate::backend::kvm_in_bochs::{KVM_INTEL, KvmInBochs};
 use crate::backend::linux::LinuxKvm;
 use crate::backend::xen::XenLinux;
-use crate::backend::{Backend, Machine, Payload, Protocol, Spec};
+use crate::backend::{Backend, Machine, Payload, Protocol, Spec, StopAt};
 use crate::boot;
-use crate::cli::{Fields, L0Args};
+use crate::cli::{Explain, Fields, L0Args};
 use crate::error::Stop;
-use crate::image::{self, Images};
+use crate::image::{self, Images, Wanted};
 use crate::paths::Paths;
 use crate::report::stack::StackLevel;
+use crate::setup;
 use crate::setup::linux::Kernel;
-use crate::setup::{self, toolchain};
+use crate::setup::toolchain::{self, Toolchain};
 use crate::ui::Ui;
 use anyhow::Result;
 use std::path::{Path, PathBuf};
@@ -39,12 +40,18 @@ pub struct Session {
     pub backend: Box<dyn Backend>,
     /// nvmx and its guests
     pub images: Images,
+    /// What builds them
+    pub toolchain: Toolchain,
     /// The machine that boots where a test does not say otherwise
     pub machine: Machine,
     /// The longest that a boot may take
     pub timeout: Duration,
     /// The Bochs that the user wants, if not ours
     pub bochs: Option<PathBuf>,
+    /// nvmx tells what it refuses
+    pub explain: bool,
+    /// Nothing is set up and nothing can boot: boots are only named
+    pub dry: bool,
 }
 
 impl Session {
@@ -53,6 +60,14 @@ impl Session {
     /// # Errors
     /// [`Stop::Environment`] with what to type.
     pub fn start(ui: &Ui, args: &L0Args) -> Result<Self> {
+        Self::start_with(ui, args, &Wanted::All)
+    }
+
+    /// [`Self::start`] with no more images than these.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_with(ui: &Ui, args: &L0Args, wanted: &Wanted) -> Result<Self> {
         if args.l0 == host::L0::KvmInBochs && args.cpus > 1 {
             let text = "--l0 kvm-in-bochs has one CPU: --cpus works with --l0 bochs and --l0 kvm";
             return Err(Stop::Usage(text.into()).into());
@@ -63,12 +78,49 @@ impl Session {
         let toolchain = toolchain::set_up(ui, &paths)?;
         ui.detail(&format!("compiler: {}", toolchain.text));
         let (backend, model) = set_up_l0(ui, &paths, args)?;
-        let images = image::build(ui, &paths, &toolchain)?;
+        let images = image::build(ui, &paths, &toolchain, wanted)?;
         drop(lock);
         let machine = Machine { memory: args.memory, cpus: args.cpus, model };
         let default = if args.l0 == host::L0::KvmInBochs { LONG } else { SHORT };
         let timeout = args.timeout.unwrap_or(default);
-        Ok(Session { ui: ui.clone(), paths, backend, images, machine, timeout, bochs: args.bochs.clone() })
+        Ok(Session {
+            ui: ui.clone(),
+            paths,
+            backend,
+            images,
+            toolchain,
+            machine,
+            timeout,
+            bochs: args.bochs.clone(),
+            explain: false,
+            dry: false,
+        })
+    }
+
+    /// A session in which boots can be described and not made: nothing is looked for, fetched or built.
+    ///
+    /// # Errors
+    /// If there is no checkout.
+    pub fn dry(ui: &Ui) -> Result<Self> {
+        let nowhere = PathBuf::from("/nonexistent");
+        let toolchain = Toolchain { cargo: nowhere.clone(), rustc: nowhere.clone(), linker: None, text: String::new() };
+        Ok(Session {
+            ui: ui.clone(),
+            paths: Paths::find()?,
+            backend: Box::new(dry_bochs()),
+            images: Images::unbuilt(&nowhere),
+            toolchain,
+            machine: Machine { memory: 256, cpus: 1, model: MODELS[0].into() },
+            timeout: SHORT,
+            bochs: None,
+            explain: false,
+            dry: true,
+        })
+    }
+
+    /// ... in which nvmx tells what it refuses, or not.
+    pub fn explaining(self, how: Explain) -> Self {
+        Session { explain: how != Explain::Off, ..self }
     }
 
     /// The session's machine with a Linux and its KVM on it: for KVM in nvmx's place.
@@ -92,6 +144,10 @@ impl Session {
     /// # Errors
     /// [`Stop::Environment`] with what to type.
     pub fn kvm_on_bochs(&self) -> Result<KvmInBochs> {
+        if self.dry {
+            let (linux, vmm) = (dry_linux(Kernel::Newest), PathBuf::new());
+            return Ok(KvmInBochs { bochs: dry_bochs(), linux, vmm, parameters: KVM_INTEL.into(), depth: 1 });
+        }
         let lock = self.paths.lock(&self.ui)?;
         let bochs = setup::bochs::set_up(&self.ui, &self.paths, self.bochs.as_deref())?;
         let kvm = kvm_in_bochs(&self.ui, &self.paths, bochs);
@@ -123,7 +179,8 @@ impl Session {
 
     /// nvmx's command line.
     pub fn options(&self, fields: Fields) -> String {
-        format!("log={} fields={}", if self.ui.verbose { "debug" } else { "warn" }, fields.option())
+        let (log, explain) = (if self.ui.verbose { "debug" } else { "warn" }, if self.explain { "on" } else { "off" });
+        format!("log={log} fields={} explain={explain}", fields.option())
     }
 
     /// nvmx's command line for a Linux whose programs read its counters.
@@ -136,6 +193,9 @@ impl Session {
     /// # Errors
     /// [`Stop::Environment`] with what to type.
     pub fn linux(&self, kernel: Kernel, qemu: bool) -> Result<LinuxKvm> {
+        if self.dry {
+            return Ok(LinuxKvm { linux: dry_linux(kernel), vmm: PathBuf::new(), qemu: None });
+        }
         let _lock = self.paths.lock(&self.ui)?;
         let linux = setup::linux::set_up(&self.ui, &self.paths, kernel)?;
         let vmm = setup::linux::build_vmm(&self.ui, &self.paths)?;
@@ -148,6 +208,10 @@ impl Session {
     /// # Errors
     /// [`Stop::Environment`] with what to type.
     pub fn xen(&self) -> Result<XenLinux> {
+        if self.dry {
+            let xen = setup::xen::Xen { folder: PathBuf::new(), version: String::new() };
+            return Ok(XenLinux { xen, linux: dry_linux(Kernel::Newest), vmm: PathBuf::new() });
+        }
         let _lock = self.paths.lock(&self.ui)?;
         let linux = setup::linux::set_up(&self.ui, &self.paths, Kernel::Newest)?;
         let vmm = setup::linux::build_vmm(&self.ui, &self.paths)?;
@@ -190,8 +254,27 @@ impl Session {
     /// A boot on the session's machine.
     pub fn spec(&self, name: String, kernel: Payload, modules: Vec<Payload>) -> Spec {
         let (machine, timeout) = (self.machine.clone(), self.timeout);
-        Spec { name, kernel, modules, protocol: Protocol::Multiboot2, machine, debug_port: false, timeout }
+        Spec {
+            name,
+            kernel,
+            modules,
+            protocol: Protocol::Multiboot2,
+            machine,
+            debug_port: false,
+            timeout,
+            stop: StopAt::default(),
+        }
     }
+}
+
+fn dry_bochs() -> setup::bochs::Bochs {
+    let (path, version, flavour) = (PathBuf::new(), String::new(), setup::bochs::Flavour::Plain);
+    setup::bochs::Bochs { path, version, flavour, lost: None }
+}
+
+fn dry_linux(kernel: Kernel) -> setup::linux::Linux {
+    let release = if kernel == Kernel::Linux61 { "6.1.0" } else { "" };
+    setup::linux::Linux { folder: PathBuf::new(), release: release.into() }
 }
 
 fn set_up_l0(ui: &Ui, paths: &Paths, args: &L0Args) -> Result<(Box<dyn Backend>, String)> {

@@ -1,5 +1,6 @@
 //! The serial line of a boot: read while it grows, kept as records and text.
 
+use crate::report::refusal::Refusal;
 use crate::report::stack;
 use crate::ui::Ui;
 use l2_protocol::{Kind, Level, OwnedRecord, is_record};
@@ -30,6 +31,14 @@ impl Line {
         match OwnedRecord::parse(line) {
             Ok(record) => Line::Record(record),
             Err(error) => Line::Broken(line.to_string(), error.to_string()),
+        }
+    }
+
+    /// As it came.
+    pub fn raw(&self) -> String {
+        match self {
+            Line::Record(record) => record.to_string(),
+            Line::Broken(line, _) | Line::Text(line) => line.clone(),
         }
     }
 }
@@ -76,19 +85,12 @@ impl Transcript {
     /// The last lines, as they came.
     pub fn tail(&self, count: usize) -> Vec<String> {
         let from = self.lines.len().saturating_sub(count);
-        self.lines[from..].iter().map(raw).collect()
+        self.lines[from..].iter().map(Line::raw).collect()
     }
 
     /// Whether some line, record or text, contains all of these.
     pub fn a_line_has(&self, texts: &[&str]) -> bool {
-        self.lines.iter().map(raw).any(|line| texts.iter().all(|t| line.contains(t)))
-    }
-}
-
-fn raw(line: &Line) -> String {
-    match line {
-        Line::Record(record) => record.to_string(),
-        Line::Broken(line, _) | Line::Text(line) => line.clone(),
+        self.lines.iter().map(Line::raw).any(|line| texts.iter().all(|t| line.contains(t)))
     }
 }
 
@@ -128,6 +130,13 @@ impl Follower {
     }
 }
 
+impl Follower {
+    /// What was read of a line that is not complete.
+    pub fn pending(&self) -> String {
+        text(&self.rest)
+    }
+}
+
 /// Without line end and control characters (a terminal must not be steered by a guest).
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes)
@@ -143,6 +152,8 @@ pub struct View {
     depth: u32,
     /// How many of them have introduced themselves
     met: Cell<u32>,
+    /// What names L2's addresses
+    l2: Option<PathBuf>,
 }
 
 /// How much of a boot is shown.
@@ -150,6 +161,8 @@ pub struct View {
 pub enum Show {
     /// What is for people
     All,
+    /// All text of a guest that need not know of records
+    Guest,
     /// Only warnings: the other boot of a comparison
     Warnings,
     /// Nothing: tests tell their outcome only
@@ -159,7 +172,7 @@ pub enum Show {
 impl View {
     /// A view on the terminal.
     pub fn new(ui: &Ui, show: Show) -> Self {
-        View { ui: ui.clone(), show, depth: 1, met: Cell::new(0) }
+        View { ui: ui.clone(), show, depth: 1, met: Cell::new(0), l2: None }
     }
 
     /// A view that shows the real levels of a stack of so many nvmx.
@@ -167,8 +180,18 @@ impl View {
         View { depth, ..View::new(ui, show) }
     }
 
+    /// ... in which this image names L2's addresses.
+    pub fn naming(self, l2: &Path) -> Self {
+        View { l2: Some(l2.to_path_buf()), ..self }
+    }
+
     /// Shows a line, if people should see it.
     pub fn show(&self, line: &Line) {
+        if let (Line::Record(record), Show::All | Show::Guest) = (line, self.show) {
+            if let Some(refusal) = Refusal::of(record, self.l2.as_deref()) {
+                return self.refused(line, &refusal);
+            }
+        }
         if let Some((who, text)) = shown(line, self.ui.verbose, self.show) {
             let style = match who {
                 "L1" => Style::new().magenta(),
@@ -179,6 +202,17 @@ impl View {
             let who = self.real_level(line, who);
             self.ui.line(&format!("{} {text}", self.ui.paint(&format!("{who} |"), style)));
         }
+    }
+
+    fn refused(&self, line: &Line, refusal: &Refusal) {
+        if self.ui.json_refusals {
+            if let Ok(text) = serde_json::to_string(refusal) {
+                self.ui.line(&text);
+            }
+            return;
+        }
+        let who = self.ui.paint(&format!("{} |", self.real_level(line, "L1")), Style::new().red());
+        refusal.lines().iter().for_each(|text| self.ui.line(&format!("{who} {text}")));
     }
 
     fn real_level(&self, line: &Line, who: &'static str) -> String {
@@ -222,13 +256,16 @@ fn shown(line: &Line, verbose: bool, show: Show) -> Option<(&'static str, String
         Line::Record(r) if r.kind == Kind::Say => (r.level.word(), r.get("text").unwrap_or_default().to_string()),
         Line::Record(r) if r.kind == Kind::Epitaph => (r.level.word(), r.to_string()),
         Line::Record(r) if verbose => (r.level.word(), r.to_string()),
+        Line::Record(r) if show == Show::Guest && r.kind != Kind::End => (r.level.word(), r.to_string()),
         Line::Record(_) => return None,
+        Line::Broken(line, _) if show == Show::Guest => ("L2", line.clone()),
         Line::Broken(line, error) => return Some(("??", format!("{line}   <- {error}"))),
         Line::Text(text) if is_warning(text) => return Some(("L1", text.clone())),
+        Line::Text(text) if show == Show::Guest && !is_log(text) && !text.is_empty() => ("L2", text.clone()),
         Line::Text(text) if verbose && !text.is_empty() => (if is_log(text) { "L1" } else { "  " }, text.clone()),
         Line::Text(_) => return None,
     };
-    (show == Show::All).then_some(shown)
+    matches!(show, Show::All | Show::Guest).then_some(shown)
 }
 
 fn is_log(text: &str) -> bool {

@@ -1,9 +1,12 @@
 //! What the user sees: steps with elapsed time on stderr, results and guests' lines on stdout.
 
+use crate::output::Output;
 use crate::proc;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use owo_colors::{OwoColorize, Style};
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// The terminal. Cheap to clone; all clones draw on the same screen.
@@ -14,6 +17,18 @@ pub struct Ui {
     colour: bool,
     /// Show nvmx's own log and the commands that run
     pub verbose: bool,
+    /// What VMX refused is shown for programs
+    pub json_refusals: bool,
+    stdout: Arc<Stdout>,
+}
+
+/// What became of standard output.
+#[derive(Default)]
+struct Stdout {
+    /// It belongs to a report: people read standard error
+    reserved: AtomicBool,
+    /// The first write that failed
+    failed: OnceLock<String>,
 }
 
 /// Plain lines remind the reader of a long step this often.
@@ -29,16 +44,35 @@ impl Ui {
             live: std::io::stderr().is_terminal() && !dumb,
             colour: std::io::stdout().is_terminal() && !no_colour && !dumb,
             verbose,
+            json_refusals: false,
+            stdout: Arc::default(),
         }
     }
 
     /// A line of result, on stdout.
     pub fn line(&self, text: &str) {
+        if self.stdout.reserved.load(Ordering::Relaxed) {
+            return self.note(text);
+        }
         self.bars.suspend(|| {
             let mut out = std::io::stdout().lock();
-            // A closed pipe (`| head`) is no reason to fail the run.
-            let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+            // The work goes on, since it may have other results; in the end it counts.
+            if let Err(error) = writeln!(out, "{text}").and_then(|()| out.flush()) {
+                let _ = self.stdout.failed.set(error.to_string());
+            }
         });
+    }
+
+    /// Keeps standard output free for a report, if it goes there: what else is to be read goes to standard error.
+    pub fn reserve_stdout(&self, output: Option<&Output>) {
+        if output.is_some_and(Output::is_stdout) {
+            self.stdout.reserved.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Why standard output could not be written, if it could not.
+    pub fn stdout_failure(&self) -> Option<&str> {
+        self.stdout.failed.get().map(String::as_str)
     }
 
     /// A remark, on stderr.

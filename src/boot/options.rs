@@ -60,6 +60,8 @@ pub struct Options {
     pub ept02: Option<u32>,
     /// `counters=`
     pub counters: Counters,
+    /// `explain=`: whether what VMX refuses is told on the serial line.
+    pub explain: bool,
     /// `exit=`
     pub exit: Exit,
 }
@@ -73,6 +75,7 @@ impl Default for Options {
             cpus: None,
             ept02: None,
             counters: Counters::Kernel,
+            explain: true,
             exit: Exit::Ports,
         }
     }
@@ -120,14 +123,16 @@ const VMCS: &str = "auto|instructions|memory";
 const CPUS: &str = "all|1|2|3|...";
 const EPT02: &str = "auto|0|1|2|...";
 const COUNTERS: &str = "kernel|all";
+const EXPLAIN: &str = "on|off";
 const EXIT: &str = "none|ports";
-const ACCEPTED: [(&str, &str); 7] = [
+const ACCEPTED: [(&str, &str); 8] = [
     ("log", LOG),
     ("fields", FIELDS),
     ("vmcs", VMCS),
     ("cpus", CPUS),
     ("ept02", EPT02),
     ("counters", COUNTERS),
+    ("explain", EXPLAIN),
     ("exit", EXIT),
 ];
 
@@ -175,6 +180,13 @@ impl Options {
                         _ => return Err(bad("counters", COUNTERS)),
                     }
                 }
+                "explain" => {
+                    options.explain = match value {
+                        "on" => true,
+                        "off" => false,
+                        _ => return Err(bad("explain", EXPLAIN)),
+                    }
+                }
                 "exit" => {
                     options.exit = match value {
                         "none" => Exit::None,
@@ -218,7 +230,9 @@ mod tests {
                 assert!(Options::parse(&format!("{option}={value}")).is_ok(), "{option}={value}");
             }
         }
-        let all = Options::parse("log=trace fields=trapped vmcs=memory cpus=3 ept02=7 counters=all exit=none").unwrap();
+        let all =
+            Options::parse("log=trace fields=trapped vmcs=memory cpus=3 ept02=7 counters=all explain=off exit=none")
+                .unwrap();
         assert_eq!(
             all,
             Options {
@@ -228,6 +242,7 @@ mod tests {
                 cpus: Some(3),
                 ept02: Some(7),
                 counters: Counters::All,
+                explain: false,
                 exit: Exit::None
             }
         );
@@ -240,7 +255,7 @@ mod tests {
             text,
             "unknown option 'colour=red': nvmx accepts log=off|error|warn|info|debug|trace, \
              fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, cpus=all|1|2|3|..., ept02=auto|0|1|2|..., \
-             counters=kernel|all, exit=none|ports"
+             counters=kernel|all, explain=on|off, exit=none|ports"
         );
     }
 

@@ -9,6 +9,7 @@ use super::merge::{self, Duties, MsrIntercepts, NvmxNeeds, Translated};
 use super::shadow::{self, NO_LINK};
 use super::slot::Slot;
 use super::stale::Stale;
+use super::tell::refuse;
 use super::vmcs12::{FieldSet, Vmcs12};
 use super::vpid::VPID01;
 use super::{Operation, reflect, virtual_apic};
@@ -148,16 +149,17 @@ fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
             VmxError::EntryInvalidHostStateField => live_controls_failure(cpu, index).unwrap_or(failure),
             _ => failure,
         };
-        cpu.nested.refusals.note(match failure.error {
+        let refusal = match failure.error {
             VmxError::EntryInvalidHostStateField => Refusal::HostState(failure.check),
             _ => Refusal::Controls(Some(failure.check)),
-        });
+        };
+        refuse(cpu, refusal);
         failure.error
     })?;
     if let Some(checked) = checked {
         merge_controls(cpu, index, checked);
         if let Err(error) = virtual_apic::map_access_page(cpu, index) {
-            cpu.nested.refusals.note(Refusal::Controls(None));
+            refuse(cpu, Refusal::Controls(None));
             return Err(error);
         }
     }
@@ -257,15 +259,15 @@ fn check_guest_state(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         Ok(()) => Ok(Next::Stay),
         Err((_, Err(controls))) => {
             slot.stale |= Stale::GUEST;
-            cpu.nested.refusals.note(Refusal::Controls(Some(controls.check)));
+            refuse(cpu, Refusal::Controls(Some(controls.check)));
             if let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation {
-                refuse(cpu, vmxon_ptr, current);
+                back_to_l2(cpu, vmxon_ptr, current);
             }
             Ok(Next::Stay)
         }
         Err((failure, Ok(()))) => {
             slot.stale |= Stale::GUEST;
-            cpu.nested.refusals.note(Refusal::GuestState(Some(failure.check), failure.qualification));
+            refuse(cpu, Refusal::GuestState(Some(failure.check), failure.qualification));
             reflect::entry_failure(cpu, BasicReason::ENTRY_INVALID_GUEST_STATE, failure.qualification)?;
             Ok(Next::Stay)
         }
@@ -308,6 +310,26 @@ fn with_guest_state<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&Cpu, &Vmcs12
     result
 }
 
+/// Every rule that the entry breaks, and what `f` makes of the whole of vmcs12; the current VMCS is the same afterwards.
+pub fn all_broken<T>(cpu: &mut Cpu, f: impl FnOnce(&Cpu, &Vmcs12, &[CheckId]) -> T) -> Option<T> {
+    let index = cpu.nested.current()?;
+    let long_mode = cpu.tracked.efer() & EFER_LMA != 0;
+    let root = matches!(cpu.nested.operation, Operation::Root { .. });
+    if root {
+        let slot = &mut cpu.nested.slots[index];
+        slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, cpu.config.hardware.basic.revision());
+        slot.flush_dirty(&mut cpu.vmx, cpu.config.strategy, &cpu.config.exists);
+    }
+    let result = with_guest_state(cpu, index, |cpu, vmcs12| {
+        let (offered, context) = (&cpu.config.offered, context(cpu, index));
+        f(cpu, vmcs12, &checks::all_broken(vmcs12, offered, long_mode, &context, &Pages(&cpu.guest)))
+    });
+    if root {
+        cpu.nested.slots[index].leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
+    }
+    Some(result)
+}
+
 /// The processor refused vmcs02 at VMLAUNCH or VMRESUME: of the rules on controls, those on fields that live in vmcs02.
 #[cold]
 pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
@@ -322,13 +344,13 @@ pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
     if check == Some(CheckId::TprThresholdFitsVtpr) && cpu.vmx.counters.last_exit_was_of_l3() {
         return virtual_apic::below_threshold(cpu, current);
     }
-    cpu.nested.refusals.note(Refusal::Controls(check));
-    refuse(cpu, vmxon_ptr, current);
+    refuse(cpu, Refusal::Controls(check));
+    back_to_l2(cpu, vmxon_ptr, current);
     Ok(())
 }
 
 /// Back to L2 from an entry on vmcs02 that fails for its controls.
-fn refuse(cpu: &mut Cpu, vmxon_ptr: Gpa, current: usize) {
+fn back_to_l2(cpu: &mut Cpu, vmxon_ptr: Gpa, current: usize) {
     let slot = &mut cpu.nested.slots[current];
     slot.inherited.undo(&mut cpu.vmx);
     slot.give_pdptes_back(&mut cpu.vmx);
@@ -348,10 +370,10 @@ pub fn failed_late(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<()
                 .err()
                 .map(|f| f.check)
         });
-        cpu.nested.refusals.note(Refusal::GuestState(check, qualification));
+        refuse(cpu, Refusal::GuestState(check, qualification));
     } else if reason.basic() == BasicReason::ENTRY_MSR_LOADING {
         let word = cpu.nested.slots[index].msr_lists.index_of_entry(&cpu.phys, qualification);
-        cpu.nested.refusals.note(Refusal::MsrLoading(checks::msr_load_failure(word), qualification));
+        refuse(cpu, Refusal::MsrLoading(checks::msr_load_failure(word), qualification));
     }
     reflect::entry_failure(cpu, reason.basic(), qualification)
 }

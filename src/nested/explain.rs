@@ -52,7 +52,7 @@ impl Refusal {
     }
 
     /// What was refused, error number or exit reason, exit qualification.
-    fn summary(self) -> (Refused, u32, u64) {
+    pub fn summary(self) -> (Refused, u32, u64) {
         match self {
             Refusal::Instruction(error) => (Refused::Instruction, error.map_or(0, |e| e as u32), 0),
             Refusal::Controls(_) => (Refused::Controls, VmxError::EntryInvalidControlField as u32, 0),

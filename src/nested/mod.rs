@@ -23,6 +23,7 @@ pub mod shadow;
 pub mod slot;
 pub mod slots;
 pub mod stale;
+pub mod tell;
 pub mod timer;
 pub mod ve;
 pub mod virtual_apic;

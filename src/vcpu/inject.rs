@@ -12,6 +12,7 @@ use crate::hw::cr;
 use crate::hw::vmx::Vmx;
 use crate::nested::events;
 use crate::nested::explain::Refusal;
+use crate::nested::tell::refuse;
 use crate::vmx::Field;
 use crate::vmx::debug::PENDING_BS;
 use crate::vmx::event::Exception;
@@ -97,8 +98,8 @@ pub fn vmx_result(cpu: &mut Cpu, result: VmxResult) {
         VmxResult::Succeed => {}
         // Whoever checks an entry has said more.
         VmxResult::FailValid(VmxError::EntryInvalidControlField | VmxError::EntryInvalidHostStateField) => {}
-        VmxResult::FailValid(error) => cpu.nested.refusals.note(Refusal::Instruction(Some(error))),
-        VmxResult::FailInvalid => cpu.nested.refusals.note(Refusal::Instruction(None)),
+        VmxResult::FailValid(error) => refuse(cpu, Refusal::Instruction(Some(error))),
+        VmxResult::FailInvalid => refuse(cpu, Refusal::Instruction(None)),
     }
     let flags = cpu.vmx.read(Field::GUEST_RFLAGS);
     cpu.vmx.write(Field::GUEST_RFLAGS, flags & !RFLAGS_ARITHMETIC | flag);

@@ -387,6 +387,13 @@ impl fmt::Display for Field {
 pub trait Fields {
     /// The value of a field; 0 for a field that was never written.
     fn get(&self, field: Field) -> u64;
+
+    /// Hears of a rule that these values break, by its number; whether the checks end there.
+    #[inline(always)]
+    fn ends_at(&self, rule: u16) -> bool {
+        let _ = rule;
+        true
+    }
 }
 
 impl<F: Fn(Field) -> u64> Fields for F {

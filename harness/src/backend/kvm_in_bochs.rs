@@ -156,6 +156,7 @@ mod tests {
             debug_port: false,
             machine: Machine { memory: 256, cpus: 1, model: String::new() },
             timeout: Duration::from_secs(1),
+            stop: Default::default(),
         };
         let text = plan(&spec, KVM_INTEL);
         let lines: Vec<&str> = text.lines().collect();

@@ -126,7 +126,9 @@ impl LinuxKvm {
         let folder = session.paths.target.join("nvmx").join("linux");
         std::fs::create_dir_all(&folder)?;
         let initramfs = folder.join(format!("{name}.initramfs"));
-        std::fs::write(&initramfs, self.initramfs(job, machine.cpus)?)?;
+        if !session.dry {
+            std::fs::write(&initramfs, self.initramfs(job, machine.cpus)?)?;
+        }
         // Without it Linux asks the keyboard controller first, whose reset the firmware of Bochs does not survive.
         let reset = if job.end == Some(End::Reset) { " reboot=pci" } else { "" };
         let kernel = Payload::new(self.linux.file("vmlinuz"), format!("{COMMAND_LINE}{reset}"));

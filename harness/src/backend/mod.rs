@@ -70,6 +70,25 @@ pub struct Spec {
     pub debug_port: bool,
     /// For how long at most
     pub timeout: Duration,
+    /// What else ends it
+    pub stop: StopAt,
+}
+
+impl Spec {
+    /// The image that is L2: the first module that is another file than nvmx, else the kernel.
+    pub fn l2(&self) -> Option<PathBuf> {
+        let all = std::iter::once(&self.kernel).chain(&self.modules);
+        all.map(|payload| &payload.path).find(|path| **path != self.kernel.path).or(Some(&self.kernel.path)).cloned()
+    }
+}
+
+/// What ends a boot before its limit, besides the machine itself and the guest's last word.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct StopAt {
+    /// A line with this in it
+    pub text: Option<String>,
+    /// The machine's only processor waits for what cannot come: halted with interrupts off
+    pub halt: bool,
 }
 
 /// The serial line of a boot, in the boot's folder.

@@ -93,7 +93,9 @@ impl XenLinux {
         let folder = session.paths.target.join("nvmx").join("xen");
         std::fs::create_dir_all(&folder)?;
         let initramfs = folder.join(format!("{name}.initramfs"));
-        std::fs::write(&initramfs, self.initramfs(job, machine.cpus)?)?;
+        if !session.dry {
+            std::fs::write(&initramfs, self.initramfs(job, machine.cpus)?)?;
+        }
         let kernel = Payload::new(self.xen.file("xen"), command_line(job));
         let dom0 = Payload::new(self.xen.file("vmlinuz"), format!("{NAME} {LINUX}"));
         let mut spec = session.spec(format!("{name}-bare"), kernel, vec![dom0, Payload::new(initramfs, "")]);

@@ -4,6 +4,9 @@ use crate::boot;
 use crate::cli::{BenchArgs, Fields};
 use crate::cmd::run::tell_failure;
 use crate::error::Stop;
+use crate::image::Wanted;
+use crate::output::Output;
+use crate::report::json::{Bench, Document, Limit, Report};
 use crate::report::{self, budget::Budget, table};
 use crate::session::{Session, budget_file};
 use crate::transcript::{Show, View};
@@ -16,7 +19,9 @@ use owo_colors::Style;
 /// # Errors
 /// [`Stop::Guest`] if the boot fails or a limit is broken.
 pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
-    let session = Session::start(ui, &args.l0)?;
+    let json = args.json.as_deref().map(Output::prepare).transpose()?;
+    ui.reserve_stdout(json.as_ref());
+    let session = Session::start_with(ui, &args.l0, &Wanted::Guest("cascade".into()))?;
     let path = args.budget.clone().unwrap_or_else(|| budget_file(&session.paths.root));
     let budget = Budget::read(&path)?;
     if session.machine.model != budget.cpu_model {
@@ -36,6 +41,11 @@ pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
     for rule in &applied {
         let (mark, style) = if rule.kept { ("kept  ", Style::new().green()) } else { ("BROKEN", Style::new().red()) };
         ui.line(&format!("{} {}", ui.paint(mark, style), rule.text()));
+    }
+    if let Some(output) = &json {
+        let limits = applied.iter().map(|rule| Limit { text: rule.text(), kept: rule.kept }).collect();
+        let bench = Bench { cpu_model: session.machine.model.clone(), events: events.clone(), limits };
+        Document::new(Report::Bench(bench)).write(output)?;
     }
     let broken = applied.iter().filter(|r| !r.kept).count();
     if broken == 0 { Ok(()) } else { Err(Stop::Guest(format!("{broken} limits are broken")).into()) }

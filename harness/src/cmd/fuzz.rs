@@ -41,7 +41,10 @@ const MAX_LEN_KEPT: &str = "-max_len=512";
 /// # Errors
 /// [`Stop::Guest`] if an input breaks something, [`Stop::Usage`] if there is no such target.
 pub fn run(ui: &Ui, args: &FuzzArgs) -> Result<()> {
-    let targets = choose(&args.targets)?;
+    let mut targets = choose(&args.targets)?;
+    if let Some(shard) = args.shard {
+        targets = shard.of(targets);
+    }
     if args.input.is_some() && targets.len() != 1 {
         return Err(Stop::Usage("--input needs the one target that it is for".into()).into());
     }

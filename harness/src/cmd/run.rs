@@ -4,9 +4,14 @@ use crate::backend::host::L0;
 use crate::backend::{Backend, Spec};
 use crate::boot::{self, Outcome};
 use crate::cli::{L1, RunArgs};
-use crate::cmd::{depth, linux, xen};
+use crate::cmd::{depth, linux, own, xen};
 use crate::error::Stop;
-use crate::report::{self, json::Run, stack, table};
+use crate::image::Wanted;
+use crate::l2::L2;
+use crate::output::Output;
+use crate::paths::Paths;
+use crate::report::json::{Document, Report, Run};
+use crate::report::{self, stack, table};
 use crate::session::{LONG, Session};
 use crate::suite::compare;
 use crate::transcript::{Show, View};
@@ -19,16 +24,35 @@ use owo_colors::Style;
 /// # Errors
 /// [`Stop::Guest`] if one of the boots fails.
 pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
-    if args.l2 == linux::NAME {
-        return linux::run(ui, args);
+    let l2 = L2::find(&args.l2, &Paths::find()?.root)?;
+    let own = !args.module.is_empty() || args.initrd.is_some() || args.bare || args.until.is_some() || args.watch;
+    match l2 {
+        L2::LinuxKvm | L2::Xen if own => {
+            let text = "--l2 linux-kvm and xen go without --module, --initrd, --bare, --until and --watch";
+            Err(Stop::Usage(text.into()).into())
+        }
+        L2::LinuxKvm => linux::run(ui, args),
+        L2::Xen => xen::run(ui, args),
+        L2::Guest(_) if !own && args.depth > 1 => depth::run(ui, args),
+        L2::Guest(_) if !own => table(ui, args),
+        L2::Guest(_) | L2::File(_) | L2::Project(_) => own::run(ui, args, &l2),
     }
-    if args.l2 == xen::NAME {
-        return xen::run(ui, args);
-    }
-    if args.depth > 1 {
-        return depth::run(ui, args);
-    }
-    let session = Session::start(ui, &args.l0)?;
+}
+
+/// Where `--json` goes, looked at before the boots.
+///
+/// # Errors
+/// [`Stop::Usage`] if it cannot be written.
+pub fn json_output(ui: &Ui, args: &RunArgs) -> Result<Option<Output>> {
+    let json = args.json.as_deref().map(Output::prepare).transpose()?;
+    ui.reserve_stdout(json.as_ref());
+    Ok(json)
+}
+
+/// A guest of ours, which measures.
+fn table(ui: &Ui, args: &RunArgs) -> Result<()> {
+    let json = json_output(ui, args)?;
+    let session = Session::start_with(ui, &args.l0, &Wanted::Guest(args.l2.clone()))?.explaining(args.explain);
     let l2_args = l2_args(args);
     let (bare, nested) = (session.bare(&args.l2, l2_args)?, session.nested(&args.l2, l2_args, args.fields)?);
     let peer = if args.l1 == L1::Kvm { Some(session.kvm_in_place(&args.l0)?) } else { None };
@@ -37,6 +61,7 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let (bare, nested) = both(&session, [&bare, &nested], &format!("{} alone, and under nvmx", args.l2))?;
     let mut failed = vec![tell_failure(ui, &bare), tell_failure(ui, &nested)];
     let mut events = report::events(Some(&bare.transcript), &nested.transcript);
+    let mut in_place = None;
     if let Some(kvm) = peer {
         let name = format!("{}-kvm", args.l2);
         let spec = Spec { name, timeout: args.l0.timeout.unwrap_or(LONG), ..session.bare(&args.l2, l2_args)? };
@@ -46,6 +71,7 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
         report::add_peer(&mut events, &peer.transcript);
         let differs = |e| format!("nvmx and KVM do not do the same: {e}");
         failed.push(tell_failure(ui, &peer).or_else(|| compare::agree(&nested, &peer).err().map(differs)));
+        in_place = Some(peer);
     }
     let unit = session.backend.unit();
     if !events.is_empty() {
@@ -57,9 +83,11 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
         }
         ui.line(&format!("Alone: {:.1} s; under nvmx: {:.1} s.", bare.took.as_secs_f64(), nested.took.as_secs_f64()));
     }
-    if let Some(path) = &args.json {
+    if let Some(output) = &json {
         let levels = stack::stack(l0, &nested.transcript);
-        Run::new(levels, stack::strategy(&nested.transcript), unit, events).write(path)?;
+        let boots: Vec<&Outcome> = [&bare, &nested].into_iter().chain(&in_place).collect();
+        let run = Run::new(levels, stack::strategy(&nested.transcript), unit, events, &boots);
+        Document::new(Report::Run(Box::new(run))).write(output)?;
     }
     let failed: Vec<String> = failed.into_iter().flatten().collect();
     if failed.is_empty() { Ok(()) } else { Err(Stop::Guest(failed.join("\n")).into()) }
@@ -72,9 +100,10 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
 pub fn both(session: &Session, [bare, nested]: [&Spec; 2], what: &str) -> Result<(Outcome, Outcome)> {
     let _step = session.ui.step(what);
     let (backend, view) = (session.backend.as_ref(), |show| View::new(&session.ui, show));
+    let named = |spec: &Spec| spec.l2().map_or(view(Show::All), |l2| view(Show::All).naming(&l2));
     let (one, two) = std::thread::scope(|scope| {
         let one = scope.spawn(|| boot::boot(&session.paths, backend, bare, &view(Show::Warnings)));
-        let two = boot::boot(&session.paths, backend, nested, &view(Show::All));
+        let two = boot::boot(&session.paths, backend, nested, &named(nested));
         (one.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the boot of {} panicked", bare.name))), two)
     });
     Ok((one?, two?))

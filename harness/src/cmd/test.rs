@@ -3,16 +3,21 @@
 use crate::backend::host::L0;
 use crate::cli::{L0Args, TestArgs};
 use crate::error::Stop;
+use crate::output::Output;
 use crate::paths::Paths;
 use crate::proc;
+use crate::report::json::{Document, Report, TestCase, Tests};
+use crate::report::junit;
 use crate::session::Session;
 use crate::setup::toolchain::{Compiler, clean};
-use crate::suite::{Verdict, cases, compare, kvm_waivers};
+use crate::suite::select::{Selection, topics};
+use crate::suite::{Suite, Verdict, cases, compare, kvm_waivers};
 use crate::ui::Ui;
 use anyhow::Result;
 use owo_colors::Style;
+use std::collections::BTreeSet;
 use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -27,24 +32,71 @@ struct Count {
 /// [`Stop::Guest`] if a test fails.
 pub fn run(ui: &Ui, args: &TestArgs) -> Result<()> {
     let start = Instant::now();
-    let mut total = Count::default();
-    if !args.boot_only && !args.list && args.filter.is_none() {
-        total = host_tests(ui)?;
+    let selection = Selection {
+        contains: args.filter.clone(),
+        exact: args.exact.clone(),
+        exclude: args.exclude.clone(),
+        shard: args.shard,
+    };
+    let json = args.json.as_deref().map(Output::prepare).transpose()?;
+    let junit = args.junit.as_deref().map(Output::prepare).transpose()?;
+    ui.reserve_stdout(json.as_ref().or(junit.as_ref()));
+    let plan = plan(ui, &selection)?;
+    if args.list {
+        list(ui, &plan);
+        return Ok(());
     }
-    if !args.host_only {
-        let boots = boot_tests(ui, args)?;
-        if args.list {
-            return Ok(());
-        }
-        total = Count { passed: total.passed + boots.passed, failed: total.failed + boots.failed };
+    // A selection is of boot tests, and host tests are the first share's.
+    let selected = !(args.filter.is_empty() && args.exact.is_empty() && args.exclude.is_empty());
+    let first = args.shard.is_none_or(|shard| shard.number == 1);
+    let host = if args.boot_only || selected || !first { Count::default() } else { host_tests(ui)? };
+    let cases = if args.host_only { Vec::new() } else { boot_tests(ui, args, &selection, &plan)? };
+    let tests = Tests { host_passed: host.passed, host_failed: host.failed, cases };
+    if let Some(output) = &junit {
+        output.write(&junit::render(&tests)?)?;
+    }
+    let total = Count {
+        passed: host.passed + tests.cases.iter().filter(|case| case.passed).count(),
+        failed: host.failed + tests.cases.iter().filter(|case| !case.passed).count(),
+    };
+    let again: Vec<&TestCase> = tests.cases.iter().filter(|case| case.passed && case.attempts > 1).collect();
+    for case in &again {
+        ui.line(&format!("passed only when tried again: {} ({} times)", case.name, case.attempts));
+    }
+    if let Some(output) = &json {
+        Document::new(Report::Test(tests.clone())).write(output)?;
     }
     ui.line(&format!("all tests: {:.0} s", start.elapsed().as_secs_f64()));
     // The form that CI programs look for.
     ui.line(&format!("{} passed, {} failed", total.passed, total.failed));
     match total {
         Count { failed: 0, passed: 1.. } => Ok(()),
+        // With more machines than tests one has nothing to do.
+        Count { failed: 0, .. } if args.shard.is_some() && !selected => Ok(()),
         Count { failed: 0, .. } => Err(Stop::Usage("no test has run".into()).into()),
         Count { failed, .. } => Err(Stop::Guest(format!("{failed} tests failed")).into()),
+    }
+}
+
+/// The cases that are selected, described without setting anything up.
+fn plan(ui: &Ui, selection: &Selection) -> Result<Suite> {
+    let mut suite = cases::all(&Session::dry(ui)?)?;
+    if let [name, ..] = selection.unknown(&suite).as_slice() {
+        return Err(Stop::Usage(format!("no boot test is named `{name}`: ./nvmx test --list names them")).into());
+    }
+    suite.select(selection);
+    Ok(suite)
+}
+
+fn list(ui: &Ui, plan: &Suite) {
+    for case in &plan.cases {
+        ui.line(&case.name);
+    }
+    for waiver in compare::WAIVERS {
+        ui.note(&format!("waived: {} {}: {}", waiver.check, waiver.key, waiver.why));
+    }
+    for waiver in kvm_waivers::WAIVERS {
+        ui.note(&format!("waived under KVM: {}: {}", waiver.id, waiver.why));
     }
 }
 
@@ -88,7 +140,10 @@ fn count_tests(text: &str) -> Count {
     count
 }
 
-fn boot_tests(ui: &Ui, args: &TestArgs) -> Result<Count> {
+fn boot_tests(ui: &Ui, args: &TestArgs, selection: &Selection, plan: &Suite) -> Result<Vec<TestCase>> {
+    if plan.cases.is_empty() {
+        return Ok(Vec::new());
+    }
     let l0 = L0Args {
         // The suite names CPU models, which only an emulated machine has.
         l0: L0::Bochs,
@@ -99,41 +154,61 @@ fn boot_tests(ui: &Ui, args: &TestArgs) -> Result<Count> {
         timeout: Some(Duration::from_secs(180)),
     };
     let session = Session::start(ui, &l0)?;
-    let mut suite = cases::all(&session)?;
-    if let Some(filter) = &args.filter {
-        suite.filter(filter);
+    let topics = topics(plan, &plan.topics);
+    let mut suite = cases::some(&session, |topic| topics.contains(topic))?;
+    let planned: BTreeSet<String> = plan.cases.iter().map(|case| case.name.clone()).collect();
+    match selection.shard {
+        // What cannot be had on one machine must not change the others' shares.
+        Some(_) => suite.keep(&planned),
+        None => suite.select(selection),
     }
-    if args.list {
-        for case in &suite.cases {
-            ui.line(&case.name);
+    let count = suite.cases.len();
+    let done: Mutex<Vec<TestCase>> = Mutex::default();
+    for attempt in 1..=args.retry + 1 {
+        let step = ui.step(&format!("{} boots for {} boot tests", suite.boots.len(), suite.cases.len()));
+        suite.run(&session, args.jobs as usize, |verdict| {
+            tell(ui, verdict, attempt);
+            note(&mut done.lock().unwrap_or_else(PoisonError::into_inner), verdict, attempt);
+        })?;
+        drop(step);
+        let cases = done.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed: BTreeSet<String> = cases.iter().filter(|c| !c.passed).map(|c| c.name.clone()).collect();
+        if failed.is_empty() {
+            break;
         }
-        for waiver in compare::WAIVERS {
-            ui.line(&format!("waived: {} {}: {}", waiver.check, waiver.key, waiver.why));
-        }
-        for waiver in kvm_waivers::WAIVERS {
-            ui.line(&format!("waived under KVM: {}: {}", waiver.id, waiver.why));
-        }
-        return Ok(Count::default());
+        suite.keep(&failed);
     }
-    let (passed, failed) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let step = ui.step(&format!("{} boots for {} boot tests", suite.boots.len(), suite.cases.len()));
-    suite.run(&session, args.jobs as usize, |verdict| {
-        tell(ui, verdict);
-        if verdict.result.is_ok() { &passed } else { &failed }.fetch_add(1, Ordering::SeqCst);
-    })?;
-    drop(step);
-    let count = Count { passed: passed.into_inner(), failed: failed.into_inner() };
+    let done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
     // No case may get lost on the way.
-    anyhow::ensure!(count.passed + count.failed == suite.cases.len(), "some boot tests were not judged");
-    Ok(count)
+    anyhow::ensure!(done.len() == count, "some boot tests were not judged");
+    Ok(done)
 }
 
-fn tell(ui: &Ui, verdict: &Verdict<'_>) {
+/// Adds a verdict, or puts it in the place of the one before.
+fn note(done: &mut Vec<TestCase>, verdict: &Verdict<'_>, attempt: u32) {
+    let old = done.iter().position(|case| case.name == verdict.case.name).map(|at| done.remove(at));
+    let mut failed_before = Vec::new();
+    if let Some(old) = old {
+        failed_before = old.failed_before;
+        failed_before.extend(old.reason);
+    }
+    done.push(TestCase {
+        name: verdict.case.name.clone(),
+        passed: verdict.result.is_ok(),
+        reason: verdict.result.clone().err(),
+        seconds: (verdict.seconds * 10.0).round() / 10.0,
+        attempts: attempt,
+        failed_before,
+    });
+}
+
+fn tell(ui: &Ui, verdict: &Verdict<'_>, attempt: u32) {
     let (mark, style) = match verdict.result {
         Ok(()) => ("pass", Style::new().green()),
         Err(_) => ("FAIL", Style::new().red().bold()),
     };
-    ui.line(&format!("{} {} ({:.1} s)", ui.paint(mark, style), verdict.case.name, verdict.seconds));
+    let again = if attempt > 1 { format!(", attempt {attempt}") } else { String::new() };
+    ui.line(&format!("{} {} ({:.1} s{again})", ui.paint(mark, style), verdict.case.name, verdict.seconds));
     if let Err(reason) = &verdict.result {
         for line in reason.lines().chain(verdict.folders.iter().map(String::as_str)) {
             ui.line(&format!("     {line}"));
@@ -144,6 +219,35 @@ fn tell(ui: &Ui, verdict: &Verdict<'_>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_boot_test_is_described_without_a_machine_and_named_once() {
+        let start = Instant::now();
+        let plan = plan(&Ui::new(false), &Selection::default()).unwrap();
+        assert!(start.elapsed() < Duration::from_secs(1), "the list takes {:?}", start.elapsed());
+        let names: BTreeSet<&str> = plan.cases.iter().map(|case| case.name.as_str()).collect();
+        assert!(names.len() > 40 && names.len() == plan.cases.len());
+        for case in &plan.cases {
+            for boot in &case.boots {
+                assert!(plan.boots.contains_key(boot), "{}: no boot is named {boot}", case.name);
+            }
+        }
+        let of = |topic| plan.topics.values().filter(|t| **t == topic).count();
+        assert!(of("KVM") > 3 && of("Linux") > 3 && of("Xen") > 0);
+        let exact = Selection { exact: vec!["no such test".into()], ..Selection::default() };
+        assert!(super::plan(&Ui::new(false), &exact).is_err());
+    }
+
+    #[test]
+    fn a_retry_keeps_the_failure_before_it() {
+        let case = crate::suite::Case { name: "x".into(), boots: Vec::new(), judge: Box::new(|_| Ok(())) };
+        let verdict = |result| Verdict { case: &case, result, folders: Vec::new(), seconds: 1.0 };
+        let mut done = Vec::new();
+        note(&mut done, &verdict(Err("it hung".into())), 1);
+        note(&mut done, &verdict(Ok(())), 2);
+        let [one] = done.as_slice() else { panic!("{done:?}") };
+        assert!(one.passed && one.attempts == 2 && one.failed_before == ["it hung"]);
+    }
 
     #[test]
     fn the_tests_of_all_crates_are_summed() {

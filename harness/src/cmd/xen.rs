@@ -4,8 +4,10 @@
 use crate::backend::Spec;
 use crate::backend::xen::Job;
 use crate::cli::{L1, RunArgs};
-use crate::cmd::run::{both, tell_failure};
+use crate::cmd::linux::write_json;
+use crate::cmd::run::{both, json_output, tell_failure};
 use crate::error::Stop;
+use crate::image::Wanted;
 use crate::report::{linux as report, stack};
 use crate::session::{LONG, Session};
 use crate::suite::xen::same_but_for_the_machine;
@@ -21,11 +23,12 @@ pub const NAME: &str = "xen";
 /// # Errors
 /// [`Stop::Guest`] if one of the boots fails, or if they differ.
 pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
-    if args.l1 == L1::Kvm || args.depth > 1 || args.json.is_some() {
-        return Err(Stop::Usage("--l2 xen works without --l1 kvm, --depth and --json".into()).into());
+    if args.l1 == L1::Kvm || args.depth > 1 {
+        return Err(Stop::Usage("--l2 xen works without --l1 kvm and --depth".into()).into());
     }
+    let json = json_output(ui, args)?;
     let job = Job::parse(&args.l2_args).map_err(Stop::Usage)?;
-    let session = Session::start(ui, &args.l0)?;
+    let session = Session::start_with(ui, &args.l0, &Wanted::Nvmx)?.explaining(args.explain);
     let xen = session.xen()?;
     let bare = xen.bare(&session, NAME, &job, &session.machine)?;
     let bare = Spec { timeout: args.l0.timeout.unwrap_or(LONG), ..bare };
@@ -47,6 +50,9 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     ui.line("");
     ui.line(&report::render_reasons(&under.transcript));
     ui.line(&format!("Xen alone: {:.1} s; under nvmx: {:.1} s.", alone.took.as_secs_f64(), under.took.as_secs_f64()));
+    if let Some(output) = &json {
+        write_json(&session, &under, &[&alone, &under], output)?;
+    }
     let failed: Vec<String> = failed.into_iter().flatten().collect();
     if failed.is_empty() { Ok(()) } else { Err(Stop::Guest(failed.join("\n")).into()) }
 }

@@ -5,10 +5,11 @@ use super::stack::StackLevel;
 use super::table::number;
 use crate::backend::Unit;
 use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Costs by depth.
-#[derive(Clone, PartialEq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, JsonSchema)]
 pub struct Growth {
     /// The boots, one nvmx first
     pub depths: Vec<Depth>,
@@ -17,7 +18,7 @@ pub struct Growth {
 }
 
 /// A boot under so many nvmx.
-#[derive(Clone, PartialEq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, JsonSchema)]
 pub struct Depth {
     /// How many nvmx
     pub depth: u32,
@@ -36,7 +37,7 @@ pub struct Depth {
 }
 
 /// What one event costs at each depth.
-#[derive(Clone, PartialEq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, JsonSchema)]
 pub struct Grown {
     /// Its name
     pub event: String,

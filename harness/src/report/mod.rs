@@ -3,13 +3,16 @@
 pub mod budget;
 pub mod growth;
 pub mod json;
+pub mod junit;
 pub mod linux;
 pub mod model;
+pub mod refusal;
 pub mod stack;
 pub mod table;
 
 use crate::transcript::Transcript;
 use l2_protocol::{Kind, OwnedRecord};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// The event whose bracket holds nothing: what the bracket itself costs.
@@ -18,7 +21,7 @@ const CALIBRATION: &str = "empty";
 macro_rules! event {
     ($( $(#[$doc:meta])* $name:ident, )*) => {
         /// Averages of one event over the boots of a run. Figures without a value are `null`: not measured there.
-        #[derive(Clone, PartialEq, Debug, Default, Serialize)]
+        #[derive(Clone, PartialEq, Debug, Default, Serialize, JsonSchema)]
         pub struct Event {
             /// Its name
             pub event: String,

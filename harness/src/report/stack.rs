@@ -2,10 +2,11 @@
 
 use crate::transcript::{Transcript, real_level};
 use l2_protocol::{Kind, Level, OwnedRecord};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// One level.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, JsonSchema)]
 pub struct StackLevel {
     /// `L0` ... `L3`
     pub level: String,

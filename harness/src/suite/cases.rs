@@ -1,7 +1,7 @@
 //! The boot tests by name.
 
 use super::{
-    Case, Judge, Suite, all_pass, attacks, compare,
+    Case, Judge, Suite, all_pass, attacks, bench, compare,
     fixtures::{Fixtures, inside_nvmx},
     growth, lab, linux, loaders, messages, models, msrs, native, on_kvm, refused, smp, xen,
 };
@@ -13,7 +13,6 @@ use crate::session::{Session, budget_file};
 use crate::transcript::Line;
 use anyhow::Result;
 use l2_protocol::{Kind, Level};
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +31,9 @@ const EXPLAINED: usize = 90;
 /// The guests that print check records.
 pub const COMPARED: [&str; 2] = ["cascade", "vmxtest"];
 
+/// Adds the cases of a topic for which more is set up.
+type Add = fn(&mut Suite, &Session) -> Result<()>;
+
 struct Builder<'a> {
     session: &'a Session,
     suite: Suite,
@@ -42,12 +44,17 @@ struct Builder<'a> {
 /// # Errors
 /// If a fixture cannot be written or the budget cannot be read.
 pub fn all(session: &Session) -> Result<Suite> {
+    some(session, |_| true)
+}
+
+/// All boot tests but those of topics that need more set up and are not wanted.
+///
+/// # Errors
+/// As [`all`].
+pub fn some(session: &Session, wants: impl Fn(&str) -> bool) -> Result<Suite> {
     let fixtures = Fixtures::write(&session.paths.target, session.machine.memory)?;
     let budget = Arc::new(Budget::read(&budget_file(&session.paths.root))?);
-    let mut b = Builder {
-        session,
-        suite: Suite { boots: BTreeMap::new(), clamps: BTreeMap::new(), backends: BTreeMap::new(), cases: Vec::new() },
-    };
+    let mut b = Builder { session, suite: Suite::default() };
     COMPARED.iter().for_each(|guest| b.guest(guest));
     b.case(
         "the costs of cascade are within benches/budget.json",
@@ -70,10 +77,16 @@ pub fn all(session: &Session) -> Result<Suite> {
     attacks::add(&mut b.suite, session);
     native::add(&mut b.suite, session);
     models::add(&mut b.suite, session);
-    on_kvm::add(&mut b.suite, session)?;
-    linux::add(&mut b.suite, session)?;
-    xen::add(&mut b.suite, session)?;
     lab::add(&mut b.suite, session);
+    bench::add(&mut b.suite, session);
+    const DEAR: [(&str, Add); 4] =
+        [("templates", bench::add_templates), ("KVM", on_kvm::add), ("Linux", linux::add), ("Xen", xen::add)];
+    for (topic, add) in DEAR.into_iter().filter(|(topic, _)| wants(topic)) {
+        let before = b.suite.cases.len();
+        add(&mut b.suite, session)?;
+        let names: Vec<String> = b.suite.cases[before..].iter().map(|case| case.name.clone()).collect();
+        b.suite.topics.extend(names.into_iter().map(|name| (name, topic)));
+    }
     Ok(b.suite)
 }
 

@@ -1,6 +1,7 @@
 //! The boot tests: boots that run two at a time, and cases that judge what they said.
 
 pub mod attacks;
+pub mod bench;
 pub mod cases;
 pub mod compare;
 pub mod fixtures;
@@ -14,6 +15,7 @@ pub mod models;
 pub mod msrs;
 pub mod native;
 pub mod on_kvm;
+pub mod select;
 pub mod smp;
 pub mod xen;
 
@@ -42,6 +44,7 @@ pub struct Case {
 }
 
 /// Boots and the cases that use them.
+#[derive(Default)]
 pub struct Suite {
     /// By name; an error is a boot that cannot even be described (its guest does not exist)
     pub boots: BTreeMap<String, Result<Spec, String>>,
@@ -51,6 +54,8 @@ pub struct Suite {
     pub backends: BTreeMap<String, Arc<dyn Backend + Send>>,
     /// In the order of the report
     pub cases: Vec<Case>,
+    /// Of cases by name: what is set up for them beside the machine and the images
+    pub topics: BTreeMap<String, &'static str>,
 }
 
 /// A case's end.
@@ -66,13 +71,6 @@ pub struct Verdict<'a> {
 }
 
 impl Suite {
-    /// Keeps the cases whose name has `text` in it, and their boots.
-    pub fn filter(&mut self, text: &str) {
-        self.cases.retain(|c| c.name.contains(text));
-        let needed = self.order();
-        self.boots.retain(|name, _| needed.contains(name));
-    }
-
     /// Boots in the order in which the cases need them, each behind the one whose capabilities it waits for.
     fn order(&self) -> Vec<String> {
         let mut order: Vec<String> = Vec::new();

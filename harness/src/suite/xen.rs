@@ -118,6 +118,8 @@ mod tests {
             machine: Vec::new(),
             took: Duration::ZERO,
             used: None,
+            status: None,
+            l2: None,
             folder: "/".into(),
         }
     }

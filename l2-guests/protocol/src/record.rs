@@ -59,6 +59,8 @@ words! {
         Check = "check",
         /// Why nvmx refused something: the same under every nvmx
         Explained = "explained",
+        /// What VMX refused, where in L2, and a rule that was broken, as it happens
+        Refused = "refused",
         /// The capability MSRs that the guest goes by ([`crate::caps`])
         Caps = "caps",
         /// The last record of a guest: status and number of failures

@@ -57,7 +57,7 @@ pub fn check_guest(
         GuestEferLma => efer_lma;
         GuestEferLme => efer_lme;
     };
-    let flags = |v| {
+    let flags = || {
         first_failure! { v;
             GuestRip => rip;
             GuestRflagsReserved => rflags_reserved;
@@ -65,8 +65,7 @@ pub fn check_guest(
             GuestRflagsIf => rflags_if;
         }
     };
-    let failed =
-        registers.or_else(|| segments::first_failure(v)).or_else(|| flags(v)).or_else(|| state::first_failure(v));
+    let failed = registers.or_else(|| segments::first_failure(v)).or_else(flags).or_else(|| state::first_failure(v));
     conclude(failed)?;
     state::link_pointer(v, context, memory)?;
     state::pdptes(v, memory)?;

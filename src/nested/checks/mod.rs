@@ -7,6 +7,7 @@
 //! Source: Intel SDM vol. 3C (December 2024), chapter "VM Entries": "Checks on VMX Controls and Host-State Area" and
 //! "Checking and Loading Guest State".
 
+mod all;
 mod controls;
 mod guest;
 mod host;
@@ -17,6 +18,7 @@ mod state;
 mod view;
 mod virtual_apic;
 
+pub use all::all_broken;
 pub use controls::{check_cached_controls, check_controls, check_live_controls, eptp_is_valid};
 pub use guest::{GuestContext, GuestMemory, check_guest, check_guest_beyond_hardware};
 pub use host::{check_host, host_field_holds};
@@ -52,11 +54,16 @@ pub struct GuestFailure {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ControlsChecked(());
 
-/// Runs rules in order and leaves with the first that does not hold.
+/// Runs rules in order and leaves with the first that does not hold, unless whoever has the fields wants to hear of all.
 macro_rules! first_failure {
     ($view:expr; $( $id:ident => $rule:expr; )*) => {
         'rules: {
-            $( if !$rule($view) { break 'rules Some($crate::nested::checks::CheckId::$id); } )*
+            $(
+                let id = $crate::nested::checks::CheckId::$id;
+                if !$rule($view) && $view.fields.ends_at(id as u16) {
+                    break 'rules Some(id);
+                }
+            )*
             None
         }
     };

@@ -18,7 +18,7 @@ pub(super) fn first_failure(v: &View<impl Fields>) -> Option<CheckId> {
         GuestBaseCanonical => base_canonical;
         GuestBase32Bit => base_32_bit;
     };
-    let rights = |v| {
+    let rights = || {
         if is_v86(v) {
             super::first_failure! { v;
                 GuestV86Base => v86_base;
@@ -41,7 +41,7 @@ pub(super) fn first_failure(v: &View<impl Fields>) -> Option<CheckId> {
             }
         }
     };
-    let system = |v| {
+    let system = || {
         super::first_failure! { v;
             GuestTrType => tr_type;
             GuestTrRights => tr_rights;
@@ -50,7 +50,7 @@ pub(super) fn first_failure(v: &View<impl Fields>) -> Option<CheckId> {
             GuestTableLimit => table_limit;
         }
     };
-    common.or_else(|| rights(v)).or_else(|| system(v))
+    common.or_else(rights).or_else(system)
 }
 
 const SELECTOR_TI: u64 = 1 << 2;

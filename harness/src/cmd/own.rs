@@ -1,0 +1,329 @@
+//! `run --l2 PATH`: the user's own hypervisor, alone on the machine and under nvmx, with all its text, and how it ended.
+
+use crate::backend::{Payload, Protocol, Spec, StopAt};
+use crate::boot::{self, Ended, Outcome};
+use crate::cli::{L1, RunArgs};
+use crate::cmd::run::{json_output, tell_failure};
+use crate::error::Stop;
+use crate::image::Wanted;
+use crate::l2::{self, L2};
+use crate::output::Output;
+use crate::report::json::{Compared, Document, Report, Run};
+use crate::report::refusal::Refusal;
+use crate::report::{self, stack, table};
+use crate::session::{LONG, Session};
+use crate::suite::compare;
+use crate::transcript::{Line, Show, View, is_warning};
+use crate::ui::Ui;
+use anyhow::Result;
+use l2_protocol::Kind;
+use owo_colors::Style;
+use std::fmt;
+use std::path::PathBuf;
+
+/// How a guest of the user's ended: each has its line and its exit code.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Ending {
+    /// `@L2 end status=pass`
+    Passed,
+    /// `@L2 end` with another status: failures
+    Failed(String),
+    /// A line had the text of `--until`
+    Text,
+    /// It ended the machine by its exit port, with this code where L0 tells it
+    ExitPort(Option<i32>),
+    /// Halted with interrupts off
+    Halted,
+    /// The limit
+    Limit(String),
+    /// A level died, or nvmx refused to start it
+    Died(String),
+}
+
+impl Ending {
+    /// Of a boot.
+    fn of(outcome: &Outcome) -> Self {
+        match outcome.ended {
+            Ended::Text => return Ending::Text,
+            Ended::Halted => return Ending::Halted,
+            Ended::Timeout(over) => return Ending::Limit(over.to_string()),
+            Ended::Itself | Ended::Lingered => {}
+        }
+        let said = &outcome.transcript;
+        if let Some(epitaph) = said.of_kind(Kind::Epitaph).next() {
+            let get = |key| epitaph.get(key).unwrap_or("?");
+            return Ending::Died(format!("{} died: {} ({})", get("who"), get("why"), get("where")));
+        }
+        match said.of_kind(Kind::End).next_back().map(|end| (end.get("status"), end.get("failed"))) {
+            Some((Some("pass"), _)) => return Ending::Passed,
+            Some((_, failed)) => return Ending::Failed(failed.unwrap_or("?").into()),
+            None => {}
+        }
+        let refused = |line: &&str| is_warning(line) && line.contains("ERROR");
+        match (said.texts().rfind(refused), outcome.machine.last()) {
+            (Some(text), _) => Ending::Died(format!("nvmx refused: {text}")),
+            (None, Some(text)) if text.contains("PANIC") || said.lines.is_empty() => Ending::Died(text.clone()),
+            (None, _) => Ending::ExitPort(outcome.status.filter(|_| outcome.status_is_the_guests())),
+        }
+    }
+
+    /// Success, or what the command ends with.
+    fn result(&self, name: &str, until: Option<&str>) -> Result<(), Stop> {
+        let text = format!("{name}: {self}");
+        match self {
+            Ending::Text => Ok(()),
+            Ending::Limit(_) => Err(Stop::Limit(text)),
+            Ending::Failed(_) | Ending::Died(_) => Err(Stop::Guest(text)),
+            Ending::Halted if until.is_none() => Err(Stop::Halted(text)),
+            Ending::Passed | Ending::ExitPort(_) if until.is_none() => Ok(()),
+            Ending::Passed | Ending::ExitPort(_) | Ending::Halted => {
+                let text = until.map_or(String::new(), |wanted| format!("{text}, and no line had `{wanted}` in it"));
+                Err(Stop::Guest(text))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Ending::Passed => write!(f, "ended by its record: passed"),
+            Ending::Failed(count) => write!(f, "ended by its record: failed ({count} failures)"),
+            Ending::Text => write!(f, "ended by --until: a line has its text"),
+            Ending::ExitPort(None) => write!(f, "ended by the exit port"),
+            Ending::ExitPort(Some(code)) => write!(f, "ended by the exit port with status {code}"),
+            Ending::Halted => write!(f, "ended by a halt with interrupts off"),
+            Ending::Limit(text) => write!(f, "ended by the limit: {text}"),
+            Ending::Died(text) => write!(f, "{text}"),
+        }
+    }
+}
+
+/// What is booted.
+struct Image {
+    name: String,
+    kernel: PathBuf,
+    protocol: Protocol,
+    modules: Vec<Payload>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// By how L2 ended under nvmx, or alone with `--bare`; [`Stop::Guest`] too if its records differ.
+pub fn run(ui: &Ui, args: &RunArgs, l2: &L2) -> Result<()> {
+    let json = json_output(ui, args)?;
+    let modules = args.module.iter().map(|text| l2::module(text)).collect::<Result<Vec<_>>>()?;
+    let initrd = args.initrd.as_ref().map(|file| l2::payload(&file.to_string_lossy(), "", "--initrd")).transpose()?;
+    if let L2::File(path) = l2 {
+        // A file that cannot boot is told before anything is set up.
+        l2::protocol(path)?;
+    }
+    let wanted = match l2 {
+        L2::Guest(name) => Wanted::Guest(name.clone()),
+        _ => Wanted::Nvmx,
+    };
+    let session = Session::start_with(ui, &args.l0, &wanted)?.explaining(args.explain);
+    let modules: Vec<Payload> = modules.into_iter().chain(initrd).collect();
+    if args.watch {
+        return super::watch::run(ui, args, &session, l2, |image| {
+            once(ui, args, &session, &looked_at(image, l2, &modules, args)?, None)
+        });
+    }
+    let image = super::watch::build(ui, &session, l2)?;
+    once(ui, args, &session, &looked_at(image, l2, &modules, args)?, json.as_ref())
+}
+
+fn looked_at(kernel: PathBuf, l2: &L2, modules: &[Payload], args: &RunArgs) -> Result<Image> {
+    // Our guests are booted as the tests boot them.
+    let protocol = if matches!(l2, L2::Guest(_)) { Protocol::Multiboot2 } else { l2::protocol(&kernel)? };
+    if args.initrd.is_some() != (protocol == Protocol::Linux) && (args.initrd.is_some() || modules.len() > 1) {
+        let text = "--initrd is for a Linux kernel, whose only module it is; a multiboot image takes --module";
+        return Err(Stop::Usage(text.into()).into());
+    }
+    let name = kernel.file_stem().map_or("l2".into(), |name| name.to_string_lossy().replace(['/', ' '], "-"));
+    Ok(Image { name, kernel, protocol, modules: modules.to_vec() })
+}
+
+/// The boots of one image.
+fn once(ui: &Ui, args: &RunArgs, session: &Session, image: &Image, json: Option<&Output>) -> Result<()> {
+    let stop = StopAt { text: args.until.clone(), halt: true };
+    let kernel = Payload::new(&image.kernel, &args.l2_args);
+    let bare = session.spec(format!("{}-bare", image.name), kernel, image.modules.clone());
+    let bare = Spec { protocol: image.protocol, stop, ..bare };
+    let l0 = session.l0();
+    ui.line(&ui.paint(&format!("L0 | {}", stack::banner_line(&l0, None)), Style::new().bold()));
+    let boot = |spec: &Spec, show| {
+        boot::boot(&session.paths, session.backend.as_ref(), spec, &View::of_stack(ui, show, args.depth))
+    };
+    if args.bare {
+        let step = ui.step(&format!("{} alone", image.name));
+        let outcome = boot(&bare, Show::Guest)?;
+        drop(step);
+        write(session, &outcome, &[&outcome], None, json)?;
+        return told(ui, &outcome, args);
+    }
+    let nested = under(session, &bare, args, &image.name);
+    let step = ui.step(&format!("{} alone, and under nvmx", image.name));
+    let (alone, under) = std::thread::scope(|scope| {
+        let alone = scope.spawn(|| boot(&bare, Show::Nothing));
+        let view = View::of_stack(ui, Show::Guest, args.depth).naming(&image.kernel);
+        let under = boot::boot(&session.paths, session.backend.as_ref(), &nested, &view);
+        (alone.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a boot panicked"))), under)
+    });
+    let (alone, under) = (alone?, under?);
+    drop(step);
+    let peer = if args.l1 == L1::Kvm { Some(in_kvm(ui, args, session, &bare, &image.name)?) } else { None };
+    let events = report::events(Some(&alone.transcript), &under.transcript);
+    if !events.is_empty() {
+        ui.line(&table::render(&events));
+    }
+    let mut problems = Vec::new();
+    let compared = compared(ui, &alone, &under, "alone and under nvmx", &mut problems);
+    if let Some(peer) = &peer {
+        self::compared(ui, &under, peer, "under nvmx and under KVM", &mut problems);
+    }
+    let boots: Vec<&Outcome> = [&alone, &under].into_iter().chain(&peer).collect();
+    write(session, &under, &boots, compared, json)?;
+    for outcome in [Some(&alone), peer.as_ref()].into_iter().flatten() {
+        ui.line(&format!("{}: {}", outcome.name, Ending::of(outcome)));
+    }
+    told(ui, &under, args)?;
+    if problems.is_empty() { Ok(()) } else { Err(Stop::Guest(problems.join("\n")).into()) }
+}
+
+fn under(session: &Session, bare: &Spec, args: &RunArgs, name: &str) -> Spec {
+    let mut spec = session.under_nvmx(bare, format!("{name}-nvmx"), &session.options(args.fields));
+    for _ in 1..args.depth {
+        spec.modules.insert(0, spec.kernel.clone());
+    }
+    spec.machine.memory = spec.machine.memory.saturating_mul(args.depth);
+    spec
+}
+
+fn in_kvm(ui: &Ui, args: &RunArgs, session: &Session, bare: &Spec, name: &str) -> Result<Outcome> {
+    let kvm = session.kvm_in_place(&args.l0)?;
+    let timeout = args.l0.timeout.unwrap_or(LONG);
+    // KVM's guest halts where the machine's processor does not.
+    let stop = StopAt { halt: false, ..bare.stop.clone() };
+    let spec = Spec { name: format!("{name}-kvm"), timeout, stop, ..bare.clone() };
+    let _step = ui.step("the same with KVM in nvmx's place");
+    boot::boot(&session.paths, &kvm, &spec, &View::new(ui, Show::Nothing))
+}
+
+/// Compares the check records of two boots, if the guest prints any.
+fn compared(ui: &Ui, one: &Outcome, other: &Outcome, how: &str, problems: &mut Vec<String>) -> Option<Compared> {
+    let found = compare::compare(&one.transcript, &other.transcript);
+    if found.compared == 0 {
+        return None;
+    }
+    for difference in &found.differ {
+        difference.lines(&one.name, &other.name).iter().for_each(|line| ui.line(&format!("differs: {line}")));
+    }
+    let (count, differ) = (found.compared, found.differ.len());
+    if differ == 0 {
+        ui.line(&format!("{count} check records are the same {how}"));
+    } else {
+        problems.push(format!("{differ} of {count} check records differ {how}"));
+    }
+    let differ = found.differ.iter().map(|difference| difference.key.0.clone()).collect();
+    Some(Compared { compared: count, waived: found.waived, differ })
+}
+
+/// How it ended, on the screen and as the command's result.
+fn told(ui: &Ui, outcome: &Outcome, args: &RunArgs) -> Result<()> {
+    let ending = Ending::of(outcome);
+    ui.line(&format!("{}: {ending} ({:.1} s)", outcome.name, outcome.took.as_secs_f64()));
+    let result = ending.result(&outcome.name, args.until.as_deref());
+    if matches!(ending, Ending::Limit(_) | Ending::Died(_) | Ending::Halted) && result.is_err() {
+        let _ = tell_failure(ui, outcome);
+    }
+    Ok(result?)
+}
+
+/// What VMX refused, L2's addresses by name.
+fn refusals(of: &Outcome) -> Vec<Refusal> {
+    of.transcript.of_kind(Kind::Refused).filter_map(|record| Refusal::of(record, of.l2.as_deref())).collect()
+}
+
+fn write(
+    session: &Session,
+    of: &Outcome,
+    boots: &[&Outcome],
+    compared: Option<Compared>,
+    json: Option<&Output>,
+) -> Result<()> {
+    let Some(output) = json else { return Ok(()) };
+    let levels = stack::stack(session.l0(), &of.transcript);
+    let events = report::events(None, &of.transcript);
+    let mut run = Run::new(levels, stack::strategy(&of.transcript), session.backend.unit(), events, boots);
+    run.compared = compared;
+    run.refusals = refusals(of);
+    for (told, boot) in run.boots.iter_mut().zip(boots) {
+        let ending = Ending::of(boot);
+        told.passed = matches!(ending, Ending::Passed | Ending::Text | Ending::ExitPort(_));
+        told.reason = Some(ending.to_string());
+        told.text = Some(boot.transcript.lines.iter().map(Line::raw).collect());
+    }
+    Document::new(Report::Run(Box::new(run))).write(output)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::{Over, Time};
+    use crate::report::tests::transcript;
+    use std::time::Duration;
+
+    fn outcome(ended: Ended, lines: &[&str]) -> Outcome {
+        Outcome {
+            name: "x".into(),
+            transcript: transcript(lines),
+            ended,
+            machine: Vec::new(),
+            took: Duration::ZERO,
+            used: None,
+            status: Some(1),
+            l2: None,
+            folder: PathBuf::new(),
+        }
+    }
+
+    fn code(ended: Ended, lines: &[&str], until: Option<&str>) -> u8 {
+        Ending::of(&outcome(ended, lines)).result("x", until).err().map_or(0, |stop| stop.code())
+    }
+
+    #[test]
+    fn every_way_to_end_has_its_exit_code() {
+        let late = Ended::Timeout(Over::Limit(Time::Instructions(7)));
+        let end = "@L2 end status=pass failed=0";
+        for (ended, lines, expected) in [
+            (Ended::Itself, &[end][..], 0),
+            (Ended::Lingered, &[end], 0),
+            (Ended::Itself, &["hello"], 0),
+            (Ended::Itself, &["@not a record", "@@"], 0),
+            (Ended::Text, &["ready"], 0),
+            (Ended::Itself, &["@L2 end status=fail failed=3"], 1),
+            (Ended::Itself, &["@L1 epitaph who=L2 where=0x10 why=\"triple fault\""], 1),
+            (Ended::Itself, &["[nvmx ERROR] module 0: no header"], 1),
+            (late, &["hello"], 4),
+            (Ended::Halted, &["hello"], 5),
+        ] {
+            assert_eq!(code(ended, lines, None), expected, "{ended:?} {lines:?}");
+        }
+        let dead = Outcome { machine: vec![">>PANIC<< 3rd exception".into()], ..outcome(Ended::Itself, &[]) };
+        assert_eq!(Ending::of(&dead), Ending::Died(">>PANIC<< 3rd exception".into()));
+    }
+
+    #[test]
+    fn without_the_text_that_was_waited_for_nothing_is_a_success() {
+        for (ended, lines, expected) in [
+            (Ended::Text, &["ready"][..], 0),
+            (Ended::Itself, &["@L2 end status=pass failed=0"], 1),
+            (Ended::Itself, &["bye"], 1),
+            (Ended::Halted, &["bye"], 1),
+        ] {
+            assert_eq!(code(ended, lines, Some("ready")), expected);
+        }
+    }
+}

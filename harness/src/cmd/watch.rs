@@ -1,0 +1,213 @@
+//! Building what `--l2` names, once or whenever a file changes.
+
+use crate::cli::RunArgs;
+use crate::error::Stop;
+use crate::image::{self, Wanted};
+use crate::l2::L2;
+use crate::proc;
+use crate::session::Session;
+use crate::setup::toolchain::TARGET;
+use crate::ui::Ui;
+use anyhow::{Context, Result};
+use notify::{EventKind, RecursiveMode, Watcher};
+use std::hash::{DefaultHasher, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+
+/// What `make` makes in a project's folder.
+pub const IMAGE: &str = "l2.elf";
+/// Editors write a file in several steps.
+const SETTLED: Duration = Duration::from_millis(80);
+
+/// The image: built if there is something to build.
+///
+/// # Errors
+/// [`Stop::Guest`] with the compiler's last lines if it does not build.
+pub fn build(ui: &Ui, session: &Session, l2: &L2) -> Result<PathBuf> {
+    match l2 {
+        L2::File(path) => Ok(std::path::absolute(path)?),
+        L2::Guest(name) => Ok(session.images.guest(name)?.to_path_buf()),
+        L2::Project(folder) => project(ui, session, &folder.canonicalize()?),
+        L2::LinuxKvm | L2::Xen => Err(Stop::Usage("this L2 is not built".into()).into()),
+    }
+}
+
+/// Builds by `make` where there is a Makefile, else by cargo.
+fn project(ui: &Ui, session: &Session, folder: &Path) -> Result<PathBuf> {
+    let has = |name: &str| folder.join(name).is_file();
+    let step = ui.step(&format!("building {}", folder.display()));
+    let image = if ["GNUmakefile", "makefile", "Makefile"].into_iter().any(has) {
+        let make = crate::setup::program("make").ok_or_else(|| Stop::environment("make is missing (package make)"))?;
+        built(ui, Command::new(make).arg("--no-print-directory").current_dir(folder))?;
+        let image = folder.join(IMAGE);
+        if !image.is_file() {
+            let text = format!("make in {} succeeds and makes no {IMAGE}", folder.display());
+            return Err(Stop::Usage(text).into());
+        }
+        image
+    } else if has("Cargo.toml") {
+        let mut cargo = image::command(&session.toolchain, folder, &folder.join("target"));
+        cargo.current_dir(folder).args(["build", "--release", "--target", TARGET]);
+        cargo.arg("--message-format=json-render-diagnostics");
+        let text = built(ui, &mut cargo)?;
+        text.lines().filter_map(executable).next_back().ok_or_else(|| {
+            Stop::Usage(format!("{} has no program for the bare machine: cargo built none", folder.display()))
+        })?
+    } else {
+        let text = format!("{} has neither a Makefile nor a Cargo.toml", folder.display());
+        return Err(Stop::Usage(text).into());
+    };
+    drop(step);
+    Ok(image)
+}
+
+fn built(ui: &Ui, command: &mut Command) -> Result<String> {
+    let said = proc::run(command, None, |_| {})?;
+    let for_people = |line: &&str| !line.starts_with('{');
+    let lines: Vec<&str> = said.text.lines().filter(for_people).collect();
+    if said.status.success() {
+        ui.detail(&lines.join("\n"));
+        return Ok(said.text);
+    }
+    let from = lines.len().saturating_sub(40);
+    Err(Stop::Guest(format!("L2 did not build:\n{}", lines[from..].join("\n"))).into())
+}
+
+/// The program that a line of cargo's tells of.
+fn executable(line: &str) -> Option<PathBuf> {
+    let value: serde_json::Value = serde_json::from_str(line).ok()?;
+    value.get("executable")?.as_str().map(PathBuf::from)
+}
+
+/// The folders of which a change may make another image.
+fn folders(session: &Session, l2: &L2) -> Vec<PathBuf> {
+    let guests = session.paths.root.join("l2-guests");
+    match l2 {
+        L2::Guest(name) => vec![guests.join(name), guests.join("kit"), guests.join("protocol")],
+        L2::Project(folder) => vec![folder.clone()],
+        L2::File(path) => vec![path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).into()],
+        L2::LinuxKvm | L2::Xen => Vec::new(),
+    }
+}
+
+/// Boots, then again after each change that makes another image or module, until Ctrl-C. What fails is told, and a change may
+/// mend it.
+///
+/// # Errors
+/// [`Stop::Interrupted`], or if files cannot be watched.
+pub fn run(
+    ui: &Ui,
+    args: &RunArgs,
+    session: &Session,
+    l2: &L2,
+    mut boot: impl FnMut(PathBuf) -> Result<()>,
+) -> Result<()> {
+    let (send, changes) = mpsc::channel();
+    let mut watcher = notify::recommended_watcher(send).context("cannot watch files")?;
+    for folder in folders(session, l2) {
+        let mode = if matches!(l2, L2::File(_)) { RecursiveMode::NonRecursive } else { RecursiveMode::Recursive };
+        watcher.watch(&folder, mode).with_context(|| format!("cannot watch {}", folder.display()))?;
+    }
+    let others: Vec<PathBuf> = args
+        .module
+        .iter()
+        .filter_map(|text| crate::l2::module(text).ok())
+        .map(|module| module.path)
+        .chain(args.initrd.iter().cloned())
+        .collect();
+    for file in &others {
+        watcher.watch(file, RecursiveMode::NonRecursive).with_context(|| format!("cannot watch {}", file.display()))?;
+    }
+    let mut last = None;
+    loop {
+        let result = rebuilt(ui, session, l2).and_then(|image| {
+            let state = contents(std::iter::once(&image).chain(&others));
+            if last.replace(state) == Some(state) { Ok(()) } else { boot(image).map(|()| ui.note("watching ...")) }
+        });
+        if let Err(error) = result {
+            proc::check_interrupt()?;
+            ui.note(&format!("nvmx: {error:#}\nwatching ..."));
+        }
+        wait(&changes)?;
+    }
+}
+
+fn rebuilt(ui: &Ui, session: &Session, l2: &L2) -> Result<PathBuf> {
+    if let L2::Guest(name) = l2 {
+        let lock = session.paths.lock(ui)?;
+        image::build(ui, &session.paths, &session.toolchain, &Wanted::Guest(name.clone()))?;
+        drop(lock);
+    }
+    build(ui, session, l2)
+}
+
+/// What tells one state of the files from another; a file that is not there is a state too.
+fn contents<'a>(files: impl Iterator<Item = &'a PathBuf>) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for file in files {
+        hasher.write(&std::fs::read(file).unwrap_or_default());
+        hasher.write_u8(0xFF);
+    }
+    hasher.finish()
+}
+
+/// Waits for a change of a file that is no product of a build.
+fn wait(changes: &mpsc::Receiver<notify::Result<notify::Event>>) -> Result<()> {
+    loop {
+        match changes.recv_timeout(Duration::from_millis(200)) {
+            Ok(Ok(event)) if counts(&event) => break,
+            Ok(_) | Err(RecvTimeoutError::Timeout) => proc::check_interrupt()?,
+            Err(RecvTimeoutError::Disconnected) => anyhow::bail!("files are not watched any more"),
+        }
+    }
+    while changes.recv_timeout(SETTLED).is_ok() {
+        proc::check_interrupt()?;
+    }
+    Ok(())
+}
+
+fn counts(event: &notify::Event) -> bool {
+    let made = |path: &PathBuf| {
+        path.components().any(|part| part.as_os_str() == "target") || path.extension().is_some_and(|e| e == "o")
+    };
+    !matches!(event.kind, EventKind::Access(_)) && !event.paths.iter().all(made)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use notify::event::{AccessKind, ModifyKind};
+
+    #[test]
+    fn the_last_program_that_cargo_names_is_the_image() {
+        let text = concat!(
+            "   Compiling x\n{\"reason\":\"compiler-artifact\",\"executable\":null}\n",
+            "{\"reason\":\"compiler-artifact\",\"executable\":\"/t/l2\"}\n{\"reason\":\"build-finished\"}\n"
+        );
+        assert_eq!(text.lines().filter_map(executable).next_back(), Some(PathBuf::from("/t/l2")));
+    }
+
+    #[test]
+    fn reading_a_file_and_writing_a_product_are_no_changes() {
+        let event = |kind, path: &str| notify::Event::new(kind).add_path(path.into());
+        let modify = EventKind::Modify(ModifyKind::Any);
+        assert!(counts(&event(modify, "/p/main.c")));
+        assert!(!counts(&event(modify, "/p/target/x")));
+        assert!(!counts(&event(modify, "/p/main.o")));
+        assert!(!counts(&event(EventKind::Access(AccessKind::Any), "/p/main.c")));
+    }
+
+    #[test]
+    fn the_same_bytes_are_the_same_state() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("x");
+        let none = contents([&file].into_iter());
+        std::fs::write(&file, "1").unwrap();
+        let one = contents([&file].into_iter());
+        std::fs::write(&file, "1").unwrap();
+        assert_eq!(contents([&file].into_iter()), one);
+        assert_ne!(one, none);
+    }
+}
