@@ -36,7 +36,6 @@ pub extern "C" fn start(count: u64, warm_up: u64) -> ! {
 }
 
 /// Repeats one instruction.
-#[macro_export]
 macro_rules! repeat {
     ($count:ident, $($asm:tt)*) => {
         for _ in 0..$count {
@@ -45,3 +44,4 @@ macro_rules! repeat {
         }
     };
 }
+pub(crate) use repeat;

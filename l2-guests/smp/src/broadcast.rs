@@ -2,9 +2,7 @@
 //! guests that wait for one.
 
 use crate::{cpus, guest};
-use l2_kit::{
-    Check, apic, caps, cpu, fields as f, identity, protocol::Hex, report, serial::Serial, setup::Controls, smp, vmx,
-};
+use l2_kit::{Check, apic, caps, cpu, fields as f, identity, report, serial::Serial, setup::Controls, smp, vmx};
 
 /// All other CPUs, as destination shorthand.
 const OTHERS: u32 = 3 << 18;

@@ -55,6 +55,9 @@ pub fn run() -> Result<(), Stop> {
     result
 }
 
+/// A name, and what tampers so many times.
+type Attack = (&'static str, fn(u64));
+
 fn open_and_guarded() -> Result<(), Stop> {
     let mut open = Vm::with_ept(&plain())?;
     state();
@@ -67,7 +70,7 @@ fn open_and_guarded() -> Result<(), Stop> {
     state();
     guard(&vm);
     vm.row("ordinary_guarded", EVENTS, ordinary, &mut |_, _| false)?;
-    let attacks: [(&str, fn(u64)); 6] = [
+    let attacks: [Attack; 6] = [
         ("patch_code", patch_code),
         ("patch_idt", patch_idt),
         ("read_secret", read_secret),
