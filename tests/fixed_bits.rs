@@ -16,6 +16,7 @@ const CD: u64 = 1 << 30;
 const PG: u64 = 1 << 31;
 const VMXE: u64 = 1 << 13;
 const SMXE: u64 = 1 << 14;
+const FRED: u64 = 1 << 32;
 
 /// Processors whose CR4 has all bits, one bit less, SMXE alone beside what is needed, what a small one has.
 fn processors() -> impl Iterator<Item = Capabilities> {
@@ -43,7 +44,8 @@ fn what_the_msrs_offer_is_the_processor_s() {
             (msr::IA32_VMX_CR0_FIXED0, hardware.cr0_fixed0),
             (msr::IA32_VMX_CR0_FIXED1, hardware.cr0_fixed1),
             (msr::IA32_VMX_CR4_FIXED0, hardware.cr4_fixed0),
-            (msr::IA32_VMX_CR4_FIXED1, hardware.cr4_fixed1),
+            // FRED is not offered.
+            (msr::IA32_VMX_CR4_FIXED1, hardware.cr4_fixed1 & !FRED),
         ] {
             assert_eq!(caps.msr(index), Some(value), "{index:#x}");
         }

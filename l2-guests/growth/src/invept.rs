@@ -39,7 +39,7 @@ pub fn all() -> Result<(), Stop> {
         let mut guest = guest(&ept)?;
         // Every page of the window is one of the same 2 MiB: what counts is the number of entries.
         let entry =
-            |at: u64| frames + at % LARGE | WRITE_BACK | rights::RWX | if page == LARGE { LARGE_BIT } else { 0 };
+            |at: u64| (frames + at % LARGE) | WRITE_BACK | rights::RWX | if page == LARGE { LARGE_BIT } else { 0 };
         let mut mapped = 0;
         for &mib in sizes {
             let bytes = mib << 20;

@@ -219,7 +219,7 @@ fn one(guest: &mut Guest, mode: Mode, choice: Choice) -> ([u64; 13], [u64; 13]) 
     let field_efer = own & !(LME | LMA | SCE) | bit_lme | bit_lma;
 
     let bits = |on, control: u32| if on { u64::from(control) } else { 0 };
-    // SAFETY of the addresses: this image lies below 4 GiB.
+    // SAFETY: a label is entered as a function is, by the guest that starts there; this image lies below 4 GiB.
     let program: Program = unsafe { core::mem::transmute(vmxtest_unrestricted as *const ()) };
     guest.start(program, mode.tables);
     for (field, value) in [

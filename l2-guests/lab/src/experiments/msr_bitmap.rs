@@ -4,8 +4,8 @@
 //! CPU looks at it before it exits. Under nvmx the guest runs by a bitmap merged from nvmx's and its hypervisor's.
 
 use crate::{
+    guest::repeat,
     record::{Stop, native},
-    repeat,
     vm::{Vm, advance, intercept, plain},
 };
 use l2_kit::{cpu::CSTAR, vmx::reason as r};

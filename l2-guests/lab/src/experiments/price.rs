@@ -5,9 +5,8 @@
 //! adds it by a model, or measures cycles where there is a real processor.
 
 use crate::{
-    guest::call,
+    guest::{call, repeat},
     record::{Stop, native},
-    repeat,
     vm::{Vm, advance, answer_cpuid, answer_rdtsc, plain},
 };
 use core::arch::asm;

@@ -5,8 +5,9 @@
 //! can be executed and not read), "Guest/Host Masks and Read Shadows for CR0 and CR4", "MSR-Bitmap Address".
 
 use crate::{
+    guest::repeat,
     record::{self, Stop, WARM_UP},
-    repeat, rings,
+    rings,
     store::{emulate, store},
     vm::{Vm, advance, extended_features, intercept, plain},
 };

@@ -315,7 +315,7 @@ impl World {
         let size = if pae { 8 } else { 4 };
         let entry = |table: Page, n: u32, value: u32| self.put32(table, n * size, value);
         for n in 0..PAGES as u32 {
-            entry(Page::Table, n, physical(Page::Gdt) + n * 4096 | PRESENT | 4);
+            entry(Page::Table, n, (physical(Page::Gdt) + n * 4096) | PRESENT | 4);
         }
         for n in 0..if pae { 512 } else { 1024 } {
             entry(Page::LowTable, n, n << 12 | PRESENT | 4);
@@ -332,7 +332,7 @@ impl World {
             self.put32(Page::Directories, of_high, table);
             self.put32(Page::Directories, of_high + 8, 0);
             for top in [Page::Top, Page::OtherTop] {
-                (0..4).for_each(|n| entry(top, n, physical(Page::Directories) + n * 4096 | 1));
+                (0..4).for_each(|n| entry(top, n, (physical(Page::Directories) + n * 4096) | 1));
             }
         } else {
             for top in [Page::Top, Page::OtherTop] {
