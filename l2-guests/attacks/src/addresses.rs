@@ -145,7 +145,7 @@ fn defaults(lab: &mut Lab, extra: Extra) {
     if extra.pin & pin::POSTED_INTERRUPTS != 0 {
         vmx::write(f::POSTED_INT_VECTOR, 0xF2);
         vmx::write(f::GUEST_INTERRUPT_STATUS, 0);
-        [f::EOI_EXIT0, f::EOI_EXIT1, f::EOI_EXIT2, f::EOI_EXIT3].map(|field| vmx::write(field, 0));
+        [f::EOI_EXIT0, f::EOI_EXIT1, f::EOI_EXIT2, f::EOI_EXIT3].into_iter().for_each(|field| vmx::write(field, 0));
     }
 }
 

@@ -32,8 +32,11 @@ use lab::{Choice, Lab};
 
 l2_kit::entry!(main);
 
+/// A name, and what tries the attacks of that kind.
+type Part = (&'static str, fn(&mut Lab));
+
 /// The parts, in order.
-const PARTS: &[(&str, fn(&mut Lab))] = &[
+const PARTS: &[Part] = &[
     ("memory", memory::all),
     ("addresses", addresses::all),
     ("controls", controls::all),

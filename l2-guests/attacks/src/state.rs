@@ -214,7 +214,7 @@ pub fn all(lab: &mut Lab) {
             lab.guest.start(around, block as u64);
             let mut exits = 0;
             let own = lab.random.next();
-            let seen = loop {
+            loop {
                 match lab.run() {
                     Exit::Done(_) => break judge(block),
                     Exit::Reason(reason::CPUID) => {
@@ -231,8 +231,7 @@ pub fn all(lab: &mut Lab) {
                     break Seen::of("too many exits").escaped_if(true);
                 }
                 lab.guest.skip();
-            };
-            seen
+            }
         });
     }
     lab.attack(format_args!("what L3 leaves in shared registers"), Told::Same, |lab| {
@@ -240,8 +239,8 @@ pub fn all(lab: &mut Lab) {
         let block = block(lab, one::nothing);
         lab.guest.execute(around, block as u64);
         let mut own = EMPTY;
-        // SAFETY: the lab's page; only CR2 is looked at.
         own.special[0] = cpu::cr2();
+        // SAFETY: the lab's page; only CR2 is looked at.
         let left = unsafe { (*block).before.special[0] };
         Seen::of(own.special[0] == left)
     });

@@ -438,7 +438,7 @@ impl Case<'_> {
         };
         let bytes = self.bytes();
         for (n, byte) in (0..bytes).zip(u128::from(value).to_le_bytes()) {
-            if let Some(at) = physical(place.operand + n & mask) {
+            if let Some(at) = physical((place.operand + n) & mask) {
                 poke(at, byte);
             }
         }
@@ -740,7 +740,7 @@ pub fn window() -> [u64; 2] {
 fn hash(mut registers: [u64; 10], running: &Running) -> u32 {
     let masks = running.compared.into_iter().chain([u64::MAX; 3]).chain([COMPARED_FLAGS]);
     registers.iter_mut().zip(masks).for_each(|(register, mask)| *register &= mask);
-    let memory = (0..running.operand_bytes).filter_map(|n| physical(running.operand + n & running.mask)).map(|at| {
+    let memory = (0..running.operand_bytes).filter_map(|n| physical((running.operand + n) & running.mask)).map(|at| {
         // SAFETY: the test's own memory.
         unsafe { core::ptr::read_volatile(at as *const u8) }
     });

@@ -84,7 +84,9 @@ pub fn all(lab: &mut Lab) {
                 vmx::write(f::POSTED_INT_VECTOR, VECTOR.into());
                 vmx::write(f::POSTED_INT_DESCRIPTOR, at + lab.random.below(64) * 64);
                 vmx::write(f::GUEST_INTERRUPT_STATUS, 0);
-                [f::EOI_EXIT0, f::EOI_EXIT1, f::EOI_EXIT2, f::EOI_EXIT3].map(|field| vmx::write(field, 0));
+                [f::EOI_EXIT0, f::EOI_EXIT1, f::EOI_EXIT2, f::EOI_EXIT3]
+                    .into_iter()
+                    .for_each(|field| vmx::write(field, 0));
                 let exit = lab.execute(interrupt_oneself, 7);
                 if exit == Exit::Reason(reason::EXTERNAL_INTERRUPT) {
                     apic::eoi();

@@ -56,7 +56,7 @@ pub fn all(lab: &mut Lab) {
                 lab.guest.map_linear(FAR_LINEAR, FAR | at & (size - 1) & !(PAGE - 1));
                 if kind == "fetched" && !inside(at) {
                     // SAFETY: ordinary memory beside the range: `mov eax, 0x77; ret`.
-                    unsafe { ptr::write_volatile(at as *mut u64, 0x90_90C3_0000_0077_B8) };
+                    unsafe { ptr::write_volatile(at as *mut u64, 0x9090_C300_0000_77B8) };
                 }
                 no_end_inside(access(lab, program, FAR_LINEAR), at)
             });

@@ -150,7 +150,7 @@ fn prepare(lab: &mut Lab, variant: u64) {
         words.fill(0);
         words[TAG as usize] = tag(frame);
         // mov eax, tag; ret
-        words[CODE as usize] = 0x90_90C3_0000_0000_B8 | tag(frame) << 8;
+        words[CODE as usize] = 0x9090_C300_0000_00B8 | tag(frame) << 8;
         if frame < ROOTS as u64 {
             words[0] = identity;
         }
@@ -323,7 +323,7 @@ impl<'a> Worker<'a> {
         let (before, may) = shared()
             .history
             .locked(|log| (log.length(), self.oracle.allowed(log, self.root, at, kind, log.length(), arena)));
-        if may.outside && (kind != Kind::Read || may.far) || may.far {
+        if may.far || may.outside && kind != Kind::Read {
             return;
         }
         let value = self.random.next() | 1;
