@@ -9,8 +9,8 @@ use anyhow::Result;
 use l2_protocol::{Kind, Level};
 
 /// Attacks there are at least on one CPU, and tries.
-const ATTACKS: u64 = 600;
-const TRIES: u64 = 1_200;
+const ATTACKS: u64 = 730;
+const TRIES: u64 = 1_470;
 /// Parts in which CPUs race.
 const RACES: &str = "part=races,roles";
 

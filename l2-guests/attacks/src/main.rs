@@ -17,6 +17,7 @@ mod memory;
 mod place;
 mod races;
 mod random;
+mod rings;
 mod roles;
 mod soak;
 mod state;
@@ -42,6 +43,7 @@ const PARTS: &[Part] = &[
     ("controls", controls::all),
     ("state", state::all),
     ("liveness", liveness::all),
+    ("rings", rings::all),
     ("races", races::all),
     ("roles", roles::all),
     ("soak", soak::all),
