@@ -7,6 +7,9 @@ use l2_protocol::{Kind, OwnedRecord};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
+/// What nvmx's first sight of a page takes at most, in instructions.
+pub const FIRST_SIGHT_TICKS: f64 = 2000.0;
+
 /// The format of the file.
 pub const SCHEMA: &str = "nvmx-lab/1";
 
@@ -148,6 +151,13 @@ impl Figures {
     pub fn count(&self, stack: Stack, row: &str, key: &str) -> Option<f64> {
         let row = self.boots.get(stack.name())?.rows.get(row)?;
         Some(row.get(key).copied().unwrap_or(0.0))
+    }
+
+    /// How far the ticks of two rows may be apart that take the same: with nvmx twice the bracket of either, or the empty
+    /// one that is taken off, may hold the lower nvmx's first sight of a page.
+    pub fn slack(&self, stack: Stack, row: &str) -> f64 {
+        let sight = if stack == Stack::Twice { FIRST_SIGHT_TICKS } else { 0.0 };
+        0.1 + sight / self.get(stack, row, "count").unwrap_or(1.0).max(1.0)
     }
 
     /// What the machine lacks for an experiment.

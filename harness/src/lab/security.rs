@@ -49,7 +49,8 @@ fn judge(figures: &Figures) -> Judgement {
             exits == 0.0,
         );
         let (open, guarded) = (figures.get(stack, OPEN, "ticks"), figures.get(stack, GUARDED, "ticks"));
-        let same = open.zip(guarded).is_some_and(|(a, b)| !figures.counted() || (a - b).abs() < 0.1);
+        let slack = figures.slack(stack, GUARDED);
+        let same = open.zip(guarded).is_some_and(|(a, b)| !figures.counted() || (a - b).abs() < slack);
         asserts.that(format!("{level}: it takes what it takes in an open guest"), same);
         for (name, row) in ATTACKS.iter().filter(|(_, row)| {
             !(lacks("execute-only") && row.contains("secret") || lacks("SMEP") && row.contains("smep"))

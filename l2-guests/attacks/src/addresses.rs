@@ -86,7 +86,7 @@ pub fn all(lab: &mut Lab) {
                 let page = lab.pages[3];
                 let low = if field == f::EPTP { 0x1E } else { 0 };
                 let value = match bad {
-                    "unaligned" if field == f::EPTP => page | low | 1 << (7 + lab.random.below(5)),
+                    "unaligned" if field == f::EPTP => page | low | 1 << (8 + lab.random.below(4)),
                     "unaligned" => page | 1 << lab.random.below(aligned.count_ones().into()),
                     "beyond the width" => {
                         page | low | 1 << (u64::from(width) + lab.random.below(52 - u64::from(width)))

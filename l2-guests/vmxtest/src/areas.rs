@@ -51,7 +51,8 @@ const MSRS: [core::ops::RangeInclusive<u32>; 38] = [
     0x345..=0x345,
     0x38D..=0x390,
     0x3F1..=0x3F1,
-    0x480..=0x493,
+    // Not 492H and 493H: they are there with tertiary and secondary VM-exit controls, which not every hypervisor offers.
+    0x480..=0x491,
     0x6E0..=0x6E0,
     0x802..=0x808,
     0xDA0..=0xDA0,

@@ -68,6 +68,8 @@ const SECONDARY_NOT_SET_UP: u64 = 0x0082_4000;
 const EXIT_NOT_SET_UP: u64 = 1 << 12 | 1 << 27 | 1 << 28 | 1 << 29 | 1 << 30 | 1 << 31;
 const ENTRY_NOT_SET_UP: u64 = 1 << 10 | 1 << 11 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 22;
 const EPTP_AD: u64 = 1 << 6;
+/// Rights of supervisor shadow-stack pages, which not every hypervisor offers.
+const EPTP_SHADOW_STACKS: u64 = 1 << 7;
 /// What the SDM defines of CR4.
 const CR4_DEFINED: u64 = 0x1_1BFF_7FFF;
 const SHUTDOWN: u64 = 1 << 1;
@@ -105,7 +107,7 @@ const STATE: &[(u32, u64)] = &[
     (f::IO_BITMAP_A, IN_PAGE | BEYOND),
     (f::IO_BITMAP_B, IN_PAGE | BEYOND),
     (f::MSR_BITMAP, IN_PAGE | BEYOND),
-    (f::EPTP, IN_PAGE | BEYOND),
+    (f::EPTP, IN_PAGE & !EPTP_SHADOW_STACKS | BEYOND),
     (f::VIRTUAL_APIC, IN_PAGE | BEYOND),
     (f::APIC_ACCESS, IN_PAGE | BEYOND),
     (f::POSTED_INT_DESCRIPTOR, IN_PAGE | BEYOND),
