@@ -59,8 +59,18 @@ pub const WAIVERS: &[Waiver] = &[
     },
     Waiver {
         id: "kvm-timer",
-        checks: &["random base with a timer"],
-        why: "KVM keeps the preemption timer by a clock of its own, and a guest that ends soon is not stopped by it",
+        checks: &[
+            "random base with a timer",
+            "preemption timer of 30000 over exits of the hypervisor below",
+            "preemption timer of 100000 over exits of the hypervisor below",
+            "preemption timer of 1000000 over exits of the hypervisor below",
+        ],
+        why: "KVM keeps the preemption timer by a clock of its own: a guest that ends soon is not stopped by it, others late",
+    },
+    Waiver {
+        id: "kvm-error-code",
+        checks: &["inject #NP without an error code", "inject #UD with an error code"],
+        why: "KVM does not offer the injection of exceptions with any error code (IA32_VMX_BASIC bit 56)",
     },
     Waiver {
         id: "kvm-vmread-canonical",
