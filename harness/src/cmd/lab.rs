@@ -7,6 +7,7 @@ use crate::error::Stop;
 use crate::lab::figures::Figures;
 use crate::lab::stacks::{self, Stack};
 use crate::lab::{self, EXPERIMENTS, Experiment, Verdict, pages, text};
+use crate::output::Output;
 use crate::paths::Paths;
 use crate::session::Session;
 use crate::transcript::{Line, Transcript};
@@ -57,10 +58,10 @@ pub fn run(ui: &Ui, args: &LabArgs) -> Result<()> {
     }
     if let Some(path) = &args.json {
         let text = serde_json::to_string_pretty(&as_json(&figures, &plan.wanted))? + "\n";
-        if path.as_os_str() == "-" { print!("{text}") } else { pages::write(path, &text)? }
+        Output::prepare(path)?.write(&text)?;
     }
     if let Some(path) = &args.report {
-        pages::write(path, &lab::html(&figures, &plan.wanted))?;
+        Output::prepare(path)?.write(&lab::html(&figures, &plan.wanted))?;
         ui.line(&format!("the report is {}", path.display()));
     }
     if args.bless {

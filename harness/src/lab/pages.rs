@@ -4,6 +4,7 @@ use super::EXPERIMENTS;
 use super::figures::FIRST_SIGHT_TICKS;
 use super::figures::{Boot, Figures, SCHEMA};
 use super::text;
+use crate::output::Output;
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 
@@ -65,21 +66,8 @@ pub fn bless(root: &Path, figures: &Figures) -> Result<()> {
     let json = serde_json::to_string_pretty(figures)? + "\n";
     std::fs::create_dir_all(root.join("docs/lab"))?;
     for (path, text) in rendered(root, figures)?.into_iter().chain([(figures_file(root), json)]) {
-        write(&path, &text)?;
+        Output::prepare(&path)?.write(&text)?;
     }
-    Ok(())
-}
-
-/// A file, whole or not at all.
-///
-/// # Errors
-/// If it cannot be written.
-pub fn write(path: &Path, text: &str) -> Result<()> {
-    let problem = || format!("cannot write {}", path.display());
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let file = tempfile::NamedTempFile::new_in(folder).with_context(problem)?;
-    std::fs::write(file.path(), text).with_context(problem)?;
-    file.persist(path).with_context(problem)?;
     Ok(())
 }
 
