@@ -9,13 +9,18 @@
 
 pub mod addr;
 pub mod boot;
+pub mod cpu;
 pub mod emul;
 pub mod ept;
-pub mod error;
+pub mod guest;
 #[allow(unsafe_code)]
 pub mod hw;
 pub mod mm;
 pub mod nested;
+pub mod rules;
+pub mod run;
 pub mod sync;
-pub mod vcpu;
+pub mod trace;
+pub mod vmcs;
 pub mod vmx;
+pub mod x86;

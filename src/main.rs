@@ -8,24 +8,16 @@ use core::{fmt::Display, panic::PanicInfo};
 
 use l2_protocol::Kind;
 use log::{LevelFilter, error, info, warn};
-use nvmx::{
-    boot::{
-        BootInfo, Cpu, CpuList, Machine, Options, Processor,
-        acpi::{self, AcpiError},
-        identity,
-        info::InfoError,
-        int15,
-    },
-    hw::{
-        self,
-        boot::{Handover, Home},
-        cpu,
-        epitaph::{self, Status},
-        msr, serial,
-    },
-    mm::{GuestMemory, l2_image, map::RangeKind, mtrr::Mtrrs},
-    vcpu::{self, Decided},
-};
+use nvmx::boot::acpi::{self, AcpiError};
+use nvmx::boot::info::InfoError;
+use nvmx::boot::{BootInfo, Cpu, CpuList, Options, Processor, identity, int15, l2_image};
+use nvmx::hw::boot::{Handover, Home};
+use nvmx::hw::epitaph::{self, Status};
+use nvmx::hw::{self, cpu, msr, serial};
+use nvmx::mm::GuestMemory;
+use nvmx::mm::map::RangeKind;
+use nvmx::mm::mtrr::Mtrrs;
+use nvmx::run::{self, Decided, Machine};
 use raw_cpuid::CpuId;
 
 nvmx::entry_point!(main);
@@ -105,7 +97,7 @@ fn assemble(home: Home, info: &BootInfo, options: Options, processor: Processor)
 /// Starts it.
 fn start(machine: Machine) -> ! {
     info!("L2 starts at {} by {:?}", machine.start.entry, machine.start.protocol);
-    vcpu::start(machine, announce)
+    run::start(machine, announce)
 }
 
 /// Says what runs.

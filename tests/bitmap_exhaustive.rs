@@ -4,11 +4,11 @@ mod core_support;
 
 use core_support::rich;
 use nvmx::addr::{Gpa, Hpa};
-use nvmx::emul::msr::{By, bitmap_word};
 use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, PhysMem, Span};
-use nvmx::nested::caps::offered;
-use nvmx::nested::merge::{MsrIntercepts, msr_bitmaps};
+use nvmx::rules::caps::offered;
+use nvmx::rules::merge::{MsrIntercepts, msr_bitmaps};
+use nvmx::vmcs::msrs::{By, bitmap_word};
 use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap, is_shadowed, shadow_bitmap, shadow_index};
 use nvmx::vmx::field::{Area, Home, Width};
 use nvmx::vmx::{Capabilities, Field};

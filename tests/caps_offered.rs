@@ -3,10 +3,11 @@
 mod core_support;
 
 use core_support::{rich, rich_msr};
-use nvmx::nested::caps::{self, offered};
+use nvmx::rules::caps::{self, offered};
 use nvmx::vmx::bitmap::{Access, is_shadowed};
 use nvmx::vmx::caps::{Allowed, Capabilities, Misc, msr};
 use nvmx::vmx::controls::Controls;
+use nvmx::vmx::region::REVISION;
 use nvmx::vmx::requirements::REQUIREMENTS;
 use nvmx::vmx::{EntryControls, ExitControls, Field, PinControls, PrimaryControls, SecondaryControls};
 use proptest::prelude::*;
@@ -175,8 +176,8 @@ fn vm_functions_are_those_that_hardware_has_and_nvmx_implements_and_need_ept() {
 #[test]
 fn regions_are_nvmx_s_own() {
     let o = offered(&rich());
-    assert_eq!(o.basic.revision(), caps::REVISION);
-    assert_eq!(caps::REVISION >> 31, 0, "bit 31 marks a shadow VMCS");
+    assert_eq!(o.basic.revision(), REVISION);
+    assert_eq!(REVISION >> 31, 0, "bit 31 marks a shadow VMCS");
     assert_eq!((o.basic.region_size(), o.basic.memory_type()), (4096, 6));
     assert!(!o.basic.addresses_limited_to_32_bits());
 }
@@ -311,7 +312,7 @@ fn addresses_and_registers_are_judged_by_the_machine_s_widths() {
 fn miscellaneous_data_is_read_by_its_bits() {
     let misc = Misc(7 | 3 << 16 | 2 << 25);
     assert_eq!((misc.preemption_timer_shift(), misc.cr3_targets(), misc.max_msr_list()), (7, 3, 1536));
-    assert_eq!(u64::from(offered(&rich()).misc.max_msr_list()), nvmx::nested::msr_lists::MAX_ENTRIES);
+    assert_eq!(u64::from(offered(&rich()).misc.max_msr_list()), nvmx::vmcs::msr_lists::MAX_ENTRIES);
     for (bits, supported) in [(0, 0b0001), (1 << 6, 0b0011), (1 << 7, 0b0101), (1 << 8, 0b1001)] {
         for state in 0..4 {
             assert_eq!(Misc(bits).supports_activity(state), supported >> state & 1 == 1, "{bits:#x} {state}");

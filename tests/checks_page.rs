@@ -1,12 +1,12 @@
 //! The table in docs/checks.md is that of the code: every rule with its name, its function, and what breaks it in tests.
 
-use nvmx::nested::checks::CheckId;
+use nvmx::rules::checks::CheckId;
 use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
-const BEGIN: &str = "<!-- rules of src/nested/checks: begin -->\n";
-const END: &str = "<!-- rules of src/nested/checks: end -->\n";
+const BEGIN: &str = "<!-- rules of src/rules/checks: begin -->\n";
+const END: &str = "<!-- rules of src/rules/checks: end -->\n";
 
 fn read(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
@@ -14,7 +14,7 @@ fn read(path: &str) -> String {
 
 /// The files with rules, by module; the one with their names, and what only maps them, apart.
 fn modules() -> Vec<(String, String)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/nested/checks");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/rules/checks");
     let mut all: Vec<_> = fs::read_dir(folder)
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -48,7 +48,7 @@ fn function(modules: &[(String, String)], check: CheckId) -> String {
             }
         }
     }
-    panic!("no function of src/nested/checks decides {check}");
+    panic!("no function of src/rules/checks decides {check}");
 }
 
 fn count(text: &str, word: &str) -> usize {
@@ -85,7 +85,7 @@ fn the_table_of_rules_is_that_of_the_code() {
 #[test]
 fn every_name_that_vmxtest_expects_is_one_of_a_rule_or_an_error() {
     let boot = read("l2-guests/vmxtest/src/explained.rs");
-    let errors = read("src/error.rs");
+    let errors = read("src/vmx/error.rs");
     let names = boot.split('"').skip(1).step_by(2).filter(|word| word.starts_with(|c: char| c.is_uppercase()));
     let mut known = 0;
     for name in names.filter(|name| name.chars().all(char::is_alphanumeric)) {

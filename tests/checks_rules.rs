@@ -5,15 +5,15 @@ mod core_support;
 
 use core_support::broken::*;
 use core_support::{CONTEXT, Memory, Vmcs, rich, valid_vmcs12};
-use nvmx::error::VmxError;
-use nvmx::nested::caps::{REVISION, offered};
-use nvmx::nested::checks::{
+use nvmx::rules::caps::offered;
+use nvmx::rules::checks::{
     CheckId, Failure, GuestFailure, check_cached_controls, check_controls, check_guest, check_guest_beyond_hardware,
     check_host, check_live_controls, check_virtual_tpr, msr_load_failure,
 };
 use nvmx::vmx::caps::{Basic, EptVpid};
 use nvmx::vmx::field::{Area, Home};
-use nvmx::vmx::{Capabilities, Field, Field::*, Fields};
+use nvmx::vmx::region::REVISION;
+use nvmx::vmx::{Capabilities, Field, Field::*, Fields, VmxError};
 use std::collections::BTreeSet;
 
 /// What a group of rules came to: the first that failed, with what L2 gets to see.
@@ -408,7 +408,7 @@ fn events_that_each_activity_state_takes() {
 #[test]
 fn all_broken_rules_begin_with_the_one_that_is_reported() {
     let (caps, memory) = (caps(), Memory::default());
-    let all = |v: &Vmcs| nvmx::nested::checks::all_broken(v, &caps, true, &CONTEXT, &memory);
+    let all = |v: &Vmcs| nvmx::rules::checks::all_broken(v, &caps, true, &CONTEXT, &memory);
     assert!(all(&valid_vmcs12(&caps)).is_empty());
     for (check, change) in CASES {
         let mut v = valid_vmcs12(&caps);

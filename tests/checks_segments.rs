@@ -4,8 +4,8 @@
 mod core_support;
 
 use core_support::{CONTEXT, Memory, Vmcs, rich, valid_vmcs12};
-use nvmx::nested::caps::offered;
-use nvmx::nested::checks::check_guest;
+use nvmx::rules::caps::offered;
+use nvmx::rules::checks::check_guest;
 use nvmx::vmx::Field::*;
 use nvmx::vmx::segment::{AccessRights, Segment};
 use nvmx::vmx::{Capabilities, Fields};

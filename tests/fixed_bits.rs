@@ -5,8 +5,8 @@ mod core_support;
 
 use core_support::{CONTEXT, Memory, Vmcs, rich, valid_vmcs12};
 use nvmx::emul::cr::{Mode, write_cr0, write_cr4};
-use nvmx::nested::caps::offered;
-use nvmx::nested::checks::{CheckId, check_guest, check_host};
+use nvmx::rules::caps::offered;
+use nvmx::rules::checks::{CheckId, check_guest, check_host};
 use nvmx::vmx::caps::msr;
 use nvmx::vmx::{Capabilities, Field, Fields};
 

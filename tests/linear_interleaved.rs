@@ -2,10 +2,10 @@
 //! walk: what that CPU wrote is never lost and never brought back, and no walk goes on for ever.
 
 use nvmx::addr::{Gpa, Hpa};
-use nvmx::error::Fault;
 use nvmx::mm::linear::{AccessError, DataAccess, Paging, WALKS};
 use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, PhysMem, Span};
+use nvmx::x86::Fault;
 use std::cell::RefCell;
 
 /// Memory in which another CPU acts before the access with a certain number, or before each.

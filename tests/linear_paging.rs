@@ -3,10 +3,10 @@
 //! Source of the reference: Intel SDM vol. 3A, chapter "Paging", tables of entry formats and "Page-Fault Exceptions".
 
 use nvmx::addr::{Gpa, PAGE_SIZE};
-use nvmx::error::Fault;
 use nvmx::mm::linear::{AccessError, DataAccess, PageKind, Paging, Privilege, fetch_pdptes, pdptes_are_valid};
 use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, NotOwned, Span};
+use nvmx::x86::Fault;
 use proptest::prelude::*;
 
 const PAGES: u64 = 16;

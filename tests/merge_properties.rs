@@ -4,9 +4,9 @@ mod core_support;
 
 use core_support::{APIC_PAGES, Vmcs, rich, rich_msr, valid_vmcs12};
 use nvmx::addr::Hpa;
-use nvmx::nested::caps::offered;
-use nvmx::nested::checks::{ControlsChecked, check_cached_controls};
-use nvmx::nested::merge::{ApicPages, Duties, NvmxNeeds, Translated, Vmcs02Controls, merge};
+use nvmx::rules::caps::offered;
+use nvmx::rules::checks::{ControlsChecked, check_cached_controls};
+use nvmx::rules::merge::{ApicPages, Duties, NvmxNeeds, Translated, Vmcs02Controls, merge};
 use nvmx::vmx::caps::msr;
 use nvmx::vmx::{
     Capabilities, EntryControls, ExitControls, Field, Field::*, Fields, PinControls, PrimaryControls, SecondaryControls,

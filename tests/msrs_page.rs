@@ -1,7 +1,7 @@
 //! docs/msrs.md is the policy of the code: each MSR with its verdicts and the reason, and what CPUID does not show.
 
-use nvmx::emul::hidden::{EMPTY, HIDDEN};
-use nvmx::emul::msr_policy::{BEYOND, Row, TABLE, UNLISTED, Verdict};
+use nvmx::rules::hidden::{EMPTY, HIDDEN};
+use nvmx::rules::msr_policy::{BEYOND, Row, TABLE, UNLISTED, Verdict};
 use std::fmt::Write;
 
 const PAGE: &str = include_str!("../docs/msrs.md");

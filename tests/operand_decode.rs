@@ -3,10 +3,10 @@
 mod core_support;
 
 use core_support::Vmcs;
-use nvmx::error::Fault;
 use nvmx::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, behind};
 use nvmx::vmx::segment::Segment;
 use nvmx::vmx::{Field, Fields};
+use nvmx::x86::Fault;
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::select;

@@ -2,7 +2,7 @@
 
 mod core_support;
 
-use nvmx::nested::route::{ExitInfo, L2Wants, Route, route};
+use nvmx::rules::route::{ExitInfo, L2Wants, Route, route};
 use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap};
 use nvmx::vmx::event::{EventInfo, EventKind};
 use nvmx::vmx::{BasicReason, ExitReason, PinControls, PrimaryControls, SecondaryControls};

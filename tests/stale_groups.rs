@@ -4,10 +4,10 @@ mod core_support;
 
 use core_support::{APIC_PAGES, Vmcs, rich, valid_vmcs12};
 use nvmx::addr::Hpa;
-use nvmx::nested::caps::offered;
-use nvmx::nested::checks::{check_cached_controls, check_host, host_field_holds};
-use nvmx::nested::merge::{NvmxNeeds, Translated, Vmcs02Controls, merge};
-use nvmx::nested::stale::Stale;
+use nvmx::rules::caps::offered;
+use nvmx::rules::checks::{check_cached_controls, check_host, host_field_holds};
+use nvmx::rules::merge::{NvmxNeeds, Translated, Vmcs02Controls, merge};
+use nvmx::vmcs::stale::Stale;
 use nvmx::vmx::field::Home;
 use nvmx::vmx::{Capabilities, Field, Fields, PrimaryControls};
 use proptest::prelude::*;

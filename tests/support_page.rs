@@ -1,13 +1,13 @@
 //! The table of controls in docs/support.md is that of the code: what is offered, how, what is refused, and why.
 
-use nvmx::nested::caps::{ENTRY, EXIT, Offer, PIN, PRIMARY, SECONDARY};
-use nvmx::nested::refused::{self, Refusal};
+use nvmx::rules::caps::{ENTRY, EXIT, Offer, PIN, PRIMARY, SECONDARY};
+use nvmx::rules::refused::{self, Refusal};
 use nvmx::vmx::controls::Controls;
 use std::fmt::Write;
 
 const PAGE: &str = include_str!("../docs/support.md");
-const BEGIN: &str = "<!-- controls of src/nested/caps.rs: begin -->\n";
-const END: &str = "<!-- controls of src/nested/caps.rs: end -->\n";
+const BEGIN: &str = "<!-- controls of src/rules/caps.rs: begin -->\n";
+const END: &str = "<!-- controls of src/rules/caps.rs: end -->\n";
 
 fn rows<C: Controls>(out: &mut String, title: &str, offers: &[Offer<C>], refusals: &[Refusal<C>]) {
     write!(out, "\n### {title}\n\n| control | state | how, or why not |\n|---|---|---|\n").unwrap();

@@ -3,7 +3,7 @@
 use nvmx::addr::Gpa;
 use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, NotOwned, Span};
-use nvmx::nested::vmcs12::{FieldSet, Vmcs12};
+use nvmx::vmcs::vmcs12::{FieldSet, Vmcs12};
 use nvmx::vmx::Field;
 use nvmx::vmx::field::Home;
 use proptest::prelude::*;

@@ -9,7 +9,7 @@ use arrayvec::ArrayVec;
 
 use crate::{
     addr::Hpa,
-    boot::{multiboot1::layout, multiboot2::tag},
+    boot::multiboot::{layout, tag},
     mm::PhysMem,
 };
 

@@ -1,4 +1,4 @@
-//! From the loader to a [`Machine`]: the command line, what the loader and firmware say, what the processor must have.
+//! What stands before the first instruction of L2: the command line, what the loader and firmware say, what the processor must have.
 //!
 //! Everything here is pure: it reads tables through [`PhysMem`](crate::mm::PhysMem) and returns values. What touches the
 //! machine is in `hw::boot`.
@@ -8,15 +8,18 @@ pub mod extras;
 pub mod identity;
 pub mod info;
 pub mod int15;
+pub mod l2_image;
 pub mod layout;
 pub mod machine;
+pub mod multiboot;
 pub mod multiboot1;
 pub mod multiboot2;
 pub mod options;
 pub mod pvh;
+mod read;
 pub mod requirements;
 
 pub use info::BootInfo;
-pub use machine::{Cpu, CpuList, Machine};
+pub use machine::{Cpu, CpuList};
 pub use options::Options;
 pub use requirements::Processor;

@@ -4,48 +4,15 @@
 
 use crate::{
     addr::Hpa,
-    boot::info::{BootInfo, InfoError, Module, Rsdp, read_command_line, read_text},
+    boot::{
+        info::{BootInfo, InfoError, Module, Rsdp, read_command_line, read_text},
+        multiboot::tag,
+    },
     mm::{PhysMem, Span, map::RangeKind},
 };
 
 /// What EAX holds when a multiboot2 loader starts an image.
 pub const BOOT_MAGIC: u32 = 0x36D7_6289;
-
-/// Types of tags; shared with what nvmx writes for L2.
-pub mod tag {
-    /// End of the list
-    pub const END: u32 = 0;
-    /// Command line
-    pub const COMMAND_LINE: u32 = 1;
-    /// Name of the loader
-    pub const LOADER_NAME: u32 = 2;
-    /// A module
-    pub const MODULE: u32 = 3;
-    /// `mem_lower` and `mem_upper`
-    pub const MEMORY: u32 = 4;
-    /// The BIOS's boot device
-    pub const BOOT_DEVICE: u32 = 5;
-    /// Memory map
-    pub const MAP: u32 = 6;
-    /// VBE
-    pub const VBE: u32 = 7;
-    /// Framebuffer
-    pub const FRAMEBUFFER: u32 = 8;
-    /// APM table
-    pub const APM: u32 = 10;
-    /// Pointer to the EFI system table of 32-bit firmware
-    pub const EFI32: u32 = 11;
-    /// Pointer to the EFI system table of 64-bit firmware
-    pub const EFI64: u32 = 12;
-    /// SMBIOS tables
-    pub const SMBIOS: u32 = 13;
-    /// Copy of an ACPI 1.0 RSDP
-    pub const RSDP_OLD: u32 = 14;
-    /// Copy of an RSDP of ACPI 2.0 or later
-    pub const RSDP_NEW: u32 = 15;
-    /// What DHCP said
-    pub const NETWORK: u32 = 16;
-}
 
 /// Longest information that is read, in bytes; longer ones are malformed.
 const MAX_SIZE: u64 = 0x10_0000;

@@ -8,13 +8,7 @@ use arrayvec::{ArrayString, ArrayVec};
 use raw_cpuid::{CpuId, CpuIdReader, Hypervisor};
 
 use crate::vmx::caps::Capabilities;
-
-/// Index of IA32_FEATURE_CONTROL.
-pub const IA32_FEATURE_CONTROL: u32 = 0x3A;
-/// IA32_FEATURE_CONTROL: what it says holds until reset.
-pub const LOCKED: u64 = 1 << 0;
-/// IA32_FEATURE_CONTROL: VMXON is allowed outside SMX operation.
-pub const VMX_OUTSIDE_SMX: u64 = 1 << 2;
+use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX, IA32_FEATURE_CONTROL};
 
 const IA32_TME_ACTIVATE: u32 = 0x982;
 
@@ -88,7 +82,7 @@ impl Processor {
             missing.push(Missing::Vmx);
             return Err(missing);
         }
-        if rdmsr(IA32_FEATURE_CONTROL) & (LOCKED | VMX_OUTSIDE_SMX) == LOCKED {
+        if rdmsr(IA32_FEATURE_CONTROL) & (FEATURE_LOCK | FEATURE_VMX) == FEATURE_LOCK {
             missing.push(Missing::EnabledByFirmware);
         }
         let encrypts = cpuid.get_extended_feature_info().is_some_and(|f| f.has_tme_en());
@@ -209,7 +203,7 @@ mod tests {
 
     #[test]
     fn every_missing_requirement_is_listed() {
-        let texts = texts(examine(VMX, 0, LOCKED, 0));
+        let texts = texts(examine(VMX, 0, FEATURE_LOCK, 0));
         assert!(texts[0].contains("execute-disable"), "{texts:?}");
         assert!(texts[1].contains("firmware has disabled VMX"), "{texts:?}");
         assert!(texts.iter().any(|t| t.starts_with("this CPU lacks extended page tables")), "{texts:?}");

@@ -1,13 +1,14 @@
-//! CPUID of L2: the processor's answer, with VMX shown as nvmx offers it, without what nvmx refuses (`emul::hidden`), and
+//! CPUID of L2: the processor's answer, with VMX shown as nvmx offers it, without what nvmx refuses (`rules::hidden`), and
 //! nvmx's own hypervisor leaves.
 //!
 //! The outer hypervisor's leaves (0x4000_0000 to 0x4FFF_FFFF) are hidden: its paravirtual interface would let L2 have L0
 //! write into nvmx's memory. Source: SDM vol. 2A, "CPUID", table "Information Returned by CPUID Instruction".
 
-use super::hidden::Register::{Eax, Ebx, Ecx, Edx};
-use super::hidden::{EMPTY, shown};
+use crate::cpu::{Cpu, others};
+use crate::guest::operand;
 use crate::hw::cpu::this as this_cpu;
-use crate::vcpu::{Cpu, operand, smp};
+use crate::rules::hidden::Register::{Eax, Ebx, Ecx, Edx};
+use crate::rules::hidden::{EMPTY, shown};
 use crate::vmx::Field;
 use l2_protocol::abi::{
     BELOW, Counter, FRAMES_FREE, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_CPUS, LEAF_INTERFACE, LEAF_MAX, LEAF_REFUSAL,
@@ -124,13 +125,13 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
                 .counters
                 .forget_exit_of_l2(crate::vmx::exit::ExitReason::exit(crate::vmx::exit::BasicReason::CPUID));
             if subleaf == SNAPSHOT {
-                cpu.vmx.counters.take_snapshot(smp::totals());
+                cpu.vmx.counters.take_snapshot(others::totals());
                 return CpuidResult { eax: 0, ebx: 1, ecx: 0, edx: 0 };
             }
             let value = match subleaf {
                 FRAMES_FREE => Some(cpu.frames.available() as u64),
                 STACK_USED => Some(this_cpu().stack_used()),
-                _ if subleaf & OF_ALL_CPUS != 0 => smp::totals().get(subleaf - OF_ALL_CPUS),
+                _ if subleaf & OF_ALL_CPUS != 0 => others::totals().get(subleaf - OF_ALL_CPUS),
                 _ => cpu.vmx.counters.snapshot_value(subleaf),
             };
             match value {
@@ -138,7 +139,7 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
                 None => NOTHING,
             }
         }
-        LEAF_CPUS => CpuidResult { eax: smp::used_cpus(), ebx: this_cpu().index(), ecx: 0, edx: 0 },
+        LEAF_CPUS => CpuidResult { eax: others::used_cpus(), ebx: this_cpu().index(), ecx: 0, edx: 0 },
         LEAF_REFUSAL => {
             let [eax, ebx, ecx, edx] = cpu.nested.refusals.leaf(subleaf);
             CpuidResult { eax, ebx, ecx, edx }
@@ -166,7 +167,7 @@ fn below(leaf: u32, subleaf: u32) -> CpuidResult {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::emul::hidden::HIDDEN;
+    use crate::rules::hidden::HIDDEN;
 
     const ALL: CpuidResult = CpuidResult { eax: u32::MAX, ebx: u32::MAX, ecx: u32::MAX, edx: u32::MAX };
     const WIDTH: u32 = 0xFF;

@@ -1,18 +1,20 @@
 //! Exits of L2 for control registers: it touched a bit that nvmx owns. vmcs01 is current.
 
-use super::cr::{Cr0, Effects, Mode, lmsw, write_cr0, write_cr4};
-use crate::error::{Fault, KillReason};
+use super::cr::{Effects, Mode, lmsw, write_cr0, write_cr4};
+use crate::cpu::{Cpu, Operation};
+use crate::guest::{Next, Stop, operand};
 use crate::hw::cr;
 use crate::hw::vmx::Invalidate;
 use crate::mm::linear::{fetch_pdptes, pdptes_are_valid};
-use crate::nested::Operation;
-use crate::nested::vpid::VPID01;
-use crate::vcpu::{Cpu, Next, Stop, operand, vmcs01};
+use crate::trace::KillReason;
+use crate::vmcs::vmcs01;
+use crate::vmcs::vpid::VPID01;
 use crate::vmx::Field;
 use crate::vmx::controls::EntryControls;
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::field::PDPTES;
 use crate::vmx::qualification::CrAccess;
+use crate::x86::{Cr0, Fault};
 
 const EFER_LMA: u64 = 1 << 10;
 const CS_LONG: u64 = 1 << 13;
@@ -22,8 +24,8 @@ const CR0_FIXED_BY_VMX: u64 = Cr0::NE.bits();
 pub fn handle(cpu: &mut Cpu) -> Result<Next, Stop> {
     let access = CrAccess::decode(cpu.vmx.read(Field::EXIT_QUALIFICATION));
     let mode = Mode {
-        cr0: vmcs01::cr0_of_l2(cpu),
-        cr4: vmcs01::cr4_of_l2(cpu),
+        cr0: vmcs01::cr0_of_l2(&mut cpu.vmx),
+        cr4: vmcs01::cr4_of_l2(&mut cpu.vmx),
         cr3: cpu.vmx.read(Field::GUEST_CR3),
         efer: cpu.vmx.read(Field::GUEST_IA32_EFER),
         cs_long: cpu.vmx.read(Field::GUEST_CS_AR_BYTES) & CS_LONG != 0,

@@ -7,11 +7,11 @@
 //! Source: SDM vol. 3C, "Other Causes of VM Exits" ("INIT signals", "Start-up IPIs"), "Virtualization of ... INIT";
 //! vol. 3A, "MP Initialization".
 
+use crate::cpu::{Cpu, Operation, Startup, Waiting, others};
+use crate::guest::{Next, events, initial};
 use crate::hw::vmx::Invalidate;
 use crate::hw::{apic, cr};
-use crate::nested::vpid::VPID01;
-use crate::nested::{Operation, events};
-use crate::vcpu::{Cpu, Next, Startup, Waiting, initial, smp};
+use crate::vmcs::vpid::VPID01;
 use crate::vmx::Field;
 use crate::vmx::segment::Segment;
 use raw_cpuid::native_cpuid::cpuid_count;
@@ -22,7 +22,7 @@ const WAIT_FOR_SIPI: u64 = 3;
 /// INIT exit of L2; vmcs01 is current.
 #[cold]
 pub fn init(cpu: &mut Cpu) -> Next {
-    smp::stop_if_over();
+    others::stop_if_over();
     match cpu.nested.operation {
         // While it waits for a SIPI, a processor ignores INITs. One in VMX operation may hold an INIT back until the SIPI
         // has come, and report it before L2's first instruction.
@@ -90,6 +90,6 @@ pub fn sipi(cpu: &mut Cpu) -> Next {
     // Whatever was held back comes before the NMI window, and L2's first instruction behind it.
     cpu.start = Startup::Entering;
     events::ask_for_window(cpu);
-    smp::note_running();
+    others::note_running();
     Next::Stay
 }

@@ -3,11 +3,8 @@
 pub mod cpuid;
 pub mod cr;
 pub mod cr_exit;
-pub mod hidden;
 pub mod init;
 pub mod msr;
-pub mod msr_policy;
-pub mod mtrrs;
 pub mod task_switch;
 pub mod unasked;
 pub mod xsetbv;

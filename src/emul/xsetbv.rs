@@ -1,9 +1,9 @@
 //! XSETBV of L2: it always exits (SDM vol. 3C, "Instructions That Cause VM Exits Unconditionally").
 
-use crate::error::Fault;
+use crate::cpu::Cpu;
+use crate::guest::operand::require_cpl0;
 use crate::hw::cr;
-use crate::vcpu::Cpu;
-use crate::vcpu::operand::require_cpl0;
+use crate::x86::Fault;
 
 /// Executes XSETBV with L2's registers; the processor itself says what it refuses.
 pub fn emulate(cpu: &mut Cpu) -> Result<(), Fault> {

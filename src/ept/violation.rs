@@ -71,7 +71,7 @@ impl Qualification {
     }
 
     /// The rights that the access needed. Whether a fetch was one of user mode is part of the advanced information, which
-    /// [`caps`](crate::nested::caps) makes a condition of mode-based execute control.
+    /// [`caps`](crate::rules::caps) makes a condition of mode-based execute control.
     #[inline]
     pub const fn access_in(self, mode_based: bool) -> Rights {
         if mode_based && self.contains(Self::FETCH.union(Self::USER_LINEAR)) {

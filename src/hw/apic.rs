@@ -6,12 +6,11 @@
 
 use core::arch::asm;
 
-use crate::{
-    addr::Gpa,
-    error::Fault,
-    hw::{cpu, msr, phys::DirectMap},
-    mm::GuestMemory,
-};
+use crate::addr::Gpa;
+use crate::hw::phys::DirectMap;
+use crate::hw::{cpu, msr};
+use crate::mm::GuestMemory;
+use crate::x86::Fault;
 
 /// Index of IA32_APIC_BASE.
 pub const IA32_APIC_BASE: u32 = 0x1B;

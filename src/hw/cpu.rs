@@ -18,7 +18,7 @@ use l2_protocol::abi;
 
 use crate::{
     addr::{Hpa, PAGE_SIZE},
-    hw::{idt::Idt, msr, phys::DirectMap},
+    hw::{msr, phys::DirectMap},
     mm::{
         FramePool, PhysMem,
         paging::{OutOfFrames, PageTables, Rights, window_entry},
@@ -34,6 +34,29 @@ const SLOTS_PER_CPU: u64 = 5;
 /// Boot moves values of 30 KiB around; the run loop needs a fraction.
 const MAIN_STACK: u64 = 0x3_0000;
 const IST_STACK: u64 = 0x4000;
+
+/// An IDT, shared by all processors and read-only once built.
+///
+/// It fills a page: a VM exit sets the limit of IDTR to 0xFFFF, and what lies behind the 32 gates is not present.
+#[derive(Clone, Copy, Debug)]
+pub struct Idt {
+    base: u64,
+}
+
+impl Idt {
+    /// Bytes that IDTR's limit covers.
+    pub const BYTES: usize = PAGE_SIZE as usize;
+
+    /// The one that was built at this address.
+    pub(super) const fn at(base: u64) -> Self {
+        Self { base }
+    }
+
+    /// Linear address.
+    pub const fn base(self) -> u64 {
+        self.base
+    }
+}
 
 /// Selectors of the GDT of every processor.
 pub mod selector {

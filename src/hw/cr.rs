@@ -2,7 +2,7 @@
 
 use core::arch::asm;
 
-use crate::error::Fault;
+use crate::x86::Fault;
 
 macro_rules! control_register {
     ($name:literal, $read:ident, $write:ident) => {

@@ -11,7 +11,8 @@ use core::{arch::global_asm, slice};
 use crate::{
     addr::{Hpa, PAGE_SIZE},
     hw::{
-        cpu, cr,
+        cpu::{self, Idt},
+        cr,
         epitaph::{Who, epitaph},
         phys::DirectMap,
         serial,
@@ -26,40 +27,17 @@ const INVALID_OPCODE: u64 = 6;
 const GENERAL_PROTECTION: u64 = 13;
 const PAGE_FAULT: u64 = 14;
 
-/// An IDT, shared by all processors and read-only once built.
-///
-/// It fills a page: a VM exit sets the limit of IDTR to 0xFFFF, and what lies behind the 32 gates is not present.
-#[derive(Clone, Copy, Debug)]
-pub struct Idt {
-    base: u64,
-}
-
-impl Idt {
-    /// Bytes that IDTR's limit covers.
-    pub const BYTES: usize = PAGE_SIZE as usize;
-
-    /// Builds it in a frame of its own.
-    pub fn new(pool: &mut FramePool, phys: DirectMap) -> Result<Self, OutOfFrames> {
-        let frame = pool.alloc(&phys).ok_or(OutOfFrames)?;
-        let base = phys.linear(frame.hpa(), PAGE_SIZE).ok_or(OutOfFrames)? as u64;
-        for vector in 0..VECTORS {
-            let gate = gate(&raw const exception_stubs as u64 + vector as u64 * 16, ist(vector));
-            let at = frame.hpa().get() + vector as u64 * 16;
-            phys.write_u64(Hpa::new(at), gate[0]);
-            phys.write_u64(Hpa::new(at + 8), gate[1]);
-        }
-        Ok(Self { base })
+/// Builds the IDT in a frame of its own.
+pub fn build(pool: &mut FramePool, phys: DirectMap) -> Result<Idt, OutOfFrames> {
+    let frame = pool.alloc(&phys).ok_or(OutOfFrames)?;
+    let base = phys.linear(frame.hpa(), PAGE_SIZE).ok_or(OutOfFrames)? as u64;
+    for vector in 0..VECTORS {
+        let gate = gate(&raw const exception_stubs as u64 + vector as u64 * 16, ist(vector));
+        let at = frame.hpa().get() + vector as u64 * 16;
+        phys.write_u64(Hpa::new(at), gate[0]);
+        phys.write_u64(Hpa::new(at + 8), gate[1]);
     }
-
-    /// The one that was built at this address.
-    pub(super) const fn at(base: u64) -> Self {
-        Self { base }
-    }
-
-    /// Linear address.
-    pub const fn base(self) -> u64 {
-        self.base
-    }
+    Ok(Idt::at(base))
 }
 
 /// The stack of its own for what may hit at any moment: double fault, NMI, machine check.

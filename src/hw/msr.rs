@@ -4,7 +4,7 @@ use core::arch::asm;
 
 use raw_cpuid::native_cpuid::cpuid_count;
 
-use crate::error::Fault;
+use crate::x86::Fault;
 
 /// Reads an MSR that is known to exist.
 ///

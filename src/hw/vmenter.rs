@@ -79,7 +79,7 @@ pub fn host_rip() -> u64 {
 /// Enters the guest of the current VMCS and returns after its next exit.
 #[inline(always)]
 pub fn enter(vmx: &mut Vmx, regs: &mut GuestRegs, launch: bool) -> Entered {
-    // SAFETY: 1. the current VMCS is one of nvmx's and its host area was written by vcpu::host (HOST_RIP, HOST_RSP of these
+    // SAFETY: 1. the current VMCS is one of nvmx's and its host area was written by vmcs::host (HOST_RIP, HOST_RSP of these
     // registers). 2. the asm restores all callee-saved registers. 3. `regs` is exclusively borrowed.
     let code = unsafe { nvmx_vmenter(regs, launch as u64) };
     vmx.counters.set(Counter::L1Ticks, regs.ticks);

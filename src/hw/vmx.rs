@@ -4,16 +4,15 @@
 
 use super::{cr, msr};
 use crate::addr::Hpa;
-use crate::boot::requirements::{IA32_FEATURE_CONTROL, LOCKED, VMX_OUTSIDE_SMX};
-use crate::emul::cr::{Cr0, Cr4};
-use crate::vcpu::counters::Counters;
-use crate::vmx::image::Access;
-use crate::vmx::{Capabilities, Field};
+use crate::trace::counters::Counters;
+use crate::vmx::{Capabilities, Field, FieldAccess};
+use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX, IA32_FEATURE_CONTROL};
+use crate::x86::{Cr0, Cr4};
 use core::arch::asm;
 use l2_protocol::abi::Counter;
 
 // No value of a guest reaches an assertion here unchecked (invariant I6): VMCS regions are frames of nvmx's pool with
-// their revision written, EPTPs are made by `ept`, VPIDs by `nested::vpid`, INVEPT and INVVPID types are those that the
+// their revision written, EPTPs are made by `ept`, VPIDs by `vmcs::vpid`, INVEPT and INVVPID types are those that the
 // requirements or the capabilities offered to L2 include. The one operand of L2's, the linear address of an INVVPID, is
 // checked to be canonical (`nested::instr::invalidate`).
 
@@ -45,11 +44,11 @@ pub struct Vmx {
 /// Source: SDM vol. 3C, "Enabling and Entering VMX Operation".
 fn unlock() -> Option<()> {
     let control = msr::rdmsr_safe(IA32_FEATURE_CONTROL).ok()?;
-    if control & LOCKED != 0 {
-        return (control & VMX_OUTSIDE_SMX != 0).then_some(());
+    if control & FEATURE_LOCK != 0 {
+        return (control & FEATURE_VMX != 0).then_some(());
     }
     // SAFETY: the register decides only whether VMXON faults.
-    unsafe { msr::wrmsr_safe(IA32_FEATURE_CONTROL, control | LOCKED | VMX_OUTSIDE_SMX) }.ok()
+    unsafe { msr::wrmsr_safe(IA32_FEATURE_CONTROL, control | FEATURE_LOCK | FEATURE_VMX) }.ok()
 }
 
 /// nvmx's CR0: protection, numeric error, write protection, paging; caching as it is.
@@ -112,7 +111,7 @@ impl Vmx {
         #[cfg(debug_assertions)]
         let failed: u8;
         // SAFETY: VMWRITE changes a field of a VMCS that nvmx owns; what an entry may load from it is decided by the
-        // code that composes the VMCS (vcpu::vmcs01, nested::entry), the processor checks it before use.
+        // code that composes the VMCS (vmcs::vmcs01, nested::entry), the processor checks it before use.
         #[cfg(debug_assertions)]
         unsafe {
             asm!("vmwrite {f}, {v}", "setbe {x}", v = in(reg) value, f = in(reg) field.encoding() as u64, x = out(reg_byte) failed, options(nostack));
@@ -174,7 +173,7 @@ impl Vmx {
     }
 }
 
-impl Access for Vmx {
+impl FieldAccess for Vmx {
     #[inline(always)]
     fn read(&mut self, field: Field) -> u64 {
         Vmx::read(self, field)

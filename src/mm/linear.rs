@@ -7,9 +7,9 @@
 //! Page-Table Entry ..." and figure "Page-Fault Error Code".
 
 use crate::addr::Gpa;
-use crate::error::Fault;
 use crate::mm::PhysMem;
 use crate::mm::guest::{GuestMemory, NotOwned};
+use crate::x86::Fault;
 
 /// The registers that paging depends on.
 #[derive(Clone, Copy, Debug)]

@@ -4,11 +4,9 @@
 //! * [`frames`] hands out nvmx's own frames, [`paging`] builds nvmx's own page tables from them.
 //! * [`phys`] is the interface to physical memory; the real one is `hw::phys`, tests use a vector.
 //! * [`guest`] is the one place where a guest-physical address becomes a host-physical one (invariant I5).
-//! * [`l2_image`] turns the first boot module into a loaded L2.
 
 pub mod frames;
 pub mod guest;
-pub mod l2_image;
 pub mod linear;
 pub mod map;
 pub mod mtrr;

@@ -4,14 +4,16 @@
 //! Source: SDM vol. 3C, "Other Causes of VM Exits" (exceptions), "Monitor Trap Flag", "Information for VM Exits Due to Vectored
 //! Events".
 
-use super::l3_memory::Miss;
-use super::{l3_exit, reflect};
-use crate::error::{Fault, KillReason};
-use crate::vcpu::{Cpu, inject};
+use super::{reflect, violation};
+use crate::cpu::Cpu;
+use crate::guest::inject;
+use crate::guest::l3_memory::Miss;
+use crate::trace::KillReason;
 use crate::vmx::Field;
 use crate::vmx::controls::PrimaryControls;
 use crate::vmx::event::ExceptionControls;
 use crate::vmx::exit::{BasicReason, ExitReason};
+use crate::x86::Fault;
 
 /// L3 goes on behind the instruction. Under L2's monitor trap flag an exit is due there, before any debug exception: those
 /// stay pending.
@@ -57,5 +59,5 @@ pub fn missed(cpu: &mut Cpu, index: usize, miss: Miss) -> Result<(), KillReason>
     }
     inject::set_resume_flag(&mut cpu.vmx);
     cpu.ept02.found_violation(cpu.nested.slots[index].eptp12());
-    l3_exit::violation(cpu, index)
+    violation::violation(cpu, index)
 }

@@ -3,29 +3,29 @@
 //! Steady state does no checks and no merge: they run again only after L2 wrote a field they depend on.
 //! Source: SDM vol. 3C, chapter "VM Entries".
 
-use super::checks::{self, CheckId, ControlsChecked, GuestContext};
-use super::explain::Refusal;
-use super::merge::{self, Duties, MsrIntercepts, NvmxNeeds, Translated};
-use super::shadow::{self, NO_LINK};
-use super::slot::Slot;
-use super::stale::Stale;
+use super::result::vmx_result;
 use super::tell::refuse;
-use super::vmcs12::{FieldSet, Vmcs12};
-use super::vpid::VPID01;
-use super::{Operation, reflect, virtual_apic};
+use super::{judge, reflect, shadow, virtual_apic};
 use crate::addr::Gpa;
-use crate::emul::cr::{Cr0, Cr4};
+use crate::cpu::{Cpu, Operation, others};
 use crate::ept::{Activation, Written};
-use crate::error::{KillReason, VmxError, VmxResult};
+use crate::guest::{Next, Stop, inject};
 use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::linear::fetch_pdptes;
 use crate::mm::{GuestMemory, PhysMem};
-use crate::vcpu::{Cpu, Next, Stop, inject, smp};
-use crate::vmx::Field;
+use crate::rules::checks::{self, CheckId, ControlsChecked};
+use crate::rules::explain::Refusal;
+use crate::rules::merge::{self, Duties, MsrIntercepts, NvmxNeeds, Translated};
+use crate::trace::KillReason;
+use crate::vmcs::slot::Slot;
+use crate::vmcs::stale::Stale;
+use crate::vmcs::vpid::VPID01;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::field::PDPTES;
-use l2_protocol::abi::Strategy;
+use crate::vmx::region::NO_LINK;
+use crate::vmx::{Field, VmxError, VmxResult};
+use crate::x86::{Cr0, Cr4};
 
 const EFER_LMA: u64 = 1 << 10;
 /// Activity state: HLT.
@@ -36,7 +36,7 @@ const ACTIVITY_HLT: u64 = 1;
 pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     if cpu.nested.slots[index].stale.intersects(Stale::PREPARED) {
         if let Err(error) = prepare(cpu, index) {
-            inject::vmx_result(cpu, VmxResult::FailValid(error));
+            vmx_result(cpu, VmxResult::FailValid(error));
             return Ok(Next::Advance);
         }
     }
@@ -53,7 +53,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     slot.inherited.leave_l2(vmx);
     if uses_msr_bitmap {
         let written = match &mut slot.bitmap_watch {
-            Some(watch) if !smp::several_run() => {
+            Some(watch) if !others::several_run() => {
                 cpu.ept01.written(watch, &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
             }
             _ => Written::Yes { invept: false },
@@ -172,8 +172,9 @@ fn live_controls_failure(cpu: &mut Cpu, index: usize) -> Option<checks::Failure>
     let slot = &mut cpu.nested.slots[index];
     slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, cpu.config.hardware.basic.revision());
     slot.flush_dirty(&mut cpu.vmx, cpu.config.strategy, &cpu.config.exists);
-    let failure =
-        with_guest_state(cpu, index, |cpu, vmcs12| checks::check_live_controls(vmcs12, &cpu.config.offered).err());
+    let failure = judge::with_guest_state(cpu, index, |cpu, vmcs12| {
+        checks::check_live_controls(vmcs12, &cpu.config.offered).err()
+    });
     cpu.nested.slots[index].leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
     failure
 }
@@ -219,7 +220,7 @@ fn watch_msr_bitmap(cpu: &mut Cpu, index: usize, bitmap12: Option<u64>) {
     slot.bitmap12 = bitmap12;
     slot.bitmap_watch = None;
     // The flags of this CPU's ept01 do not see what another one writes.
-    let Some(at) = bitmap12.filter(|_| !smp::several_run()) else { return };
+    let Some(at) = bitmap12.filter(|_| !others::several_run()) else { return };
     slot.bitmap_watch = cpu.ept01.watch(Gpa::new(at), &mut Cpu::tables(&mut cpu.frames, &cpu.phys)).ok();
     if slot.bitmap_watch.is_some() {
         cpu.vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
@@ -242,16 +243,16 @@ fn merge_bitmaps<P: PhysMem>(phys: &P, guest: &GuestMemory<P>, slot: &Slot, ours
 /// complete.
 #[cold]
 fn check_guest_state(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
-    let verdict = with_guest_state(cpu, index, |cpu, vmcs12| {
+    let verdict = judge::with_guest_state(cpu, index, |cpu, vmcs12| {
         // KVM below halts the CPU for a halted guest and does not ask the processor whether the state is valid.
         let halted = vmcs12.get(Field::GUEST_ACTIVITY_STATE) == ACTIVITY_HLT;
-        let (offered, context, pages) = (&cpu.config.offered, context(cpu, index), Pages(&cpu.guest));
+        let (offered, context, pages) = (&cpu.config.offered, judge::context(cpu, index), judge::Pages(&cpu.guest));
         let verdict = match halted {
             true => checks::check_guest(vmcs12, offered, &context, &pages),
             false => checks::check_guest_beyond_hardware(vmcs12, offered, &context, &pages),
         };
         // Rules on controls come first, those too that are else the processor's.
-        verdict.map_err(|failure| (failure, live_controls(cpu, vmcs12)))
+        verdict.map_err(|failure| (failure, judge::live_controls(cpu, vmcs12)))
     });
     let slot = &mut cpu.nested.slots[index];
     slot.stale -= Stale::GUEST;
@@ -274,62 +275,6 @@ fn check_guest_state(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
     }
 }
 
-fn context(cpu: &Cpu, index: usize) -> GuestContext {
-    let vmptr = cpu.nested.slots.get(index).and_then(|slot| slot.vmptr);
-    GuestContext { current_vmptr: vmptr.unwrap_or(Gpa::new(u64::MAX)) }
-}
-
-/// L2's memory for the checks.
-struct Pages<'a, P>(&'a GuestMemory<P>);
-
-impl<P: PhysMem> checks::GuestMemory for Pages<'_, P> {
-    fn read_u32(&self, address: Gpa) -> Option<u32> {
-        self.0.read_u32(address).ok()
-    }
-
-    fn read_u64(&self, address: Gpa) -> Option<u64> {
-        self.0.read_u64(address).ok()
-    }
-}
-
-/// The rules on controls that are the processor's.
-fn live_controls(cpu: &Cpu, vmcs12: &Vmcs12) -> Result<(), checks::Failure> {
-    let offered = &cpu.config.offered;
-    checks::check_live_controls(vmcs12, offered)?;
-    checks::check_virtual_tpr(vmcs12, offered, &Pages(&cpu.guest))
-}
-
-/// Runs `f` on the whole of vmcs12, guest state fetched from vmcs02, which is current.
-fn with_guest_state<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&Cpu, &Vmcs12) -> T) -> T {
-    let slot = &mut cpu.nested.slots[index];
-    slot.fetch_all(&mut cpu.vmx, &cpu.config.exists);
-    let result = f(cpu, &cpu.nested.slots[index].vmcs12);
-    if cpu.config.strategy == Strategy::ZeroCopy || cpu.config.layout.is_some() {
-        cpu.nested.slots[index].vmcs12.valid = FieldSet::CACHED;
-    }
-    result
-}
-
-/// Every rule that the entry breaks, and what `f` makes of the whole of vmcs12; the current VMCS is the same afterwards.
-pub fn all_broken<T>(cpu: &mut Cpu, f: impl FnOnce(&Cpu, &Vmcs12, &[CheckId]) -> T) -> Option<T> {
-    let index = cpu.nested.current()?;
-    let long_mode = cpu.tracked.efer() & EFER_LMA != 0;
-    let root = matches!(cpu.nested.operation, Operation::Root { .. });
-    if root {
-        let slot = &mut cpu.nested.slots[index];
-        slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, cpu.config.hardware.basic.revision());
-        slot.flush_dirty(&mut cpu.vmx, cpu.config.strategy, &cpu.config.exists);
-    }
-    let result = with_guest_state(cpu, index, |cpu, vmcs12| {
-        let (offered, context) = (&cpu.config.offered, context(cpu, index));
-        f(cpu, vmcs12, &checks::all_broken(vmcs12, offered, long_mode, &context, &Pages(&cpu.guest)))
-    });
-    if root {
-        cpu.nested.slots[index].leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
-    }
-    Some(result)
-}
-
 /// The processor refused vmcs02 at VMLAUNCH or VMRESUME: of the rules on controls, those on fields that live in vmcs02.
 #[cold]
 pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
@@ -340,7 +285,8 @@ pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
     if error != VmxError::EntryInvalidControlField as u32 {
         return Err(KillReason::EntryFailed { reason: error, qualification: 0 });
     }
-    let check = with_guest_state(cpu, current, |cpu, vmcs12| live_controls(cpu, vmcs12).err().map(|f| f.check));
+    let check =
+        judge::with_guest_state(cpu, current, |cpu, vmcs12| judge::live_controls(cpu, vmcs12).err().map(|f| f.check));
     if check == Some(CheckId::TprThresholdFitsVtpr) && cpu.vmx.counters.last_exit_was_of_l3() {
         return virtual_apic::below_threshold(cpu, current);
     }
@@ -356,7 +302,7 @@ fn back_to_l2(cpu: &mut Cpu, vmxon_ptr: Gpa, current: usize) {
     slot.give_pdptes_back(&mut cpu.vmx);
     slot.leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
     cpu.nested.operation = Operation::Root { vmxon_ptr, current: Some(current) };
-    inject::vmx_result(cpu, VmxResult::FailValid(VmxError::EntryInvalidControlField));
+    vmx_result(cpu, VmxResult::FailValid(VmxError::EntryInvalidControlField));
     inject::advance(cpu);
 }
 
@@ -365,8 +311,8 @@ fn back_to_l2(cpu: &mut Cpu, vmxon_ptr: Gpa, current: usize) {
 pub fn failed_late(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReason> {
     let qualification = cpu.vmx.read(Field::EXIT_QUALIFICATION);
     if reason.basic() == BasicReason::ENTRY_INVALID_GUEST_STATE {
-        let check = with_guest_state(cpu, index, |cpu, vmcs12| {
-            checks::check_guest(vmcs12, &cpu.config.offered, &context(cpu, index), &Pages(&cpu.guest))
+        let check = judge::with_guest_state(cpu, index, |cpu, vmcs12| {
+            checks::check_guest(vmcs12, &cpu.config.offered, &judge::context(cpu, index), &judge::Pages(&cpu.guest))
                 .err()
                 .map(|f| f.check)
         });

@@ -11,106 +11,18 @@
 //!
 //! Source: SDM vol. 3C, "Event Injection", "NMI-Window Exiting", "Monitor Trap Flag", "Virtual NMIs", "INIT signals".
 
-use super::{Operation, reflect};
+use super::reflect;
+use crate::cpu::{Cpu, INJECTION, Operation, Waiting};
 use crate::emul::init;
-use crate::error::KillReason;
-use crate::hw::cpu;
-use crate::hw::vmx::Vmx;
-use crate::vcpu::{Cpu, Startup, Waiting};
+use crate::guest::events::{ask_for_window, inject, pin12, set_controls};
+use crate::trace::KillReason;
 use crate::vmx::Field;
 use crate::vmx::controls::{PinControls, PrimaryControls};
-use crate::vmx::event::{EventInfo, EventKind, Redelivery, vector};
+use crate::vmx::event::{EventInfo, EventKind, vector};
 use crate::vmx::exit::{BasicReason, ExitReason};
 
-const BLOCKING_BY_STI: u64 = 1 << 0;
 const BLOCKING_BY_STI_OR_MOV_SS: u64 = 0b11;
 const BLOCKING_BY_NMI: u64 = 1 << 3;
-
-/// Fields of an injected event, which are vmcs12's: information, error code, instruction length.
-const INJECTION: [Field; 3] =
-    [Field::VM_ENTRY_INTR_INFO_FIELD, Field::VM_ENTRY_EXCEPTION_ERROR_CODE, Field::VM_ENTRY_INSTRUCTION_LEN];
-
-/// What nvmx has put into a VMCS for events of its own.
-#[derive(Default)]
-pub struct Events {
-    /// The next exit of L3 by the monitor trap flag is nvmx's own.
-    stops_l3: bool,
-    /// The activity state that L3 keeps in such an exit: a processor may say that it woke up.
-    activity: Option<u64>,
-    /// The slot in whose vmcs02 nvmx has changed controls.
-    altered: Option<usize>,
-    /// The slot whose vmcs02 has an event of nvmx's in it, and what L2 had there.
-    lent: Option<(usize, [u64; 3])>,
-}
-
-/// Gives an event to the guest of the current VMCS with the next entry.
-#[cold]
-pub fn inject(cpu: &mut Cpu, info: EventInfo, error: Option<u32>, length: Option<u32>) {
-    if let Operation::NonRoot { current, .. } = cpu.nested.operation {
-        if cpu.events.lent.is_none() {
-            cpu.events.lent = Some((current, INJECTION.map(|field| cpu.vmx.read(field))));
-            cpu.waiting |= Waiting::OWN;
-        }
-    }
-    let [to_info, to_error, to_length] = INJECTION;
-    cpu.vmx.write(to_info, info.0 as u64);
-    if let Some(error) = error {
-        cpu.vmx.write(to_error, error as u64);
-    }
-    if let Some(length) = length {
-        cpu.vmx.write(to_length, length as u64);
-    }
-}
-
-/// After an exit that nvmx handled and that hit the delivery of this event: delivers it again.
-#[cold]
-pub fn deliver_again(cpu: &mut Cpu, vectoring: EventInfo) {
-    let error = cpu.vmx.read(Field::IDT_VECTORING_ERROR_CODE) as u32;
-    let length = cpu.vmx.read(Field::VM_EXIT_INSTRUCTION_LEN) as u32;
-    let again = Redelivery::of(vectoring, error, length);
-    // An NMI blocks NMIs by its own delivery, and may be injected only if they are not blocked.
-    if again.info.is(EventKind::Nmi) {
-        block_nmis(&mut cpu.vmx, false);
-    }
-    inject(cpu, again.info, again.error, again.length);
-}
-
-/// After a fault of an IRET that had unblocked NMIs already and runs again.
-#[cold]
-pub fn iret_again(cpu: &mut Cpu) {
-    // Without virtual NMIs an IRET of L3 does not unblock those that exit to L2, and what the exit says is undefined.
-    if !pin12(cpu)
-        .is_some_and(|pin| pin & (PinControls::NMI_EXITING | PinControls::VIRTUAL_NMIS) == PinControls::NMI_EXITING)
-    {
-        block_nmis(&mut cpu.vmx, true);
-    }
-}
-
-fn block_nmis(vmx: &mut Vmx, blocked: bool) {
-    let others = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & !BLOCKING_BY_NMI;
-    vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, others | if blocked { BLOCKING_BY_NMI } else { 0 });
-}
-
-/// L2's pin-based controls for L3, if L3 is the guest of the current VMCS.
-fn pin12(cpu: &Cpu) -> Option<PinControls> {
-    let Operation::NonRoot { current, .. } = cpu.nested.operation else { return None };
-    let slot = &cpu.nested.slots[current];
-    Some(PinControls::from_bits_retain(slot.vmcs12.get(Field::PIN_BASED_VM_EXEC_CONTROL) as u32))
-}
-
-/// An NMI arrived: in nvmx, or in a guest while nvmx waits for its NMI window.
-#[cold]
-pub fn note_nmi(cpu: &mut Cpu) {
-    cpu.waiting |= Waiting::NMI;
-}
-
-/// The entry was called off because an NMI is pending: takes it over.
-#[cold]
-pub fn take_nmi(cpu: &mut Cpu) {
-    if cpu::this().take_nmi() {
-        note_nmi(cpu);
-    }
-}
 
 /// Before the entry into the guest of the current VMCS, if anything waits; an INIT comes before an NMI.
 #[cold]
@@ -184,31 +96,6 @@ fn give_back(cpu: &mut Cpu) {
     slot.leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
 }
 
-/// The controls of the NMI window; the processor keeps blocking by NMI as virtual-NMI blocking meanwhile, in the same bit.
-const WINDOW: PinControls = PinControls::NMI_EXITING.union(PinControls::VIRTUAL_NMIS);
-
-/// Has the guest exit once it could take an NMI.
-#[cold]
-pub fn ask_for_window(cpu: &mut Cpu) {
-    set_controls(cpu, WINDOW, PrimaryControls::NMI_WINDOW_EXITING, true);
-}
-
-/// The NMI window that nvmx asked for is open: the guest takes the NMI, if there is one.
-#[cold]
-pub fn window_opened(cpu: &mut Cpu) {
-    set_controls(cpu, WINDOW, PrimaryControls::NMI_WINDOW_EXITING, false);
-    cpu.start = Startup::Done;
-    if cpu.waiting.contains(Waiting::NMI) {
-        cpu.waiting -= Waiting::NMI;
-        let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
-        if blocking & BLOCKING_BY_STI != 0 {
-            // A processor may open the window here, and refuse the injection nevertheless.
-            cpu.vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking & !BLOCKING_BY_STI);
-        }
-        inject(cpu, EventInfo::new(EventKind::Nmi, vector::NMI), None, None);
-    }
-}
-
 /// L2 wants NMIs of L3: brings L3 to a stop behind the event that is being injected, or at once.
 fn stop_l3(cpu: &mut Cpu, pin: PinControls) {
     let Operation::NonRoot { current, .. } = cpu.nested.operation else { return };
@@ -259,22 +146,4 @@ pub fn stopped_l3(cpu: &mut Cpu, index: usize) -> Result<bool, KillReason> {
     cpu.waiting -= Waiting::NMI;
     reflect::exception(cpu, index, EventInfo::new(EventKind::Nmi, vector::NMI).0, None, 0)?;
     Ok(true)
-}
-
-/// Sets or clears controls of the current VMCS.
-fn set_controls(cpu: &mut Cpu, pin: PinControls, primary: PrimaryControls, on: bool) {
-    if let Operation::NonRoot { current, .. } = cpu.nested.operation {
-        cpu.events.altered = Some(current);
-        cpu.waiting |= Waiting::OWN;
-    }
-    let vmx = &mut cpu.vmx;
-    for (field, bits) in
-        [(Field::PIN_BASED_VM_EXEC_CONTROL, pin.bits()), (Field::CPU_BASED_VM_EXEC_CONTROL, primary.bits())]
-    {
-        let (old, bits) = (vmx.read(field), bits as u64);
-        let new = if on { old | bits } else { old & !bits };
-        if new != old {
-            vmx.write(field, new);
-        }
-    }
 }

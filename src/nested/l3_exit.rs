@@ -1,25 +1,24 @@
 //! Exits of L3: whose they are, and those that nvmx handles itself. vmcs02 is current.
 
-use super::Operation;
-use super::route::{ExitInfo, L2Wants, Route, route};
-use super::{completion, entry, events, reflect, ve, vmfunc};
-use crate::addr::{Gpa, Ngpa};
+use super::wants::Wants;
+use super::{completion, entry, reflect, violation, vmfunc};
+use crate::cpu::{Cpu, Operation, others};
 use crate::emul::msr;
-use crate::ept::{Outcome, PageLog, Qualification};
-use crate::error::{Fault, KillReason};
-use crate::hw::vmx::Vmx;
-use crate::mm::{GuestMemory, PhysMem};
-use crate::nested::merge::Duties;
+use crate::guest::{events, inject};
 use crate::nested::shadow;
-use crate::nested::slot::Slot;
-use crate::vcpu::tracked::is_pat;
-use crate::vcpu::{Cpu, inject, l2_exit, smp};
+use crate::rules::merge::Duties;
+use crate::rules::route::{ExitInfo, Route, route};
+use crate::trace::KillReason;
+use crate::vmcs::msrs;
+use crate::vmcs::slot::Slot;
+use crate::vmcs::tracked::is_pat;
 use crate::vmx::Field;
-use crate::vmx::bitmap::{Access, MsrBitmap};
-use crate::vmx::controls::{PinControls, PrimaryControls, SecondaryControls};
+use crate::vmx::bitmap::Access;
+use crate::vmx::controls::PinControls;
 use crate::vmx::event::EventInfo;
 use crate::vmx::exit::{BasicReason, ExitReason};
-use l2_protocol::abi::Counter;
+use crate::x86::Fault;
+use crate::x86::msr::IA32_PAT;
 
 /// Must the next entry of L3 be a VMLAUNCH?
 #[inline(always)]
@@ -42,7 +41,7 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
     cpu.nested.slots[current].mark_launched();
     if reason.basic() == BasicReason::EPT_VIOLATION {
         // ept12 says whose it is.
-        violation(cpu, current)?;
+        violation::violation(cpu, current)?;
         goes_on(cpu, current);
         return Ok(());
     }
@@ -50,9 +49,9 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
     let (mut qualification, mut event, mut encoding) = (0, EventInfo::NONE, 0);
     match reason.basic() {
         BasicReason::CR_ACCESS => qualification = cpu.vmx.read(Field::EXIT_QUALIFICATION),
-        BasicReason::INIT_SIGNAL => smp::stop_if_over(),
+        BasicReason::INIT_SIGNAL => others::stop_if_over(),
         BasicReason::EXCEPTION_OR_NMI => event = EventInfo(cpu.vmx.read(Field::VM_EXIT_INTR_INFO) as u32),
-        BasicReason::MONITOR_TRAP_FLAG if events::stopped_l3(cpu, current)? => return Ok(()),
+        BasicReason::MONITOR_TRAP_FLAG if super::events::stopped_l3(cpu, current)? => return Ok(()),
         BasicReason::VMREAD | BasicReason::VMWRITE if uses_shadowing(&cpu.nested.slots[current]) => {
             encoding = shadow::encoding(cpu);
         }
@@ -66,56 +65,8 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
     }
 }
 
-/// What L2 asked for, from nvmx's copy of vmcs12 and L2's MSR bitmap.
-struct Wants<'a, P> {
-    slot: &'a Slot,
-    guest: &'a GuestMemory<P>,
-}
-
-impl<P: PhysMem> Wants<'_, P> {
-    /// A bit of the page that this field points to; a page that L2 does not own reads as all ones.
-    fn bit(&self, bitmap: Field, bit: u16) -> bool {
-        let page = Gpa::new(self.slot.vmcs12.get(bitmap)).page();
-        let word = self.guest.read_u64(Gpa::new(page.get() + bit as u64 / 64 * 8)).unwrap_or(u64::MAX);
-        word >> (bit % 64) & 1 == 1
-    }
-}
-
 fn uses_shadowing(slot: &Slot) -> bool {
     slot.merged.is_some_and(|m| m.duties.contains(Duties::LINK_SHADOW_VMCS))
-}
-
-impl<P: PhysMem> L2Wants for Wants<'_, P> {
-    #[inline(always)]
-    fn pin(&self) -> PinControls {
-        PinControls::from_bits_retain(self.slot.vmcs12.get(Field::PIN_BASED_VM_EXEC_CONTROL) as u32)
-    }
-
-    #[inline(always)]
-    fn primary(&self) -> PrimaryControls {
-        PrimaryControls::from_bits_retain(self.slot.vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32)
-    }
-
-    #[inline(always)]
-    fn secondary(&self) -> SecondaryControls {
-        match self.primary().contains(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS) {
-            true => SecondaryControls::from_bits_retain(self.slot.vmcs12.get(Field::SECONDARY_VM_EXEC_CONTROL) as u32),
-            false => SecondaryControls::empty(),
-        }
-    }
-
-    fn msr_bitmap(&self, index: u32, access: Access) -> bool {
-        let Some(bit) = MsrBitmap::index(index, access) else { return true };
-        self.bit(Field::MSR_BITMAP, bit)
-    }
-
-    fn shadow_bitmap(&self, bit: u16, access: Access) -> bool {
-        let bitmap = match access {
-            Access::Read => Field::VMREAD_BITMAP,
-            Access::Write => Field::VMWRITE_BITMAP,
-        };
-        self.bit(bitmap, bit)
-    }
 }
 
 /// Handles an exit that L2 does not see, or finds out that it must.
@@ -133,7 +84,7 @@ fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReaso
         BasicReason::VMREAD => shadow::of_l3(cpu, index, Access::Read)?,
         BasicReason::VMWRITE => shadow::of_l3(cpu, index, Access::Write)?,
         BasicReason::RDMSR => msr_of_l3(cpu, index, Access::Read, msr::read)?,
-        BasicReason::WRMSR if cpu.regs.gpr[1] as u32 == msr::IA32_PAT => pat_of_l3(cpu, index)?,
+        BasicReason::WRMSR if cpu.regs.gpr[1] as u32 == IA32_PAT => pat_of_l3(cpu, index)?,
         BasicReason::WRMSR => msr_of_l3(cpu, index, Access::Write, msr::write)?,
         _ => return Err(KillReason::UnexpectedExit(reason.0)),
     }
@@ -178,7 +129,7 @@ fn msr_of_l3(
     access: Access,
     emulate: fn(&mut Cpu) -> Result<(), Fault>,
 ) -> Result<(), KillReason> {
-    if !msr::is_own(cpu.regs.gpr[1] as u32, access) {
+    if !msrs::is_own(cpu.regs.gpr[1] as u32, access) {
         // L2's bitmap lost the bit while L3 ran. Merged again, it lets the instruction through.
         entry::merge_msr_bitmap(cpu, index);
         inject::set_resume_flag(&mut cpu.vmx);
@@ -188,70 +139,4 @@ fn msr_of_l3(
         Ok(()) => completion::completed(cpu, index),
         Err(fault) => completion::refused(cpu, index, fault),
     }
-}
-
-/// An EPT violation of L3: fills ept02, or tells L2.
-#[inline(always)]
-pub(super) fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
-    let slot = &mut cpu.nested.slots[index];
-    let at = cpu.vmx.read(Field::GUEST_PHYSICAL_ADDRESS);
-    if slot.merged.is_some_and(|m| m.duties.contains(Duties::LOAD_PDPTES)) {
-        // L2 uses no EPT for this guest: its physical addresses are L2's, under ept01.
-        return l2_exit::map_missing(cpu, Gpa::new(at));
-    }
-    let eptp12 = slot.eptp12();
-    let qualification = Qualification::from_bits_retain(cpu.vmx.read(Field::EXIT_QUALIFICATION));
-    let mut tables = Cpu::tables(&mut cpu.frames, &cpu.phys);
-    if cpu.ept02.refill(eptp12, Ngpa::new(at), qualification, &cpu.guest, &mut tables) {
-        cpu.vmx.counters.bump(Counter::Ept02Fills);
-        l2_exit::redeliver(cpu, qualification);
-        return Ok(());
-    }
-    let mut log = if eptp12.accessed_dirty() { page_log(slot, &cpu.guest, &mut cpu.vmx) } else { None };
-    let outcome = cpu.ept02.violation(eptp12, Ngpa::new(at), qualification, log.as_mut(), &cpu.guest, &mut tables);
-    if let Some(log) = log {
-        cpu.vmx.write(Field::PML_INDEX, log.index.into());
-    }
-    match outcome {
-        Outcome::Filled => {
-            cpu.vmx.counters.bump(Counter::Ept02Fills);
-            cpu.vmx.counters.set(Counter::Ept02Evictions, cpu.ept02.stats().evictions);
-            let activation = cpu.ept02.activate(eptp12, &cpu.guest, &mut tables);
-            slot.run_on(&mut cpu.vmx, activation);
-            l2_exit::redeliver(cpu, qualification);
-            Ok(())
-        }
-        Outcome::ReflectViolation { qualification, convertible } => {
-            let wants = Wants { slot, guest: &cpu.guest };
-            let converts = convertible && wants.secondary().contains(SecondaryControls::EPT_VIOLATION_VE);
-            if converts && ve::convert(cpu, index, qualification)? {
-                return Ok(());
-            }
-            let reason = ExitReason::exit(BasicReason::EPT_VIOLATION);
-            reflect::reflect(cpu, index, Some((reason, qualification.bits())))
-        }
-        Outcome::ReflectMisconfig => {
-            let reason = ExitReason::exit(BasicReason::EPT_MISCONFIGURATION);
-            reflect::reflect(cpu, index, Some((reason, 0)))
-        }
-        Outcome::ReflectLogFull => {
-            let reason = ExitReason::exit(BasicReason::PML_FULL);
-            reflect::reflect(cpu, index, Some((reason, qualification.of_log_full().bits())))
-        }
-        Outcome::Forbidden { gpa } => {
-            // L2 pointed ept12 where its memory map has no memory for it; that must not be a way for L3 to end L2.
-            log::debug!("ept12 leads L3 to nvmx's own memory at {gpa}: a misconfiguration for L2");
-            let reason = ExitReason::exit(BasicReason::EPT_MISCONFIGURATION);
-            reflect::reflect(cpu, index, Some((reason, 0)))
-        }
-    }
-}
-
-/// L2's page-modification log, if it keeps one for this guest; vmcs02 is current.
-#[cold]
-fn page_log<P: PhysMem>(slot: &Slot, guest: &GuestMemory<P>, vmx: &mut Vmx) -> Option<PageLog> {
-    Wants { slot, guest }.secondary().contains(SecondaryControls::ENABLE_PML).then(|| PageLog {
-        address: Gpa::new(slot.vmcs12.get(Field::PML_ADDRESS)),
-        index: vmx.read(Field::PML_INDEX) as u16,
-    })
 }

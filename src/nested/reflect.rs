@@ -3,27 +3,28 @@
 //! Source: SDM vol. 3C, chapter "VM Exits": "Saving Guest State", "Loading Host State"; for failed entries "VM-Entry
 //! Failures During or After Loading Guest State".
 
-use super::Operation;
-use super::merge::Duties;
-use super::msr_lists::MsrLists;
-use super::slot::Slot;
-use super::stale::Stale;
-use super::vmcs12::{FieldSet, Vmcs12};
-use super::vpid::VPID01;
-use crate::emul::cr::Cr4;
-use crate::emul::msr::{self, OwnMsrs};
-use crate::error::KillReason;
+use crate::cpu::{Cpu, Operation};
 use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::linear::{fetch_pdptes, pdptes_are_valid};
 use crate::mm::{GuestMemory, PhysMem};
-use crate::vcpu::tracked::{HostMsrs, Tracked};
-use crate::vcpu::{Config, Cpu};
-use crate::vmx::Field;
+use crate::rules::merge::Duties;
+use crate::trace::KillReason;
+use crate::vmcs::Config;
+use crate::vmcs::image::Image;
+use crate::vmcs::msr_lists::MsrLists;
+use crate::vmcs::msrs::{self, OwnMsrs};
+use crate::vmcs::slot::Slot;
+use crate::vmcs::stale::Stale;
+use crate::vmcs::tracked::{HostMsrs, Tracked};
+use crate::vmcs::vmcs12::{FieldSet, Vmcs12};
+use crate::vmcs::vpid::VPID01;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, SecondaryControls};
 use crate::vmx::event::{EventInfo, EventKind};
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::field::PDPTES;
-use crate::vmx::image::{Access, Image};
+use crate::vmx::{Field, FieldAccess};
+use crate::x86::Cr4;
+use crate::x86::msr::{IA32_EFER, IA32_PAT};
 use l2_protocol::abi::{Counter, Strategy};
 
 const BLOCKING_BY_NMI: u64 = 1 << 3;
@@ -86,7 +87,7 @@ fn store_msrs(
     guest: &GuestMemory<impl PhysMem>,
 ) -> Result<(), KillReason> {
     let [at, count] = [Field::VM_EXIT_MSR_STORE_ADDR, Field::VM_EXIT_MSR_STORE_COUNT].map(|f| slot.vmcs12.get(f));
-    MsrLists::store(vmx, |index| msr::answer(&config.offered, own, index), guest, at, count)
+    MsrLists::store(vmx, |index| msrs::answer(&config.offered, own, index), guest, at, count)
 }
 
 /// Takes L2 out by an exception or NMI that the processor did not exit for, with its interruption information.
@@ -125,7 +126,7 @@ pub fn entry_failure(cpu: &mut Cpu, basic: BasicReason, qualification: u64) -> R
     if guest_state_loaded {
         // The qualification is the number of the entry that failed; those before it count.
         let loaded = |msr| slot.msr_lists.loaded_by_entry(&cpu.phys, qualification, msr);
-        slot.inherited.msrs_loaded(loaded(msr::IA32_PAT), loaded(msr::IA32_EFER));
+        slot.inherited.msrs_loaded(loaded(IA32_PAT), loaded(IA32_EFER));
     }
     let nmi_blocked = cpu.nested.blocking01 & BLOCKING_BY_NMI != 0;
     let info = Some((ExitReason::entry_failure(basic), qualification));
@@ -234,14 +235,20 @@ fn keep_info(slot: &mut Slot, info: Option<Info>) {
 }
 
 /// Writes reason and qualification to vmcs02, for L2 to read there.
-fn write_info(vmcs02: &mut impl Access, (reason, qualification): Info) {
+fn write_info(vmcs02: &mut impl FieldAccess, (reason, qualification): Info) {
     vmcs02.write(Field::VM_EXIT_REASON, reason.0 as u64);
     vmcs02.write(Field::EXIT_QUALIFICATION, qualification);
 }
 
 /// Writes all of L2's state after a VM exit to vmcs01.
 #[inline(always)]
-fn load_l2(vmcs01: &mut impl Access, vmcs12: &Vmcs12, tracked: &mut Tracked, msrs: &HostMsrs, blocking: Option<u64>) {
+fn load_l2(
+    vmcs01: &mut impl FieldAccess,
+    vmcs12: &Vmcs12,
+    tracked: &mut Tracked,
+    msrs: &HostMsrs,
+    blocking: Option<u64>,
+) {
     load_vmcs12_host_state(vmcs01, vmcs12);
     tracked.load(vmcs01, msrs);
     if let Some(blocking) = blocking {
@@ -254,7 +261,7 @@ fn load_l2(vmcs01: &mut impl Access, vmcs12: &Vmcs12, tracked: &mut Tracked, msr
 /// vmcs01 still holds L2's state at its VMRESUME, and most of that is what the host area asks for. Selectors, rights and
 /// bases that are rarely different are read and written only then; the rest is written.
 #[inline(always)]
-fn load_vmcs12_host_state(vmx: &mut impl Access, vmcs12: &Vmcs12) {
+fn load_vmcs12_host_state(vmx: &mut impl FieldAccess, vmcs12: &Vmcs12) {
     let long = vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 != 0;
     vmx.write(Field::GUEST_RIP, vmcs12.get(Field::HOST_RIP));
     vmx.write(Field::GUEST_RSP, vmcs12.get(Field::HOST_RSP));
@@ -276,7 +283,7 @@ fn load_vmcs12_host_state(vmx: &mut impl Access, vmcs12: &Vmcs12) {
 
 /// Segment registers (SDM vol. 3C, "Loading Host Segment and Descriptor-Table Registers").
 #[inline(always)]
-fn load_segments(vmx: &mut impl Access, vmcs12: &Vmcs12, long: bool) {
+fn load_segments(vmx: &mut impl FieldAccess, vmcs12: &Vmcs12, long: bool) {
     /// Type 11, S, P, G; L or D.
     const CODE: u64 = 0x809B;
     const LONG: u64 = 1 << 13;

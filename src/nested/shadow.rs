@@ -8,19 +8,18 @@
 //! Source: Intel SDM vol. 3C (December 2024), "VMCS Shadowing", "VMCS Types: Ordinary and Shadow", "Instructions That Cause VM
 //! Exits Conditionally".
 
-use super::caps::REVISION;
-use super::completion;
-use super::instr::{fields, pointers};
-use super::merge::{self, Duties};
-use super::slot::SHADOW_INDICATOR;
-use super::stale::Stale;
-use super::vmcs12::Vmcs12;
+use super::{active, completion, fields, result};
 use crate::addr::{Gpa, PAGE_SIZE};
-use crate::error::{KillReason, VmxResult};
-use crate::vcpu::operand::require_cpl0;
-use crate::vcpu::{Cpu, Next, Stop, inject, operand};
-use crate::vmx::Field;
+use crate::cpu::Cpu;
+use crate::guest::operand::{self, require_cpl0};
+use crate::guest::{Next, Stop, inject};
+use crate::rules::merge::{self, Duties};
+use crate::trace::KillReason;
+use crate::vmcs::stale::Stale;
+use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::bitmap::Access;
+use crate::vmx::region::{REVISION, SHADOW_INDICATOR};
+use crate::vmx::{Field, VmxResult};
 use l2_protocol::abi::Strategy;
 
 /// No link.
@@ -59,7 +58,7 @@ pub fn link(cpu: &mut Cpu, index: usize) {
     }
     // The current vmcs12 must not be the one that makes room.
     cpu.nested.touch(index);
-    let linked = pointers::activate(cpu, at, true);
+    let linked = active::activate(cpu, at, true);
     cpu.nested.touch(linked);
     let target = &mut cpu.nested.slots[linked];
     let link_to = bitmaps.map(|_| {
@@ -88,7 +87,7 @@ pub fn of_l3(cpu: &mut Cpu, index: usize, access: Access) -> Result<(), KillReas
         (Err(fault), _) => Err(Stop::Fault(fault)),
         (Ok(()), Some(linked)) => access_field(cpu, linked),
         (Ok(()), None) => {
-            inject::vmx_result(cpu, VmxResult::FailInvalid);
+            result::vmx_result(cpu, VmxResult::FailInvalid);
             Ok(Next::Advance)
         }
     };

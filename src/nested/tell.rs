@@ -3,17 +3,17 @@
 //!
 //! Only what fails comes here.
 
-use super::Operation;
-use super::checks::CheckId;
-use super::entry;
-use super::explain::Refusal;
-use super::vmcs12::Vmcs12;
-use crate::emul::cr::Cr0;
+use super::judge;
+use crate::cpu::{Cpu, Operation};
+use crate::guest::operand;
 use crate::hw::serial;
-use crate::vcpu::{Cpu, operand};
+use crate::rules::checks::CheckId;
+use crate::rules::explain::Refusal;
+use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::controls::{PrimaryControls, SecondaryControls};
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::{Capabilities, Field, Fields};
+use crate::x86::Cr0;
 use arrayvec::ArrayVec;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -84,7 +84,7 @@ pub fn refuse(cpu: &mut Cpu, refusal: Refusal) {
     let told = match refusal {
         // A rule with its values is told once.
         Refusal::Controls(_) | Refusal::HostState(_) | Refusal::GuestState(..) if count == 1 => {
-            entry::all_broken(cpu, |cpu, vmcs12, rules| {
+            judge::all_broken(cpu, |cpu, vmcs12, rules| {
                 let values = Some((vmcs12, &cpu.config.offered));
                 // What only the processor knows breaks no rule here.
                 tell(&place, reason, count, if rules.is_empty() { first.as_slice() } else { rules }, values);

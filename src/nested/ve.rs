@@ -6,16 +6,17 @@
 //! Source: SDM vol. 3C, "Virtualization Exceptions": "Convertible EPT Violations", "Virtualization-Exception Information",
 //! "Delivery of Virtualization Exceptions".
 
-use super::{events, reflect};
+use super::reflect;
 use crate::addr::Gpa;
-use crate::emul::cr::Cr0;
+use crate::cpu::Cpu;
 use crate::ept::Qualification;
-use crate::error::KillReason;
+use crate::guest::events;
 use crate::mm::{GuestMemory, PhysMem};
-use crate::vcpu::Cpu;
+use crate::trace::KillReason;
 use crate::vmx::Field;
 use crate::vmx::event::{EventInfo, EventKind, vector};
 use crate::vmx::exit::BasicReason;
+use crate::x86::Cr0;
 
 /// Offset of the word that is 0 while the area is free.
 const BUSY: u64 = 4;

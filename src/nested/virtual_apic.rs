@@ -5,14 +5,14 @@
 //!
 //! Source: Intel SDM vol. 3C (December 2024), chapter "APIC Virtualization and Virtual Interrupts".
 
-use super::merge::{ApicPages, Duties};
 use super::reflect;
 use crate::addr::{Gpa, Hpa, PAGE_SIZE};
-use crate::error::{KillReason, VmxError};
+use crate::cpu::Cpu;
 use crate::mm::PhysMem;
-use crate::vcpu::Cpu;
+use crate::rules::merge::{ApicPages, Duties};
+use crate::trace::KillReason;
 use crate::vmx::exit::{BasicReason, ExitReason};
-use crate::vmx::{Field, Fields};
+use crate::vmx::{Field, Fields, VmxError};
 
 const ENTRY_EVENT_VALID: u64 = 1 << 31;
 

@@ -3,14 +3,13 @@
 //!
 //! Source: SDM vol. 3C, "VM Functions": "General Operation of the VMFUNC Instruction", "EPTP Switching".
 
-use super::checks::eptp_is_valid;
-use super::completion;
-use super::reflect;
-use super::slot::Slot;
+use super::{completion, reflect};
 use crate::addr::Gpa;
-use crate::error::KillReason;
+use crate::cpu::Cpu;
 use crate::mm::{GuestMemory, PhysMem};
-use crate::vcpu::Cpu;
+use crate::rules::checks::eptp_is_valid;
+use crate::trace::KillReason;
+use crate::vmcs::slot::Slot;
 use crate::vmx::controls::EPTP_SWITCHING;
 use crate::vmx::{Capabilities, Field};
 

@@ -1,6 +1,6 @@
 //! The little that processors share.
 //!
-//! Each processor has its own [`Cpu`](crate::vcpu::Cpu): VMCSs, slots, EPT tables, frames, counters. What is left is the
+//! Each processor has its own [`Cpu`](crate::cpu::Cpu): VMCSs, slots, EPT tables, frames, counters. What is left is the
 //! serial line ([`line_lock`]) and the moment in which processors are started ([`start`]). Both are written against
 //! [`Word`], so that a host test can run them on a model of memory and try every interleaving.
 

@@ -1,6 +1,6 @@
 //! What a VMX machine can do: the values of the IA32_VMX_* MSRs, typed.
 //!
-//! The same type describes the machine under nvmx and the machine that nvmx shows to L2 (`nested::caps`), so every
+//! The same type describes the machine under nvmx and the machine that nvmx shows to L2 (`rules::caps`), so every
 //! check that asks "may this be set?" is written once.
 //!
 //! Source: Intel SDM vol. 3D (December 2024), appendix "VMX Capability Reporting Facility"; field existence: vol. 3D,

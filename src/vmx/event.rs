@@ -3,7 +3,7 @@
 //! Source: Intel SDM vol. 3C (December 2024), tables "Format of the VM-Entry Interruption-Information Field", "Format of
 //! the VM-Exit Interruption-Information Field", "Format of the IDT-Vectoring Information Field": one layout for three.
 
-use crate::error::Fault;
+use crate::x86::Fault;
 use core::fmt;
 
 /// Interruption type, bits 10:8.

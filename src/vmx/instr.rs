@@ -6,7 +6,7 @@
 
 use super::field::Fields;
 use super::segment::{AccessRights, Segment};
-use crate::error::Fault;
+use crate::x86::Fault;
 
 /// The VM-exit instruction-information field. One layout serves all VMX instructions; what an instruction does not use is
 /// undefined.

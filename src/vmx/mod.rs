@@ -1,19 +1,22 @@
 //! Definitions of VMX without state.
 
+mod access;
 pub mod bitmap;
 pub mod caps;
 pub mod controls;
-pub mod debug;
+pub mod error;
 pub mod event;
 pub mod exit;
 pub mod field;
-pub mod image;
 pub mod instr;
 pub mod qualification;
+pub mod region;
 pub mod requirements;
 pub mod segment;
 
+pub use access::FieldAccess;
 pub use caps::Capabilities;
 pub use controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
+pub use error::{VmxError, VmxResult};
 pub use exit::{BasicReason, ExitReason};
 pub use field::{Field, Fields};

@@ -2,8 +2,8 @@
 
 use super::core_support::{Vmcs, rich, valid_vmcs12};
 use super::{Violations, bit};
-use nvmx::nested::caps::offered;
-use nvmx::nested::checks::{check_controls, check_live_controls};
+use nvmx::rules::caps::offered;
+use nvmx::rules::checks::{check_controls, check_live_controls};
 use nvmx::vmx::caps::Misc;
 use nvmx::vmx::{Capabilities, Field, Field::*, Fields};
 use proptest::prelude::*;

@@ -3,8 +3,8 @@
 use super::core_support::{CONTEXT, Memory};
 use super::{Violations, bit, canonical, fixed, get, none_of, pat};
 use nvmx::addr::Gpa;
-use nvmx::nested::caps::REVISION;
-use nvmx::nested::checks::GuestMemory;
+use nvmx::rules::checks::GuestMemory;
+use nvmx::vmx::region::REVISION;
 use nvmx::vmx::{Capabilities, Field, Field::*, Fields};
 
 /// A segment register taken apart.

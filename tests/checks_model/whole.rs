@@ -4,10 +4,11 @@
 use super::core_support::broken::{legacy, pae, real_mode, usable_ldtr, v86};
 use super::core_support::{CONTEXT, CURRENT, Memory, Vmcs, rich, valid_vmcs12};
 use super::{Violations, controls, guest, host};
-use nvmx::nested::caps::{REVISION, offered};
-use nvmx::nested::checks::{CheckId, check_controls, check_guest, check_host};
+use nvmx::rules::caps::offered;
+use nvmx::rules::checks::{CheckId, check_controls, check_guest, check_host};
 use nvmx::vmx::caps::Misc;
 use nvmx::vmx::field::Area;
+use nvmx::vmx::region::REVISION;
 use nvmx::vmx::{Capabilities, Field, Field::*, Fields};
 use std::collections::BTreeMap;
 

@@ -2,7 +2,7 @@
 //! guest that the changes start from.
 
 use super::{CURRENT, Vmcs};
-use nvmx::nested::checks::CheckId;
+use nvmx::rules::checks::CheckId;
 use nvmx::vmx::Field::*;
 
 pub const EXTERNAL_INTERRUPT: u64 = 1 << 31 | 0x20;

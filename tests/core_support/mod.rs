@@ -5,8 +5,8 @@ pub mod broken;
 pub mod failing;
 
 use nvmx::addr::{Gpa, Hpa};
-use nvmx::nested::checks::{GuestContext, GuestMemory};
-use nvmx::nested::merge::ApicPages;
+use nvmx::rules::checks::{GuestContext, GuestMemory};
+use nvmx::rules::merge::ApicPages;
 use nvmx::vmx::caps::{Capabilities, msr};
 use nvmx::vmx::controls::Controls;
 use nvmx::vmx::{EntryControls, ExitControls, Field, Fields, PinControls, PrimaryControls, SecondaryControls};

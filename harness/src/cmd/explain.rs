@@ -5,9 +5,9 @@ use crate::cli::ExplainArgs;
 use crate::error::Stop;
 use crate::ui::Ui;
 use anyhow::Result;
-use nvmx::error::VmxError;
-use nvmx::nested::checks::CheckId;
+use nvmx::rules::checks::CheckId;
 use nvmx::vmx::Field;
+use nvmx::vmx::VmxError;
 use nvmx::vmx::exit::BasicReason;
 use nvmx::vmx::field::{Area, Home, Width};
 

@@ -2,9 +2,9 @@
 
 use crate::image;
 use l2_protocol::{Kind, OwnedRecord};
-use nvmx::error::VmxError;
-use nvmx::nested::checks::CheckId;
+use nvmx::rules::checks::CheckId;
 use nvmx::vmx::Field;
+use nvmx::vmx::VmxError;
 use nvmx::vmx::exit::BasicReason;
 use schemars::JsonSchema;
 use serde::Serialize;

@@ -114,7 +114,7 @@ fn tells_what_it_explains(outcome: &Outcome) -> Result<(), String> {
 }
 
 fn is_rule(name: &str) -> bool {
-    nvmx::nested::checks::CheckId::ALL.iter().any(|check| check.name() == name)
+    nvmx::rules::checks::CheckId::ALL.iter().any(|check| check.name() == name)
 }
 
 fn with_values(told: &[Refusal]) -> Result<(), String> {

@@ -2,12 +2,12 @@
 
 use super::state::{Exception, Failure, RF, SegmentState, Source, State, Switched};
 use super::switch;
-use crate::error::KillReason;
+use crate::cpu::Cpu;
+use crate::guest::{Next, Stop, events, operand};
 use crate::hw::cr;
 use crate::hw::vmx::Invalidate;
-use crate::nested::events;
-use crate::nested::vpid::VPID01;
-use crate::vcpu::{Cpu, Next, Stop, operand};
+use crate::trace::KillReason;
+use crate::vmcs::vpid::VPID01;
 use crate::vmx::Field;
 use crate::vmx::event::{After, EventInfo, EventKind, vector};
 use crate::vmx::field::PDPTES;

@@ -1,10 +1,10 @@
 //! The memory of a task switch: descriptor tables and TSSs by linear address, as the processor itself accesses them.
 
 use super::state::{Exception, Failure};
-use crate::error::Fault;
 use crate::mm::linear::{AccessError, DataAccess, Paging, Privilege};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::vmx::event::vector;
+use crate::x86::Fault;
 
 const PRESENT: u8 = 1 << 7;
 const CODE_OR_DATA: u8 = 1 << 4;

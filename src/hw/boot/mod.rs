@@ -21,9 +21,7 @@ use crate::{
         layout::{self, TooLittleMemory},
     },
     hw::{
-        cpu, cr,
-        idt::Idt,
-        msr,
+        cpu, cr, idt, msr,
         phys::{DIRECT_MAP, DirectMap},
     },
     mm::{
@@ -179,7 +177,7 @@ impl Handover {
             move_image(image, own.start(), &tables, no_execute);
             DirectMap::new(Hpa::new(end))
         };
-        let idt = Idt::new(&mut frames, phys)?;
+        let idt = idt::build(&mut frames, phys)?;
         cpu::install(cpu::prepare(0, idt, no_execute, &mut frames, &mut tables, phys)?);
         // Nothing of nvmx may be left where L2 can read it (invariant I9).
         phys.zero(Hpa::new(loaded.start()), loaded.len());

@@ -1,10 +1,11 @@
 //! VMLAUNCH and VMRESUME of L2.
 
-use super::{done, require_root};
-use crate::error::{VmxError, VmxResult};
+use super::require_root;
+use crate::cpu::Cpu;
+use crate::guest::{Next, Stop};
 use crate::nested::entry;
-use crate::vcpu::{Cpu, Next, Stop};
-use crate::vmx::Field;
+use crate::nested::result::done;
+use crate::vmx::{Field, VmxError, VmxResult};
 
 const BLOCKING_BY_MOV_SS: u64 = 1 << 1;
 

@@ -1,13 +1,15 @@
 //! INVEPT and INVVPID of L2.
 
-use super::{done, require_root};
+use super::require_root;
+use crate::cpu::Cpu;
 use crate::ept::Eptp;
-use crate::error::{Fault, VmxError, VmxResult};
+use crate::guest::{Next, Stop, operand};
 use crate::hw::vmx::Invalidate;
-use crate::nested::checks::eptp_is_valid;
-use crate::vcpu::{Cpu, Next, Stop, operand};
+use crate::nested::result::done;
+use crate::rules::checks::eptp_is_valid;
 use crate::vmx::instr::{Direction, InstructionInfo};
-use crate::vmx::{Capabilities, Field};
+use crate::vmx::{Capabilities, Field, VmxError, VmxResult};
+use crate::x86::Fault;
 use l2_protocol::abi::Counter;
 
 const INVALID_OPERAND: VmxResult = VmxResult::FailValid(VmxError::InvalidOperandToInveptInvvpid);

@@ -9,13 +9,13 @@ pub mod invalidate;
 pub mod pointers;
 pub mod switch;
 
-use super::Operation;
 use crate::addr::{Gpa, PAGE_SIZE};
-use crate::error::{Fault, VmxResult};
-use crate::vcpu::operand::require_cpl0;
-use crate::vcpu::{Cpu, Next, Stop, inject, operand};
+use crate::cpu::{Cpu, Operation};
+use crate::guest::Stop;
+use crate::guest::operand::{self, require_cpl0};
 use crate::vmx::Capabilities;
 use crate::vmx::instr::Direction;
+use crate::x86::Fault;
 
 /// #UD outside VMX operation, #GP(0) above CPL 0.
 #[inline(always)]
@@ -24,13 +24,6 @@ fn require_root(cpu: &mut Cpu) -> Result<(), Fault> {
         return Err(Fault::InvalidOpcode);
     }
     require_cpl0(cpu)
-}
-
-/// Reports a result in RFLAGS and goes on behind the instruction.
-#[inline(always)]
-fn done(cpu: &mut Cpu, result: VmxResult) -> Result<Next, Stop> {
-    inject::vmx_result(cpu, result);
-    Ok(Next::Advance)
 }
 
 /// The 64-bit memory operand of VMXON, VMPTRLD and VMCLEAR.

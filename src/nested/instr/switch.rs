@@ -1,29 +1,30 @@
 //! VMXON, VMXOFF and VMCALL of L2.
 
-use super::pointers::{make_current, write_back};
-use super::{done, is_region_address, pointer_operand, require_root};
-use crate::emul::cr::Cr4;
-use crate::emul::msr::{FEATURE_LOCK, FEATURE_VMX};
-use crate::error::{Fault, VmxError, VmxResult};
+use super::{is_region_address, pointer_operand, require_root};
+use crate::cpu::{Cpu, Operation};
+use crate::guest::operand::{self, require_cpl0};
+use crate::guest::{Next, Stop};
 use crate::hw::vmx::Invalidate;
-use crate::nested::Operation;
-use crate::nested::caps;
-use crate::nested::vmcs12::Vmcs12;
-use crate::vcpu::operand::require_cpl0;
-use crate::vcpu::{Cpu, Next, Stop, operand, vmcs01};
-use crate::vmx::Field;
+use crate::nested::active::{make_current, write_back};
+use crate::nested::result::done;
+use crate::vmcs::vmcs01;
+use crate::vmcs::vmcs12::Vmcs12;
+use crate::vmx::region::REVISION;
+use crate::vmx::{Field, VmxError, VmxResult};
+use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX};
+use crate::x86::{Cr4, Fault};
 
 /// VMXON
 pub fn vmxon(cpu: &mut Cpu) -> Result<Next, Stop> {
     // The real CR4.VMXE is always set, so this #UD is nvmx's to raise.
-    if vmcs01::cr4_of_l2(cpu) & Cr4::VMXE.bits() == 0 {
+    if vmcs01::cr4_of_l2(&mut cpu.vmx) & Cr4::VMXE.bits() == 0 {
         return Err(Fault::InvalidOpcode.into());
     }
     require_cpl0(cpu)?;
     if cpu.nested.operation != Operation::Off {
         return done(cpu, VmxResult::FailValid(VmxError::VmxonInVmxRootOperation));
     }
-    let (cr0, cr4) = (vmcs01::cr0_of_l2(cpu), vmcs01::cr4_of_l2(cpu));
+    let (cr0, cr4) = (vmcs01::cr0_of_l2(&mut cpu.vmx), vmcs01::cr4_of_l2(&mut cpu.vmx));
     let allowed = FEATURE_LOCK | FEATURE_VMX;
     if !cpu.config.offered.cr0_ok(cr0)
         || !cpu.config.offered.cr4_ok(cr4)
@@ -32,11 +33,11 @@ pub fn vmxon(cpu: &mut Cpu) -> Result<Next, Stop> {
         return Err(Fault::GeneralProtection(0).into());
     }
     let at = pointer_operand(cpu)?;
-    if !is_region_address(&cpu.config.offered, at) || Vmcs12::revision(&cpu.guest, at) != Ok(caps::REVISION) {
+    if !is_region_address(&cpu.config.offered, at) || Vmcs12::revision(&cpu.guest, at) != Ok(REVISION) {
         return done(cpu, VmxResult::FailInvalid);
     }
     cpu.nested.operation = Operation::Root { vmxon_ptr: at, current: None };
-    vmcs01::own_control_bits(cpu, true);
+    vmcs01::own_control_bits(&mut cpu.vmx, &cpu.config, true);
     // IA32_EFER.LMA can change without a write; from here on CR0.PG cannot.
     cpu.tracked.refresh(&mut cpu.vmx);
     done(cpu, VmxResult::Succeed)
@@ -61,7 +62,7 @@ pub fn vmxoff(cpu: &mut Cpu) -> Result<Next, Stop> {
         cpu.vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
     }
     cpu.nested.operation = Operation::Off;
-    vmcs01::own_control_bits(cpu, false);
+    vmcs01::own_control_bits(&mut cpu.vmx, &cpu.config, false);
     done(cpu, VmxResult::Succeed)
 }
 

@@ -11,7 +11,7 @@ use input::Input;
 use libfuzzer_sys::fuzz_target;
 use model::core_support::{rich, valid_vmcs12};
 use model::whole::{KINDS, compare, fields, memory};
-use nvmx::nested::caps::offered;
+use nvmx::rules::caps::offered;
 use nvmx::vmx::Fields;
 use nvmx::vmx::caps::Misc;
 

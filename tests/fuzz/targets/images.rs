@@ -11,10 +11,10 @@ use nvmx::addr::Hpa;
 use nvmx::boot::extras::Extras;
 use nvmx::boot::info::{BootInfo, CommandLine, Module, Modules};
 use nvmx::boot::options::Options;
-use nvmx::boot::{acpi, multiboot1, multiboot2, pvh};
+use nvmx::boot::{acpi, l2_image, multiboot1, multiboot2, pvh};
 use nvmx::mm::map::RangeKind;
 use nvmx::mm::phys::{PhysMem, VecMem};
-use nvmx::mm::{GuestMemory, MemoryMap, Span, l2_image};
+use nvmx::mm::{GuestMemory, MemoryMap, Span};
 
 const MIB: u64 = 1 << 20;
 const MEMORY: u64 = 6 * MIB;

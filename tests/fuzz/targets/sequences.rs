@@ -16,10 +16,11 @@ use model::whole::{KINDS, compare, memory as checks_memory};
 use nvmx::addr::{Gpa, Hpa};
 use nvmx::mm::phys::{PhysMem, VecMem};
 use nvmx::mm::{GuestMemory, Span};
-use nvmx::nested::caps::{REVISION, offered};
-use nvmx::nested::checks::{check_cached_controls, check_host};
-use nvmx::nested::merge::{NvmxNeeds, Translated, merge};
-use nvmx::nested::vmcs12::Vmcs12;
+use nvmx::rules::caps::offered;
+use nvmx::rules::checks::{check_cached_controls, check_host};
+use nvmx::rules::merge::{NvmxNeeds, Translated, merge};
+use nvmx::vmcs::vmcs12::Vmcs12;
+use nvmx::vmx::region::REVISION;
 use nvmx::vmx::{Capabilities, ExitControls, Field, Fields, PinControls, PrimaryControls, SecondaryControls};
 use std::collections::HashMap;
 

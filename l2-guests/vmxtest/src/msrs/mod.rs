@@ -1,7 +1,7 @@
 //! MSRs: what RDMSR and WRMSR do in the hypervisor and, where its bitmap lets them pass, in its guest.
 
 mod apic_base;
-#[path = "../../../../src/emul/msr_policy.rs"]
+#[path = "../../../../src/rules/msr_policy.rs"]
 #[expect(dead_code, reason = "the reasons are for people")]
 pub mod policy;
 mod sweep;

@@ -1,0 +1,87 @@
+//! Where L2 stands with VMX, and its active vmcs12s.
+
+use crate::addr::Gpa;
+use crate::rules::explain::Refusals;
+use crate::vmcs::slots::Slots;
+use crate::vmcs::vpid::VpidMap;
+
+/// Where L2 stands with VMX.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Operation {
+    /// Outside VMX operation.
+    Off,
+    /// VMX root operation: L2 runs.
+    Root {
+        /// Operand of VMXON.
+        vmxon_ptr: Gpa,
+        /// The slot of the current vmcs12.
+        current: Option<usize>,
+    },
+    /// VMX non-root operation: L3 runs on the vmcs02 of this slot.
+    NonRoot {
+        /// Operand of VMXON.
+        vmxon_ptr: Gpa,
+        /// The slot of the current vmcs12.
+        current: usize,
+    },
+}
+
+/// The virtual VMX of one CPU.
+pub struct Nested {
+    /// Where L2 stands.
+    pub operation: Operation,
+    /// Active vmcs12s.
+    pub slots: Slots,
+    /// vpid12 to vpid02.
+    pub vpids: VpidMap,
+    /// Interruptibility state of L2 at its last VMLAUNCH or VMRESUME.
+    pub blocking01: u64,
+    /// What was refused last, for L2 to read.
+    pub refusals: Refusals,
+    /// Counts uses, for their order.
+    pub uses: u64,
+}
+
+impl Nested {
+    /// Outside VMX operation, with these free slots.
+    pub fn new(slots: Slots) -> Self {
+        Nested {
+            operation: Operation::Off,
+            slots,
+            vpids: VpidMap::new(),
+            blocking01: 0,
+            refusals: Refusals::default(),
+            uses: 0,
+        }
+    }
+
+    /// Operand of VMXON while in VMX operation.
+    pub fn vmxon_ptr(&self) -> Option<Gpa> {
+        match self.operation {
+            Operation::Off => None,
+            Operation::Root { vmxon_ptr, .. } | Operation::NonRoot { vmxon_ptr, .. } => Some(vmxon_ptr),
+        }
+    }
+
+    /// Index of the slot of the current vmcs12.
+    pub fn current(&self) -> Option<usize> {
+        match self.operation {
+            Operation::Off => None,
+            Operation::Root { current, .. } => current,
+            Operation::NonRoot { current, .. } => Some(current),
+        }
+    }
+
+    /// Notes that a slot is in use.
+    pub fn touch(&mut self, index: usize) {
+        self.uses += 1;
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.used = self.uses;
+        }
+    }
+
+    /// The slot for the vmcs12 at `vmptr`, active or not, if there is one.
+    pub fn find(&self, vmptr: Gpa) -> Option<usize> {
+        self.slots.find(|slot| slot.vmptr == Some(vmptr))
+    }
+}

@@ -1,0 +1,71 @@
+//! The state of one virtual CPU.
+
+use super::{Startup, Waiting};
+use crate::addr::Hpa;
+use crate::cpu::{Events, Nested};
+use crate::ept::{Ept01, Ept02, PoolFrames};
+use crate::hw::phys::DirectMap;
+use crate::hw::vmenter::GuestRegs;
+use crate::hw::vmx::Vmx;
+use crate::mm::{FramePool, GuestMemory};
+use crate::rules::merge::MsrIntercepts;
+use crate::vmcs::Config;
+use crate::vmcs::msrs::OwnMsrs;
+use crate::vmcs::tracked::Tracked;
+use crate::vmx::bitmap::Words;
+
+/// One virtual CPU. It never moves once it runs: HOST_RSP points into `regs`.
+pub struct Cpu {
+    /// General-purpose registers of the guest that exited last.
+    pub regs: GuestRegs,
+    /// The right to execute VMX instructions, and the counters.
+    pub vmx: Vmx,
+    /// Decided at start.
+    pub config: Config,
+    /// The VMCS that runs L2.
+    pub vmcs01: Hpa,
+    /// vmcs01 entered since its VMCLEAR.
+    pub launched01: bool,
+    /// vmcs01 loads an MSR area with the next entry (L2's VM-exit MSR-load area).
+    pub loads_msrs01: bool,
+    /// VMREAD and VMWRITE bitmap: what VMCS shadowing lets L2 reach.
+    pub shadow_bitmaps: [Hpa; 2],
+    /// MSR bitmap of vmcs01: what nvmx itself must see.
+    pub msr_bitmap01: Hpa,
+    /// What L3 may reach of a shadow VMCS by VMREAD and VMWRITE, to be merged with L2's bitmaps.
+    pub shadow_words: [Words; 2],
+    /// What nvmx must see of L3, to be merged with L2's bitmap.
+    pub msr_intercepts: MsrIntercepts,
+    /// Stands for memory that is not there: a frame of nvmx.
+    pub void: Hpa,
+    /// MSRs as L2 sees them, where nvmx keeps them for it.
+    pub msrs: OwnMsrs,
+    /// MSRs of L2 whose values nvmx knows.
+    pub tracked: Tracked,
+    /// Virtual VMX.
+    pub nested: Nested,
+    /// The machine one to one, without nvmx.
+    pub ept01: Ept01,
+    /// Composed tables for L3.
+    pub ept02: Ept02,
+    /// nvmx's frames.
+    pub frames: FramePool,
+    /// Physical memory.
+    pub phys: DirectMap,
+    /// L2's memory.
+    pub guest: GuestMemory<DirectMap>,
+    /// Events that nvmx holds back.
+    pub waiting: Waiting,
+    /// Where L2 is on its way from an INIT to its first instruction.
+    pub start: Startup,
+    /// What nvmx has changed in vmcs02 for events of its own.
+    pub events: Events,
+}
+
+impl Cpu {
+    /// nvmx's frames as EPT tables, beside the rest of the CPU.
+    #[inline(always)]
+    pub fn tables<'a>(frames: &'a mut FramePool, phys: &'a DirectMap) -> PoolFrames<'a, &'a DirectMap> {
+        PoolFrames { pool: frames, memory: phys }
+    }
+}

@@ -1,0 +1,99 @@
+//! The states in which a processor begins to run L2, written to vmcs01: as a boot protocol asks, and after an INIT.
+//!
+//! Source: SDM vol. 3A, "Processor Initialization", table "IA-32 and Intel 64 Processor States Following Power-up, Reset,
+//! or INIT"; vol. 3C, "Checks on Guest Segment Registers" (the form in which an unusable or real-mode segment is entered).
+
+use crate::boot::l2_image::Start;
+use crate::cpu::Cpu;
+use crate::mm::Span;
+use crate::vmcs::vmcs01;
+use crate::vmx::Field;
+use crate::vmx::segment::Segment;
+use crate::x86::{Cr0, Cr4};
+
+/// Selector, base, limit, access rights.
+type SegmentState = (u16, u64, u32, u64);
+
+const UNUSABLE: SegmentState = (0, 0, 0, 1 << 16);
+const BUSY_TSS: u64 = 0x8B;
+const LDT: u64 = 0x82;
+/// CR0.ET, which is always 1.
+const CR0_ET: Cr0 = Cr0::from_bits_retain(1 << 4);
+
+/// 32-bit protected mode without paging, flat segments: the machine state of the boot protocols.
+pub fn write_boot_state(cpu: &mut Cpu, start: &Start) {
+    let code = (0x10, 0, u32::MAX, 0xC09B);
+    let data = (0x18, 0, u32::MAX, 0xC093);
+    write_segments(cpu, code, data, UNUSABLE, (0, 0, 0x67, BUSY_TSS));
+    write_rest(cpu, Cr0::PE | Cr0::NE | CR0_ET, start.entry.get());
+    cpu.vmx.write(Field::GUEST_GDTR_BASE, start.gdt.map_or(0, Span::start));
+    cpu.vmx.write(Field::GUEST_GDTR_LIMIT, start.gdt.map_or(0, |gdt| gdt.len().saturating_sub(1)));
+    cpu.vmx.write(Field::GUEST_RSP, start.esp.get());
+    cpu.regs.gpr = [0; 16];
+    cpu.regs.gpr[0] = start.eax as u64;
+    cpu.regs.gpr[3] = start.ebx.get();
+    cpu.regs.gpr[6] = start.esi.get();
+}
+
+/// The state after an INIT but for what is not in vmcs01. SYSENTER's MSRs and IA32_PAT keep their values. `signature` is
+/// that of the processor, for EDX.
+pub fn write_init_state(cpu: &mut Cpu, signature: u32) {
+    const PRESENT_DATA: u64 = 0x93;
+    let code = (0xF000, 0xFFFF_0000, 0xFFFF, PRESENT_DATA);
+    let data = (0, 0, 0xFFFF, PRESENT_DATA);
+    write_segments(cpu, code, data, (0, 0, 0xFFFF, LDT), (0, 0, 0xFFFF, BUSY_TSS));
+    write_rest(cpu, Cr0::NE | CR0_ET, 0xFFF0);
+    cpu.vmx.write(Field::GUEST_GDTR_BASE, 0);
+    cpu.vmx.write(Field::GUEST_GDTR_LIMIT, 0xFFFF);
+    cpu.vmx.write(Field::GUEST_IDTR_LIMIT, 0xFFFF);
+    cpu.regs.gpr = [0; 16];
+    cpu.regs.gpr[2] = u64::from(signature);
+}
+
+fn write_segments(cpu: &mut Cpu, cs: SegmentState, data: SegmentState, ldtr: SegmentState, tr: SegmentState) {
+    let vmx = &mut cpu.vmx;
+    for (segment, (selector, base, limit, rights)) in [
+        (Segment::Cs, cs),
+        (Segment::Ss, data),
+        (Segment::Ds, data),
+        (Segment::Es, data),
+        (Segment::Fs, data),
+        (Segment::Gs, data),
+        (Segment::Ldtr, ldtr),
+        (Segment::Tr, tr),
+    ] {
+        vmx.write(segment.selector(), u64::from(selector));
+        vmx.write(segment.base(), base);
+        vmx.write(segment.limit(), u64::from(limit));
+        vmx.write(segment.rights(), rights);
+    }
+}
+
+/// What is the same in both: no paging, no interrupts, nothing pending, active.
+fn write_rest(cpu: &mut Cpu, cr0: Cr0, rip: u64) {
+    let entry = vmcs01::entry(&cpu.config.hardware);
+    for (field, value) in [
+        (Field::VM_ENTRY_CONTROLS, entry.bits() as u64),
+        (Field::VM_ENTRY_INTR_INFO_FIELD, 0),
+        (Field::VM_ENTRY_MSR_LOAD_COUNT, 0),
+        (Field::GUEST_CR0, cr0.bits()),
+        (Field::CR0_READ_SHADOW, (cr0 - Cr0::NE).bits()),
+        (Field::GUEST_CR3, 0),
+        (Field::GUEST_CR4, Cr4::VMXE.bits()),
+        (Field::CR4_READ_SHADOW, 0),
+        (Field::GUEST_IDTR_BASE, 0),
+        (Field::GUEST_IDTR_LIMIT, 0),
+        (Field::GUEST_RIP, rip),
+        (Field::GUEST_RSP, 0),
+        (Field::GUEST_RFLAGS, 2),
+        (Field::GUEST_DR7, 0x400),
+        (Field::GUEST_IA32_DEBUGCTL, 0),
+        (Field::GUEST_IA32_EFER, 0),
+        (Field::GUEST_INTERRUPTIBILITY_INFO, 0),
+        (Field::GUEST_ACTIVITY_STATE, 0),
+        (Field::GUEST_PENDING_DBG_EXCEPTIONS, 0),
+    ] {
+        cpu.vmx.write(field, value);
+    }
+    vmcs01::own_control_bits(&mut cpu.vmx, &cpu.config, false);
+}

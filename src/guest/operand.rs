@@ -1,0 +1,217 @@
+//! Operands of a guest's instructions: registers, and memory through its segments and page tables. The guest is that of the
+//! current VMCS: L2, or L3 where nvmx completes an instruction for it.
+//!
+//! Source: SDM vol. 3C, tables "Format of the VM-Exit Instruction-Information Field as Used for ...".
+
+use crate::cpu::{Cpu, Operation};
+use crate::ept::{EptRules, Eptp};
+use crate::guest::l3_memory::View;
+use crate::guest::{Stop, inject};
+use crate::hw::cr;
+use crate::hw::phys::DirectMap;
+use crate::mm::linear::Paging;
+use crate::rules::merge::Duties;
+use crate::vmx::Field;
+use crate::vmx::field::{Fields, PDPTES};
+use crate::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, decode_field_access};
+use crate::vmx::segment::Segment;
+use crate::x86::{Fault, debug};
+
+const RSP: u8 = 4;
+const EFER_LMA: u64 = 1 << 10;
+const CS_LONG: u64 = 1 << 13;
+
+/// The encoding of the field that VMREAD or VMWRITE names in its register operand: 32 bits of it outside 64-bit mode.
+pub fn field_encoding(cpu: &mut Cpu, info: InstructionInfo) -> u64 {
+    let encoding = gpr(cpu, info.reg2());
+    if in_64_bit_mode(cpu) { encoding } else { encoding & 0xFFFF_FFFF }
+}
+
+/// True in IA-32e mode, which is 64-bit mode for a VMX instruction that exits, VMCALL excepted. For all others ask
+/// [`is_64_bit_code`].
+pub fn in_64_bit_mode(cpu: &mut Cpu) -> bool {
+    efer(cpu) & EFER_LMA != 0
+}
+
+/// True in 64-bit mode, false in compatibility mode too.
+pub fn is_64_bit_code(cpu: &mut Cpu) -> bool {
+    in_64_bit_mode(cpu) && cpu.vmx.read(Field::GUEST_CS_AR_BYTES) & CS_LONG != 0
+}
+
+/// #GP(0) above CPL 0. The DPL of SS is the CPL.
+#[inline(always)]
+pub fn require_cpl0(cpu: &mut Cpu) -> Result<(), Fault> {
+    match cpu.vmx.read(Field::GUEST_SS_AR_BYTES) >> 5 & 3 {
+        0 => Ok(()),
+        _ => Err(Fault::GeneralProtection(0)),
+    }
+}
+
+/// IA32_EFER of the guest. L2's is known in VMX operation, where paging, and so LMA, stays as it is.
+fn efer(cpu: &mut Cpu) -> u64 {
+    match cpu.nested.operation {
+        Operation::Root { .. } => cpu.tracked.efer(),
+        _ => cpu.vmx.read(Field::GUEST_IA32_EFER),
+    }
+}
+
+/// A general-purpose register by number.
+pub fn gpr(cpu: &mut Cpu, number: u8) -> u64 {
+    match number {
+        RSP => cpu.vmx.read(Field::GUEST_RSP),
+        n => cpu.regs.gpr.get(n as usize).copied().unwrap_or(0),
+    }
+}
+
+fn set_gpr(cpu: &mut Cpu, number: u8, value: u64) {
+    match number {
+        RSP => cpu.vmx.write(Field::GUEST_RSP, value),
+        n => {
+            if let Some(register) = cpu.regs.gpr.get_mut(n as usize) {
+                *register = value;
+            }
+        }
+    }
+}
+
+/// Base, limit and rights of one segment.
+struct OneSegment([(Field, u64); 3]);
+
+impl Fields for OneSegment {
+    fn get(&self, field: Field) -> u64 {
+        self.0.iter().find(|(f, _)| *f == field).map_or(0, |(_, value)| *value)
+    }
+}
+
+/// The linear address of the memory operand of the instruction that exited.
+pub fn linear(cpu: &mut Cpu, bytes: u32, direction: Direction) -> Result<u64, Fault> {
+    let info = InstructionInfo(cpu.vmx.read(Field::VMX_INSTRUCTION_INFO) as u32);
+    let displacement = cpu.vmx.read(Field::EXIT_QUALIFICATION);
+    let long = in_64_bit_mode(cpu);
+    let mode = if long { CpuMode::Long64 { linear_width: linear_width(cpu) } } else { CpuMode::Protected };
+    let segment = info.segment().unwrap_or(Segment::Ds);
+    let fields = [segment.base(), segment.limit(), segment.rights()];
+    let state = OneSegment(fields.map(|field| (field, cpu.vmx.read(field))));
+    let rsp = cpu.vmx.read(Field::GUEST_RSP);
+    let gpr = |n: u8| if n == RSP { rsp } else { cpu.regs.gpr.get(n as usize).copied().unwrap_or(0) };
+    MemoryOperand { info, displacement, bytes, direction }.linear_address(mode, gpr, &state)
+}
+
+fn linear_width(cpu: &mut Cpu) -> u32 {
+    const CR4_LA57: u64 = 1 << 12;
+    if cpu.vmx.read(Field::GUEST_CR4) & CR4_LA57 != 0 { 57 } else { 48 }
+}
+
+/// What the guest's paging depends on.
+pub fn paging(cpu: &mut Cpu) -> Paging {
+    let efer = efer(cpu);
+    let vmx = &mut cpu.vmx;
+    // The PDPTE registers mean something with PAE paging alone.
+    let pdptes = match efer & EFER_LMA {
+        0 => PDPTES.map(|field| vmx.read(field)),
+        _ => [0; 4],
+    };
+    Paging {
+        cr0: vmx.read(Field::GUEST_CR0),
+        cr3: vmx.read(Field::GUEST_CR3),
+        cr4: vmx.read(Field::GUEST_CR4),
+        efer,
+        rflags: vmx.read(Field::GUEST_RFLAGS),
+        pdptes,
+        physical_width: cpu.config.offered.physical_width,
+    }
+}
+
+/// Reads the guest's memory at a linear address.
+pub fn read(cpu: &mut Cpu, linear: u64, into: &mut [u8]) -> Result<(), Stop> {
+    match cpu.nested.operation {
+        Operation::NonRoot { current, .. } => l3_view(cpu, current).read(linear, into)?,
+        _ => paging(cpu).read(&cpu.guest, linear, into)?,
+    }
+    meet_breakpoints(cpu, linear, into.len(), false);
+    Ok(())
+}
+
+/// Writes the guest's memory at a linear address.
+pub fn write(cpu: &mut Cpu, linear: u64, bytes: &[u8]) -> Result<(), Stop> {
+    match cpu.nested.operation {
+        Operation::NonRoot { current, .. } => l3_view(cpu, current).write(linear, bytes)?,
+        _ => paging(cpu).write(&cpu.guest, linear, bytes)?,
+    }
+    meet_breakpoints(cpu, linear, bytes.len(), true);
+    Ok(())
+}
+
+/// Data breakpoints on an operand that was accessed trap behind the instruction, which no longer faults. DR7 is in the VMCS,
+/// the addresses are in the processor.
+fn meet_breakpoints(cpu: &mut Cpu, linear: u64, bytes: usize, write: bool) {
+    let dr7 = cpu.vmx.read(Field::GUEST_DR7);
+    if debug::any_enabled(dr7) {
+        let paging = paging(cpu);
+        let addresses = cr::breakpoint_addresses();
+        let pieces = paging.pieces(linear, bytes);
+        let met = pieces.map(|(at, len)| debug::data_breakpoints(dr7, addresses, at, len as u64, write));
+        let [first, second] = met;
+        if first | second != 0 {
+            inject::pend_debug(&mut cpu.vmx, first | second);
+        }
+    }
+}
+
+/// L3's memory; vmcs02 is current.
+fn l3_view(cpu: &mut Cpu, index: usize) -> View<'_, DirectMap> {
+    let paging = paging(cpu);
+    let slot = &cpu.nested.slots[index];
+    let has_ept = slot.merged.is_some_and(|m| !m.duties.contains(Duties::LOAD_PDPTES));
+    let eptp12 = has_ept.then(|| Eptp::new(slot.vmcs12.get(Field::EPT_POINTER)));
+    View { guest: &cpu.guest, eptp12, rules: EptRules::of(&cpu.config.offered), paging }
+}
+
+/// The instruction information of VMREAD or VMWRITE.
+///
+/// A hypervisor below that emulates VMX may not shadow that field; then the instruction's own bytes are cheaper.
+pub fn field_access_info(cpu: &mut Cpu) -> InstructionInfo {
+    let of_l2 = !matches!(cpu.nested.operation, Operation::NonRoot { .. });
+    if of_l2 && cpu.config.layout.is_some() && in_64_bit_mode(cpu) {
+        let rip = cpu.vmx.read(Field::GUEST_RIP);
+        let mut bytes = [0; 5];
+        let len = bytes.len().min(cpu.vmx.read(Field::VM_EXIT_INSTRUCTION_LEN) as usize);
+        // Code that data accesses cannot read is no error: the field tells as well.
+        if paging(cpu).read(&cpu.guest, rip, &mut bytes[..len]).is_ok() {
+            if let Some(info) = decode_field_access(&bytes[..len]) {
+                return info;
+            }
+        }
+    }
+    InstructionInfo(cpu.vmx.read(Field::VMX_INSTRUCTION_INFO) as u32)
+}
+
+/// Bytes of a register or memory operand of VMREAD and VMWRITE.
+fn width(cpu: &mut Cpu) -> u32 {
+    if in_64_bit_mode(cpu) { 8 } else { 4 }
+}
+
+/// The source operand of VMWRITE.
+pub fn load(cpu: &mut Cpu, info: InstructionInfo) -> Result<u64, Stop> {
+    let bytes = width(cpu);
+    let mask = if bytes == 8 { u64::MAX } else { 0xFFFF_FFFF };
+    if info.is_register() {
+        return Ok(gpr(cpu, info.reg1()) & mask);
+    }
+    let linear = linear(cpu, bytes, Direction::Load)?;
+    let mut buffer = [0; 8];
+    read(cpu, linear, &mut buffer[..bytes as usize])?;
+    Ok(u64::from_le_bytes(buffer))
+}
+
+/// The destination operand of VMREAD.
+pub fn store(cpu: &mut Cpu, info: InstructionInfo, value: u64) -> Result<(), Stop> {
+    let bytes = width(cpu);
+    let mask = if bytes == 8 { u64::MAX } else { 0xFFFF_FFFF };
+    if info.is_register() {
+        set_gpr(cpu, info.reg1(), value & mask);
+        return Ok(());
+    }
+    let linear = linear(cpu, bytes, Direction::Store)?;
+    write(cpu, linear, &value.to_le_bytes()[..bytes as usize])
+}

@@ -1,0 +1,84 @@
+//! EPT violations of L3.
+
+use super::wants::Wants;
+use super::{reflect, ve};
+use crate::addr::{Gpa, Ngpa};
+use crate::cpu::Cpu;
+use crate::ept::{Outcome, PageLog, Qualification};
+use crate::guest::missing;
+use crate::hw::vmx::Vmx;
+use crate::mm::{GuestMemory, PhysMem};
+use crate::rules::merge::Duties;
+use crate::rules::route::L2Wants;
+use crate::trace::KillReason;
+use crate::vmcs::slot::Slot;
+use crate::vmx::Field;
+use crate::vmx::controls::SecondaryControls;
+use crate::vmx::exit::{BasicReason, ExitReason};
+use l2_protocol::abi::Counter;
+
+/// An EPT violation of L3: fills ept02, or tells L2.
+#[inline(always)]
+pub fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
+    let slot = &mut cpu.nested.slots[index];
+    let at = cpu.vmx.read(Field::GUEST_PHYSICAL_ADDRESS);
+    if slot.merged.is_some_and(|m| m.duties.contains(Duties::LOAD_PDPTES)) {
+        // L2 uses no EPT for this guest: its physical addresses are L2's, under ept01.
+        return missing::map_missing(cpu, Gpa::new(at));
+    }
+    let eptp12 = slot.eptp12();
+    let qualification = Qualification::from_bits_retain(cpu.vmx.read(Field::EXIT_QUALIFICATION));
+    let mut tables = Cpu::tables(&mut cpu.frames, &cpu.phys);
+    if cpu.ept02.refill(eptp12, Ngpa::new(at), qualification, &cpu.guest, &mut tables) {
+        cpu.vmx.counters.bump(Counter::Ept02Fills);
+        missing::redeliver(cpu, qualification);
+        return Ok(());
+    }
+    let mut log = if eptp12.accessed_dirty() { page_log(slot, &cpu.guest, &mut cpu.vmx) } else { None };
+    let outcome = cpu.ept02.violation(eptp12, Ngpa::new(at), qualification, log.as_mut(), &cpu.guest, &mut tables);
+    if let Some(log) = log {
+        cpu.vmx.write(Field::PML_INDEX, log.index.into());
+    }
+    match outcome {
+        Outcome::Filled => {
+            cpu.vmx.counters.bump(Counter::Ept02Fills);
+            cpu.vmx.counters.set(Counter::Ept02Evictions, cpu.ept02.stats().evictions);
+            let activation = cpu.ept02.activate(eptp12, &cpu.guest, &mut tables);
+            slot.run_on(&mut cpu.vmx, activation);
+            missing::redeliver(cpu, qualification);
+            Ok(())
+        }
+        Outcome::ReflectViolation { qualification, convertible } => {
+            let wants = Wants { slot, guest: &cpu.guest };
+            let converts = convertible && wants.secondary().contains(SecondaryControls::EPT_VIOLATION_VE);
+            if converts && ve::convert(cpu, index, qualification)? {
+                return Ok(());
+            }
+            let reason = ExitReason::exit(BasicReason::EPT_VIOLATION);
+            reflect::reflect(cpu, index, Some((reason, qualification.bits())))
+        }
+        Outcome::ReflectMisconfig => {
+            let reason = ExitReason::exit(BasicReason::EPT_MISCONFIGURATION);
+            reflect::reflect(cpu, index, Some((reason, 0)))
+        }
+        Outcome::ReflectLogFull => {
+            let reason = ExitReason::exit(BasicReason::PML_FULL);
+            reflect::reflect(cpu, index, Some((reason, qualification.of_log_full().bits())))
+        }
+        Outcome::Forbidden { gpa } => {
+            // L2 pointed ept12 where its memory map has no memory for it; that must not be a way for L3 to end L2.
+            log::debug!("ept12 leads L3 to nvmx's own memory at {gpa}: a misconfiguration for L2");
+            let reason = ExitReason::exit(BasicReason::EPT_MISCONFIGURATION);
+            reflect::reflect(cpu, index, Some((reason, 0)))
+        }
+    }
+}
+
+/// L2's page-modification log, if it keeps one for this guest; vmcs02 is current.
+#[cold]
+fn page_log<P: PhysMem>(slot: &Slot, guest: &GuestMemory<P>, vmx: &mut Vmx) -> Option<PageLog> {
+    Wants { slot, guest }.secondary().contains(SecondaryControls::ENABLE_PML).then(|| PageLog {
+        address: Gpa::new(slot.vmcs12.get(Field::PML_ADDRESS)),
+        index: vmx.read(Field::PML_INDEX) as u16,
+    })
+}

@@ -1,0 +1,150 @@
+//! Rules on the host-state area.
+//!
+//! Source: Intel SDM vol. 3C (December 2024), "Checks on Host Control Registers, MSRs, and SSP", "Checks on Host Segment and
+//! Descriptor-Table Registers", "Checks Related to Address-Space Size" of the chapter "VM Entries".
+
+use crate::rules::checks::view::{
+    CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, EFER_DEFINED, EFER_LMA, EFER_LME, View, implies, is_pat,
+};
+use crate::rules::checks::{Failure, first_failure};
+use crate::vmx::controls::{EntryControls, ExitControls};
+use crate::vmx::{Capabilities, Field, Fields, VmxError};
+
+/// Checks all rules on the host-state area; `long_mode` is L2's IA32_EFER.LMA at the time of the entry.
+///
+/// Every field it reads is in nvmx's copy of vmcs12.
+pub fn check_host(fields: &impl Fields, caps: &Capabilities, long_mode: bool) -> Result<(), Failure> {
+    let v = &View { fields, caps };
+    let address_space_fits_mode = |v: &View<_>| address_space_fits_mode(v, long_mode);
+    let failed = first_failure! { v;
+        HostAddressSpaceFitsMode => address_space_fits_mode;
+        HostCr0 => cr0;
+        HostCr4 => cr4;
+        HostCetNeedsWp => cet_needs_wp;
+        HostCr3 => cr3;
+        HostSysenter => sysenter;
+        HostPat => pat;
+        HostEferReserved => efer_reserved;
+        HostEferMode => efer_mode;
+        HostSelectorRplTi => selector_rpl_ti;
+        HostCsNotNull => cs_not_null;
+        HostTrNotNull => tr_not_null;
+        HostSsNotNull => ss_not_null;
+        HostBaseCanonical => base_canonical;
+        Host32BitGuest => guest_of_32_bit_host;
+        Host32BitPcide => pcide_of_32_bit_host;
+        Host64BitPae => pae_of_64_bit_host;
+        HostRip => rip;
+    };
+    match failed {
+        None => Ok(()),
+        Some(check) => Err(Failure { check, error: VmxError::EntryInvalidHostStateField }),
+    }
+}
+
+/// True if the only rule on this field is one on its value alone, and `value` keeps it: then a write of it calls for no
+/// further check. For the fields that hypervisors write most.
+pub fn host_field_holds(field: Field, value: u64, caps: &Capabilities) -> bool {
+    match field {
+        Field::HOST_RSP => true,
+        Field::HOST_CR3 => caps.physical_width >= 64 || value >> caps.physical_width == 0,
+        Field::HOST_FS_BASE | Field::HOST_GS_BASE | Field::HOST_TR_BASE => caps.is_canonical(value),
+        _ => false,
+    }
+}
+
+fn is_64_bit(v: &View<impl Fields>) -> bool {
+    v.exit().contains(ExitControls::HOST_ADDRESS_SPACE_SIZE)
+}
+
+// Control registers and MSRs
+
+fn cr0(v: &View<impl Fields>) -> bool {
+    v.caps.cr0_ok(v.get(Field::HOST_CR0))
+}
+
+fn cr4(v: &View<impl Fields>) -> bool {
+    v.caps.cr4_ok(v.get(Field::HOST_CR4))
+}
+
+fn cet_needs_wp(v: &View<impl Fields>) -> bool {
+    implies(v.get(Field::HOST_CR4) & CR4_CET != 0, v.get(Field::HOST_CR0) & CR0_WP != 0)
+}
+
+fn cr3(v: &View<impl Fields>) -> bool {
+    v.within_physical_width(Field::HOST_CR3)
+}
+
+fn sysenter(v: &View<impl Fields>) -> bool {
+    v.canonical(Field::HOST_IA32_SYSENTER_ESP) && v.canonical(Field::HOST_IA32_SYSENTER_EIP)
+}
+
+fn pat(v: &View<impl Fields>) -> bool {
+    implies(v.exit().contains(ExitControls::LOAD_PAT), is_pat(v.get(Field::HOST_IA32_PAT)))
+}
+
+fn efer_reserved(v: &View<impl Fields>) -> bool {
+    implies(v.exit().contains(ExitControls::LOAD_EFER), v.get(Field::HOST_IA32_EFER) & !EFER_DEFINED == 0)
+}
+
+fn efer_mode(v: &View<impl Fields>) -> bool {
+    let efer = v.get(Field::HOST_IA32_EFER);
+    let agrees = |bit| (efer & bit != 0) == is_64_bit(v);
+    implies(v.exit().contains(ExitControls::LOAD_EFER), agrees(EFER_LMA) && agrees(EFER_LME))
+}
+
+// Segment and descriptor-table registers
+
+fn selector_rpl_ti(v: &View<impl Fields>) -> bool {
+    use Field::*;
+    let selectors = [
+        HOST_CS_SELECTOR,
+        HOST_SS_SELECTOR,
+        HOST_DS_SELECTOR,
+        HOST_ES_SELECTOR,
+        HOST_FS_SELECTOR,
+        HOST_GS_SELECTOR,
+        HOST_TR_SELECTOR,
+    ];
+    selectors.iter().all(|&field| v.get(field) & 7 == 0)
+}
+
+fn cs_not_null(v: &View<impl Fields>) -> bool {
+    v.get(Field::HOST_CS_SELECTOR) != 0
+}
+
+fn tr_not_null(v: &View<impl Fields>) -> bool {
+    v.get(Field::HOST_TR_SELECTOR) != 0
+}
+
+fn ss_not_null(v: &View<impl Fields>) -> bool {
+    implies(!is_64_bit(v), v.get(Field::HOST_SS_SELECTOR) != 0)
+}
+
+fn base_canonical(v: &View<impl Fields>) -> bool {
+    use Field::*;
+    let bases = [HOST_FS_BASE, HOST_GS_BASE, HOST_GDTR_BASE, HOST_IDTR_BASE, HOST_TR_BASE];
+    bases.iter().all(|&field| v.canonical(field))
+}
+
+// Address-space size
+
+fn address_space_fits_mode(v: &View<impl Fields>, long_mode: bool) -> bool {
+    if long_mode { is_64_bit(v) } else { !is_64_bit(v) && !v.entry().contains(EntryControls::IA32E_MODE_GUEST) }
+}
+
+fn guest_of_32_bit_host(v: &View<impl Fields>) -> bool {
+    implies(!is_64_bit(v), !v.entry().contains(EntryControls::IA32E_MODE_GUEST))
+}
+
+fn pcide_of_32_bit_host(v: &View<impl Fields>) -> bool {
+    implies(!is_64_bit(v), v.get(Field::HOST_CR4) & CR4_PCIDE == 0)
+}
+
+fn pae_of_64_bit_host(v: &View<impl Fields>) -> bool {
+    implies(is_64_bit(v), v.get(Field::HOST_CR4) & CR4_PAE != 0)
+}
+
+fn rip(v: &View<impl Fields>) -> bool {
+    if is_64_bit(v) { v.canonical(Field::HOST_RIP) } else { v.get(Field::HOST_RIP) >> 32 == 0 }
+}

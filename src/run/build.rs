@@ -1,0 +1,200 @@
+//! One [`Cpu`] out of its own share of frames: VMX operation, VMCSs, slots, bitmaps, EPT tables.
+
+use crate::addr::{Gpa, Hpa, PAGE_SIZE};
+use crate::boot::options::{Counters, Vmcs as VmcsOption};
+use crate::boot::requirements::KVM;
+use crate::cpu::{Cpu, Nested, Startup, Waiting, vmcs02};
+use crate::ept::{Ept01, Ept02, EptRules};
+use crate::hw::epitaph::{self, Status};
+use crate::hw::msr as hw_msr;
+use crate::hw::phys::DirectMap;
+use crate::hw::vmenter::GuestRegs;
+use crate::hw::vmx::Vmx;
+use crate::mm::mtrr::Mtrrs;
+use crate::mm::{FramePool, GuestMemory, PhysMem, Span};
+use crate::rules::caps;
+use crate::rules::merge::MsrIntercepts;
+use crate::run::Machine;
+use crate::vmcs::image::Layout;
+use crate::vmcs::msrs::{self, By, OwnMsrs};
+use crate::vmcs::slots::{FIRST_SLOTS, Slots};
+use crate::vmcs::tracked::Tracked;
+use crate::vmcs::vmcs01::{self, Points};
+use crate::vmcs::vmcs12::FieldSet;
+use crate::vmcs::{Config, probe};
+use crate::vmx::bitmap::{Access, BitmapPage, Words, shadow_bitmap};
+use crate::vmx::{Capabilities, Field};
+use l2_protocol::abi::Strategy;
+
+/// Tables that ept02 may hold beyond its reserve unless the command line says how many; half of a CPU's frames at most.
+const EPT02_BUDGET: u32 = 2048;
+
+/// What every processor builds its [`Cpu`] from: the same for all, and never changed.
+pub struct Common {
+    hardware: Capabilities,
+    offered: Capabilities,
+    strategy: Strategy,
+    vmcs: VmcsOption,
+    ept02_budget: u32,
+    user_counters: bool,
+    on_kvm: bool,
+    mtrrs: Mtrrs,
+    has_mtrrs: bool,
+    own: Span,
+    end_of_memory: Gpa,
+    phys: DirectMap,
+    guest: GuestMemory<DirectMap>,
+}
+
+impl Common {
+    /// What `machine` says.
+    pub fn new(machine: &Machine) -> Self {
+        let hardware = machine.processor.vmx;
+        Self {
+            hardware,
+            offered: caps::offered(&hardware),
+            strategy: machine.strategy,
+            vmcs: machine.options.vmcs,
+            ept02_budget: machine.options.ept02.unwrap_or(EPT02_BUDGET),
+            user_counters: machine.options.counters == Counters::All,
+            on_kvm: machine.processor.l0 == KVM,
+            mtrrs: machine.mtrrs.clone(),
+            has_mtrrs: machine.processor.mtrrs,
+            own: machine.own,
+            end_of_memory: Gpa::new(machine.memory.end_of_memory().max(4 << 30)),
+            phys: machine.phys,
+            guest: machine.guest,
+        }
+    }
+
+    /// Enters VMX operation on this processor, on a region out of `frames`; it stays there for good.
+    pub fn enter_vmx(&self, frames: &mut FramePool) -> Option<Vmx> {
+        let vmxon = region(frames, &self.phys, self.hardware.basic.revision())?;
+        hw_msr::stop_traces();
+        Vmx::enter(vmxon, &self.hardware)
+    }
+
+    /// Builds the [`Cpu`] of this processor; `None` if its frames do not suffice, or the processor refuses VMX operation.
+    /// [`set_up`] is to follow where it will stay.
+    pub fn build(&self, mut frames: FramePool) -> Option<Cpu> {
+        let (hardware, offered, phys) = (self.hardware, self.offered, &self.phys);
+        let mut vmx = self.enter_vmx(&mut frames)?;
+        let revision = hardware.basic.revision();
+        let budget = self.ept02_budget.min(frames.available() as u32 / 2);
+        let vmcs01 = region(&mut frames, phys, revision)?;
+        let msr_bitmap01 = words(&mut frames, phys, |word| msrs::bitmap_word(word, By::L2))?;
+        let void = page(&mut frames, phys, &BitmapPage::SET)?;
+        let mut shadow_bitmaps = [Hpa::new(0); 2];
+        let mut bitmaps = [BitmapPage::SET, BitmapPage::SET];
+        for ((at, bitmap), access) in shadow_bitmaps.iter_mut().zip(&mut bitmaps).zip([Access::Read, Access::Write]) {
+            shadow_bitmap(bitmap, access, &offered);
+            *at = page(&mut frames, phys, bitmap)?;
+        }
+        let mut slots = Slots::new();
+        for _ in 0..FIRST_SLOTS {
+            slots.add(&mut frames, phys, revision)?;
+        }
+        let mut tables = Cpu::tables(&mut frames, phys);
+        let ept01 = Ept01::new(
+            EptRules::of(&hardware),
+            hardware.ept_vpid.accessed_dirty(),
+            self.end_of_memory,
+            self.own,
+            |start, bytes| self.mtrrs.type_of(start.get(), bytes),
+            &mut tables,
+        )
+        .ok()?;
+        let advanced = offered.ept_vpid.advanced_exit_information();
+        let ept02 = Ept02::new(EptRules::of(&offered), advanced, budget, &mut tables).ok()?;
+        let exists = probe::fields(&mut vmx, vmcs01, &hardware);
+        let layout = self.learn_layout(&exists, &mut vmx, &slots);
+        Some(Cpu {
+            regs: GuestRegs::new(),
+            vmx,
+            vmcs01,
+            launched01: false,
+            loads_msrs01: false,
+            msr_bitmap01,
+            void,
+            shadow_words: bitmaps.each_ref().map(|bitmap| Words::that_differ(bitmap, u64::MAX)),
+            msr_intercepts: MsrIntercepts::new(|word| msrs::bitmap_word(word, By::L3)),
+            shadow_bitmaps,
+            msrs: OwnMsrs::of_this_processor(self.has_mtrrs, offered.physical_width),
+            tracked: Tracked::default(),
+            nested: Nested::new(slots),
+            ept01,
+            ept02,
+            frames,
+            phys: self.phys,
+            guest: self.guest,
+            waiting: Waiting::empty(),
+            events: Default::default(),
+            start: Startup::Done,
+            config: Config {
+                hardware,
+                offered,
+                strategy: self.strategy,
+                user_counters: self.user_counters,
+                layout,
+                exists,
+                mtrrs: self.mtrrs.clone(),
+            },
+        })
+    }
+
+    /// Where fields lie in memory, if they are to be reached there: under KVM, or when the command line says so.
+    fn learn_layout(&self, exists: &FieldSet, vmx: &mut Vmx, slots: &Slots) -> Option<Layout> {
+        let wanted = match self.vmcs {
+            VmcsOption::Auto => self.on_kvm,
+            VmcsOption::Instructions => false,
+            VmcsOption::Memory => true,
+        };
+        let layout = match (slots.get(0), slots.get(1)) {
+            (Some(a), Some(b)) if wanted => probe::layout(vmx, &self.phys, [a.vmcs02(), b.vmcs02()], exists),
+            _ => None,
+        };
+        if layout.is_none() && self.vmcs == VmcsOption::Memory {
+            log::error!("option vmcs=memory: VMCSs that are not current are not found in memory here; use vmcs=auto");
+            epitaph::end(Status::Fail)
+        }
+        layout
+    }
+}
+
+/// A VMCS or VMXON region.
+fn region(frames: &mut FramePool, phys: &DirectMap, revision: u32) -> Option<Hpa> {
+    let at = frames.alloc(phys)?.into_hpa();
+    phys.write_u64(at, revision as u64);
+    Some(at)
+}
+
+/// A frame with this content.
+fn page(frames: &mut FramePool, phys: &DirectMap, content: &BitmapPage) -> Option<Hpa> {
+    words(frames, phys, |i| content.0[i])
+}
+
+/// A frame with these words.
+fn words(frames: &mut FramePool, phys: &DirectMap, word: impl Fn(usize) -> u64) -> Option<Hpa> {
+    let at = frames.alloc(phys)?.into_hpa();
+    for i in 0..(PAGE_SIZE / 8) as usize {
+        phys.write_u64(Hpa::new(at.get() + 8 * i as u64), word(i));
+    }
+    Some(at)
+}
+
+/// Writes the constant parts of every VMCS, and vmcs01, whose guest state is the caller's. `cpu` does not move from here on.
+pub fn set_up(cpu: &mut Cpu, write_guest_state: impl FnOnce(&mut Cpu)) {
+    for index in 0..cpu.nested.slots.len() {
+        vmcs02::set_up(cpu, index);
+    }
+    cpu.vmx.clear(cpu.vmcs01);
+    cpu.vmx.ptrld(cpu.vmcs01);
+    let to = Points { msr_bitmap: cpu.msr_bitmap01, eptp: cpu.ept01.eptp().get() };
+    vmcs01::set_up(&mut cpu.vmx, &cpu.config.hardware, &cpu.regs, &to);
+    write_guest_state(cpu);
+    cpu.tracked.refresh(&mut cpu.vmx);
+    if cpu.config.strategy == Strategy::ZeroCopy {
+        cpu.vmx.write(Field::VMREAD_BITMAP, cpu.shadow_bitmaps[0].get());
+        cpu.vmx.write(Field::VMWRITE_BITMAP, cpu.shadow_bitmaps[1].get());
+    }
+}

@@ -1,0 +1,25 @@
+//! How it ends.
+
+use super::{run_loop, smp};
+use crate::cpu::Cpu;
+use crate::hw::epitaph::{self, Status, Who};
+use crate::hw::serial;
+use crate::vmx::Field;
+
+/// The frames do not suffice.
+pub(super) fn too_little_memory() -> ! {
+    log::error!("too little memory: nvmx's frames do not suffice for its VMCSs and EPT tables");
+    epitaph::end(Status::Fail)
+}
+
+/// Runs L2 and L3 on this processor until the machine ends: one epitaph, the last exits before it.
+pub(super) fn run_to_the_end(cpu: &mut Cpu) -> ! {
+    let reason = run_loop::run(cpu);
+    serial::dying();
+    smp::stop_others(cpu);
+    for (reason, l3) in cpu.vmx.counters.recent() {
+        log::info!("exit of {}: {reason}", if l3 { "L3" } else { "L2" });
+    }
+    let rip = cpu.vmx.read(Field::GUEST_RIP);
+    epitaph::epitaph(Who::L2, format_args!("rip {rip:#x}"), format_args!("{reason}"))
+}

@@ -1,0 +1,40 @@
+//! What boot hands to the hypervisor.
+
+use crate::boot::l2_image::Start;
+use crate::boot::{CpuList, Options, Processor};
+use crate::hw::phys::DirectMap;
+use crate::mm::mtrr::Mtrrs;
+use crate::mm::paging::PageTables;
+use crate::mm::{FramePool, GuestMemory, MemoryMap, Span};
+use l2_protocol::abi::Strategy;
+
+/// The machine as boot leaves it: nvmx sits in its own range under its own page tables, L2 is loaded and has not started.
+#[derive(Debug)]
+pub struct Machine {
+    /// The command line's wishes.
+    pub options: Options,
+    /// The machine's whole memory map, nvmx's range included as usable RAM.
+    pub memory: MemoryMap,
+    /// The map that L2 was given: nvmx's range is reserved in it.
+    pub l2_memory: MemoryMap,
+    /// nvmx's own range: image, stacks, frames. Starts and ends at multiples of 2 MiB.
+    pub own: Span,
+    /// Frames in nvmx's range that are still free.
+    pub frames: FramePool,
+    /// Physical memory by host-physical address.
+    pub phys: DirectMap,
+    /// L2's memory by guest-physical address.
+    pub guest: GuestMemory<DirectMap>,
+    /// nvmx's own page tables.
+    pub tables: PageTables,
+    /// Memory types of the machine.
+    pub mtrrs: Mtrrs,
+    /// What the processor is and what its VMX can do; the same for all processors.
+    pub processor: Processor,
+    /// How L2's VMREAD and VMWRITE reach vmcs12: the options' wish on this processor.
+    pub strategy: Strategy,
+    /// All processors; the one with `processor.apic_id` runs.
+    pub cpus: CpuList,
+    /// How L2 starts.
+    pub start: Start,
+}

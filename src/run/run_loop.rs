@@ -1,0 +1,66 @@
+//! The run loop.
+
+use crate::cpu::{Cpu, Operation};
+use crate::guest::events;
+use crate::hw::cpu;
+use crate::hw::vmenter::{self, Entered};
+use crate::nested::{entry, l3_exit};
+use crate::run::l2_exit;
+use crate::trace::KillReason;
+use crate::vmx::Field;
+use crate::vmx::exit::ExitReason;
+
+/// Runs L2 and L3 until the machine ends.
+pub fn run(cpu: &mut Cpu) -> KillReason {
+    let this = cpu::this();
+    this.clear_unused_stack();
+    cpu.regs.start_clock();
+    loop {
+        if !cpu.waiting.is_empty() {
+            crate::nested::events::deliver(cpu);
+        }
+        let nested = matches!(cpu.nested.operation, Operation::NonRoot { .. });
+        let launch = if nested { l3_exit::needs_launch(cpu) } else { !cpu.launched01 };
+        let entered = vmenter::enter(&mut cpu.vmx, &mut cpu.regs, launch);
+        let handled = match entered {
+            Entered::Exit => {
+                let reason = ExitReason(cpu.vmx.read(Field::VM_EXIT_REASON) as u32);
+                if nested {
+                    cpu.vmx.counters.exit(true, reason);
+                    this.note_exit_of_l3(reason);
+                    l3_exit::handle(cpu, reason)
+                } else {
+                    cpu.vmx.counters.exit(false, reason);
+                    this.note_exit_of_l2(reason);
+                    if !reason.is_entry_failure() {
+                        cpu.launched01 = true;
+                        if cpu.loads_msrs01 {
+                            msrs_loaded(cpu);
+                        }
+                    }
+                    l2_exit::handle(cpu, reason)
+                }
+            }
+            Entered::Nmi => {
+                events::take_nmi(cpu);
+                Ok(())
+            }
+            Entered::VmFail if nested => entry::refused_by_processor(cpu),
+            Entered::VmFail => Err(KillReason::EntryFailed {
+                reason: cpu.vmx.read(Field::VM_INSTRUCTION_ERROR) as u32,
+                qualification: 0,
+            }),
+        };
+        if let Err(reason) = handled {
+            return reason;
+        }
+    }
+}
+
+/// L2's VM-exit MSR-load area was loaded: further entries must not load it again. vmcs01 is current.
+#[cold]
+fn msrs_loaded(cpu: &mut Cpu) {
+    cpu.vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, 0);
+    cpu.loads_msrs01 = false;
+    cpu.tracked.refresh(&mut cpu.vmx);
+}

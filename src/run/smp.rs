@@ -1,0 +1,143 @@
+//! All processors of the machine: each runs L2 under nvmx, or is parked where L2 cannot start it.
+//!
+//! Before L2 runs, nvmx starts every processor that firmware lists. One that is used builds its own
+//! [`Cpu`] and enters L2 in the wait-for-SIPI state, where it stays until L2 starts it. One that is not used
+//! stays in VMX root operation, which blocks INIT, and halts: L2 finds a processor that does not start.
+//!
+//! Nothing of this is shared afterwards (ADR 0010) but whether L2 runs on more than one of them.
+
+use crate::boot::CpuList;
+use crate::cpu::{Cpu, others};
+use crate::emul::init;
+use crate::hw::apic::LocalApic;
+use crate::hw::boot::ap::Trampoline;
+use crate::hw::cpu::{self, Idle};
+use crate::hw::epitaph::{self, Status};
+use crate::mm::FramePool;
+use crate::run::Machine;
+use crate::run::build::{self, Common};
+use crate::run::end::{run_to_the_end, too_little_memory};
+use crate::sync::start::Start;
+use arrayvec::ArrayVec;
+use core::fmt::Display;
+use core::sync::atomic::{AtomicU32, Ordering};
+use spin::{Mutex, Once};
+
+/// Frames that a CPU needs to be useful: its VMCSs and EPT tables, and as many again to compose in (2 MiB).
+const LEAST_FRAMES: usize = 512;
+/// Frames of a parked one: its VMXON region.
+const PARKED_FRAMES: usize = 1;
+
+/// What the others build themselves from.
+static COMMON: Once<Common> = Once::new();
+/// The frames of the processor that is started next.
+static FRAMES: Mutex<Option<FramePool>> = Mutex::new(None);
+/// How far the start is.
+static START: Start<AtomicU32> = Start::new(AtomicU32::new(0), AtomicU32::new(0), AtomicU32::new(0));
+/// How many were started.
+static OTHERS: AtomicU32 = AtomicU32::new(0);
+/// Starts all other processors of the machine, which get their share of its frames; returns how many CPUs L2 has. They
+/// wait until [`wait_for_others`] is called, at the latest.
+#[inline(never)]
+pub fn start_others(machine: &mut Machine) -> u32 {
+    let own_id = machine.processor.apic_id;
+    let others: CpuList = machine.cpus.iter().copied().filter(|cpu| cpu.enabled && cpu.apic_id != own_id).collect();
+    if others.is_empty() {
+        return 1;
+    }
+    let Some(apic) = LocalApic::find(&machine.guest) else {
+        give_up("the local APIC is off: no processor can be started")
+    };
+    let mut idle: ArrayVec<Idle, { crate::boot::machine::MAX_CPUS }> = ArrayVec::new();
+    for index in 1..=others.len() as u32 {
+        let Machine { frames, tables, phys, .. } = machine;
+        // nvmx requires execute-disable.
+        match cpu::prepare(index, cpu::this().idt(), true, frames, tables, *phys) {
+            Ok(one) => idle.push(one),
+            Err(_) => too_little_memory(),
+        }
+    }
+    let Some(trampoline) = Trampoline::new(&machine.memory, &machine.tables, &mut machine.frames, machine.phys) else {
+        give_up("no page below 640 KiB is free to start processors in")
+    };
+
+    let free = machine.frames.available().saturating_sub(others.len() * PARKED_FRAMES);
+    let used = used(machine, 1 + others.len(), free);
+    let share = free / used;
+    others::set_used_cpus(used as u32);
+    COMMON.call_once(|| Common::new(machine));
+    for (i, (other, idle)) in others.iter().zip(idle).enumerate() {
+        let frames = if 1 + i < used { share } else { PARKED_FRAMES };
+        let Some(pool) = machine.frames.split_off(frames) else { too_little_memory() };
+        *FRAMES.lock() = Some(pool);
+        let arrived = || START.arrived() as usize == 1 + i;
+        if !apic.reaches(other.apic_id) || !trampoline.start(apic, other.apic_id, idle, begin, arrived) {
+            // L2 might have more luck, and run there without nvmx.
+            give_up(format_args!("the processor with APIC id {} does not start", other.apic_id));
+        }
+    }
+    trampoline.remove(&mut machine.frames);
+    OTHERS.store(others.len() as u32, Ordering::Release);
+    START.go();
+    used as u32
+}
+
+/// How many of `all` processors run L2.
+fn used(machine: &Machine, all: usize, free: usize) -> usize {
+    if !machine.processor.vmx.misc.activity_wait_for_sipi() {
+        log::warn!(
+            "this CPU lacks activity state wait-for-SIPI (IA32_VMX_MISC bit 8): L2 has one CPU, the rest is parked"
+        );
+        return 1;
+    }
+    let wanted = machine.options.cpus.map_or(all, |cpus| all.min(cpus as usize));
+    let used = wanted.min(free / LEAST_FRAMES).max(1);
+    if used < wanted {
+        log::warn!("too little memory for {wanted} CPUs: L2 has {used}, the rest is parked");
+    }
+    used
+}
+
+/// Waits until all other processors are where L2 can start them, or where it cannot.
+pub fn wait_for_others() {
+    START.wait_ready(OTHERS.load(Ordering::Acquire));
+}
+
+/// What a started processor does.
+extern "C" fn begin() -> ! {
+    let frames = FRAMES.lock().take();
+    START.arrive();
+    let (Some(common), Some(frames)) = (COMMON.get(), frames) else { too_little_memory() };
+    if cpu::this().index() < others::used_cpus() { run(common, frames) } else { park(common, frames) }
+}
+
+/// Runs L2, once L2 starts this processor.
+fn run(common: &Common, frames: FramePool) -> ! {
+    let Some(mut cpu) = common.build(frames) else { too_little_memory() };
+    build::set_up(&mut cpu, init::reset);
+    START.ready();
+    run_to_the_end(&mut cpu)
+}
+
+/// Never runs anything: VMX root operation blocks INIT, and a SIPI does nothing without.
+fn park(common: &Common, mut frames: FramePool) -> ! {
+    if common.enter_vmx(&mut frames).is_none() {
+        give_up("a processor refuses VMX operation");
+    }
+    START.ready();
+    cpu::halt()
+}
+
+/// The machine ends by this processor's word: the others are to stop.
+pub fn stop_others(cpu: &Cpu) {
+    if others::used_cpus() > 1 {
+        if let Some(apic) = LocalApic::find_or_enable(&cpu.guest) {
+            apic.stop_others();
+        }
+    }
+}
+
+fn give_up(why: impl Display) -> ! {
+    log::error!("{why}");
+    epitaph::end(Status::Fail)
+}

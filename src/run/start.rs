@@ -1,0 +1,32 @@
+//! From a settled machine to the run loop, on the processor that booted.
+
+use super::end::{run_to_the_end, too_little_memory};
+use super::smp;
+use crate::boot::Processor;
+use crate::guest::initial;
+use crate::run::Machine;
+use crate::run::build::{self, Common};
+use l2_protocol::abi::Strategy;
+
+/// What was decided at start, for the banner.
+pub struct Decided {
+    /// How L2's VMREAD and VMWRITE reach vmcs12.
+    pub strategy: Strategy,
+    /// VMCSs that are not current are edited in memory.
+    pub vmcs_in_memory: bool,
+    /// Processors that run L2.
+    pub cpus: u32,
+}
+
+/// Starts L2 on all CPUs; returns never. The processor was found to have all that nvmx needs. `announce` is called when all
+/// is decided.
+pub fn start(mut machine: Machine, announce: fn(&Processor, &Decided)) -> ! {
+    let cpus = smp::start_others(&mut machine);
+    let common = Common::new(&machine);
+    let Machine { frames, processor, strategy, start, .. } = machine;
+    let Some(mut cpu) = common.build(frames) else { too_little_memory() };
+    smp::wait_for_others();
+    announce(&processor, &Decided { strategy, vmcs_in_memory: cpu.config.layout.is_some(), cpus });
+    build::set_up(&mut cpu, |cpu| initial::write_boot_state(cpu, &start));
+    run_to_the_end(&mut cpu)
+}

@@ -1,0 +1,7 @@
+//! What nvmx counts and remembers, for people: counters, the last exits, the reason for the end.
+
+pub mod counters;
+mod kill;
+
+pub use counters::{Counters, Totals};
+pub use kill::KillReason;

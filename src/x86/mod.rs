@@ -1,0 +1,9 @@
+//! The processor's words, without state: control registers, MSRs, debug registers, exceptions.
+
+pub mod cr;
+pub mod debug;
+mod fault;
+pub mod msr;
+
+pub use cr::{Cr0, Cr4};
+pub use fault::Fault;
