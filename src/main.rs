@@ -6,11 +6,13 @@
 
 use core::{fmt::Display, panic::PanicInfo};
 
-use l2_protocol::Kind;
+use l2_protocol::{Hex, Kind};
 use log::{LevelFilter, error, info, warn};
 use nvmx::boot::acpi::{self, AcpiError};
-use nvmx::boot::info::InfoError;
-use nvmx::boot::{BootInfo, Cpu, CpuList, Options, Processor, identity, int15, l2_image};
+use nvmx::boot::info::{InfoError, LoadedBy};
+use nvmx::boot::options::{Exit, Serial, Stop};
+use nvmx::boot::requirements::{self, Missing};
+use nvmx::boot::{BootInfo, CpuList, Options, Processor, identity, int15, l2_image};
 use nvmx::hw::boot::{Handover, Home};
 use nvmx::hw::epitaph::{self, Status};
 use nvmx::hw::{self, cpu, msr, serial};
@@ -23,32 +25,63 @@ use raw_cpuid::CpuId;
 nvmx::entry_point!(main);
 
 fn main(handover: Handover) -> ! {
-    serial::init(LevelFilter::Info);
-    let info = handover.info().unwrap_or_else(|e| give_up(e));
-    let options = Options::parse(&info.command_line).unwrap_or_else(|e| give_up(e));
-    log::set_max_level(options.log);
-    epitaph::configure(options.exit);
+    let emulated =
+        requirements::is_virtual(&CpuId::new()) || handover.find_rsdp().is_some_and(|rsdp| acpi::is_emulator(&rsdp));
+    epitaph::configure(Exit::Auto, emulated);
+    let info = handover.info();
+    let parsed = info.as_ref().map_or_else(|_| Ok(Default::default()), |info| Options::parse(&info.command_line));
+    let (serial, log) = parsed.as_ref().map_or((Serial::COM1, LevelFilter::Info), |(o, _)| (o.serial, o.log));
+    serial::init(serial, log);
+    let info = info.unwrap_or_else(|e| give_up(e));
+    let (options, unknown) = parsed.unwrap_or_else(|e| give_up(e));
+    epitaph::configure(options.exit, emulated);
     nvmx::nested::tell::configure(options.explain);
     info!("nvmx {}, loaded by {}", env!("CARGO_PKG_VERSION"), if info.loader.is_empty() { "?" } else { &info.loader });
 
+    if !unknown.words.is_empty() {
+        warn!("{unknown}");
+    }
+
     let home = handover.settle(&info).unwrap_or_else(|e| give_up(e));
     cpu::run_on_main_stack((home, info, options), |(home, info, options)| {
-        let processor = examine_processor();
+        let processor = examine_processor(options.stop);
         start(assemble(home, &info, options, processor))
     })
 }
 
-/// What the processor is, or all that it lacks.
-fn examine_processor() -> Processor {
-    Processor::examine(&CpuId::new(), rdmsr).unwrap_or_else(|missing| {
-        missing.iter().for_each(|what| error!("{what}"));
-        epitaph::end(Status::Fail)
-    })
+/// What the processor is; if it lacks something that is needed, all that it lacks, and the end.
+fn examine_processor(stop: Stop) -> Processor {
+    let (processor, missing) = Processor::examine(&CpuId::new(), rdmsr);
+    match stop {
+        Stop::Cpus => missing.iter().for_each(|what| warn!("{what}")),
+        Stop::Never => missing.iter().for_each(|what| error!("{what}")),
+    }
+    // Page tables need execute-disable in any case.
+    let needed = missing.iter().any(|what| stop == Stop::Never || *what == Missing::NoExecute);
+    if needed { epitaph::end(Status::Fail) } else { processor }
 }
 
 /// An MSR that is asked for only where it exists; one that the processor denies all the same has no bit set.
 fn rdmsr(index: u32) -> u64 {
     msr::rdmsr_safe(index).unwrap_or(0)
+}
+
+/// There is no list of processors. L2 could start one that nvmx does not know, so that it would run there without nvmx: only
+/// the user can say that there is none.
+fn processors_unknown(error: AcpiError, by: LoadedBy, options: &Options, processor: &Processor) -> CpuList {
+    if options.cpus == Some(1) && error != AcpiError::TooManyCpus {
+        warn!("{error}: cpus=1 says that there is no processor but the one that booted");
+        return CpuList::from_iter([processor.apic_id]);
+    }
+    match (error, by) {
+        (AcpiError::NoRsdp, LoadedBy::Multiboot1) => error!(
+            "{error}: the first version of multiboot does not hand them over under UEFI; load nvmx by multiboot2 (GRUB: \
+             multiboot2 and module2), or say cpus=1 if the machine has no other processor"
+        ),
+        (AcpiError::TooManyCpus, _) => error!("{error}"),
+        _ => error!("{error}: nvmx cannot know all processors; say cpus=1 if the machine has no other one"),
+    }
+    epitaph::end(Status::Fail)
 }
 
 /// Puts the machine together: processors, memory types, L2's memory and image.
@@ -59,11 +92,8 @@ fn assemble(home: Home, info: &BootInfo, options: Options, processor: Processor)
 
     let rsdp = info.rsdp.clone().or_else(|| acpi::find_rsdp(&phys));
     let cpus = rsdp.as_ref().ok_or(AcpiError::NoRsdp).and_then(|rsdp| acpi::cpus(rsdp, &phys));
-    let cpus = cpus.unwrap_or_else(|e| {
-        warn!("{e}: only the processor that booted is known");
-        CpuList::from_iter([Cpu { apic_id: processor.apic_id, enabled: true }])
-    });
-    info!("{} CPUs found", cpus.iter().filter(|cpu| cpu.enabled).count());
+    let cpus = cpus.unwrap_or_else(|e| processors_unknown(e, info.protocol, &options, &processor));
+    info!("{} CPUs found", cpus.len());
 
     let mtrrs = if processor.mtrrs { Mtrrs::read(processor.max_phys_addr, rdmsr) } else { Mtrrs::none() };
 
@@ -90,6 +120,7 @@ fn assemble(home: Home, info: &BootInfo, options: Options, processor: Processor)
         processor,
         strategy,
         cpus,
+        rsdp,
         start,
     }
 }
@@ -97,7 +128,39 @@ fn assemble(home: Home, info: &BootInfo, options: Options, processor: Processor)
 /// Starts it.
 fn start(machine: Machine) -> ! {
     info!("L2 starts at {} by {:?}", machine.start.entry, machine.start.protocol);
-    run::start(machine, announce)
+    match machine.options.stop {
+        Stop::Never => run::start(machine, announce),
+        Stop::Cpus => stop(machine),
+    }
+}
+
+/// Starts the processors, says what the machine is, and ends.
+fn stop(mut machine: Machine) -> ! {
+    let used = run::smp::start_others(&mut machine);
+    machine.l2_memory.iter().for_each(|range| info!("memory of L2: {} {:?}", range.span, range.kind));
+    let listed =
+        machine.rsdp.as_ref().and_then(|rsdp| acpi::cpus(rsdp, &machine.phys).ok()).map_or(0, |cpus| cpus.len());
+    let Machine { memory, own, frames, cpus, .. } = &machine;
+    serial::record(Kind::Check, |record| {
+        record.add("name", &"machine");
+        record.add("cpus", &cpus.len());
+        record.add("started", &(1 + run::smp::started()));
+        record.add("used", &used);
+        record.add("madt", &listed);
+        record.add("ranges", &memory.iter().count());
+        record.add("usable_mib", &(memory.usable_bytes() >> 20));
+        record.add("end", &Hex(memory.end_of_memory()));
+        record.add("own", &Hex(own.start()));
+        record.add("own_mib", &(own.len() >> 20));
+        record.add("frames", &frames.total());
+        record.add("free", &frames.available());
+        record.add("entry", &Hex(machine.start.entry.get()));
+    });
+    serial::record(Kind::End, |record| {
+        record.add("status", &"pass");
+        record.add("failed", &0u32);
+    });
+    epitaph::end(Status::Pass)
 }
 
 /// Says what runs.

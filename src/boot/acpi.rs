@@ -1,6 +1,7 @@
 //! The processors, from ACPI: RSDP, then RSDT or XSDT, then MADT.
 //!
-//! Tables come from firmware: they are checked, not trusted, so that a broken one costs the list of processors and no more.
+//! Tables come from firmware: they are checked, not trusted. Without a list that is whole nvmx does not start, since L2 could
+//! start a processor that nvmx does not know.
 //!
 //! Source: ACPI Specification 6.5, "Root System Description Pointer (RSDP)", "System Description Table Header", and
 //! "Multiple APIC Description Table (MADT)".
@@ -11,7 +12,7 @@ use crate::{
     addr::Hpa,
     boot::{
         info::Rsdp,
-        machine::{Cpu, CpuList},
+        machine::{CpuList, MAX_CPUS},
     },
     mm::PhysMem,
 };
@@ -27,6 +28,8 @@ pub enum AcpiError {
     BadChecksum([u8; 4]),
     /// There is no MADT.
     NoMadt,
+    /// It lists more processors than nvmx can hold.
+    TooManyCpus,
 }
 
 impl fmt::Display for AcpiError {
@@ -39,11 +42,19 @@ impl fmt::Display for AcpiError {
             Self::BadLength(signature) => name(f, "length", signature),
             Self::BadChecksum(signature) => name(f, "checksum", signature),
             Self::NoMadt => f.write_str("ACPI lists no interrupt controllers (MADT)"),
+            Self::TooManyCpus => {
+                write!(f, "ACPI lists more than {MAX_CPUS} processors, which is the most that nvmx can hold")
+            }
         }
     }
 }
 
 const HEADER: u64 = 36;
+/// Where a table has its checksum.
+const CHECKSUM: u64 = 9;
+/// Flags of a processor: it can be started, or could be later.
+const ENABLED: u32 = 1 << 0;
+const ONLINE_CAPABLE: u32 = 1 << 1;
 /// Longest table that is read. A MADT with a thousand processors has 16 KiB.
 const LONGEST: u64 = 0x1_0000;
 /// Length of the part that every RSDP has and that its first checksum covers.
@@ -67,10 +78,52 @@ pub fn find_rsdp(memory: &impl PhysMem) -> Option<Rsdp> {
     })
 }
 
-/// The processors that the MADT lists, those that cannot be started included.
+/// The processors that the MADT lists and that can be started.
 pub fn cpus(rsdp: &Rsdp, memory: &impl PhysMem) -> Result<CpuList, AcpiError> {
     let madt = find_madt(rsdp, memory)?;
     let mut cpus = CpuList::new();
+    for_each_cpu(&madt, memory, |cpu| {
+        // A processor may be in both kinds of entries.
+        if cpu.flags & ENABLED != 0 && !cpus.contains(&cpu.apic_id) {
+            cpus.try_push(cpu.apic_id).map_err(|_| AcpiError::TooManyCpus)?;
+        }
+        Ok(())
+    })?;
+    Ok(cpus)
+}
+
+/// Marks all processors but those that `keep` names as not to be started, now or later, in the table where it lies; returns
+/// how many are left.
+pub fn disable(rsdp: &Rsdp, memory: &impl PhysMem, keep: impl Fn(u32) -> bool) -> Result<usize, AcpiError> {
+    let madt = find_madt(rsdp, memory)?;
+    let mut left = 0;
+    for_each_cpu(&madt, memory, |cpu| {
+        if cpu.flags & ENABLED != 0 && keep(cpu.apic_id) {
+            left += 1;
+        } else if cpu.flags & (ENABLED | ONLINE_CAPABLE) != 0 {
+            memory.write_bytes(cpu.flags_at, &(cpu.flags & !(ENABLED | ONLINE_CAPABLE)).to_le_bytes());
+        }
+        Ok(())
+    })?;
+    let at = Hpa::new(madt.at + CHECKSUM);
+    let mut old = [0];
+    memory.read_bytes(at, &mut old);
+    memory.write_bytes(at, &[old[0].wrapping_sub(total(madt.at, madt.length, memory))]);
+    Ok(left)
+}
+
+/// An entry of a processor.
+struct CpuEntry {
+    apic_id: u32,
+    flags: u32,
+    flags_at: Hpa,
+}
+
+fn for_each_cpu(
+    madt: &Table,
+    memory: &impl PhysMem,
+    mut each: impl FnMut(CpuEntry) -> Result<(), AcpiError>,
+) -> Result<(), AcpiError> {
     // Behind the header: the local APIC's address and flags, then entries of type, length, content.
     let mut offset = HEADER + 8;
     while offset + 2 <= madt.length {
@@ -81,20 +134,22 @@ pub fn cpus(rsdp: &Rsdp, memory: &impl PhysMem) -> Result<CpuList, AcpiError> {
         }
         let cpu = match (kind, length) {
             // Processor local APIC: processor uid, APIC id, flags.
-            (0, 8..) => Some((u32::from(memory.read_u32(field(0)).to_le_bytes()[3]), memory.read_u32(field(4)))),
+            (0, 8..) => Some((u32::from(memory.read_u32(field(0)).to_le_bytes()[3]), field(4))),
             // Processor local x2APIC: reserved, x2APIC id, flags.
-            (9, 16..) => Some((memory.read_u32(field(4)), memory.read_u32(field(8)))),
+            (9, 16..) => Some((memory.read_u32(field(4)), field(8))),
             _ => None,
         };
-        if let Some((apic_id, flags)) = cpu {
-            let known = cpus.iter().any(|cpu| cpu.apic_id == apic_id);
-            if !known && cpus.try_push(Cpu { apic_id, enabled: flags & 1 != 0 }).is_err() {
-                break;
-            }
+        if let Some((apic_id, flags_at)) = cpu {
+            each(CpuEntry { apic_id, flags: memory.read_u32(flags_at), flags_at })?;
         }
         offset += u64::from(length);
     }
-    Ok(cpus)
+    Ok(())
+}
+
+/// True if the tables are those of an emulated PC: Bochs and QEMU name the same maker.
+pub fn is_emulator(rsdp: &Rsdp) -> bool {
+    rsdp.get(9..15) == Some(b"BOCHS ")
 }
 
 /// A table whose length and checksum are right.
@@ -129,6 +184,14 @@ fn table(at: u64, signature: [u8; 4], memory: &impl PhysMem) -> Result<Table, Ac
     if !(HEADER..=LONGEST).contains(&length) || at.checked_add(length).is_none() {
         return Err(AcpiError::BadLength(signature));
     }
+    if total(at, length, memory) != 0 {
+        return Err(AcpiError::BadChecksum(signature));
+    }
+    Ok(Table { at, length })
+}
+
+/// All bytes of a table added up.
+fn total(at: u64, length: u64, memory: &impl PhysMem) -> u8 {
     let mut total = 0u8;
     let mut buffer = [0; 64];
     let mut done = 0;
@@ -139,10 +202,7 @@ fn table(at: u64, signature: [u8; 4], memory: &impl PhysMem) -> Result<Table, Ac
         total = total.wrapping_add(sum(chunk));
         done += part;
     }
-    if total != 0 {
-        return Err(AcpiError::BadChecksum(signature));
-    }
-    Ok(Table { at, length })
+    total
 }
 
 fn sum(bytes: &[u8]) -> u8 {
@@ -210,9 +270,79 @@ mod tests {
             let memory = machine(revision);
             let rsdp = find_rsdp(&memory).unwrap();
             assert_eq!(rsdp.len(), if revision == 0 { 20 } else { 36 });
-            let ids: Vec<_> = cpus(&rsdp, &memory).unwrap().iter().map(|cpu| (cpu.apic_id, cpu.enabled)).collect();
-            assert_eq!(ids, [(0, true), (2, true), (4, false), (0x1234, true)]);
+            assert_eq!(cpus(&rsdp, &memory).unwrap().as_slice(), [0, 2, 0x1234]);
         }
+    }
+
+    /// A machine whose MADT has this content behind its header and first eight bytes.
+    fn with_entries(entries: &[u8]) -> (VecMem, Rsdp) {
+        let memory = machine(2);
+        let rsdp = find_rsdp(&memory).unwrap();
+        let mut content = vec![0; 8];
+        content.extend(entries);
+        memory.write_bytes(Hpa::new(0x10_2000), &[0; 0x4000]);
+        memory.write_bytes(Hpa::new(0x10_8000), &sdt(b"APIC", &content));
+        memory.write_bytes(Hpa::new(0x10_1000), &sdt(b"XSDT", &0x10_8000u64.to_le_bytes()));
+        (memory, rsdp)
+    }
+
+    fn x2apic(id: u32, flags: u8) -> Vec<u8> {
+        let mut entry = vec![9, 16, 0, 0];
+        entry.extend(id.to_le_bytes());
+        entry.extend([flags, 0, 0, 0, 0, 0, 0, 0]);
+        entry
+    }
+
+    #[test]
+    fn as_many_processors_as_nvmx_holds_are_listed_and_one_more_is_an_error() {
+        for count in [128, 256, MAX_CPUS] {
+            let entries: Vec<u8> = (0..count as u32).flat_map(|id| x2apic(0x100 * id, 1)).collect();
+            let (memory, rsdp) = with_entries(&entries);
+            let found = cpus(&rsdp, &memory).unwrap();
+            assert!(found.iter().copied().eq((0..count as u32).map(|id| 0x100 * id)));
+        }
+        let entries: Vec<u8> = (0..=MAX_CPUS as u32).flat_map(|id| x2apic(id, 1)).collect();
+        let (memory, rsdp) = with_entries(&entries);
+        assert_eq!(cpus(&rsdp, &memory), Err(AcpiError::TooManyCpus));
+        assert!(AcpiError::TooManyCpus.to_string().contains(&MAX_CPUS.to_string()));
+    }
+
+    #[test]
+    fn entries_of_sockets_that_are_empty_take_no_room() {
+        let empty: Vec<u8> = (0..2 * MAX_CPUS as u32).flat_map(|_| x2apic(u32::MAX, 0)).collect();
+        let entries = [x2apic(7, 1), empty, x2apic(8, 1), x2apic(8, 1)].concat();
+        let (memory, rsdp) = with_entries(&entries);
+        assert_eq!(cpus(&rsdp, &memory).unwrap().as_slice(), [7, 8]);
+    }
+
+    #[test]
+    fn what_is_disabled_cannot_be_started_now_or_later_and_the_checksum_stays_right() {
+        for revision in [0, 2] {
+            let memory = machine(revision);
+            let rsdp = find_rsdp(&memory).unwrap();
+            assert_eq!(disable(&rsdp, &memory, |id| id == 2), Ok(1));
+            assert_eq!(cpus(&rsdp, &memory).unwrap().as_slice(), [2]);
+        }
+        let (memory, rsdp) = with_entries(&[x2apic(1, 1), x2apic(2, 2), x2apic(3, 3), x2apic(4, 0x80)].concat());
+        assert_eq!(disable(&rsdp, &memory, |id| id == 1), Ok(1));
+        let madt = find_madt(&rsdp, &memory).unwrap_or_else(|e| panic!("{e}"));
+        let mut flags = Vec::new();
+        for_each_cpu(&madt, &memory, |cpu| {
+            flags.push(cpu.flags);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(flags, [1, 0, 0, 0x80], "online capable goes too, and what is not known stays");
+    }
+
+    #[test]
+    fn the_maker_of_an_emulated_pc_is_known() {
+        let memory = machine(0);
+        assert!(!is_emulator(&find_rsdp(&memory).unwrap()));
+        let mut rsdp: Rsdp = b"RSD PTR \0BOCHS ".iter().copied().collect();
+        assert!(is_emulator(&rsdp));
+        rsdp.truncate(12);
+        assert!(!is_emulator(&rsdp));
     }
 
     #[test]

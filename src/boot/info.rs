@@ -33,9 +33,23 @@ pub struct Module {
 /// Modules in the loader's order.
 pub type Modules = ArrayVec<Module, MAX_MODULES>;
 
+/// The protocol by which nvmx itself was loaded.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum LoadedBy {
+    /// Multiboot, the first version: it has no place for ACPI's root pointer
+    #[default]
+    Multiboot1,
+    /// Multiboot2
+    Multiboot2,
+    /// PVH
+    Pvh,
+}
+
 /// The loader's information.
 #[derive(Clone, Default, Debug)]
 pub struct BootInfo {
+    /// How nvmx was loaded.
+    pub protocol: LoadedBy,
     /// How the loader calls itself; empty if it does not.
     pub loader: ArrayString<64>,
     /// nvmx's command line, without the file's name.

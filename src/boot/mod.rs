@@ -20,6 +20,6 @@ mod read;
 pub mod requirements;
 
 pub use info::BootInfo;
-pub use machine::{Cpu, CpuList};
+pub use machine::CpuList;
 pub use options::Options;
 pub use requirements::Processor;

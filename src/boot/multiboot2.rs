@@ -5,7 +5,7 @@
 use crate::{
     addr::Hpa,
     boot::{
-        info::{BootInfo, InfoError, Module, Rsdp, read_command_line, read_text},
+        info::{BootInfo, InfoError, LoadedBy, Module, Rsdp, read_command_line, read_text},
         multiboot::tag,
     },
     mm::{PhysMem, Span, map::RangeKind},
@@ -23,7 +23,7 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
     if total > MAX_SIZE {
         return Err(InfoError::Malformed("its size is not plausible"));
     }
-    let mut info = BootInfo::default();
+    let mut info = BootInfo { protocol: LoadedBy::Multiboot2, ..BootInfo::default() };
     let mut offset = 8;
     while offset + 8 <= total {
         let field = |of: u64| Hpa::new(at.get().wrapping_add(offset + of));

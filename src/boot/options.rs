@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use arrayvec::ArrayString;
+use arrayvec::{ArrayString, ArrayVec};
 use log::LevelFilter;
 
 /// `fields=`: how L2's VMREAD and VMWRITE reach vmcs12.
@@ -36,13 +36,55 @@ pub enum Counters {
     All,
 }
 
+/// `serial=`: the port that nvmx writes to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Serial {
+    /// Where a 16550 has its registers; `None`: nvmx writes to no port.
+    pub port: Option<u16>,
+    /// What 115,200 baud are divided by.
+    pub divisor: u16,
+}
+
+impl Serial {
+    /// COM1 with 115,200 baud.
+    pub const COM1: Self = Self { port: Some(0x3F8), divisor: 1 };
+
+    /// `com1`, `com2`, a number in hexadecimal behind `0x`, or `none`; a comma and the baud rate may follow.
+    fn parse(text: &str) -> Option<Self> {
+        let (place, baud) = match text.split_once(',') {
+            Some((place, baud)) => (place, baud.parse().ok()?),
+            None => (text, 115_200u32),
+        };
+        let port = match place {
+            "none" => None,
+            "com1" => Some(0x3F8),
+            "com2" => Some(0x2F8),
+            // The eight registers lie behind the first one.
+            _ => Some(u16::from_str_radix(place.strip_prefix("0x")?, 16).ok().filter(|at| *at != 0 && at % 8 == 0)?),
+        };
+        let divisor = 115_200u32.checked_div(baud).filter(|n| *n > 0 && 115_200 % baud == 0)?;
+        Some(Self { port, divisor: divisor.try_into().ok()? })
+    }
+}
+
 /// `exit=`: what nvmx does after its last line.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Exit {
+    /// As `ports` on an emulated machine, else as `none`.
+    Auto,
     /// Only halt.
     None,
     /// Write the ports that end an emulated machine, then halt.
     Ports,
+}
+
+/// `stop=`: whether nvmx ends before L2 runs, to show that a loader, firmware and the start of the processors work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stop {
+    /// L2 runs.
+    Never,
+    /// nvmx ends when L2 is loaded and all processors have started, and says what it found. Needs no VMX.
+    Cpus,
 }
 
 /// What the command line asks for.
@@ -62,8 +104,12 @@ pub struct Options {
     pub counters: Counters,
     /// `explain=`: whether what VMX refuses is told on the serial line.
     pub explain: bool,
+    /// `serial=`
+    pub serial: Serial,
     /// `exit=`
     pub exit: Exit,
+    /// `stop=`
+    pub stop: Stop,
 }
 
 impl Default for Options {
@@ -76,7 +122,9 @@ impl Default for Options {
             ept02: None,
             counters: Counters::Kernel,
             explain: true,
-            exit: Exit::Ports,
+            serial: Serial::COM1,
+            exit: Exit::Auto,
+            stop: Stop::Never,
         }
     }
 }
@@ -84,36 +132,50 @@ impl Default for Options {
 /// Most bytes of a bad word that an error repeats.
 const SHOWN: usize = 32;
 
-/// A word of the command line that nvmx does not understand. Its text names the word and what is accepted.
+/// A value that its option does not have. Its text names the word and what is accepted.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum OptionError {
-    /// No option of that name.
-    Unknown(ArrayString<SHOWN>),
-    /// The option exists, the value does not.
-    BadValue {
-        /// The option.
-        option: &'static str,
-        /// What was given.
-        value: ArrayString<SHOWN>,
-        /// What it accepts.
-        accepted: &'static str,
-    },
+pub struct BadValue {
+    option: &'static str,
+    value: ArrayString<SHOWN>,
+    accepted: &'static str,
 }
 
-impl fmt::Display for OptionError {
+impl fmt::Display for BadValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unknown(word) => {
-                write!(f, "unknown option '{word}': nvmx accepts ")?;
-                for (i, (option, accepted)) in ACCEPTED.iter().enumerate() {
-                    write!(f, "{}{option}={accepted}", if i == 0 { "" } else { ", " })?;
-                }
-                Ok(())
-            }
-            Self::BadValue { option, value, accepted } => {
-                write!(f, "bad value '{value}' for option '{option}': accepted is {option}={accepted}")
-            }
+        let Self { option, value, accepted } = self;
+        write!(f, "bad value '{value}' for option '{option}': accepted is {option}={accepted}")
+    }
+}
+
+/// Words that are no option: a loader may add some of its own, and an older nvmx may lack one.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct UnknownWords {
+    /// The first of them.
+    pub words: ArrayVec<ArrayString<SHOWN>, 8>,
+    /// How many there are beyond these.
+    pub more: usize,
+}
+
+impl UnknownWords {
+    fn add(&mut self, word: &str) {
+        if self.words.try_push(shown(word)).is_err() {
+            self.more += 1;
         }
+    }
+}
+
+impl fmt::Display for UnknownWords {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("unknown options are passed over:")?;
+        self.words.iter().try_for_each(|word| write!(f, " '{word}'"))?;
+        if self.more > 0 {
+            write!(f, " and {} more", self.more)?;
+        }
+        f.write_str("; nvmx accepts ")?;
+        for (i, (option, accepted)) in ACCEPTED.iter().enumerate() {
+            write!(f, "{}{option}={accepted}", if i == 0 { "" } else { ", " })?;
+        }
+        Ok(())
     }
 }
 
@@ -124,8 +186,10 @@ const CPUS: &str = "all|1|2|3|...";
 const EPT02: &str = "auto|0|1|2|...";
 const COUNTERS: &str = "kernel|all";
 const EXPLAIN: &str = "on|off";
-const EXIT: &str = "none|ports";
-const ACCEPTED: [(&str, &str); 8] = [
+const SERIAL: &str = "com1|com2|0x2f8|0x3f8,9600|...|none";
+const EXIT: &str = "auto|none|ports";
+const STOP: &str = "never|cpus";
+const ACCEPTED: [(&str, &str); 10] = [
     ("log", LOG),
     ("fields", FIELDS),
     ("vmcs", VMCS),
@@ -133,16 +197,19 @@ const ACCEPTED: [(&str, &str); 8] = [
     ("ept02", EPT02),
     ("counters", COUNTERS),
     ("explain", EXPLAIN),
+    ("serial", SERIAL),
     ("exit", EXIT),
+    ("stop", STOP),
 ];
 
 impl Options {
     /// Parses words separated by blanks. A later word wins over an earlier one for the same option.
-    pub fn parse(command_line: &str) -> Result<Self, OptionError> {
+    pub fn parse(command_line: &str) -> Result<(Self, UnknownWords), BadValue> {
         let mut options = Self::default();
+        let mut unknown = UnknownWords::default();
         for word in command_line.split_ascii_whitespace() {
             let (option, value) = word.split_once('=').unwrap_or((word, ""));
-            let bad = |option, accepted| OptionError::BadValue { option, value: shown(value), accepted };
+            let bad = |option, accepted| BadValue { option, value: shown(value), accepted };
             match option {
                 "log" => options.log = value.parse().map_err(|_| bad("log", LOG))?,
                 "fields" => {
@@ -187,17 +254,26 @@ impl Options {
                         _ => return Err(bad("explain", EXPLAIN)),
                     }
                 }
+                "serial" => options.serial = Serial::parse(value).ok_or_else(|| bad("serial", SERIAL))?,
                 "exit" => {
                     options.exit = match value {
+                        "auto" => Exit::Auto,
                         "none" => Exit::None,
                         "ports" => Exit::Ports,
                         _ => return Err(bad("exit", EXIT)),
                     }
                 }
-                _ => return Err(OptionError::Unknown(shown(word))),
+                "stop" => {
+                    options.stop = match value {
+                        "never" => Stop::Never,
+                        "cpus" => Stop::Cpus,
+                        _ => return Err(bad("stop", STOP)),
+                    }
+                }
+                _ => unknown.add(word),
             }
         }
-        Ok(options)
+        Ok((options, unknown))
     }
 }
 
@@ -220,7 +296,7 @@ mod tests {
 
     #[test]
     fn an_empty_line_means_the_defaults() {
-        assert_eq!(Options::parse("  "), Ok(Options::default()));
+        assert_eq!(Options::parse("  "), Ok(Default::default()));
     }
 
     #[test]
@@ -230,9 +306,11 @@ mod tests {
                 assert!(Options::parse(&format!("{option}={value}")).is_ok(), "{option}={value}");
             }
         }
-        let all =
-            Options::parse("log=trace fields=trapped vmcs=memory cpus=3 ept02=7 counters=all explain=off exit=none")
-                .unwrap();
+        let (all, unknown) = Options::parse(
+            "log=trace fields=trapped vmcs=memory cpus=3 ept02=7 counters=all explain=off serial=com2 exit=none stop=cpus",
+        )
+        .unwrap();
+        assert_eq!(unknown, UnknownWords::default());
         assert_eq!(
             all,
             Options {
@@ -243,20 +321,42 @@ mod tests {
                 ept02: Some(7),
                 counters: Counters::All,
                 explain: false,
-                exit: Exit::None
+                serial: Serial { port: Some(0x2F8), divisor: 1 },
+                exit: Exit::None,
+                stop: Stop::Cpus
             }
         );
     }
 
     #[test]
-    fn an_unknown_option_is_named_with_what_is_accepted() {
-        let text = Options::parse("log=info colour=red").unwrap_err().to_string();
+    fn unknown_options_are_named_with_what_is_accepted_and_the_others_count() {
+        let (options, unknown) = Options::parse("quiet log=warn colour=red").unwrap();
+        assert_eq!(options, Options { log: LevelFilter::Warn, ..Options::default() });
         assert_eq!(
-            text,
-            "unknown option 'colour=red': nvmx accepts log=off|error|warn|info|debug|trace, \
+            unknown.to_string(),
+            "unknown options are passed over: 'quiet' 'colour=red'; nvmx accepts log=off|error|warn|info|debug|trace, \
              fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, cpus=all|1|2|3|..., ept02=auto|0|1|2|..., \
-             counters=kernel|all, explain=on|off, exit=none|ports"
+             counters=kernel|all, explain=on|off, serial=com1|com2|0x2f8|0x3f8,9600|...|none, exit=auto|none|ports, \
+             stop=never|cpus"
         );
+        let (_, many) = Options::parse("a b c d e f g h i j").unwrap();
+        assert!(many.to_string().contains("'h' and 2 more; "), "{many}");
+    }
+
+    #[test]
+    fn the_serial_port_is_a_name_or_an_address_with_a_rate() {
+        let parsed = |text: &str| Options::parse(&format!("serial={text}")).map(|(options, _)| options.serial).ok();
+        let at = |port, divisor| Some(Serial { port: Some(port), divisor });
+        assert_eq!(parsed("com1"), Some(Serial::COM1));
+        assert_eq!(parsed("com2,9600"), at(0x2F8, 12));
+        assert_eq!(parsed("0xe000"), at(0xE000, 1));
+        assert_eq!(parsed("0x3e8,50"), at(0x3E8, 2304));
+        assert_eq!(parsed("none"), Some(Serial { port: None, divisor: 1 }));
+        for bad in
+            ["", "com3", "0x", "0x0", "0x3f9", "0x10000", "3f8", "com1,", "com1,0", "com1,115201", "com1,7", "com1,1"]
+        {
+            assert_eq!(parsed(bad), None, "{bad}");
+        }
     }
 
     #[test]

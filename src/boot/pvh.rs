@@ -4,7 +4,7 @@
 
 use crate::{
     addr::Hpa,
-    boot::info::{BootInfo, InfoError, Module, read_command_line},
+    boot::info::{BootInfo, InfoError, LoadedBy, Module, read_command_line},
     mm::{PhysMem, Span, map::RangeKind},
 };
 
@@ -25,7 +25,8 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
         // Version 0 has no memory map; it would have to be asked from Xen.
         return Err(InfoError::NoMemoryMap);
     }
-    let mut info = BootInfo { command_line: read_command_line(quad(24), memory)?, ..BootInfo::default() };
+    let command_line = read_command_line(quad(24), memory)?;
+    let mut info = BootInfo { protocol: LoadedBy::Pvh, command_line, ..BootInfo::default() };
 
     let list = quad(16).get();
     for n in 0..u64::from(word(12)) {

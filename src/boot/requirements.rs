@@ -68,9 +68,9 @@ pub struct Processor {
 pub type MissingList = ArrayVec<Missing, 32>;
 
 impl Processor {
-    /// Examines this processor. MSRs are read only when CPUID says that they exist.
-    #[expect(clippy::result_large_err, reason = "it happens once, and there is no heap")]
-    pub fn examine<R: CpuIdReader>(cpuid: &CpuId<R>, mut rdmsr: impl FnMut(u32) -> u64) -> Result<Self, MissingList> {
+    /// Examines this processor, and lists what it lacks: then only what does not need VMX is to be done on it. MSRs are read
+    /// only when CPUID says that they exist.
+    pub fn examine<R: CpuIdReader>(cpuid: &CpuId<R>, mut rdmsr: impl FnMut(u32) -> u64) -> (Self, MissingList) {
         let features = cpuid.get_feature_info();
         let extended = cpuid.get_extended_processor_and_feature_identifiers();
         let sizes = cpuid.get_processor_capacity_feature_info();
@@ -78,29 +78,27 @@ impl Processor {
         if !extended.as_ref().is_some_and(|e| e.has_execute_disable()) {
             missing.push(Missing::NoExecute);
         }
-        if !features.as_ref().is_some_and(|f| f.has_vmx()) {
+        let has_vmx = features.as_ref().is_some_and(|f| f.has_vmx());
+        if !has_vmx {
             missing.push(Missing::Vmx);
-            return Err(missing);
-        }
-        if rdmsr(IA32_FEATURE_CONTROL) & (FEATURE_LOCK | FEATURE_VMX) == FEATURE_LOCK {
+        } else if rdmsr(IA32_FEATURE_CONTROL) & (FEATURE_LOCK | FEATURE_VMX) == FEATURE_LOCK {
             missing.push(Missing::EnabledByFirmware);
         }
         let encrypts = cpuid.get_extended_feature_info().is_some_and(|f| f.has_tme_en());
         let key_bits = if encrypts { key_bits(rdmsr(IA32_TME_ACTIVATE)) } else { 0 };
         let max_phys_addr = sizes.as_ref().map_or(36, |s| s.physical_address_bits()).saturating_sub(key_bits);
         let linear = sizes.as_ref().map_or(48, |s| s.linear_address_bits());
-        let vmx = Capabilities::read(rdmsr, max_phys_addr.into(), linear.into());
-        for what in vmx.missing_requirements() {
+        let capability = |index| if has_vmx { rdmsr(index) } else { 0 };
+        let vmx = Capabilities::read(capability, max_phys_addr.into(), linear.into());
+        // Without VMX nothing else needs to be named.
+        for what in vmx.missing_requirements().filter(|_| has_vmx) {
             if missing.try_push(Missing::Capability(what)).is_err() {
                 break;
             }
         }
-        if !missing.is_empty() {
-            return Err(missing);
-        }
         let short_id = features.as_ref().map_or(0, |f| u32::from(f.initial_local_apic_id()));
         let long_id = cpuid.get_extended_topology_info().and_then(|mut levels| levels.next()).map(|l| l.x2apic_id());
-        Ok(Self {
+        let processor = Self {
             brand: brand(cpuid),
             l0: l0(cpuid),
             apic_id: long_id.unwrap_or(short_id),
@@ -108,7 +106,8 @@ impl Processor {
             gib_pages: extended.as_ref().is_some_and(|e| e.has_1gib_pages()),
             mtrrs: features.as_ref().is_some_and(|f| f.has_mtrr()),
             vmx,
-        })
+        };
+        (processor, missing)
     }
 }
 
@@ -134,9 +133,14 @@ fn brand<R: CpuIdReader>(cpuid: &CpuId<R>) -> ArrayString<48> {
 /// What [`Processor::l0`] says of KVM.
 pub const KVM: &str = "KVM";
 
+/// CPUID shows a hypervisor.
+pub fn is_virtual<R: CpuIdReader>(cpuid: &CpuId<R>) -> bool {
+    cpuid.get_feature_info().is_some_and(|f| f.has_hypervisor())
+}
+
 /// The hypervisor that CPUID shows, if any.
 fn l0<R: CpuIdReader>(cpuid: &CpuId<R>) -> &'static str {
-    if !cpuid.get_feature_info().is_some_and(|f| f.has_hypervisor()) {
+    if !is_virtual(cpuid) {
         return "bare";
     }
     let leaf = cpuid.get_hypervisor_info();
@@ -164,8 +168,7 @@ mod tests {
     const VMX: u32 = 1 << 5;
     const NX: u32 = 1 << 20;
 
-    #[expect(clippy::result_large_err, reason = "as in what it tests")]
-    fn examine(ecx: u32, edx: u32, feature_control: u64, msr: u64) -> Result<Processor, MissingList> {
+    fn examine(ecx: u32, edx: u32, feature_control: u64, msr: u64) -> (Processor, MissingList) {
         let leaves = move |leaf: u32, _: u32| {
             let (eax, ebx, ecx, edx) = match leaf {
                 0 => (0x16, u32::from_le_bytes(*b"Genu"), u32::from_le_bytes(*b"ntel"), u32::from_le_bytes(*b"ineI")),
@@ -190,8 +193,8 @@ mod tests {
         Processor::examine(&CpuId::with_cpuid_reader(leaves), rdmsr)
     }
 
-    fn texts(missing: Result<Processor, MissingList>) -> Vec<String> {
-        missing.err().into_iter().flatten().map(|m| m.to_string()).collect()
+    fn texts((_, missing): (Processor, MissingList)) -> Vec<String> {
+        missing.iter().map(Missing::to_string).collect()
     }
 
     #[test]
@@ -235,13 +238,11 @@ mod tests {
             0x48C => u64::MAX,
             _ => 0,
         };
-        let processor = Processor::examine(&CpuId::with_cpuid_reader(leaves), rdmsr);
-        processor
-            .map(|p| {
-                assert_eq!(p.vmx.physical_width, u32::from(p.max_phys_addr), "addresses in a VMCS go by it too");
-                p.max_phys_addr
-            })
-            .unwrap_or_else(|missing| panic!("{missing:?}"))
+        let (processor, missing) = Processor::examine(&CpuId::with_cpuid_reader(leaves), rdmsr);
+        assert!(missing.is_empty(), "{missing:?}");
+        let width = processor.max_phys_addr;
+        assert_eq!(processor.vmx.physical_width, u32::from(width), "addresses in a VMCS go by it too");
+        width
     }
 
     #[test]

@@ -31,14 +31,15 @@ pub enum Who {
     Nvmx,
 }
 
-/// `exit=none`: the machine halts instead of being stopped.
-static HALT_ONLY: AtomicBool = AtomicBool::new(false);
+/// The machine halts instead of being stopped: on one that is not emulated other devices could have the ports.
+static HALT_ONLY: AtomicBool = AtomicBool::new(true);
 /// An end within an end: write nothing more.
 static ENDING: AtomicBool = AtomicBool::new(false);
 
-/// Takes over `exit=` of the command line.
-pub fn configure(exit: Exit) {
-    HALT_ONLY.store(exit == Exit::None, Ordering::Relaxed);
+/// Takes over `exit=` of the command line; `emulated` is what `auto` goes by.
+pub fn configure(exit: Exit, emulated: bool) {
+    let ports = exit == Exit::Ports || exit == Exit::Auto && emulated;
+    HALT_ONLY.store(!ports, Ordering::Relaxed);
 }
 
 /// Writes the epitaph and ends the run as failed.
@@ -93,8 +94,8 @@ pub fn end(status: Status) -> ! {
             Status::Pass => 0x10,
             Status::Fail => 0x11,
         };
-        // SAFETY: 1. Bochs' shutdown port and QEMU's isa-debug-exit stop the machine. 2. On a machine without them the
-        // ports are unassigned.
+        // SAFETY: 1. Bochs' shutdown port and QEMU's isa-debug-exit stop the machine. 2. On an emulated machine without them
+        // the ports are unassigned, and on another one only the user's word leads here.
         unsafe {
             for byte in *b"Shutdown" {
                 outb(0x8900, byte);

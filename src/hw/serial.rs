@@ -1,4 +1,4 @@
-//! COM1: log lines for people and records for the harness.
+//! The serial port (COM1, or what `serial=` says): log lines for people and records for the harness.
 //!
 //! L2 owns the port as well as nvmx does. After [`init`] nvmx polls and writes, and leaves the port as it found it: each line
 //! is drained, so that whatever L2 does to the port next cannot cut it, and what L2 had set that would swallow a line (divisor
@@ -6,13 +6,14 @@
 
 use core::{
     fmt::{self, Write},
-    sync::atomic::AtomicU32,
+    sync::atomic::{AtomicU16, AtomicU32, Ordering},
 };
 
 use l2_protocol::{Kind, Level, Record};
 use log::{LevelFilter, Log, Metadata};
 
 use crate::{
+    boot::options::Serial,
     hw::{
         cpu,
         port::{inb, outb},
@@ -20,10 +21,14 @@ use crate::{
     sync::line_lock::{LineLock, Turn},
 };
 
-const COM1: u16 = 0x3F8;
-const LINE_CONTROL: u16 = COM1 + 3;
-const MODEM_CONTROL: u16 = COM1 + 4;
-const LINE_STATUS: u16 = COM1 + 5;
+/// Registers behind the data register.
+const INTERRUPT_ENABLE: u16 = 1;
+const FIFO_CONTROL: u16 = 2;
+const LINE_CONTROL: u16 = 3;
+const MODEM_CONTROL: u16 = 4;
+const LINE_STATUS: u16 = 5;
+/// What the line status is where no port answers.
+const NOBODY: u8 = 0xFF;
 /// LCR: the data register is the divisor's.
 const DIVISOR_ACCESS: u8 = 1 << 7;
 /// LCR: the line is held low.
@@ -35,6 +40,8 @@ const THR_EMPTY: u8 = 1 << 5;
 /// LSR: the last bit has left.
 const DRAINED: u8 = 1 << 6;
 
+/// Where the port's data register is; 0 while there is none.
+static PORT: AtomicU16 = AtomicU16::new(0);
 /// One lock for whole lines, so that processors do not mix theirs.
 static LINE: LineLock<AtomicU32> = LineLock::new(AtomicU32::new(0), AtomicU32::new(0));
 /// How often a processor that dies looks whether another one has ended its line: about a second.
@@ -44,25 +51,36 @@ const PATIENCE: u32 = 10_000_000;
 const POLLS: u32 = 1_000_000;
 
 /// The port, for one line.
-#[derive(Default)]
 struct Port {
+    /// Its data register.
+    at: u16,
     /// It did not become ready once: nobody waits for the rest of the line.
     stuck: bool,
 }
 
 impl Port {
     fn byte(&mut self, byte: u8) {
-        self.stuck = self.stuck || !comes(THR_EMPTY);
-        // SAFETY: the 16550's registers have no effect on memory.
-        unsafe { outb(COM1, byte) };
+        self.stuck = self.stuck || !comes(self.at, THR_EMPTY);
+        write(self.at, byte);
     }
 }
 
+/// Reads a register of the port.
+fn read(register: u16) -> u8 {
+    // SAFETY: the 16550's registers have no effect on memory.
+    unsafe { inb(register) }
+}
+
+/// Writes one.
+fn write(register: u16, value: u8) {
+    // SAFETY: as in `read`.
+    unsafe { outb(register, value) }
+}
+
 /// Waits for `bit` of the line status; false if it does not come.
-fn comes(bit: u8) -> bool {
+fn comes(port: u16, bit: u8) -> bool {
     for _ in 0..POLLS {
-        // SAFETY: reading the line status has no effect on memory.
-        if unsafe { inb(LINE_STATUS) } & bit != 0 {
+        if read(port + LINE_STATUS) & bit != 0 {
             return true;
         }
         core::hint::spin_loop();
@@ -70,23 +88,23 @@ fn comes(bit: u8) -> bool {
     false
 }
 
-/// Runs `write` with a port that sends what it is given, and puts back what L2 had set.
-fn ready_to_send(write: impl FnOnce(&mut Port)) {
-    // SAFETY: the 16550's registers have no effect on memory.
-    let (line, modem) = unsafe { (inb(LINE_CONTROL), inb(MODEM_CONTROL)) };
+/// Runs `write_line` with a port that sends what it is given, and puts back what L2 had set. Without a port nothing happens.
+fn ready_to_send(write_line: impl FnOnce(&mut Port)) {
+    let at = PORT.load(Ordering::Relaxed);
+    if at == 0 {
+        return;
+    }
+    let (line, modem) = (read(at + LINE_CONTROL), read(at + MODEM_CONTROL));
     let (plain_line, plain_modem) = (line & !(DIVISOR_ACCESS | BREAK), modem & !LOOPBACK);
     let set = |line_control: u8, modem_control: u8| {
         if (line, modem) != (plain_line, plain_modem) {
-            // SAFETY: as above.
-            unsafe {
-                outb(LINE_CONTROL, line_control);
-                outb(MODEM_CONTROL, modem_control);
-            }
+            write(at + LINE_CONTROL, line_control);
+            write(at + MODEM_CONTROL, modem_control);
         }
     };
     set(plain_line, plain_modem);
-    let mut port = Port::default();
-    write(&mut port);
+    let mut port = Port { at, stuck: false };
+    write_line(&mut port);
     if !port.stuck {
         drain();
     }
@@ -105,19 +123,22 @@ impl Write for Port {
     }
 }
 
-/// Programs COM1 for 115200 8N1 and makes it the target of the `log` macros.
-pub fn init(level: LevelFilter) {
-    // The loader's last line.
-    drain();
-    // SAFETY: the 16550's registers have no effect on memory; interrupts are off in IER.
-    unsafe {
-        outb(COM1 + 1, 0x00);
-        outb(COM1 + 3, 0x80);
-        outb(COM1, 0x01);
-        outb(COM1 + 1, 0x00);
-        outb(COM1 + 3, 0x03);
-        outb(COM1 + 2, 0xC7);
-        outb(COM1 + 4, 0x03);
+/// Programs the port for 8N1 without interrupts, and makes it the target of the `log` macros. Where nothing answers there is
+/// no port, and nobody waits for one.
+pub fn init(serial: Serial, level: LevelFilter) {
+    let at = serial.port.filter(|at| read(at + LINE_STATUS) != NOBODY).unwrap_or(0);
+    PORT.store(at, Ordering::Relaxed);
+    if at != 0 {
+        // The loader's last line.
+        drain();
+        let [low, high] = serial.divisor.to_le_bytes();
+        write(at + INTERRUPT_ENABLE, 0);
+        write(at + LINE_CONTROL, DIVISOR_ACCESS);
+        write(at, low);
+        write(at + INTERRUPT_ENABLE, high);
+        write(at + LINE_CONTROL, 3);
+        write(at + FIFO_CONTROL, 0xC7);
+        write(at + MODEM_CONTROL, 3);
     }
     // Firmware may have left half a line there.
     fresh_line();
@@ -128,7 +149,10 @@ pub fn init(level: LevelFilter) {
 
 /// Waits until everything written has left the port, or the port shows that it never will.
 pub fn drain() {
-    comes(DRAINED);
+    let at = PORT.load(Ordering::Relaxed);
+    if at != 0 {
+        comes(at, DRAINED);
+    }
 }
 
 /// nvmx is about to end, on this processor: the others write nothing any more. Does not return if another one was first.

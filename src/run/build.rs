@@ -1,7 +1,7 @@
 //! One [`Cpu`] out of its own share of frames: VMX operation, VMCSs, slots, bitmaps, EPT tables.
 
 use crate::addr::{Gpa, Hpa, PAGE_SIZE};
-use crate::boot::options::{Counters, Vmcs as VmcsOption};
+use crate::boot::options::{Counters, Stop, Vmcs as VmcsOption};
 use crate::boot::requirements::KVM;
 use crate::cpu::{Cpu, Nested, Startup, Waiting, vmcs02};
 use crate::ept::{Ept01, Ept02, EptRules};
@@ -38,6 +38,7 @@ pub struct Common {
     ept02_budget: u32,
     user_counters: bool,
     on_kvm: bool,
+    stops: bool,
     mtrrs: Mtrrs,
     has_mtrrs: bool,
     own: Span,
@@ -58,6 +59,7 @@ impl Common {
             ept02_budget: machine.options.ept02.unwrap_or(EPT02_BUDGET),
             user_counters: machine.options.counters == Counters::All,
             on_kvm: machine.processor.l0 == KVM,
+            stops: machine.options.stop == Stop::Cpus,
             mtrrs: machine.mtrrs.clone(),
             has_mtrrs: machine.processor.mtrrs,
             own: machine.own,
@@ -65,6 +67,11 @@ impl Common {
             phys: machine.phys,
             guest: machine.guest,
         }
+    }
+
+    /// The machine ends once all processors have started.
+    pub fn stops(&self) -> bool {
+        self.stops
     }
 
     /// Enters VMX operation on this processor, on a region out of `frames`; it stays there for good.

@@ -1,5 +1,6 @@
 //! What boot hands to the hypervisor.
 
+use crate::boot::info::Rsdp;
 use crate::boot::l2_image::Start;
 use crate::boot::{CpuList, Options, Processor};
 use crate::hw::phys::DirectMap;
@@ -35,6 +36,8 @@ pub struct Machine {
     pub strategy: Strategy,
     /// All processors; the one with `processor.apic_id` runs.
     pub cpus: CpuList,
+    /// The ACPI root pointer, if there is one.
+    pub rsdp: Option<Rsdp>,
     /// How L2 starts.
     pub start: Start,
 }

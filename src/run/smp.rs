@@ -6,7 +6,8 @@
 //!
 //! Nothing of this is shared afterwards (ADR 0010) but whether L2 runs on more than one of them.
 
-use crate::boot::CpuList;
+use crate::boot::options::Stop;
+use crate::boot::{CpuList, acpi};
 use crate::cpu::{Cpu, others};
 use crate::emul::init;
 use crate::hw::apic::LocalApic;
@@ -41,7 +42,7 @@ static OTHERS: AtomicU32 = AtomicU32::new(0);
 #[inline(never)]
 pub fn start_others(machine: &mut Machine) -> u32 {
     let own_id = machine.processor.apic_id;
-    let others: CpuList = machine.cpus.iter().copied().filter(|cpu| cpu.enabled && cpu.apic_id != own_id).collect();
+    let others: CpuList = machine.cpus.iter().copied().filter(|id| *id != own_id).collect();
     if others.is_empty() {
         return 1;
     }
@@ -65,15 +66,16 @@ pub fn start_others(machine: &mut Machine) -> u32 {
     let used = used(machine, 1 + others.len(), free);
     let share = free / used;
     others::set_used_cpus(used as u32);
+    hide(machine, |id| id == own_id || others.iter().take(used - 1).any(|other| *other == id));
     COMMON.call_once(|| Common::new(machine));
     for (i, (other, idle)) in others.iter().zip(idle).enumerate() {
         let frames = if 1 + i < used { share } else { PARKED_FRAMES };
         let Some(pool) = machine.frames.split_off(frames) else { too_little_memory() };
         *FRAMES.lock() = Some(pool);
         let arrived = || START.arrived() as usize == 1 + i;
-        if !apic.reaches(other.apic_id) || !trampoline.start(apic, other.apic_id, idle, begin, arrived) {
+        if !apic.reaches(*other) || !trampoline.start(apic, *other, idle, begin, arrived) {
             // L2 might have more luck, and run there without nvmx.
-            give_up(format_args!("the processor with APIC id {} does not start", other.apic_id));
+            give_up(format_args!("the processor with APIC id {other} does not start"));
         }
     }
     trampoline.remove(&mut machine.frames);
@@ -82,9 +84,16 @@ pub fn start_others(machine: &mut Machine) -> u32 {
     used as u32
 }
 
+/// L2 finds the processors that it does not get disabled in firmware's list, and does not wait for them.
+fn hide(machine: &Machine, keep: impl Fn(u32) -> bool) {
+    if let Some(Err(error)) = machine.rsdp.as_ref().map(|rsdp| acpi::disable(rsdp, &machine.phys, keep)) {
+        log::warn!("{error}: L2 finds processors in the list that it does not get");
+    }
+}
+
 /// How many of `all` processors run L2.
 fn used(machine: &Machine, all: usize, free: usize) -> usize {
-    if !machine.processor.vmx.misc.activity_wait_for_sipi() {
+    if !machine.processor.vmx.misc.activity_wait_for_sipi() && machine.options.stop == Stop::Never {
         log::warn!(
             "this CPU lacks activity state wait-for-SIPI (IA32_VMX_MISC bit 8): L2 has one CPU, the rest is parked"
         );
@@ -107,6 +116,10 @@ pub fn wait_for_others() {
 extern "C" fn begin() -> ! {
     let frames = FRAMES.lock().take();
     START.arrive();
+    // Before VMX is touched: there may be none.
+    if COMMON.get().is_some_and(Common::stops) {
+        cpu::halt()
+    }
     let (Some(common), Some(frames)) = (COMMON.get(), frames) else { too_little_memory() };
     if cpu::this().index() < others::used_cpus() { run(common, frames) } else { park(common, frames) }
 }
@@ -126,6 +139,11 @@ fn park(common: &Common, mut frames: FramePool) -> ! {
     }
     START.ready();
     cpu::halt()
+}
+
+/// How many processors have come into nvmx beside the one that booted.
+pub fn started() -> u32 {
+    START.arrived()
 }
 
 /// The machine ends by this processor's word: the others are to stop.

@@ -41,7 +41,7 @@ impl Backend for Bochs {
     }
 
     fn start(&self, spec: &Spec, folder: &Path) -> Result<Child> {
-        iso::make(spec, folder)?;
+        iso::make(spec, folder, iso::Platform::Bios)?;
         let serial = Serial { file: SERIAL, debug_port: spec.debug_port };
         start(self, &spec.machine, serial, if spec.debug_port { DEBUG_PORT } else { OUT }, folder)
     }

@@ -7,13 +7,37 @@ use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const MODULES: &str = "multiboot multiboot2 linux normal iso9660 biosdisk";
+/// What firmware starts GRUB.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Platform {
+    /// A PC's BIOS
+    Bios,
+    /// UEFI of 64 bits
+    Uefi,
+}
+
+impl Platform {
+    /// GRUB's name for it.
+    const fn folder(self) -> &'static str {
+        match self {
+            Platform::Bios => "i386-pc",
+            Platform::Uefi => "x86_64-efi",
+        }
+    }
+
+    const fn modules(self) -> &'static str {
+        match self {
+            Platform::Bios => "multiboot multiboot2 linux normal iso9660 biosdisk",
+            Platform::Uefi => "multiboot multiboot2 linux normal iso9660 efi_gop",
+        }
+    }
+}
 
 /// Writes `boot.iso` into the folder.
 ///
 /// # Errors
 /// If a file cannot be written or `grub-mkrescue` fails.
-pub fn make(spec: &Spec, folder: &Path) -> Result<PathBuf> {
+pub fn make(spec: &Spec, folder: &Path, platform: Platform) -> Result<PathBuf> {
     let tree = folder.join("iso");
     std::fs::create_dir_all(tree.join("boot/grub"))?;
     let copy = |from: &Path, name: &str| -> Result<()> {
@@ -27,16 +51,18 @@ pub fn make(spec: &Spec, folder: &Path) -> Result<PathBuf> {
     }
     let arguments: Vec<&str> = spec.modules.iter().map(|m| m.args.as_str()).collect();
     std::fs::write(tree.join("boot/grub/grub.cfg"), grub_cfg(spec.protocol, &spec.kernel.args, &arguments))?;
-    pack(&tree, folder)
+    pack(&tree, folder, platform)
 }
 
-fn pack(tree: &Path, folder: &Path) -> Result<PathBuf> {
+fn pack(tree: &Path, folder: &Path, platform: Platform) -> Result<PathBuf> {
     let iso = folder.join("boot.iso");
     let program = super::super::setup::program("grub-mkrescue").context("grub-mkrescue is missing")?;
     let mut command = Command::new(program);
     command
-        .args(["-d", "/usr/lib/grub/i386-pc", "--locales=", "--fonts=", "--themes="])
-        .arg(format!("--install-modules={MODULES}"))
+        .arg("-d")
+        .arg(Path::new("/usr/lib/grub").join(platform.folder()))
+        .args(["--locales=", "--fonts=", "--themes="])
+        .arg(format!("--install-modules={}", platform.modules()))
         .arg("-o")
         .arg(&iso)
         .arg(tree);
@@ -51,7 +77,8 @@ fn pack(tree: &Path, folder: &Path) -> Result<PathBuf> {
 fn grub_cfg(protocol: Protocol, kernel: &str, modules: &[&str]) -> String {
     let (load, module) = match protocol {
         Protocol::Multiboot1 => ("multiboot", "module"),
-        Protocol::Multiboot2 => ("multiboot2", "module2"),
+        // GRUB has no PVH.
+        Protocol::Multiboot2 | Protocol::Pvh => ("multiboot2", "module2"),
         Protocol::Linux => ("linux", "initrd"),
     };
     let mut text = format!("set timeout=0\nmenuentry nvmx {{\n  {load} /boot/kernel{}\n", words(kernel));

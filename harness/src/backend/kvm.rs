@@ -88,6 +88,14 @@ fn arguments(spec: &Spec) -> Vec<String> {
     let mut add = |key: &str, value: String| list.extend([key.to_string(), value]);
     add("-m", spec.machine.memory.to_string());
     add("-smp", spec.machine.cpus.to_string());
+    list.extend(kernel(spec));
+    list
+}
+
+/// The arguments by which QEMU itself loads the image and its modules.
+pub(super) fn kernel(spec: &Spec) -> Vec<String> {
+    let mut list = Vec::new();
+    let mut add = |key: &str, value: String| list.extend([key.to_string(), value]);
     add("-kernel", spec.kernel.path.display().to_string());
     if !spec.kernel.args.is_empty() {
         add("-append", spec.kernel.args.clone());

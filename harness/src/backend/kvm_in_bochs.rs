@@ -73,7 +73,7 @@ impl Backend for KvmInBochs {
             protocol: Protocol::Linux,
             ..spec.clone()
         };
-        iso::make(&linux, folder)?;
+        iso::make(&linux, folder, iso::Platform::Bios)?;
         let machine = Machine { memory, ..spec.machine.clone() };
         // The VMM writes to the debug port, which Bochs shows on its standard output.
         bochs::start(&self.bochs, &machine, Serial { file: CONSOLE, debug_port: true }, SERIAL, folder)

@@ -8,6 +8,7 @@ pub mod kvm;
 pub mod kvm_in_bochs;
 pub mod linux;
 pub mod memory;
+pub mod tcg;
 pub mod xen;
 
 use crate::proc::Child;
@@ -40,6 +41,8 @@ pub enum Protocol {
     Multiboot2,
     /// The Linux boot protocol; the module is the initial file system
     Linux,
+    /// PVH, which GRUB does not have: QEMU loads the image itself
+    Pvh,
 }
 
 /// The machine that boots.

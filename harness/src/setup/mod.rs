@@ -8,6 +8,7 @@ pub mod programs;
 pub mod qemu;
 pub mod sources;
 pub mod sysroot;
+pub mod tcg;
 pub mod toolchain;
 pub mod xen;
 

@@ -1,7 +1,7 @@
 //! The boot tests by name.
 
 use super::{
-    Case, Judge, Suite, all_pass, attacks, bench, compare,
+    Case, Judge, Suite, all_pass, attacks, bench, compare, firmware,
     fixtures::{Fixtures, inside_nvmx},
     growth, lab, linux, loaders, messages, models, msrs, native, on_kvm, refused, smp, xen,
 };
@@ -79,8 +79,13 @@ pub fn some(session: &Session, wants: impl Fn(&str) -> bool) -> Result<Suite> {
     models::add(&mut b.suite, session);
     lab::add(&mut b.suite, session);
     bench::add(&mut b.suite, session);
-    const DEAR: [(&str, Add); 4] =
-        [("templates", bench::add_templates), ("KVM", on_kvm::add), ("Linux", linux::add), ("Xen", xen::add)];
+    const DEAR: [(&str, Add); 5] = [
+        ("QEMU", firmware::add),
+        ("templates", bench::add_templates),
+        ("KVM", on_kvm::add),
+        ("Linux", linux::add),
+        ("Xen", xen::add),
+    ];
     for (topic, add) in DEAR.into_iter().filter(|(topic, _)| wants(topic)) {
         let before = b.suite.cases.len();
         add(&mut b.suite, session)?;
@@ -218,12 +223,6 @@ impl Builder<'_> {
                 "no-ept",
                 with("", Machine { model: NO_EPT.into(), ..machine.clone() }),
                 messages::NO_EPT,
-            ),
-            (
-                "an unknown option is refused by name",
-                "unknown-option",
-                with("wibble=1", machine.clone()),
-                messages::UNKNOWN_OPTION,
             ),
             (
                 "a bad value of an option is refused by name",

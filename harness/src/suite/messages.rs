@@ -12,8 +12,8 @@ pub const LITTLE_MEMORY: &[&str] = &["ERROR", "too little memory"];
 pub const NO_VMX: &[&str] = &["ERROR", "lacks VMX"];
 /// No EPT.
 pub const NO_EPT: &[&str] = &["ERROR", "EPT"];
-/// An option that does not exist.
-pub const UNKNOWN_OPTION: &[&str] = &["ERROR", "unknown option", "wibble"];
+/// No list of processors.
+pub const NO_ACPI: &[&str] = &["ERROR", "no ACPI tables", "multiboot2"];
 /// L2's triple fault.
 pub const TRIPLE_FAULT: &[&str] = &["@L1 epitaph who=L2", "triple fault"];
 /// L2 touched nvmx's memory.

@@ -4,6 +4,7 @@ pub mod attacks;
 pub mod bench;
 pub mod cases;
 pub mod compare;
+pub mod firmware;
 pub mod fixtures;
 pub mod growth;
 pub mod kvm_waivers;

@@ -39,8 +39,10 @@ const LOW: Span = Span::new(PAGE_SIZE, 0xA_0000);
 /// Between INIT and the start-up message, and between two of these.
 const AFTER_INIT: u32 = 10_000;
 const AFTER_STARTUP: u32 = 200;
-/// How long a processor may take to arrive.
+/// How long a processor may take to arrive: so many reads of a port, and so many ticks of the TSC. On a machine that is
+/// emulated one processor after the other, reads take next to no time, and the others none of it.
 const PATIENCE: u32 = 1_000_000;
+const PATIENCE_TICKS: u64 = 1 << 31;
 
 /// The borrowed page with the code that a started processor begins in.
 #[derive(Debug)]
@@ -112,21 +114,28 @@ impl Trampoline {
         self.phys.write_u64(self.place(&raw const ap_block), idle.into_block() as u64);
         self.phys.write_u64(self.place(&raw const ap_run), run as *const () as u64);
         let number = (self.page.get() / PAGE_SIZE) as u8;
-        let arrives_within = |limit| {
-            (0..limit).any(|_| {
+        let arrives_within = |limit: u32, ticks: u64| {
+            let start = tsc();
+            let mut reads = 0u32;
+            while reads < limit || tsc().wrapping_sub(start) < ticks {
                 wait(1);
-                arrived()
-            })
+                core::hint::spin_loop();
+                if arrived() {
+                    return true;
+                }
+                reads = reads.saturating_add(1);
+            }
+            false
         };
         apic.send_init(apic_id);
         wait(AFTER_INIT);
         apic.send_startup(apic_id, number);
-        if arrives_within(AFTER_STARTUP) {
+        if arrives_within(AFTER_STARTUP, 0) {
             return true;
         }
         // The SDM's sequence has a second one, for a processor that missed the first.
         apic.send_startup(apic_id, number);
-        arrives_within(PATIENCE)
+        arrives_within(PATIENCE, PATIENCE_TICKS)
     }
 
     /// Gives the page back as it was. All processors that were started have left it.
@@ -153,6 +162,11 @@ fn wait(microseconds: u32) {
     for _ in 0..microseconds {
         port::delay();
     }
+}
+
+fn tsc() -> u64 {
+    // SAFETY: every 64-bit processor has a TSC, and nvmx runs in ring 0.
+    unsafe { core::arch::x86_64::_rdtsc() }
 }
 
 fn address(symbol: *const u8) -> u64 {

@@ -16,8 +16,8 @@ use raw_cpuid::CpuId;
 use crate::{
     addr::Hpa,
     boot::{
-        BootInfo,
-        info::InfoError,
+        BootInfo, acpi,
+        info::{InfoError, Rsdp},
         layout::{self, TooLittleMemory},
     },
     hw::{
@@ -131,6 +131,11 @@ impl Handover {
     /// What the loader says.
     pub fn info(&self) -> Result<BootInfo, InfoError> {
         BootInfo::read(self.magic, Hpa::new(self.info.into()), &early_map())
+    }
+
+    /// The ACPI root pointer where a BIOS puts it.
+    pub fn find_rsdp(&self) -> Option<Rsdp> {
+        acpi::find_rsdp(&early_map())
     }
 
     /// Moves nvmx to its own range, gives it its page tables, and this processor its stacks and descriptor tables. What
