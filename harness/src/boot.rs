@@ -5,11 +5,12 @@ use crate::clock::{Clock, Over, Time};
 use crate::image;
 use crate::paths::Paths;
 use crate::proc;
+use crate::trace::file::Boot as Trace;
 use crate::transcript::{Follower, Line, Transcript, View};
 use anyhow::Result;
 use l2_protocol::{Kind, Level};
 use rustix::process::Signal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How a boot ended.
@@ -48,6 +49,8 @@ pub struct Outcome {
     pub l2: Option<PathBuf>,
     /// Its files
     pub folder: PathBuf,
+    /// Its exits, if they were recorded
+    pub trace: Option<Trace>,
 }
 
 /// After its last word a machine gets so long to end itself.
@@ -88,7 +91,7 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
         take(&mut followers, &mut transcript, &mut look, false);
         proc::check_interrupt()?;
         if spec.stop.text.as_ref().is_some_and(|text| transcript.a_line_has(&[text]) || waits(&followers, text)) {
-            child.end();
+            finish(backend, spec, &mut child, folder.path());
             break (Ended::Text, Vec::new());
         }
         if let Some(status) = status {
@@ -96,14 +99,14 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
             break (Ended::Itself, Vec::new());
         }
         if spec.stop.halt && clock.halted() {
-            child.end();
+            finish(backend, spec, &mut child, folder.path());
             break (Ended::Halted, Vec::new());
         }
         if last_word.is_none() && transcript.is_over() {
             last_word = Some((Instant::now(), used(&mut clock)));
         }
         if last_word.is_some_and(|since| lingers(since, used(&mut clock))) {
-            child.end();
+            finish(backend, spec, &mut child, folder.path());
             break (Ended::Lingered, Vec::new());
         }
         if let Some(over) = clock.over(spec.timeout) {
@@ -125,7 +128,27 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
     let folder = folder.keep();
     let _ = std::fs::remove_file(folder.join("boot.iso"));
     let used = clock.read();
-    Ok(Outcome { name: spec.name.clone(), transcript, ended, machine, took, used, status: code, l2: spec.l2(), folder })
+    let trace = spec.record.as_ref().map(|record| record.read(spec, backend)).transpose()?;
+    Ok(Outcome {
+        name: spec.name.clone(),
+        transcript,
+        ended,
+        machine,
+        took,
+        used,
+        status: code,
+        l2: spec.l2(),
+        folder,
+        trace,
+    })
+}
+
+/// Ends the machine; one whose exits are recorded gets the time to write them.
+fn finish(backend: &dyn Backend, spec: &Spec, child: &mut proc::Child, folder: &Path) {
+    if spec.record.is_some() {
+        backend.stop(child, folder);
+    }
+    child.end();
 }
 
 /// Whether a line that is not complete yet (a prompt) has the text.
@@ -261,6 +284,7 @@ mod tests {
             status: None,
             l2: None,
             folder: "/x".into(),
+            trace: None,
         }
     }
 

@@ -40,6 +40,10 @@ pub enum Cmd {
     Doctor(DoctorArgs),
     /// Say what an exit reason, a rule, a field, an error number or an event is
     Explain(ExplainArgs),
+    /// Show what `run --trace` recorded: every exit, why it came and what followed
+    Trace(TraceArgs),
+    /// Count exits and their cost by level and reason
+    Stat(StatArgs),
     /// Make a folder with a guest hypervisor to begin with
     New(NewArgs),
     /// Set up the compiler for the bare machine and print, as shell variables, how to call it
@@ -162,6 +166,115 @@ pub struct RunArgs {
     pub depth: u32,
 
     /// Write the figures to this file too (docs/run-schema.md); `-` is standard output, which then has nothing else
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
+    /// Record every VM exit of the boots in this file, for `./nvmx trace`: on Bochs, at no cost for guests
+    #[arg(long, value_name = "FILE", conflicts_with = "watch")]
+    pub trace: Option<PathBuf>,
+
+    /// Write a report: FILE.html, one page for a browser that needs nothing else, FILE.md or FILE.csv
+    #[arg(long, value_name = "FILE", conflicts_with = "watch")]
+    pub report: Option<PathBuf>,
+
+    /// The machine
+    #[command(flatten)]
+    pub l0: L0Args,
+}
+
+/// The views of a trace.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum TraceFormat {
+    /// Trees in words
+    Text,
+    /// A timeline for Perfetto (ui.perfetto.dev) and Chrome
+    Perfetto,
+    /// Stacks and their ticks, one a line
+    Folded,
+    /// A flame graph
+    Svg,
+    /// A line an exit
+    Csv,
+}
+
+/// `trace`
+#[derive(Debug, Args)]
+pub struct TraceArgs {
+    /// What `./nvmx run --trace FILE` wrote
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// Of this boot of the file [default: the one under nvmx]
+    #[arg(long, value_name = "NAME")]
+    pub boot: Option<String>,
+
+    /// Only trees in which an exit has this reason, by name or number
+    #[arg(long, value_name = "REASON")]
+    pub reason: Option<String>,
+
+    /// Only trees that begin at this level: L2, L3
+    #[arg(long, value_name = "LEVEL", value_parser = level)]
+    pub level: Option<u8>,
+
+    /// The tree with exit number N, and the trees before and after it
+    #[arg(long, value_name = "N", conflicts_with_all = ["reason", "level", "top"])]
+    pub around: Option<u32>,
+
+    /// The N dearest trees
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "10")]
+    pub top: Option<usize>,
+
+    /// So many trees at most
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub limit: usize,
+
+    /// For another program instead: of the whole boot
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: TraceFormat,
+
+    /// Write to this file instead of standard output
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+/// "L3" or "3"
+fn level(text: &str) -> Result<u8, String> {
+    let digits = text.trim_start_matches(['L', 'l']);
+    digits.parse().ok().filter(|level| *level < 16).ok_or_else(|| "L2 or L3, say".into())
+}
+
+/// `stat`
+#[derive(Debug, Args)]
+pub struct StatArgs {
+    /// A trace of `./nvmx run --trace FILE`; without one, L2 is booted under nvmx
+    #[arg(value_name = "FILE", conflicts_with_all = ["l2", "l2_args", "bare", "live"])]
+    pub file: Option<PathBuf>,
+
+    /// Of this boot of the file [default: the one under nvmx]
+    #[arg(long, value_name = "NAME", requires = "file")]
+    pub boot: Option<String>,
+
+    /// What runs as L2: as for `run`
+    #[arg(long, value_name = "NAME|PATH", default_value = "cascade")]
+    pub l2: String,
+
+    /// The guest's command line
+    #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
+    pub l2_args: String,
+
+    /// L2 alone on the machine, without nvmx
+    #[arg(long)]
+    pub bare: bool,
+
+    /// Show the table again and again while L2 runs
+    #[arg(long)]
+    pub live: bool,
+
+    /// How L2's VMREAD and VMWRITE reach nvmx
+    #[arg(long, value_enum, default_value = "auto")]
+    pub fields: Fields,
+
+    /// Write the figures as JSON (docs/run-schema.md); `-` is standard output, which then has nothing else
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 

@@ -2,7 +2,7 @@
 //!
 //! `setup` finds or makes the tools, `image` builds what boots, `backend` starts machines, `boot` runs one boot from start to
 //! verdict, `clock` tells how far it has come, `clamp` makes two boots see the same capabilities, `transcript` reads its serial line, `report` makes figures of records, `suite` holds the boot tests, `lab` the
-//! experiments of `./nvmx lab`, `cmd` the
+//! experiments of `./nvmx lab`, `trace` every exit of a boot, `cmd` the
 //! subcommands.
 
 mod backend;
@@ -22,6 +22,7 @@ mod report;
 mod session;
 mod setup;
 mod suite;
+mod trace;
 mod transcript;
 mod ui;
 
@@ -40,6 +41,8 @@ fn main() -> ExitCode {
         Cmd::Fuzz(args) => cmd::fuzz::run(&ui, args),
         Cmd::Doctor(args) => cmd::doctor::run(&ui, args),
         Cmd::Explain(args) => cmd::explain::run(&ui, args),
+        Cmd::Trace(args) => cmd::trace::run(&ui, args),
+        Cmd::Stat(args) => cmd::stat::run(&ui, args),
         Cmd::New(args) => cmd::new::run(&ui, args),
         Cmd::Toolchain => cmd::toolchain::run(&ui),
         Cmd::Lab(args) => cmd::lab::run(&ui, args),

@@ -36,6 +36,11 @@ impl Output {
         Ok(Output { named: path.to_path_buf(), way })
     }
 
+    /// As the user wrote it.
+    pub fn name(&self) -> std::path::Display<'_> {
+        self.named.display()
+    }
+
     /// Whether it is standard output, which then gets nothing else.
     pub fn is_stdout(&self) -> bool {
         self.way == Way::Stdout
@@ -46,17 +51,25 @@ impl Output {
     /// # Errors
     /// If it cannot be written.
     pub fn write(&self, text: &str) -> Result<()> {
+        self.write_bytes(text.as_bytes())
+    }
+
+    /// [`Self::write`] of what is no text.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write_bytes(&self, text: &[u8]) -> Result<()> {
         let problem = || format!("cannot write {}", self.named.display());
         match &self.way {
             Way::Stdout => {
                 let mut out = std::io::stdout().lock();
-                let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+                let written = out.write_all(text).and_then(|()| out.flush());
                 written.map_err(|e| Stop::Guest(format!("cannot write standard output: {e}")).into())
             }
             Way::Through(path) => {
                 let mut file =
                     OpenOptions::new().write(true).truncate(is_regular(path)).open(path).with_context(problem)?;
-                file.write_all(text.as_bytes()).with_context(problem)
+                file.write_all(text).with_context(problem)
             }
             Way::Whole(path) => whole(path, text).with_context(problem),
         }
@@ -132,12 +145,12 @@ fn folder_of(path: &Path) -> Result<&Path, String> {
 }
 
 /// Another file in the place of the old one, with its rights and owner; a new one has those that the user's mask leaves.
-fn whole(path: &Path, text: &str) -> std::io::Result<()> {
+fn whole(path: &Path, text: &[u8]) -> std::io::Result<()> {
     let folder = folder_of(path).map_err(std::io::Error::other)?;
     let old: Option<Metadata> = std::fs::metadata(path).ok();
     let mut file =
         tempfile::Builder::new().prefix(".nvmx-").permissions(Permissions::from_mode(0o666)).tempfile_in(folder)?;
-    file.write_all(text.as_bytes())?;
+    file.write_all(text)?;
     if let Some(old) = old {
         let new: &File = file.as_file();
         let owned = new.metadata()?;

@@ -7,7 +7,7 @@ use crate::backend::linux::LinuxKvm;
 use crate::backend::xen::XenLinux;
 use crate::backend::{Backend, Machine, Payload, Protocol, Spec, StopAt};
 use crate::boot;
-use crate::cli::{Explain, Fields, L0Args};
+use crate::cli::{Explain, Fields, L0Args, RunArgs};
 use crate::error::Stop;
 use crate::image::{self, Images, Wanted};
 use crate::paths::Paths;
@@ -15,10 +15,12 @@ use crate::report::stack::StackLevel;
 use crate::setup;
 use crate::setup::linux::Kernel;
 use crate::setup::toolchain::{self, Toolchain};
+use crate::trace::record::{self, Recording};
 use crate::ui::Ui;
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tempfile::TempDir;
 
 /// The CPU models to try, best first, where the user names none.
 const MODELS: [&str; 4] = ["tigerlake", "corei7_icelake_u", "corei7_skylake_x", "corei7_haswell_4770"];
@@ -50,6 +52,8 @@ pub struct Session {
     pub bochs: Option<PathBuf>,
     /// nvmx tells what it refuses
     pub explain: bool,
+    /// Every exit is recorded, in this folder
+    pub recording: Option<TempDir>,
     /// Nothing is set up and nothing can boot: boots are only named
     pub dry: bool,
 }
@@ -93,6 +97,7 @@ impl Session {
             timeout,
             bochs: args.bochs.clone(),
             explain: false,
+            recording: None,
             dry: false,
         })
     }
@@ -114,6 +119,7 @@ impl Session {
             timeout: SHORT,
             bochs: None,
             explain: false,
+            recording: None,
             dry: true,
         })
     }
@@ -121,6 +127,28 @@ impl Session {
     /// ... in which nvmx tells what it refuses, or not.
     pub fn explaining(self, how: Explain) -> Self {
         Session { explain: how != Explain::Off, ..self }
+    }
+
+    /// ... with what `run` asks for: explanations, records of exits.
+    ///
+    /// # Errors
+    /// [`Stop::Usage`] if L0 records no exits.
+    pub fn of_run(self, args: &RunArgs) -> Result<Self> {
+        // A report shows exits where they can be recorded.
+        let own = self.backend.records() && self.bochs.is_none();
+        self.explaining(args.explain).recording(args.trace.is_some() || args.report.is_some() && own)
+    }
+
+    /// ... in which every exit of each boot is recorded, or not.
+    ///
+    /// # Errors
+    /// [`Stop::Usage`] if L0 records none.
+    pub fn recording(self, wanted: bool) -> Result<Self> {
+        if wanted {
+            record::possible(self.backend.as_ref())?;
+        }
+        let folder = if wanted { Some(record::folder(&self.paths)?) } else { None };
+        Ok(Session { recording: folder, ..self })
     }
 
     /// The session's machine with a Linux and its KVM on it: for KVM in nvmx's place.
@@ -263,6 +291,7 @@ impl Session {
             debug_port: false,
             timeout,
             stop: StopAt::default(),
+            record: self.recording.as_ref().map(|folder| Recording::new(folder, &self.images.nvmx)),
         }
     }
 }

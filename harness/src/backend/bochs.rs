@@ -36,6 +36,10 @@ impl Backend for Bochs {
         format!("model {}", machine.model)
     }
 
+    fn records(&self) -> bool {
+        true
+    }
+
     fn unit(&self) -> Unit {
         Unit::Instructions
     }
@@ -43,7 +47,8 @@ impl Backend for Bochs {
     fn start(&self, spec: &Spec, folder: &Path) -> Result<Child> {
         iso::make(spec, folder, iso::Platform::Bios)?;
         let serial = Serial { file: SERIAL, debug_port: spec.debug_port };
-        start(self, &spec.machine, serial, if spec.debug_port { DEBUG_PORT } else { OUT }, folder)
+        let out = if spec.debug_port { DEBUG_PORT } else { OUT };
+        start(self, &spec.machine, serial, out, spec.exit_log().as_deref(), folder)
     }
 
     fn stop(&self, child: &mut Child, folder: &Path) -> Vec<String> {
@@ -66,11 +71,19 @@ impl Backend for Bochs {
     }
 }
 
-/// Starts the machine on the boot disk that is in the folder; `out` there gets what Bochs itself prints.
+/// Starts the machine on the boot disk that is in the folder; `out` there gets what Bochs itself prints. Every exit is recorded
+/// where `record` says.
 ///
 /// # Errors
 /// If a file cannot be written or Bochs does not start.
-pub fn start(bochs: &Bochs, machine: &Machine, serial: Serial, out: &str, folder: &Path) -> Result<Child> {
+pub fn start(
+    bochs: &Bochs,
+    machine: &Machine,
+    serial: Serial,
+    out: &str,
+    record: Option<&Path>,
+    folder: &Path,
+) -> Result<Child> {
     let bios = BIOS.find().context("the BIOS of Bochs is missing (package bochsbios)")?;
     let vga = VGA_BIOS.find().context("the VGA BIOS is missing (package vgabios)")?;
     std::fs::write(folder.join("bochsrc"), rc(machine, bochs, serial, &bios, &vga))?;
@@ -80,6 +93,9 @@ pub fn start(bochs: &Bochs, machine: &Machine, serial: Serial, out: &str, folder
     command.current_dir(folder).args(["-q", "-f", "bochsrc"]);
     // Our build counts its ticks there.
     command.env("NVMX_TICKS", clock::TICKS);
+    if let Some(log) = record {
+        command.env("NVMX_EXIT_LOG", log);
+    }
     if bochs.flavour == Flavour::Debugger {
         std::fs::write(folder.join("go"), "c\n")?;
         command.args(["-rc", "go"]);

@@ -125,6 +125,7 @@ mod tests {
             machine: Machine { memory: 256, cpus: 4, model: String::new() },
             timeout: Duration::from_secs(1),
             stop: Default::default(),
+            record: None,
         };
         let line = arguments(&spec).join(" ");
         assert!(line.contains("-m 256 -smp 4 -kernel /k -append log=warn -initrd /m a=1,,b=2,/n"), "{line}");

@@ -46,6 +46,14 @@ impl Backend for KvmInBochs {
         self.bochs.cpu(machine)
     }
 
+    fn below(&self) -> u8 {
+        u8::try_from(self.depth.max(1)).unwrap_or(u8::MAX)
+    }
+
+    fn records(&self) -> bool {
+        true
+    }
+
     fn unit(&self) -> Unit {
         Unit::Instructions
     }
@@ -76,7 +84,8 @@ impl Backend for KvmInBochs {
         iso::make(&linux, folder, iso::Platform::Bios)?;
         let machine = Machine { memory, ..spec.machine.clone() };
         // The VMM writes to the debug port, which Bochs shows on its standard output.
-        bochs::start(&self.bochs, &machine, Serial { file: CONSOLE, debug_port: true }, SERIAL, folder)
+        let serial = Serial { file: CONSOLE, debug_port: true };
+        bochs::start(&self.bochs, &machine, serial, SERIAL, spec.exit_log().as_deref(), folder)
     }
 
     fn stop(&self, child: &mut Child, folder: &Path) -> Vec<String> {
@@ -157,6 +166,7 @@ mod tests {
             machine: Machine { memory: 256, cpus: 1, model: String::new() },
             timeout: Duration::from_secs(1),
             stop: Default::default(),
+            record: None,
         };
         let text = plan(&spec, KVM_INTEL);
         let lines: Vec<&str> = text.lines().collect();

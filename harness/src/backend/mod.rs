@@ -12,6 +12,7 @@ pub mod tcg;
 pub mod xen;
 
 use crate::proc::Child;
+use crate::trace::record::Recording;
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -75,9 +76,16 @@ pub struct Spec {
     pub timeout: Duration,
     /// What else ends it
     pub stop: StopAt,
+    /// Where every exit is recorded, if it is
+    pub record: Option<Recording>,
 }
 
 impl Spec {
+    /// Where the emulator records exits, if it does.
+    pub fn exit_log(&self) -> Option<PathBuf> {
+        self.record.as_ref().map(|record| record.log(&self.name))
+    }
+
     /// The image that is L2: the first module that is another file than nvmx, else the kernel.
     pub fn l2(&self) -> Option<PathBuf> {
         let all = std::iter::once(&self.kernel).chain(&self.modules);
@@ -107,6 +115,16 @@ pub trait Backend: Sync {
 
     /// The CPU that the machine shows.
     fn cpu(&self, machine: &Machine) -> String;
+
+    /// How many KVM are below the image that is booted.
+    fn below(&self) -> u8 {
+        0
+    }
+
+    /// Whether L0 itself can record every exit.
+    fn records(&self) -> bool {
+        false
+    }
 
     /// What one tick of the TSC is.
     fn unit(&self) -> Unit;

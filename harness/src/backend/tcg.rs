@@ -165,6 +165,7 @@ mod tests {
             machine: Machine { memory: 8192, cpus: 160, model: String::new() },
             timeout: Duration::from_secs(1),
             stop: Default::default(),
+            record: None,
         };
         let by_qemu = Tcg { tools, board: Board::Microvm, loader: Loader::Qemu, port: Port::None };
         let line = by_qemu.arguments(&spec, None).join(" ");

@@ -3,11 +3,12 @@
 use crate::backend::Spec;
 use crate::boot::{self, Outcome};
 use crate::cli::RunArgs;
-use crate::cmd::run::{json_output, tell_failure};
+use crate::cmd::files::Files;
+use crate::cmd::run::tell_failure;
 use crate::error::Stop;
 use crate::image::Wanted;
 use crate::report::growth::{self, Depth, Growth};
-use crate::report::json::{Document, Report, Run};
+use crate::report::json::Run;
 use crate::report::stack::StackLevel;
 use crate::report::{self, stack, table};
 use crate::session::{LONG, Session};
@@ -22,8 +23,8 @@ use owo_colors::Style;
 /// # Errors
 /// [`Stop::Guest`] if one of the boots fails.
 pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
-    let json = json_output(ui, args)?;
-    let session = Session::start_with(ui, &args.l0, &Wanted::Guest(args.l2.clone()))?.explaining(args.explain);
+    let files = Files::prepare(ui, args)?;
+    let session = Session::start_with(ui, &args.l0, &Wanted::Guest(args.l2.clone()))?.of_run(args)?;
     let limit = args.l0.timeout.unwrap_or(LONG);
     let guest_args = fewer_events(&args.l2, &args.l2_args, args.depth);
     let mut specs = vec![session.bare(&args.l2, &guest_args)?];
@@ -54,11 +55,11 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     ui.line(&growth::render(&growth));
     growth::footer(&growth).iter().for_each(|line| ui.line(line));
     let differ = growth.depths.iter().any(|d| d.passed && d.checks_differ > 0);
-    if let (Some(output), Some(one)) = (&json, nested.first()) {
+    if let Some(one) = nested.first() {
         let levels = stack::stack(session.l0(), &one.transcript);
         let boots: Vec<&Outcome> = outcomes.iter().collect();
         let run = Run::new(levels, stack::strategy(&one.transcript), unit, events, &boots);
-        Document::new(Report::Run(Box::new(Run { growth: Some(growth), ..run }))).write(output)?;
+        files.write(ui, &session, args, Run { growth: Some(growth), ..run }, one, &boots)?;
     }
     match failed.as_slice() {
         [] if differ => Err(Stop::Guest("check records differ from those of the guest alone".into()).into()),

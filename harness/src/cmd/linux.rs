@@ -5,11 +5,11 @@ use crate::backend::linux::Job;
 use crate::backend::{Backend, Spec};
 use crate::boot::{self, Outcome};
 use crate::cli::{L1, RunArgs};
-use crate::cmd::run::{both, json_output, tell_failure};
+use crate::cmd::files::Files;
+use crate::cmd::run::{both, tell_failure};
 use crate::error::Stop;
 use crate::image::Wanted;
-use crate::output::Output;
-use crate::report::json::{Document, Report, Run, stages};
+use crate::report::json::{Run, stages};
 use crate::report::{linux as report, stack};
 use crate::session::{LONG, Session};
 use crate::setup::linux::Kernel;
@@ -30,9 +30,9 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     if args.depth > 1 {
         return Err(Stop::Usage("--l2 linux-kvm works without --depth".into()).into());
     }
-    let json = json_output(ui, args)?;
+    let files = Files::prepare(ui, args)?;
     let job = Job::parse(&args.l2_args).map_err(Stop::Usage)?;
-    let session = Session::start_with(ui, &args.l0, &Wanted::Nvmx)?.explaining(args.explain);
+    let session = Session::start_with(ui, &args.l0, &Wanted::Nvmx)?.of_run(args)?;
     let linux = session.linux(Kernel::Newest, job.qemu)?;
     let limit = args.l0.timeout.unwrap_or(LONG);
     let mut bare = linux.bare(&session, NAME, &job, &session.machine)?;
@@ -67,23 +67,18 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     ui.line(&report::render_reasons(&under.transcript));
     let seconds = |o: &Outcome| format!("{:.1} s", o.took.as_secs_f64());
     ui.line(&format!("KVM alone: {}; under nvmx: {}.", seconds(&alone), seconds(&under)));
-    if let Some(output) = &json {
-        let boots: Vec<&Outcome> = [&alone, &under].into_iter().chain(&in_place).collect();
-        write_json(&session, &under, &boots, output)?;
-    }
+    let boots: Vec<&Outcome> = [&alone, &under].into_iter().chain(&in_place).collect();
+    files.write(ui, &session, args, run_of(&session, &under, &boots), &under, &boots)?;
     let failed: Vec<String> = failed.into_iter().flatten().collect();
     if failed.is_empty() { Ok(()) } else { Err(Stop::Guest(failed.join("\n")).into()) }
 }
 
 /// The stages of these boots as a program reads them.
-///
-/// # Errors
-/// If the file cannot be written.
-pub fn write_json(session: &Session, under: &Outcome, boots: &[&Outcome], output: &Output) -> Result<()> {
+pub fn run_of(session: &Session, under: &Outcome, boots: &[&Outcome]) -> Run {
     let levels = stack::stack(session.l0(), &under.transcript);
     let run = Run::new(levels, stack::strategy(&under.transcript), session.backend.unit(), Vec::new(), boots);
     let stages = boots.iter().flat_map(|outcome| stages(outcome)).collect();
-    Document::new(Report::Run(Box::new(Run { stages, ..run }))).write(output)
+    Run { stages, ..run }
 }
 
 fn run_peer(ui: &Ui, session: &Session, kvm: &dyn Backend, bare: &Spec) -> Result<Outcome> {

@@ -3,12 +3,12 @@
 use crate::backend::{Payload, Protocol, Spec, StopAt};
 use crate::boot::{self, Ended, Outcome};
 use crate::cli::{L1, RunArgs};
-use crate::cmd::run::{json_output, tell_failure};
+use crate::cmd::files::Files;
+use crate::cmd::run::tell_failure;
 use crate::error::Stop;
 use crate::image::Wanted;
 use crate::l2::{self, L2};
-use crate::output::Output;
-use crate::report::json::{Compared, Document, Report, Run};
+use crate::report::json::{Compared, Run};
 use crate::report::refusal::Refusal;
 use crate::report::{self, stack, table};
 use crate::session::{LONG, Session};
@@ -112,7 +112,7 @@ struct Image {
 /// # Errors
 /// By how L2 ended under nvmx, or alone with `--bare`; [`Stop::Guest`] too if its records differ.
 pub fn run(ui: &Ui, args: &RunArgs, l2: &L2) -> Result<()> {
-    let json = json_output(ui, args)?;
+    let files = Files::prepare(ui, args)?;
     let modules = args.module.iter().map(|text| l2::module(text)).collect::<Result<Vec<_>>>()?;
     let initrd = args.initrd.as_ref().map(|file| l2::payload(&file.to_string_lossy(), "", "--initrd")).transpose()?;
     if let L2::File(path) = l2 {
@@ -123,15 +123,15 @@ pub fn run(ui: &Ui, args: &RunArgs, l2: &L2) -> Result<()> {
         L2::Guest(name) => Wanted::Guest(name.clone()),
         _ => Wanted::Nvmx,
     };
-    let session = Session::start_with(ui, &args.l0, &wanted)?.explaining(args.explain);
+    let session = Session::start_with(ui, &args.l0, &wanted)?.of_run(args)?;
     let modules: Vec<Payload> = modules.into_iter().chain(initrd).collect();
     if args.watch {
         return super::watch::run(ui, args, &session, l2, |image| {
-            once(ui, args, &session, &looked_at(image, l2, &modules, args)?, None)
+            once(ui, args, &session, &looked_at(image, l2, &modules, args)?, &Files::default())
         });
     }
     let image = super::watch::build(ui, &session, l2)?;
-    once(ui, args, &session, &looked_at(image, l2, &modules, args)?, json.as_ref())
+    once(ui, args, &session, &looked_at(image, l2, &modules, args)?, &files)
 }
 
 fn looked_at(kernel: PathBuf, l2: &L2, modules: &[Payload], args: &RunArgs) -> Result<Image> {
@@ -146,7 +146,7 @@ fn looked_at(kernel: PathBuf, l2: &L2, modules: &[Payload], args: &RunArgs) -> R
 }
 
 /// The boots of one image.
-fn once(ui: &Ui, args: &RunArgs, session: &Session, image: &Image, json: Option<&Output>) -> Result<()> {
+fn once(ui: &Ui, args: &RunArgs, session: &Session, image: &Image, files: &Files) -> Result<()> {
     let stop = StopAt { text: args.until.clone(), halt: true };
     let kernel = Payload::new(&image.kernel, &args.l2_args);
     let bare = session.spec(format!("{}-bare", image.name), kernel, image.modules.clone());
@@ -160,7 +160,7 @@ fn once(ui: &Ui, args: &RunArgs, session: &Session, image: &Image, json: Option<
         let step = ui.step(&format!("{} alone", image.name));
         let outcome = boot(&bare, Show::Guest)?;
         drop(step);
-        write(session, &outcome, &[&outcome], None, json)?;
+        files.write(ui, session, args, run_of(session, &outcome, &[&outcome], None), &outcome, &[&outcome])?;
         return told(ui, &outcome, args);
     }
     let nested = under(session, &bare, args, &image.name);
@@ -184,7 +184,7 @@ fn once(ui: &Ui, args: &RunArgs, session: &Session, image: &Image, json: Option<
         self::compared(ui, &under, peer, "under nvmx and under KVM", &mut problems);
     }
     let boots: Vec<&Outcome> = [&alone, &under].into_iter().chain(&peer).collect();
-    write(session, &under, &boots, compared, json)?;
+    files.write(ui, session, args, run_of(session, &under, &boots, compared), &under, &boots)?;
     for outcome in [Some(&alone), peer.as_ref()].into_iter().flatten() {
         ui.line(&format!("{}: {}", outcome.name, Ending::of(outcome)));
     }
@@ -246,14 +246,7 @@ fn refusals(of: &Outcome) -> Vec<Refusal> {
     of.transcript.of_kind(Kind::Refused).filter_map(|record| Refusal::of(record, of.l2.as_deref())).collect()
 }
 
-fn write(
-    session: &Session,
-    of: &Outcome,
-    boots: &[&Outcome],
-    compared: Option<Compared>,
-    json: Option<&Output>,
-) -> Result<()> {
-    let Some(output) = json else { return Ok(()) };
+fn run_of(session: &Session, of: &Outcome, boots: &[&Outcome], compared: Option<Compared>) -> Run {
     let levels = stack::stack(session.l0(), &of.transcript);
     let events = report::events(None, &of.transcript);
     let mut run = Run::new(levels, stack::strategy(&of.transcript), session.backend.unit(), events, boots);
@@ -265,7 +258,7 @@ fn write(
         told.reason = Some(ending.to_string());
         told.text = Some(boot.transcript.lines.iter().map(Line::raw).collect());
     }
-    Document::new(Report::Run(Box::new(run))).write(output)
+    run
 }
 
 #[cfg(test)]
@@ -286,6 +279,7 @@ mod tests {
             status: Some(1),
             l2: None,
             folder: PathBuf::new(),
+            trace: None,
         }
     }
 

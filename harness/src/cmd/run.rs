@@ -4,13 +4,13 @@ use crate::backend::host::L0;
 use crate::backend::{Backend, Spec};
 use crate::boot::{self, Outcome};
 use crate::cli::{L1, RunArgs};
+use crate::cmd::files::Files;
 use crate::cmd::{depth, linux, own, xen};
 use crate::error::Stop;
 use crate::image::Wanted;
 use crate::l2::L2;
-use crate::output::Output;
 use crate::paths::Paths;
-use crate::report::json::{Document, Report, Run};
+use crate::report::json::Run;
 use crate::report::{self, stack, table};
 use crate::session::{LONG, Session};
 use crate::suite::compare;
@@ -39,20 +39,10 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     }
 }
 
-/// Where `--json` goes, looked at before the boots.
-///
-/// # Errors
-/// [`Stop::Usage`] if it cannot be written.
-pub fn json_output(ui: &Ui, args: &RunArgs) -> Result<Option<Output>> {
-    let json = args.json.as_deref().map(Output::prepare).transpose()?;
-    ui.reserve_stdout(json.as_ref());
-    Ok(json)
-}
-
 /// A guest of ours, which measures.
 fn table(ui: &Ui, args: &RunArgs) -> Result<()> {
-    let json = json_output(ui, args)?;
-    let session = Session::start_with(ui, &args.l0, &Wanted::Guest(args.l2.clone()))?.explaining(args.explain);
+    let files = Files::prepare(ui, args)?;
+    let session = Session::start_with(ui, &args.l0, &Wanted::Guest(args.l2.clone()))?.of_run(args)?;
     let l2_args = l2_args(args);
     let (bare, nested) = (session.bare(&args.l2, l2_args)?, session.nested(&args.l2, l2_args, args.fields)?);
     let peer = if args.l1 == L1::Kvm { Some(session.kvm_in_place(&args.l0)?) } else { None };
@@ -83,12 +73,10 @@ fn table(ui: &Ui, args: &RunArgs) -> Result<()> {
         }
         ui.line(&format!("Alone: {:.1} s; under nvmx: {:.1} s.", bare.took.as_secs_f64(), nested.took.as_secs_f64()));
     }
-    if let Some(output) = &json {
-        let levels = stack::stack(l0, &nested.transcript);
-        let boots: Vec<&Outcome> = [&bare, &nested].into_iter().chain(&in_place).collect();
-        let run = Run::new(levels, stack::strategy(&nested.transcript), unit, events, &boots);
-        Document::new(Report::Run(Box::new(run))).write(output)?;
-    }
+    let boots: Vec<&Outcome> = [&bare, &nested].into_iter().chain(&in_place).collect();
+    let levels = stack::stack(l0, &nested.transcript);
+    let run = Run::new(levels, stack::strategy(&nested.transcript), unit, events, &boots);
+    files.write(ui, &session, args, run, &nested, &boots)?;
     let failed: Vec<String> = failed.into_iter().flatten().collect();
     if failed.is_empty() { Ok(()) } else { Err(Stop::Guest(failed.join("\n")).into()) }
 }

@@ -4,8 +4,9 @@
 use crate::backend::Spec;
 use crate::backend::xen::Job;
 use crate::cli::{L1, RunArgs};
-use crate::cmd::linux::write_json;
-use crate::cmd::run::{both, json_output, tell_failure};
+use crate::cmd::files::Files;
+use crate::cmd::linux::run_of;
+use crate::cmd::run::{both, tell_failure};
 use crate::error::Stop;
 use crate::image::Wanted;
 use crate::report::{linux as report, stack};
@@ -26,9 +27,9 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     if args.l1 == L1::Kvm || args.depth > 1 {
         return Err(Stop::Usage("--l2 xen works without --l1 kvm and --depth".into()).into());
     }
-    let json = json_output(ui, args)?;
+    let files = Files::prepare(ui, args)?;
     let job = Job::parse(&args.l2_args).map_err(Stop::Usage)?;
-    let session = Session::start_with(ui, &args.l0, &Wanted::Nvmx)?.explaining(args.explain);
+    let session = Session::start_with(ui, &args.l0, &Wanted::Nvmx)?.of_run(args)?;
     let xen = session.xen()?;
     let bare = xen.bare(&session, NAME, &job, &session.machine)?;
     let bare = Spec { timeout: args.l0.timeout.unwrap_or(LONG), ..bare };
@@ -50,9 +51,8 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     ui.line("");
     ui.line(&report::render_reasons(&under.transcript));
     ui.line(&format!("Xen alone: {:.1} s; under nvmx: {:.1} s.", alone.took.as_secs_f64(), under.took.as_secs_f64()));
-    if let Some(output) = &json {
-        write_json(&session, &under, &[&alone, &under], output)?;
-    }
+    let boots = [&alone, &under];
+    files.write(ui, &session, args, run_of(&session, &under, &boots), &under, &boots)?;
     let failed: Vec<String> = failed.into_iter().flatten().collect();
     if failed.is_empty() { Ok(()) } else { Err(Stop::Guest(failed.join("\n")).into()) }
 }

@@ -13,7 +13,7 @@ mod msr_bitmap;
 mod page;
 pub mod pages;
 mod paging;
-mod plot;
+pub mod plot;
 mod price;
 mod rings;
 mod security;

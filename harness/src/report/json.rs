@@ -9,6 +9,7 @@ use crate::backend::Unit;
 use crate::boot::Outcome;
 use crate::clock::Time;
 use crate::output::Output;
+use crate::trace::stat::Row;
 use anyhow::Result;
 use l2_protocol::Kind;
 use schemars::JsonSchema;
@@ -41,6 +42,8 @@ pub enum Report {
     Bench(Bench),
     /// `test`
     Test(Tests),
+    /// `stat`
+    Stat(Stat),
 }
 
 impl Document {
@@ -222,6 +225,17 @@ pub struct Limit {
     pub text: String,
     /// Whether it was kept
     pub kept: bool,
+}
+
+/// `stat`
+#[derive(Clone, PartialEq, Debug, Serialize, JsonSchema)]
+pub struct Stat {
+    /// The boot whose exits were recorded
+    pub boot: String,
+    /// What ticks are: `instructions` or `cycles`
+    pub unit: String,
+    /// One for each level and exit reason
+    pub rows: Vec<Row>,
 }
 
 /// `test`

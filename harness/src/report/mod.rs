@@ -6,6 +6,7 @@ pub mod json;
 pub mod junit;
 pub mod linux;
 pub mod model;
+pub mod page;
 pub mod refusal;
 pub mod stack;
 pub mod table;

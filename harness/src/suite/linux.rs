@@ -193,6 +193,7 @@ mod tests {
             took: Duration::ZERO,
             used: None,
             status: None,
+            trace: None,
             l2: None,
             folder: "/".into(),
         }

@@ -1,27 +1,6 @@
 //! Bochs: version 3.0 built from Debian's source package with a [`series`] of fixes, or what is installed.
 //!
-//! # The log of VM exits
-//! Our build writes every VM exit and VM entry of the machine to the file that the environment variable `NVMX_EXIT_LOG` names,
-//! at no cost for guests; nothing if it is unset or empty. All numbers are little-endian. The file starts with `NVMXEXIT`, the
-//! format's version (u32, 1) and a record's size (u32, 64); then records follow in the order in which things happened:
-//!
-//! | bytes | field | VM exit | VM entry |
-//! |---|---|---|---|
-//! | 0–7 | tick | instructions before the one that exits or enters, plus skipped time: what the TSC counts on one CPU | same |
-//! | 8–15 | vmcs | physical address of the current VMCS | same |
-//! | 16–23 | rip | the guest's, as saved; of no use if the entry failed | the guest's |
-//! | 24–31 | qualification | exit qualification | 0 |
-//! | 32–39 | address | guest-physical address if an EPT violation or misconfiguration, else 0 | 0 |
-//! | 40–43 | cpu | number of the CPU, from 0 | same |
-//! | 44–47 | kind | 1 | 2 |
-//! | 48–51 | reason | exit reason, all 32 bits: bit 31 is an entry that failed | 0 |
-//! | 52–55 | event | VM-exit interruption information | VM-entry interruption information |
-//! | 56–59 | vectoring | IDT-vectoring information | 0 |
-//! | 60–63 | length | VM-exit instruction length | 0 |
-//!
-//! Bochs runs in the boot's folder, so a name without a folder gives each boot a file of its own. VMX instructions that fail
-//! with an error number leave no record. The file is whole when Bochs ends by itself or on SIGINT; what
-//! is killed leaves the last record cut.
+//! Our build records every VM exit for whoever sets `NVMX_EXIT_LOG`: [`crate::trace::log`] has the format.
 
 pub mod series;
 
