@@ -298,8 +298,8 @@ pub struct LabArgs {
     #[arg(long)]
     pub model: bool,
 
-    /// Show the exits of one round of each row instead of figures
-    #[arg(long)]
+    /// Show the exits of one round of each row under nvmx as trees, instead of figures
+    #[arg(long, conflicts_with_all = ["json", "report"])]
     pub trace: bool,
 
     /// Write claims, verdicts, tables and figures to this file too
@@ -311,7 +311,7 @@ pub struct LabArgs {
     pub report: Option<PathBuf>,
 
     /// Record the figures in docs/lab-figures.json and make docs/lab.md anew
-    #[arg(long, conflicts_with = "trace")]
+    #[arg(long)]
     pub bless: bool,
 
     /// The machine

@@ -46,6 +46,10 @@ impl Backend for Kvm {
         Unit::Cycles
     }
 
+    fn below(&self) -> u8 {
+        1
+    }
+
     fn start(&self, spec: &Spec, folder: &Path) -> Result<Child> {
         let serial = File::create(folder.join(SERIAL))?;
         let errors = File::create(folder.join("qemu.err"))?;

@@ -4,7 +4,7 @@ use super::figures::Figures;
 use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::{cycles, cycles_note, cycles_word, number};
-use super::{Asserts, Experiment, Judgement, LEVELS, Table, Verdict};
+use super::{Asserts, Experiment, Judgement, Table, Verdict, levels};
 
 pub const EXPERIMENT: Experiment = Experiment {
     name: "cow",
@@ -16,7 +16,7 @@ pub const EXPERIMENT: Experiment = Experiment {
                 Mask\"); INVLPG by its control; a write to a protected page by EPT violation. VMCALL always exits.",
     method: "A guest with a small kernel \"forks\": 64 pages become read-only and are read once; then the parent writes to each, its kernel \
              copies the page and maps the copy. Without and with a hypercall in place of INVLPG.",
-    lacking: "Nothing: every VMX processor has this.",
+    lacking: &[],
     sources: &[
         "a copy-on-write fault from 3 exits to 2, a kernel build 10% faster: Linux commit 0028425f647b",
         "6 world switches become 2 for a nested EPT fault: HyperTurtle, USENIX ATC 2025",
@@ -42,7 +42,7 @@ fn per_fault(figures: &Figures, stack: Stack, row: &str) -> Option<f64> {
 
 fn judge(figures: &Figures) -> Judgement {
     let mut asserts = Asserts::default();
-    for (stack, level) in LEVELS {
+    for (stack, level) in levels(figures) {
         for (name, without, with, before, after) in WAYS {
             asserts.about(&format!("{level}: {name}: exits of a fault"), per_fault(figures, stack, without), before);
             asserts.about(&format!("{level}: {name}: with the hypercall"), per_fault(figures, stack, with), after);
@@ -62,7 +62,7 @@ fn judge(figures: &Figures) -> Judgement {
     };
     let why = "Two to one where the fault itself does not exit, three to two where it does. What is above a whole number are the first faults \
                after the fork's MOV to CR3, which fill the shadow. The hypercall needs a guest that knows its hypervisor.";
-    asserts.judge(Verdict::HoldsIf, LEVELS.map(|(stack, _)| level(stack)), why.into())
+    asserts.judge(Verdict::HoldsIf, levels(figures).map(|(stack, _)| level(stack)), why.into())
 }
 
 fn table(figures: &Figures) -> Table {
@@ -79,7 +79,7 @@ fn table(figures: &Figures) -> Table {
         "with hypercall",
     ]);
     for (name, without, with, ..) in WAYS.into_iter().chain([("EPT, plain", PLAIN, "", 0.0, 0.0)]) {
-        for (stack, level) in LEVELS {
+        for (stack, level) in levels(figures) {
             let fault = |row| number(per_fault(figures, stack, row));
             let of = |row, key| number(figures.count(stack, row, key));
             table.rows.push(vec![
@@ -103,7 +103,7 @@ fn table(figures: &Figures) -> Table {
 fn plot(figures: &Figures) -> Plot {
     let mut plot = Plot::new("Hardware exits of a whole fork, per page", false, &["without", "with hypercall"]);
     for (name, without, with, ..) in WAYS {
-        for (stack, level) in &LEVELS[..2] {
+        for (stack, level) in levels(figures).iter().take(2) {
             plot.group(&format!("{name}, {level}"), [without, with].map(|row| figures.get(*stack, row, "hw_exits")));
         }
     }

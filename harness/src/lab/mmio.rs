@@ -4,7 +4,7 @@ use super::figures::Figures;
 use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::number;
-use super::{Asserts, Experiment, Judgement, LEVELS, Table, Verdict};
+use super::{Asserts, Experiment, Judgement, Table, Verdict, levels};
 
 pub const EXPERIMENT: Experiment = Experiment {
     name: "mmio",
@@ -16,7 +16,14 @@ pub const EXPERIMENT: Experiment = Experiment {
                 (\"Accessed and Dirty Flags for EPT\"); the CPU can also write them down and exit when 512 are (\"Page-Modification Logging\").",
     method: "A guest stores a million times in a virtual second, each time the time (10,000 times where each store exits). A virtual \
              millisecond is 100,000 ticks. With dirty flags and log it fills a frame buffer of 1,024 pages, 1,000 stores a page.",
-    lacking: "Without the timer nothing would wake the hypervisor; without dirty flags it would look at every page; without the log at every flag.",
+    lacking: &[
+        ("VMX-preemption timer", "It would wake the hypervisor each millisecond: 1,000 exits in place of a million."),
+        ("accessed and dirty flags of EPT", "They would tell which pages to look at: 2 of 1,024 in a millisecond."),
+        (
+            "page-modification log",
+            "It would make one exit for 512 written pages, and let a value wait for half a second.",
+        ),
+    ],
     sources: &[
         "109,000 to 146,000 exits a second become fewer than 800 by polling: Har'El et al. (ELVIS), USENIX ATC 2013, section 4.3",
         "tracking video memory by dirty pages takes CPU time from 7% to 0.3%: Xen 3.3, blog.xenproject.org, 2008",
@@ -44,17 +51,20 @@ fn exits(figures: &Figures, stack: Stack, row: &str) -> Option<f64> {
 fn judge(figures: &Figures) -> Judgement {
     let mut asserts = Asserts::default();
     let lacks = |what: &str| figures.missing("mmio").iter().any(|m| m.contains(what));
-    for (stack, level) in LEVELS {
+    for (stack, level) in levels(figures) {
         let of = |row: usize, key| figures.get(stack, WAYS[row].1, key);
         asserts.about(&format!("{level}: exits of a million stores, trapped"), exits(figures, stack, WAYS[0].1), 1e6);
         let missed = asserts.need(of(0, "missed"));
         asserts.that(format!("{level}: the hypervisor misses {} values", number(Some(missed))), missed == 0.0);
         if !lacks("timer") {
-            asserts.about(&format!("{level}: exits, sampled"), exits(figures, stack, WAYS[1].1), 1000.0);
+            let sampled = asserts.need(exits(figures, stack, WAYS[1].1));
+            // A processor runs the stores as fast as it can, and KVM's timer is a timer of Linux.
+            let wanted = if figures.exact() { 880.0..1120.0 } else { 100.0..10_000.0 };
+            asserts.that(format!("{level}: exits, sampled: {}", number(Some(sampled))), wanted.contains(&sampled));
             let missed = asserts.need(of(1, "missed"));
             asserts.that(
-                format!("{level}: and {} of a million values are never seen", number(Some(missed))),
-                missed > 998_000.0,
+                format!("{level}: and {} of them are never seen", number(Some(missed))),
+                missed > 0.99 * figures.get(stack, WAYS[1].1, "count").unwrap_or(f64::NAN),
             );
         }
         if !lacks("log") && !lacks("timer") && !lacks("flags") {
@@ -68,7 +78,7 @@ fn judge(figures: &Figures) -> Judgement {
     };
     let why = "The exits go as told. The price is not told: of 1,000 values 999 are never seen, and what is seen is up to a millisecond \
                old. With the log there is an exit for 512 pages, and a value may wait for half a second.";
-    asserts.judge(Verdict::HoldsIf, LEVELS.map(|(stack, _)| level(stack)), why.into())
+    asserts.judge(Verdict::HoldsIf, levels(figures).map(|(stack, _)| level(stack)), why.into())
 }
 
 fn table(figures: &Figures) -> Table {
@@ -83,7 +93,7 @@ fn table(figures: &Figures) -> Table {
         figures.unit.as_str(),
     ]);
     for (name, row) in WAYS {
-        for (stack, level) in LEVELS {
+        for (stack, level) in levels(figures) {
             let of = |key| figures.count(stack, row, key);
             // Averages and totals of fewer stores, for a million.
             let million = |key| of(key).map(|v| (v * 1e6).round());
@@ -108,9 +118,9 @@ fn table(figures: &Figures) -> Table {
 }
 
 fn plot(figures: &Figures) -> Plot {
-    let mut plot = Plot::new("Exits for a million stores", true, &LEVELS.map(|(_, level)| level));
+    let mut plot = Plot::new("Exits for a million stores", true, &levels(figures).map(|(_, level)| level));
     for (name, row) in WAYS {
-        plot.group(name, LEVELS.map(|(stack, _)| exits(figures, stack, row)));
+        plot.group(name, levels(figures).map(|(stack, _)| exits(figures, stack, row)));
     }
     plot
 }

@@ -4,6 +4,7 @@
 //! the table and the plot. `stacks` boots, `figures` keeps what came out, `text`, `plot` and `page` show it, `pages` keeps
 //! docs/lab.md equal to it.
 
+mod asserts;
 mod cascade;
 mod compare;
 mod cow;
@@ -15,14 +16,17 @@ pub mod pages;
 mod paging;
 pub mod plot;
 mod price;
+mod read;
 mod rings;
 mod security;
 pub mod stacks;
 mod syscall;
 pub mod text;
+pub mod trace;
 
 pub use page::html;
 
+use asserts::Asserts;
 use figures::Figures;
 use serde::Serialize;
 use stacks::Stack;
@@ -41,8 +45,8 @@ pub struct Experiment {
     pub mechanism: &'static str,
     /// What the experiment does
     pub method: &'static str,
-    /// What it would show where the machine lacks something
-    pub lacking: &'static str,
+    /// Features that a machine may lack, and what the experiment would show with them
+    pub lacking: &'static [(&'static str, &'static str)],
     /// Where the claim and its figures are from
     pub sources: &'static [&'static str],
     /// The boots it needs
@@ -53,6 +57,30 @@ pub struct Experiment {
     pub table: fn(&Figures) -> Table,
     /// The same to look at
     pub plot: fn(&Figures) -> plot::Plot,
+}
+
+/// What all experiments may lack.
+const LACKING: [(&str, &str); 1] = [(
+    "EPT",
+    "The guests of this experiment have EPT: what runs without a guest, or with shadow page tables, is measured, and nothing else.",
+)];
+
+impl Experiment {
+    /// What the machine lacks for this, and what would be seen with it: a sentence or two each.
+    pub fn lacks(&self, figures: &Figures) -> Vec<String> {
+        let all = self.lacking.iter().chain(&LACKING);
+        let would = |what: &str| all.clone().find(|(name, _)| *name == what).map_or("", |(_, text)| *text);
+        let told = |what: String| format!("This machine has no {what}. {}", would(&what)).trim_end().to_string();
+        let needs = figures.needs.iter().map(|what| {
+            format!("This machine lacks {what}. Without nvmx there is nothing nested: what is measured has one level.")
+        });
+        figures.missing(self.name).into_iter().map(told).chain(needs).collect()
+    }
+
+    /// Its place in the story, from 1.
+    pub fn number(&self) -> usize {
+        EXPERIMENTS.iter().position(|other| other.name == self.name).unwrap_or(0) + 1
+    }
 }
 
 /// All experiments, in the order of the story.
@@ -69,7 +97,10 @@ pub static EXPERIMENTS: [&Experiment; 10] = [
     &compare::EXPERIMENT,
 ];
 
-/// The boots that the experiments need which `lab` runs without being asked for one by name.
+/// The boots with a Linux in them, the longest first.
+pub const WITH_LINUX: [Stack; 2] = [Stack::KvmOnNvmx, Stack::Kvm];
+
+/// All other boots that the experiments need, the longest first.
 pub const USUAL: [Stack; 7] =
     [Stack::Twice, Stack::Nested, Stack::Trapped, Stack::One, Stack::Thrice, Stack::TrappedTwice, Stack::TrappedThrice];
 
@@ -125,51 +156,6 @@ pub struct Judgement {
     pub asserted: Vec<(String, bool)>,
 }
 
-/// Collects what an experiment asserts. A figure that is not there makes it "not measured".
-#[derive(Default)]
-struct Asserts {
-    all: Vec<(String, bool)>,
-    unknown: bool,
-}
-
-impl Asserts {
-    /// A figure that must be there.
-    fn need(&mut self, value: Option<f64>) -> f64 {
-        self.unknown |= value.is_none();
-        value.unwrap_or(f64::NAN)
-    }
-
-    /// A statement.
-    fn that(&mut self, what: impl Into<String>, holds: bool) {
-        self.all.push((what.into(), holds));
-    }
-
-    /// Two counts per event are the same, but for what a few events at the start and the end may add.
-    fn about(&mut self, what: &str, value: Option<f64>, wanted: f64) {
-        let value = self.need(value);
-        self.that(format!("{what}: {}", text::number(Some(value))), (value - wanted).abs() <= 0.12 * wanted.max(0.4));
-    }
-
-    /// Hardware exits of an event: exactly so many with VMCS shadowing, without it at least as many.
-    fn hardware(&mut self, figures: &Figures, what: &str, value: Option<f64>, wanted: f64) {
-        if figures.shadowing() {
-            return self.about(what, value, wanted);
-        }
-        let value = self.need(value);
-        self.that(format!("{what}: {}, without VMCS shadowing", text::number(Some(value))), value > 0.88 * wanted);
-    }
-
-    /// The end: `verdict` if all of it is so.
-    fn judge(self, verdict: Verdict, levels: [String; 3], why: String) -> Judgement {
-        let verdict = match self.all.iter().all(|(_, holds)| *holds) {
-            _ if self.unknown => Verdict::NotMeasured,
-            true => verdict,
-            false => Verdict::Contradicted,
-        };
-        Judgement { verdict, levels, why, asserted: self.all }
-    }
-}
-
 /// A table of an experiment.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Table {
@@ -188,8 +174,14 @@ impl Table {
 }
 
 /// The three levels of most experiments, with their headings.
-const LEVELS: [(Stack, &str); 3] =
-    [(Stack::One, "one level"), (Stack::Nested, "nested"), (Stack::Twice, "nested twice")];
+fn levels(figures: &Figures) -> [(Stack, &'static str); 3] {
+    let names = if figures.below {
+        ["under KVM", "nested under KVM", "twice under KVM"]
+    } else {
+        ["one level", "nested", "nested twice"]
+    };
+    [(Stack::One, names[0]), (Stack::Nested, names[1]), (Stack::Twice, names[2])]
+}
 
 #[cfg(test)]
 mod tests {

@@ -43,6 +43,8 @@ pub fn rendered(root: &Path, figures: &Figures) -> Result<Vec<(PathBuf, String)>
             text =
                 with_block(&text, e.name, &block).with_context(|| format!("{page} has no block `lab {}`", e.name))?;
         }
+        let tree = format!("```\n$ ./nvmx lab price --trace\n...\n{}\n...\n```\n", figures.trace.join("\n"));
+        text = with_block(&text, "trace", &tree).with_context(|| format!("{page} has no block `lab trace`"))?;
         let overview = format!("```\n$ ./nvmx lab\n{}\n```\n", text::overview(figures, &EXPERIMENTS));
         text = with_block(&text, "all", &overview).with_context(|| format!("{page} has no block `lab all`"))?;
         files.push((path, text));
@@ -126,6 +128,52 @@ mod tests {
         for (path, text) in rendered(root(), &figures).unwrap() {
             let there = std::fs::read_to_string(&path).unwrap_or_default();
             assert!(there == text, "{} is not made from docs/lab-figures.json: ./nvmx lab --bless", path.display());
+        }
+    }
+
+    /// The parts of a chapter, in order: claim, mechanism, experiment, and the two questions.
+    const PARTS: [[&str; 4]; 2] = [
+        ["**Claim.**", "**Mechanism.**", "**Experiment.**", "**Two questions.**"],
+        ["**论断。**", "**机制。**", "**实验。**", "**两个问题。**"],
+    ];
+
+    #[test]
+    fn each_chapter_has_its_parts_in_order_in_both_languages() {
+        for (page, parts) in PAGES.into_iter().zip(PARTS) {
+            let text = std::fs::read_to_string(root().join(page)).unwrap();
+            let chapters: Vec<&str> =
+                text.split("\n## ").filter(|c| c.starts_with(|c: char| c.is_ascii_digit())).collect();
+            assert_eq!(chapters.len(), EXPERIMENTS.len(), "{page}");
+            for (chapter, e) in chapters.into_iter().zip(EXPERIMENTS) {
+                let at = |what: &str| chapter.find(what).unwrap_or_else(|| panic!("{page}, {}: no {what}", e.name));
+                let [claim, mechanism, experiment, questions] = parts.map(at);
+                let output = at(&format!("<!-- lab {}: begin -->", e.name));
+                let plot = at(&format!("](lab/{}.svg)", e.name));
+                let order = [claim, mechanism, experiment, output, plot, questions];
+                assert!(order.is_sorted(), "{page}, {}: {order:?}", e.name);
+                assert!(chapter[mechanism..experiment].contains("SDM"), "{page}, {}: which chapter?", e.name);
+                // A question in italics, its answer on the next line.
+                let asked = chapter[questions..].lines().filter(|l| l.starts_with("1. *")).count();
+                let answered = chapter[questions..].lines().filter(|l| l.starts_with("   ")).count();
+                assert_eq!((asked, answered), (2, 2), "{page}, {}", e.name);
+            }
+        }
+    }
+
+    #[test]
+    fn the_code_of_an_experiment_can_be_read_in_class() {
+        const MOST: usize = 250;
+        for folder in ["l2-guests/lab/src", "l2-guests/lab/src/experiments", "harness/src/lab"] {
+            for file in std::fs::read_dir(root().join(folder)).unwrap() {
+                let path = file.unwrap().path();
+                if path.extension().is_none_or(|e| e != "rs") {
+                    continue;
+                }
+                let text = std::fs::read_to_string(&path).unwrap();
+                let inside = folder.ends_with("experiments") && !path.ends_with("mod.rs");
+                assert!(text.lines().count() < MOST, "{}", path.display());
+                assert!(!inside || text.split("\nuse ").next().unwrap().contains("Mechanism: "), "{}", path.display());
+            }
         }
     }
 

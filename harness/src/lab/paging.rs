@@ -4,7 +4,7 @@ use super::figures::Figures;
 use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::{cycles, cycles_note, cycles_word, number};
-use super::{Asserts, Experiment, Judgement, LEVELS, Table, Verdict};
+use super::{Asserts, Experiment, Judgement, Table, Verdict, levels};
 
 pub const EXPERIMENT: Experiment = Experiment {
     name: "paging",
@@ -16,7 +16,10 @@ pub const EXPERIMENT: Experiment = Experiment {
     method: "A guest lets 256 pages live: mapped on demand, moved to another frame, protected, unmapped; it takes 512 page faults of its \
              own. Then a walk through both kinds of tables is counted entry by entry, and the accessed flags that the CPU sets in EPT \
              show that it went through the same entries.",
-    lacking: "Without accessed flags of EPT the walk is counted all the same, and not confirmed by the CPU.",
+    lacking: &[(
+        "accessed and dirty flags of EPT",
+        "They would confirm that the CPU's walk goes through each entry that is counted here; the count is the same.",
+    )],
     sources: &[
         "EPT takes away 90% of exits for many workloads: Agesen et al., USENIX ATC 2012, section 1",
         "up to 24 references: Bhargava et al., ASPLOS 2008",
@@ -41,7 +44,7 @@ const WALKS: [(&str, &str, f64); 4] = [
 fn judge(figures: &Figures) -> Judgement {
     let mut asserts = Asserts::default();
     let flags = figures.missing("paging").is_empty();
-    for (stack, level) in LEVELS {
+    for (stack, level) in levels(figures) {
         let of = |row, key| figures.count(stack, row, key);
         let shadow = asserts.need(of(SHADOW, "exits"));
         asserts.that(
@@ -77,7 +80,7 @@ fn judge(figures: &Figures) -> Judgement {
     };
     let why = "No #PF, INVLPG or MOV to CR3 leaves a guest with EPT. Nested the walk is no longer: nvmx composes both EPTs into one, \
                and pays for that once, when an entry is filled.";
-    asserts.judge(Verdict::HoldsIf, LEVELS.map(|(stack, _)| level(stack)), why.into())
+    asserts.judge(Verdict::HoldsIf, levels(figures).map(|(stack, _)| level(stack)), why.into())
 }
 
 fn table(figures: &Figures) -> Table {
@@ -94,7 +97,7 @@ fn table(figures: &Figures) -> Table {
         cycles_word(figures),
     ]);
     for (name, row) in [("shadow paging", SHADOW), ("EPT, first frames", FIRST), ("EPT", EPT)] {
-        for (stack, level) in LEVELS {
+        for (stack, level) in levels(figures) {
             let of = |key| number(figures.count(stack, row, key));
             table.rows.push(
                 [name, level]
@@ -116,7 +119,7 @@ fn table(figures: &Figures) -> Table {
 
 fn plot(figures: &Figures) -> Plot {
     let mut plot = Plot::new("Hardware exits for the life of a page", true, &["shadow", "EPT, first", "EPT"]);
-    for (stack, level) in LEVELS {
+    for (stack, level) in levels(figures) {
         plot.group(level, [SHADOW, FIRST, EPT].map(|row| figures.count(stack, row, "hw_exits")));
     }
     plot

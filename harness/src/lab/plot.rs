@@ -29,9 +29,9 @@ impl Plot {
 
     /// The drawing.
     pub fn svg(&self) -> String {
-        const LEFT: f64 = 190.0;
-        const WIDTH: f64 = 430.0;
-        const BAR: f64 = 15.0;
+        const LEFT: f64 = 200.0;
+        const WIDTH: f64 = 420.0;
+        const BAR: f64 = 18.0;
         let most = self.groups.iter().flat_map(|(_, v)| v).flatten().copied().fold(1.0, f64::max);
         let length = |value: f64| {
             let part = if self.log { (1.0 + value.max(0.0)).log10() / (1.0 + most).log10() } else { value / most };
@@ -55,7 +55,7 @@ impl Plot {
                         wide.max(1.0),
                         BAR - 3.0,
                         LEFT + wide + 5.0,
-                        y + 10.0,
+                        y + 12.0,
                         number(Some(*value))
                     );
                 }
@@ -64,19 +64,19 @@ impl Plot {
             y += 8.0;
         }
         for (i, name) in self.series.iter().enumerate() {
-            let x = LEFT + 130.0 * i as f64;
+            let x = LEFT + 140.0 * i as f64;
             body += &format!(
                 "<rect class=\"s{i}\" x=\"{x}\" y=\"{:.0}\" width=\"10\" height=\"10\"/><text class=\"v\" x=\"{}\" y=\"{:.0}\">{}</text>\n",
                 y,
                 x + 14.0,
-                y + 9.0,
+                y + 10.0,
                 escape(name)
             );
         }
         let scale = if self.log { " (logarithmic)" } else { "" };
         format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 720 {:.0}\" role=\"img\" font-family=\"sans-serif\">\n\
-             <style>.t,.h{{font-size:12px;fill:#222}}.h{{font-weight:bold}}.v{{font-size:10px;fill:#444}}\
+             <style>.t,.h{{font-size:14px;fill:#222}}.h{{font-weight:bold}}.v{{font-size:12px;fill:#444}}\
              .s0{{fill:#4c78a8}}.s1{{fill:#f58518}}.s2{{fill:#54a24b}}.s3{{fill:#b279a2}}.s4{{fill:#9d755d}}\
              @media (prefers-color-scheme:dark){{.t,.h{{fill:#ddd}}.v{{fill:#bbb}}}}</style>\n\
              <title>{1}{scale}</title>\n<text class=\"h\" x=\"8\" y=\"18\">{1}{scale}</text>\n{body}</svg>\n",

@@ -2,7 +2,7 @@
 
 use super::figures::{Boot, Figures};
 use crate::backend::linux::{Job, LinuxKvm};
-use crate::backend::{Payload, Spec};
+use crate::backend::{Payload, Spec, Unit};
 use crate::boot::{self, Outcome};
 use crate::cli::Fields;
 use crate::proc;
@@ -15,6 +15,9 @@ use std::sync::{Mutex, PoisonError};
 
 /// The guest of the lab.
 pub const GUEST: &str = "lab";
+
+/// The experiments that run under KVM too.
+pub const COMPARED: [&str; 5] = ["price", "msr_bitmap", "paging", "mmio", "cow"];
 
 /// What is below the lab's hypervisor.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -66,8 +69,9 @@ impl Stack {
     }
 
     /// How many events are in a bracket at most: deep stacks pay for each, and averages stay the same.
-    fn events(self) -> Option<u32> {
+    fn events(self, session: &Session) -> Option<u32> {
         match self {
+            _ if session.backend.below() > 0 && session.backend.unit() == Unit::Instructions => Some(10),
             Stack::Thrice | Stack::TrappedTwice | Stack::TrappedThrice => Some(10),
             Stack::Kvm | Stack::KvmOnNvmx => Some(50),
             _ => None,
@@ -80,7 +84,7 @@ impl Stack {
     /// [`crate::error::Stop`] if a part of it cannot be had.
     pub fn spec(self, session: &Session, only: &[&str], more: &str) -> Result<Spec> {
         let only = if only.is_empty() { String::new() } else { format!("only={}", only.join(",")) };
-        let events = self.events().map_or(String::new(), |n| format!("events={n}"));
+        let events = self.events(session).map_or(String::new(), |n| format!("events={n}"));
         let args = format!("{only} {events} {more}").split_whitespace().collect::<Vec<_>>().join(" ");
         let mut spec = match self {
             Stack::One => session.bare(GUEST, &args)?,
@@ -111,13 +115,11 @@ impl Stack {
 /// As where KVM takes nvmx's place in `run`.
 const KVM_INTEL: &str = crate::backend::kvm_in_bochs::KVM_INTEL;
 
-/// Boots these stacks, two at a time, and gives what came of each.
+/// Boots these, two at a time, and gives what came of each.
 ///
 /// # Errors
 /// If one cannot be started.
-pub fn boot_all(session: &Session, stacks: &[Stack], only: &[&str], more: &str) -> Result<Vec<(Stack, Outcome)>> {
-    let specs: Vec<(Stack, Spec)> =
-        stacks.iter().map(|s| Ok((*s, s.spec(session, only_in(*s, only).as_slice(), more)?))).collect::<Result<_>>()?;
+pub fn boot_all(session: &Session, specs: &[(Stack, Spec)]) -> Result<Vec<(Stack, Outcome)>> {
     let next = AtomicUsize::new(0);
     let done = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
@@ -136,14 +138,19 @@ pub fn boot_all(session: &Session, stacks: &[Stack], only: &[&str], more: &str) 
     });
     proc::check_interrupt()?;
     let done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-    done.into_iter().map(|(stack, outcome)| Ok((stack, outcome?))).collect()
+    let outcomes: Vec<(Stack, Outcome)> =
+        done.into_iter().map(|(stack, outcome)| Ok((stack, outcome?))).collect::<Result<_>>()?;
+    for (stack, outcome) in &outcomes {
+        session.ui.detail(&format!("{}: {:.1} s", stack.name(), outcome.took.as_secs_f64()));
+    }
+    Ok(outcomes)
 }
 
 /// What a stack runs of the experiments that are wanted (none: all).
 pub fn only_in<'a>(stack: Stack, wanted: &[&'a str]) -> Vec<&'a str> {
     match stack {
         Stack::Thrice | Stack::TrappedTwice | Stack::TrappedThrice => vec!["cascade"],
-        Stack::Kvm | Stack::KvmOnNvmx => vec!["price", "syscall", "msr_bitmap", "paging", "cow"],
+        Stack::Kvm | Stack::KvmOnNvmx => COMPARED.to_vec(),
         _ => wanted.to_vec(),
     }
 }
@@ -151,16 +158,38 @@ pub fn only_in<'a>(stack: Stack, wanted: &[&'a str]) -> Vec<&'a str> {
 /// The figures of these boots.
 pub fn figures(session: &Session, outcomes: &[(Stack, &Outcome)]) -> Figures {
     let machine = match session.backend.unit() {
-        crate::backend::Unit::Instructions => {
+        Unit::Instructions => {
             format!("{}, CPU model {}", session.backend.name(), session.machine.model)
         }
-        crate::backend::Unit::Cycles => {
+        Unit::Cycles => {
             format!("{}, {}", session.backend.name(), session.backend.cpu(&session.machine))
         }
     };
     let mut figures = Figures::new(machine, session.backend.unit().name());
+    figures.below = session.backend.below() > 0;
     for (stack, outcome) in outcomes {
+        figures.needs.extend(outcome.transcript.texts().filter_map(needed));
         figures.boots.insert(stack.name().into(), Boot::read(&outcome.transcript, stack.depth()));
     }
+    figures.needs.sort();
+    figures.needs.dedup();
     figures
+}
+
+/// What nvmx says if the machine lacks something that it needs.
+pub fn needed(line: &str) -> Option<String> {
+    let (_, what) = line.split_once("this CPU lacks ")?;
+    what.ends_with(", which nvmx needs").then(|| what.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nvmx_lacks_is_read_from_its_line() {
+        let line = "[nvmx ERROR] this CPU lacks unrestricted guest (bit 39), which nvmx needs";
+        assert_eq!(needed(line).as_deref(), Some("unrestricted guest (bit 39), which nvmx needs"));
+        assert_eq!(needed("[nvmx INFO ] 1 CPUs found"), None);
+    }
 }

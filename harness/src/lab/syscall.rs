@@ -4,7 +4,7 @@ use super::figures::Figures;
 use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::{cycles, cycles_note, cycles_word, number};
-use super::{Asserts, Experiment, Judgement, LEVELS, Table, Verdict};
+use super::{Asserts, Experiment, Judgement, Table, Verdict, levels};
 use crate::report::model::{self, Range};
 
 pub const EXPERIMENT: Experiment = Experiment {
@@ -17,7 +17,7 @@ pub const EXPERIMENT: Experiment = Experiment {
                 System Calls in 64-Bit Mode\"). In VMX non-root operation the guest has all rings for itself.",
     method: "1,000 system calls to a kernel that returns at once: natively, with the kernel in ring 1 and a monitor in ring 0, and \
              in guests; beside them 1,000 VMCALL.",
-    lacking: "Nothing: every VMX processor has this.",
+    lacking: &[],
     sources: &[
         "a hypercall takes 0.46 us against 0.06 (0.22 with page-table isolation), nested 7.4 to 7.9 us: Huang et al. (PVM), SOSP 2023, tables 1 and 2",
     ],
@@ -48,7 +48,7 @@ fn compressed(figures: &Figures) -> Option<Range> {
 
 fn judge(figures: &Figures) -> Judgement {
     let mut asserts = Asserts::default();
-    for ((stack, level), wanted) in LEVELS.into_iter().zip([1.0, 2.0, 8.0]) {
+    for ((stack, level), wanted) in levels(figures).into_iter().zip([1.0, 2.0, 8.0]) {
         let exits = asserts.need(figures.count(stack, SYSCALL, "exits"));
         asserts.that(format!("{level}: exits of a system call: {}", number(Some(exits))), exits == 0.0);
         asserts.hardware(
@@ -63,7 +63,7 @@ fn judge(figures: &Figures) -> Judgement {
     let ring1 = asserts.need(figures.get(Stack::One, "syscall/syscall_ring1/native", "ticks"));
     asserts.that(
         "a guest's system call is as many instructions as without a hypervisor",
-        !figures.counted() || (native - guest).abs() < 0.5,
+        !figures.exact() || (native - guest).abs() < 0.5,
     );
     asserts.that(
         format!(
@@ -76,7 +76,7 @@ fn judge(figures: &Figures) -> Judgement {
     let (one, twice) = (asserts.need(ratio(figures, Stack::One)), asserts.need(ratio(figures, Stack::Twice)));
     asserts.that(
         format!("one level: a hypercall is {} system calls, less than 20", number(Some(one.round()))),
-        one < 20.0,
+        figures.below || one < 20.0,
     );
     asserts.that(format!("nested twice: {}, more than 100", number(Some(twice.round()))), twice > 100.0);
     let level = |stack| {
@@ -84,7 +84,7 @@ fn judge(figures: &Figures) -> Judgement {
     };
     let why = "Nested, a hypercall takes tens to more than a hundred system calls; with one hypervisor it does not. nvmx has less \
                to do than KVM, so its nested factor is smaller than the 32 to 131 that PVM measured.";
-    asserts.judge(Verdict::HoldsIf, LEVELS.map(|(stack, _)| level(stack)), why.into())
+    asserts.judge(Verdict::HoldsIf, levels(figures).map(|(stack, _)| level(stack)), why.into())
 }
 
 fn table(figures: &Figures) -> Table {
@@ -117,7 +117,7 @@ fn table(figures: &Figures) -> Table {
         cycles(compressed(figures)),
     ]);
     for (name, row) in [("system call", SYSCALL), ("hypercall", HYPERCALL)] {
-        for (stack, level) in LEVELS {
+        for (stack, level) in levels(figures) {
             let of = |key| number(figures.count(stack, row, key));
             let cost = if row == SYSCALL && figures.counted() {
                 Some(model::SYSCALL.cycles)
@@ -133,7 +133,7 @@ fn table(figures: &Figures) -> Table {
 
 fn plot(figures: &Figures) -> Plot {
     let mut plot = Plot::new("Cycles of a system call and of a hypercall", true, &["system call", "hypercall"]);
-    for (stack, level) in LEVELS {
+    for (stack, level) in levels(figures) {
         let call =
             if figures.counted() { Some(model::SYSCALL.cycles.mid) } else { figures.get(stack, SYSCALL, "ticks") };
         plot.group(level, [call, figures.cycles(stack, HYPERCALL).map(|r| r.mid.round())]);

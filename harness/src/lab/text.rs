@@ -1,7 +1,7 @@
 //! The lab on a terminal.
 
 use super::figures::Figures;
-use super::{EXPERIMENTS, Experiment, Table};
+use super::{Experiment, Table, Verdict};
 use crate::report::model::{self, Range};
 use comfy_table::{CellAlignment, ContentArrangement, Table as Grid, TableComponent, presets};
 
@@ -39,7 +39,8 @@ pub fn table(table: &Table) -> String {
 
 /// One table of all experiments.
 pub fn overview(figures: &Figures, wanted: &[&Experiment]) -> String {
-    let head = ["experiment", "claim", "one level", "nested", "nested twice", "verdict"].map(String::from);
+    let [one, nested, twice] = super::levels(figures).map(|(_, name)| name);
+    let head = ["experiment", "claim", one, nested, twice, "verdict"].map(String::from);
     let rows: Vec<Vec<String>> = wanted
         .iter()
         .map(|e| {
@@ -54,8 +55,7 @@ pub fn overview(figures: &Figures, wanted: &[&Experiment]) -> String {
 /// An experiment with its explanation.
 pub fn explained(figures: &Figures, experiment: &Experiment) -> String {
     let e = experiment;
-    let number = EXPERIMENTS.iter().position(|other| other.name == e.name).unwrap_or(0) + 1;
-    let mut text = format!("{number}. {}\n\nClaim: {}\nCondition: {}\n", e.title, e.claim, e.condition);
+    let mut text = format!("{}. {}\n\nClaim: {}\nCondition: {}\n", e.number(), e.title, e.claim, e.condition);
     text.push_str(&format!("Mechanism: {}\nExperiment: {}\n\n{}", e.mechanism, e.method, measured(figures, e)));
     text.push_str("\nSources:\n");
     e.sources.iter().for_each(|source| text.push_str(&format!("  {source}\n")));
@@ -67,15 +67,20 @@ pub fn measured(figures: &Figures, experiment: &Experiment) -> String {
     let (judgement, made) = ((experiment.judge)(figures), (experiment.table)(figures));
     let mut text = format!("Measured on {}:\n{}\n", figures.machine, table(&made));
     made.notes.iter().for_each(|note| text.push_str(&format!("{note}\n")));
+    let measured = judgement.verdict != Verdict::NotMeasured;
     let (kept, all) = (judgement.asserted.iter().filter(|(_, holds)| *holds).count(), judgement.asserted.len());
-    text.push_str(&format!("Asserted by counts: {kept} of {all} hold.\n"));
-    for (what, _) in judgement.asserted.iter().filter(|(_, holds)| !holds) {
+    if measured {
+        text.push_str(&format!("Asserted by counts: {kept} of {all} hold.\n"));
+    } else {
+        text.push_str("A figure is missing, so that nothing is asserted.\n");
+    }
+    for (what, _) in judgement.asserted.iter().filter(|(_, holds)| measured && !holds) {
         text.push_str(&format!("  NOT SO: {what}\n"));
     }
-    for what in figures.missing(experiment.name) {
-        text.push_str(&format!("This machine has no {what}. {}\n", experiment.lacking));
-    }
-    text.push_str(&format!("Verdict: {}. {}\n", judgement.verdict.word(), judgement.why));
+    experiment.lacks(figures).iter().for_each(|what| text.push_str(&format!("{what}\n")));
+    let why = if measured { judgement.why.as_str() } else { "" };
+    text.push_str(format!("Verdict: {}. {why}", judgement.verdict.word()).trim_end());
+    text.push('\n');
     wrapped(&text)
 }
 
@@ -121,7 +126,9 @@ fn whole(value: f64) -> String {
 
 /// What cycles are here.
 pub fn cycles_note(figures: &Figures) -> String {
-    if figures.counted() {
+    if figures.counted() && figures.below {
+        "Cycles are not modelled: a KVM is below, whose own exits are not counted.".into()
+    } else if figures.counted() {
         "Cycles are modelled: middle (low to high), from the counts and published costs; `./nvmx lab --model` lists them.".into()
     } else {
         "Cycles are measured by the TSC of this processor.".into()
@@ -133,17 +140,20 @@ pub fn cycles_word(figures: &Figures) -> &'static str {
     if figures.counted() { "cycles (model)" } else { "cycles (measured)" }
 }
 
+/// The constants of the model, as a table.
+pub fn constants_table() -> Table {
+    let mut table = Table::new(&["what", "low", "middle", "high", "source"]);
+    for c in model::CONSTANTS {
+        let Range { low, mid, high } = c.cycles;
+        table.rows.push(vec![c.what.into(), whole(low), whole(mid), whole(high), c.source.into()]);
+    }
+    table
+}
+
 /// The constants of the model.
 pub fn constants() -> String {
-    let head = ["what", "low", "middle", "high", "source"].map(String::from);
-    let rows: Vec<Vec<String>> = model::CONSTANTS
-        .iter()
-        .map(|c| {
-            let Range { low, mid, high } = c.cycles;
-            vec![c.what.into(), whole(low), whole(mid), whole(high), c.source.into()]
-        })
-        .collect();
-    format!("The model of cycles: {}\n{}", "instructions + the sum of these costs", grid(&head, &rows, 5, Some(150)))
+    let Table { head, rows, .. } = constants_table();
+    format!("The model of cycles: instructions + the sum of these costs\n{}", grid(&head, &rows, 5, Some(150)))
 }
 
 #[cfg(test)]

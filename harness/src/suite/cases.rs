@@ -79,9 +79,10 @@ pub fn some(session: &Session, wants: impl Fn(&str) -> bool) -> Result<Suite> {
     models::add(&mut b.suite, session);
     lab::add(&mut b.suite, session);
     bench::add(&mut b.suite, session);
-    const DEAR: [(&str, Add); 5] = [
+    const DEAR: [(&str, Add); 6] = [
         ("QEMU", firmware::add),
         ("templates", bench::add_templates),
+        ("the lab with KVM", lab::add_with_linux),
         ("KVM", on_kvm::add),
         ("Linux", linux::add),
         ("Xen", xen::add),

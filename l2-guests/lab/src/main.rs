@@ -3,7 +3,7 @@
 //! The image is a hypervisor, its guests, and plain programs, all in ring 0 of the same addresses: a loop is measured without
 //! a hypervisor (`scope=native`) and as a guest's (`scope=l3`) by the same instructions. Alone on the machine its guests have
 //! one hypervisor below them, under nvmx two. Words on the command line: `only=NAME,NAME` runs these experiments, `events=N`
-//! limits how many events are in a bracket, `trace` prints the exits of each bracket's first round.
+//! limits how many events are in a bracket.
 #![no_std]
 #![no_main]
 
@@ -47,8 +47,11 @@ fn main(info: &BootInfo) {
     if let Err(missing) = setup::enter_vmx() {
         return report::fail(format_args!("{missing}"));
     }
-    if let Err(why) = vm::calibrate() {
-        return report::fail(format_args!("{why}"));
+    match vm::calibrate() {
+        Ok(()) => {}
+        // What of an experiment needs no guest is done all the same.
+        Err(Stop::Missing(what)) => record::missing(what),
+        Err(why) => return report::fail(format_args!("{why}")),
     }
     // What every nested figure depends on; under an nvmx it is nvmx that offers it.
     if slot == identity::Slot::Bare && !setup::allowed_one(setup::Kind::Secondary, setup::secondary::VMCS_SHADOWING) {

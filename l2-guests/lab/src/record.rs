@@ -81,7 +81,6 @@ const STACK: usize = 4;
 static DEPTH: Global<u32> = Global::new(0);
 static EXPERIMENT: Global<&str> = Global::new("calibration");
 static MOST: Global<u64> = Global::new(u64::MAX);
-static TRACE: Global<bool> = Global::new(false);
 
 /// Reads the command line.
 ///
@@ -89,7 +88,6 @@ static TRACE: Global<bool> = Global::new(false);
 /// What is wrong with it.
 pub fn options(info: &BootInfo) -> Result<(), &'static str> {
     DEPTH.set(identity::depth().min(STACK as u32));
-    TRACE.set(info.option("trace").is_some());
     match info.option("events").map(str::parse) {
         None => {}
         Some(Ok(most)) if most > 0 => MOST.set(most),
@@ -98,14 +96,14 @@ pub fn options(info: &BootInfo) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Whether exits are to be shown.
-pub fn tracing() -> bool {
-    TRACE.get()
-}
-
 /// At most so many events, if the command line wants fewer.
 pub fn events(count: u64) -> u64 {
     count.min(MOST.get())
+}
+
+/// Whether the command line limits events: what is below is slow.
+pub fn limited() -> bool {
+    MOST.get() != u64::MAX
 }
 
 /// The rows that follow are this experiment's.
@@ -182,6 +180,7 @@ pub fn loose_row(name: &str, scope: &str, count: u64, bracket: &Bracket, facts: 
         .field("name", name)
         .field("scope", scope)
         .field("count", count)
+        .field("begin", bracket.begin)
         .field("ticks", bracket.ticks)
         .field("exits", bracket.exits());
     for (key, value) in seen(bracket).chain(facts.iter().copied()) {

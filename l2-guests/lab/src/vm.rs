@@ -7,7 +7,7 @@ use crate::{
 use l2_kit::{
     Global, cpu,
     ept::Ept,
-    fields as f, log,
+    fields as f,
     pages::{self, Access, PAGE},
     setup::{self, Controls, Kind, entry_controls, exit_controls, primary, secondary},
     vcpu::Vcpu,
@@ -29,7 +29,6 @@ pub struct Vm {
     pub bracket: Bracket,
     vpid: u16,
     stack: u64,
-    traced: u32,
 }
 
 /// An experiment's handler of an exit: `false` if it does not know it. Called for all exits but the bracket's own VMCALLs.
@@ -54,6 +53,9 @@ impl Vm {
     /// # Errors
     /// What the CPU lacks.
     pub fn new(controls: &Controls, ept: Option<Ept>) -> Result<Self, Stop> {
+        if ept.is_some() && !setup::allowed_one(Kind::Secondary, secondary::EPT) {
+            return Err(Stop::Missing("EPT"));
+        }
         let vcpu = Vcpu::new(setup::revision()).map_err(Stop::NotEntered)?;
         setup::write_controls(controls)?;
         setup::write_host_state();
@@ -70,7 +72,7 @@ impl Vm {
             vmx::write(f::VPID, u64::from(vpid));
         }
         let stack = pages::take(STACK, PAGE) + STACK - 8;
-        Ok(Self { vcpu, ept, cr3, bracket: Bracket::new(), vpid, stack, traced: 0 })
+        Ok(Self { vcpu, ept, cr3, bracket: Bracket::new(), vpid, stack })
     }
 
     /// A machine with EPT that maps everything one to one.
@@ -114,13 +116,11 @@ impl Vm {
                 match self.vcpu.registers.rax {
                     guest::BEGIN => {
                         advance();
-                        self.traced = if record::tracing() { TRACED } else { 0 };
                         self.bracket.start();
                         continue;
                     }
                     guest::END => {
                         self.bracket.stop();
-                        self.traced = 0;
                         advance();
                         continue;
                     }
@@ -129,20 +129,10 @@ impl Vm {
                 }
             }
             record::count(&mut self.bracket.seen, reason);
-            if self.traced > 0 {
-                self.trace(reason);
-            }
             if !handler(self, reason) {
                 return Err(unexpected(reason));
             }
         }
-    }
-
-    /// Prints an exit as `trace` on the command line asks for: only a bracket's first ones.
-    fn trace(&mut self, reason: u32) {
-        self.traced -= 1;
-        let field = |field| vmx::read(field);
-        log!("exit {reason} qualification {:#x} rip {:#x}", field(f::EXIT_QUALIFICATION), field(f::GUEST_RIP));
     }
 
     /// Drops what the CPU has cached of the guest's translations: of all of them, or of one linear address.
@@ -161,9 +151,6 @@ impl Vm {
         }
     }
 }
-
-/// Exits of a bracket that are shown.
-const TRACED: u32 = 8;
 
 /// Goes on behind the instruction that exited.
 #[inline]

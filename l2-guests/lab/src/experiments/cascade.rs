@@ -4,7 +4,7 @@
 //! serves them. Each hypervisor's handler runs as a guest of the one below, which pays for every such instruction.
 
 use crate::{
-    record::Stop,
+    record::{self, Stop, WARM_UP},
     vm::{Vm, advance, answer_cpuid, plain},
 };
 use core::{arch::asm, ptr::write_volatile};
@@ -18,6 +18,7 @@ use l2_kit::{
 };
 
 const EVENTS: u64 = 200;
+const WALKS: u64 = 10_000;
 const VECTOR: u8 = 0x51;
 static INTERRUPTS: Global<u64> = Global::new(0);
 static HOLE: Global<u64> = Global::new(0);
@@ -52,7 +53,11 @@ pub fn run() -> Result<(), Stop> {
     };
     vm.row("cpuid", EVENTS, cpuids, handler)?;
     vm.row("interrupt", EVENTS, interrupts, handler)?;
-    vm.row("ept_violation", EVENTS, touch, handler)
+    vm.row("ept_violation", EVENTS, touch, handler)?;
+    // It costs the same at every depth, so that it need not be limited.
+    vm.run(WALKS, WARM_UP, walk, handler)?;
+    record::row("page_walk", "l3", WALKS, &vm.bracket, &[]);
+    Ok(())
 }
 
 fn cpuids(count: u64) {
@@ -77,6 +82,17 @@ fn interrupts(count: u64) {
     }
     // SAFETY: back to how it was.
     unsafe { asm!("cli", options(nostack)) };
+}
+
+/// Makes the CPU walk all tables of a page: INVLPG is the guest's own with EPT.
+fn walk(count: u64) {
+    let page = pages::address(pages::page());
+    for _ in 0..count {
+        // SAFETY: a page of this image.
+        unsafe {
+            asm!("invlpg [{page}]", "mov {value}, [{page}]", page = in(reg) page, value = out(reg) _, options(nostack))
+        };
+    }
 }
 
 /// Touches pages that its hypervisor has not given it yet.
