@@ -128,7 +128,7 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
     let folder = folder.keep();
     let _ = std::fs::remove_file(folder.join("boot.iso"));
     let used = clock.read();
-    let trace = spec.record.as_ref().map(|record| record.read(spec, backend)).transpose()?;
+    let trace = spec.record.as_ref().map(|record| record.read(spec, backend, &folder)).transpose()?;
     Ok(Outcome {
         name: spec.name.clone(),
         transcript,

@@ -42,10 +42,14 @@ pub enum Cmd {
     Explain(ExplainArgs),
     /// Show what `run --trace` recorded: every exit, why it came and what followed
     Trace(TraceArgs),
+    /// Show the fields of vmcs12, vmcs02 and vmcs01 side by side at an exit of a trace, and who wrote them last
+    Vmcs(VmcsArgs),
     /// Count exits and their cost by level and reason
     Stat(StatArgs),
     /// Make a folder with a guest hypervisor to begin with
     New(NewArgs),
+    /// Make an archive with which nothing has to be built
+    Release(ReleaseArgs),
     /// Set up the compiler for the bare machine and print, as shell variables, how to call it
     Toolchain,
     /// Run the experiments of the story of the VM exit (docs/lab.md) and say which of its claims hold
@@ -237,6 +241,22 @@ pub struct TraceArgs {
     pub output: Option<PathBuf>,
 }
 
+/// `vmcs`
+#[derive(Debug, Args)]
+pub struct VmcsArgs {
+    /// A trace of `./nvmx run --trace FILE`, and the number of an exit
+    #[arg(value_name = "FILE@N")]
+    pub place: String,
+
+    /// Of this boot of the file [default: the one under nvmx]
+    #[arg(long, value_name = "NAME")]
+    pub boot: Option<String>,
+
+    /// Only fields with this in their name
+    #[arg(long, value_name = "TEXT")]
+    pub field: Option<String>,
+}
+
 /// "L3" or "3"
 fn level(text: &str) -> Result<u8, String> {
     let digits = text.trim_start_matches(['L', 'l']);
@@ -360,6 +380,14 @@ pub struct NewArgs {
     /// In which language
     #[arg(long, value_enum, default_value = "c")]
     pub lang: Language,
+}
+
+/// `release`
+#[derive(Debug, Args)]
+pub struct ReleaseArgs {
+    /// The archive; its checksum goes to FILE.sha256 beside it
+    #[arg(value_name = "FILE.tar.gz")]
+    pub file: PathBuf,
 }
 
 /// `explain`
@@ -535,6 +563,10 @@ pub struct DoctorArgs {
     /// Look at this Bochs
     #[arg(long, value_name = "PATH")]
     pub bochs: Option<PathBuf>,
+
+    /// Also boot, and put all that a maintainer needs, and nothing private, into one archive (FILE.tar.gz)
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
 }
 
 /// `bochs`

@@ -24,6 +24,11 @@ pub struct Images {
 }
 
 impl Images {
+    /// nvmx, and no guest yet.
+    pub fn only(nvmx: PathBuf) -> Self {
+        Images { nvmx, guests: BTreeMap::new(), unbuilt: None }
+    }
+
     /// Every image, none of which is there.
     pub fn unbuilt(nowhere: &Path) -> Self {
         Images { nvmx: nowhere.to_path_buf(), guests: BTreeMap::new(), unbuilt: Some(nowhere.to_path_buf()) }

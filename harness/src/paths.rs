@@ -25,6 +25,22 @@ impl Paths {
     /// # Errors
     /// If no cache folder can be made.
     pub fn find() -> Result<Self> {
+        Self::look(|folder| std::fs::create_dir_all(folder).is_ok() && writable(folder))
+    }
+
+    /// [`Self::find`] that makes nothing: the cache folder is where it would be made.
+    ///
+    /// # Errors
+    /// If there is no checkout.
+    pub fn found() -> Result<Self> {
+        // The nearest folder above that is there decides.
+        Self::look(|folder| {
+            let there = folder.ancestors().find(|above| above.exists());
+            there.is_some_and(|above| rustix::fs::access(above, rustix::fs::Access::WRITE_OK).is_ok())
+        })
+    }
+
+    fn look(usable: impl Fn(&Path) -> bool) -> Result<Self> {
         let root = match std::env::var_os("NVMX_ROOT") {
             Some(root) => PathBuf::from(root),
             None => Path::new(env!("CARGO_MANIFEST_DIR")).join(".."),
@@ -34,9 +50,19 @@ impl Paths {
         let candidates = cache_candidates(std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME"), &target);
         let cache = candidates
             .iter()
-            .find(|folder| std::fs::create_dir_all(folder).is_ok() && writable(folder))
+            .find(|folder| usable(folder))
             .with_context(|| format!("cannot make a cache folder; tried {candidates:?}"))?;
         Ok(Paths { cache: cache.clone(), root, target })
+    }
+
+    /// Clears what set-ups that were killed left in the cache. Only who holds the lock may: nobody else works there then.
+    pub fn clear_stale(&self, _lock: &Lock) {
+        for entry in std::fs::read_dir(&self.cache).into_iter().flatten().flatten() {
+            if is_temporary(&entry.file_name().to_string_lossy()) {
+                // What cannot be removed does no harm.
+                let _ = std::fs::remove_dir_all(entry.path());
+            }
+        }
     }
 
     /// The folder in which boots leave their files.
@@ -94,6 +120,13 @@ pub fn copy_tree(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Whether a name in the cache is that of a folder in which something was being made: a word and six random characters.
+fn is_temporary(name: &str) -> bool {
+    let made = ["bochs-", "sysroot-", ".qemu-", ".linux-", ".xen-", ".apt-"];
+    let rest = made.iter().find_map(|prefix| name.strip_prefix(prefix));
+    rest.is_some_and(|rest| rest.len() == 6 && rest.bytes().all(|b| b.is_ascii_alphanumeric()))
+}
+
 fn writable(folder: &Path) -> bool {
     tempfile::Builder::new().prefix(".probe").tempfile_in(folder).is_ok()
 }
@@ -101,6 +134,16 @@ fn writable(folder: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_was_being_made_is_temporary() {
+        for name in ["bochs-a1B2c3", "sysroot-xyzXYZ", ".linux-012345"] {
+            assert!(is_temporary(name), "{name}");
+        }
+        for name in ["bochs-3.0-8a9b49621b38d255", "sysroot-1.96.0-117c026f85b14fbe", "lock", "linux-nvmx1-6.1.0"] {
+            assert!(!is_temporary(name), "{name}");
+        }
+    }
 
     #[test]
     fn the_cache_is_where_the_user_wants_it_else_in_home_else_in_the_checkout() {

@@ -7,10 +7,10 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError, mpsc};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -44,6 +44,28 @@ pub fn install_handler() -> Result<()> {
     .context("cannot catch Ctrl-C")
 }
 
+/// The same command by `setpriv`, which asks the kernel to kill it when the harness dies, however that dies; `None` if there
+/// is no `setpriv`, or no such program.
+fn bound(command: &Command) -> Option<Command> {
+    static SETPRIV: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let setpriv = SETPRIV.get_or_init(|| {
+        let found = which::which("setpriv").ok()?;
+        let works = Command::new(&found).args(["--pdeathsig", "KILL", "true"]).stderr(Stdio::null()).status();
+        works.is_ok_and(|status| status.success()).then_some(found)
+    });
+    let there = command.get_program().to_string_lossy().contains('/') || which::which(command.get_program()).is_ok();
+    let mut bound = Command::new(setpriv.as_ref().filter(|_| there)?);
+    bound.args(["--pdeathsig", "KILL"]).arg(command.get_program()).args(command.get_args());
+    command.get_current_dir().map(|folder| bound.current_dir(folder));
+    for (key, value) in command.get_envs() {
+        match value {
+            Some(value) => bound.env(key, value),
+            None => bound.env_remove(key),
+        };
+    }
+    Some(bound)
+}
+
 fn signal_all(signal: Signal) {
     for &group in GROUPS.lock().unwrap_or_else(PoisonError::into_inner).iter() {
         signal_group(group, signal);
@@ -65,13 +87,15 @@ pub struct Child {
 }
 
 impl Child {
-    /// Starts the command in a new process group, without standard input.
+    /// Starts the command in a new process group, without standard input. It does not outlive the harness, whatever ends that.
     ///
     /// # Errors
     /// If the program cannot be started, or after Ctrl-C.
-    pub fn spawn(command: &mut Command) -> Result<Self> {
+    pub fn spawn(command: &mut Command, out: impl Into<Stdio>, err: impl Into<Stdio>) -> Result<Self> {
         check_interrupt()?;
         let name = command.get_program().to_string_lossy().into_owned();
+        let mut bound = bound(command);
+        let command = bound.as_mut().unwrap_or(command).stdout(out).stderr(err);
         // The lock is held over the start so that Ctrl-C sees either no child or a registered one.
         let mut groups = GROUPS.lock().unwrap_or_else(PoisonError::into_inner);
         let child =
@@ -162,7 +186,7 @@ impl Said {
 /// If it cannot be started, or after Ctrl-C. A non-zero exit is no error.
 pub fn run(command: &mut Command, log: Option<&Path>, mut on_line: impl FnMut(&str)) -> Result<Said> {
     let mut log = log.map(File::create).transpose().context("cannot write a log file")?;
-    let mut child = Child::spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()))?;
+    let mut child = Child::spawn(command, Stdio::piped(), Stdio::piped())?;
     let (send, receive) = mpsc::channel();
     if let Some(out) = child.child.stdout.take() {
         forward(out, send.clone());
@@ -233,12 +257,31 @@ mod tests {
         assert_eq!(said.status.code(), Some(3));
     }
 
+    /// The harness that is killed hard is played by a shell, which cannot clean up behind itself.
+    #[test]
+    fn what_is_started_dies_with_its_parent() {
+        let Some(bound) = bound(Command::new("sleep").arg("1000")) else { return };
+        let words = std::iter::once(bound.get_program()).chain(bound.get_args());
+        let line = words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ");
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("pid");
+        let script = format!("{line} & echo $! > {}; sleep 0.3; kill -KILL $$", file.display());
+        let status = Command::new("sh").args(["-c", &script]).status().unwrap();
+        assert!(!status.success());
+        let pid: i32 = std::fs::read_to_string(&file).unwrap().trim().parse().unwrap();
+        let start = Instant::now();
+        while std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z ")) {
+            assert!(start.elapsed() < Duration::from_secs(10), "it lives on");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     #[test]
     fn dropping_a_child_ends_its_grandchildren() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("pid");
         let script = format!("sleep 1000 & echo $! > {}; wait", file.display());
-        let child = Child::spawn(Command::new("sh").args(["-c", &script])).unwrap();
+        let child = Child::spawn(Command::new("sh").args(["-c", &script]), Stdio::inherit(), Stdio::inherit()).unwrap();
         let start = Instant::now();
         let pid = loop {
             let text = std::fs::read_to_string(&file).unwrap_or_default();

@@ -14,6 +14,7 @@ use crate::paths::Paths;
 use crate::report::stack::StackLevel;
 use crate::setup;
 use crate::setup::linux::Kernel;
+use crate::setup::release::Release;
 use crate::setup::toolchain::{self, Toolchain};
 use crate::trace::record::{self, Recording};
 use crate::ui::Ui;
@@ -79,10 +80,18 @@ impl Session {
         let paths = Paths::find()?;
         boot::clear_old(&paths);
         let lock = paths.lock(ui)?;
-        let toolchain = toolchain::set_up(ui, &paths)?;
+        paths.clear_stale(&lock);
+        let release = Release::find();
+        let toolchain = match &release {
+            Some(release) => release.toolchain()?,
+            None => toolchain::set_up(ui, &paths)?,
+        };
         ui.detail(&format!("compiler: {}", toolchain.text));
         let (backend, model) = set_up_l0(ui, &paths, args)?;
-        let images = image::build(ui, &paths, &toolchain, wanted)?;
+        let images = match &release {
+            Some(release) => release.images(wanted)?,
+            None => image::build(ui, &paths, &toolchain, wanted)?,
+        };
         drop(lock);
         let machine = Machine { memory: args.memory, cpus: args.cpus, model };
         let default = if args.l0 == host::L0::KvmInBochs { LONG } else { SHORT };

@@ -49,6 +49,12 @@ impl Ui {
         }
     }
 
+    /// Columns of the terminal that standard output is, if it is one.
+    pub fn width(&self) -> Option<usize> {
+        let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?;
+        Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
+    }
+
     /// A line of result, on stdout.
     pub fn line(&self, text: &str) {
         if self.stdout.reserved.load(Ordering::Relaxed) {

@@ -100,7 +100,7 @@ pub fn start(
         std::fs::write(folder.join("go"), "c\n")?;
         command.args(["-rc", "go"]);
     }
-    Child::spawn(command.stdout(out.try_clone()?).stderr(out))
+    Child::spawn(&mut command, out.try_clone()?, out)
 }
 
 fn rc(machine: &Machine, bochs: &Bochs, serial: Serial, bios: &Path, vga: &Path) -> String {

@@ -53,7 +53,7 @@ impl Backend for Kvm {
     fn start(&self, spec: &Spec, folder: &Path) -> Result<Child> {
         let serial = File::create(folder.join(SERIAL))?;
         let errors = File::create(folder.join("qemu.err"))?;
-        Child::spawn(Command::new(&self.qemu).args(arguments(spec)).stdout(serial).stderr(errors))
+        Child::spawn(Command::new(&self.qemu).args(arguments(spec)), serial, errors)
     }
 
     fn stop(&self, child: &mut Child, _folder: &Path) -> Vec<String> {

@@ -101,7 +101,7 @@ impl Backend for Tcg {
         let serial = File::create(folder.join(SERIAL))?;
         let errors = File::create(folder.join("qemu.err"))?;
         let mut command = Command::new(&self.tools.qemu);
-        Child::spawn(command.args(self.arguments(spec, disk.as_deref())).stdout(serial).stderr(errors))
+        Child::spawn(command.args(self.arguments(spec, disk.as_deref())), serial, errors)
     }
 
     fn stop(&self, child: &mut Child, _folder: &Path) -> Vec<String> {

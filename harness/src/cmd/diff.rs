@@ -73,6 +73,23 @@ fn once(
     guest: &str,
     guest_args: &str,
 ) -> Result<(Comparison, Vec<String>)> {
+    let outcomes = boots(ui, session, args, guest, guest_args)?;
+    outcomes.iter().for_each(|outcome| drop(tell_failure(ui, outcome)));
+    Ok(compared(&outcomes[0], &outcomes[1]))
+}
+
+/// What differs, and which boots failed.
+pub fn compared(alone: &Outcome, under: &Outcome) -> (Comparison, Vec<String>) {
+    let failed = |outcome: &Outcome| Some(format!("{}: {}", outcome.name, outcome.verdict().err()?));
+    let failed = [alone, under].into_iter().filter_map(failed).collect();
+    (compare::compare(&alone.transcript, &under.transcript), failed)
+}
+
+/// A guest alone, kept to what the other boot sees, and under nvmx.
+///
+/// # Errors
+/// If L0 does not start, or after Ctrl-C.
+pub fn boots(ui: &Ui, session: &Session, args: &DiffArgs, guest: &str, guest_args: &str) -> Result<[Outcome; 2]> {
     let specs = [session.bare(guest, guest_args)?, session.nested(guest, guest_args, args.fields)?];
     let what = format!("{guest} {guest_args}");
     let step = ui.step(&format!("{} alone, and under nvmx", what.trim_end()));
@@ -91,10 +108,8 @@ fn once(
         let nested = boot(&specs[1]);
         (bare.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a boot panicked"))), nested)
     });
-    let outcomes: [Outcome; 2] = [bare?, nested?];
     drop(step);
-    let failed = outcomes.iter().filter_map(|outcome| tell_failure(ui, outcome)).collect();
-    Ok((compare::compare(&outcomes[0].transcript, &outcomes[1].transcript), failed))
+    Ok([bare?, nested?])
 }
 
 /// Every difference with both records.

@@ -1,9 +1,11 @@
-//! `doctor`: what is there, what is missing, and which L0 would be used and why. Changes nothing.
+//! `doctor`: what is there, what is missing, and which L0 would be used and why. Changes nothing, but for what `--report` writes.
 
+use super::doctor_report;
 use crate::backend::host::{self, Device, HostFacts};
 use crate::backend::kvm::QEMU;
 use crate::cli::DoctorArgs;
 use crate::error::Stop;
+use crate::output::Output;
 use crate::paths::Paths;
 use crate::setup::apt::{self, Power};
 use crate::setup::toolchain::{self, Compiler};
@@ -25,6 +27,7 @@ struct Doctor<'a> {
     packages: Vec<&'static str>,
     to_do: usize,
     blocked: usize,
+    said: String,
 }
 
 impl Doctor<'_> {
@@ -40,6 +43,7 @@ impl Doctor<'_> {
             State::Will => self.to_do += 1,
             State::Ok | State::Info => {}
         }
+        self.said.push_str(&format!("{mark} {what:<10} {text}\n"));
         self.ui.line(&format!("{} {what:<10} {text}", self.ui.paint(mark, style)));
     }
 
@@ -67,18 +71,24 @@ impl Doctor<'_> {
 /// Runs the command.
 ///
 /// # Errors
-/// [`Stop::Environment`] if `run` could neither work now nor set itself up.
+/// [`Stop::Usage`] if `--report` cannot be written, [`Stop::Environment`] if `run` could neither work now nor set itself up.
 pub fn run(ui: &Ui, args: &DoctorArgs) -> Result<()> {
-    let paths = Paths::find()?;
-    let mut doctor = Doctor { ui, power: Power::find(), packages: Vec::new(), to_do: 0, blocked: 0 };
+    let report = args.report.as_deref().map(Output::prepare).transpose()?;
+    let paths = Paths::found()?;
+    let mut doctor =
+        Doctor { ui, power: Power::find(), packages: Vec::new(), to_do: 0, blocked: 0, said: String::new() };
     let (id, codename) = sources::distribution().unwrap_or_default();
     doctor.say(State::Info, "system", format!("{id} {codename}").trim());
     let power = doctor.power.text();
     doctor.say(State::Info, "packages", power);
     compiler(&mut doctor, &paths);
-    let kvm = l0(&mut doctor, args);
+    let facts = HostFacts::find();
+    let kvm = l0(&mut doctor, args, &facts);
     if kvm {
-        doctor.need("QEMU", &QEMU);
+        // No package helps a CPU that has no VMX.
+        if facts.vmx {
+            doctor.need("QEMU", &QEMU);
+        }
     } else {
         for need in &grub::NEEDS {
             doctor.need("boot disk", need);
@@ -98,14 +108,17 @@ pub fn run(ui: &Ui, args: &DoctorArgs) -> Result<()> {
     }
     cache(&mut doctor, &paths);
     let (blocked, to_do, packages) = (doctor.blocked, doctor.to_do, doctor.packages);
+    if let Some(output) = &report {
+        doctor_report::write(ui, args, &doctor.said, blocked == 0, output)?;
+    }
     if blocked == 0 {
         let text = if to_do == 0 { "`./nvmx run` can start" } else { "`./nvmx run` sets up what is missing" };
         ui.line(text);
         return Ok(());
     }
     let todo = if packages.is_empty() { Vec::new() } else { vec![apt::command_line(&packages)] };
-    Err(Stop::Environment { what: format!("`./nvmx run` cannot work here yet: {blocked} things are missing"), todo }
-        .into())
+    let things = if blocked == 1 { "1 thing is".into() } else { format!("{blocked} things are") };
+    Err(Stop::Environment { what: format!("`./nvmx run` cannot work here yet: {things} missing"), todo }.into())
 }
 
 fn compiler(doctor: &mut Doctor<'_>, paths: &Paths) {
@@ -130,8 +143,7 @@ fn compiler(doctor: &mut Doctor<'_>, paths: &Paths) {
 }
 
 /// Tells about KVM; whether it would be used.
-fn l0(doctor: &mut Doctor<'_>, args: &DoctorArgs) -> bool {
-    let facts = HostFacts::find();
+fn l0(doctor: &mut Doctor<'_>, args: &DoctorArgs, facts: &HostFacts) -> bool {
     doctor.say(State::Info, "CPU", &facts.cpu);
     doctor.say(State::Info, "VMX", if facts.vmx { "Intel VMX is there" } else { "no Intel VMX" });
     let device = match facts.device {
@@ -145,7 +157,7 @@ fn l0(doctor: &mut Doctor<'_>, args: &DoctorArgs) -> bool {
     }
     let own = args.bochs.is_some() && args.l0 != host::L0::KvmInBochs;
     let wish = if own { host::L0::Bochs } else { args.l0 };
-    match host::choose(wish, &facts) {
+    match host::choose(wish, facts) {
         Ok(choice) => {
             let name = if choice.kvm { "KVM" } else { "Bochs" };
             doctor.say(State::Ok, "L0", &format!("{name}, because {}", choice.why));
@@ -155,7 +167,8 @@ fn l0(doctor: &mut Doctor<'_>, args: &DoctorArgs) -> bool {
             choice.kvm
         }
         Err((what, help)) => {
-            let help = help.map_or(String::new(), |h| format!("; this helps: {h}"));
+            let other = if facts.vmx { String::new() } else { "; --l0 bochs emulates a CPU that has it".into() };
+            let help = help.map_or(other, |h| format!("; this helps: {h}"));
             doctor.say(State::Missing, "L0", &format!("KVM cannot be used: {what}{help}"));
             true
         }

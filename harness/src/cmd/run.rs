@@ -67,7 +67,13 @@ fn table(ui: &Ui, args: &RunArgs) -> Result<()> {
     if !events.is_empty() {
         ui.line("");
         ui.line(&ui.paint(&table::title(unit), Style::new().bold()));
-        ui.line(&table::render(&events));
+        let late = |outcome: &Outcome| outcome.verdict().is_err();
+        let cut = table::Cut { alone: late(&bare), under: late(&nested) };
+        let (text, left_out) = table::fitting(&events, cut, ui.width());
+        ui.line(&text);
+        if left_out > 0 {
+            ui.line(&format!("{left_out} columns did not fit: a wider terminal, --json and --report show them."));
+        }
         for line in table::footer(&events, unit) {
             ui.line(&line);
         }

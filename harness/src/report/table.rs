@@ -26,8 +26,40 @@ type Figure = fn(&Event) -> Option<f64>;
 const EXTRA: [(&str, Figure); 3] =
     [("exits\nto KVM", |e| e.l0_exits), ("KVM\ninstead", |e| e.under_kvm), ("its\nexits", |e| e.kvm_exits)];
 
+/// Boots that ended before their guest did: what they did not measure was not reached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Cut {
+    /// The guest alone on the machine
+    pub alone: bool,
+    /// The guest under nvmx
+    pub under: bool,
+}
+
+/// Columns of [`HEAD`] that go first where the terminal is too narrow for all.
+const SPARE: [usize; 6] = [9, 8, 7, 6, 11, 10];
+
+/// [`render`] for a terminal of so many columns, with rows of boots that were cut told as such; and how many columns had to be
+/// left out.
+pub fn fitting(events: &[Event], cut: Cut, width: Option<usize>) -> (String, usize) {
+    for left_out in 0..=SPARE.len() {
+        let text = drawn(events, cut, &SPARE[..left_out]);
+        let wide = text.lines().map(|line| line.trim_end().chars().count()).max().unwrap_or(0);
+        if width.is_none_or(|width| wide <= width) || left_out == SPARE.len() {
+            return (text, left_out);
+        }
+    }
+    (String::new(), 0)
+}
+
 /// The table: averages per event.
 pub fn render(events: &[Event]) -> String {
+    drawn(events, Cut::default(), &[])
+}
+
+fn drawn(events: &[Event], cut: Cut, left_out: &[usize]) -> String {
+    let kept = |row: Vec<String>| -> Vec<String> {
+        (0..).zip(row).filter(|(column, _)| !left_out.contains(column)).map(|(_, cell)| cell).collect()
+    };
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     use TableComponent::{BottomBorder, BottomBorderIntersections, HeaderLines, MiddleHeaderIntersections};
@@ -36,7 +68,7 @@ pub fn render(events: &[Event]) -> String {
     }
     let extra: Vec<&(&str, Figure)> =
         EXTRA.iter().filter(|(_, figure)| events.iter().any(|e| figure(e).is_some())).collect();
-    table.set_header(HEAD.into_iter().chain(extra.iter().map(|(head, _)| *head)));
+    table.set_header(kept(HEAD.into_iter().chain(extra.iter().map(|(head, _)| *head)).map(String::from).collect()));
     for e in events {
         let mut row = vec![
             e.event.clone(),
@@ -54,7 +86,13 @@ pub fn render(events: &[Event]) -> String {
             number(e.l1_instructions),
         ];
         row.extend(extra.iter().map(|(_, figure)| number(figure(e))));
-        table.add_row(row);
+        if cut.under && e.nested.is_none() {
+            row[4] = "not reached".into();
+        }
+        if cut.alone && e.native.is_none() && e.one_level.is_none() {
+            row[3] = "not reached".into();
+        }
+        table.add_row(kept(row));
     }
     for (i, column) in table.column_iter_mut().enumerate() {
         column.set_padding((1, 0));
@@ -158,6 +196,28 @@ mod tests {
         let cells: Vec<&str> = row.split_whitespace().collect();
         assert_eq!(cells, ["cpuid", "L2", "3", "260", "1,200", "2", "19", "-", "-", "-", "-", "-", "900"]);
         assert!(text.lines().any(|l| l.trim_start().starts_with("l2_cpuid")));
+    }
+
+    #[test]
+    fn what_a_boot_that_was_cut_did_not_measure_is_not_reached() {
+        let mut events = sample();
+        events[0].nested = None;
+        let text = fitting(&events, Cut { under: true, alone: false }, None).0;
+        let row = text.lines().find(|l| l.trim_start().starts_with("cpuid")).unwrap();
+        assert!(row.contains("not reached"), "{text}");
+        assert!(!fitting(&events, Cut::default(), None).0.contains("not reached"));
+        assert!(!footer(&events, Unit::Instructions).join("\n").contains("A CPUID of L3"));
+    }
+
+    #[test]
+    fn a_narrow_terminal_gets_fewer_columns() {
+        let wide = |text: &str| text.lines().map(|l| l.trim_end().chars().count()).max().unwrap();
+        let (all, none) = fitting(&sample(), Cut::default(), None);
+        assert_eq!((none, all.contains("INVVPID")), (0, true));
+        let (text, left_out) = fitting(&sample(), Cut::default(), Some(80));
+        assert!(wide(&text) <= 80 && left_out > 0 && text.contains("inside"), "{text}");
+        let (_, most) = fitting(&sample(), Cut::default(), Some(10));
+        assert_eq!(most, SPARE.len());
     }
 
     #[test]

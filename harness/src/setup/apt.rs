@@ -94,6 +94,28 @@ pub fn refresh(ui: &Ui) -> Result<()> {
     if UPDATED.load(Ordering::Relaxed) { Ok(()) } else { update(ui) }
 }
 
+/// Something that could not be fetched: without a network that is the answer, else the last words of apt and what helps.
+pub fn not_fetched(what: &str, said: &str, todo: &[&str]) -> Stop {
+    const OFFLINE: [&str; 6] = [
+        "Temporary failure resolving",
+        "Could not resolve",
+        "Could not connect",
+        "Network is unreachable",
+        "Unable to connect",
+        "connection timed out",
+    ];
+    if OFFLINE.iter().any(|text| said.contains(text)) {
+        return Stop::environment(format!(
+            "cannot fetch {what}: no network, or the package archive cannot be reached. Try again where it can; what is fetched \
+             once is kept in the cache folder (./nvmx doctor names it), which may be copied from a machine that has it"
+        ));
+    }
+    let lines: Vec<&str> = said.lines().collect();
+    let tail = lines[lines.len().saturating_sub(6)..].join("\n");
+    let todo = todo.iter().map(|line| line.to_string()).collect();
+    Stop::Environment { what: format!("cannot fetch {what}:\n{tail}"), todo }
+}
+
 /// Fetches packages into the folder `work` and unpacks them there, without installing them; the tree of their files.
 ///
 /// # Errors
@@ -103,10 +125,7 @@ pub fn unpacked(step: &mut Step, packages: &[String], work: &Path) -> Result<Pat
     download.args(["-o", "APT::Sandbox::User=root", "download"]).args(packages).current_dir(work);
     let said = proc::run(download.env("LC_ALL", "C.UTF-8"), None, |line| step.at(line))?;
     if !said.status.success() {
-        let todo = vec!["sudo apt-get update".into()];
-        return Err(
-            Stop::Environment { what: format!("apt-get cannot fetch a package:\n{}", said.tail(6)), todo }.into()
-        );
+        return Err(not_fetched(&packages.join(", "), &said.text, &["sudo apt-get update"]).into());
     }
     step.at("unpacking");
     let tree = work.join("tree");
@@ -204,6 +223,16 @@ fn apt_get(power: Power) -> Command {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn without_a_network_the_message_says_so_and_what_to_do() {
+        let said = "Err:1 http://x trixie InRelease\n  Temporary failure resolving 'x'";
+        let text = not_fetched("linux-image", said, &["sudo apt-get update"]).to_string();
+        assert!(text.contains("cannot fetch linux-image: no network") && text.contains("doctor"), "{text}");
+        assert!(!text.contains("apt-get update"), "{text}");
+        let other = not_fetched("linux-image", "E: no such package", &["sudo apt-get update"]).to_string();
+        assert!(other.contains("E: no such package") && other.contains("sudo apt-get update"), "{other}");
+    }
 
     #[test]
     fn the_candidate_is_read_from_the_policy() {

@@ -6,6 +6,7 @@ pub mod grub;
 pub mod linux;
 pub mod programs;
 pub mod qemu;
+pub mod release;
 pub mod sources;
 pub mod sysroot;
 pub mod tcg;

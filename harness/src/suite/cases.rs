@@ -3,7 +3,7 @@
 use super::{
     Case, Judge, Suite, all_pass, attacks, bench, compare, firmware,
     fixtures::{Fixtures, inside_nvmx},
-    growth, lab, linux, loaders, messages, models, msrs, native, on_kvm, refused, smp, xen,
+    growth, lab, linux, loaders, messages, models, msrs, native, on_kvm, refused, smp, trace, xen,
 };
 use crate::backend::{Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
@@ -73,6 +73,7 @@ pub fn some(session: &Session, wants: impl Fn(&str) -> bool) -> Result<Suite> {
     loaders::add(&mut b.suite, session, &fixtures);
     msrs::add(&mut b.suite, session);
     growth::add(&mut b.suite, session)?;
+    trace::add(&mut b.suite, session);
     smp::add(&mut b.suite, session);
     attacks::add(&mut b.suite, session);
     native::add(&mut b.suite, session);

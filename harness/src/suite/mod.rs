@@ -18,6 +18,7 @@ pub mod native;
 pub mod on_kvm;
 pub mod select;
 pub mod smp;
+pub mod trace;
 pub mod xen;
 
 use crate::backend::{Backend, Spec};

@@ -182,11 +182,15 @@ pub mod tests {
 
     /// A boot with the records of a CPUID of L3.
     pub fn boot() -> Boot {
-        let all = log::tests::log(&cascade());
+        boot_of(nested(), &cascade())
+    }
+
+    /// A boot with these records.
+    pub fn boot_of(levels: Levels, records: &[log::Record]) -> Boot {
+        let all = log::tests::log(records);
         let log = log::body(&all).unwrap().to_vec();
         let (name, unit) = ("sample".to_string(), "instructions".to_string());
-        let header =
-            BootHeader { name, source: Source::Emulator, unit, levels: nested(), symbols: vec![], bytes: log.len() };
+        let header = BootHeader { name, source: Source::Emulator, unit, levels, symbols: vec![], bytes: log.len() };
         Boot { header, log }
     }
 

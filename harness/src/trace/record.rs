@@ -15,8 +15,8 @@ use tempfile::TempDir;
 /// Where the exits of a boot are recorded.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Recording {
-    /// The folder of the emulator's logs
-    folder: PathBuf,
+    /// The folder of the emulator's logs; `None`: that of the boot
+    folder: Option<PathBuf>,
     /// nvmx, to know it among the images
     nvmx: PathBuf,
 }
@@ -24,12 +24,18 @@ pub struct Recording {
 impl Recording {
     /// In this folder.
     pub fn new(folder: &TempDir, nvmx: &Path) -> Self {
-        Recording { folder: folder.path().to_path_buf(), nvmx: nvmx.to_path_buf() }
+        Recording { folder: Some(folder.path().to_path_buf()), nvmx: nvmx.to_path_buf() }
     }
 
-    /// The log of the boot with this name.
+    /// Beside the other files of the boot.
+    pub fn kept(nvmx: &Path) -> Self {
+        Recording { folder: None, nvmx: nvmx.to_path_buf() }
+    }
+
+    /// The log of the boot with this name: in the session's folder, or relative to the boot's.
     pub fn log(&self, name: &str) -> PathBuf {
-        self.folder.join(format!("{}.log", name.replace('/', "-")))
+        let file = format!("{}.exits", name.replace('/', "-"));
+        self.folder.as_ref().map_or(PathBuf::from(&file), |folder| folder.join(&file))
     }
 
     /// Who runs what in a boot.
@@ -41,8 +47,8 @@ impl Recording {
     ///
     /// # Errors
     /// If there is none.
-    pub fn read(&self, spec: &Spec, backend: &dyn Backend) -> Result<Boot> {
-        let log = self.log(&spec.name);
+    pub fn read(&self, spec: &Spec, backend: &dyn Backend, folder: &Path) -> Result<Boot> {
+        let log = folder.join(self.log(&spec.name));
         let boot = Boot::of_emulator(spec, &self.nvmx, backend.below(), backend.unit().name(), &log)?;
         // What cannot be removed does no harm.
         let _ = std::fs::remove_file(&log);

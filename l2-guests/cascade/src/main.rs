@@ -38,6 +38,9 @@ fn main(info: &BootInfo) {
             ("features", &guest::features().as_str()),
         ],
     );
+    if !info.knows(&["events"]) {
+        return;
+    }
     report::say("Hello from the guest hypervisor: first my own work, then my guest's.");
     if let Some(text) = info.option("events") {
         match text.parse() {

@@ -27,6 +27,9 @@ fn main(info: &BootInfo) {
             ("cpu", &identity::cpu_name().as_str()),
         ],
     );
+    if !info.knows(&["part", "most"]) {
+        return;
+    }
     let part = info.option("part");
     if let Some(name) = part.filter(|name| !PARTS.contains(name)) {
         return report::fail(format_args!("there is no part `{name}`; there are: vmcs, ept, invept"));

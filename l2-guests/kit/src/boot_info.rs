@@ -166,6 +166,13 @@ pub fn option<'a>(command_line: &'a str, key: &str) -> Option<&'a str> {
     })
 }
 
+/// The first word whose name is none of these.
+#[cfg(any(test, target_os = "none"))]
+pub(crate) fn unknown<'a>(command_line: &'a str, names: &[&str]) -> Option<&'a str> {
+    let mut words = command_line.split_ascii_whitespace().map(|word| word.split('=').next().unwrap_or(word));
+    words.find(|name| *name != "caps" && !names.contains(name))
+}
+
 /// GRUB's `multiboot` and QEMU put the image's path before the options, with a slash in it.
 fn without_name(command_line: &str) -> &str {
     let (first, rest) = command_line.split_once(' ').unwrap_or((command_line, ""));
@@ -196,6 +203,13 @@ mod tests {
 
     fn le(words: &[u32]) -> Vec<u8> {
         words.iter().flat_map(|w| w.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn a_word_that_is_not_known_is_found() {
+        assert_eq!(unknown("events=5 caps=1,2 part", &["events", "part"]), None);
+        assert_eq!(unknown("events=5 evnts=6", &["events"]), Some("evnts"));
+        assert_eq!(unknown("", &[]), None);
     }
 
     #[test]

@@ -34,6 +34,9 @@ fn main(info: &BootInfo) {
             ("depth", &identity::depth()),
         ],
     );
+    if !info.knows(&["only", "events", "trace"]) {
+        return;
+    }
     if let Err(why) = record::options(info) {
         return report::fail(format_args!("{why}"));
     }

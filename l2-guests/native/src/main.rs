@@ -48,6 +48,9 @@ fn main(info: &BootInfo) {
             ("cpu", &identity::cpu_name().as_str()),
         ],
     );
+    if !info.knows(&["detail"]) {
+        return;
+    }
     if cpu::cpuid(1, 0)[2] & 1 << 5 == 0 {
         report::fail(format_args!("{}", Missing::Vmx));
         return;

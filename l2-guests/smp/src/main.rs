@@ -65,6 +65,9 @@ fn main(info: &BootInfo) {
             ("cpus", &ids.len()),
         ],
     );
+    if !info.knows(&["part", "parked"]) {
+        return;
+    }
     if cpu::cpuid(1, 0)[2] & 1 << 5 == 0 {
         report::fail(format_args!("this CPU lacks VMX"));
         return;

@@ -109,6 +109,9 @@ fn main(info: &BootInfo) {
             ("cpu", &identity::cpu_name().as_str()),
         ],
     );
+    if !info.knows(&["part", "skip", "outside", "seed", "cases", "first", "case"]) {
+        return;
+    }
     let chosen = info.option("part");
     if let Some(name) = chosen {
         if name != "tasks" && !PARTS.iter().any(|(part, _)| *part == name) {

@@ -4,6 +4,7 @@
 
 pub mod series;
 
+use super::release::Release;
 use super::{Need, apt, program, require, sources};
 use crate::error::Stop;
 use crate::paths::Paths;
@@ -104,6 +105,10 @@ pub fn set_up(ui: &Ui, paths: &Paths, given: Option<&Path>) -> Result<Bochs> {
         require(ui, &[BIOS, VGA_BIOS], "Bochs")?;
         return look_at(path).map_err(|e| Stop::Usage(format!("--bochs {}: {e}", path.display())).into());
     }
+    if let Some(path) = Release::find().map(|release| release.bochs()).filter(|path| path.exists()) {
+        require(ui, &[BIOS, VGA_BIOS], "Bochs")?;
+        return Ok(Bochs { path, version: UPSTREAM.into(), flavour: Flavour::Plain, lost: None });
+    }
     let series = Series::read(&paths.root)?;
     let own = folder(paths, &series).join("bochs");
     if !own.exists() {
@@ -178,16 +183,27 @@ fn lost(version: &str, flavour: Flavour) -> String {
 pub fn patch(ui: &Ui, paths: &Paths, series: &Series) -> Result<String> {
     require(ui, &BUILD_NEEDS, "unpacking the source of Bochs 3.0")?;
     let work = tempfile::Builder::new().prefix("bochs-").tempdir_in(&paths.cache)?;
-    series.patch(&unpack(ui, work.path())?)
+    patch_of(work.path(), &download(ui, work.path())?, series)
+}
+
+/// All fixes as one patch against the source in this archive, which is unpacked in `work`.
+///
+/// # Errors
+/// If a fix does not go in.
+pub fn patch_of(work: &Path, tarball: &Path, series: &Series) -> Result<String> {
+    series.patch(&unpacked(work, tarball)?)
 }
 
 /// Fetches and unpacks the source, as it is, into a folder of `work`.
 fn unpack(ui: &Ui, work: &Path) -> Result<PathBuf> {
-    let tarball = download(ui, work)?;
+    unpacked(work, &download(ui, work)?)
+}
+
+fn unpacked(work: &Path, tarball: &Path) -> Result<PathBuf> {
     let source = work.join("source");
     std::fs::create_dir(&source)?;
     let mut tar = Command::new("tar");
-    tar.args(["--strip-components=1", "-xf"]).arg(&tarball).arg("-C").arg(&source);
+    tar.args(["--strip-components=1", "-xf"]).arg(tarball).arg("-C").arg(&source);
     must(&proc::run(&mut tar, None, |_| {})?, "unpacking Bochs")?;
     Ok(source)
 }
@@ -234,8 +250,11 @@ fn short(line: &str) -> String {
     line.split_whitespace().rev().find(source).unwrap_or("").to_string()
 }
 
-/// Fetches the source by apt, from the archive that the machine uses anyway: apt checks signature, size and digest.
-fn download(ui: &Ui, work: &Path) -> Result<PathBuf> {
+/// Fetches the source into a folder of `work` by apt, from the archive that the machine uses anyway: apt checks signature, size and digest.
+///
+/// # Errors
+/// [`Stop::Environment`] if it cannot be had.
+pub fn download(ui: &Ui, work: &Path) -> Result<PathBuf> {
     if apt::Power::find() == apt::Power::None {
         return Err(
             Stop::environment("Bochs 3.0 is built from Debian's source package, and there is no apt here").into()
@@ -275,9 +294,9 @@ fn download(ui: &Ui, work: &Path) -> Result<PathBuf> {
                 return Ok(tarball);
             }
         }
-        last = format!("{}\n{}", updated.tail(3), fetched.tail(3));
+        last = format!("{}\n{}", updated.text, fetched.text);
     }
-    Err(Stop::environment(format!("the source of Bochs 3.0 cannot be fetched:\n{}", last.trim())).into())
+    Err(apt::not_fetched("the source of Bochs 3.0", last.trim(), &[]).into())
 }
 
 /// Releases whose archive has Bochs 3.0.

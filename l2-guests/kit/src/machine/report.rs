@@ -111,3 +111,15 @@ impl<'a> Check<'a> {
         CHECKS.set(CHECKS.get() + 1);
     }
 }
+
+impl crate::BootInfo {
+    /// Whether the command line has no other words than these and `caps`, which clamps what a guest uses; else the guest fails with
+    /// the names there are.
+    pub fn knows(&self, names: &[&str]) -> bool {
+        let unknown = crate::boot_info::unknown(self.command_line, names);
+        if let Some(word) = unknown {
+            fail(format_args!("there is no word `{word}`; there are: {names:?}"));
+        }
+        unknown.is_none()
+    }
+}

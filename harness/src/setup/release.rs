@@ -1,0 +1,95 @@
+//! What a release has ready: the images, Bochs, and which compiler made them. `./nvmx release` makes one, the front door finds it
+//! by its folder `release/` and names that in `NVMX_RELEASE`.
+
+use super::toolchain::Toolchain;
+use crate::error::Stop;
+use crate::image::{Images, Wanted};
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+
+/// The folder of a release.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Release {
+    folder: PathBuf,
+}
+
+impl Release {
+    /// The one that this program is from, if it is from one.
+    pub fn find() -> Option<Self> {
+        let folder = std::env::var_os("NVMX_RELEASE").filter(|folder| !folder.is_empty())?;
+        Some(Release { folder: folder.into() })
+    }
+
+    /// In this folder.
+    pub fn in_folder(folder: &Path) -> Self {
+        Release { folder: folder.to_path_buf() }
+    }
+
+    /// Bochs.
+    pub fn bochs(&self) -> PathBuf {
+        self.folder.join("bochs/bochs")
+    }
+
+    /// Where the images are.
+    pub fn image_folder(&self) -> PathBuf {
+        self.folder.join("images")
+    }
+
+    /// Where the words about the compiler are.
+    pub fn compiler_file(&self) -> PathBuf {
+        self.folder.join("compiler")
+    }
+
+    /// The images.
+    ///
+    /// # Errors
+    /// [`Stop::Usage`] if it has no such guest.
+    pub fn images(&self, wanted: &Wanted) -> Result<Images> {
+        let folder = self.image_folder();
+        let entries = std::fs::read_dir(&folder).with_context(|| format!("{} cannot be read", folder.display()))?;
+        let mut images = Images::only(folder.join("nvmx"));
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name != "nvmx" {
+                images.guests.insert(name, entry.path());
+            }
+        }
+        if let Wanted::Guest(name) = wanted {
+            images.guest(name)?;
+        }
+        Ok(images)
+    }
+
+    /// The compiler that made the images. It is not here: what needs one cannot be built.
+    ///
+    /// # Errors
+    /// [`Stop::Environment`] if the release is not whole.
+    pub fn toolchain(&self) -> Result<Toolchain> {
+        let nowhere = PathBuf::from("/nonexistent");
+        let text = std::fs::read_to_string(self.compiler_file())
+            .map_err(|error| Stop::environment(format!("the release is not whole: compiler: {error}")))?;
+        Ok(Toolchain { cargo: nowhere.clone(), rustc: nowhere, linker: None, text: text.trim().into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_release_gives_its_images_and_names_the_guests_it_has() {
+        let folder = tempfile::tempdir().unwrap();
+        let release = Release::in_folder(folder.path());
+        std::fs::create_dir(release.image_folder()).unwrap();
+        for name in ["nvmx", "cascade", "smp"] {
+            std::fs::write(release.image_folder().join(name), "").unwrap();
+        }
+        std::fs::write(release.compiler_file(), "rustc 1.99\n").unwrap();
+        let images = release.images(&Wanted::All).unwrap();
+        assert_eq!(images.guests.keys().collect::<Vec<_>>(), ["cascade", "smp"]);
+        assert!(images.nvmx.ends_with("images/nvmx"));
+        let error = release.images(&Wanted::Guest("x".into())).unwrap_err().to_string();
+        assert!(error.contains("there are: cascade, smp"), "{error}");
+        assert_eq!(release.toolchain().unwrap().text, "rustc 1.99");
+    }
+}
