@@ -126,6 +126,14 @@ proptest! {
         prop_assert!(o.secondary.allows(SecondaryControls::ENABLE_VPID) || o.ept_vpid.0 >> 32 == 0);
         let timer = o.pin.allows(PinControls::PREEMPTION_TIMER);
         prop_assert_eq!(timer, o.exit.allows(ExitControls::SAVE_PREEMPTION_TIMER));
+        // The exit's part is done by an entry.
+        for (exit, entry) in [
+            (ExitControls::LOAD_CET, EntryControls::LOAD_CET),
+            (ExitControls::LOAD_PKRS, EntryControls::LOAD_PKRS),
+            (ExitControls::CLEAR_UINV, EntryControls::LOAD_UINV),
+        ] {
+            prop_assert!(!o.exit.allows(exit) || hw.entry.allows(entry), "{:?}", exit);
+        }
     }
 }
 
@@ -145,8 +153,8 @@ fn what_nvmx_does_not_implement_is_withheld() {
     let o = offered(&rich());
     let primary = PrimaryControls::ACTIVATE_TERTIARY_CONTROLS;
     let secondary = SecondaryControls::SUB_PAGE_WRITE_PERMISSIONS | SecondaryControls::ENABLE_PCONFIG;
-    let exit = ExitControls::LOAD_PERF_GLOBAL_CTRL | ExitControls::LOAD_CET | ExitControls::CLEAR_BNDCFGS;
-    let entry = EntryControls::LOAD_PERF_GLOBAL_CTRL | EntryControls::LOAD_CET | EntryControls::ENTRY_TO_SMM;
+    let exit = ExitControls::LOAD_PERF_GLOBAL_CTRL | ExitControls::CLEAR_LBR_CTL | ExitControls::CLEAR_BNDCFGS;
+    let entry = EntryControls::LOAD_PERF_GLOBAL_CTRL | EntryControls::LOAD_LBR_CTL | EntryControls::ENTRY_TO_SMM;
     assert_eq!(o.primary.may_be_one() & primary.bits(), 0);
     assert_eq!(o.secondary.may_be_one() & secondary.bits(), 0);
     assert_eq!(o.exit.may_be_one() & exit.bits(), 0);

@@ -11,6 +11,7 @@ use crate::mm::{FramePool, GuestMemory};
 use crate::rules::merge::MsrIntercepts;
 use crate::vmcs::Config;
 use crate::vmcs::msrs::OwnMsrs;
+use crate::vmcs::once::Once;
 use crate::vmcs::tracked::Tracked;
 use crate::vmx::bitmap::Words;
 
@@ -26,8 +27,8 @@ pub struct Cpu {
     pub vmcs01: Hpa,
     /// vmcs01 entered since its VMCLEAR.
     pub launched01: bool,
-    /// vmcs01 loads an MSR area with the next entry (L2's VM-exit MSR-load area).
-    pub loads_msrs01: bool,
+    /// What vmcs01 loads with the next entry, and only then.
+    pub once01: Once,
     /// VMREAD and VMWRITE bitmap: what VMCS shadowing lets L2 reach.
     pub shadow_bitmaps: [Hpa; 2],
     /// MSR bitmap of vmcs01: what nvmx itself must see.

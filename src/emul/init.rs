@@ -11,6 +11,7 @@ use crate::cpu::{Cpu, Operation, Startup, Waiting, others};
 use crate::guest::{Next, events, initial};
 use crate::hw::vmx::Invalidate;
 use crate::hw::{apic, cr};
+use crate::vmcs::once::Once;
 use crate::vmcs::vpid::VPID01;
 use crate::vmx::Field;
 use crate::vmx::segment::Segment;
@@ -59,7 +60,7 @@ pub fn take(cpu: &mut Cpu) {
 /// Puts L2's processor, outside VMX operation, into the state after an INIT; vmcs01 is current.
 pub fn reset(cpu: &mut Cpu) {
     initial::write_init_state(cpu, cpuid_count(1, 0).eax);
-    cpu.loads_msrs01 = false;
+    cpu.once01 = Once::empty();
     cpu.tracked.refresh(&mut cpu.vmx);
     cpu.waiting = Waiting::empty();
     cr::set_cr2(0);

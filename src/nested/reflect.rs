@@ -13,6 +13,7 @@ use crate::vmcs::Config;
 use crate::vmcs::image::Image;
 use crate::vmcs::msr_lists::MsrLists;
 use crate::vmcs::msrs::{self, OwnMsrs};
+use crate::vmcs::once::Once;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::stale::Stale;
 use crate::vmcs::tracked::{HostMsrs, Tracked};
@@ -195,6 +196,7 @@ fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Inf
         Some(layout) => {
             let vmcs01 = &mut Image { layout, phys: &cpu.phys, region: cpu.vmcs01 };
             load_l2(vmcs01, &slot.vmcs12, &mut cpu.tracked, &msrs, blocking);
+            cpu.once01.load_resident(vmcs01, &slot.vmcs12);
             vmx.ptrld(cpu.vmcs01);
             if cpu.config.strategy == Strategy::ZeroCopy {
                 if let Some(info) = info {
@@ -206,6 +208,7 @@ fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Inf
         None => {
             vmx.ptrld(cpu.vmcs01);
             load_l2(vmx, &slot.vmcs12, &mut cpu.tracked, &msrs, blocking);
+            cpu.once01.load_resident(vmx, &slot.vmcs12);
         }
     }
     if slot.vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 == 0 {
@@ -218,7 +221,7 @@ fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Inf
     if count != 0 {
         let at = slot.vmcs12.get(Field::VM_EXIT_MSR_LOAD_ADDR);
         slot.msr_lists.arm_exit(vmx, &cpu.phys, &cpu.guest, at, count);
-        cpu.loads_msrs01 = true;
+        cpu.once01 |= Once::MSR_AREA;
     }
     if let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation {
         cpu.nested.operation = Operation::Root { vmxon_ptr, current: Some(current) };

@@ -3,6 +3,7 @@
 //! A bit that is not in these tables is refused exactly as on a machine without it (invariant I11). Each row says how
 //! nvmx honours the bit.
 
+use crate::rules::resident;
 use crate::vmx::caps::{Allowed, Basic, Capabilities, EptVpid, Misc};
 use crate::vmx::controls::{
     Controls, EntryControls as Entry, ExitControls as Exit, PinControls as Pin, PrimaryControls as Primary,
@@ -21,13 +22,15 @@ pub struct Offer<C> {
 }
 
 macro_rules! offers {
-    ($(#[$doc:meta])* $table:ident: $control:ident { $( $bit:ident, $how:literal; )* }) => {
+    ($(#[$doc:meta])* $table:ident: $control:ident { $( $bit:ident, $how:expr; )* }) => {
         $(#[$doc])*
         pub const $table: &[Offer<$control>] = &[ $( Offer { control: $control::$bit, how: $how }, )* ];
     };
 }
 
 const RUN: &str = "runs in vmcs02 as L2 set it, and its exits go to L2";
+const RESIDENT_ENTRY: &str = "runs in vmcs02; without it L2's values go on in L3";
+const RESIDENT_EXIT: &str = "applied to L2 when an exit is reflected, by the entry of vmcs01; nvmx leaves the values in the processor, where its CR4 makes them do nothing";
 
 offers! {
     /// Pin-based controls.
@@ -118,6 +121,9 @@ offers! {
         SAVE_EFER,               "always saved in vmcs02";
         LOAD_EFER,               "applied to L2 when an exit is reflected";
         SAVE_PREEMPTION_TIMER,   "always saved in vmcs02 while the timer runs";
+        CLEAR_UINV,              RESIDENT_EXIT;
+        LOAD_CET,                RESIDENT_EXIT;
+        LOAD_PKRS,               RESIDENT_EXIT;
     }
 }
 
@@ -128,6 +134,9 @@ offers! {
         IA32E_MODE_GUEST,    "runs in vmcs02";
         LOAD_PAT,            "always loaded in vmcs02, with L2's value if L2 does not ask";
         LOAD_EFER,           "always loaded in vmcs02, with L2's value if L2 does not ask";
+        LOAD_UINV,           RESIDENT_ENTRY;
+        LOAD_CET,            RESIDENT_ENTRY;
+        LOAD_PKRS,           RESIDENT_ENTRY;
     }
 }
 
@@ -200,6 +209,11 @@ pub fn offered(hardware: &Capabilities) -> Capabilities {
     let mut exit = mask(EXIT);
     if pin & Pin::PREEMPTION_TIMER.bits() == 0 || !hardware.pin.allows(Pin::PREEMPTION_TIMER) {
         exit &= !Exit::SAVE_PREEMPTION_TIMER.bits();
+    }
+
+    // The entry of vmcs01 loads what an exit of L3 is to load, so both controls must exist.
+    for row in resident::TABLE.iter().filter(|row| !hardware.entry.allows(row.entry)) {
+        exit &= !row.exit.bits();
     }
 
     let cr3_targets = hardware.misc.cr3_targets().min(MAX_CR3_TARGETS);

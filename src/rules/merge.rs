@@ -9,6 +9,7 @@
 use crate::addr::{Gpa, Hpa, PAGE_SIZE};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::checks::ControlsChecked;
+use crate::rules::resident;
 use crate::vmx::bitmap::{MsrBitmap, Words};
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::{Capabilities, Field, Fields};
@@ -159,7 +160,7 @@ pub fn merge(needs: &NvmxNeeds, vmcs12: &impl Fields, checked: ControlsChecked, 
         primary: merge_primary(primary12, to) | needs.primary,
         secondary: run12 | needs.secondary,
         exit,
-        entry: entry12 & EntryControls::IA32E_MODE_GUEST | needs.entry,
+        entry: entry12 & (EntryControls::IA32E_MODE_GUEST | resident::ENTRY) | needs.entry,
         io_bitmaps: to.io_bitmaps,
         msr_bitmap: to.msr_bitmap,
         virtual_apic: primary12.contains(PrimaryControls::USE_TPR_SHADOW).then_some(to.apic.virtual_apic),

@@ -22,7 +22,6 @@ macro_rules! refusals {
 
 /// A feature that could only be offered untested (invariant I11).
 const UNTESTED: &str = "no processor of the tests has it";
-const NOT_SWITCHED: &str = "not implemented: L2 and L3 share its state, as on a processor without the control";
 const NO_PT: &str = "Intel PT in VMX operation is not offered (IA32_VMX_MISC bit 14 is 0)";
 const NO_SGX: &str = "SGX is hidden from L2";
 const NO_CONTROLS: &str = "none of the controls that it activates is implemented";
@@ -60,9 +59,6 @@ refusals! {
         CONCEAL_VMX_FROM_PT,   NO_PT;
         CLEAR_RTIT_CTL,        NO_PT;
         CLEAR_LBR_CTL,         UNTESTED;
-        CLEAR_UINV,            NOT_SWITCHED;
-        LOAD_CET,              NOT_SWITCHED;
-        LOAD_PKRS,             NOT_SWITCHED;
         SAVE_PERF_GLOBAL_CTRL, NO_PERFMON;
         ACTIVATE_SECONDARY_CONTROLS, NO_CONTROLS;
     }
@@ -77,9 +73,6 @@ refusals! {
         LOAD_BNDCFGS,            UNTESTED;
         CONCEAL_VMX_FROM_PT,     NO_PT;
         LOAD_RTIT_CTL,           NO_PT;
-        LOAD_UINV,               NOT_SWITCHED;
-        LOAD_CET,                NOT_SWITCHED;
         LOAD_LBR_CTL,            UNTESTED;
-        LOAD_PKRS,               NOT_SWITCHED;
     }
 }

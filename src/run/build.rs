@@ -17,6 +17,7 @@ use crate::rules::merge::MsrIntercepts;
 use crate::run::Machine;
 use crate::vmcs::image::Layout;
 use crate::vmcs::msrs::{self, By, OwnMsrs};
+use crate::vmcs::once::Once;
 use crate::vmcs::slots::{FIRST_SLOTS, Slots};
 use crate::vmcs::tracked::Tracked;
 use crate::vmcs::vmcs01::{self, Points};
@@ -120,7 +121,7 @@ impl Common {
             vmx,
             vmcs01,
             launched01: false,
-            loads_msrs01: false,
+            once01: Once::empty(),
             msr_bitmap01,
             void,
             shadow_words: bitmaps.each_ref().map(|bitmap| Words::that_differ(bitmap, u64::MAX)),

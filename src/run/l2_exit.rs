@@ -8,6 +8,7 @@ use crate::guest::{Next, Stop, events, inject, missing};
 use crate::hw::cache;
 use crate::nested::instr;
 use crate::trace::KillReason;
+use crate::vmcs::once::Once;
 use crate::vmx::Field;
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::x86::Fault;
@@ -89,7 +90,7 @@ fn memory_missing(cpu: &mut Cpu) -> Result<Next, Stop> {
 
 /// The processor refused vmcs01.
 fn entry_failure(cpu: &mut Cpu, reason: ExitReason) -> KillReason {
-    if cpu.loads_msrs01 && reason.basic() == BasicReason::ENTRY_MSR_LOADING {
+    if cpu.once01.contains(Once::MSR_AREA) && reason.basic() == BasicReason::ENTRY_MSR_LOADING {
         return KillReason::VmxAbort(crate::vmcs::msr_lists::ABORT_LOADING);
     }
     KillReason::EntryFailed { reason: reason.0, qualification: cpu.vmx.read(Field::EXIT_QUALIFICATION) }

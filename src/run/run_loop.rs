@@ -7,6 +7,7 @@ use crate::hw::vmenter::{self, Entered};
 use crate::nested::{entry, l3_exit};
 use crate::run::l2_exit;
 use crate::trace::KillReason;
+use crate::vmcs::once::Once;
 use crate::vmx::Field;
 use crate::vmx::exit::ExitReason;
 
@@ -34,8 +35,8 @@ pub fn run(cpu: &mut Cpu) -> KillReason {
                     this.note_exit_of_l2(reason);
                     if !reason.is_entry_failure() {
                         cpu.launched01 = true;
-                        if cpu.loads_msrs01 {
-                            msrs_loaded(cpu);
+                        if !cpu.once01.is_empty() {
+                            loaded_once(cpu);
                         }
                     }
                     l2_exit::handle(cpu, reason)
@@ -57,10 +58,11 @@ pub fn run(cpu: &mut Cpu) -> KillReason {
     }
 }
 
-/// L2's VM-exit MSR-load area was loaded: further entries must not load it again. vmcs01 is current.
+/// vmcs01, which is current, entered with what an exit of L3 was to load.
 #[cold]
-fn msrs_loaded(cpu: &mut Cpu) {
-    cpu.vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, 0);
-    cpu.loads_msrs01 = false;
-    cpu.tracked.refresh(&mut cpu.vmx);
+fn loaded_once(cpu: &mut Cpu) {
+    if cpu.once01.contains(Once::MSR_AREA) {
+        cpu.tracked.refresh(&mut cpu.vmx);
+    }
+    cpu.once01.done(&mut cpu.vmx);
 }

@@ -7,6 +7,7 @@ pub mod inherit;
 pub mod msr_lists;
 pub mod msrs;
 pub mod mtrrs;
+pub mod once;
 pub mod probe;
 pub mod slot;
 pub mod slots;

@@ -152,6 +152,7 @@ fields! {
     GUEST_TR_SELECTOR                   = 0x080E, W16,     Vmcs02,   Always;
     GUEST_INTERRUPT_STATUS              = 0x0810, W16,     Vmcs02,   Secondary(9);
     PML_INDEX                           = 0x0812, W16,     Vmcs02,   Secondary(17);
+    GUEST_UINV                          = 0x0814, W16,     Vmcs02,   ExitOrEntry(1 << 27, 1 << 19);
 
     HOST_ES_SELECTOR                    = 0x0C00, W16,     Cache,    Always;
     HOST_CS_SELECTOR                    = 0x0C02, W16,     Cache,    Always;
@@ -201,7 +202,7 @@ fields! {
     GUEST_PDPTE3                        = 0x2810, W64,     Vmcs02,   Secondary(1);
     GUEST_IA32_BNDCFGS                  = 0x2812, W64,     Cache,    ExitOrEntry(1 << 23, 1 << 16);
     GUEST_IA32_RTIT_CTL                 = 0x2814, W64,     Cache,    ExitOrEntry(1 << 25, 1 << 18);
-    GUEST_IA32_PKRS                     = 0x2818, W64,     Cache,    ExitOrEntry(0, 1 << 22);
+    GUEST_IA32_PKRS                     = 0x2818, W64,     Vmcs02,   ExitOrEntry(0, 1 << 22);
 
     HOST_IA32_PAT                       = 0x2C00, W64,     Cache,    ExitOrEntry(1 << 19, 0);
     HOST_IA32_EFER                      = 0x2C02, W64,     Cache,    ExitOrEntry(1 << 21, 0);
@@ -298,9 +299,9 @@ fields! {
     GUEST_PENDING_DBG_EXCEPTIONS        = 0x6822, Natural, Vmcs02,   Always;
     GUEST_SYSENTER_ESP                  = 0x6824, Natural, Vmcs02,   Always;
     GUEST_SYSENTER_EIP                  = 0x6826, Natural, Vmcs02,   Always;
-    GUEST_S_CET                         = 0x6828, Natural, Cache,    ExitOrEntry(1 << 28, 1 << 20);
-    GUEST_SSP                           = 0x682A, Natural, Cache,    ExitOrEntry(1 << 28, 1 << 20);
-    GUEST_INTR_SSP_TABLE                = 0x682C, Natural, Cache,    ExitOrEntry(1 << 28, 1 << 20);
+    GUEST_S_CET                         = 0x6828, Natural, Vmcs02,   ExitOrEntry(1 << 28, 1 << 20);
+    GUEST_SSP                           = 0x682A, Natural, Vmcs02,   ExitOrEntry(1 << 28, 1 << 20);
+    GUEST_INTR_SSP_TABLE                = 0x682C, Natural, Vmcs02,   ExitOrEntry(1 << 28, 1 << 20);
 
     HOST_CR0                            = 0x6C00, Natural, Cache,    Always;
     HOST_CR3                            = 0x6C02, Natural, Cache,    Always;

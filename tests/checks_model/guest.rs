@@ -116,6 +116,19 @@ fn registers(v: &impl Fields, caps: &Capabilities, demand: Demand<'_>) {
         demand("GuestEferLma", bit(efer, 10) == ia32e(v));
         demand("GuestEferLme", !paging || bit(efer, 8) == bit(efer, 10));
     }
+    // An address that the guest's mode can use.
+    let linear = |field| if ia32e(v) { canonical(field) } else { get(v, field) < 1 << 32 };
+    if bit(entry, 20) {
+        demand("GuestSCet", super::s_cet(get(v, GUEST_S_CET)) && linear(GUEST_S_CET));
+        demand("GuestSsp", get(v, GUEST_SSP) % 4 == 0 && linear(GUEST_SSP));
+        demand("GuestSspTable", canonical(GUEST_INTR_SSP_TABLE));
+    }
+    if bit(entry, 22) {
+        demand("GuestPkrs", none_of(get(v, GUEST_IA32_PKRS), 32..64));
+    }
+    if bit(entry, 19) {
+        demand("GuestUinv", get(v, GUEST_UINV) < 256);
+    }
 }
 
 const ES: [Field; 4] = [GUEST_ES_SELECTOR, GUEST_ES_BASE, GUEST_ES_LIMIT, GUEST_ES_AR_BYTES];

@@ -34,6 +34,17 @@ pub fn violations(v: &impl Fields, caps: &Capabilities, long_mode: bool) -> Viol
         demand("HostEferMode", bit(efer, 8) == host_64 && bit(efer, 10) == host_64);
     }
 
+    // An address that the host's mode can use.
+    let linear = |field| if host_64 { canonical(field) } else { get(v, field) < 1 << 32 };
+    if bit(exit, 28) {
+        demand("HostSCet", super::s_cet(get(v, HOST_S_CET)) && linear(HOST_S_CET));
+        demand("HostSsp", get(v, HOST_SSP) % 4 == 0 && linear(HOST_SSP));
+        demand("HostSspTable", canonical(HOST_INTR_SSP_TABLE));
+    }
+    if bit(exit, 29) {
+        demand("HostPkrs", none_of(get(v, HOST_IA32_PKRS), 32..64));
+    }
+
     let selectors = [
         HOST_ES_SELECTOR,
         HOST_CS_SELECTOR,

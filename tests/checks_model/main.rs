@@ -35,6 +35,11 @@ fn pat(value: u64) -> bool {
     (0..8).all(|i| [0, 1, 4, 5, 6, 7].contains(&(value >> (8 * i) & 0xFF)))
 }
 
+/// IA32_S_CET but for the address in its upper part: SH_STK_EN to NO_TRACK_EN, then four reserved bits, SUPPRESS or TRACKER.
+fn s_cet(value: u64) -> bool {
+    none_of(value, 6..10) && !(bit(value, 10) && bit(value, 11))
+}
+
 /// A fixed-bits pair: what is 1 in the first must be 1, what is 0 in the second must be 0.
 fn fixed(value: u64, fixed0: u64, fixed1: u64, except: &[u32]) -> bool {
     (0..64).filter(|i| !except.contains(i)).all(|i| if bit(value, i) { bit(fixed1, i) } else { !bit(fixed0, i) })

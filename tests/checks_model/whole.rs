@@ -33,7 +33,7 @@ impl Numbers {
 }
 
 /// What tells one valid state from another; several may be combined.
-pub const KINDS: [fn(&mut Vmcs); 20] = [
+pub const KINDS: [fn(&mut Vmcs); 21] = [
     |_| (),
     |_| (),
     legacy,
@@ -65,6 +65,10 @@ pub const KINDS: [fn(&mut Vmcs); 20] = [
         v.or(GUEST_CS_SELECTOR, 3).or(GUEST_SS_SELECTOR, 3).or(GUEST_DS_SELECTOR, 3);
     },
     |v| _ = v.clear(SECONDARY_VM_EXEC_CONTROL, 1 << 1 | 1 << 7),
+    |v| {
+        v.or(VM_ENTRY_CONTROLS, 1 << 19 | 1 << 20 | 1 << 22).or(VM_EXIT_CONTROLS, 1 << 27 | 1 << 28 | 1 << 29);
+        v.set(GUEST_S_CET, 0x401).set(GUEST_SSP, 0x7FF8).set(HOST_S_CET, 0x3B).set(GUEST_UINV, 0xEC);
+    },
 ];
 
 /// Values at the edges of rules.
@@ -105,7 +109,7 @@ pub fn fields() -> Vec<Field> {
 }
 
 /// Fields with many rules, to be chosen as often as all others together.
-const BUSY: [Field; 24] = [
+const BUSY: [Field; 28] = [
     PIN_BASED_VM_EXEC_CONTROL,
     CPU_BASED_VM_EXEC_CONTROL,
     SECONDARY_VM_EXEC_CONTROL,
@@ -130,6 +134,10 @@ const BUSY: [Field; 24] = [
     HOST_CR4,
     HOST_IA32_EFER,
     VMCS_LINK_POINTER,
+    GUEST_S_CET,
+    GUEST_SSP,
+    HOST_S_CET,
+    HOST_SSP,
 ];
 
 fn machine(numbers: &mut Numbers) -> Capabilities {

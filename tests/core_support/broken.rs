@@ -176,6 +176,13 @@ pub const CASES: &[(CheckId, Change)] = &[
     (CheckId::HostEferReserved, |v| _ = v.or(HOST_IA32_EFER, 1 << 9)),
     (CheckId::HostEferMode, |v| _ = v.clear(HOST_IA32_EFER, 1 << 8)),
     (CheckId::HostEferMode, |v| _ = v.clear(HOST_IA32_EFER, 1 << 10)),
+    (CheckId::HostSCet, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 28).set(HOST_S_CET, 1 << 6)),
+    (CheckId::HostSCet, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 28).set(HOST_S_CET, 3 << 10)),
+    (CheckId::HostSCet, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 28).set(HOST_S_CET, 1 << 47)),
+    (CheckId::HostSsp, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 28).set(HOST_SSP, 2)),
+    (CheckId::HostSsp, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 28).set(HOST_SSP, 1 << 63)),
+    (CheckId::HostSspTable, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 28).set(HOST_INTR_SSP_TABLE, 1 << 47)),
+    (CheckId::HostPkrs, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 29).set(HOST_IA32_PKRS, 1 << 32)),
     (CheckId::HostSelectorRplTi, |v| _ = v.or(HOST_GS_SELECTOR, 3)),
     (CheckId::HostSelectorRplTi, |v| _ = v.or(HOST_TR_SELECTOR, 4)),
     (CheckId::HostCsNotNull, |v| _ = v.set(HOST_CS_SELECTOR, 0)),
@@ -208,6 +215,16 @@ pub const CASES: &[(CheckId, Change)] = &[
     (CheckId::GuestEferReserved, |v| _ = v.or(GUEST_IA32_EFER, 1 << 12)),
     (CheckId::GuestEferLma, |v| _ = v.clear(GUEST_IA32_EFER, 1 << 10)),
     (CheckId::GuestEferLme, |v| _ = v.clear(GUEST_IA32_EFER, 1 << 8)),
+    (CheckId::GuestSCet, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 20).set(GUEST_S_CET, 1 << 9)),
+    (CheckId::GuestSCet, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 20).set(GUEST_S_CET, 3 << 10)),
+    (CheckId::GuestSCet, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 20).set(GUEST_S_CET, 1 << 62)),
+    (CheckId::GuestSCet, |v| {
+        legacy(v);
+        v.or(VM_ENTRY_CONTROLS, 1 << 20).set(GUEST_S_CET, 1 << 32);
+    }),
+    (CheckId::GuestSspTable, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 20).set(GUEST_INTR_SSP_TABLE, 1 << 47)),
+    (CheckId::GuestPkrs, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 22).set(GUEST_IA32_PKRS, 1 << 63)),
+    (CheckId::GuestUinv, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 19).set(GUEST_UINV, 0x100)),
     // Guest segments
     (CheckId::GuestTrSelector, |v| _ = v.or(GUEST_TR_SELECTOR, 4)),
     (CheckId::GuestLdtrSelector, |v| {
@@ -291,6 +308,12 @@ pub const CASES: &[(CheckId, Change)] = &[
         v.or(VM_ENTRY_CONTROLS, 1 << 9).set(GUEST_IA32_EFER, 0xD01);
     }),
     (CheckId::GuestRflagsIf, |v| _ = inject(v, EXTERNAL_INTERRUPT)),
+    (CheckId::GuestSsp, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 20).set(GUEST_SSP, 1)),
+    (CheckId::GuestSsp, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 20).set(GUEST_SSP, 1 << 47)),
+    (CheckId::GuestSsp, |v| {
+        legacy(v);
+        v.or(VM_ENTRY_CONTROLS, 1 << 20).set(GUEST_SSP, 1 << 32);
+    }),
     // Guest non-register state
     (CheckId::GuestActivity, |v| _ = v.set(GUEST_ACTIVITY_STATE, 2)),
     (CheckId::GuestActivity, |v| _ = v.set(GUEST_ACTIVITY_STATE, 3)),
@@ -359,4 +382,6 @@ pub const CASES_32_BIT_HOST: &[(CheckId, Change)] = &[
     (CheckId::Host32BitPcide, |v| _ = v.or(HOST_CR4, 1 << 17)),
     (CheckId::HostRip, |v| _ = v.set(HOST_RIP, 1 << 32)),
     (CheckId::HostEferMode, |v| _ = v.or(HOST_IA32_EFER, 1 << 10)),
+    (CheckId::HostSCet, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 28).set(HOST_S_CET, 1 << 32)),
+    (CheckId::HostSsp, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 28).set(HOST_SSP, 1 << 32)),
 ];

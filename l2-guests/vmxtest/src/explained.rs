@@ -201,6 +201,15 @@ fn host(guest: &mut Guest) {
         case(guest, rule, &[(field, change)]);
     }
     case_if(guest, has_cet, "HostCetNeedsWp", &[(f::HOST_CR4, On(CR4_CET)), (f::HOST_CR0, Off(CR0_WP))]);
+    for (control, rule, field, value) in [
+        (exit::LOAD_CET, "HostSCet", f::HOST_S_CET, 1 << 6),
+        (exit::LOAD_CET, "HostSsp", f::HOST_SSP, 1),
+        (exit::LOAD_CET, "HostSspTable", f::HOST_SSP_TABLE, NOT_CANONICAL),
+        (exit::LOAD_PKRS, "HostPkrs", f::HOST_PKRS, 1 << 32),
+    ] {
+        let changes = [(f::EXIT_CONTROLS, On(control.into())), (field, Set(value))];
+        case_if(guest, setup::allowed_one(Kind::Exit, control), rule, &changes);
+    }
 }
 
 fn guest_registers(guest: &mut Guest) {
@@ -233,6 +242,15 @@ fn guest_registers(guest: &mut Guest) {
         "GuestCetNeedsWp",
         &[(f::GUEST_CR4, On(CR4_CET)), (f::GUEST_CR0, Off(CR0_WP))],
     );
+    for (control, rule, field, value) in [
+        (entry::LOAD_CET, "GuestSCet", f::GUEST_S_CET, 1 << 6),
+        (entry::LOAD_CET, "GuestSspTable", f::GUEST_SSP_TABLE, NOT_CANONICAL),
+        (entry::LOAD_CET, "GuestSsp", f::GUEST_SSP, 1),
+        (entry::LOAD_UINV, "GuestUinv", f::GUEST_UINV, 0x100),
+    ] {
+        let changes = [(f::ENTRY_CONTROLS, On(control.into())), (field, Set(value))];
+        case_if(guest, setup::allowed_one(Kind::Entry, control), rule, &changes);
+    }
     case_if(
         guest,
         fixed1 & CR4_PCIDE != 0,

@@ -33,6 +33,7 @@ mod orderings;
 mod paging;
 mod random;
 mod registers;
+mod resident;
 mod shadow;
 mod state;
 mod tasks;
@@ -85,6 +86,7 @@ const PARTS: &[(&str, Part)] = &[
     ("traps", Guests(traps::all)),
     ("exits", Guests(exits::all)),
     ("state", Guests(state::all)),
+    ("resident", Guests(resident::all)),
     ("bitmaps", Guests(bitmaps::all)),
     ("msrs", Guests(msrs::all)),
     ("paging", Guests(paging::all)),

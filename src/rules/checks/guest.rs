@@ -5,6 +5,7 @@
 use crate::addr::Gpa;
 use crate::rules::checks::view::{
     CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, EFER_DEFINED, EFER_LMA, EFER_LME, View, implies, is_pat,
+    is_s_cet,
 };
 use crate::rules::checks::{CheckId, GuestFailure, first_failure, segments, state};
 use crate::vmx::controls::{EntryControls, SecondaryControls};
@@ -56,6 +57,10 @@ pub fn check_guest(
         GuestEferReserved => efer_reserved;
         GuestEferLma => efer_lma;
         GuestEferLme => efer_lme;
+        GuestSCet => s_cet;
+        GuestSspTable => ssp_table;
+        GuestPkrs => pkrs;
+        GuestUinv => uinv;
     };
     let flags = || {
         first_failure! { v;
@@ -63,6 +68,7 @@ pub fn check_guest(
             GuestRflagsReserved => rflags_reserved;
             GuestRflagsVm => rflags_vm;
             GuestRflagsIf => rflags_if;
+            GuestSsp => ssp;
         }
     };
     let failed = registers.or_else(|| segments::first_failure(v)).or_else(flags).or_else(|| state::first_failure(v));
@@ -185,7 +191,27 @@ fn efer_lme(v: &View<impl Fields>) -> bool {
     with_efer(v, |efer| implies(cr0_has(v, CR0_PG), (efer & EFER_LMA != 0) == (efer & EFER_LME != 0)))
 }
 
-// RIP and RFLAGS
+fn loads_cet(v: &View<impl Fields>) -> bool {
+    v.entry().contains(EntryControls::LOAD_CET)
+}
+
+fn s_cet(v: &View<impl Fields>) -> bool {
+    implies(loads_cet(v), is_s_cet(v.get(Field::GUEST_S_CET)) && v.is_linear(Field::GUEST_S_CET, is_ia32e(v)))
+}
+
+fn ssp_table(v: &View<impl Fields>) -> bool {
+    implies(loads_cet(v), v.canonical(Field::GUEST_INTR_SSP_TABLE))
+}
+
+fn pkrs(v: &View<impl Fields>) -> bool {
+    implies(v.entry().contains(EntryControls::LOAD_PKRS), v.get(Field::GUEST_IA32_PKRS) >> 32 == 0)
+}
+
+fn uinv(v: &View<impl Fields>) -> bool {
+    implies(v.entry().contains(EntryControls::LOAD_UINV), v.get(Field::GUEST_UINV) <= 0xFF)
+}
+
+// RIP, RFLAGS and SSP
 
 /// RFLAGS.TF
 pub(super) const RFLAGS_TF: u64 = 1 << 8;
@@ -219,4 +245,8 @@ fn rflags_vm(v: &View<impl Fields>) -> bool {
 
 fn rflags_if(v: &View<impl Fields>) -> bool {
     implies(v.event().is(EventKind::ExternalInterrupt), v.get(Field::GUEST_RFLAGS) & RFLAGS_IF != 0)
+}
+
+fn ssp(v: &View<impl Fields>) -> bool {
+    implies(loads_cet(v), v.get(Field::GUEST_SSP) & 3 == 0 && v.is_linear(Field::GUEST_SSP, is_ia32e(v)))
 }

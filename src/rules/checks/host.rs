@@ -4,7 +4,7 @@
 //! Descriptor-Table Registers", "Checks Related to Address-Space Size" of the chapter "VM Entries".
 
 use crate::rules::checks::view::{
-    CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, EFER_DEFINED, EFER_LMA, EFER_LME, View, implies, is_pat,
+    CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, EFER_DEFINED, EFER_LMA, EFER_LME, View, implies, is_pat, is_s_cet,
 };
 use crate::rules::checks::{Failure, first_failure};
 use crate::vmx::controls::{EntryControls, ExitControls};
@@ -26,6 +26,10 @@ pub fn check_host(fields: &impl Fields, caps: &Capabilities, long_mode: bool) ->
         HostPat => pat;
         HostEferReserved => efer_reserved;
         HostEferMode => efer_mode;
+        HostSCet => s_cet;
+        HostSsp => ssp;
+        HostSspTable => ssp_table;
+        HostPkrs => pkrs;
         HostSelectorRplTi => selector_rpl_ti;
         HostCsNotNull => cs_not_null;
         HostTrNotNull => tr_not_null;
@@ -93,6 +97,26 @@ fn efer_mode(v: &View<impl Fields>) -> bool {
     implies(v.exit().contains(ExitControls::LOAD_EFER), agrees(EFER_LMA) && agrees(EFER_LME))
 }
 
+fn loads_cet(v: &View<impl Fields>) -> bool {
+    v.exit().contains(ExitControls::LOAD_CET)
+}
+
+fn s_cet(v: &View<impl Fields>) -> bool {
+    implies(loads_cet(v), is_s_cet(v.get(Field::HOST_S_CET)) && v.is_linear(Field::HOST_S_CET, is_64_bit(v)))
+}
+
+fn ssp(v: &View<impl Fields>) -> bool {
+    implies(loads_cet(v), v.get(Field::HOST_SSP) & 3 == 0 && v.is_linear(Field::HOST_SSP, is_64_bit(v)))
+}
+
+fn ssp_table(v: &View<impl Fields>) -> bool {
+    implies(loads_cet(v), v.canonical(Field::HOST_INTR_SSP_TABLE))
+}
+
+fn pkrs(v: &View<impl Fields>) -> bool {
+    implies(v.exit().contains(ExitControls::LOAD_PKRS), v.get(Field::HOST_IA32_PKRS) >> 32 == 0)
+}
+
 // Segment and descriptor-table registers
 
 fn selector_rpl_ti(v: &View<impl Fields>) -> bool {
@@ -146,5 +170,5 @@ fn pae_of_64_bit_host(v: &View<impl Fields>) -> bool {
 }
 
 fn rip(v: &View<impl Fields>) -> bool {
-    if is_64_bit(v) { v.canonical(Field::HOST_RIP) } else { v.get(Field::HOST_RIP) >> 32 == 0 }
+    v.is_linear(Field::HOST_RIP, is_64_bit(v))
 }

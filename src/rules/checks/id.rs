@@ -161,6 +161,12 @@ checks! {
         HostPat = "each byte of host IA32_PAT is a memory type" [HOST_IA32_PAT];
         HostEferReserved = "reserved bits of host IA32_EFER are 0" [HOST_IA32_EFER];
         HostEferMode = "LMA and LME of host IA32_EFER equal host address-space size" [HOST_IA32_EFER VM_EXIT_CONTROLS];
+        HostSCet = "host IA32_S_CET has no reserved bit, not both SUPPRESS and TRACKER, and fits the host's mode" [
+            HOST_S_CET VM_EXIT_CONTROLS
+        ];
+        HostSsp = "bits 1:0 of host SSP are 0, and it fits the host's mode" [HOST_SSP VM_EXIT_CONTROLS];
+        HostSspTable = "host IA32_INTERRUPT_SSP_TABLE_ADDR is canonical" [HOST_INTR_SSP_TABLE VM_EXIT_CONTROLS];
+        HostPkrs = "bits 63:32 of host IA32_PKRS are 0" [HOST_IA32_PKRS VM_EXIT_CONTROLS];
     }
     "Checks on Host Segment and Descriptor-Table Registers" {
         HostSelectorRplTi = "RPL and TI of each host selector are 0" [
@@ -201,6 +207,12 @@ checks! {
         GuestEferReserved = "reserved bits of guest IA32_EFER are 0" [GUEST_IA32_EFER];
         GuestEferLma = "LMA of guest IA32_EFER equals IA-32e mode guest" [GUEST_IA32_EFER VM_ENTRY_CONTROLS];
         GuestEferLme = "LME of guest IA32_EFER equals LMA if CR0.PG = 1" [GUEST_IA32_EFER GUEST_CR0];
+        GuestSCet = "guest IA32_S_CET has no reserved bit, not both SUPPRESS and TRACKER, and fits the guest's mode" [
+            GUEST_S_CET VM_ENTRY_CONTROLS
+        ];
+        GuestSspTable = "guest IA32_INTERRUPT_SSP_TABLE_ADDR is canonical" [GUEST_INTR_SSP_TABLE VM_ENTRY_CONTROLS];
+        GuestPkrs = "bits 63:32 of guest IA32_PKRS are 0" [GUEST_IA32_PKRS VM_ENTRY_CONTROLS];
+        GuestUinv = "bits 15:8 of guest UINV are 0" [GUEST_UINV VM_ENTRY_CONTROLS];
     }
     "Checks on Guest Segment Registers" {
         GuestTrSelector = "TI of guest TR is 0" [GUEST_TR_SELECTOR];
@@ -275,6 +287,7 @@ checks! {
         GuestRflagsIf = "guest RFLAGS.IF is 1 if an external interrupt is injected" [
             GUEST_RFLAGS VM_ENTRY_INTR_INFO_FIELD
         ];
+        GuestSsp = "bits 1:0 of guest SSP are 0, and it fits the guest's mode" [GUEST_SSP VM_ENTRY_CONTROLS];
     }
     "Checks on Guest Non-Register State" {
         GuestActivity = "the guest activity state is supported" [GUEST_ACTIVITY_STATE];

@@ -76,6 +76,11 @@ impl<F: Fields> View<'_, F> {
         self.caps.is_canonical(self.get(field))
     }
 
+    /// True if the field is a linear address of its mode: canonical in 64-bit mode, else of 32 bits.
+    pub fn is_linear(&self, field: Field, in_64_bit_mode: bool) -> bool {
+        if in_64_bit_mode { self.canonical(field) } else { self.get(field) >> 32 == 0 }
+    }
+
     /// True if the field has no bit beyond the physical-address width.
     pub fn within_physical_width(&self, field: Field) -> bool {
         self.caps.physical_width >= 64 || self.get(field) >> self.caps.physical_width == 0
@@ -91,6 +96,11 @@ impl<F: Fields> View<'_, F> {
 /// `a` implies `b`.
 pub const fn implies(a: bool, b: bool) -> bool {
     !a || b
+}
+
+/// True if IA32_S_CET may hold the value, but for the address in it: bits 9:6 are reserved, SUPPRESS (10) and TRACKER (11) exclude each other.
+pub fn is_s_cet(value: u64) -> bool {
+    value & 0x3C0 == 0 && value & 0xC00 != 0xC00
 }
 
 /// True if every byte of IA32_PAT names a memory type: UC, WC, WT, WP, WB, UC-.

@@ -82,6 +82,9 @@ pub mod exit_controls {
     pub const SAVE_TIMER: u32 = 1 << 22;
     pub const SAVE_EFER: u32 = 1 << 20;
     pub const LOAD_EFER: u32 = 1 << 21;
+    pub const CLEAR_UINV: u32 = 1 << 27;
+    pub const LOAD_CET: u32 = 1 << 28;
+    pub const LOAD_PKRS: u32 = 1 << 29;
 }
 
 /// VM-entry controls.
@@ -91,6 +94,9 @@ pub mod entry_controls {
     pub const LOAD_DEBUG: u32 = 1 << 2;
     pub const LOAD_PAT: u32 = 1 << 14;
     pub const LOAD_EFER: u32 = 1 << 15;
+    pub const LOAD_UINV: u32 = 1 << 19;
+    pub const LOAD_CET: u32 = 1 << 20;
+    pub const LOAD_PKRS: u32 = 1 << 22;
 }
 
 /// A word of controls.
