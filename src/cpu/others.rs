@@ -1,7 +1,8 @@
 //! What a virtual CPU knows of the others: how many there are, whether L2 has started a second one, the counters of all, and
 //! whether the machine is over. Starting them is `run::smp`'s.
 
-use crate::hw::{cpu, serial};
+use crate::hw::halt::halt;
+use crate::hw::serial;
 use crate::trace::Totals;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -41,6 +42,6 @@ pub fn totals() -> &'static Totals {
 /// An INIT came: if it is `run::smp::stop_others`', this processor stops.
 pub fn stop_if_over() {
     if serial::is_over() {
-        cpu::halt();
+        halt();
     }
 }

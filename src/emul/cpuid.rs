@@ -7,6 +7,7 @@
 use crate::cpu::{Cpu, others};
 use crate::guest::operand;
 use crate::hw::cpu::this as this_cpu;
+use crate::hw::cpuid::cpuid_count;
 use crate::rules::hidden::Register::{Eax, Ebx, Ecx, Edx};
 use crate::rules::hidden::{EMPTY, shown};
 use crate::vmx::Field;
@@ -14,7 +15,7 @@ use l2_protocol::abi::{
     BELOW, Counter, FRAMES_FREE, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_CPUS, LEAF_INTERFACE, LEAF_MAX, LEAF_REFUSAL,
     LEAF_SIGNATURE, OF_ALL_CPUS, SIGNATURE, SNAPSHOT, STACK_USED,
 };
-use raw_cpuid::{CpuIdResult as CpuidResult, native_cpuid::cpuid_count};
+use raw_cpuid::CpuIdResult as CpuidResult;
 
 const HYPERVISOR_LEAVES: core::ops::RangeInclusive<u32> = 0x4000_0000..=0x4FFF_FFFF;
 

@@ -9,13 +9,13 @@
 
 use crate::cpu::{Cpu, Operation, Startup, Waiting, others};
 use crate::guest::{Next, events, initial};
+use crate::hw::cpuid::cpuid_count;
 use crate::hw::vmx::Invalidate;
 use crate::hw::{apic, cr};
 use crate::vmcs::once::Once;
 use crate::vmcs::vpid::VPID01;
 use crate::vmx::Field;
 use crate::vmx::segment::Segment;
-use raw_cpuid::native_cpuid::cpuid_count;
 
 /// Activity state: wait-for-SIPI.
 const WAIT_FOR_SIPI: u64 = 3;

@@ -4,11 +4,11 @@
 //! Source: Intel SDM vol. 3A, chapter "Advanced Programmable Interrupt Controller (APIC)": table "Local APIC Register
 //! Address Map", "Local APIC State After It Receives an INIT Reset", "Interrupt Command Register (ICR)".
 
-use core::arch::asm;
-
-use crate::addr::Gpa;
+use crate::addr::{Gpa, Hpa};
+use crate::hw::msr;
 use crate::hw::phys::DirectMap;
-use crate::hw::{cpu, msr};
+use crate::hw::processor::Processor;
+use crate::hw::this_processor;
 use crate::mm::GuestMemory;
 use crate::x86::Fault;
 
@@ -80,10 +80,23 @@ pub fn set_base<P>(value: u64, guest: &GuestMemory<P>) -> Result<(), Fault> {
 /// The APIC of this processor in its present mode.
 #[derive(Clone, Copy, Debug)]
 pub enum LocalApic {
-    /// Registers in memory, at this linear address: the processor's window
-    Memory(*mut u8),
+    /// Registers in memory
+    Memory(Registers),
     /// Registers as MSRs
     Msrs,
+}
+
+/// The page of the registers, which is L2's.
+#[derive(Clone, Copy, Debug)]
+pub struct Registers {
+    phys: DirectMap,
+    page: Hpa,
+}
+
+impl Registers {
+    fn at(&self, register: u32) -> Hpa {
+        Hpa::new(self.page.get() + u64::from(register))
+    }
 }
 
 impl LocalApic {
@@ -93,8 +106,8 @@ impl LocalApic {
         match (base & ENABLED, base & X2APIC) {
             (0, _) => None,
             (_, 0) => {
-                let at = guest.translate(Gpa::new(base & BASE)).ok()?;
-                Some(Self::Memory(cpu::this().window(guest.phys(), at)))
+                let page = guest.translate(Gpa::new(base & BASE)).ok()?;
+                Some(Self::Memory(Registers { phys: *guest.phys(), page }))
             }
             _ => Some(Self::Msrs),
         }
@@ -176,27 +189,16 @@ impl LocalApic {
 
     fn read(self, register: u32) -> u32 {
         match self {
-            Self::Memory(base) => {
-                let value: u32;
-                // SAFETY: 1. the window maps the page (`find`). 2. Reading these registers has no effect.
-                unsafe {
-                    asm!("mov {:e}, [{}]", out(reg) value, in(reg) base.wrapping_add(register as usize),
-                        options(nostack, preserves_flags, readonly));
-                }
-                value
-            }
+            Self::Memory(registers) => this_processor().device_read(&registers.phys, registers.at(register)),
             Self::Msrs => msr::rdmsr_safe(X2APIC_FIRST + (register >> 4)).unwrap_or(0) as u32,
         }
     }
 
     fn write(self, register: u32, value: u32) {
         match self {
-            Self::Memory(base) => {
-                // SAFETY: 1. as in `read`. 2. The page is L2's to use, so no memory of nvmx is behind it.
-                unsafe {
-                    asm!("mov [{}], {:e}", in(reg) base.wrapping_add(register as usize), in(reg) value,
-                        options(nostack, preserves_flags));
-                }
+            Self::Memory(registers) => {
+                // SAFETY: the page is L2's to use, so no memory of nvmx is behind it; of interrupts nvmx takes none.
+                unsafe { this_processor().device_write(&registers.phys, registers.at(register), value) };
             }
             Self::Msrs => {
                 // SAFETY: the registers written here affect interrupts only, of which nvmx takes none.

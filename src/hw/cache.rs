@@ -1,9 +1,9 @@
 //! Caches.
 
-use core::arch::asm;
+use crate::hw::processor::Processor;
+use crate::hw::this_processor;
 
 /// WBINVD: writes everything back and empties the caches.
 pub fn write_back() {
-    // SAFETY: WBINVD loses nothing, it only costs time.
-    unsafe { asm!("wbinvd", options(nostack, preserves_flags)) };
+    this_processor().write_back_caches();
 }

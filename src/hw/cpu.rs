@@ -1,8 +1,10 @@
 //! What each processor has for itself: a block reached by GS base, with its GDT, TSS, stacks and flags.
 
+#[cfg(target_os = "none")]
+use core::mem::offset_of;
 use core::{
     arch::asm,
-    mem::{ManuallyDrop, offset_of, size_of},
+    mem::{ManuallyDrop, size_of},
     ptr,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
@@ -18,7 +20,7 @@ use l2_protocol::abi;
 
 use crate::{
     addr::{Hpa, PAGE_SIZE},
-    hw::{msr, phys::DirectMap},
+    hw::{early, phys::DirectMap},
     mm::{
         FramePool, PhysMem,
         paging::{OutOfFrames, PageTables, Rights, window_entry},
@@ -166,11 +168,11 @@ impl PerCpu {
 
     /// Zeroes what lies unused of the main stack, on which this runs: [`PerCpu::stack_used`] counts from now on.
     pub fn clear_unused_stack(&self) {
-        let mut word = self.main_stack_top - MAIN_STACK;
-        let here = &raw const word as u64;
+        let mut word = self.main_stack_end();
         // What calls use while this runs.
         const IN_USE: u64 = 1024;
-        while word < here - IN_USE {
+        let end = (&raw const word as u64 - IN_USE).min(self.main_stack_top);
+        while word < end {
             // SAFETY: 1. between its end and what is in use the stack is mapped, and nobody's. 2. Other stacks take traps.
             unsafe { (word as *mut u64).write_volatile(0) };
             word += 8;
@@ -179,11 +181,33 @@ impl PerCpu {
 
     /// Bytes of the main stack that were written since [`PerCpu::clear_unused_stack`]: how deep it went.
     pub fn stack_used(&self) -> u64 {
-        let end = self.main_stack_top - MAIN_STACK;
+        let end = self.main_stack_end();
         // SAFETY: the stack is mapped from end to top.
         let untouched = |at: &u64| unsafe { (*at as *const u64).read_volatile() } == 0;
         let deepest = (end..self.main_stack_top).step_by(8).find(|at| !untouched(at));
         self.main_stack_top - deepest.unwrap_or(self.main_stack_top)
+    }
+
+    /// The lowest address of the main stack.
+    fn main_stack_end(&self) -> u64 {
+        self.main_stack_top.saturating_sub(MAIN_STACK)
+    }
+
+    /// A block for a processor of a host, which has no stack and no tables of its own; it lasts for good.
+    #[cfg(not(target_os = "none"))]
+    pub fn of_host(index: u32) -> &'static Self {
+        let last = LastBlock { mark: 0, this: 0, l2: LastExit::default(), l3: LastExit::default() };
+        std::boxed::Box::leak(std::boxed::Box::new(PerCpu {
+            this: ptr::null(),
+            nmi_pending: AtomicBool::new(false),
+            index,
+            last,
+            main_stack_top: 0,
+            window: (0, Hpa::new(0)),
+            idt: 0x1000,
+            gdt: [0; 5],
+            tss: TaskStateSegment::new(),
+        }))
     }
 
     /// The IDT that it shares with the others.
@@ -244,6 +268,7 @@ pub struct HostTables {
 /// The block of the processor that runs this.
 ///
 /// Only after [`adopt`]; nvmx runs no code that calls it before.
+#[cfg(target_os = "none")]
 #[inline]
 pub fn this() -> &'static PerCpu {
     let this: *const PerCpu;
@@ -256,11 +281,27 @@ pub fn this() -> &'static PerCpu {
     }
 }
 
+/// The block of the processor that is installed in this thread.
+#[cfg(not(target_os = "none"))]
+pub fn this() -> &'static PerCpu {
+    match super::host::block() {
+        Some(block) => block,
+        None => unreachable!("code of nvmx that needs a processor runs in a thread without one"),
+    }
+}
+
 /// As [`this`], for code that may run before [`adopt`].
+#[cfg(target_os = "none")]
 pub fn try_this() -> Option<&'static PerCpu> {
     // SAFETY: GS base is an architectural MSR of every 64-bit processor.
-    let base = unsafe { msr::rdmsr(IA32_GS_BASE) };
+    let base = unsafe { early::rdmsr(IA32_GS_BASE) };
     (base != 0).then(this)
+}
+
+/// As [`this`], for code that may run before one is installed.
+#[cfg(not(target_os = "none"))]
+pub fn try_this() -> Option<&'static PerCpu> {
+    super::host::block()
 }
 
 /// The block, stacks and tables of a processor that does not run on them yet.
@@ -379,7 +420,7 @@ unsafe fn load(block: &'static PerCpu) {
         DS::set_reg(SegmentSelector(selector::DATA));
         ES::set_reg(SegmentSelector(selector::DATA));
         asm!("mov fs, {0:e}", "mov gs, {0:e}", in(reg) 0, options(nostack, preserves_flags));
-        msr::wrmsr(IA32_GS_BASE, ptr::from_ref(block) as u64);
+        early::wrmsr(IA32_GS_BASE, ptr::from_ref(block) as u64);
         tables::load_tss(SegmentSelector(selector::TSS));
         tables::lidt(&table(block.idt, Idt::BYTES));
     }
@@ -399,13 +440,5 @@ pub fn run_on_main_stack<T>(data: T, run: fn(T) -> !) -> ! {
         asm!("mov rsp, {stack}", "xor ebp, ebp", "call {landing}", "ud2",
             stack = in(reg) this().main_stack_top, landing = sym landing::<T>,
             in("rdi") &raw mut *job, options(noreturn))
-    }
-}
-
-/// Stops this processor for good.
-pub fn halt() -> ! {
-    loop {
-        // SAFETY: interrupts stay off; an NMI or SMI wakes it, then it halts again.
-        unsafe { asm!("cli", "hlt", options(nomem, nostack)) };
     }
 }

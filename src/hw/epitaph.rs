@@ -10,7 +10,7 @@ use l2_protocol::Kind;
 
 use crate::{
     boot::options::Exit,
-    hw::{cpu, port::outb, serial},
+    hw::{cpu, halt::halt, port::outb, serial},
 };
 
 /// How the run ended, for the exit port.
@@ -103,5 +103,5 @@ pub fn end(status: Status) -> ! {
             outb(0xF4, code);
         }
     }
-    cpu::halt()
+    halt()
 }

@@ -6,12 +6,15 @@ use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 
 use crate::addr::{Hpa, PAGE_SIZE};
-use crate::hw::phys::{DIRECT_MAP, DirectMap};
+use crate::hw::phys::DirectMap;
 use crate::mm::{Frame, FramePool};
 
 /// A value that lies in a frame of its own. Dropping it leaks the frame; [`Held::free`] gives it back.
 pub struct Held<T> {
     place: NonNull<T>,
+    /// The frame: on a host the place does not tell it. On the machine a slot's place is one word.
+    #[cfg(not(target_os = "none"))]
+    at: Hpa,
     owns: PhantomData<T>,
 }
 
@@ -29,14 +32,23 @@ impl<T> Held<T> {
         // SAFETY: 1. the frame is mapped and writable through the direct map for good (condition 1 of `DirectMap::new`), and
         // large and aligned enough for a T. 2. The pool gave it away just now: nobody else reaches it while `self` lives.
         unsafe { place.write(value) };
-        Ok(Held { place, owns: PhantomData })
+        Ok(Held {
+            place,
+            #[cfg(not(target_os = "none"))]
+            at,
+            owns: PhantomData,
+        })
     }
 
     /// Gives the frame back and returns the value.
     pub fn free(self, frames: &mut FramePool) -> T {
         // SAFETY: the place holds a T, which moves out; `self` ends here.
         let value = unsafe { self.place.read() };
-        frames.free(Frame::from_hpa(Hpa::new(self.place.as_ptr() as u64 - DIRECT_MAP)));
+        #[cfg(target_os = "none")]
+        let at = Hpa::new(self.place.as_ptr() as u64 - crate::hw::phys::DIRECT_MAP);
+        #[cfg(not(target_os = "none"))]
+        let at = self.at;
+        frames.free(Frame::from_hpa(at));
         value
     }
 }

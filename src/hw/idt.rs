@@ -6,7 +6,9 @@
 //! Source: Intel SDM vol. 3A, "Interrupt and Exception Handling", figure "64-Bit IDT Gate Descriptors" and table
 //! "Protected-Mode Exceptions and Interrupts".
 
-use core::{arch::global_asm, slice};
+#[cfg(target_os = "none")]
+use core::arch::global_asm;
+use core::slice;
 
 use crate::{
     addr::{Hpa, PAGE_SIZE},
@@ -73,6 +75,7 @@ struct Frame {
 
 // Each stub brings the stack to one shape: exceptions without an error code push a zero. Vectors with one: #DF, #TS, #NP,
 // #SS, #GP, #PF, #AC, #CP, #VC, #SX. Stubs are 16 bytes apart.
+#[cfg(target_os = "none")]
 global_asm!(
     ".balign 16",
     "exception_stubs:",
@@ -149,6 +152,7 @@ fn fixup(rip: u64) -> Option<u64> {
     table.iter().find(|pair| pair[0] == rip).map(|pair| pair[1])
 }
 
+#[cfg_attr(not(target_os = "none"), allow(dead_code))]
 extern "C" fn exception(frame: &mut Frame) {
     match frame.vector {
         NMI => nmi(frame),

@@ -1,62 +1,15 @@
 //! Model-specific registers.
 
-use core::arch::asm;
-
-use raw_cpuid::native_cpuid::cpuid_count;
-
+use crate::hw::processor::Processor;
+use crate::hw::this_processor;
 use crate::x86::Fault;
-
-/// Reads an MSR that is known to exist.
-///
-/// # Safety
-///
-/// The MSR exists on this processor (otherwise #GP, which ends nvmx), and reading it has no side effect.
-#[inline]
-pub unsafe fn rdmsr(index: u32) -> u64 {
-    let (low, high): (u32, u32);
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!("rdmsr", in("ecx") index, out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags))
-    };
-    u64::from(high) << 32 | u64::from(low)
-}
-
-/// Writes an MSR that is known to accept the value.
-///
-/// # Safety
-///
-/// The MSR exists and accepts `value`, and the value breaks none of nvmx's own state (page tables, GS base, EFER.LMA).
-#[inline]
-pub unsafe fn wrmsr(index: u32, value: u64) {
-    // SAFETY: the caller's promise. Not `nomem`: an MSR may change what memory accesses do.
-    unsafe {
-        asm!("wrmsr", in("ecx") index, in("eax") value as u32, in("edx") (value >> 32) as u32,
-            options(nostack, preserves_flags));
-    }
-}
 
 /// Reads any MSR; `Err(#GP(0))` when the processor refuses.
 ///
 /// Works once nvmx's IDT is loaded.
 #[inline]
 pub fn rdmsr_safe(index: u32) -> Result<u64, Fault> {
-    let (low, high, failed): (u32, u32, u32);
-    // SAFETY: 1. a #GP lands on label 3 with registers as they were at label 2, so `failed` stays 1. 2. RDMSR writes
-    // EAX and EDX only.
-    unsafe {
-        asm!(
-            "2: rdmsr",
-            "xor {failed:e}, {failed:e}",
-            "3:",
-            ".pushsection .fixup, \"a\", @progbits",
-            ".quad 2b, 3b",
-            ".popsection",
-            failed = inout(reg) 1u32 => failed,
-            in("ecx") index, inout("eax") 0 => low, inout("edx") 0 => high,
-            options(nomem, nostack),
-        );
-    }
-    if failed == 0 { Ok(u64::from(high) << 32 | u64::from(low)) } else { Err(Fault::GeneralProtection(0)) }
+    this_processor().rdmsr(index)
 }
 
 /// Writes any MSR; `Err(#GP(0))` when the processor refuses.
@@ -68,29 +21,15 @@ pub fn rdmsr_safe(index: u32) -> Result<u64, Fault> {
 /// The value, if accepted, breaks none of nvmx's own state (page tables, GS base, EFER.LMA).
 #[inline]
 pub unsafe fn wrmsr_safe(index: u32, value: u64) -> Result<(), Fault> {
-    let failed: u32;
-    // SAFETY: 1. as in `rdmsr_safe`. 2. What the value does is the caller's promise.
-    unsafe {
-        asm!(
-            "2: wrmsr",
-            "xor {failed:e}, {failed:e}",
-            "3:",
-            ".pushsection .fixup, \"a\", @progbits",
-            ".quad 2b, 3b",
-            ".popsection",
-            failed = inout(reg) 1u32 => failed,
-            in("ecx") index, in("eax") value as u32, in("edx") (value >> 32) as u32,
-            options(nostack),
-        );
-    }
-    if failed == 0 { Ok(()) } else { Err(Fault::GeneralProtection(0)) }
+    // SAFETY: the caller's promise.
+    unsafe { this_processor().wrmsr(index, value) }
 }
 
 /// IA32_EFER as nvmx runs with it.
 pub fn efer() -> u64 {
     const IA32_EFER: u32 = 0xC000_0080;
-    // SAFETY: every 64-bit processor has IA32_EFER.
-    unsafe { rdmsr(IA32_EFER) }
+    // Every 64-bit processor has it.
+    rdmsr_safe(IA32_EFER).unwrap_or(0)
 }
 
 /// Index of IA32_MISC_ENABLE.
@@ -141,7 +80,7 @@ pub fn stop_traces() {
     const DEBUG_STORE: u32 = 1 << 21;
     const TRACE: u32 = 1 << 25;
     const LBR: u32 = 1 << 19;
-    let (basic, features) = (cpuid_count(1, 0), cpuid_count(7, 0));
+    let (basic, features) = (this_processor().cpuid(1, 0), this_processor().cpuid(7, 0));
     for (index, present) in
         [(0x570, features.ebx & TRACE != 0), (0x3F1, basic.edx & DEBUG_STORE != 0), (0x14CE, features.edx & LBR != 0)]
     {

@@ -17,6 +17,9 @@ pub const DIRECT_MAP: u64 = 0xFFFF_8000_0000_0000;
 /// memory at any moment. At or above `end` there is nothing: reads give all ones, writes are lost.
 #[derive(Clone, Copy, Debug)]
 pub struct DirectMap {
+    /// On a host memory lies where the allocator puts it.
+    #[cfg(not(target_os = "none"))]
+    base: u64,
     end: u64,
 }
 
@@ -30,7 +33,37 @@ impl DirectMap {
     /// 2. No Rust object that is reached otherwise (nvmx's image, stacks, per-CPU blocks) is written through it by safe
     ///    code: callers pass frames of their own pool, or addresses from `mm::guest`, which refuses nvmx's range.
     pub const unsafe fn new(end: Hpa) -> Self {
-        Self { end: end.get() }
+        Self {
+            #[cfg(not(target_os = "none"))]
+            base: DIRECT_MAP,
+            end: end.get(),
+        }
+    }
+
+    /// Memory of a machine on a host: zeros from 0 to `end`, for good.
+    #[cfg(not(target_os = "none"))]
+    pub fn of_host(end: Hpa) -> Self {
+        use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
+        const PAGE: usize = crate::addr::PAGE_SIZE as usize;
+        let layout = match Layout::from_size_align((end.get() as usize).max(PAGE), PAGE) {
+            Ok(layout) => layout,
+            Err(error) => unreachable!("{error}"),
+        };
+        // SAFETY: the layout is not empty.
+        let base = unsafe { alloc_zeroed(layout) };
+        if base.is_null() {
+            handle_alloc_error(layout);
+        }
+        Self { base: base.expose_provenance() as u64, end: end.get() }
+    }
+
+    /// Where physical address 0 is.
+    #[inline(always)]
+    const fn base(&self) -> u64 {
+        #[cfg(not(target_os = "none"))]
+        return self.base;
+        #[cfg(target_os = "none")]
+        DIRECT_MAP
     }
 
     /// First physical address that is not mapped.
@@ -41,8 +74,12 @@ impl DirectMap {
     /// The linear address of `len` bytes at `at`, if they are all mapped.
     #[inline]
     pub fn linear(&self, at: Hpa, len: u64) -> Option<*mut u8> {
+        #[cfg(not(target_os = "none"))]
+        if silence::falls_on(at) {
+            return None;
+        }
         let last = at.get().checked_add(len)?;
-        (last <= self.end).then_some((DIRECT_MAP + at.get()) as *mut u8)
+        (last <= self.end).then_some((self.base() + at.get()) as *mut u8)
     }
 
     /// The eight bytes at `at` for one atomic access, if they are mapped and aligned.
@@ -52,6 +89,55 @@ impl DirectMap {
         // SAFETY: 1. the eight bytes are mapped and writable for as long as `self` lives (condition 1 of `new`). 2. They are
         // aligned. 3. They are no Rust object (condition 2 of `new`); whoever else changes them does so atomically.
         Some(unsafe { AtomicU64::from_ptr(pointer.cast()) })
+    }
+}
+
+/// On a host a test can let one access of nvmx to memory outside of its own range find nothing there.
+#[cfg(not(target_os = "none"))]
+pub mod silence {
+    use crate::addr::Hpa;
+    use crate::mm::Span;
+    use std::cell::Cell;
+
+    thread_local! {
+        static LEFT: Cell<Option<u64>> = const { Cell::new(None) };
+        static COUNT: Cell<u64> = const { Cell::new(0) };
+        static PAUSED: Cell<bool> = const { Cell::new(false) };
+        static OWN: Cell<Span> = const { Cell::new(Span::new(0, u64::MAX)) };
+    }
+
+    /// The access behind so many further ones outside of `own` finds nothing; with `None` they are only counted.
+    pub fn behind(accesses: Option<u64>, own: Span) {
+        LEFT.set(accesses);
+        COUNT.set(0);
+        OWN.set(own);
+    }
+
+    /// Ends that; tells how many accesses there were.
+    pub fn end() -> u64 {
+        LEFT.set(None);
+        OWN.set(Span::new(0, u64::MAX));
+        COUNT.get()
+    }
+
+    /// While it is paused accesses are not nvmx's; tells whether it was.
+    pub fn pause(paused: bool) -> bool {
+        PAUSED.replace(paused)
+    }
+
+    pub(super) fn falls_on(at: Hpa) -> bool {
+        let own = OWN.get();
+        if PAUSED.get() || (own.start()..own.end()).contains(&at.get()) {
+            return false;
+        }
+        COUNT.set(COUNT.get() + 1);
+        match LEFT.get() {
+            Some(left) => {
+                LEFT.set(left.checked_sub(1));
+                left == 0
+            }
+            None => false,
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! I/O ports that nvmx itself uses: the serial port and the ports that end a machine.
 
-use core::arch::asm;
+use crate::hw::processor::Processor;
+use crate::hw::this_processor;
 
 /// Writes a byte to a port.
 ///
@@ -10,7 +11,7 @@ use core::arch::asm;
 #[inline]
 pub unsafe fn outb(port: u16, value: u8) {
     // SAFETY: the caller's promise.
-    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
+    unsafe { this_processor().outb(port, value) };
 }
 
 /// Takes about a microsecond: reads the port where firmware writes its progress.
@@ -26,8 +27,6 @@ pub fn delay() {
 /// Reading the port has no effect on memory.
 #[inline]
 pub unsafe fn inb(port: u16) -> u8 {
-    let value;
     // SAFETY: the caller's promise.
-    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) };
-    value
+    unsafe { this_processor().inb(port) }
 }

@@ -16,6 +16,7 @@ use crate::{
     boot::options::Serial,
     hw::{
         cpu,
+        halt::halt,
         port::{inb, outb},
     },
     sync::line_lock::{LineLock, Turn},
@@ -158,7 +159,7 @@ pub fn drain() {
 /// nvmx is about to end, on this processor: the others write nothing any more. Does not return if another one was first.
 pub(crate) fn dying() {
     if LINE.die(me()) == Turn::Never {
-        cpu::halt();
+        halt();
     }
 }
 
@@ -176,7 +177,7 @@ fn me() -> u32 {
 fn line(write: impl FnOnce(&mut Port) -> fmt::Result) {
     let turn = LINE.lock(me(), PATIENCE);
     if turn == Turn::Never {
-        cpu::halt();
+        halt();
     }
     // The port itself never fails; a `Display` that does has already shown what it could.
     ready_to_send(|port| {

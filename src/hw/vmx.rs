@@ -2,35 +2,22 @@
 //!
 //! Source: Intel SDM vol. 3C, "VMX Instruction Reference" (December 2024).
 
+pub use super::processor::Invalidate;
+
+use super::processor::Processor;
+use super::this_processor;
 use super::{cr, msr};
 use crate::addr::Hpa;
 use crate::trace::counters::Counters;
 use crate::vmx::{Capabilities, Field, FieldAccess};
 use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX, IA32_FEATURE_CONTROL};
 use crate::x86::{Cr0, Cr4};
-use core::arch::asm;
 use l2_protocol::abi::Counter;
 
 // No value of a guest reaches an assertion here unchecked (invariant I6): VMCS regions are frames of nvmx's pool with
 // their revision written, EPTPs are made by `ept`, VPIDs by `vmcs::vpid`, INVEPT and INVVPID types are those that the
 // requirements or the capabilities offered to L2 include. The one operand of L2's, the linear address of an INVVPID, is
 // checked to be canonical (`nested::instr::invalidate`).
-
-// VMfailInvalid sets CF, VMfailValid sets ZF (SDM, "Conventions"): SETBE sees both.
-
-/// INVEPT and INVVPID types (SDM vol. 3C, "INVEPT" and "INVVPID").
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u64)]
-pub enum Invalidate {
-    /// INVVPID only: one linear address of one VPID
-    Individual = 0,
-    /// One EPTP or one VPID
-    Single = 1,
-    /// All contexts
-    All = 2,
-    /// INVVPID only: one VPID except global translations
-    SingleRetainingGlobals = 3,
-}
 
 /// The right to execute VMX instructions on this CPU: it exists once VMXON succeeded. Counts what it executes.
 pub struct Vmx {
@@ -69,16 +56,15 @@ impl Vmx {
     /// CR0 and CR4 get nvmx's values, whatever the loader left there. Translations of whoever used VMX before are dropped.
     pub fn enter(region: Hpa, caps: &Capabilities) -> Option<Vmx> {
         unlock()?;
-        let failed: u8;
         // SAFETY: 1. Paging, long mode and everything that nvmx's own code relies on stay on (`host_cr0`, `host_cr4`); the
         // processor has each bit. 2. IA32_FEATURE_CONTROL allows VMX, so VMXON does not fault.
         // 3. The region is a frame that the caller took from nvmx's pool.
-        unsafe {
+        let done = unsafe {
             cr::set_cr0(host_cr0(cr::cr0(), caps));
             cr::set_cr4(host_cr4(caps));
-            asm!("vmxon [{p}]", "setbe {f}", p = in(reg) &region.get(), f = out(reg_byte) failed);
-        }
-        let mut vmx = (failed == 0).then(|| Vmx { counters: Counters::new() })?;
+            this_processor().vmxon(region)
+        };
+        let mut vmx = done.then(|| Vmx { counters: Counters::new() })?;
         vmx.invept(Invalidate::All, 0);
         vmx.invvpid(Invalidate::All, 0, 0);
         Some(vmx)
@@ -88,88 +74,49 @@ impl Vmx {
     #[inline(always)]
     pub fn read(&mut self, field: Field) -> u64 {
         self.counters.bump(Counter::Vmread);
-        let value: u64;
-        // SAFETY: VMREAD has no effect but on its destination and RFLAGS.
-        unsafe { asm!("vmread {v}, {f}", v = out(reg) value, f = in(reg) field.encoding() as u64, options(nostack)) };
-        value
+        this_processor().vmread(field)
     }
 
     /// Does the processor have this field? A VMCS is current. Not counted: it is asked at start only.
     pub fn has(&self, field: Field) -> bool {
-        let failed: u8;
-        // SAFETY: VMREAD has no effect but on its destination and RFLAGS.
-        unsafe {
-            asm!("vmread {v}, {f}", "setbe {x}", v = out(reg) _, f = in(reg) field.encoding() as u64, x = out(reg_byte) failed, options(nostack))
-        };
-        failed == 0
+        this_processor().has_field(field)
     }
 
     /// Writes a field of the current VMCS; the caller asks only for fields that the processor has.
     #[inline(always)]
     pub fn write(&mut self, field: Field, value: u64) {
         self.counters.bump(Counter::Vmwrite);
-        #[cfg(debug_assertions)]
-        let failed: u8;
-        // SAFETY: VMWRITE changes a field of a VMCS that nvmx owns; what an entry may load from it is decided by the
-        // code that composes the VMCS (vmcs::vmcs01, nested::entry), the processor checks it before use.
-        #[cfg(debug_assertions)]
-        unsafe {
-            asm!("vmwrite {f}, {v}", "setbe {x}", v = in(reg) value, f = in(reg) field.encoding() as u64, x = out(reg_byte) failed, options(nostack));
-            assert!(failed == 0, "VMWRITE {field} failed");
-        }
-        // SAFETY: as above.
-        #[cfg(not(debug_assertions))]
-        unsafe {
-            asm!("vmwrite {f}, {v}", v = in(reg) value, f = in(reg) field.encoding() as u64, options(nostack))
-        };
+        this_processor().vmwrite(field, value);
     }
 
     /// Makes `vmcs` current and active.
     #[inline(always)]
     pub fn ptrld(&mut self, vmcs: Hpa) {
         self.counters.bump(Counter::Vmptrld);
-        let failed: u8;
-        // SAFETY: callers pass VMCS regions out of nvmx's own frames; the processor refuses a wrong revision.
-        unsafe {
-            asm!("vmptrld [{p}]", "setbe {f}", p = in(reg) &vmcs.get(), f = out(reg_byte) failed);
-        }
-        assert!(failed == 0, "VMPTRLD of nvmx's own failed");
+        let done = this_processor().vmptrld(vmcs);
+        assert!(done, "VMPTRLD of nvmx's own failed");
     }
 
     /// Makes `vmcs` inactive and clear, with all its data in memory.
     #[inline(always)]
     pub fn clear(&mut self, vmcs: Hpa) {
         self.counters.bump(Counter::Vmclear);
-        let failed: u8;
-        // SAFETY: callers pass VMCS regions out of nvmx's own frames.
-        unsafe {
-            asm!("vmclear [{p}]", "setbe {f}", p = in(reg) &vmcs.get(), f = out(reg_byte) failed);
-        }
-        assert!(failed == 0, "VMCLEAR of nvmx's own failed");
+        let done = this_processor().vmclear(vmcs);
+        assert!(done, "VMCLEAR of nvmx's own failed");
     }
 
     /// INVEPT; `eptp` is ignored for all contexts.
     pub fn invept(&mut self, kind: Invalidate, eptp: u64) {
         self.counters.bump(Counter::Invept);
-        let descriptor = [eptp, 0];
-        let failed: u8;
-        // SAFETY: dropping cached translations is always allowed.
-        unsafe {
-            asm!("invept {k}, [{d}]", "setbe {f}", k = in(reg) kind as u64, d = in(reg) &descriptor, f = out(reg_byte) failed);
-        }
-        assert!(failed == 0, "INVEPT of nvmx's own failed");
+        let done = this_processor().invept(kind, eptp);
+        assert!(done, "INVEPT of nvmx's own failed");
     }
 
     /// INVVPID; `linear` only counts for an individual address.
     pub fn invvpid(&mut self, kind: Invalidate, vpid: u16, linear: u64) {
         self.counters.bump(Counter::Invvpid);
-        let descriptor = [vpid as u64, linear];
-        let failed: u8;
-        // SAFETY: dropping cached translations is always allowed.
-        unsafe {
-            asm!("invvpid {k}, [{d}]", "setbe {f}", k = in(reg) kind as u64, d = in(reg) &descriptor, f = out(reg_byte) failed);
-        }
-        assert!(failed == 0, "INVVPID of nvmx's own failed");
+        let done = this_processor().invvpid(kind, vpid, linear);
+        assert!(done, "INVVPID of nvmx's own failed");
     }
 }
 

@@ -44,6 +44,9 @@ pub struct FramePool {
     /// The word where the last search ended: most allocations need one look.
     hint: usize,
     used: [u64; WORDS],
+    /// On a host a test counts allocations down, and the one at 0 fails.
+    #[cfg(not(target_os = "none"))]
+    fails: Option<u64>,
 }
 
 impl FramePool {
@@ -59,12 +62,43 @@ impl FramePool {
                 n => u64::MAX << n,
             };
         }
-        Self { base: span.start(), frames, free: frames, hint: 0, used }
+        Self {
+            base: span.start(),
+            frames,
+            free: frames,
+            hint: 0,
+            used,
+            #[cfg(not(target_os = "none"))]
+            fails: None,
+        }
+    }
+
+    /// Lets the allocation behind so many further ones fail, for tests of what follows; `None` takes it back.
+    #[cfg(not(target_os = "none"))]
+    pub fn fail_behind(&mut self, allocations: Option<u64>) {
+        self.fails = allocations;
+    }
+
+    /// The allocations that are left until one fails: `None` if it has, or if none is to.
+    #[cfg(not(target_os = "none"))]
+    pub const fn until_failure(&self) -> Option<u64> {
+        self.fails
+    }
+
+    /// A test wants this allocation to fail.
+    #[inline(always)]
+    fn is_to_fail(&mut self) -> bool {
+        #[cfg(not(target_os = "none"))]
+        if let Some(left) = self.fails {
+            self.fails = left.checked_sub(1);
+            return self.fails.is_none();
+        }
+        false
     }
 
     /// Takes a frame and fills it with zeros; `None` when all are in use.
     pub fn alloc(&mut self, memory: &impl PhysMem) -> Option<Frame> {
-        if self.free == 0 {
+        if self.free == 0 || self.is_to_fail() {
             return None;
         }
         for step in 0..WORDS {
@@ -85,7 +119,7 @@ impl FramePool {
 
     /// Takes `count` frames in a row, zeroed; the address of the first. They are nvmx's for good: no way back.
     pub fn alloc_contiguous(&mut self, memory: &impl PhysMem, count: usize) -> Option<Hpa> {
-        if count == 0 || count > self.free {
+        if count == 0 || count > self.free || self.is_to_fail() {
             return None;
         }
         let first = (0..=self.frames - count).find(|first| (*first..first + count).all(|i| !self.is_used(i)))?;

@@ -5,6 +5,7 @@ use super::{completion, entry, reflect, violation, vmfunc};
 use crate::cpu::{Cpu, Operation, others};
 use crate::emul::msr;
 use crate::guest::{events, inject};
+use crate::hw::vmenter;
 use crate::nested::shadow;
 use crate::rules::merge::Duties;
 use crate::rules::route::{ExitInfo, Route, route};
@@ -108,7 +109,7 @@ fn goes_on(cpu: &mut Cpu, index: usize) {
 fn timer_goes_on(cpu: &mut Cpu, index: usize) {
     let (vmx, shift) = (&mut cpu.vmx, cpu.config.hardware.misc.preemption_timer_shift());
     let left = || vmx.read(Field::VMX_PREEMPTION_TIMER_VALUE);
-    let left = cpu.nested.slots[index].timer.go_on(left, shift, cpu.regs.exit_tsc(), cpu.regs.now());
+    let left = cpu.nested.slots[index].timer.go_on(left, shift, cpu.regs.exit_tsc(), vmenter::now());
     vmx.write(Field::VMX_PREEMPTION_TIMER_VALUE, left);
 }
 

@@ -10,3 +10,10 @@ mod start;
 
 pub use machine::Machine;
 pub use start::{Decided, start};
+
+/// The way from a machine to the run loop, for tests on a host. The image has it inlined.
+#[cfg(not(target_os = "none"))]
+pub mod steps {
+    pub use super::build::{Common, set_up};
+    pub use super::run_loop::run;
+}

@@ -15,7 +15,7 @@ use crate::vmx::exit::ExitReason;
 pub fn run(cpu: &mut Cpu) -> KillReason {
     let this = cpu::this();
     this.clear_unused_stack();
-    cpu.regs.start_clock();
+    vmenter::start_clock(&mut cpu.regs);
     loop {
         if !cpu.waiting.is_empty() {
             crate::nested::events::deliver(cpu);

@@ -14,6 +14,7 @@ use crate::hw::apic::LocalApic;
 use crate::hw::boot::ap::Trampoline;
 use crate::hw::cpu::{self, Idle};
 use crate::hw::epitaph::{self, Status};
+use crate::hw::halt::halt;
 use crate::mm::FramePool;
 use crate::run::Machine;
 use crate::run::build::{self, Common};
@@ -118,7 +119,7 @@ extern "C" fn begin() -> ! {
     START.arrive();
     // Before VMX is touched: there may be none.
     if COMMON.get().is_some_and(Common::stops) {
-        cpu::halt()
+        halt()
     }
     let (Some(common), Some(frames)) = (COMMON.get(), frames) else { too_little_memory() };
     if cpu::this().index() < others::used_cpus() { run(common, frames) } else { park(common, frames) }
@@ -138,7 +139,7 @@ fn park(common: &Common, mut frames: FramePool) -> ! {
         give_up("a processor refuses VMX operation");
     }
     START.ready();
-    cpu::halt()
+    halt()
 }
 
 /// How many processors have come into nvmx beside the one that booted.

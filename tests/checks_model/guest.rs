@@ -51,13 +51,25 @@ impl Seg {
     }
 }
 
-/// Names of all rules on the guest-state area that `v` violates.
+/// What the rules on the link pointer depend on: the current VMCS and the revision identifier.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    pub current: Gpa,
+    pub revision: u32,
+}
+
+/// Names of all rules on the guest-state area that `v` violates, with the revision that nvmx shows.
 pub fn violations(v: &impl Fields, caps: &Capabilities, memory: &Memory) -> Violations {
+    violations_at(v, caps, memory, Place { current: CONTEXT.current_vmptr, revision: REVISION })
+}
+
+/// The same for any VMCS.
+pub fn violations_at(v: &impl Fields, caps: &Capabilities, memory: &impl GuestMemory, place: Place) -> Violations {
     let mut broken = Violations::new();
     registers(v, caps, &mut |name, holds| put(&mut broken, name, holds));
     segments(v, caps, &mut |name, holds| put(&mut broken, name, holds));
     other(v, caps, &mut |name, holds| put(&mut broken, name, holds));
-    in_memory(v, caps, memory, &mut |name, holds| put(&mut broken, name, holds));
+    in_memory(v, caps, memory, place, &mut |name, holds| put(&mut broken, name, holds));
     broken
 }
 
@@ -248,14 +260,14 @@ fn other(v: &impl Fields, caps: &Capabilities, demand: Demand<'_>) {
 }
 
 /// The link pointer and the PDPTEs.
-fn in_memory(v: &impl Fields, caps: &Capabilities, memory: &Memory, demand: Demand<'_>) {
+fn in_memory(v: &impl Fields, caps: &Capabilities, memory: &impl GuestMemory, place: Place, demand: Demand<'_>) {
     let link = get(v, VMCS_LINK_POINTER);
     if link != !0 {
         let address = link % 4096 == 0 && none_of(link, caps.physical_width..64);
         demand("GuestLinkPointerAddress", address);
-        demand("GuestLinkPointerCurrent", link != CONTEXT.current_vmptr.get());
+        demand("GuestLinkPointerCurrent", link != place.current.get());
         if address {
-            let wanted = u64::from(REVISION) | if bit(secondary(v), 14) { 1 << 31 } else { 0 };
+            let wanted = u64::from(place.revision) | if bit(secondary(v), 14) { 1 << 31 } else { 0 };
             let word = memory.read_u32(Gpa::new(link)).map(u64::from);
             demand("GuestLinkPointerRegion", word == Some(wanted));
         }

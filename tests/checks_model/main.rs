@@ -1,21 +1,21 @@
 //! The checks of a VM entry against a second implementation of them: bit numbers instead of names, all violations instead
 //! of the first, written from the SDM's paragraphs. `controls`, `host` and `guest` are the second implementation; `whole`
 //! holds the two against each other on states near validity.
-#![allow(missing_docs, reason = "public for tests/fuzz only")]
+#![allow(missing_docs, reason = "public for tests/fuzz and tests/machine only")]
 
 #[path = "../core_support/mod.rs"]
 pub mod core_support;
 
-mod controls;
-mod guest;
-mod host;
+pub mod controls;
+pub mod guest;
+pub mod host;
 pub mod whole;
 
 use nvmx::vmx::{Field, Fields};
 use std::collections::BTreeSet;
 
 /// Names of the rules that a state violates.
-type Violations = BTreeSet<&'static str>;
+pub type Violations = BTreeSet<&'static str>;
 
 fn bit(value: u64, number: u32) -> bool {
     (value >> number) % 2 == 1

@@ -21,7 +21,7 @@ use crate::{
         layout::{self, TooLittleMemory},
     },
     hw::{
-        cpu, cr, idt, msr,
+        cpu, cr, early, idt,
         phys::{DIRECT_MAP, DirectMap},
     },
     mm::{
@@ -202,7 +202,7 @@ unsafe fn move_image(image: Span, to: u64, tables: &PageTables, no_execute: bool
     // goes on at the same linear address, in the copy.
     unsafe {
         if no_execute {
-            msr::wrmsr(IA32_EFER, msr::rdmsr(IA32_EFER) | EFER_NXE);
+            early::wrmsr(IA32_EFER, early::rdmsr(IA32_EFER) | EFER_NXE);
         }
         asm!(
             "rep movsq",

@@ -1,0 +1,125 @@
+//! What programs of L2 share.
+
+use nvmx::rules::caps::offered;
+pub use nvmx::vmx::Field::{self, *};
+pub use nvmx::vmx::Fields;
+use nvmx::vmx::region::REVISION;
+use nvmx_machine::guest::{Guest, Op, Outcome};
+use nvmx_machine::second::core_support::valid_vmcs12;
+
+pub const VMXON: u64 = 0x1_0000;
+pub const VMCS: u64 = 0x1_1000;
+pub const OTHER: u64 = 0x1_2000;
+/// L2's EPT for L3: one to one, 4 KiB pages for the first 2 MiB, large ones behind.
+pub const EPT: u64 = 0x20_0000;
+pub const HANDLER: u64 = 0x11_0000;
+
+/// CR4.VMXE and VMXON.
+pub async fn vmxon(g: &Guest) {
+    g.poke_u32(VMXON, REVISION);
+    g.run(Op::MovToCr4(0x2020)).await;
+    g.run(Op::MovToCr0(0x8001_0031)).await;
+    g.run(Op::Vmxon(VMXON)).await;
+    assert_eq!(g.flags(), 0, "VMXON");
+}
+
+/// A region that VMPTRLD makes current.
+pub async fn make_current(g: &Guest, at: u64) {
+    g.poke_u32(at, REVISION);
+    g.run(Op::Vmclear(at)).await;
+    g.run(Op::Vmptrld(at)).await;
+    assert_eq!(g.flags(), 0, "VMPTRLD");
+}
+
+/// L2's EPT, at [`EPT`].
+pub fn build_ept(g: &Guest) {
+    (0..3).for_each(|level| g.poke(EPT + 0x1000 * level, (EPT + 0x1000 * (level + 1)) | 7));
+    (1..8).for_each(|n| g.poke(EPT + 0x2000 + 8 * n, n << 21 | 0xB7));
+    (0..512).for_each(|n| g.poke(EPT + 0x3000 + 8 * n, n << 12 | 0x37));
+}
+
+/// The fields of a vmcs12 that every check lets through on every machine, and a 64-bit guest.
+pub fn valid() -> Vec<(Field, u64)> {
+    // Without shadowing, so that all machines have the controls.
+    let caps = offered(&nvmx_machine::world::without_shadowing());
+    let mut v = valid_vmcs12(&caps);
+    v.set(EPT_POINTER, EPT | 3 << 3 | 6).set(HOST_RIP, HANDLER).set(HOST_CR3, 0x1000).set(GUEST_CR3, 0x1000);
+    v.set(HOST_CR0, 0x8001_0031).set(GUEST_CR0, 0x8001_0031);
+    Field::ALL
+        .iter()
+        .filter(|field| caps.has_field(**field) && !field.is_read_only())
+        .map(|field| (*field, v.get(*field)))
+        .collect()
+}
+
+/// VMXON, a current VMCS with valid fields and these changes, an EPT.
+pub async fn hypervisor(g: &Guest, changes: &[(Field, u64)]) {
+    build_ept(g);
+    vmxon(g).await;
+    make_current(g, VMCS).await;
+    write(g, &valid()).await;
+    write(g, changes).await;
+}
+
+pub async fn write(g: &Guest, fields: &[(Field, u64)]) {
+    for (field, value) in fields {
+        assert!(g.vmwrite(*field, *value).await, "VMWRITE of {field}");
+    }
+}
+
+/// VMLAUNCH that must enter.
+pub async fn launch(g: &Guest) {
+    assert_eq!(g.run(Op::Vmlaunch).await, Outcome::Left, "VMLAUNCH: error {}", g.error().await);
+}
+
+/// Exit information that every handler reads.
+pub async fn exit_information(g: &Guest) -> Vec<(Field, u64)> {
+    let mut read = vec![];
+    for field in [
+        VM_EXIT_REASON,
+        EXIT_QUALIFICATION,
+        VM_EXIT_INTR_INFO,
+        VM_EXIT_INTR_ERROR_CODE,
+        VM_EXIT_INSTRUCTION_LEN,
+        VMX_INSTRUCTION_INFO,
+        IDT_VECTORING_INFO_FIELD,
+        GUEST_RIP,
+        GUEST_RSP,
+        GUEST_RFLAGS,
+        GUEST_CR0,
+        GUEST_CR3,
+        GUEST_CR4,
+        GUEST_IA32_EFER,
+        GUEST_IA32_PAT,
+        GUEST_INTERRUPTIBILITY_INFO,
+        GUEST_ACTIVITY_STATE,
+        VM_ENTRY_CONTROLS,
+        VM_ENTRY_INTR_INFO_FIELD,
+        GUEST_DR7,
+        GUEST_IA32_DEBUGCTL,
+    ] {
+        read.push((field, g.vmread(field).await.unwrap_or(0xBAD)));
+    }
+    // Of an exit that no instruction brings the two are undefined.
+    if let [(_, 0 | 1 | 2 | 7 | 8 | 37 | 48 | 49 | 52), ..] = read[..] {
+        read.retain(|(field, _)| !matches!(field, VM_EXIT_INSTRUCTION_LEN | VMX_INSTRUCTION_INFO));
+    }
+    read
+}
+
+/// Leaves the guest by VMCALL, which is always an exit.
+pub async fn leave(g: &Guest) {
+    assert_eq!(g.run(Op::Vmcall).await, Outcome::Left);
+}
+
+/// Behind an exit: everything that L2 sees, and what VMREAD says of it.
+pub async fn look(g: &Guest, what: &str) {
+    g.see(what);
+    g.note(format!("{what}: {:x?}", exit_information(g).await));
+}
+
+/// The value of a control field of [`valid`] with other bits.
+pub fn control(field: Field, set: u64, clear: u64) -> (Field, u64) {
+    let value = valid().into_iter().find(|(f, _)| *f == field).map_or(0, |(_, value)| value);
+    (field, value & !clear | set)
+}

@@ -1,0 +1,9 @@
+//! The nested core on a model of a machine: nvmx from its run loop down, with guests that are async functions. What a guest sees
+//! on the bare machine it must see under nvmx, by every strategy.
+
+mod events;
+mod faults;
+mod instructions;
+mod kit;
+mod random;
+mod transitions;
