@@ -40,11 +40,15 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     boot("cascade-nvmx-kvm-trapped", Some(kvm.clone()), session.nested("cascade", FEW, Fields::Trapped));
     boot("outer-nvmx-kvm", Some(kvm.clone()), session.nested("faulty", "outer", Fields::Auto));
     boot("outer-kvm", Some(kvm.clone()), session.bare("faulty", "outer"));
-    // KVM keeps the timer itself and looks at it last, so most orderings there are KVM's own; and the part on shadow VMCSs
-    // goes through all fields, of which KVM lacks some. Task switches were not tried there. Most MSRs are KVM's, and it does
-    // not move the APIC over memory. It wakes a halted guest before the exit saves its activity state,
-    // refuses MSRs in areas that it ignores in WRMSR, and a failed entry there leaves other PDPTEs behind (not looked into).
-    const ARGS: &str = "skip=orderings,shadow,tasks,msrs,areas,failures,halted,hardware";
+    // Left out, for KVM's own doing:
+    // - orderings: it keeps the preemption timer itself and looks at it last (waiver kvm-timer), so most of them are KVM's;
+    // - halted: it ends the HLT state of its guest before the exit saves it, and delivers what comes to itself first;
+    // - shadow: goes through all fields, of which KVM lacks some (kvm-fields);
+    // - msrs, areas: most MSRs are KVM's; it does not move the APIC over memory, and refuses MSRs in areas that it ignores in
+    //   WRMSR;
+    // - debugctl: it takes writes of LBR and BTF to IA32_DEBUGCTL and forgets them;
+    // - tasks, hardware: not tried there.
+    const ARGS: &str = "skip=orderings,shadow,tasks,msrs,areas,halted,hardware,debugctl";
     boot("vmxtest-nvmx-kvm", Some(kvm), session.nested("vmxtest", ARGS, Fields::Auto));
     boot("vmxtest-bare-like-kvm", None, session.bare("vmxtest", ARGS));
     suite.clamps.insert("vmxtest-bare-like-kvm".into(), "vmxtest-nvmx-kvm".into());

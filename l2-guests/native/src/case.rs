@@ -607,12 +607,16 @@ pub fn is_code(linear: u64) -> bool {
     (code..code + 2 * PAGE).contains(&(linear & 0xFFFF_FFFF))
 }
 
-/// An instruction pointer as an offset from that of the instruction. Of 32-bit code it has 32 bits: Bochs keeps the carry
-/// until the next fetch, and so saves it with a single step.
+/// An instruction pointer as an offset from that of the instruction. Of 32-bit code it has 32 bits: one with more is told as
+/// it is.
 pub fn offset(ip: u64) -> i64 {
     let running = RUNNING.get();
     let offset = ip.wrapping_sub(running.ip);
-    if running.wide { offset as i64 } else { i64::from(offset as i32) }
+    match ip >> 32 {
+        0 if !running.wide => i64::from(offset as i32),
+        _ if !running.wide => ip as i64,
+        _ => offset as i64,
+    }
 }
 
 /// See [`offset`].

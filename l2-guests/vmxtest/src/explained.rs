@@ -1,8 +1,8 @@
 //! Explained failures: a VMCS with one thing wrong, and the rule that nvmx names for it (`l2_protocol::abi`). Alone on the
 //! machine nobody explains, so there is nothing to compare with: the records are `explained`, the same under every nvmx.
 //!
-//! Rules that only a 32-bit host can break are not here, nor those that Bochs does not have (IA32_DEBUGCTL, pending debug
-//! exceptions, RIP, an NMI under virtual-NMI blocking): nvmx leaves guest state to the processor, and explains what that refuses.
+//! Rules that only a 32-bit host can break are not here, nor one that Bochs does not have (an NMI under virtual-NMI blocking):
+//! nvmx leaves guest state to the processor, and explains what that refuses.
 
 use crate::{
     entries::{
@@ -227,6 +227,9 @@ fn guest_registers(guest: &mut Guest) {
         ("GuestEferLma", f::GUEST_EFER, Off(EFER_LMA)),
         ("GuestEferLme", f::GUEST_EFER, Off(EFER_LME)),
         ("GuestRflagsReserved", f::GUEST_RFLAGS, Off(2)),
+        ("GuestRip", f::GUEST_RIP, Set(NOT_CANONICAL)),
+        ("GuestDebugctl", f::GUEST_DEBUGCTL, Set(1 << 3)),
+        ("GuestPendingDebugReserved", f::GUEST_PENDING_DEBUG, Set(1 << 4)),
     ] {
         case(guest, rule, &[(field, change)]);
     }
@@ -310,6 +313,7 @@ fn guest_events(guest: &mut Guest) {
         (can_halt, "GuestActivityBlocking", &[halted, blocked(STI), interrupts]),
         (can_halt, "GuestActivityEvent", &[halted, event(INT3), length]),
         (true, "GuestInterruptibilityReserved", &[blocked(1 << 5)]),
+        (true, "GuestPendingDebugStep", &[blocked(MOV_SS), (f::GUEST_PENDING_DEBUG, Set(1 << 14))]),
         (true, "GuestBlockingStiAndMovSs", &[blocked(STI | MOV_SS), interrupts]),
         (true, "GuestBlockingStiNeedsIf", &[blocked(STI)]),
         (true, "GuestBlockingExternalInterrupt", &[blocked(MOV_SS), event(EXTERNAL), interrupts]),

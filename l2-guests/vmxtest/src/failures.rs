@@ -5,10 +5,6 @@
 //! what it was, MSRs of the VM-exit MSR-load area are loaded; the guest-state area, the valid bit of the interruption
 //! information and the VM-exit MSR-store area stay. SDM "Basic VM-Entry Checks", "Checks on VMX Controls and Host-State
 //! Area": VMfail, and nothing else.
-//!
-//! Not here: of the exit information, what Bochs writes although it should stay (instruction length, interruption
-//! information, IDT-vectoring information); blocking by NMI where an entry that fails at its MSR area would have changed it,
-//! which Bochs does not take back.
 
 use crate::{
     entries::Change::{self, Off, On, Set},
@@ -35,6 +31,10 @@ const KERNEL_GS: u32 = 0xC000_0102;
 const CAPABILITY: u64 = 0x480;
 const MARK: u64 = 0x5151_5151;
 const TIMER: u64 = 0x1234_5678;
+/// IA32_DEBUGCTL: LBR, BTF.
+const LBR: u64 = 1;
+const BRANCH_STEPS: u64 = 2;
+const MOV_SS: &str = "guest halted and blocked by MOV SS";
 
 /// A way to fail.
 struct Failure {
@@ -64,7 +64,7 @@ const FAILURES: [Failure; 14] = [
     Failure { name: "host RIP", changes: &[(f::HOST_RIP, Set(1 << 62))], wanted: BAD_HOST, ..PLAIN },
     Failure { name: "guest RFLAGS", changes: &[(f::GUEST_RFLAGS, Set(0))], wanted: Exit::Failed(33, 0), ..PLAIN },
     Failure {
-        name: "guest halted and blocked by MOV SS",
+        name: MOV_SS,
         changes: &[(f::GUEST_ACTIVITY, Set(1)), (f::GUEST_INTERRUPTIBILITY, Set(2))],
         wanted: Exit::Failed(33, 0),
         ..PLAIN
@@ -159,7 +159,7 @@ pub fn all() -> Result<(), Missing> {
 }
 
 /// The most fields that a failure changes.
-const MOST: usize = 9;
+const MOST: usize = 10;
 
 /// Tries to enter with fields changed; looks right before and right behind.
 fn attempt(guest: &mut Guest, changes: impl Iterator<Item = (u32, Change)>, mut look: impl FnMut()) -> Exit {
@@ -232,17 +232,21 @@ impl Areas {
 /// MSRs of ours before the entry. What exits load has a value in the host area.
 const OURS: [(u32, u64); 3] = [(cpu::LSTAR, 0x2222), (cpu::CSTAR, 0x3333), (KERNEL_GS, 0x5555)];
 
-/// Sum over all fields of the guest-state area, each with its place.
-fn guest_area() -> u64 {
-    let fields = f::ALL.iter().filter(|(_, field)| field >> 10 & 3 == 2);
-    fields.fold(0, |sum: u64, (_, field)| {
-        let (outcome, value) = vmx::try_read(u64::from(*field));
-        sum.rotate_left(5) ^ if outcome.succeeded() { value } else { 0 }
+/// All fields; those outside of the guest-state area as 0.
+fn guest_area() -> [u64; f::ALL.len()] {
+    core::array::from_fn(|number| {
+        let field = f::ALL[number].1;
+        let in_area = field >> 10 & 3 == 2;
+        let (outcome, value) = if in_area { vmx::try_read(u64::from(field)) } else { (Outcome::Succeed, 0) };
+        if outcome.succeeded() { value } else { 0 }
     })
 }
 
 /// Fields that only an exit or we write, beside the guest-state area.
-const KEPT: [u32; 9] = [
+const KEPT: [u32; 12] = [
+    f::EXIT_INSTRUCTION_LENGTH,
+    f::EXIT_INTERRUPTION_INFO,
+    f::IDT_VECTORING_INFO,
     f::ENTRY_CONTROLS,
     f::ENTRY_INTERRUPTION_INFO,
     f::ENTRY_EXCEPTION_ERROR,
@@ -263,7 +267,6 @@ fn fail(guest: &mut Guest, failure: &Failure, around: Around, blocked: bool, are
     Areas::fill(areas.entry, failure.area);
     Areas::fill(areas.store, &[(u64::from(cpu::LSTAR), MARK)]);
     Areas::fill(areas.load, &[(u64::from(cpu::LSTAR), 0x7777)]);
-    let at_msr_area = matches!(failure.wanted, Exit::Failed(34, _));
     let fields = [
         (f::PIN_CONTROLS, controls[0].1 | u64::from(pin::PREEMPTION_TIMER)),
         (f::ENTRY_CONTROLS, controls[1].1 | u64::from(around.entry)),
@@ -272,6 +275,7 @@ fn fail(guest: &mut Guest, failure: &Failure, around: Around, blocked: bool, are
         (f::GUEST_PAT, PATS[0]),
         (f::GUEST_EFER, own[1].1),
         (f::GUEST_DR7, 0x700),
+        (f::GUEST_DEBUGCTL, BRANCH_STEPS),
         (f::HOST_PAT, PATS[1]),
         (f::HOST_EFER, own[1].1),
         (f::ENTRY_MSR_LOAD_ADDR, areas.entry as u64),
@@ -292,11 +296,15 @@ fn fail(guest: &mut Guest, failure: &Failure, around: Around, blocked: bool, are
     }
     cpu::wrmsr(cpu::PAT, PATS[3]);
     cpu::set_dr7(0x400 | u64::from(late) << 8);
-    // The state of blocking that the entry would have brought: see above.
-    let blocking = at_msr_area.then_some((f::GUEST_INTERRUPTIBILITY, Set(if blocked { 8 } else { 0 })));
+    // Not every hypervisor keeps it.
+    let has_debugctl =
+        cpu::try_wrmsr(cpu::DEBUGCTL, LBR).is_ok() && cpu::try_rdmsr(cpu::DEBUGCTL).is_ok_and(|value| value == LBR);
+    // The entry would have changed blocking.
+    let blocking =
+        (failure.name != MOV_SS && late).then_some((f::GUEST_INTERRUPTIBILITY, Set(if blocked { 0 } else { 8 })));
 
     let mut error = 0;
-    let mut looks = [([0; KEPT.len()], 0); 2];
+    let mut looks = [([0; KEPT.len()], [0; f::ALL.len()]); 2];
     let mut look = looks.iter_mut();
     let got = attempt(guest, areas.changes(failure).chain(blocking), || {
         // First, since a VMREAD of a field that is not there leaves an error too.
@@ -307,6 +315,7 @@ fn fail(guest: &mut Guest, failure: &Failure, around: Around, blocked: bool, are
     });
     let [before, after] = looks;
     let dr7 = cpu::dr7();
+    let debugctl = if has_debugctl { cpu::rdmsr(cpu::DEBUGCTL) } else { 0 };
     let control = [cpu::cr0(), cpu::cr3(), cpu::cr4()] == [f::HOST_CR0, f::HOST_CR3, f::HOST_CR4].map(vmx::read);
     let mut counts = [0; 2];
     noting(trap::NMI, || {
@@ -318,7 +327,7 @@ fn fail(guest: &mut Guest, failure: &Failure, around: Around, blocked: bool, are
     });
     let [pat, efer] = [cpu::PAT, cpu::EFER].map(cpu::rdmsr);
     let msrs = OURS.map(|(msr, _)| cpu::rdmsr(msr));
-    let switched = [0x174, 0x175, 0x176, 0x1D9].map(|msr| cpu::try_rdmsr(msr).unwrap_or(0));
+    let switched = [0x174, 0x175, 0x176].map(cpu::rdmsr);
     for (msr, value) in own {
         cpu::wrmsr(msr, value);
     }
@@ -341,11 +350,15 @@ fn fail(guest: &mut Guest, failure: &Failure, around: Around, blocked: bool, are
         .fact("pat", Hex(pat))
         .fact("sce", efer & EFER_SCE)
         .expect("long_mode", Hex(efer & 0x500), Hex(0x500))
-        .expect("sysenter_and_debugctl", switched == [0; 4], true)
+        .expect("sysenter", switched == [0; 3], true)
+        .expect("debugctl_right", debugctl == if has_debugctl && !late { LBR } else { 0 }, true)
         .expect("dr7", Hex(dr7), Hex(0x400))
         .expect("control_registers", control, true);
     if let Exit::Refused(Outcome::FailValid(number)) = failure.wanted {
         check = check.expect("error", error, u64::from(number));
+    }
+    if let Some(changed) = before.1.iter().zip(after.1).position(|(before, after)| *before != after) {
+        check = check.fact("changed", f::ALL[changed].0);
     }
     check.end();
 
@@ -357,6 +370,9 @@ fn fail(guest: &mut Guest, failure: &Failure, around: Around, blocked: bool, are
     }
     for (msr, _) in OURS {
         cpu::wrmsr(msr, 0);
+    }
+    if has_debugctl {
+        cpu::wrmsr(cpu::DEBUGCTL, 0);
     }
     vmx::write(f::GUEST_DR7, 0x400);
 }

@@ -9,6 +9,7 @@
 mod apic;
 mod areas;
 mod bitmaps;
+mod debugctl;
 mod entries;
 mod ept;
 mod execute;
@@ -84,6 +85,7 @@ const PARTS: &[(&str, Part)] = &[
     ("hardware", Guests(hardware::all)),
     ("nmis", Guests(nmis::all)),
     ("traps", Guests(traps::all)),
+    ("debugctl", Guests(debugctl::all)),
     ("exits", Guests(exits::all)),
     ("state", Guests(state::all)),
     ("resident", Guests(resident::all)),

@@ -73,12 +73,8 @@ const EPTP_SHADOW_STACKS: u64 = 1 << 7;
 /// What the SDM defines of CR4.
 const CR4_DEFINED: u64 = 0x1_1BFF_7FFF;
 const SHUTDOWN: u64 = 1 << 1;
-/// Bochs injects any event into a halted guest; the SDM allows few ("Checks on Guest Non-Register State"). A base is halted.
+/// A base is halted.
 const HALTED: u64 = 1 << 0;
-/// Pending debug exceptions: a single step
-const PENDING_STEP: u64 = 1 << 14;
-/// RFLAGS.TF
-const TRAP_FLAG: u64 = 1 << 8;
 
 /// Fields of events and controls, which can be flipped with every base: the bits that may be.
 const EVENTS: &[(u32, u64)] = &[
@@ -93,10 +89,9 @@ const EVENTS: &[(u32, u64)] = &[
     (f::ENTRY_INSTRUCTION_LENGTH, LOW),
     (f::GUEST_INTERRUPTIBILITY, LOW),
     (f::GUEST_ACTIVITY, LOW & !(SHUTDOWN | HALTED)),
-    // Bochs looks at the lower half alone; the SDM wants 0 above.
-    (f::GUEST_PENDING_DEBUG, LOW),
+    (f::GUEST_PENDING_DEBUG, !0),
     (f::GUEST_RFLAGS, !0),
-    // Not GUEST_DEBUGCTL: Bochs accepts every value, the SDM wants 0 in reserved bits.
+    (f::GUEST_DEBUGCTL, !0),
     (f::GUEST_DR7, !0),
 ];
 
@@ -126,8 +121,7 @@ const STATE: &[(u32, u64)] = &[
     (f::GUEST_CR4, !0),
     (f::GUEST_PAT, !0),
     (f::GUEST_EFER, !0),
-    // Bochs enters at any address.
-    (f::GUEST_RIP, !NOT_CANONICAL),
+    (f::GUEST_RIP, !0),
     (f::GUEST_RSP, !0),
     (f::GUEST_SYSENTER_ESP, !0),
     (f::GUEST_SYSENTER_EIP, !0),
@@ -235,13 +229,7 @@ impl Numbers {
         let (field, mask) = match pick {
             // Without the timer a handler would run, or a halted guest sleep for ever.
             0 if events_only || halted => (f::PIN_CONTROLS, EVENTS[0].1 & !u64::from(pin::PREEMPTION_TIMER)),
-            n if n < events => match EVENTS[n as usize] {
-                // bochs-halted-step: of a halted guest, too, a single step must be pending exactly if RFLAGS.TF is set (SDM
-                // "Checks on Guest Non-Register State"); Bochs looks only if STI or MOV SS blocks.
-                (field @ f::GUEST_PENDING_DEBUG, mask) if halted => (field, mask & !PENDING_STEP),
-                (field @ f::GUEST_RFLAGS, mask) if halted => (field, mask & !TRAP_FLAG),
-                other => other,
-            },
+            n if n < events => EVENTS[n as usize],
             n if n < events + state => STATE[(n - events) as usize],
             n => {
                 let (segment, kind) = ((n - events - state) % SEGMENTS, (n - events - state) / SEGMENTS);

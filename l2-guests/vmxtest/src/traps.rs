@@ -68,6 +68,7 @@ pub fn all() -> Result<(), Missing> {
     let mut guest = Guest::new(Controls { secondary: secondary::EPT, ..Controls::default() })?;
     exceptions(&mut guest);
     trap_flag(&mut guest);
+    pending_trap_flag(&mut guest);
     timer(&mut guest);
     timer_over_exits(&mut guest);
     Ok(())
@@ -140,6 +141,52 @@ fn trap_flag(guest: &mut Guest) {
         .expect("rip", Hex(at), Hex(code + 3))
         .fact("interruptibility", vmx::read(f::GUEST_INTERRUPTIBILITY))
         .end();
+}
+
+/// One exit before the first instruction; what is pending, blocks or sleeps goes on.
+fn pending_trap_flag(guest: &mut Guest) {
+    if !setup::allowed_one(Kind::Primary, primary::TRAP_FLAG) {
+        return;
+    }
+    const OTHER: u64 = 7 << 8;
+    const STEP: u64 = 1 << 14;
+    const BREAKPOINT: u64 = 1 << 12 | 1;
+    let old = vmx::read(f::PRIMARY_CONTROLS);
+    // RFLAGS, interruptibility, activity, pending debug exceptions
+    for (name, state) in [
+        ("alone", [2, 0, 0, 0]),
+        ("with a breakpoint", [2, 0, 0, BREAKPOINT]),
+        ("with a step", [0x102, 0, 0, STEP]),
+        ("behind STI", [0x202, 1, 0, 0]),
+        ("behind MOV SS", [2, 2, 0, 0]),
+        ("behind MOV SS with a breakpoint", [2, 2, 0, BREAKPOINT]),
+        ("behind MOV SS with a step", [0x102, 2, 0, STEP]),
+        ("in the HLT state", [2, 0, 1, 0]),
+    ] {
+        for control in [0, primary::TRAP_FLAG] {
+            vmx::write(f::PRIMARY_CONTROLS, old | u64::from(control));
+            guest.start(count, 5);
+            let start = vmx::read(f::GUEST_RIP);
+            let fields = [f::GUEST_RFLAGS, f::GUEST_INTERRUPTIBILITY, f::GUEST_ACTIVITY, f::GUEST_PENDING_DEBUG];
+            for (field, value) in fields.into_iter().zip(state) {
+                vmx::write(field, value);
+            }
+            vmx::write(f::ENTRY_INTERRUPTION_INFO, VALID | OTHER);
+            let result = guest.run();
+            let saved = fields.map(vmx::read);
+            let moved = vmx::read(f::GUEST_RIP).wrapping_sub(start);
+            vmx::write(f::PRIMARY_CONTROLS, old);
+            let when = if control == 0 { "" } else { " and the control" };
+            Check::new(&mut Serial, format_args!("a pending trap flag {name}{when}"))
+                .expect("result", result, Exit::Reason(TRAP_FLAG_EXIT, 0))
+                .expect("moved", moved, 0)
+                .expect("rflags", Hex(saved[0]), Hex(state[0]))
+                .expect("interruptibility", saved[1], state[1])
+                .expect("activity", saved[2], state[2])
+                .expect("pending_debug", Hex(saved[3]), Hex(state[3]))
+                .end();
+        }
+    }
 }
 
 extern "C" fn count(steps: u64) -> u64 {

@@ -3,11 +3,14 @@
 //! Debug Registers, and MSRs", "Saving Control Registers, Debug Registers, and MSRs", "Loading Host Control Registers, Debug
 //! Registers, MSRs").
 //!
-//! The guest begins without paging and switches to the mode, or is entered in it. Bochs has the field for IA32_DEBUGCTL and
-//! not the MSR, which is 0 throughout.
+//! The guest begins without paging and switches to the mode, or is entered in it. Where there is no IA32_DEBUGCTL it is 0
+//! throughout.
 
 use crate::guest::{DONE, Exit, Guest, Program};
-use core::arch::global_asm;
+use core::{
+    arch::global_asm,
+    sync::atomic::{AtomicU32, Ordering},
+};
 use l2_kit::{
     Check, cpu, descriptors as d, fields as f, pages,
     protocol::Hex,
@@ -26,6 +29,8 @@ const DEFAULT_PAT: u64 = 0x0007_0406_0007_0406;
 const PATS: [u64; 3] = [DEFAULT_PAT & !0xFF00, DEFAULT_PAT & !0xFF_0000, DEFAULT_PAT & !0xFF];
 /// The guest's field, and our own: breakpoints that are not enabled.
 const DR7S: [u64; 2] = [0x700, 0x400 | 1 << 16];
+/// IA32_DEBUGCTL likewise: BTF, which does nothing without RFLAGS.TF, and LBR.
+const DEBUGCTLS: [u64; 2] = [2, 1];
 
 global_asm!(
     ".pushsection .text.vmxtest_unrestricted, \"ax\"",
@@ -44,14 +49,25 @@ global_asm!(
     "mov ecx, {pat}",
     "rdmsr",
     "mov edi, eax",
+    "xor eax, eax",
+    "mov ecx, {debugctl}",
+    "cmp dword ptr [{has_debugctl}], 0",
+    "je 2f",
+    "rdmsr",
+    "2: mov edx, eax",
     "mov eax, {done}",
     "vmcall",
     ".code64",
     ".popsection",
     efer = const cpu::EFER,
     pat = const cpu::PAT,
+    debugctl = const cpu::DEBUGCTL,
+    has_debugctl = sym HAS_DEBUGCTL,
     done = const DONE,
 );
+
+/// There is an IA32_DEBUGCTL; a guest reads it too.
+static HAS_DEBUGCTL: AtomicU32 = AtomicU32::new(0);
 
 unsafe extern "C" {
     fn vmxtest_unrestricted();
@@ -97,6 +113,7 @@ pub fn all() -> Result<(), Missing> {
         return Ok(());
     }
     let mut guest = Guest::new(Controls { secondary: unrestricted, ..Controls::default() })?;
+    HAS_DEBUGCTL.store(u32::from(has_debugctl()), Ordering::Relaxed);
     let zero = cpu::cr4() & !(cpu::CR4_PAE | CR4_PSE);
     let plain = Mode { name: "no paging", paging: false, cr4: zero, tables: 0, lme: None };
     let modes = [
@@ -118,6 +135,15 @@ pub fn all() -> Result<(), Missing> {
         }
     }
     Ok(())
+}
+
+/// IA32_DEBUGCTL is there and keeps its bits.
+fn has_debugctl() -> bool {
+    let kept = DEBUGCTLS.iter().all(|value| {
+        cpu::try_wrmsr(cpu::DEBUGCTL, *value).is_ok() && cpu::try_rdmsr(cpu::DEBUGCTL).is_ok_and(|got| got == *value)
+    });
+    _ = cpu::try_wrmsr(cpu::DEBUGCTL, 0);
+    kept
 }
 
 /// Pages of 4 MiB, one to one.
@@ -169,7 +195,8 @@ fn combinations(guest: &mut Guest, mode: Mode, direct: bool, lme: bool, loads: u
             | bit(n, 4, exit::LOAD_PAT);
         let choice = Choice { entry, exit, lme, direct };
         let (got, wanted) = one(guest, mode, choice);
-        seen = got.iter().fold(seen, |sum, word| sum.rotate_left(7) ^ word);
+        // Not IA32_DEBUGCTL, which not every hypervisor keeps.
+        seen = got[..13].iter().fold(seen, |sum, word| sum.rotate_left(7) ^ word);
         match got == wanted {
             true => right += 1,
             false => first = first.or(got.iter().zip(wanted).position(|(got, wanted)| *got != wanted)),
@@ -190,7 +217,7 @@ fn combinations(guest: &mut Guest, mode: Mode, direct: bool, lme: bool, loads: u
 }
 
 /// What is looked at.
-const PLACES: [&str; 13] = [
+const PLACES: [&str; 15] = [
     "result",
     "efer_at_entry",
     "efer_in_mode",
@@ -204,9 +231,13 @@ const PLACES: [&str; 13] = [
     "own_dr7",
     "own_debugctl",
     "saved_cr0_paging",
+    "debugctl_in_guest",
+    "saved_debugctl",
 ];
 
-fn one(guest: &mut Guest, mode: Mode, choice: Choice) -> ([u64; 13], [u64; 13]) {
+fn one(guest: &mut Guest, mode: Mode, choice: Choice) -> ([u64; 15], [u64; 15]) {
+    let has_debugctl = HAS_DEBUGCTL.load(Ordering::Relaxed) != 0;
+    let debugctls = DEBUGCTLS.map(|value| if has_debugctl { value } else { 0 });
     let Choice { direct, lme, .. } = choice;
     let loads = |control| choice.entry & control != 0;
     let exits = |control| choice.exit & control != 0;
@@ -237,7 +268,7 @@ fn one(guest: &mut Guest, mode: Mode, choice: Choice) -> ([u64; 13], [u64; 13]) 
         (f::GUEST_EFER, field_efer),
         (f::GUEST_PAT, PATS[0]),
         (f::GUEST_DR7, DR7S[0]),
-        (f::GUEST_DEBUGCTL, 0),
+        (f::GUEST_DEBUGCTL, debugctls[0]),
         (f::HOST_EFER, own & !SCE),
         (f::HOST_PAT, PATS[1]),
     ] {
@@ -258,15 +289,19 @@ fn one(guest: &mut Guest, mode: Mode, choice: Choice) -> ([u64; 13], [u64; 13]) 
     cpu::wrmsr(cpu::EFER, own | SCE);
     cpu::wrmsr(cpu::PAT, PATS[2]);
     cpu::set_dr7(DR7S[1]);
+    if has_debugctl {
+        cpu::wrmsr(cpu::DEBUGCTL, debugctls[1]);
+    }
     let result = guest.run();
     let after = [cpu::rdmsr(cpu::EFER), cpu::rdmsr(cpu::PAT), cpu::dr7()];
-    let debugctl = cpu::try_rdmsr(cpu::DEBUGCTL).unwrap_or(0);
+    let debugctl = if has_debugctl { cpu::rdmsr(cpu::DEBUGCTL) } else { 0 };
     cpu::wrmsr(cpu::EFER, own);
     cpu::wrmsr(cpu::PAT, DEFAULT_PAT);
     cpu::set_dr7(0x400);
     let done = matches!(result, Exit::Done(_));
     let registers = &guest.vcpu.registers;
-    let (seen, in_guest) = ([registers.rbp, registers.rsi, registers.rdi], |value| if done { value } else { 0 });
+    let seen = [registers.rbp, registers.rsi, registers.rdi, registers.rdx];
+    let in_guest = |value| if done { value } else { 0 };
     let got = [
         if done { 0 } else { u64::from(matches!(result, Exit::Reason(r::TRIPLE_FAULT, _))) },
         seen[0] & 0xFFFF_FFFF,
@@ -281,6 +316,8 @@ fn one(guest: &mut Guest, mode: Mode, choice: Choice) -> ([u64; 13], [u64; 13]) 
         after[2],
         debugctl,
         vmx::read(f::GUEST_CR0) & cpu::CR0_PG,
+        in_guest(seen[3] & 0xFFFF_FFFF),
+        vmx::read(f::GUEST_DEBUGCTL),
     ];
 
     // What the SDM says. Without "load IA32_EFER" LMA follows the control, and so does LME with paging; else LME stays.
@@ -297,6 +334,7 @@ fn one(guest: &mut Guest, mode: Mode, choice: Choice) -> ([u64; 13], [u64; 13]) 
     let last = entered | if paging != 0 && runs_lme { LMA } else { 0 };
     let pat = if loads(entry::LOAD_PAT) { PATS[0] } else { PATS[2] };
     let dr7 = if loads(entry::LOAD_DEBUG) { DR7S[0] } else { DR7S[1] };
+    let debugs = debugctls[usize::from(!loads(entry::LOAD_DEBUG))];
     let wanted = [
         u64::from(!goes),
         entered & 0xFFFF_FFFF,
@@ -311,6 +349,8 @@ fn one(guest: &mut Guest, mode: Mode, choice: Choice) -> ([u64; 13], [u64; 13]) 
         0x400,
         0,
         paging,
+        in_guest(debugs),
+        if exits(exit::SAVE_DEBUG) { debugs } else { debugctls[0] },
     ];
     vmx::write(f::ENTRY_CONTROLS, controls[0]);
     vmx::write(f::EXIT_CONTROLS, controls[1]);

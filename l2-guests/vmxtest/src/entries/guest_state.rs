@@ -2,7 +2,7 @@
 
 use super::{
     BAD_GUEST,
-    Change::{Off, On, Set},
+    Change::{self, Off, On, Set},
     NOT_CANONICAL, attempt, attempt_if,
 };
 use crate::{
@@ -53,10 +53,7 @@ pub fn segments(guest: &mut Guest) {
     }
 }
 
-/// Control registers, flags, activity, the link pointer, debug registers and MSRs.
-///
-/// Not here, because Bochs enters with them, against the SDM: a RIP that is not canonical, bad pending debug exceptions,
-/// reserved bits of DEBUGCTL.
+/// Control registers, RIP, flags, activity, pending debug exceptions, the link pointer, debug registers and MSRs.
 pub fn registers(guest: &mut Guest) {
     let width = too_wide();
     for (name, field, change) in [
@@ -78,6 +75,9 @@ pub fn registers(guest: &mut Guest) {
         ("guest interruptibility with bit 5", f::GUEST_INTERRUPTIBILITY, Set(1 << 5)),
         ("guest blocked by STI without IF", f::GUEST_INTERRUPTIBILITY, Set(1)),
         ("guest blocked by SMI", f::GUEST_INTERRUPTIBILITY, Set(4)),
+        ("guest RIP not canonical", f::GUEST_RIP, Set(NOT_CANONICAL)),
+        ("guest pending debug with bit 4", f::GUEST_PENDING_DEBUG, Set(1 << 4)),
+        ("guest pending debug with bit 32", f::GUEST_PENDING_DEBUG, Set(1 << 32)),
     ] {
         attempt(guest, name, &[(field, change)], BAD_GUEST);
     }
@@ -89,6 +89,7 @@ pub fn registers(guest: &mut Guest) {
         &[(f::GUEST_ACTIVITY, Set(1)), (f::GUEST_INTERRUPTIBILITY, Set(2))],
         BAD_GUEST,
     );
+    pending_steps(guest);
     let link = Exit::Failed(33, 4);
     let wrong = pages::page();
     wrong[0] = u64::from(setup::revision() ^ 1);
@@ -101,6 +102,9 @@ pub fn registers(guest: &mut Guest) {
     }
     let debug = (f::ENTRY_CONTROLS, On(entry::LOAD_DEBUG.into()));
     attempt(guest, "guest DR7 above 32 bits", &[debug, (f::GUEST_DR7, On(1 << 32))], BAD_GUEST);
+    for (name, value) in [("guest DEBUGCTL with bit 4", 1 << 4), ("guest DEBUGCTL with bit 32", 1 << 32)] {
+        attempt(guest, name, &[debug, (f::GUEST_DEBUGCTL, Set(value))], BAD_GUEST);
+    }
     let efer = (f::ENTRY_CONTROLS, On(entry::LOAD_EFER.into()));
     for (name, value) in [
         ("guest EFER 0", 0),
@@ -115,5 +119,32 @@ pub fn registers(guest: &mut Guest) {
         [("guest PAT with type 2", 2), ("guest PAT with type 3", 3 << 8), ("guest PAT with type 8", 8 << 56)]
     {
         attempt_if(guest, Kind::Entry, entry::LOAD_PAT, name, &[pat, (f::GUEST_PAT, Set(value))], BAD_GUEST);
+    }
+}
+
+/// Of a guest that is blocked by STI or MOV SS or halted a single step is pending if and only if it is stepped; a halted guest
+/// gets few events.
+fn pending_steps(guest: &mut Guest) {
+    const TF: u64 = 1 << 8;
+    const STEP: (u32, Change) = (f::GUEST_PENDING_DEBUG, Set(1 << 14));
+    const VALID: u64 = 1 << 31;
+    let sti = (f::GUEST_INTERRUPTIBILITY, Set(1));
+    let stepped = (f::GUEST_RFLAGS, On(TF | 0x200));
+    let halted = (f::GUEST_ACTIVITY, Set(1));
+    let event = |info: u64| (f::ENTRY_INTERRUPTION_INFO, Set(VALID | info));
+    attempt(guest, "guest blocked by STI, a step pending", &[sti, STEP, (f::GUEST_RFLAGS, On(0x200))], BAD_GUEST);
+    attempt(guest, "guest blocked by STI, stepped", &[sti, stepped], BAD_GUEST);
+    let mov_ss = (f::GUEST_INTERRUPTIBILITY, Set(2));
+    attempt(guest, "guest blocked by MOV SS, a step pending", &[mov_ss, STEP], BAD_GUEST);
+    attempt(guest, "guest halted, a step pending", &[halted, STEP], BAD_GUEST);
+    attempt(guest, "guest halted, stepped", &[halted, (f::GUEST_RFLAGS, On(TF))], BAD_GUEST);
+    for (name, info) in [
+        ("#UD for a halted guest", 3 << 8 | 6),
+        ("#GP for a halted guest", 3 << 8 | 1 << 11 | 13),
+        ("INT 20H for a halted guest", 4 << 8 | 0x20),
+        ("INT1 for a halted guest", 5 << 8 | 1),
+        ("INT3 for a halted guest", 6 << 8 | 3),
+    ] {
+        attempt(guest, name, &[halted, event(info), (f::ENTRY_INSTRUCTION_LENGTH, Set(1))], BAD_GUEST);
     }
 }
