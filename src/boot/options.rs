@@ -104,6 +104,8 @@ pub struct Options {
     pub counters: Counters,
     /// `explain=`: whether what VMX refuses is told on the serial line.
     pub explain: bool,
+    /// `stale=`: whether L3's use of translations that lack an INVEPT of L2 is told. For debugging: dear.
+    pub stale: bool,
     /// `serial=`
     pub serial: Serial,
     /// `exit=`
@@ -122,6 +124,7 @@ impl Default for Options {
             ept02: None,
             counters: Counters::Kernel,
             explain: true,
+            stale: false,
             serial: Serial::COM1,
             exit: Exit::Auto,
             stop: Stop::Never,
@@ -186,10 +189,11 @@ const CPUS: &str = "all|1|2|3|...";
 const EPT02: &str = "auto|0|1|2|...";
 const COUNTERS: &str = "kernel|all";
 const EXPLAIN: &str = "on|off";
+const STALE: &str = "off|warn";
 const SERIAL: &str = "com1|com2|0x2f8|0x3f8,9600|...|none";
 const EXIT: &str = "auto|none|ports";
 const STOP: &str = "never|cpus";
-const ACCEPTED: [(&str, &str); 10] = [
+const ACCEPTED: [(&str, &str); 11] = [
     ("log", LOG),
     ("fields", FIELDS),
     ("vmcs", VMCS),
@@ -197,6 +201,7 @@ const ACCEPTED: [(&str, &str); 10] = [
     ("ept02", EPT02),
     ("counters", COUNTERS),
     ("explain", EXPLAIN),
+    ("stale", STALE),
     ("serial", SERIAL),
     ("exit", EXIT),
     ("stop", STOP),
@@ -254,6 +259,13 @@ impl Options {
                         _ => return Err(bad("explain", EXPLAIN)),
                     }
                 }
+                "stale" => {
+                    options.stale = match value {
+                        "off" => false,
+                        "warn" => true,
+                        _ => return Err(bad("stale", STALE)),
+                    }
+                }
                 "serial" => options.serial = Serial::parse(value).ok_or_else(|| bad("serial", SERIAL))?,
                 "exit" => {
                     options.exit = match value {
@@ -307,7 +319,7 @@ mod tests {
             }
         }
         let (all, unknown) = Options::parse(
-            "log=trace fields=trapped vmcs=memory cpus=3 ept02=7 counters=all explain=off serial=com2 exit=none stop=cpus",
+            "log=trace fields=trapped vmcs=memory cpus=3 ept02=7 counters=all explain=off stale=warn serial=com2 exit=none stop=cpus",
         )
         .unwrap();
         assert_eq!(unknown, UnknownWords::default());
@@ -321,6 +333,7 @@ mod tests {
                 ept02: Some(7),
                 counters: Counters::All,
                 explain: false,
+                stale: true,
                 serial: Serial { port: Some(0x2F8), divisor: 1 },
                 exit: Exit::None,
                 stop: Stop::Cpus
@@ -336,8 +349,8 @@ mod tests {
             unknown.to_string(),
             "unknown options are passed over: 'quiet' 'colour=red'; nvmx accepts log=off|error|warn|info|debug|trace, \
              fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, cpus=all|1|2|3|..., ept02=auto|0|1|2|..., \
-             counters=kernel|all, explain=on|off, serial=com1|com2|0x2f8|0x3f8,9600|...|none, exit=auto|none|ports, \
-             stop=never|cpus"
+             counters=kernel|all, explain=on|off, stale=off|warn, serial=com1|com2|0x2f8|0x3f8,9600|...|none, \
+             exit=auto|none|ports, stop=never|cpus"
         );
         let (_, many) = Options::parse("a b c d e f g h i j").unwrap();
         assert!(many.to_string().contains("'h' and 2 more; "), "{many}");

@@ -13,6 +13,8 @@ bitflags! {
         const INIT = 1 << 1;
         /// None of these: something of nvmx's own is in the VMCS of the guest, [`Events`] says what.
         const OWN = 1 << 2;
+        /// None of these, and never over: L3's translations are looked at before each entry (`stale=warn`).
+        const LOOK = 1 << 3;
     }
 }
 

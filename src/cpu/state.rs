@@ -3,7 +3,7 @@
 use super::{Startup, Waiting};
 use crate::addr::Hpa;
 use crate::cpu::{Events, Nested};
-use crate::ept::{Ept01, Ept02, PoolFrames};
+use crate::ept::{Ept01, Ept02, PoolFrames, StaleLeaf};
 use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::Vmx;
@@ -57,10 +57,21 @@ pub struct Cpu {
     pub guest: GuestMemory<DirectMap>,
     /// Events that nvmx holds back.
     pub waiting: Waiting,
+    /// What was told of stale translations.
+    pub stale: Stale,
     /// Where L2 is on its way from an INIT to its first instruction.
     pub start: Startup,
     /// What nvmx has changed in vmcs02 for events of its own.
     pub events: Events,
+}
+
+/// What was told of stale translations: the last one, and how many.
+#[derive(Default)]
+pub struct Stale {
+    /// The last one.
+    pub last: Option<StaleLeaf>,
+    /// How many.
+    pub told: u32,
 }
 
 impl Cpu {

@@ -50,7 +50,7 @@ pub fn take(cpu: &mut Cpu) {
     ] {
         cpu.vmx.write(field, value);
     }
-    cpu.waiting = Waiting::empty();
+    cpu.waiting &= Waiting::LOOK;
     cpu.start = Startup::Waiting;
     if let Some(apic) = apic::LocalApic::find(&cpu.guest) {
         apic.disable();
@@ -62,7 +62,7 @@ pub fn reset(cpu: &mut Cpu) {
     initial::write_init_state(cpu, cpuid_count(1, 0).eax);
     cpu.once01 = Once::empty();
     cpu.tracked.refresh(&mut cpu.vmx);
-    cpu.waiting = Waiting::empty();
+    cpu.waiting &= Waiting::LOOK;
     cr::set_cr2(0);
     cr::reset_debug_registers();
     if let Some(apic) = apic::LocalApic::find(&cpu.guest) {

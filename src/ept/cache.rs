@@ -181,6 +181,11 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         self.in_use().iter().map(|root| root.tables).sum()
     }
 
+    /// The root that L3 runs on.
+    pub(super) fn current(&self) -> &Root {
+        &self.roots[self.current % ROOTS]
+    }
+
     /// The root of this index; indexes are nvmx's own.
     #[inline]
     pub(super) fn root(&mut self, index: usize) -> &mut Root {

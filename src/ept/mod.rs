@@ -4,7 +4,8 @@
 //! * [`walk`] is the only walker; it reads ept12 through L2's memory and nvmx's own tables through their frames.
 //! * [`identity`] builds ept01: the machine one to one without nvmx; [`watch`] notices there that L2 wrote a page.
 //! * [`compose`] and [`cache`] are ept02: composed on demand from ept12, kept by role.
-//!   After an INVEPT of L2, `validate` compares what is there with ept12; `reflected` drops what a violation drops.
+//!   After an INVEPT of L2, `validate` compares what is there with ept12; `reflected` drops what a violation drops;
+//!   `stale` tells of what an INVEPT of L2 is missing for.
 //! * [`flags`] sets accessed and dirty flags in ept12 and writes L2's page-modification log.
 //!
 //! Everything here is pure: what it needs of the machine are the two traits below; [`machine`] implements them on top
@@ -24,6 +25,7 @@ pub mod watch;
 mod reflected;
 mod reserve;
 mod run;
+mod stale;
 mod validate;
 
 use crate::addr::{Gpa, Hpa};
@@ -36,6 +38,7 @@ pub use eptp::Eptp;
 pub use flags::PageLog;
 pub use identity::{Ept01, Missing};
 pub use machine::PoolFrames;
+pub use stale::StaleLeaf;
 pub use violation::Qualification;
 pub use watch::{Watch, WatchError, Written};
 

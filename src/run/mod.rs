@@ -6,6 +6,7 @@ pub mod l2_exit;
 mod machine;
 mod run_loop;
 pub mod smp;
+mod stale;
 mod start;
 
 pub use machine::Machine;

@@ -1,15 +1,25 @@
 //! The run loop.
 
-use crate::cpu::{Cpu, Operation};
+use crate::cpu::{Cpu, Operation, Waiting};
 use crate::guest::events;
 use crate::hw::cpu;
 use crate::hw::vmenter::{self, Entered};
+use crate::nested::events::deliver;
 use crate::nested::{entry, l3_exit};
-use crate::run::l2_exit;
+use crate::run::{l2_exit, stale};
 use crate::trace::KillReason;
 use crate::vmcs::once::Once;
 use crate::vmx::Field;
 use crate::vmx::exit::ExitReason;
+
+/// Something is to be done before an entry that most entries do without.
+#[cold]
+fn before_entry(cpu: &mut Cpu) {
+    deliver(cpu);
+    if cpu.waiting.contains(Waiting::LOOK) && matches!(cpu.nested.operation, Operation::NonRoot { .. }) {
+        stale::look(cpu);
+    }
+}
 
 /// Runs L2 and L3 until the machine ends.
 pub fn run(cpu: &mut Cpu) -> KillReason {
@@ -18,7 +28,7 @@ pub fn run(cpu: &mut Cpu) -> KillReason {
     vmenter::start_clock(&mut cpu.regs);
     loop {
         if !cpu.waiting.is_empty() {
-            crate::nested::events::deliver(cpu);
+            before_entry(cpu);
         }
         let nested = matches!(cpu.nested.operation, Operation::NonRoot { .. });
         let launch = if nested { l3_exit::needs_launch(cpu) } else { !cpu.launched01 };
