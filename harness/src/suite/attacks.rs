@@ -5,6 +5,7 @@ use crate::backend::Spec;
 use crate::boot::Outcome;
 use crate::cli::Fields;
 use crate::session::Session;
+use crate::transcript::Line;
 use anyhow::Result;
 use l2_protocol::{Kind, Level};
 
@@ -12,13 +13,13 @@ use l2_protocol::{Kind, Level};
 const ATTACKS: u64 = 730;
 const TRIES: u64 = 1_470;
 /// Parts in which CPUs race.
-const RACES: &str = "part=races,roles";
+const RACES: &str = "part=races,roles,inits";
 
 /// Adds the boots and cases.
 pub fn add(suite: &mut Suite, session: &Session) {
     let inside = inside_nvmx(session.machine.memory);
     let one = format!("inside={inside:#x} rounds=2 changes=20000 exits=50000");
-    let two = format!("inside={inside:#x} {RACES} rounds=2 changes=10000");
+    let several = format!("inside={inside:#x} {RACES} rounds=2 changes=10000");
     let mut boot = |name: &str, cpus: u32, spec: Result<Spec>| {
         let with_cpus = |mut spec: Spec| {
             spec.machine.cpus = cpus;
@@ -29,9 +30,18 @@ pub fn add(suite: &mut Suite, session: &Session) {
     boot("attacks-bare", 1, session.bare("attacks", &one));
     boot("attacks-zero-copy", 1, session.nested("attacks", &one, Fields::ZeroCopy));
     boot("attacks-trapped", 1, session.nested("attacks", &one, Fields::Trapped));
-    boot("attacks-2-bare", 2, session.bare("attacks", &two));
-    boot("attacks-2", 2, session.nested("attacks", &two, Fields::Auto));
-    for (bare, nested) in [("attacks-bare", "attacks-zero-copy"), ("attacks-2-bare", "attacks-2")] {
+    boot("attacks-3-bare", 3, session.bare("attacks", &several));
+    boot("attacks-3", 3, session.nested("attacks", &several, Fields::Auto));
+    let stale = |guest: &str, args: &str| {
+        let spec = session.nested(guest, args, Fields::Auto);
+        spec.map(|mut spec| {
+            spec.kernel.args.push_str(" stale=warn");
+            spec
+        })
+    };
+    boot("stale-roles", 1, stale("attacks", &format!("inside={inside:#x} part=roles rounds=1 changes=300")));
+    boot("stale-none", 1, stale("cascade", "events=50"));
+    for (bare, nested) in [("attacks-bare", "attacks-zero-copy"), ("attacks-3-bare", "attacks-3")] {
         suite.clamps.insert(bare.into(), nested.into());
     }
 
@@ -44,8 +54,26 @@ pub fn add(suite: &mut Suite, session: &Session) {
         let name = format!("what L2 and L3 try against nvmx with {fields} is answered as on the bare machine");
         case(&name, &["attacks-bare", nested], Box::new(|o| compare::agree(o[0], o[1])));
     }
-    let name = "what two CPUs try against nvmx at once gets nowhere and is answered as on the bare machine";
-    case(name, &["attacks-2-bare", "attacks-2"], Box::new(|o| compare::agree(o[0], o[1])));
+    let name = "what several CPUs try against nvmx at once gets nowhere and is answered as on the bare machine";
+    case(name, &["attacks-3-bare", "attacks-3"], Box::new(|o| compare::agree(o[0], o[1])));
+    let name = "an L2 that leaves out INVEPTs is told of with stale=warn, and one that does not is not";
+    case(name, &["stale-roles", "stale-none"], Box::new(|o| told(o[0], o[1])));
+}
+
+/// The one boot has warnings, the other none; both pass.
+fn told(with: &Outcome, without: &Outcome) -> Result<(), String> {
+    const WARNING: &str = "INVEPT is missing";
+    let count = |o: &Outcome| {
+        o.transcript.lines.iter().filter(|line| matches!(line, Line::Text(text) if text.contains(WARNING))).count()
+    };
+    for outcome in [with, without] {
+        outcome.verdict().map_err(|e| format!("{}: {e}", outcome.name))?;
+    }
+    match (count(with), count(without)) {
+        (0, _) => Err(format!("{}: no warning", with.name)),
+        (_, 0) => Ok(()),
+        (_, more) => Err(format!("{}: {more} warnings", without.name)),
+    }
 }
 
 /// That it was tried at all.

@@ -288,6 +288,18 @@ fn entries(lab: &mut Lab) {
         vmx::write(f::GUEST_CR0, 0);
         Seen::of((0..MANY).filter(|_| matches!(lab.execute(guest::nothing, 1), Exit::Failed(_))).count())
     });
+    // The bare machine may have them, and sleeps.
+    for (name, state) in [("shutdown", 2), ("wait-for-SIPI", 3), ("4", 4), ("of all ones", u64::from(u32::MAX))] {
+        lab.attack(format_args!("activity state {name}"), Told::Same, |lab| {
+            let refused = |lab: &mut Lab| {
+                lab.guest.start(guest::nothing, 1);
+                vmx::write(f::GUEST_ACTIVITY, state);
+                matches!(lab.run(), Exit::Failed(_))
+            };
+            let offered = state < 4 && crate::place::is_bare();
+            Seen::of((0..MANY).filter(|_| offered || refused(lab)).count())
+        });
+    }
     lab.attack(format_args!("storm of VMPTRLD and VMCLEAR of many VMCSs"), Told::Same, |lab| {
         let mut good = 0;
         for turn in 0..MANY {

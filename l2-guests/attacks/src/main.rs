@@ -11,6 +11,7 @@
 mod addresses;
 mod controls;
 mod guest;
+mod inits;
 mod lab;
 mod liveness;
 mod memory;
@@ -46,6 +47,7 @@ const PARTS: &[Part] = &[
     ("rings", rings::all),
     ("races", races::all),
     ("roles", roles::all),
+    ("inits", inits::all),
     ("soak", soak::all),
 ];
 

@@ -19,7 +19,7 @@ use l2_kit::{
     log,
     pages::{self, PAGE},
     protocol::abi::{LEAF_INTERFACE, LEAF_MAX, LEAF_SIGNATURE},
-    setup::{self, Kind, primary as p, secondary as s},
+    setup::{self, Kind, pin, primary as p, secondary as s},
     trap::{self, Trap},
     user,
     vmx::{self, reason as r},
@@ -57,6 +57,8 @@ const AC: u64 = 1 << 18;
 const END: u64 = 1 << 47;
 const FOUR_GIB: u64 = 1 << 32;
 const INT3: u8 = 0xCC;
+/// #AC
+const AC_VECTOR: u8 = 17;
 /// `mov r8d, ss`, `mov ss, r8d`
 const SHADOW: &[u8] = &[0x41, 0x8C, 0xD0, 0x41, 0x8E, 0xD0];
 /// `mov r8d, ss`, `pushfq`, `or dword ptr [rsp], 0x100`, `popfq`, `mov ss, r8d`
@@ -126,7 +128,6 @@ type Text = ArrayString<192>;
 
 pub fn all(lab: &mut Lab) {
     let cr0 = cpu::cr0();
-    cpu::set_cr0(cr0 | cpu::CR0_AM);
     let msrs = SYSENTER_MSRS.map(|(msr, _)| (msr, cpu::rdmsr(msr)));
     // The 32-bit code segment becomes one of ring 3, for L3 too.
     const CODE32: u64 = 0x00CF_FB00_0000_FFFF;
@@ -152,6 +153,14 @@ pub fn all(lab: &mut Lab) {
         }
     }
     lab.attack(format_args!("ring 3 of L2: CPUID leaves of a hypervisor"), Told::Answered, leaves);
+    alignment(lab);
+    if setup::allowed_one(Kind::Secondary, s::VM_FUNCTIONS) {
+        for place in Place::INSIDE.into_iter().chain(Place::BESIDE) {
+            lab.attack(format_args!("ring 3 of L3: an EPTP list {}", place.name()), Told::Same, |lab| {
+                functions(lab, place)
+            });
+        }
+    }
     // SAFETY: as above.
     unsafe { slot.write(before) };
     msrs.iter().for_each(|(msr, value)| cpu::wrmsr(*msr, *value));
@@ -161,6 +170,8 @@ pub fn all(lab: &mut Lab) {
 /// Puts code where the setting wants it, and draws registers.
 fn prepare(lab: &mut Lab, code: &[u8], touched: bool, setting: Setting) -> Start {
     use Setting::*;
+    // An exit of another guest may have taken it away.
+    cpu::set_cr0(cpu::cr0() | cpu::CR0_AM);
     let wide = !matches!(setting, Compatibility | CompatibilityEdge);
     let prefix = match setting {
         Shadow => SHADOW,
@@ -276,6 +287,105 @@ fn run(lab: &mut Lab, level: u32, start: Start, to_ring0: bool, text: &mut Text)
     };
     let _ = write!(text, "{}.{:x}@{:x} ", trap.vector, trap.error, trap.rip.wrapping_sub(start.rip) & 0xFFFF);
     to_ring0 || trap.cs & 3 == 3
+}
+
+/// Ring 3 switches EPTs by a list there, by entries that it has and has not, and calls functions that there are not.
+fn functions(lab: &mut Lab, place: Place) -> Seen {
+    const VMFUNC: &[u8] = &[0x0F, 0x01, 0xD4];
+    let (mut text, mut escape) = (Text::new(), false);
+    let page = place.page(lab.random.next());
+    place::fill(page);
+    for (function, entry) in [(0, 0), (0, 511), (0, 512), (0, u64::from(u32::MAX)), (1, 0), (63, 1), (64, 0)] {
+        let mut start = prepare(lab, VMFUNC, false, Setting::Plain);
+        (start.rax, start.rcx) = (function, entry);
+        lab.with(Extra { secondary: s::VM_FUNCTIONS, ..Extra::default() });
+        vmx::write(f::VM_FUNCTION_CONTROLS, 1);
+        vmx::write(f::EPTP_LIST, page);
+        escape |= !run(lab, 3, start, false, &mut text);
+    }
+    log!("  {text}");
+    let digest = text.bytes().fold(0u32, |sum, byte| sum.rotate_left(5) ^ u32::from(byte));
+    Seen::of(format_args!("{digest:#x}")).escaped_if(escape)
+}
+
+/// A load, and where it is not aligned.
+const LOAD: &[u8] = &[0x48, 0x8B, 0x07];
+/// Alignment checks of a loop.
+const AGAIN: u64 = 64;
+static CHECKS: Global<u64> = Global::new(0);
+
+fn misaligned(lab: &mut Lab) -> Start {
+    let mut start = prepare(lab, LOAD, true, Setting::Plain);
+    (start.rflags, start.rdi) = (2 | AC, lab.pages[DATA] + 1);
+    start
+}
+
+/// Alignment checks that come back to what faulted.
+fn alignment(lab: &mut Lab) {
+    lab.attack(format_args!("ring 3 of L2: a loop of #AC"), Told::Same, |lab| {
+        let start = misaligned(lab);
+        CHECKS.set(0);
+        let before = trap::hook(
+            AC_VECTOR,
+            Some(|frame| {
+                CHECKS.set(CHECKS.get() + 1);
+                if CHECKS.get() == AGAIN {
+                    frame.rflags &= !AC;
+                }
+                true
+            }),
+        );
+        let mut text = Text::new();
+        let escape = !run(lab, 2, start, false, &mut text);
+        trap::hook(AC_VECTOR, before);
+        Seen::of(format_args!("{text}{}", CHECKS.get())).escaped_if(escape)
+    });
+    lab.attack(format_args!("ring 3 of L3: a storm of #AC"), Told::Same, |lab| {
+        let start = misaligned(lab);
+        lab.with(Extra::default());
+        vmx::write(f::EXCEPTION_BITMAP, 1 << AC_VECTOR);
+        begin(lab, start);
+        let mut catch = 0;
+        let exits = (0..AGAIN).filter(|_| {
+            resume(lab, &mut catch) == Exit::Reason(r::EXCEPTION_OR_NMI)
+                && vmx::read(f::EXIT_INTERRUPTION_INFO) & 0xFF == u64::from(AC_VECTOR)
+        });
+        Seen::of(exits.count())
+    });
+    let timer = Extra { pin: pin::PREEMPTION_TIMER, ..Extra::default() };
+    if setup::allowed_one(Kind::Pin, timer.pin) {
+        lab.attack(format_args!("ring 3 of L3: an endless loop of #AC"), Told::Same, |lab| {
+            let start = misaligned(lab);
+            lab.with(timer);
+            begin(lab, start);
+            let before = trap::hook(AC_VECTOR, Some(|_| true));
+            let mut catch = 0;
+            let ended = (0..16).filter(|_| {
+                let ticks = 400 + lab.random.below(400);
+                vmx::write(f::PREEMPTION_TIMER, ticks);
+                resume(lab, &mut catch) == Exit::Reason(r::PREEMPTION_TIMER)
+            });
+            let ended = ended.count();
+            trap::hook(AC_VECTOR, before);
+            Seen::of(ended)
+        });
+    }
+}
+
+/// L3 is to go to ring 3.
+fn begin(lab: &mut Lab, start: Start) {
+    let place = lab.pages[START] as *mut Start;
+    // SAFETY: the lab's page.
+    unsafe { place.write_volatile(start) };
+    lab.guest.start(ring3, place as u64);
+}
+
+/// Enters L3, whose traps are caught for itself.
+fn resume(lab: &mut Lab, catch: &mut u64) -> Exit {
+    let own = trap::swap_catch(*catch);
+    let exit = lab.run();
+    *catch = trap::swap_catch(own);
+    exit
 }
 
 /// Goes behind the instruction that exited, as a hypervisor must: RIP has 32 bits outside of 64-bit mode, and no event waits

@@ -12,7 +12,7 @@ use l2_kit::{
     ept::{WRITE_BACK, rights::RWX},
     fields as f,
     pages::{self, LARGE, PAGE},
-    setup::{self, Kind, secondary},
+    setup::{self, Kind, entry_controls, secondary},
     vmx,
 };
 
@@ -45,6 +45,30 @@ pub fn all(lab: &mut Lab) {
                 no_end_inside(exit, at)
             });
         }
+    }
+    for (name, field) in [
+        ("PDPTEs of a guest without EPT", f::GUEST_CR3),
+        ("page-directory pointer of a guest in PAE mode", f::GUEST_PDPTE0),
+    ] {
+        everywhere(lab, name, |lab, at| {
+            with(lab, Extra::default());
+            for (field, off) in [
+                (f::ENTRY_CONTROLS, entry_controls::IA32E),
+                (f::SECONDARY_CONTROLS, if field == f::GUEST_CR3 { secondary::EPT } else { 0 }),
+            ] {
+                vmx::write(field, vmx::read(field) & !u64::from(off));
+            }
+            lab.guest.start(guest::nothing, 1);
+            vmx::write(f::GUEST_CS_AR, 0xC09B);
+            if field == f::GUEST_CR3 {
+                vmx::write(field, at);
+            } else {
+                [f::GUEST_PDPTE0, f::GUEST_PDPTE1, f::GUEST_PDPTE2, f::GUEST_PDPTE3]
+                    .into_iter()
+                    .for_each(|pdpte| vmx::write(pdpte, at | 1));
+            }
+            no_end_inside(lab.run(), at)
+        });
     }
     across(lab);
 }

@@ -104,6 +104,20 @@ pub fn start_in_haste(index: usize, apic_id: u32, turns: u32) -> bool {
     until(1_000_000, || STARTS[index].load(Ordering::Acquire) > before)
 }
 
+/// Sends INIT and, so many instructions later, one start-up message; whether the CPU came.
+pub fn start_after(index: usize, apic_id: u32, instructions: u32) -> bool {
+    lay_out(index);
+    let before = STARTS[index].load(Ordering::Acquire);
+    JOBS[index].store(0, Ordering::Release);
+    apic::send(apic_id, apic::message::INIT);
+    // SAFETY: counts.
+    unsafe {
+        core::arch::asm!("2: dec {0:e}", "jnz 2b", inout(reg) instructions / 2 + 1 => _, options(nomem, nostack));
+    }
+    apic::send(apic_id, apic::message::startup((PAGE >> 12) as u8));
+    until(100_000, || STARTS[index].load(Ordering::Acquire) > before)
+}
+
 /// Lets a CPU begin in a loop that is its first instruction, at offset 0 of a page.
 pub fn spin_at_offset_0(apic_id: u32) {
     const JMP_SELF: [u8; 2] = [0xEB, 0xFE];
