@@ -2,6 +2,7 @@
 
 use nvmx::rules::hidden::{EMPTY, HIDDEN};
 use nvmx::rules::msr_policy::{BEYOND, Row, TABLE, UNLISTED, Verdict};
+use nvmx::rules::switched::{Exits, Host, TABLE as SWITCHED};
 use std::fmt::Write;
 
 const PAGE: &str = include_str!("../docs/msrs.md");
@@ -16,8 +17,6 @@ fn word(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::Passes => "passes",
         Verdict::Switched => "switched",
-        Verdict::Noted => "switched, L2's exit",
-        Verdict::NotedAlways => "switched, exit",
         Verdict::Answered => "answered",
         Verdict::Refused => "refused",
     }
@@ -40,6 +39,43 @@ fn the_table_of_msrs_is_that_of_the_code() {
     line(&mut table, "others up to 1FFFH and from C0000000H to C0001FFFH", &UNLISTED);
     line(&mut table, "all others", &BEYOND);
     assert!(part("msrs") == Some(table.trim()), "put this between the marks of docs/msrs.md:\n{table}");
+}
+
+#[test]
+fn the_table_of_switched_state_is_that_of_the_code() {
+    let mut table = String::from(
+        "| state | MSR | L3's value | L2's value after an exit | loaded by the entry | saved by the exit | loaded by the exit | writes that exit | why |\n\
+         |---|---|---|---|---|---|---|---|---|\n",
+    );
+    for row in SWITCHED {
+        let name = |text: String| {
+            if text.is_empty() { "always".into() } else { format!("\"{text}\"").to_lowercase().replace('_', " ") }
+        };
+        let words = |names: Vec<&str>| name(names.join(" | "));
+        let [entry, save] = [
+            words(row.entry_load.iter_names().map(|(name, _)| name).collect()),
+            words(row.exit_save.iter_names().map(|(name, _)| name).collect()),
+        ];
+        let load = words(row.exit_load.iter_names().map(|(name, _)| name).collect());
+        let msr = row.msr.map_or("–".into(), |index| format!("{index:X}H"));
+        let host = match row.host {
+            Host::Field(field) => format!("`{}`", field.name()),
+            Host::Constant(value) => format!("{value:X}H"),
+        };
+        let exits = match row.exits {
+            Exits::Never => "none",
+            Exits::ForL2 => "L2's",
+            Exits::ForBoth => "L2's and L3's",
+        };
+        let guest = row.guest.name();
+        writeln!(
+            table,
+            "| {} | {msr} | `{guest}` | {host} | {entry} | {save} | {load} | {exits} | {} |",
+            row.name, row.why
+        )
+        .unwrap();
+    }
+    assert!(part("switched") == Some(table.trim()), "put this between the marks of docs/msrs.md:\n{table}");
 }
 
 #[test]

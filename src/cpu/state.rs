@@ -10,8 +10,10 @@ use crate::hw::vmx::Vmx;
 use crate::mm::{FramePool, GuestMemory};
 use crate::rules::merge::MsrIntercepts;
 use crate::vmcs::Config;
+use crate::vmcs::access::{MachineParts, VmcsAccess};
 use crate::vmcs::msrs::OwnMsrs;
 use crate::vmcs::once::Once;
+use crate::vmcs::slot::Slot;
 use crate::vmcs::tracked::Tracked;
 use crate::vmx::bitmap::Words;
 
@@ -79,5 +81,24 @@ impl Cpu {
     #[inline(always)]
     pub fn tables<'a>(frames: &'a mut FramePool, phys: &'a DirectMap) -> PoolFrames<'a, &'a DirectMap> {
         PoolFrames { pool: frames, memory: phys }
+    }
+
+    /// The slot with this index, how its fields are reached, and the machine to do it with.
+    #[inline(always)]
+    pub fn reach(&mut self, index: usize) -> (&mut Slot, &VmcsAccess, MachineParts<'_>) {
+        let on = MachineParts { vmx: &mut self.vmx, phys: &self.phys, vmcs01: self.vmcs01 };
+        (&mut self.nested.slots[index], &self.config.access, on)
+    }
+
+    /// Makes the vmcs02 of a slot the current VMCS, with all that L2 wrote.
+    pub fn enter_vmcs02(&mut self, index: usize) {
+        let (slot, access, on) = self.reach(index);
+        access.enter(on, slot);
+    }
+
+    /// From the vmcs02 of a slot, which is current, back to vmcs01.
+    pub fn leave_vmcs02(&mut self, index: usize) {
+        let (slot, access, on) = self.reach(index);
+        access.leave(on, slot);
     }
 }

@@ -24,7 +24,7 @@ pub fn set_up(cpu: &mut Cpu, index: usize) {
     }
     cpu.vmx.write(Field::VMCS_LINK_POINTER, u64::MAX);
     // VM functions are nvmx's to emulate (`nested::vmfunc`).
-    if cpu.config.exists.contains(Field::VM_FUNCTION_CONTROLS) {
+    if cpu.config.access.has(Field::VM_FUNCTION_CONTROLS) {
         cpu.vmx.write(Field::VM_FUNCTION_CONTROLS, 0);
     }
     cpu.vmx.clear(vmcs02);

@@ -118,8 +118,8 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
         LEAF_INTERFACE => CpuidResult {
             eax: INTERFACE_VERSION,
             ebx: Counter::ALL.len() as u32,
-            ecx: cpu.config.strategy as u32,
-            edx: cpu.config.layout.is_some() as u32,
+            ecx: cpu.config.access.strategy() as u32,
+            edx: cpu.config.access.is_in_memory() as u32,
         },
         LEAF_COUNTERS => {
             cpu.vmx

@@ -172,7 +172,7 @@ fn l3_view(cpu: &mut Cpu, index: usize) -> View<'_, DirectMap> {
 /// A hypervisor below that emulates VMX may not shadow that field; then the instruction's own bytes are cheaper.
 pub fn field_access_info(cpu: &mut Cpu) -> InstructionInfo {
     let of_l2 = !matches!(cpu.nested.operation, Operation::NonRoot { .. });
-    if of_l2 && cpu.config.layout.is_some() && in_64_bit_mode(cpu) {
+    if of_l2 && cpu.config.access.is_in_memory() && in_64_bit_mode(cpu) {
         let rip = cpu.vmx.read(Field::GUEST_RIP);
         let mut bytes = [0; 5];
         let len = bytes.len().min(cpu.vmx.read(Field::VM_EXIT_INSTRUCTION_LEN) as usize);

@@ -2,10 +2,10 @@
 
 use crate::addr::Gpa;
 use crate::cpu::{Cpu, Operation, vmcs02};
-use crate::vmcs::vmcs12::{FieldSet, Vmcs12};
+use crate::vmcs::access::MachineParts;
+use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::Field;
 use crate::vmx::region::NO_LINK;
-use l2_protocol::abi::Strategy;
 
 /// Makes a slot current, or none, and links the shadow VMCS.
 pub fn make_current(cpu: &mut Cpu, index: Option<usize>) {
@@ -16,7 +16,7 @@ pub fn make_current(cpu: &mut Cpu, index: Option<usize>) {
         cpu.nested.touch(index);
         cpu.nested.slots[index].vmcs02().get()
     });
-    if cpu.config.strategy == Strategy::ZeroCopy {
+    if cpu.config.access.vmcs01_links() {
         cpu.vmx.write(Field::VMCS_LINK_POINTER, link);
     }
 }
@@ -65,50 +65,23 @@ fn free_slot(cpu: &mut Cpu) -> usize {
 /// Fills a slot from the region at `at`.
 #[cold]
 fn load(cpu: &mut Cpu, index: usize, at: Gpa) {
-    let (vmx, config) = (&mut cpu.vmx, &cpu.config);
     let slot = &mut cpu.nested.slots[index];
     slot.release();
     if slot.vmcs12.load(&cpu.guest, at).is_err() {
         slot.vmcs12 = Vmcs12::new();
     }
-    let revision = config.hardware.basic.revision();
-    match (&config.layout, config.strategy) {
-        (Some(layout), strategy) => {
-            for field in slot.vmcs12.dirty.iter() {
-                layout.write(&cpu.phys, slot.vmcs02(), field, slot.vmcs12.get(field));
-            }
-            slot.vmcs12.dirty = FieldSet::EMPTY;
-            slot.vmcs12.valid = FieldSet::CACHED;
-            if strategy == Strategy::ZeroCopy {
-                slot.become_shadow_in_memory(&cpu.phys, revision);
-            }
-        }
-        (None, Strategy::ZeroCopy) => {
-            slot.rest(vmx, &cpu.phys, revision);
-            vmx.ptrld(slot.vmcs02());
-            slot.flush_dirty(vmx, Strategy::ZeroCopy, &config.exists);
-            vmx.ptrld(cpu.vmcs01);
-        }
-        (None, Strategy::Trapped) => {}
-    }
+    let (slot, access, on) = cpu.reach(index);
+    access.load(on, slot);
 }
 
 /// Stores an active slot to L2's memory and makes it inactive. vmcs01 is current.
 pub fn write_back(cpu: &mut Cpu, index: usize) {
-    let config = &cpu.config;
+    let Some(at) = cpu.nested.slots[index].vmptr else { return };
     let slot = &mut cpu.nested.slots[index];
-    let Some(at) = slot.vmptr else { return };
-    if let Some(layout) = &config.layout {
-        slot.fetch_image(layout, &cpu.phys, &config.exists);
-    } else {
-        cpu.vmx.ptrld(slot.vmcs02());
-        slot.fetch_all(&mut cpu.vmx, &config.exists);
-        cpu.vmx.ptrld(cpu.vmcs01);
-    }
+    let on = MachineParts { vmx: &mut cpu.vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
+    cpu.config.access.store(on, slot);
     // L2 may have no memory there any more: then nothing could have kept its VMCS either.
     let _ = slot.vmcs12.store(&cpu.guest, at);
     slot.active = false;
-    if config.strategy == Strategy::ZeroCopy || config.layout.is_some() {
-        slot.vmcs12.valid = FieldSet::CACHED;
-    }
+    cpu.config.access.stored(slot);
 }

@@ -17,6 +17,7 @@ use crate::rules::checks::{self, CheckId, ControlsChecked};
 use crate::rules::explain::Refusal;
 use crate::rules::merge::{self, Duties, MsrIntercepts, NvmxNeeds, Translated};
 use crate::trace::KillReason;
+use crate::vmcs::access::MachineParts;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::stale::Stale;
 use crate::vmcs::vpid::VPID01;
@@ -25,11 +26,7 @@ use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::field::PDPTES;
 use crate::vmx::region::NO_LINK;
 use crate::vmx::{Field, VmxError, VmxResult};
-use crate::x86::{Cr0, Cr4};
-
-const EFER_LMA: u64 = 1 << 10;
-/// Activity state: HLT.
-const ACTIVITY_HLT: u64 = 1;
+use crate::x86::{Cr0, Cr4, efer};
 
 /// Enters L3 on the slot's vmcs12, as VMLAUNCH or VMRESUME; vmcs01 is current and the launch state was checked.
 #[inline]
@@ -46,7 +43,7 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         shadow::link(cpu, index);
     }
     let slot = &mut cpu.nested.slots[index];
-    let (vmx, config) = (&mut cpu.vmx, &cpu.config);
+    let vmx = &mut cpu.vmx;
     let Some(merged) = &slot.merged else { return Err(KillReason::UnexpectedExit(0).into()) };
     let (duties, uses_msr_bitmap) = (merged.duties, merged.msr_bitmap.is_some());
     let uses_timer = merged.pin.contains(PinControls::PREEMPTION_TIMER);
@@ -66,8 +63,8 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         }
     }
 
-    slot.load_vmcs02(vmx, &cpu.phys, config.hardware.basic.revision());
-    slot.flush_dirty(vmx, config.strategy, &config.exists);
+    let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
+    cpu.config.access.enter(on, slot);
     if slot.link02 != slot.link_to {
         slot.link02 = slot.link_to;
         vmx.write(Field::VMCS_LINK_POINTER, slot.link02);
@@ -133,7 +130,7 @@ fn load_pdptes(vmx: &mut Vmx, guest: &GuestMemory<impl PhysMem>) -> Option<[u64;
 /// Runs the checks on what L2 wrote and merges anew; vmcs01 is current.
 #[cold]
 fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
-    let long_mode = cpu.tracked.efer() & EFER_LMA != 0;
+    let long_mode = cpu.tracked.efer() & efer::LMA != 0;
     let slot = &mut cpu.nested.slots[index];
     let (vmcs12, stale, offered) = (&slot.vmcs12, slot.stale, &cpu.config.offered);
     let controls = stale.contains(Stale::CONTROLS).then(|| checks::check_cached_controls(vmcs12, offered)).transpose();
@@ -169,13 +166,9 @@ fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
 
 /// The rule that a control in vmcs02 breaks; vmcs01 is current.
 fn live_controls_failure(cpu: &mut Cpu, index: usize) -> Option<checks::Failure> {
-    let slot = &mut cpu.nested.slots[index];
-    slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, cpu.config.hardware.basic.revision());
-    slot.flush_dirty(&mut cpu.vmx, cpu.config.strategy, &cpu.config.exists);
-    let failure = judge::with_guest_state(cpu, index, |cpu, vmcs12| {
-        checks::check_live_controls(vmcs12, &cpu.config.offered).err()
-    });
-    cpu.nested.slots[index].leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
+    cpu.enter_vmcs02(index);
+    let failure = judge::whole(cpu, index, |whole| whole.controls_in_vmcs02().err());
+    cpu.leave_vmcs02(index);
     failure
 }
 
@@ -207,7 +200,7 @@ fn merge_controls(cpu: &mut Cpu, index: usize, checked: ControlsChecked) {
     let entry12 = EntryControls::from_bits_retain(slot.vmcs12.get(Field::VM_ENTRY_CONTROLS) as u32);
     let exit12 = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
     let unrestricted = merged.secondary.contains(SecondaryControls::UNRESTRICTED_GUEST);
-    slot.inherited.plan(merged.duties, entry12, exit12, unrestricted);
+    slot.inherited.plan(entry12, exit12, unrestricted);
     slot.mode_based = merged.secondary.contains(SecondaryControls::MODE_BASED_EXECUTE_CONTROL);
     slot.merged = Some(merged);
     slot.unwritten = true;
@@ -243,16 +236,9 @@ fn merge_bitmaps<P: PhysMem>(phys: &P, guest: &GuestMemory<P>, slot: &Slot, ours
 /// complete.
 #[cold]
 fn check_guest_state(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
-    let verdict = judge::with_guest_state(cpu, index, |cpu, vmcs12| {
-        // KVM below halts the CPU for a halted guest and does not ask the processor whether the state is valid.
-        let halted = vmcs12.get(Field::GUEST_ACTIVITY_STATE) == ACTIVITY_HLT;
-        let (offered, context, pages) = (&cpu.config.offered, judge::context(cpu, index), judge::Pages(&cpu.guest));
-        let verdict = match halted {
-            true => checks::check_guest(vmcs12, offered, &context, &pages),
-            false => checks::check_guest_beyond_hardware(vmcs12, offered, &context, &pages),
-        };
+    let verdict = judge::whole(cpu, index, |whole| {
         // Rules on controls come first, those too that are else the processor's.
-        verdict.map_err(|failure| (failure, judge::live_controls(cpu, vmcs12)))
+        whole.guest_beyond_hardware().map_err(|failure| (failure, whole.live_controls()))
     });
     let slot = &mut cpu.nested.slots[index];
     slot.stale -= Stale::GUEST;
@@ -285,8 +271,7 @@ pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
     if error != VmxError::EntryInvalidControlField as u32 {
         return Err(KillReason::EntryFailed { reason: error, qualification: 0 });
     }
-    let check =
-        judge::with_guest_state(cpu, current, |cpu, vmcs12| judge::live_controls(cpu, vmcs12).err().map(|f| f.check));
+    let check = judge::whole(cpu, current, |whole| whole.live_controls().err().map(|failure| failure.check));
     if check == Some(CheckId::TprThresholdFitsVtpr) && cpu.vmx.counters.last_exit_was_of_l3() {
         return virtual_apic::below_threshold(cpu, current);
     }
@@ -300,7 +285,7 @@ fn back_to_l2(cpu: &mut Cpu, vmxon_ptr: Gpa, current: usize) {
     let slot = &mut cpu.nested.slots[current];
     slot.inherited.undo(&mut cpu.vmx);
     slot.give_pdptes_back(&mut cpu.vmx);
-    slot.leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
+    cpu.leave_vmcs02(current);
     cpu.nested.operation = Operation::Root { vmxon_ptr, current: Some(current) };
     vmx_result(cpu, VmxResult::FailValid(VmxError::EntryInvalidControlField));
     inject::advance(cpu);
@@ -311,11 +296,7 @@ fn back_to_l2(cpu: &mut Cpu, vmxon_ptr: Gpa, current: usize) {
 pub fn failed_late(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReason> {
     let qualification = cpu.vmx.read(Field::EXIT_QUALIFICATION);
     if reason.basic() == BasicReason::ENTRY_INVALID_GUEST_STATE {
-        let check = judge::with_guest_state(cpu, index, |cpu, vmcs12| {
-            checks::check_guest(vmcs12, &cpu.config.offered, &judge::context(cpu, index), &judge::Pages(&cpu.guest))
-                .err()
-                .map(|f| f.check)
-        });
+        let check = judge::whole(cpu, index, |whole| whole.guest().err().map(|failure| failure.check));
         refuse(cpu, Refusal::GuestState(check, qualification));
     } else if reason.basic() == BasicReason::ENTRY_MSR_LOADING {
         let word = cpu.nested.slots[index].msr_lists.index_of_entry(&cpu.phys, qualification);

@@ -87,13 +87,11 @@ fn give_back(cpu: &mut Cpu) {
         cpu.nested.slots[index].write_controls_anew();
     }
     let Some((index, values)) = cpu.events.lent.take() else { return };
-    let revision = cpu.config.hardware.basic.revision();
-    let slot = &mut cpu.nested.slots[index];
-    slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, revision);
+    cpu.enter_vmcs02(index);
     for (field, value) in INJECTION.into_iter().zip(values) {
         cpu.vmx.write(field, value);
     }
-    slot.leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
+    cpu.leave_vmcs02(index);
 }
 
 /// L2 wants NMIs of L3: brings L3 to a stop behind the event that is being injected, or at once.

@@ -2,21 +2,56 @@
 
 use crate::addr::Gpa;
 use crate::cpu::{Cpu, Operation};
+use crate::hw::phys::DirectMap;
 use crate::mm::{GuestMemory, PhysMem};
-use crate::rules::checks::{self, CheckId, GuestContext};
-use crate::vmcs::vmcs12::{FieldSet, Vmcs12};
-use l2_protocol::abi::Strategy;
+use crate::rules::checks::{self, CheckId, Failure, GuestContext, GuestFailure};
+use crate::vmcs::vmcs12::Vmcs12;
+use crate::vmx::{Capabilities, Field};
+use crate::x86::efer;
 
-const EFER_LMA: u64 = 1 << 10;
+/// Activity state: HLT.
+const ACTIVITY_HLT: u64 = 1;
 
-/// What the rules on guest state need besides vmcs12.
-pub fn context(cpu: &Cpu, index: usize) -> GuestContext {
-    let vmptr = cpu.nested.slots.get(index).and_then(|slot| slot.vmptr);
-    GuestContext { current_vmptr: vmptr.unwrap_or(Gpa::new(u64::MAX)) }
+/// A whole vmcs12, and what the rules need besides.
+pub struct Whole<'a> {
+    /// All its fields.
+    pub vmcs12: &'a Vmcs12,
+    /// The processor that L2 sees.
+    pub offered: &'a Capabilities,
+    context: GuestContext,
+    pages: Pages<'a, DirectMap>,
+    long_mode: bool,
+}
+
+impl Whole<'_> {
+    /// All rules on guest state.
+    pub fn guest(&self) -> Result<(), GuestFailure> {
+        checks::check_guest(self.vmcs12, self.offered, &self.context, &self.pages)
+    }
+
+    /// Those on guest state that the processor does not apply to vmcs02 as it would to vmcs12.
+    pub fn guest_beyond_hardware(&self) -> Result<(), GuestFailure> {
+        // KVM below halts the CPU for a halted guest and does not ask the processor whether the state is valid.
+        if self.vmcs12.get(Field::GUEST_ACTIVITY_STATE) == ACTIVITY_HLT {
+            return self.guest();
+        }
+        checks::check_guest_beyond_hardware(self.vmcs12, self.offered, &self.context, &self.pages)
+    }
+
+    /// Those on controls that lie in vmcs02.
+    pub fn controls_in_vmcs02(&self) -> Result<(), Failure> {
+        checks::check_live_controls(self.vmcs12, self.offered)
+    }
+
+    /// Those on controls that are the processor's.
+    pub fn live_controls(&self) -> Result<(), Failure> {
+        self.controls_in_vmcs02()?;
+        checks::check_virtual_tpr(self.vmcs12, self.offered, &self.pages)
+    }
 }
 
 /// L2's memory for the checks.
-pub struct Pages<'a, P>(pub &'a GuestMemory<P>);
+struct Pages<'a, P>(&'a GuestMemory<P>);
 
 impl<P: PhysMem> checks::GuestMemory for Pages<'_, P> {
     fn read_u32(&self, address: Gpa) -> Option<u32> {
@@ -28,40 +63,28 @@ impl<P: PhysMem> checks::GuestMemory for Pages<'_, P> {
     }
 }
 
-/// The rules on controls that are the processor's.
-pub fn live_controls(cpu: &Cpu, vmcs12: &Vmcs12) -> Result<(), checks::Failure> {
-    let offered = &cpu.config.offered;
-    checks::check_live_controls(vmcs12, offered)?;
-    checks::check_virtual_tpr(vmcs12, offered, &Pages(&cpu.guest))
-}
-
-/// Runs `f` on the whole of vmcs12, guest state fetched from vmcs02, which is current.
-pub fn with_guest_state<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&Cpu, &Vmcs12) -> T) -> T {
+/// What `f` makes of the whole of the vmcs12 in a slot; its vmcs02 is current.
+pub fn whole<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&Whole<'_>) -> T) -> T {
     let slot = &mut cpu.nested.slots[index];
-    slot.fetch_all(&mut cpu.vmx, &cpu.config.exists);
-    let result = f(cpu, &cpu.nested.slots[index].vmcs12);
-    if cpu.config.strategy == Strategy::ZeroCopy || cpu.config.layout.is_some() {
-        cpu.nested.slots[index].vmcs12.valid = FieldSet::CACHED;
-    }
-    result
+    let context = GuestContext { current_vmptr: slot.vmptr.unwrap_or(Gpa::new(u64::MAX)) };
+    let (offered, pages, long_mode) = (&cpu.config.offered, Pages(&cpu.guest), cpu.tracked.efer() & efer::LMA != 0);
+    let access = &cpu.config.access;
+    access.with_all(&mut cpu.vmx, slot, |vmcs12| f(&Whole { vmcs12, offered, context, pages, long_mode }))
 }
 
 /// Every rule that the entry breaks, and what `f` makes of the whole of vmcs12; the current VMCS is the same afterwards.
-pub fn all_broken<T>(cpu: &mut Cpu, f: impl FnOnce(&Cpu, &Vmcs12, &[CheckId]) -> T) -> Option<T> {
+pub fn all_broken<T>(cpu: &mut Cpu, f: impl FnOnce(&Whole<'_>, &[CheckId]) -> T) -> Option<T> {
     let index = cpu.nested.current()?;
-    let long_mode = cpu.tracked.efer() & EFER_LMA != 0;
     let root = matches!(cpu.nested.operation, Operation::Root { .. });
     if root {
-        let slot = &mut cpu.nested.slots[index];
-        slot.load_vmcs02(&mut cpu.vmx, &cpu.phys, cpu.config.hardware.basic.revision());
-        slot.flush_dirty(&mut cpu.vmx, cpu.config.strategy, &cpu.config.exists);
+        cpu.enter_vmcs02(index);
     }
-    let result = with_guest_state(cpu, index, |cpu, vmcs12| {
-        let (offered, context) = (&cpu.config.offered, context(cpu, index));
-        f(cpu, vmcs12, &checks::all_broken(vmcs12, offered, long_mode, &context, &Pages(&cpu.guest)))
+    let result = whole(cpu, index, |whole| {
+        let Whole { vmcs12, offered, context, pages, long_mode } = whole;
+        f(whole, &checks::all_broken(*vmcs12, offered, *long_mode, context, pages))
     });
     if root {
-        cpu.nested.slots[index].leave_vmcs02(&mut cpu.vmx, &cpu.phys, &cpu.config, cpu.vmcs01);
+        cpu.leave_vmcs02(index);
     }
     Some(result)
 }

@@ -8,16 +8,17 @@ use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::linear::{fetch_pdptes, pdptes_are_valid};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::merge::Duties;
+use crate::rules::switched::{Host, Item};
 use crate::trace::KillReason;
 use crate::vmcs::Config;
-use crate::vmcs::image::Image;
+use crate::vmcs::access::{HostState, MachineParts, Report};
 use crate::vmcs::msr_lists::MsrLists;
 use crate::vmcs::msrs::{self, OwnMsrs};
 use crate::vmcs::once::Once;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::stale::Stale;
-use crate::vmcs::tracked::{HostMsrs, Tracked};
-use crate::vmcs::vmcs12::{FieldSet, Vmcs12};
+use crate::vmcs::tracked::{HostValues, Tracked};
+use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmcs::vpid::VPID01;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, SecondaryControls};
 use crate::vmx::event::{EventInfo, EventKind};
@@ -26,33 +27,23 @@ use crate::vmx::field::PDPTES;
 use crate::vmx::{Field, FieldAccess};
 use crate::x86::Cr4;
 use crate::x86::msr::{IA32_EFER, IA32_PAT};
-use l2_protocol::abi::{Counter, Strategy};
+use l2_protocol::abi::Counter;
 
 const BLOCKING_BY_NMI: u64 = 1 << 3;
 const UNUSABLE: u64 = 1 << 16;
-
-/// Fields that L2 reads after nearly every exit: fetched at once where each access of L2 exits.
-const HOT: [Field; 12] = [
-    Field::VM_EXIT_REASON,
-    Field::EXIT_QUALIFICATION,
-    Field::VM_EXIT_INSTRUCTION_LEN,
-    Field::VM_EXIT_INTR_INFO,
-    Field::IDT_VECTORING_INFO_FIELD,
-    Field::GUEST_RIP,
-    Field::GUEST_RSP,
-    Field::GUEST_RFLAGS,
-    Field::GUEST_CR0,
-    Field::GUEST_CR3,
-    Field::GUEST_CR4,
-    Field::GUEST_INTERRUPTIBILITY_INFO,
-];
 
 /// Exit reason and qualification that nvmx reports in place of the processor's.
 pub type Info = (ExitReason, u64);
 
 /// Takes L2 out of an exit of L3 whose information stands in vmcs02, which is current, except for `info`.
-#[inline]
+#[inline(always)]
 pub fn reflect(cpu: &mut Cpu, index: usize, info: Option<Info>) -> Result<(), KillReason> {
+    report(cpu, index, info.map(|(reason, qualification)| Report::new(reason, qualification)))
+}
+
+/// One copy: the run loop stays small enough to hold what comes before it.
+#[inline(never)]
+fn report(cpu: &mut Cpu, index: usize, report: Option<Report>) -> Result<(), KillReason> {
     cpu.vmx.counters.bump(Counter::Reflected);
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[index]);
     let pin = PinControls::from_bits_retain(slot.vmcs12.get(Field::PIN_BASED_VM_EXEC_CONTROL) as u32);
@@ -70,13 +61,13 @@ pub fn reflect(cpu: &mut Cpu, index: usize, info: Option<Info>) -> Result<(), Ki
     if pin.contains(PinControls::PREEMPTION_TIMER) && !exit.contains(ExitControls::SAVE_PREEMPTION_TIMER) {
         vmx.write(Field::VMX_PREEMPTION_TIMER_VALUE, slot.timer.set());
     }
-    let nmi_blocked = nmi_blocked(vmx, pin, info);
+    let nmi_blocked = nmi_blocked(vmx, pin, report);
     if slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_COUNT) != 0 {
         store_msrs(vmx, slot, &cpu.config, &cpu.msrs, &cpu.guest)?;
     }
     slot.inherited.leave_l3(vmx, &mut slot.vmcs12);
     slot.vmcs12.launched = true;
-    leave_vmcs02(cpu, index, nmi_blocked, info)
+    leave_vmcs02(cpu, index, nmi_blocked, report)
 }
 
 #[cold]
@@ -100,19 +91,8 @@ pub fn exception(
     error: Option<u32>,
     qualification: u64,
 ) -> Result<(), KillReason> {
-    let error = error.map(|code| (Field::VM_EXIT_INTR_ERROR_CODE, u64::from(code)));
-    let fields = [Some((Field::VM_EXIT_INTR_INFO, u64::from(info))), error];
-    // Exit information is where L2 reads it: not every processor that traps its accesses can VMWRITE it.
-    let zero_copy = cpu.config.strategy == Strategy::ZeroCopy;
-    if zero_copy {
-        fields.into_iter().flatten().for_each(|(field, value)| cpu.vmx.write(field, value));
-    }
-    reflect(cpu, index, Some((ExitReason::exit(BasicReason::EXCEPTION_OR_NMI), qualification)))?;
-    if !zero_copy {
-        let vmcs12 = &mut cpu.nested.slots[index].vmcs12;
-        fields.into_iter().flatten().for_each(|(field, value)| vmcs12.fetched(field, value));
-    }
-    Ok(())
+    let reason = ExitReason::exit(BasicReason::EXCEPTION_OR_NMI);
+    report(cpu, index, Some(Report { reason, qualification, event: Some((info, error)) }))
 }
 
 /// Takes L2 out of an entry that failed late: no guest state is saved, NMIs are blocked as before. vmcs02 is current.
@@ -130,19 +110,19 @@ pub fn entry_failure(cpu: &mut Cpu, basic: BasicReason, qualification: u64) -> R
         slot.inherited.msrs_loaded(loaded(IA32_PAT), loaded(IA32_EFER));
     }
     let nmi_blocked = cpu.nested.blocking01 & BLOCKING_BY_NMI != 0;
-    let info = Some((ExitReason::entry_failure(basic), qualification));
-    leave_vmcs02(cpu, index, nmi_blocked, info)
+    let report = Report::new(ExitReason::entry_failure(basic), qualification);
+    leave_vmcs02(cpu, index, nmi_blocked, Some(report))
 }
 
 /// NMIs are blocked for L2 after an exit by an NMI, and if L3 ran with them blocked in the processor.
 #[inline(always)]
-fn nmi_blocked(vmx: &mut Vmx, pin: PinControls, info: Option<Info>) -> bool {
+fn nmi_blocked(vmx: &mut Vmx, pin: PinControls, report: Option<Report>) -> bool {
     if pin.contains(PinControls::NMI_EXITING) {
         let real = ExitReason(vmx.read(Field::VM_EXIT_REASON) as u32).basic();
-        let by_nmi = match info {
+        let by_nmi = match report {
             // An NMI of nvmx's comes with an exit by the monitor trap flag.
-            Some((reason, _)) => {
-                reason.basic() == BasicReason::EXCEPTION_OR_NMI && real == BasicReason::MONITOR_TRAP_FLAG
+            Some(report) => {
+                report.reason.basic() == BasicReason::EXCEPTION_OR_NMI && real == BasicReason::MONITOR_TRAP_FLAG
             }
             None => {
                 real == BasicReason::EXCEPTION_OR_NMI
@@ -157,60 +137,12 @@ fn nmi_blocked(vmx: &mut Vmx, pin: PinControls, info: Option<Info>) -> bool {
 }
 
 #[inline(always)]
-fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Info>) -> Result<(), KillReason> {
+fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, report: Option<Report>) -> Result<(), KillReason> {
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[index]);
-    let revision = cpu.config.hardware.basic.revision();
-    match (&cpu.config.layout, cpu.config.strategy) {
-        (Some(_), Strategy::ZeroCopy) => {}
-        (Some(_), Strategy::Trapped) => {
-            slot.vmcs12.valid = FieldSet::CACHED;
-            keep_info(slot, info);
-        }
-        (None, Strategy::ZeroCopy) => {
-            if let Some(info) = info {
-                write_info(vmx, info);
-            }
-            slot.become_shadow(vmx, &cpu.phys, revision);
-        }
-        (None, Strategy::Trapped) => {
-            slot.vmcs12.valid = FieldSet::CACHED;
-            for field in HOT {
-                let value = vmx.read(field);
-                slot.vmcs12.fetched(field, value);
-            }
-            keep_info(slot, info);
-        }
-    }
-    let efer = slot.inherited.efer_of_l2(slot.vmcs12.get(Field::HOST_IA32_EFER));
-    let pat = slot.inherited.pat_of_l2(slot.vmcs12.get(Field::HOST_IA32_PAT));
-    // Not by a map over fields: where a field is not a constant, its place must be looked up.
-    let sysenter = [
-        slot.vmcs12.get(Field::HOST_IA32_SYSENTER_CS),
-        slot.vmcs12.get(Field::HOST_IA32_SYSENTER_ESP),
-        slot.vmcs12.get(Field::HOST_IA32_SYSENTER_EIP),
-    ];
-    let msrs = HostMsrs { sysenter, pat, efer };
     let blocking = if nmi_blocked { BLOCKING_BY_NMI } else { 0 };
     let blocking = (cpu.nested.blocking01 != blocking).then_some(blocking);
-    match &cpu.config.layout {
-        Some(layout) => {
-            let vmcs01 = &mut Image { layout, phys: &cpu.phys, region: cpu.vmcs01 };
-            load_l2(vmcs01, &slot.vmcs12, &mut cpu.tracked, &msrs, blocking);
-            cpu.once01.load_resident(vmcs01, &slot.vmcs12);
-            vmx.ptrld(cpu.vmcs01);
-            if cpu.config.strategy == Strategy::ZeroCopy {
-                if let Some(info) = info {
-                    write_info(&mut Image { layout, phys: &cpu.phys, region: slot.vmcs02() }, info);
-                }
-                slot.become_shadow_in_memory(&cpu.phys, revision);
-            }
-        }
-        None => {
-            vmx.ptrld(cpu.vmcs01);
-            load_l2(vmx, &slot.vmcs12, &mut cpu.tracked, &msrs, blocking);
-            cpu.once01.load_resident(vmx, &slot.vmcs12);
-        }
-    }
+    let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
+    cpu.config.access.exit(on, slot, report, L2 { tracked: &mut cpu.tracked, once: &mut cpu.once01, blocking });
     if slot.vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 == 0 {
         load_pdptes_of_l2(vmx, &cpu.guest, &slot.vmcs12)?;
     }
@@ -229,33 +161,25 @@ fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, info: Option<Inf
     Ok(())
 }
 
-/// Reason and qualification that L2 sees in place of vmcs02's.
-fn keep_info(slot: &mut Slot, info: Option<Info>) {
-    if let Some((reason, qualification)) = info {
-        slot.vmcs12.fetched(Field::VM_EXIT_REASON, reason.0 as u64);
-        slot.vmcs12.fetched(Field::EXIT_QUALIFICATION, qualification);
-    }
-}
-
-/// Writes reason and qualification to vmcs02, for L2 to read there.
-fn write_info(vmcs02: &mut impl FieldAccess, (reason, qualification): Info) {
-    vmcs02.write(Field::VM_EXIT_REASON, reason.0 as u64);
-    vmcs02.write(Field::EXIT_QUALIFICATION, qualification);
-}
-
-/// Writes all of L2's state after a VM exit to vmcs01.
-#[inline(always)]
-fn load_l2(
-    vmcs01: &mut impl FieldAccess,
-    vmcs12: &Vmcs12,
-    tracked: &mut Tracked,
-    msrs: &HostMsrs,
+/// All of L2's state after a VM exit.
+struct L2<'a> {
+    tracked: &'a mut Tracked,
+    once: &'a mut Once,
+    /// Interruptibility state, if it changes.
     blocking: Option<u64>,
-) {
-    load_vmcs12_host_state(vmcs01, vmcs12);
-    tracked.load(vmcs01, msrs);
-    if let Some(blocking) = blocking {
-        vmcs01.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking);
+}
+
+impl HostState for L2<'_> {
+    #[inline(always)]
+    fn load(&mut self, vmcs01: &mut impl FieldAccess, slot: &Slot) {
+        load_vmcs12_host_state(vmcs01, &slot.vmcs12);
+        let mut values = HostValues::of(|field| slot.vmcs12.get(field));
+        slot.inherited.leave_to_l2(&mut values);
+        self.tracked.load(vmcs01, &values);
+        if let Some(blocking) = self.blocking {
+            vmcs01.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking);
+        }
+        self.once.load_resident(vmcs01, &slot.vmcs12);
     }
 }
 
@@ -274,8 +198,11 @@ fn load_vmcs12_host_state(vmx: &mut impl FieldAccess, vmcs12: &Vmcs12) {
     let cr4 = Cr4::from_bits_retain(vmcs12.get(Field::HOST_CR4));
     let cr4 = if long { cr4 | Cr4::PAE } else { cr4 - Cr4::PCIDE };
     vmx.write(Field::GUEST_CR4, cr4.bits());
-    vmx.write(Field::GUEST_DR7, 0x400);
-    vmx.write(Field::GUEST_IA32_DEBUGCTL, 0);
+    for item in [Item::Dr7, Item::Debugctl] {
+        if let Host::Constant(value) = item.row().host {
+            vmx.write(item.row().guest, value);
+        }
+    }
     vmx.write(Field::GUEST_PENDING_DBG_EXCEPTIONS, 0);
     vmx.write(Field::GUEST_GDTR_BASE, vmcs12.get(Field::HOST_GDTR_BASE));
     vmx.write(Field::GUEST_IDTR_BASE, vmcs12.get(Field::HOST_IDTR_BASE));

@@ -20,7 +20,6 @@ use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::bitmap::Access;
 use crate::vmx::region::{REVISION, SHADOW_INDICATOR};
 use crate::vmx::{Field, VmxResult};
-use l2_protocol::abi::Strategy;
 
 /// No link.
 pub const NO_LINK: u64 = u64::MAX;
@@ -60,9 +59,9 @@ pub fn link(cpu: &mut Cpu, index: usize) {
     cpu.nested.touch(index);
     let linked = active::activate(cpu, at, true);
     cpu.nested.touch(linked);
-    let target = &mut cpu.nested.slots[linked];
+    let (target, access, on) = cpu.reach(linked);
     let link_to = bitmaps.map(|_| {
-        target.rest(&mut cpu.vmx, &cpu.phys, cpu.config.hardware.basic.revision());
+        access.rest(on, target);
         target.vmcs02().get()
     });
     let slot = &mut cpu.nested.slots[index];
@@ -106,5 +105,5 @@ pub fn of_l3(cpu: &mut Cpu, index: usize, access: Access) -> Result<(), KillReas
 
 /// Can the hardware do it? Where VMCSs are reached in memory nvmx does it alone.
 pub fn by_hardware(cpu: &Cpu) -> bool {
-    cpu.config.strategy == Strategy::ZeroCopy && cpu.config.layout.is_none()
+    cpu.config.access.vmcs02_links()
 }

@@ -84,8 +84,8 @@ pub fn refuse(cpu: &mut Cpu, refusal: Refusal) {
     let told = match refusal {
         // A rule with its values is told once.
         Refusal::Controls(_) | Refusal::HostState(_) | Refusal::GuestState(..) if count == 1 => {
-            judge::all_broken(cpu, |cpu, vmcs12, rules| {
-                let values = Some((vmcs12, &cpu.config.offered));
+            judge::all_broken(cpu, |whole, rules| {
+                let values = Some((whole.vmcs12, whole.offered));
                 // What only the processor knows breaks no rule here.
                 tell(&place, reason, count, if rules.is_empty() { first.as_slice() } else { rules }, values);
             })

@@ -10,6 +10,7 @@ use crate::addr::{Gpa, Hpa, PAGE_SIZE};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::checks::ControlsChecked;
 use crate::rules::resident;
+use crate::rules::switched;
 use crate::vmx::bitmap::{MsrBitmap, Words};
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::{Capabilities, Field, Fields};
@@ -30,13 +31,8 @@ pub struct NvmxNeeds {
 impl NvmxNeeds {
     /// For a processor that meets [`crate::vmx::requirements::REQUIREMENTS`].
     pub fn new(hardware: &Capabilities) -> Self {
-        let exit = ExitControls::HOST_ADDRESS_SPACE_SIZE
-            | ExitControls::SAVE_DEBUG_CONTROLS
-            | ExitControls::SAVE_PAT
-            | ExitControls::LOAD_PAT
-            | ExitControls::SAVE_EFER
-            | ExitControls::LOAD_EFER;
-        let entry = EntryControls::LOAD_DEBUG_CONTROLS | EntryControls::LOAD_PAT | EntryControls::LOAD_EFER;
+        let exit = ExitControls::HOST_ADDRESS_SPACE_SIZE | switched::exit_controls();
+        let entry = switched::entry_controls();
         Self {
             pin: hardware.pin.with_required(PinControls::empty()),
             primary: hardware.primary.with_required(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS),
@@ -76,27 +72,15 @@ bitflags! {
     /// What the merged controls leave to the code around an entry of L3.
     #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
     pub struct Duties: u32 {
-        /// L2 does not load IA32_EFER: put L2's own there, with LMA and LME as "IA-32e mode guest" and CR0.PG say.
-        const LOAD_EFER_OF_L2 = 1 << 0;
-        /// L2 does not load IA32_PAT: put L2's own there.
-        const LOAD_PAT_OF_L2 = 1 << 1;
-        /// L2 does not load debug controls: put L2's own DR7 and IA32_DEBUGCTL there.
-        const LOAD_DEBUG_OF_L2 = 1 << 2;
-        /// L2 does not save IA32_EFER: the field must read after the exit as before the entry.
-        const KEEP_EFER = 1 << 3;
-        /// L2 does not save IA32_PAT: as above.
-        const KEEP_PAT = 1 << 4;
-        /// L2 does not save debug controls: as above, for DR7 and IA32_DEBUGCTL.
-        const KEEP_DEBUG = 1 << 5;
         /// The guest has no EPT of L2: with PAE paging, fill the PDPTE fields from the table at CR3.
-        const LOAD_PDPTES = 1 << 6;
+        const LOAD_PDPTES = 1 << 0;
         /// L2 gives no VPID: each entry and exit must flush the linear translations of the VPID that nvmx uses.
-        const FLUSH_VPID = 1 << 7;
+        const FLUSH_VPID = 1 << 1;
         /// The guest runs on ept01 with virtualized APIC accesses: each entry must flush what L2 itself, and guests without,
         /// left cached of ept01.
-        const FLUSH_EPT01 = 1 << 8;
+        const FLUSH_EPT01 = 1 << 2;
         /// L2 uses VMCS shadowing: its shadow VMCS must be active, and within L3's reach.
-        const LINK_SHADOW_VMCS = 1 << 9;
+        const LINK_SHADOW_VMCS = 1 << 3;
     }
 }
 
@@ -170,7 +154,7 @@ pub fn merge(needs: &NvmxNeeds, vmcs12: &impl Fields, checked: ControlsChecked, 
         xss_exiting_bitmap: vmcs12.get(Field::XSS_EXITING_BITMAP),
         ple_gap: get32(Field::PLE_GAP),
         ple_window: get32(Field::PLE_WINDOW),
-        duties: duties(entry12, exit12, secondary12),
+        duties: duties(secondary12),
     }
 }
 
@@ -213,14 +197,8 @@ fn merge_primary(primary12: PrimaryControls, to: &Translated) -> PrimaryControls
     primary
 }
 
-fn duties(entry12: EntryControls, exit12: ExitControls, secondary12: SecondaryControls) -> Duties {
+fn duties(secondary12: SecondaryControls) -> Duties {
     let mut duties = Duties::empty();
-    duties.set(Duties::LOAD_EFER_OF_L2, !entry12.contains(EntryControls::LOAD_EFER));
-    duties.set(Duties::LOAD_PAT_OF_L2, !entry12.contains(EntryControls::LOAD_PAT));
-    duties.set(Duties::LOAD_DEBUG_OF_L2, !entry12.contains(EntryControls::LOAD_DEBUG_CONTROLS));
-    duties.set(Duties::KEEP_EFER, !exit12.contains(ExitControls::SAVE_EFER));
-    duties.set(Duties::KEEP_PAT, !exit12.contains(ExitControls::SAVE_PAT));
-    duties.set(Duties::KEEP_DEBUG, !exit12.contains(ExitControls::SAVE_DEBUG_CONTROLS));
     duties.set(Duties::LOAD_PDPTES, !secondary12.contains(SecondaryControls::ENABLE_EPT));
     duties.set(Duties::LINK_SHADOW_VMCS, secondary12.contains(SecondaryControls::VMCS_SHADOWING));
     duties.set(Duties::FLUSH_VPID, !secondary12.contains(SecondaryControls::ENABLE_VPID));

@@ -13,12 +13,8 @@
 pub enum Verdict {
     /// The processor makes it.
     Passes,
-    /// As `Passes`: VM entries and exits give each level its own.
+    /// As `Passes`: VM entries and exits give each level its own. `rules::switched` says whose writes exit.
     Switched,
-    /// As `Switched`, and L2's writes exit: nvmx knows the value at every exit of L3.
-    Noted,
-    /// As `Noted`, and L3's writes exit too.
-    NotedAlways,
     /// nvmx makes it, or answers it from what it keeps for L2.
     Answered,
     /// #GP(0), as on a processor without the MSR or the right to write it.
@@ -75,7 +71,7 @@ pub fn row(index: u32) -> &'static Row {
     }
 }
 
-use Verdict::{Answered as A, Noted as N, NotedAlways as L, Passes as P, Refused as R, Switched as S};
+use Verdict::{Answered as A, Passes as P, Refused as R, Switched as S};
 
 macro_rules! table {
     ($( $first:literal $(- $last:literal)?, $name:literal, $read:ident $write:ident, $why:expr; )*) => {
@@ -106,7 +102,6 @@ const SHADOW_STACK: &str = "without effect while CR4.CET is 0, as it is in nvmx"
 const STALE_LBR: &str = "nvmx's branches are in none: a VM exit clears IA32_DEBUGCTL";
 const SCAN: &str = "the processor would load test patterns from an address of L2's";
 const EACH_ITS_OWN: &str = "VM entries and exits switch it";
-const KNOWN: &str = "VM entries and exits switch it; L2 writes it seldom, and an exit of L3 need not read it then";
 
 table! {
     0x0000 - 0x0001, "IA32_P5_MC_ADDR, IA32_P5_MC_TYPE", P P, BANKS;
@@ -147,7 +142,7 @@ table! {
     0x0122, "IA32_TSX_CTRL", P P, UNUSED;
     0x0123, "IA32_MCU_OPT_CTRL", P P, PLAIN;
     0x0140, "MSR_MISC_FEATURES_ENABLES", P P, "a CPUID that faults does so outside of ring 0, and before it exits";
-    0x0174 - 0x0176, "IA32_SYSENTER_CS, _ESP, _EIP", S N, KNOWN;
+    0x0174 - 0x0176, "IA32_SYSENTER_CS, _ESP, _EIP", S S, EACH_ITS_OWN;
     0x0179, "IA32_MCG_CAP", P R, FIXED;
     0x017A - 0x017B, "IA32_MCG_STATUS, IA32_MCG_CTL", P P, BANKS;
     0x0186 - 0x018D, "IA32_PERFEVTSELn", P P, COUNT;
@@ -173,7 +168,7 @@ table! {
     0x0250, "IA32_MTRR_FIX64K_00000", A A, MTRR;
     0x0258 - 0x0259, "IA32_MTRR_FIX16K_n", A A, MTRR;
     0x0268 - 0x026F, "IA32_MTRR_FIX4K_n", A A, MTRR;
-    0x0277, "IA32_PAT", S L, KNOWN;
+    0x0277, "IA32_PAT", S S, EACH_ITS_OWN;
     0x0280 - 0x029F, "IA32_MCn_CTL2", P P, BANKS;
     0x02C2 - 0x02D9, "MSR_COPY_SCAN_HASHES to MSR_ARRAY_BIST", R R, SCAN;
     0x02FF, "IA32_MTRR_DEF_TYPE", A A, MTRR;
@@ -222,7 +217,7 @@ table! {
     0x17DA, "IA32_HRESET_ENABLE", P P, PLAIN;
     0x1900 - 0x19FF, "IA32_PMC_GPn_*, IA32_PMC_FXn_*", R R, "some of them switch PEBS on; CPUID shows version 5 of performance monitoring at most";
     0x1B01, "IA32_UARCH_MISC_CTL", P P, PLAIN;
-    0xC000_0080, "IA32_EFER", S N, KNOWN;
+    0xC000_0080, "IA32_EFER", S S, EACH_ITS_OWN;
     0xC000_0081 - 0xC000_0084, "IA32_STAR, IA32_LSTAR, IA32_CSTAR, IA32_FMASK", P P, UNUSED;
     0xC000_0100 - 0xC000_0101, "IA32_FS_BASE, IA32_GS_BASE", S S, EACH_ITS_OWN;
     0xC000_0102 - 0xC000_0103, "IA32_KERNEL_GS_BASE, IA32_TSC_AUX", P P, UNUSED;

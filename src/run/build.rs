@@ -15,6 +15,7 @@ use crate::mm::{FramePool, GuestMemory, PhysMem, Span};
 use crate::rules::caps;
 use crate::rules::merge::MsrIntercepts;
 use crate::run::Machine;
+use crate::vmcs::access::VmcsAccess;
 use crate::vmcs::image::Layout;
 use crate::vmcs::msrs::{self, By, OwnMsrs};
 use crate::vmcs::once::Once;
@@ -144,10 +145,8 @@ impl Common {
             config: Config {
                 hardware,
                 offered,
-                strategy: self.strategy,
+                access: VmcsAccess::new(self.strategy, layout, exists, revision),
                 user_counters: self.user_counters,
-                layout,
-                exists,
                 mtrrs: self.mtrrs.clone(),
             },
         })
@@ -204,7 +203,7 @@ pub fn set_up(cpu: &mut Cpu, write_guest_state: impl FnOnce(&mut Cpu)) {
     vmcs01::set_up(&mut cpu.vmx, &cpu.config.hardware, &cpu.regs, &to);
     write_guest_state(cpu);
     cpu.tracked.refresh(&mut cpu.vmx);
-    if cpu.config.strategy == Strategy::ZeroCopy {
+    if cpu.config.access.vmcs01_links() {
         cpu.vmx.write(Field::VMREAD_BITMAP, cpu.shadow_bitmaps[0].get());
         cpu.vmx.write(Field::VMWRITE_BITMAP, cpu.shadow_bitmaps[1].get());
     }

@@ -26,7 +26,7 @@ pub fn start(mut machine: Machine, announce: fn(&Processor, &Decided)) -> ! {
     let Machine { frames, processor, strategy, start, .. } = machine;
     let Some(mut cpu) = common.build(frames) else { too_little_memory() };
     smp::wait_for_others();
-    announce(&processor, &Decided { strategy, vmcs_in_memory: cpu.config.layout.is_some(), cpus });
+    announce(&processor, &Decided { strategy, vmcs_in_memory: cpu.config.access.is_in_memory(), cpus });
     build::set_up(&mut cpu, |cpu| initial::write_boot_state(cpu, &start));
     run_to_the_end(&mut cpu)
 }

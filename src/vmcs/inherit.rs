@@ -8,20 +8,20 @@
 //! Source: SDM vol. 3C, "Loading Guest State", "Saving Guest State", "Loading Host State".
 
 use crate::hw::vmx::Vmx;
-use crate::rules::merge::Duties;
-use crate::vmcs::tracked::Tracked;
+use crate::rules::switched::{Asked, Item};
+use crate::vmcs::tracked::{HostValues, Tracked};
 use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::Field;
 use crate::vmx::controls::{EntryControls, ExitControls};
-use crate::x86::Cr0;
+use crate::x86::{Cr0, efer};
 
 /// IA32_EFER.LME and LMA, which VM exits set from a control in any case, and VM entries too but for the LME of a guest
 /// without paging.
-const EFER_LONG_MODE: u64 = EFER_LME | EFER_LMA;
-const EFER_LME: u64 = 1 << 8;
-const EFER_LMA: u64 = 1 << 10;
+const EFER_LONG_MODE: u64 = efer::LME | efer::LMA;
 
-const FIELDS: [Field; 3] = [Field::GUEST_IA32_EFER, Field::GUEST_DR7, Field::GUEST_IA32_DEBUGCTL];
+/// What is carried between vmcs01 and vmcs02.
+const CARRIED: [Item; 3] = [Item::Efer, Item::Dr7, Item::Debugctl];
+const FIELDS: [Field; 3] = [CARRIED[0].row().guest, CARRIED[1].row().guest, CARRIED[2].row().guest];
 const EFER: usize = 0;
 const ALL: u8 = 0b111;
 
@@ -73,15 +73,15 @@ impl Default for Inherited {
 
 impl Inherited {
     /// Notes what vmcs12's controls ask for.
-    pub fn plan(&mut self, duties: Duties, entry: EntryControls, exit: ExitControls, unrestricted: bool) {
+    pub fn plan(&mut self, entry: EntryControls, exit: ExitControls, unrestricted: bool) {
+        let asked = |item| Asked::of(item, entry, exit);
         let bits =
-            |efer, debug| !duties.contains(efer) as u8 | if duties.contains(debug) { 0 } else { ALL & !(1 << EFER) };
-        self.loaded = bits(Duties::LOAD_EFER_OF_L2, Duties::LOAD_DEBUG_OF_L2);
-        self.saved = bits(Duties::KEEP_EFER, Duties::KEEP_DEBUG);
-        self.host_efer = exit.contains(ExitControls::LOAD_EFER);
-        self.loads_pat = !duties.contains(Duties::LOAD_PAT_OF_L2);
-        self.saves_pat = !duties.contains(Duties::KEEP_PAT);
-        self.host_pat = exit.contains(ExitControls::LOAD_PAT);
+            |of: fn(Asked) -> bool| (0..).zip(CARRIED).fold(0, |bits, (i, item)| bits | u8::from(of(asked(item))) << i);
+        self.loaded = bits(|asked| asked.loaded);
+        self.saved = bits(|asked| asked.saved);
+        self.host_efer = asked(Item::Efer).host_loaded;
+        let pat = asked(Item::Pat);
+        (self.loads_pat, self.saves_pat, self.host_pat) = (pat.loaded, pat.saved, pat.host_loaded);
         self.long_mode_guest = entry.contains(EntryControls::IA32E_MODE_GUEST);
         self.unrestricted = unrestricted;
         self.long_mode_host = exit.contains(ExitControls::HOST_ADDRESS_SPACE_SIZE);
@@ -183,16 +183,15 @@ impl Inherited {
         }
     }
 
-    /// L2's IA32_EFER after the exit, given the host field of vmcs12.
+    /// The exit of L3 gives L2 these values; what it does not load goes on as L3 left it.
     #[inline(always)]
-    pub fn efer_of_l2(&self, host: u64) -> u64 {
-        if self.host_efer { host } else { long_mode(self.live[EFER], self.long_mode_host) }
-    }
-
-    /// L2's IA32_PAT after the exit, given the host field of vmcs12.
-    #[inline(always)]
-    pub fn pat_of_l2(&self, host: u64) -> u64 {
-        if self.host_pat { host } else { self.live_pat }
+    pub fn leave_to_l2(&self, host: &mut HostValues) {
+        if !self.host_efer {
+            *host.value(Item::Efer) = long_mode(self.live[EFER], self.long_mode_host);
+        }
+        if !self.host_pat {
+            *host.value(Item::Pat) = self.live_pat;
+        }
     }
 
     /// vmcs02 gets a new owner.
@@ -203,15 +202,15 @@ impl Inherited {
 
 /// L3's IA32_EFER by an entry that does not load it: LMA is the control, and so is LME with paging; without, LME stays
 /// (SDM, "Loading Guest Control Registers, Debug Registers, and MSRs").
-fn entered(efer: u64, long_mode_guest: bool, paging: bool) -> u64 {
+fn entered(old: u64, long_mode_guest: bool, paging: bool) -> u64 {
     match paging {
-        true => long_mode(efer, long_mode_guest),
-        false => efer & !EFER_LMA | if long_mode_guest { EFER_LMA } else { 0 },
+        true => long_mode(old, long_mode_guest),
+        false => old & !efer::LMA | if long_mode_guest { efer::LMA } else { 0 },
     }
 }
 
-fn long_mode(efer: u64, on: bool) -> u64 {
-    if on { efer | EFER_LONG_MODE } else { efer & !EFER_LONG_MODE }
+fn long_mode(old: u64, on: bool) -> u64 {
+    if on { old | EFER_LONG_MODE } else { old & !EFER_LONG_MODE }
 }
 
 #[cfg(test)]
@@ -219,12 +218,34 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_carried_is_what_the_table_lets_vmcs12_leave_in_vmcs02() {
+        for item in Item::ALL {
+            assert_eq!(CARRIED.contains(&item), item.is_carried_in_vmcs02(), "{}", item.row().name);
+        }
+        assert_eq!(CARRIED[EFER], Item::Efer);
+    }
+
+    #[test]
+    fn a_plan_follows_each_control() {
+        let mut plan = Inherited::default();
+        plan.plan(EntryControls::LOAD_EFER, ExitControls::SAVE_DEBUG_CONTROLS | ExitControls::LOAD_PAT, false);
+        assert_eq!((plan.loaded, plan.saved), (0b001, 0b110));
+        assert_eq!((plan.loads_pat, plan.saves_pat, plan.host_pat, plan.host_efer), (false, false, true, false));
+        plan.plan(EntryControls::LOAD_DEBUG_CONTROLS | EntryControls::LOAD_PAT, ExitControls::SAVE_EFER, false);
+        assert_eq!((plan.loaded, plan.saved), (0b110, 0b001));
+        assert_eq!((plan.loads_pat, plan.saves_pat, plan.host_pat, plan.host_efer), (true, false, false, false));
+        plan.plan(EntryControls::empty(), ExitControls::SAVE_PAT | ExitControls::LOAD_EFER, false);
+        assert_eq!((plan.loaded, plan.saved), (0, 0));
+        assert_eq!((plan.loads_pat, plan.saves_pat, plan.host_pat, plan.host_efer), (false, true, false, true));
+    }
+
+    #[test]
     fn lme_of_a_guest_without_paging_stays_l2_s() {
-        for efer in [0, 0x801, EFER_LME, EFER_LONG_MODE, 0xD01] {
-            let others = efer & !EFER_LONG_MODE;
-            assert_eq!(entered(efer, true, true), others | EFER_LONG_MODE);
-            assert_eq!(entered(efer, false, true), others);
-            assert_eq!(entered(efer, false, false), others | efer & EFER_LME);
+        for old in [0, 0x801, efer::LME, EFER_LONG_MODE, 0xD01] {
+            let others = old & !EFER_LONG_MODE;
+            assert_eq!(entered(old, true, true), others | EFER_LONG_MODE);
+            assert_eq!(entered(old, false, true), others);
+            assert_eq!(entered(old, false, false), others | old & efer::LME);
         }
     }
 }

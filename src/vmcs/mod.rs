@@ -1,5 +1,6 @@
 //! VMCSs as state: slots with nvmx's copies of vmcs12s, vmcs01, what is switched with them, and VMCSs in memory.
 
+pub mod access;
 mod config;
 pub mod host;
 pub mod image;

@@ -12,6 +12,7 @@ use crate::hw::vmx::Vmx;
 use crate::mm::PhysMem;
 use crate::mm::guest::GuestMemory;
 use crate::rules::checks::REFUSED;
+use crate::rules::switched::Item;
 use crate::trace::KillReason;
 use crate::vmcs::msrs;
 use crate::vmx::bitmap::Access;
@@ -150,8 +151,8 @@ fn read_of_l3(vmx: &mut impl FieldAccess, own: &impl Fn(u32) -> Option<u64>, ind
     if msrs::is_own(index, Access::Read) {
         return own(index);
     }
-    match msrs::vmcs_field(index) {
-        Some(field) => Some(vmx.read(field)),
+    match Item::of_msr(index) {
+        Some(item) => Some(vmx.read(item.row().guest)),
         None => hw_msr::rdmsr_safe(index).ok(),
     }
 }

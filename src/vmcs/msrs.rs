@@ -6,10 +6,11 @@
 use crate::hw::{apic, msr as hw};
 use crate::mm::GuestMemory;
 use crate::rules::msr_policy::{self as policy, Verdict};
+use crate::rules::switched::{Exits, Item};
 use crate::vmcs::mtrrs::OwnMtrrs;
+use crate::vmx::Capabilities;
 use crate::vmx::bitmap::{Access, MsrBitmap};
 use crate::vmx::caps::msr::{FIRST, LAST};
-use crate::vmx::{Capabilities, Field};
 use crate::x86::Fault;
 use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX, IA32_FEATURE_CONTROL};
 use apic::IA32_APIC_BASE;
@@ -43,11 +44,18 @@ pub fn verdict(index: u32, access: Access) -> Verdict {
 /// True if nvmx must see the access.
 pub fn exits(index: u32, access: Access, by: By) -> bool {
     match verdict(index, access) {
-        Verdict::Passes | Verdict::Switched => false,
-        Verdict::Noted => by == By::L2 && access == Access::Write,
-        Verdict::NotedAlways => access == Access::Write,
+        Verdict::Passes => false,
+        Verdict::Switched => access == Access::Write && switched_exits(index, by),
         Verdict::Answered | Verdict::Refused => true,
     }
+}
+
+fn switched_exits(index: u32, by: By) -> bool {
+    Item::of_msr(index).is_some_and(|item| match item.row().exits {
+        Exits::Never => false,
+        Exits::ForL2 => by == By::L2,
+        Exits::ForBoth => true,
+    })
 }
 
 /// True if nvmx answers or refuses the access: the processor never makes it by itself, nor does an MSR-store area.
@@ -160,7 +168,7 @@ impl OwnMsrs {
 /// True if an MSR-load area of a guest may have the processor load this value. What nvmx only answers, it cannot.
 pub fn may_load<P>(index: u32, value: u64, memory: &GuestMemory<P>) -> bool {
     match verdict(index, Access::Write) {
-        Verdict::Passes | Verdict::Switched | Verdict::Noted | Verdict::NotedAlways => true,
+        Verdict::Passes | Verdict::Switched => true,
         Verdict::Refused => false,
         Verdict::Answered => match answer_for(index) {
             Some(Answer::ApicBase) => apic::may_move_to(value, memory),
@@ -171,29 +179,12 @@ pub fn may_load<P>(index: u32, value: u64, memory: &GuestMemory<P>) -> bool {
     }
 }
 
-/// The guest-state field that holds an MSR while VM exits switch it.
-pub fn vmcs_field(index: u32) -> Option<Field> {
-    Some(match index {
-        0x174 => Field::GUEST_SYSENTER_CS,
-        0x175 => Field::GUEST_SYSENTER_ESP,
-        0x176 => Field::GUEST_SYSENTER_EIP,
-        0x1D9 => Field::GUEST_IA32_DEBUGCTL,
-        0x277 => Field::GUEST_IA32_PAT,
-        0xC000_0080 => Field::GUEST_IA32_EFER,
-        0xC000_0100 => Field::GUEST_FS_BASE,
-        0xC000_0101 => Field::GUEST_GS_BASE,
-        _ => return None,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::addr::PAGE_SIZE;
     use crate::mm::Span;
-    use crate::vmcs::tracked::Tracked;
     use crate::vmx::bitmap::BitmapPage;
-    use crate::x86::msr::IA32_PAT;
     use proptest::prelude::*;
 
     const BOTH: [Access; 2] = [Access::Read, Access::Write];
@@ -212,7 +203,6 @@ mod tests {
         for row in policy::TABLE {
             assert!(row.first <= row.last && !row.name.is_empty() && !row.why.is_empty(), "{row:?}");
             assert!(policy::IN_REACH.iter().any(|r| r.contains(&row.first) && r.contains(&row.last)), "{row:?}");
-            assert!(!matches!(row.read, Verdict::Noted | Verdict::NotedAlways), "reads are not noted: {row:?}");
         }
     }
 
@@ -238,10 +228,9 @@ mod tests {
         let memory = GuestMemory::new((), NVMX, WIDTH);
         for (index, access) in every_msr().flat_map(|index| BOTH.map(|access| (index, access))) {
             let verdict = verdict(index, access);
-            let noted = |by| match verdict {
-                Verdict::Noted => by == By::L2,
-                verdict => verdict == Verdict::NotedAlways,
-            };
+            let exits = Item::of_msr(index).map_or(Exits::Never, |item| item.row().exits);
+            let noted =
+                |by| access == Access::Write && (exits == Exits::ForBoth || exits == Exits::ForL2 && by == By::L2);
             let own = matches!(verdict, Verdict::Answered | Verdict::Refused);
             assert_eq!(is_own(index, access), own, "{index:#x} {access:?}");
             for (by, bitmap) in &bitmaps {
@@ -254,18 +243,6 @@ mod tests {
                 assert_eq!(may_load(index, 0, &memory), verdict != Verdict::Refused, "{index:#x}");
             }
         }
-    }
-
-    #[test]
-    fn what_is_switched_has_a_field_and_what_is_noted_is_tracked() {
-        for index in every_msr() {
-            let switched = verdict(index, Access::Read) == Verdict::Switched;
-            assert_eq!(vmcs_field(index).is_some(), switched, "{index:#x}");
-            let noted = matches!(verdict(index, Access::Write), Verdict::Noted | Verdict::NotedAlways);
-            assert_eq!(Tracked::indexes().any(|tracked| tracked == index), noted, "{index:#x}");
-            assert!(switched || !noted && verdict(index, Access::Write) != Verdict::Switched, "{index:#x}");
-        }
-        assert_eq!(verdict(IA32_PAT, Access::Write), Verdict::NotedAlways);
     }
 
     /// Those that the SDM gives an address which ept01 does not translate, or that act while nvmx runs.

@@ -7,8 +7,6 @@ use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::PhysMem;
 use crate::rules::checks::host_field_holds;
 use crate::rules::merge::{Duties, Vmcs02Controls};
-use crate::vmcs::Config;
-use crate::vmcs::image::Layout;
 use crate::vmcs::inherit::Inherited;
 use crate::vmcs::msr_lists::MsrLists;
 use crate::vmcs::stale::Stale;
@@ -18,7 +16,6 @@ use crate::vmx::controls::{PrimaryControls, SecondaryControls};
 use crate::vmx::field::PDPTES;
 use crate::vmx::region::{NO_LINK, SHADOW_INDICATOR};
 use crate::vmx::{Capabilities, Field};
-use l2_protocol::abi::Strategy;
 
 /// What vmcs02 is at the moment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -136,7 +133,7 @@ impl Slot {
 
     /// Makes vmcs02 the current VMCS.
     #[inline(always)]
-    pub fn load_vmcs02(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
+    pub(super) fn load_vmcs02(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
         if self.form == Form::Shadow {
             // The processor may hold parts of a linked shadow VMCS: VMCLEAR brings them to memory before the indicator
             // changes (SDM vol. 3C, "Shadow VMCSs": software should execute VMCLEAR before it modifies the indicator).
@@ -153,7 +150,7 @@ impl Slot {
 
     /// vmcs02 becomes the shadow VMCS by a write to memory: it is not current, so the hypervisor below has it there.
     #[inline(always)]
-    pub fn become_shadow_in_memory(&mut self, phys: &DirectMap, revision: u32) {
+    pub(super) fn become_shadow_in_memory(&mut self, phys: &DirectMap, revision: u32) {
         if let Form::Ordinary { launched } = self.form {
             phys.write_u64(self.vmcs02, (revision | SHADOW_INDICATOR) as u64);
             self.form = Form::ShadowInMemory { launched };
@@ -162,23 +159,10 @@ impl Slot {
 
     /// vmcs02, which is current, becomes the shadow VMCS that L2's VMREAD and VMWRITE reach.
     #[inline(always)]
-    pub fn become_shadow(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
+    pub(super) fn become_shadow(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
         vmx.clear(self.vmcs02);
         phys.write_u64(self.vmcs02, (revision | SHADOW_INDICATOR) as u64);
         self.form = Form::Shadow;
-    }
-
-    /// Goes back from vmcs02 to vmcs01; what L2 may reach by VMCS shadowing becomes reachable again.
-    pub fn leave_vmcs02(&mut self, vmx: &mut Vmx, phys: &DirectMap, config: &Config, vmcs01: Hpa) {
-        let revision = config.hardware.basic.revision();
-        let shadow = config.strategy == Strategy::ZeroCopy;
-        if shadow && config.layout.is_none() {
-            self.become_shadow(vmx, phys, revision);
-        }
-        vmx.ptrld(vmcs01);
-        if shadow && config.layout.is_some() {
-            self.become_shadow_in_memory(phys, revision);
-        }
     }
 
     /// L2's EPTP as the role of an ept02.
@@ -283,40 +267,22 @@ impl Slot {
         self.form = Form::Ordinary { launched: true };
     }
 
-    /// Writes L2's pending values to vmcs02, which is current.
-    #[inline(always)]
-    pub fn flush_dirty(&mut self, vmx: &mut Vmx, strategy: Strategy, exists: &FieldSet) {
-        if !self.vmcs12.dirty.is_empty() {
-            self.write_dirty(vmx, strategy, exists);
-        }
-    }
-
-    fn write_dirty(&mut self, vmx: &mut Vmx, strategy: Strategy, exists: &FieldSet) {
-        // Without shadowing exit information stays in the copy: not every processor can VMWRITE it.
-        let wanted = |f: &Field| exists.contains(*f) && (strategy == Strategy::ZeroCopy || !f.is_read_only());
-        for field in self.vmcs12.dirty.iter().filter(wanted) {
+    /// Writes L2's pending values to vmcs02, which is current, for fields that it is `wanted` of.
+    pub(super) fn write_dirty(&mut self, vmx: &mut Vmx, wanted: impl Fn(Field) -> bool) {
+        for field in self.vmcs12.dirty.iter().filter(|field| wanted(*field)) {
             vmx.write(field, self.vmcs12.get(field));
         }
         self.vmcs12.dirty = FieldSet::EMPTY;
-        if strategy == Strategy::ZeroCopy {
-            self.vmcs12.valid = FieldSet::CACHED;
-        }
     }
 
     /// Fetches every field that only vmcs02 has, which is current.
-    pub fn fetch_all(&mut self, vmx: &mut Vmx, exists: &FieldSet) {
+    pub(super) fn fetch_all(&mut self, vmx: &mut Vmx, exists: &FieldSet) {
         let missing = exists.without(&self.vmcs12.valid);
         self.vmcs12.fetch(missing, |field| vmx.read(field));
     }
 
-    /// Fetches the same where vmcs02 lies in memory.
-    pub fn fetch_image(&mut self, layout: &Layout, phys: &DirectMap, exists: &FieldSet) {
-        let (missing, vmcs02) = (exists.without(&self.vmcs12.valid), self.vmcs02);
-        self.vmcs12.fetch(missing, |field| layout.read(phys, vmcs02, field));
-    }
-
     /// vmcs02, which is not current, takes the form in which vmcs01 and other vmcs02s may link to it.
-    pub fn rest(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
+    pub(super) fn rest(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
         if self.form != Form::Shadow {
             self.become_shadow(vmx, phys, revision);
         }

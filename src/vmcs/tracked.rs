@@ -1,76 +1,75 @@
 //! MSRs of L2 that nvmx knows without asking: writes to them exit, so a reflected exit writes them only when they change.
 //!
 //! Such writes are rare (an operating system sets these MSRs once), reflected exits are not: five VMCS accesses less on
-//! each. The values live in vmcs01's guest-state area; here is a copy of it.
+//! each. The values live in vmcs01's guest-state area; here is a copy of it. Which MSRs they are is
+//! [`switched`](crate::rules::switched)'s.
 
+use crate::rules::switched::{Host, Item, TABLE, TRACKED, Takes};
 use crate::vmx::{Field, FieldAccess};
-use crate::x86::{Cr0, Fault};
+use crate::x86::{Cr0, Fault, efer};
 
-/// MSR index and field of each tracked MSR.
-const MSRS: [(u32, Field); 5] = [
-    (0x174, Field::GUEST_SYSENTER_CS),
-    (0x175, Field::GUEST_SYSENTER_ESP),
-    (0x176, Field::GUEST_SYSENTER_EIP),
-    (0x277, Field::GUEST_IA32_PAT),
-    (0xC000_0080, Field::GUEST_IA32_EFER),
-];
-const CS: usize = 0;
-const ESP: usize = 1;
-const EIP: usize = 2;
-const PAT: usize = 3;
-const EFER: usize = 4;
-
-/// SCE, LME, LMA, NXE
-const EFER_DEFINED: u64 = 0xD01;
-const EFER_LME: u64 = 1 << 8;
-const EFER_LMA: u64 = 1 << 10;
-
-/// The values.
+/// The values, by item.
 #[derive(Clone, Copy, Default)]
-pub struct Tracked([u64; MSRS.len()]);
+pub struct Tracked([u64; TRACKED]);
 
-/// What of vmcs12 goes to the tracked MSRs on a reflected exit.
-pub struct HostMsrs {
-    /// IA32_SYSENTER_CS, _ESP, _EIP
-    pub sysenter: [u64; 3],
-    /// IA32_PAT
-    pub pat: u64,
-    /// IA32_EFER
-    pub efer: u64,
+/// What a reflected exit gives L2, by item.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HostValues([u64; TRACKED]);
+
+impl HostValues {
+    /// As the host-state area says.
+    #[inline(always)]
+    pub fn of(get: impl Fn(Field) -> u64) -> Self {
+        // No loop: where a field is not a constant its place must be looked up.
+        const fn field(i: usize) -> Field {
+            match TABLE[i].host {
+                Host::Field(field) => field,
+                Host::Constant(_) => panic!("what nvmx knows of L2 has a field in the host-state area"),
+            }
+        }
+        const { assert!(TRACKED == 5, "a line for each") };
+        Self([
+            get(const { field(0) }),
+            get(const { field(1) }),
+            get(const { field(2) }),
+            get(const { field(3) }),
+            get(const { field(4) }),
+        ])
+    }
+
+    /// The value of a tracked item, to be changed where the host's is not loaded.
+    #[inline(always)]
+    pub fn value(&mut self, item: Item) -> &mut u64 {
+        &mut self.0[item as usize]
+    }
 }
 
 impl Tracked {
-    /// The MSRs whose writes must exit.
-    pub fn indexes() -> impl Iterator<Item = u32> {
-        MSRS.iter().map(|(index, _)| *index)
-    }
-
     /// Reads all values from vmcs01, which is current.
     pub fn refresh(&mut self, vmcs01: &mut impl FieldAccess) {
-        for (value, (_, field)) in self.0.iter_mut().zip(MSRS) {
-            *value = vmcs01.read(field);
+        for (value, row) in self.0.iter_mut().zip(TABLE) {
+            *value = vmcs01.read(row.guest);
         }
     }
 
     /// L2's IA32_PAT.
     #[inline(always)]
     pub fn pat(&self) -> u64 {
-        self.0[PAT]
+        self.0[Item::Pat as usize]
     }
 
     /// L2's IA32_EFER, in VMX operation.
     pub fn efer(&self) -> u64 {
-        self.0[EFER]
+        self.0[Item::Efer as usize]
     }
 
     /// Writes what differs to vmcs01.
     #[inline(always)]
-    pub fn load(&mut self, vmcs01: &mut impl FieldAccess, host: &HostMsrs) {
-        let [cs, esp, eip] = host.sysenter;
-        for (i, value) in [cs, esp, eip, host.pat, host.efer].into_iter().enumerate() {
+    pub fn load(&mut self, vmcs01: &mut impl FieldAccess, host: &HostValues) {
+        for (i, value) in host.0.into_iter().enumerate() {
             if self.0[i] != value {
                 self.0[i] = value;
-                vmcs01.write(MSRS[i].1, value);
+                vmcs01.write(TABLE[i].guest, value);
             }
         }
     }
@@ -83,19 +82,20 @@ impl Tracked {
         value: u64,
         canonical: bool,
     ) -> Option<Result<(), Fault>> {
-        let i = MSRS.iter().position(|(msr, _)| *msr == index)?;
-        let value = match i {
-            CS => Ok(value & Field::GUEST_SYSENTER_CS.mask()),
-            ESP | EIP => legal(canonical, value),
-            PAT => legal(is_pat(value), value),
-            _ => {
+        let item = Item::of_msr(index).filter(|item| item.is_tracked())?;
+        let value = match item.row().takes {
+            Takes::Low32 => Ok(value & 0xFFFF_FFFF),
+            Takes::Canonical => legal(canonical, value),
+            Takes::Pat => legal(is_pat(value), value),
+            Takes::Efer => {
                 let paging = vmcs01.read(Field::GUEST_CR0) & Cr0::PG.bits() != 0;
-                new_efer(vmcs01.read(Field::GUEST_IA32_EFER), paging, value)
+                new_efer(vmcs01.read(item.row().guest), paging, value)
             }
+            Takes::Unseen => return None,
         };
         Some(value.map(|value| {
-            self.0[i] = value;
-            vmcs01.write(MSRS[i].1, value);
+            self.0[item as usize] = value;
+            vmcs01.write(item.row().guest, value);
         }))
     }
 }
@@ -107,8 +107,8 @@ fn legal(holds: bool, value: u64) -> Result<u64, Fault> {
 /// What WRMSR of `value` makes of IA32_EFER: LMA follows from LME and CR0.PG and takes no write, paging freezes LME
 /// (SDM vol. 3A, "IA-32e Mode Initialization").
 fn new_efer(old: u64, paging: bool, value: u64) -> Result<u64, Fault> {
-    let frozen = if paging { EFER_LME } else { 0 };
-    legal(value & !EFER_DEFINED == 0 && (old ^ value) & frozen == 0, value & !EFER_LMA | old & EFER_LMA)
+    let frozen = if paging { efer::LME } else { 0 };
+    legal(value & !efer::DEFINED == 0 && (old ^ value) & frozen == 0, value & !efer::LMA | old & efer::LMA)
 }
 
 /// Each byte is a memory type (SDM vol. 3A, table "Memory Types That Can Be Encoded With PAT").
@@ -140,18 +140,25 @@ mod tests {
         }
     }
 
-    const HOST: HostMsrs = HostMsrs { sysenter: [8, 0x1000, 0x2000], pat: 0x0007_0406_0007_0406, efer: 0xD01 };
+    const FIELDS: [Field; TRACKED] = [
+        Field::GUEST_SYSENTER_CS,
+        Field::GUEST_SYSENTER_ESP,
+        Field::GUEST_SYSENTER_EIP,
+        Field::GUEST_IA32_PAT,
+        Field::GUEST_IA32_EFER,
+    ];
+    const HOST: HostValues = HostValues([8, 0x1000, 0x2000, 0x0007_0406_0007_0406, 0xD01]);
 
     #[test]
     fn a_reflected_exit_writes_only_what_differs() {
         let (mut tracked, mut vmcs01) = (Tracked::default(), Vmcs01::default());
         tracked.load(&mut vmcs01, &HOST);
-        assert_eq!(vmcs01.writes, MSRS.map(|(_, field)| field));
+        assert_eq!(vmcs01.writes, FIELDS);
         tracked.load(&mut vmcs01, &HOST);
-        tracked.load(&mut vmcs01, &HostMsrs { sysenter: [8, 0x1000, 0x2008], efer: 0x501, ..HOST });
+        tracked.load(&mut vmcs01, &HostValues([8, 0x1000, 0x2008, 0x0007_0406_0007_0406, 0x501]));
         assert_eq!(vmcs01.writes[5..], [Field::GUEST_SYSENTER_EIP, Field::GUEST_IA32_EFER]);
-        assert_eq!(tracked.0.map(Some), MSRS.map(|(_, field)| vmcs01.values.get(&field).copied()));
-        assert_eq!((tracked.pat(), tracked.efer()), (HOST.pat, 0x501));
+        assert_eq!(tracked.0.map(Some), FIELDS.map(|field| vmcs01.values.get(&field).copied()));
+        assert_eq!((tracked.pat(), tracked.efer()), (0x0007_0406_0007_0406, 0x501));
     }
 
     #[test]
@@ -211,12 +218,15 @@ mod tests {
     }
 
     #[test]
-    fn the_tracked_msrs_are_those_of_their_fields() {
-        for (index, field) in MSRS {
-            assert_eq!(crate::vmcs::msrs::vmcs_field(index), Some(field));
-        }
-        assert_eq!(MSRS[CS].1, Field::GUEST_SYSENTER_CS);
-        assert_eq!([MSRS[ESP].1, MSRS[EIP].1], [Field::GUEST_SYSENTER_ESP, Field::GUEST_SYSENTER_EIP]);
-        assert_eq!([MSRS[PAT].1, MSRS[EFER].1], [Field::GUEST_IA32_PAT, Field::GUEST_IA32_EFER]);
+    fn the_host_values_are_those_of_the_host_fields() {
+        let values = HostValues::of(|field| field.encoding().into());
+        let fields = [
+            Field::HOST_IA32_SYSENTER_CS,
+            Field::HOST_IA32_SYSENTER_ESP,
+            Field::HOST_IA32_SYSENTER_EIP,
+            Field::HOST_IA32_PAT,
+            Field::HOST_IA32_EFER,
+        ];
+        assert_eq!(values.0, fields.map(|field| u64::from(field.encoding())));
     }
 }

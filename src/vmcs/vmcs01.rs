@@ -8,11 +8,11 @@ use super::{Config, host};
 use crate::addr::Hpa;
 use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::Vmx;
+use crate::rules::switched;
 use crate::vmcs::vpid::VPID01;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::{Capabilities, Field};
 use crate::x86::{Cr0, Cr4};
-use l2_protocol::abi::Strategy;
 
 /// Pin-based controls of vmcs01.
 pub fn pin(caps: &Capabilities) -> PinControls {
@@ -40,19 +40,12 @@ pub fn secondary(caps: &Capabilities) -> SecondaryControls {
 
 /// VM-exit controls of vmcs01.
 pub fn exit(caps: &Capabilities) -> ExitControls {
-    caps.exit.with_required(
-        ExitControls::HOST_ADDRESS_SPACE_SIZE
-            | ExitControls::SAVE_DEBUG_CONTROLS
-            | ExitControls::SAVE_EFER
-            | ExitControls::LOAD_EFER
-            | ExitControls::SAVE_PAT
-            | ExitControls::LOAD_PAT,
-    )
+    caps.exit.with_required(ExitControls::HOST_ADDRESS_SPACE_SIZE | switched::exit_controls())
 }
 
 /// VM-entry controls of vmcs01, for L2 outside IA-32e mode.
 pub fn entry(caps: &Capabilities) -> EntryControls {
-    caps.entry.with_required(EntryControls::LOAD_DEBUG_CONTROLS | EntryControls::LOAD_EFER | EntryControls::LOAD_PAT)
+    caps.entry.with_required(switched::entry_controls())
 }
 
 /// What vmcs01 points to.
@@ -103,7 +96,7 @@ pub fn own_control_bits(vmx: &mut Vmx, config: &Config, vmx_operation: bool) {
         vmx.write(Field::CR0_READ_SHADOW, (Cr0::NE | Cr0::PE | Cr0::PG).bits());
     }
     vmx.write(Field::CR4_GUEST_HOST_MASK, (Cr4::VMXE | Cr4::FRED).bits());
-    if config.strategy == Strategy::ZeroCopy {
+    if config.access.vmcs01_links() {
         let shadowing = if vmx_operation { SecondaryControls::VMCS_SHADOWING } else { SecondaryControls::empty() };
         let controls = secondary(&config.hardware) | shadowing;
         vmx.write(Field::SECONDARY_VM_EXEC_CONTROL, controls.bits() as u64);

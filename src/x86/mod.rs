@@ -2,6 +2,7 @@
 
 pub mod cr;
 pub mod debug;
+pub mod efer;
 mod fault;
 pub mod msr;
 

@@ -1,0 +1,99 @@
+//! Under a hypervisor that keeps VMCSs in memory: those that are not current are edited there, with VMCS shadowing for L2 or
+//! without ([ADR 0008](../../../docs/adr/0008-vmcs-in-memory.md)).
+
+use super::strategy::{Common, HostState, MachineParts, Report, Strategy};
+use crate::addr::Hpa;
+use crate::vmcs::image::{Image, Layout};
+use crate::vmcs::slot::Slot;
+use crate::vmcs::vmcs12::FieldSet;
+use crate::vmx::{Field, FieldAccess};
+
+pub(super) struct InMemory {
+    layout: Layout,
+    shadowed: bool,
+}
+
+impl InMemory {
+    pub(super) fn new(layout: Layout, shadowed: bool) -> Self {
+        Self { layout, shadowed }
+    }
+
+    pub(super) fn is_shadowed(&self) -> bool {
+        self.shadowed
+    }
+}
+
+impl Strategy for InMemory {
+    fn read(&self, on: MachineParts<'_>, slot: &mut Slot, _: Hpa, field: Field) -> u64 {
+        self.layout.read(on.phys, slot.vmcs02(), field)
+    }
+
+    fn write(&self, on: MachineParts<'_>, slot: &mut Slot, _: Hpa, field: Field, value: u64) {
+        // What nvmx reported in place of the processor, if it did, is overwritten.
+        slot.vmcs12.valid.remove(field);
+        self.layout.write(on.phys, slot.vmcs02(), field, value);
+    }
+
+    fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+        for field in slot.vmcs12.dirty.iter() {
+            self.layout.write(on.phys, slot.vmcs02(), field, slot.vmcs12.get(field));
+        }
+        slot.vmcs12.dirty = FieldSet::EMPTY;
+        slot.vmcs12.valid = FieldSet::CACHED;
+        if self.shadowed {
+            slot.become_shadow_in_memory(on.phys, common.revision);
+        }
+    }
+
+    fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+        let (missing, vmcs02) = (common.exists.without(&slot.vmcs12.valid), slot.vmcs02());
+        slot.vmcs12.fetch(missing, |field| self.layout.read(on.phys, vmcs02, field));
+    }
+
+    fn stored(&self, slot: &mut Slot) {
+        slot.vmcs12.valid = FieldSet::CACHED;
+    }
+
+    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+        slot.write_dirty(on.vmx, |field| common.exists.contains(field) && (self.shadowed || !field.is_read_only()));
+        slot.vmcs12.valid = FieldSet::CACHED;
+    }
+
+    fn looked_at(&self, slot: &mut Slot) {
+        slot.vmcs12.valid = FieldSet::CACHED;
+    }
+
+    fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+        on.vmx.ptrld(on.vmcs01);
+        if self.shadowed {
+            slot.become_shadow_in_memory(on.phys, common.revision);
+        }
+    }
+
+    #[inline(never)]
+    fn exit(
+        &self,
+        on: MachineParts<'_>,
+        slot: &mut Slot,
+        common: &Common,
+        report: Option<Report>,
+        mut to: impl HostState,
+    ) {
+        let image = |region| Image { layout: &self.layout, phys: on.phys, region };
+        if !self.shadowed {
+            slot.vmcs12.valid = FieldSet::CACHED;
+            if let Some(report) = report {
+                report.fields(|field, value| slot.vmcs12.fetched(field, value));
+            }
+        }
+        to.load(&mut image(on.vmcs01), slot);
+        on.vmx.ptrld(on.vmcs01);
+        if self.shadowed {
+            if let Some(report) = report {
+                let mut vmcs02 = image(slot.vmcs02());
+                report.fields(|field, value| vmcs02.write(field, value));
+            }
+            slot.become_shadow_in_memory(on.phys, common.revision);
+        }
+    }
+}

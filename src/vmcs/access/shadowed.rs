@@ -1,0 +1,69 @@
+//! Zero-copy: vmcs02 is the shadow VMCS to which vmcs01 links while L2 runs, so that L2's accesses reach it without an exit.
+
+use super::strategy::{Common, HostState, MachineParts, Report, Strategy, on_vmcs02};
+use crate::addr::Hpa;
+use crate::vmcs::slot::Slot;
+use crate::vmcs::vmcs12::FieldSet;
+use crate::vmx::Field;
+
+pub(super) struct Shadowed;
+
+impl Strategy for Shadowed {
+    fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Hpa, field: Field) -> u64 {
+        // A shadow VMCS changes without an exit, so that its values are never kept.
+        on_vmcs02(on.vmx, slot, current, |vmx| vmx.read(field))
+    }
+
+    fn write(&self, on: MachineParts<'_>, slot: &mut Slot, current: Hpa, field: Field, value: u64) {
+        on_vmcs02(on.vmx, slot, current, |vmx| vmx.write(field, value & field.mask()));
+    }
+
+    fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+        slot.rest(on.vmx, on.phys, common.revision);
+        on.vmx.ptrld(slot.vmcs02());
+        slot.write_dirty(on.vmx, |field| common.exists.contains(field));
+        slot.vmcs12.valid = FieldSet::CACHED;
+        on.vmx.ptrld(on.vmcs01);
+    }
+
+    fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+        on.vmx.ptrld(slot.vmcs02());
+        slot.fetch_all(on.vmx, &common.exists);
+        on.vmx.ptrld(on.vmcs01);
+    }
+
+    fn stored(&self, slot: &mut Slot) {
+        slot.vmcs12.valid = FieldSet::CACHED;
+    }
+
+    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+        slot.write_dirty(on.vmx, |field| common.exists.contains(field));
+        slot.vmcs12.valid = FieldSet::CACHED;
+    }
+
+    fn looked_at(&self, slot: &mut Slot) {
+        slot.vmcs12.valid = FieldSet::CACHED;
+    }
+
+    fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+        slot.become_shadow(on.vmx, on.phys, common.revision);
+        on.vmx.ptrld(on.vmcs01);
+    }
+
+    #[inline(always)]
+    fn exit(
+        &self,
+        on: MachineParts<'_>,
+        slot: &mut Slot,
+        common: &Common,
+        report: Option<Report>,
+        mut to: impl HostState,
+    ) {
+        if let Some(report) = report {
+            report.fields(|field, value| on.vmx.write(field, value));
+        }
+        slot.become_shadow(on.vmx, on.phys, common.revision);
+        on.vmx.ptrld(on.vmcs01);
+        to.load(on.vmx, slot);
+    }
+}

@@ -1,0 +1,102 @@
+//! What a strategy is asked for, and with what.
+
+use crate::addr::Hpa;
+use crate::hw::phys::DirectMap;
+use crate::hw::vmx::Vmx;
+use crate::vmcs::slot::Slot;
+use crate::vmcs::vmcs12::FieldSet;
+use crate::vmx::exit::ExitReason;
+use crate::vmx::{Field, FieldAccess};
+
+/// What a reflected exit tells L2 in place of what the processor said.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Report {
+    /// Exit reason
+    pub reason: ExitReason,
+    /// Exit qualification
+    pub qualification: u64,
+    /// VM-exit interruption information and error code, of an exception or NMI.
+    pub event: Option<(u32, Option<u32>)>,
+}
+
+impl Report {
+    /// One that is about no event.
+    pub const fn new(reason: ExitReason, qualification: u64) -> Self {
+        Self { reason, qualification, event: None }
+    }
+
+    /// Hands out its fields.
+    #[inline(always)]
+    pub(super) fn fields(&self, mut set: impl FnMut(Field, u64)) {
+        set(Field::VM_EXIT_REASON, self.reason.0.into());
+        set(Field::EXIT_QUALIFICATION, self.qualification);
+        if let Some((info, error)) = self.event {
+            set(Field::VM_EXIT_INTR_INFO, info.into());
+            if let Some(error) = error {
+                set(Field::VM_EXIT_INTR_ERROR_CODE, error.into());
+            }
+        }
+    }
+}
+
+/// The state of L2 after a VM exit, to be written to vmcs01.
+pub trait HostState {
+    /// Writes it, by instructions or in the image, as the vmcs12 in `slot` says.
+    fn load(&mut self, vmcs01: &mut impl FieldAccess, slot: &Slot);
+}
+
+/// The machine as a strategy sees it.
+pub struct MachineParts<'a> {
+    /// VMX instructions.
+    pub vmx: &'a mut Vmx,
+    /// Physical memory.
+    pub phys: &'a DirectMap,
+    /// The VMCS that runs L2.
+    pub vmcs01: Hpa,
+}
+
+/// One strategy. `slot` is that of the vmcs12; vmcs01 is current before and after, except where a method says something else.
+pub(super) trait Strategy {
+    /// VMREAD of a field that is not in the copy. The VMCS at `current` is current.
+    fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Hpa, field: Field) -> u64;
+
+    /// VMWRITE of a field whose home is vmcs02. The VMCS at `current` is current.
+    fn write(&self, on: MachineParts<'_>, slot: &mut Slot, current: Hpa, field: Field, value: u64);
+
+    /// The copy was loaded from L2's memory, all of it.
+    fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common);
+
+    /// The copy is to be stored to L2's memory, all of it.
+    fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common);
+
+    /// It was stored, and the vmcs12 is inactive.
+    fn stored(&self, slot: &mut Slot);
+
+    /// vmcs02, which is current now, gets what L2 wrote.
+    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common);
+
+    /// The copy was filled with what only vmcs02 has, for a look at the whole: L2 may change that again without an exit.
+    fn looked_at(&self, slot: &mut Slot);
+
+    /// From vmcs02, which is current, back to vmcs01, without an exit of L3.
+    fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common);
+
+    /// An exit of L3 goes to L2: from vmcs02, which is current, to vmcs01, which gets L2's state.
+    fn exit(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common, report: Option<Report>, to: impl HostState);
+}
+
+/// What all strategies know.
+pub(super) struct Common {
+    /// Fields that the processor has.
+    pub(super) exists: FieldSet,
+    /// Its revision identifier.
+    pub(super) revision: u32,
+}
+
+/// Runs `f` with vmcs02 as the current VMCS, in whichever form it is, and goes back to the one that was.
+pub(super) fn on_vmcs02<T>(vmx: &mut Vmx, slot: &Slot, current: Hpa, f: impl FnOnce(&mut Vmx) -> T) -> T {
+    vmx.ptrld(slot.vmcs02());
+    let result = f(vmx);
+    vmx.ptrld(current);
+    result
+}

@@ -1,0 +1,72 @@
+//! Each access of L2 exits: the copy answers what it has, and keeps what L2 writes until the next entry.
+
+use super::strategy::{Common, HostState, MachineParts, Report, Strategy, on_vmcs02};
+use crate::addr::Hpa;
+use crate::vmcs::slot::Slot;
+use crate::vmcs::vmcs12::FieldSet;
+use crate::vmx::Field;
+
+pub(super) struct Trapped;
+
+/// Fields that L2 reads after nearly every exit: fetched at once.
+const HOT: [Field; 12] = [
+    Field::VM_EXIT_REASON,
+    Field::EXIT_QUALIFICATION,
+    Field::VM_EXIT_INSTRUCTION_LEN,
+    Field::VM_EXIT_INTR_INFO,
+    Field::IDT_VECTORING_INFO_FIELD,
+    Field::GUEST_RIP,
+    Field::GUEST_RSP,
+    Field::GUEST_RFLAGS,
+    Field::GUEST_CR0,
+    Field::GUEST_CR3,
+    Field::GUEST_CR4,
+    Field::GUEST_INTERRUPTIBILITY_INFO,
+];
+
+impl Strategy for Trapped {
+    fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Hpa, field: Field) -> u64 {
+        let value = on_vmcs02(on.vmx, slot, current, |vmx| vmx.read(field));
+        slot.vmcs12.fetched(field, value);
+        value
+    }
+
+    fn write(&self, _: MachineParts<'_>, slot: &mut Slot, _: Hpa, field: Field, value: u64) {
+        slot.vmcs12.written(field, value);
+    }
+
+    fn load(&self, _: MachineParts<'_>, _: &mut Slot, _: &Common) {}
+
+    fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+        on.vmx.ptrld(slot.vmcs02());
+        slot.fetch_all(on.vmx, &common.exists);
+        on.vmx.ptrld(on.vmcs01);
+    }
+
+    fn stored(&self, _: &mut Slot) {}
+
+    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+        // Exit information stays in the copy: not every processor can VMWRITE it.
+        slot.write_dirty(on.vmx, |field| common.exists.contains(field) && !field.is_read_only());
+    }
+
+    fn looked_at(&self, _: &mut Slot) {}
+
+    fn leave(&self, on: MachineParts<'_>, _: &mut Slot, _: &Common) {
+        on.vmx.ptrld(on.vmcs01);
+    }
+
+    #[inline(never)]
+    fn exit(&self, on: MachineParts<'_>, slot: &mut Slot, _: &Common, report: Option<Report>, mut to: impl HostState) {
+        slot.vmcs12.valid = FieldSet::CACHED;
+        for field in HOT {
+            let value = on.vmx.read(field);
+            slot.vmcs12.fetched(field, value);
+        }
+        if let Some(report) = report {
+            report.fields(|field, value| slot.vmcs12.fetched(field, value));
+        }
+        on.vmx.ptrld(on.vmcs01);
+        to.load(on.vmx, slot);
+    }
+}
