@@ -75,8 +75,8 @@ pub fn run(ui: &Ui, args: &LabArgs) -> Result<()> {
     let contradicted = |e: &&&Experiment| (e.judge)(&figures).verdict == Verdict::Contradicted;
     let fallen = plan.wanted.iter().filter(contradicted).map(|e| format!("{}: a count contradicts the claim", e.name));
     failed.extend(fallen);
-    if let (true, Some(what)) = (failed.is_empty(), figures.needs.first()) {
-        return Err(Stop::environment(format!("this CPU lacks {what}")).into());
+    if failed.is_empty() && !figures.needs.is_empty() {
+        return Err(Stop::environment(format!("nvmx needs what this CPU lacks: {}", figures.needs.join("; "))).into());
     }
     if failed.is_empty() { Ok(()) } else { Err(Stop::Guest(failed.join("\n")).into()) }
 }

@@ -71,8 +71,9 @@ impl Experiment {
         let all = self.lacking.iter().chain(&LACKING);
         let would = |what: &str| all.clone().find(|(name, _)| *name == what).map_or("", |(_, text)| *text);
         let told = |what: String| format!("This machine has no {what}. {}", would(&what)).trim_end().to_string();
-        let needs = figures.needs.iter().map(|what| {
-            format!("This machine lacks {what}. Without nvmx there is nothing nested: what is measured has one level.")
+        let needs = (!figures.needs.is_empty()).then(|| {
+            let what = figures.needs.join("; ");
+            format!("nvmx does not run on this machine, so that only what has one level is measured. It lacks {what}.")
         });
         figures.missing(self.name).into_iter().map(told).chain(needs).collect()
     }

@@ -104,6 +104,16 @@ fn table(figures: &Figures) -> Table {
             ]);
         }
     }
+    for (stack, level) in levels(figures) {
+        let told = |guest: &str, row| {
+            let alarms = (figures.get(stack, row, "alarms")? as u64).count_ones();
+            let harm = number(figures.get(stack, row, "harm"));
+            Some(format!("in the {guest} guest {alarms} alarms and {harm} pages changed"))
+        };
+        if let Some((open, guarded)) = told("open", ROOTKIT[0]).zip(told("guarded", ROOTKIT[1])) {
+            table.notes.push(format!("The rootkit, {level}: {open}; {guarded}."));
+        }
+    }
     table.notes.push(cycles_note(figures));
     table
 }

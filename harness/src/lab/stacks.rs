@@ -179,7 +179,7 @@ pub fn figures(session: &Session, outcomes: &[(Stack, &Outcome)]) -> Figures {
 /// What nvmx says if the machine lacks something that it needs.
 pub fn needed(line: &str) -> Option<String> {
     let (_, what) = line.split_once("this CPU lacks ")?;
-    what.ends_with(", which nvmx needs").then(|| what.to_string())
+    what.strip_suffix(", which nvmx needs").map(str::to_string)
 }
 
 #[cfg(test)]
@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn what_nvmx_lacks_is_read_from_its_line() {
         let line = "[nvmx ERROR] this CPU lacks unrestricted guest (bit 39), which nvmx needs";
-        assert_eq!(needed(line).as_deref(), Some("unrestricted guest (bit 39), which nvmx needs"));
+        assert_eq!(needed(line).as_deref(), Some("unrestricted guest (bit 39)"));
         assert_eq!(needed("[nvmx INFO ] 1 CPUs found"), None);
     }
 }
