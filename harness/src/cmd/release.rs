@@ -5,6 +5,7 @@ use crate::backend::host::L0;
 use crate::cli::{L0Args, ReleaseArgs};
 use crate::error::Stop;
 use crate::output::Output;
+use crate::paths::Paths;
 use crate::proc;
 use crate::session::Session;
 use crate::setup::bochs::{self, series::Series};
@@ -23,9 +24,7 @@ pub fn run(ui: &Ui, args: &ReleaseArgs) -> Result<()> {
     let sums =
         args.file.with_file_name(format!("{}.sha256", args.file.file_name().unwrap_or_default().to_string_lossy()));
     let sums = Output::prepare(&sums)?;
-    let l0 = L0Args { l0: L0::Bochs, bochs: None, cpu_model: None, memory: 256, cpus: 1, timeout: None };
-    let session = Session::start(ui, &l0)?;
-    let root = &session.paths.root;
+    let root = &Paths::find()?.root;
     let git = |words: &[&str]| proc::stdout_of(Command::new("git").arg("-C").arg(root).args(words));
     let changed =
         git(&["status", "--porcelain", "--untracked-files=no"]).context("a release is made of a git checkout")?;
@@ -34,6 +33,8 @@ pub fn run(ui: &Ui, args: &ReleaseArgs) -> Result<()> {
             Stop::Usage(format!("a release is made of a revision, and these files have changes:\n{changed}")).into()
         );
     }
+    let l0 = L0Args { l0: L0::Bochs, bochs: None, cpu_model: None, memory: 256, cpus: 1, timeout: None };
+    let session = Session::start(ui, &l0)?;
     let step = ui.step("putting the release together");
     let work = tempfile::tempdir()?;
     let name = format!("nvmx-{}", env!("CARGO_PKG_VERSION"));

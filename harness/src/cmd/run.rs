@@ -17,6 +17,7 @@ use crate::suite::compare;
 use crate::transcript::{Show, View};
 use crate::ui::Ui;
 use anyhow::Result;
+use l2_protocol::Kind;
 use owo_colors::Style;
 
 /// Runs the command.
@@ -67,7 +68,8 @@ fn table(ui: &Ui, args: &RunArgs) -> Result<()> {
     if !events.is_empty() {
         ui.line("");
         ui.line(&ui.paint(&table::title(unit), Style::new().bold()));
-        let late = |outcome: &Outcome| outcome.verdict().is_err();
+        // A guest that came to its end has measured all that there is to measure.
+        let late = |outcome: &Outcome| outcome.transcript.of_kind(Kind::End).next().is_none();
         let cut = table::Cut { alone: late(&bare), under: late(&nested) };
         let (text, left_out) = table::fitting(&events, cut, ui.width());
         ui.line(&text);

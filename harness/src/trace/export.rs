@@ -2,7 +2,7 @@
 
 use super::file::Boot;
 use super::text;
-use super::tree::{Builder, Exit, Next};
+use super::tree::{Builder, Next};
 use super::why;
 use anyhow::{Context, Result};
 use inferno::flamegraph;
@@ -49,10 +49,8 @@ pub fn timeline(boot: &Boot, built: &Builder) -> Value {
             done,
             json!({ "work": text::in_root(exit.root).trim_start_matches(", ") }),
         ));
-        for (from, to) in handler(built, exit, done) {
-            if let Next::Reflected { level, .. } = exit.next {
-                events.push(slice(exit.cpu, &format!("L{level}"), from, to, json!({})));
-            }
+        for (level, from, to) in built.handling(exit) {
+            events.push(slice(exit.cpu, &format!("L{level}"), from, to, json!({})));
         }
     }
     json!({
@@ -64,19 +62,6 @@ pub fn timeline(boot: &Boot, built: &Builder) -> Value {
 
 fn slice(cpu: u32, name: &str, from: u64, to: u64, args: Value) -> Value {
     json!({ "ph": "X", "pid": 1, "tid": cpu, "name": name, "ts": from, "dur": to.saturating_sub(from), "args": args })
-}
-
-/// When the guest hypervisor that an exit was reflected to ran: between its own exits.
-fn handler(built: &Builder, exit: &Exit, since: u64) -> Vec<(u64, u64)> {
-    let mut at = since;
-    let mut list = Vec::new();
-    for child in exit.children.iter().filter_map(|child| built.exits.get(*child as usize)) {
-        if child.tick > at {
-            list.push((at, child.tick));
-        }
-        at = child.until.unwrap_or(child.tick);
-    }
-    list
 }
 
 /// Stacks with their ticks, one a line, as flame graph programs read them: which exit, who worked on it, which exit of theirs,
@@ -101,8 +86,8 @@ pub fn folded(boot: &Boot, built: &Builder) -> String {
             }
         };
         add(boot.header.levels.name.clone(), exit.root_ticks);
-        if let Next::Reflected { level, .. } = exit.next {
-            add(format!("L{level} handles it"), exit.handler_ticks);
+        for (level, ticks) in &exit.handlers {
+            add(format!("L{level} handles it"), *ticks);
         }
         paths.push(path);
     }
@@ -160,7 +145,7 @@ pub fn csv(boot: &Boot, built: &Builder) -> String {
             e.facts.qualification,
             e.facts.rip,
             e.root_ticks,
-            e.handler_ticks,
+            e.handler_ticks(),
             e.root.vmread,
             e.root.vmwrite,
             e.root.vmptrld,

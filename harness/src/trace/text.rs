@@ -70,7 +70,10 @@ fn work(boot: &Boot, exit: &Exit) -> Vec<String> {
         } else {
             String::new()
         };
-        lines.push(format!("L{level}: {} {unit}{shadow}", grouped(exit.handler_ticks)));
+        for (who, ticks) in &exit.handlers {
+            let shadow = if *who == level { shadow.as_str() } else { "" };
+            lines.push(format!("L{who}: {} {unit}{shadow}", grouped(*ticks)));
+        }
     }
     lines
 }

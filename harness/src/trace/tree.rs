@@ -53,9 +53,9 @@ pub struct Exit {
     pub root_ticks: u64,
     /// VMX instructions of the root hypervisor until then
     pub root: Counts,
-    /// Ticks of the guest hypervisor that handled it, without its own exits
-    pub handler_ticks: u64,
-    /// VMREAD and VMWRITE of it that did not exit
+    /// Ticks of the guest hypervisors that handled it, without their own exits: level and ticks
+    pub handlers: Vec<(u8, u64)>,
+    /// VMREAD and VMWRITE of them that did not exit
     pub handler: Counts,
     /// When the guest went on
     pub until: Option<u64>,
@@ -69,6 +69,11 @@ impl Exit {
     /// Exit reason.
     pub fn reason(&self) -> ExitReason {
         ExitReason(self.facts.reason)
+    }
+
+    /// Ticks of all guest hypervisors that handled it, without their own exits.
+    pub fn handler_ticks(&self) -> u64 {
+        self.handlers.iter().map(|(_, ticks)| ticks).sum()
     }
 
     /// What it cost: ticks until the guest went on.
@@ -201,9 +206,13 @@ impl Builder {
         let why = why(facts, self.fields.get(&record.vmcs).unwrap_or(&none), root, root);
         let cpu = self.cpus.entry(record.cpu).or_default();
         let parent = cpu.open.last().copied();
-        if let (Some((_, since)), Some(parent)) = (cpu.running.take(), parent) {
+        if let (Some((ran, since)), Some(parent)) = (cpu.running.take(), parent) {
             if let Some(parent) = self.exits.get_mut(parent as usize) {
-                parent.handler_ticks += record.tick.saturating_sub(since);
+                let ticks = record.tick.saturating_sub(since);
+                match parent.handlers.iter_mut().find(|(level, _)| *level == ran) {
+                    Some((_, sum)) => *sum += ticks,
+                    None => parent.handlers.push((ran, ticks)),
+                }
                 parent.handler = parent.handler.plus(facts.counts.since(cpu.counts));
             }
         }
@@ -223,7 +232,7 @@ impl Builder {
             next: Next::Open,
             root_ticks: 0,
             root: Counts::default(),
-            handler_ticks: 0,
+            handlers: Vec::new(),
             handler: Counts::default(),
             until: None,
             parent,
@@ -291,6 +300,24 @@ impl Builder {
         list
     }
 
+    /// When which guest hypervisor worked on an exit, between their own exits: level, from, to.
+    pub fn handling(&self, exit: &Exit) -> Vec<(u8, u64, u64)> {
+        let Next::Reflected { mut level, .. } = exit.next else { return Vec::new() };
+        let mut at = exit.tick + exit.root_ticks;
+        let mut list = Vec::new();
+        for child in exit.children.iter().filter_map(|child| self.exits.get(*child as usize)) {
+            if child.tick > at {
+                list.push((level, at, child.tick));
+            }
+            // It may have let the guest hypervisor above it go on.
+            if let Next::Entered { level: next } = child.next {
+                level = next;
+            }
+            at = child.until.unwrap_or(child.tick);
+        }
+        list
+    }
+
     /// What the tree of an exit holds together.
     pub fn totals(&self, root: u32) -> Totals {
         let mut totals = Totals::default();
@@ -298,7 +325,7 @@ impl Builder {
             let Some(exit) = self.exits.get(number as usize) else { continue };
             totals.exits += 1;
             totals.root_ticks += exit.root_ticks;
-            totals.handler_ticks += exit.handler_ticks;
+            totals.handler_ticks += exit.handler_ticks();
             totals.root = totals.root.plus(exit.root);
             totals.handler = totals.handler.plus(exit.handler);
             totals.fills += u32::from(exit.fill().is_some());
@@ -371,7 +398,8 @@ pub mod tests {
         let tree = &built.exits[1];
         assert_eq!((tree.level, tree.cost()), (3, Some(160)));
         assert_eq!(tree.next, Next::Reflected { level: 2, rip: 0x2000 + 150 });
-        assert_eq!((tree.root_ticks, tree.root.vmread, tree.handler_ticks), (50, 10, 40));
+        assert_eq!((tree.root_ticks, tree.root.vmread, tree.handler_ticks()), (50, 10, 40));
+        assert_eq!(built.handling(tree), [(2, 150, 180), (2, 190, 200)]);
         assert_eq!(tree.children, [2, 3]);
         assert_eq!((built.exits[2].next, built.exits[2].cost()), (Next::Kept, Some(10)));
         assert_eq!((built.exits[3].next, built.exits[3].cost()), (Next::Entered { level: 3 }, Some(60)));
@@ -430,6 +458,8 @@ pub mod tests {
         assert_eq!((l4.cost(), built.tree(number as u32).len()), (Some(7), 4));
         let levels: Vec<u8> = built.tree(number as u32).iter().map(|(_, n)| built.exits[*n as usize].level).collect();
         assert_eq!(levels, [4, 2, 3, 2]);
+        assert_eq!(l4.handlers, [(2, 1), (3, 1)]);
+        assert_eq!(built.handling(l4), [(2, 11, 12), (3, 13, 14)]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use super::super::stack::StackLevel;
 use super::super::table::{grouped, number};
 use crate::lab::plot::escape;
 use crate::trace::stat::Row;
-use crate::trace::tree::{Builder, Next};
+use crate::trace::tree::Builder;
 use std::fmt::Write;
 
 const WIDE: f64 = 1100.0;
@@ -264,13 +264,9 @@ pub fn timeline(built: &Builder, root: u32) -> String {
         let done = exit.tick + exit.root_ticks;
         let words = format!("L{} {}: {}", exit.level, exit.reason(), grouped(exit.root_ticks));
         run(built.levels().root, exit.tick, done, &words, &words);
-        if let Next::Reflected { level, .. } = exit.next {
-            let mut at = done;
-            for child in exit.children.iter().filter_map(|child| built.exits.get(*child as usize)) {
-                let ticks = grouped(child.tick.saturating_sub(at));
-                run(level, at, child.tick, &format!("L{level}: {ticks}, then {}", child.reason()), &ticks);
-                at = child.until.unwrap_or(child.tick);
-            }
+        for (level, from, to) in built.handling(exit) {
+            let ticks = grouped(to.saturating_sub(from));
+            run(level, from, to, &format!("L{level}: {ticks}"), &ticks);
         }
     }
     svg(levels.len() as f64 * 40.0 + 14.0, &format!("L{} {} in time", tree.level, tree.reason()), &out)

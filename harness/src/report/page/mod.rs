@@ -4,6 +4,7 @@ mod charts;
 
 use super::Event;
 use super::json::Run;
+use super::stack::StackLevel;
 use super::table::{grouped, number};
 use crate::backend::Unit;
 use crate::error::Stop;
@@ -90,6 +91,18 @@ impl Page<'_> {
         format!("{} as L2 of nvmx", self.l2)
     }
 
+    /// The levels, with the innermost guest also where it does not introduce itself.
+    fn stack(&self, rows: &[Row]) -> Vec<StackLevel> {
+        let mut levels = self.run.stack.clone();
+        let top = rows.iter().map(|row| row.level).max().map(usize::from);
+        if let (Some(top), Some(below)) = (top.filter(|top| *top == levels.len()), levels.last()) {
+            let name = format!("guest of {}", below.name);
+            let (version, cpu, features) = (String::new(), String::new(), Vec::new());
+            levels.push(StackLevel { level: format!("L{top}"), name, version, cpu, features });
+        }
+        levels
+    }
+
     fn gist(&self) -> Vec<String> {
         super::table::footer(&self.run.events, self.unit)
     }
@@ -98,7 +111,7 @@ impl Page<'_> {
         let unit = self.unit.name();
         let built = self.trace.map(Boot::build);
         let rows = built.as_ref().map(rows).unwrap_or_default();
-        let mut sections: Vec<(&str, &str, String)> = vec![("stack", "Stack", charts::stack(&self.run.stack))];
+        let mut sections: Vec<(&str, &str, String)> = vec![("stack", "Stack", charts::stack(&self.stack(&rows)))];
         if !self.run.events.is_empty() {
             sections.push(("table", "Costs per event", self.table()));
             let key = "<div class=\"key\"><span><i class=\"b3\"></i>L3 itself</span><span><i class=\"b2\"></i>L2, and L3 around \

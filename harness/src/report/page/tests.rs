@@ -33,6 +33,18 @@ fn the_page_needs_nothing_from_elsewhere_and_takes_no_markup_from_names() {
 }
 
 #[test]
+fn the_picture_has_the_guest_that_does_not_introduce_itself() {
+    let (mut run, boot) = (run(), crate::trace::file::tests::boot());
+    let drawn = |run: &Run| {
+        let page = Page { l2: "cascade", run, unit: Unit::Instructions, trace: Some(&boot), provenance: &[] };
+        page.render(Format::Html)
+    };
+    assert!(drawn(&run).contains(">payload 1 &lt;x&gt;<") && !drawn(&run).contains("guest of"));
+    run.stack.pop();
+    assert!(drawn(&run).contains(">guest of cascade<"));
+}
+
+#[test]
 fn markdown_and_csv_have_the_same_figures() {
     let text = rendered(Format::Markdown);
     assert!(text.contains("| cpuid | L2 | 3 | 260 | 1,200 | 2 | 900 | 19 |"), "{text}");
