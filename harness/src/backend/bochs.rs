@@ -15,6 +15,8 @@ use std::time::Duration;
 pub const IPS: u64 = 100_000_000;
 /// The most host memory that released builds of Bochs take, in MiB; more of the guest's is swapped to a file.
 const HOST_MEMORY: u32 = 2048;
+/// Between the name of a CPU model and the features that it is to lack.
+pub const WITHOUT: &str = " without ";
 const LOG: &str = "bochs.log";
 const OUT: &str = "bochs.out";
 
@@ -112,7 +114,7 @@ fn rc(machine: &Machine, bochs: &Bochs, serial: Serial, bios: &Path, vga: &Path)
         memory_line(machine.memory, bochs),
         format!("romimage: file={}, options=fastboot", bios.display()),
         format!("vgaromimage: file={}", vga.display()),
-        format!("cpu: model={}, count={}, ips={IPS}, reset_on_triple_fault=0", machine.model, machine.cpus),
+        cpu_line(machine),
         "clock: sync=none".into(),
         "ata0-master: type=cdrom, path=boot.iso, status=inserted".into(),
         "boot: cdrom".into(),
@@ -125,6 +127,13 @@ fn rc(machine: &Machine, bochs: &Bochs, serial: Serial, bios: &Path, vga: &Path)
         format!("display_library: {display}"),
     ];
     lines.join("\n") + "\n"
+}
+
+/// The model's name may be followed by ` without ` and features that it is not to have.
+fn cpu_line(machine: &Machine) -> String {
+    let (model, without) = machine.model.split_once(WITHOUT).unwrap_or((&machine.model, ""));
+    let without = if without.is_empty() { String::new() } else { format!(", exclude_features=\"{without}\"") };
+    format!("cpu: model={model}, count={}, ips={IPS}, reset_on_triple_fault=0{without}", machine.cpus)
 }
 
 /// What does not fit into the host's part is swapped in blocks; with the usual small ones of 128 KiB, time to start grows with
@@ -191,6 +200,13 @@ mod tests {
         assert!(text.contains("cpu: model=tigerlake, count=2, ips=100000000, reset_on_triple_fault=0\n"));
         assert!(text.contains("com1: enabled=1, mode=file, dev=serial.log\n"));
         assert!(text.ends_with("display_library: nogui\n"));
+    }
+
+    #[test]
+    fn a_model_may_lack_features() {
+        let machine = Machine { memory: 256, cpus: 1, model: "sapphire_rapids without amx amx_int8".into() };
+        assert!(cpu_line(&machine).starts_with("cpu: model=sapphire_rapids, count=1, "));
+        assert!(cpu_line(&machine).ends_with(", exclude_features=\"amx amx_int8\""));
     }
 
     #[test]

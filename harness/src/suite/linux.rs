@@ -18,6 +18,9 @@ const FEATURES: [&str; 3] = ["ept", "vpid", "unrestricted_guest"];
 /// How much longer Linux may take under nvmx to its init, of what it takes alone.
 const MORE: f64 = 1.05;
 
+/// A CPU model on which Linux uses 5-level paging. It has AMX without XFD, as no processor does: Linux then leaves the one half of
+/// AMX's state on that XSETBV refuses without the other, and dies, bare too.
+const FIVE_LEVELS: &str = "sapphire_rapids without amx amx_int8 amx_bf16";
 /// The CPU model for Linux 6.1, which stops early on the one with the most VMX features.
 const MODEL_OF_61: &str = "corei7_skylake_x";
 
@@ -68,6 +71,13 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let off: Judge = Box::new(|o| switched_off(o[0]));
     let name = "Linux with KVM as L2 switches the machine off while its guest works".into();
     suite.cases.push(Case { name, boots: vec!["linux-off-nvmx".into()], judge: off });
+    let job = Job::parse("vmm=own").map_err(anyhow::Error::msg)?;
+    add_boots(suite, session, &linux, "linux-la57", &job, |machine| machine.model = FIVE_LEVELS.into())?;
+    let judge: Judge = Box::new(|o| same_but_for_the_machine(o[0], o[1]).and_then(|()| boots_as_fast(o[0], o[1])));
+    let boots = ["linux-la57-bare", "linux-la57-nvmx"].map(str::to_string).to_vec();
+    let name =
+        "Linux with 5-level paging takes under nvmx to its init what it takes alone, and boots Linux as L3".into();
+    suite.cases.push(Case { name, boots, judge });
     add_linux_61(suite, session)
 }
 

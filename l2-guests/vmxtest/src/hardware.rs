@@ -19,6 +19,8 @@ const APIC_ENABLED: u64 = 1 << 11;
 const APIC_EXTENDED: u64 = 1 << 10;
 const CR4_FIXED1: u32 = 0x489;
 const LA57: u64 = 1 << 12;
+/// An address that is canonical with five levels only.
+const WIDE: u64 = 0xFF11_0000_0000_1000;
 /// A system-management interrupt by software, of chipsets with this port.
 const SMI_PORT: u16 = 0xB2;
 
@@ -84,6 +86,24 @@ fn five_levels(guest: &mut Guest) {
     };
     let old = [f::HOST_CR4, f::HOST_CR3, f::GUEST_CR4, f::GUEST_CR3].map(|field| (field, vmx::read(field)));
     let (own_root, guest_root) = (root(cpu::cr3()), root(pages::identity_tables(Access::Kernel)));
+    // A GS base and an MSR that are canonical for the guest's five levels, and not for the four of the hypervisor.
+    let wide = [f::GUEST_GS_BASE, f::GUEST_SYSENTER_EIP].map(|field| (field, vmx::read(field)));
+    vmx::write(f::GUEST_CR4, old[2].1 | LA57);
+    vmx::write(f::GUEST_CR3, guest_root);
+    wide.iter().for_each(|(field, _)| vmx::write(*field, WIDE));
+    let exit = guest.execute(nothing, 9);
+    let kept = wide.iter().all(|(field, _)| vmx::read(*field) == WIDE);
+    old.iter().chain(&wide).for_each(|(field, value)| vmx::write(*field, *value));
+    let msr = cpu::rdmsr(cpu::LSTAR);
+    let written = cpu::try_wrmsr(cpu::LSTAR, WIDE).is_ok() && cpu::rdmsr(cpu::LSTAR) == WIDE;
+    let refused = cpu::try_wrmsr(cpu::LSTAR, 1 << 60).is_err();
+    cpu::wrmsr(cpu::LSTAR, msr);
+    Check::new(&mut Serial, "addresses of 57 bits")
+        .expect("result", exit, Exit::Done(9))
+        .expect("kept", kept, true)
+        .expect("written", written, true)
+        .expect("refused", refused, true)
+        .end();
     for (name, own, its) in [("of the hypervisor", true, false), ("of the guest", false, true), ("of both", true, true)]
     {
         if own {
