@@ -1,5 +1,6 @@
 //! The virtual machine and the loop that runs it.
 
+use crate::clock::{CLOCK, Clock};
 use crate::console::Console;
 use crate::cpu;
 use crate::guest::Guest;
@@ -72,6 +73,7 @@ impl Machine {
     /// If KVM cannot run the CPU.
     pub fn run(mut self, console: &mut Console) -> Result<End> {
         let mut serial = Serial::new(self.stats.snapshot());
+        let mut clock = Clock::default();
         let end = loop {
             match self.vcpu.run() {
                 Ok(VcpuExit::IoOut(port, bytes)) => match port {
@@ -83,10 +85,15 @@ impl Machine {
                             serial.write(port, *byte, &self.stats, console);
                         }
                     }
+                    CLOCK..=0x71 => bytes.iter().for_each(|byte| clock.write(port, *byte)),
                     _ => {}
                 },
                 Ok(VcpuExit::IoIn(port, bytes)) => {
-                    let value = if (COM1..=0x3FF).contains(&port) { serial.read(port) } else { 0xFF };
+                    let value = match port {
+                        COM1..=0x3FF => serial.read(port),
+                        CLOCK..=0x71 => clock.read(port),
+                        _ => 0xFF,
+                    };
                     bytes.fill(value);
                 }
                 // Nothing is there.

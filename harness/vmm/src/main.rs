@@ -8,6 +8,7 @@
 //! and the timer of KVM, COM1 without interrupts, the exit ports of Bochs and QEMU, ACPI tables that list the CPU.
 
 mod acpi;
+mod clock;
 mod console;
 mod counters;
 mod cpu;

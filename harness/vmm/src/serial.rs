@@ -13,6 +13,7 @@ pub const COM1: u16 = 0x3F8;
 const READY: u8 = 0x60;
 const EVENT: [&[u8]; 2] = [b"@L2 event ", b"@L3 event "];
 const INNER: &[u8] = b" l0_exits=";
+const OUTER: &[u8] = b" outer_exits=";
 /// A line that never ends is shown in pieces.
 const LONGEST: usize = 4096;
 
@@ -24,6 +25,17 @@ pub struct Serial {
     line_before: Snapshot,
     line_start: Snapshot,
     nvmx: Option<Counters>,
+}
+
+/// The fields under the names that this level's KVM has in the line: VMMs in the guest have added theirs, each of which is a
+/// level higher. Two levels are told; of a third one the line has no room.
+fn named(line: &[u8], fields: String) -> String {
+    let has = |key: &[u8]| line.windows(key.len()).any(|w| w == key);
+    match (has(INNER), has(OUTER)) {
+        (false, _) => fields,
+        (true, false) => fields.replace(" l0_", " outer_"),
+        (true, true) => String::new(),
+    }
 }
 
 impl Serial {
@@ -79,12 +91,8 @@ impl Serial {
             b'\r' => {}
             b'\n' => {
                 if EVENT.iter().any(|event| self.line.starts_with(event)) {
-                    let mut fields = stats.fields(&self.line_before, &self.line_start);
-                    // A VMM in the guest has added its own: that KVM is a level higher.
-                    if self.line.windows(INNER.len()).any(|w| w == INNER) {
-                        fields = fields.replace(" l0_", " outer_");
-                    }
-                    self.line.extend(fields.as_bytes());
+                    let fields = stats.fields(&self.line_before, &self.line_start);
+                    self.line.extend(named(&self.line, fields).as_bytes());
                     let counted = self.nvmx_counted();
                     self.line.extend(counted.as_bytes());
                 }
@@ -122,5 +130,18 @@ impl Serial {
         if !self.line.is_empty() {
             self.flush(console);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_level_of_kvm_has_its_own_names_and_a_third_one_none() {
+        let own = || " l0_exits=1 l0_fills=2".to_string();
+        assert_eq!(named(b"@L3 event name=boot", own()), own());
+        assert_eq!(named(b"@L3 event name=boot l0_exits=5", own()), " outer_exits=1 outer_fills=2");
+        assert_eq!(named(b"@L3 event name=boot l0_exits=5 outer_exits=3", own()), "");
     }
 }
