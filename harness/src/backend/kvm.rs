@@ -1,8 +1,8 @@
 //! KVM as L0, by QEMU.
 
-use super::{Backend, Machine, SERIAL, Spec, Unit};
+use super::{Backend, DEBUG_PORT, Machine, SERIAL, Spec, Unit};
 use crate::proc::{self, Child};
-use crate::setup::Need;
+use crate::setup::{Need, program};
 use anyhow::Result;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -53,7 +53,8 @@ impl Backend for Kvm {
     fn start(&self, spec: &Spec, folder: &Path) -> Result<Child> {
         let serial = File::create(folder.join(SERIAL))?;
         let errors = File::create(folder.join("qemu.err"))?;
-        Child::spawn(Command::new(&self.qemu).args(arguments(spec)), serial, errors)
+        let mut command = pinned(&self.qemu, spec.machine.cpus);
+        Child::spawn(command.args(arguments(spec, folder)), serial, errors)
     }
 
     fn stop(&self, child: &mut Child, _folder: &Path) -> Vec<String> {
@@ -67,7 +68,34 @@ impl Backend for Kvm {
     }
 }
 
-fn arguments(spec: &Spec) -> Vec<String> {
+/// QEMU on CPUs of the host that it stays on: as many as the machine has, and one for QEMU itself, those with the highest numbers
+/// that this process may use. Where there are not so many, or no `taskset`, it runs where it likes.
+fn pinned(qemu: &Path, cpus: u32) -> Command {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).map(numbers);
+    let mut allowed = allowed.unwrap_or_default();
+    let wanted = cpus as usize + 1;
+    match program("taskset") {
+        Some(taskset) if allowed.len() >= wanted => {
+            let chosen: Vec<String> = allowed.split_off(allowed.len() - wanted).iter().map(u32::to_string).collect();
+            let mut command = Command::new(taskset);
+            command.args(["-c", &chosen.join(",")]).arg(qemu);
+            command
+        }
+        _ => Command::new(qemu),
+    }
+}
+
+/// The numbers of a list like `0-3,8`.
+fn numbers(list: &str) -> Vec<u32> {
+    let range = |part: &str| {
+        let (first, last) = part.trim().split_once('-').unwrap_or((part.trim(), part.trim()));
+        Some(first.parse().ok()?..=last.parse().ok()?)
+    };
+    list.split(',').filter_map(range).flatten().collect()
+}
+
+fn arguments(spec: &Spec, folder: &Path) -> Vec<String> {
     let mut list: Vec<String> = [
         "-M",
         "pc",
@@ -92,6 +120,13 @@ fn arguments(spec: &Spec) -> Vec<String> {
     let mut add = |key: &str, value: String| list.extend([key.to_string(), value]);
     add("-m", spec.machine.memory.to_string());
     add("-smp", spec.machine.cpus.to_string());
+    if spec.debug_port {
+        add(
+            "-chardev",
+            format!("file,id=debug,path={}", folder.join(DEBUG_PORT).display().to_string().replace(',', ",,")),
+        );
+        add("-device", "isa-debugcon,iobase=0xe9,chardev=debug".into());
+    }
     list.extend(kernel(spec));
     list
 }
@@ -131,8 +166,20 @@ mod tests {
             stop: Default::default(),
             record: None,
         };
-        let line = arguments(&spec).join(" ");
+        let line = arguments(&spec, Path::new("/f")).join(" ");
         assert!(line.contains("-m 256 -smp 4 -kernel /k -append log=warn -initrd /m a=1,,b=2,/n"), "{line}");
-        assert!(line.contains("-accel kvm"));
+        assert!(line.contains("-accel kvm") && !line.contains("debugcon"), "{line}");
+        // A Linux speaks there.
+        let line = arguments(&Spec { debug_port: true, ..spec }, Path::new("/a,b")).join(" ");
+        assert!(
+            line.contains("-chardev file,id=debug,path=/a,,b/debug.log -device isa-debugcon,iobase=0xe9,chardev=debug"),
+            "{line}"
+        );
+    }
+
+    #[test]
+    fn a_list_of_cpus_is_read() {
+        assert_eq!(numbers("\t0-2,7,9-10"), [0, 1, 2, 7, 9, 10]);
+        assert!(numbers("").is_empty());
     }
 }

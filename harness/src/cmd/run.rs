@@ -1,7 +1,7 @@
 //! `run`: the main job. The guest boots twice, alone on the machine and under nvmx; the table puts the costs side by side.
 
 use crate::backend::host::L0;
-use crate::backend::{Backend, Spec};
+use crate::backend::{Backend, Spec, Unit};
 use crate::boot::{self, Outcome};
 use crate::cli::{L1, RunArgs};
 use crate::cmd::files::Files;
@@ -89,7 +89,8 @@ fn table(ui: &Ui, args: &RunArgs) -> Result<()> {
     if failed.is_empty() { Ok(()) } else { Err(Stop::Guest(failed.join("\n")).into()) }
 }
 
-/// Two boots at a time, the first alone on the machine and the second under nvmx, whose lines are shown.
+/// Two boots, the first alone on the machine and the second under nvmx, whose lines are shown: at a time where instructions are
+/// counted, one after the other where time is measured.
 ///
 /// # Errors
 /// If L0 does not start, or after Ctrl-C.
@@ -97,6 +98,11 @@ pub fn both(session: &Session, [bare, nested]: [&Spec; 2], what: &str) -> Result
     let _step = session.ui.step(what);
     let (backend, view) = (session.backend.as_ref(), |show| View::new(&session.ui, show));
     let named = |spec: &Spec| spec.l2().map_or(view(Show::All), |l2| view(Show::All).naming(&l2));
+    if backend.unit() == Unit::Cycles {
+        // Beside each other they would disturb what is measured.
+        let one = boot::boot(&session.paths, backend, bare, &view(Show::Warnings))?;
+        return Ok((one, boot::boot(&session.paths, backend, nested, &named(nested))?));
+    }
     let (one, two) = std::thread::scope(|scope| {
         let one = scope.spawn(|| boot::boot(&session.paths, backend, bare, &view(Show::Warnings)));
         let two = boot::boot(&session.paths, backend, nested, &named(nested));
