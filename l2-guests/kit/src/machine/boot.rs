@@ -1,6 +1,6 @@
 //! From the boot code to the guest's `guest_main`.
 
-use super::{cpu, descriptors, report, serial, trap};
+use super::{cpu, descriptors, pages, report, serial, trap};
 use crate::boot_info::{BootInfo, Memory};
 
 core::arch::global_asm!(include_str!("boot.s"));
@@ -45,6 +45,11 @@ extern "C" fn kit_main(magic: u32, info: u64) -> ! {
     cpu::out8(0x21, 0xFF);
     cpu::out8(0xA1, 0xFF);
     let info = BootInfo::read(&Mapped, magic, info);
+    if info.command_line.split(' ').any(|word| word == "high") {
+        let usable = |start, end| info.memory.iter().any(|r| r.usable && r.start <= start && end <= r.end);
+        // SAFETY: nothing has run yet, and loaders put everything below 4 GiB.
+        unsafe { pages::move_up(usable) };
+    }
     // SAFETY: `entry!` defines it with this signature.
     unsafe { guest_main(&info) };
     report::end()

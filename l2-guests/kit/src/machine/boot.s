@@ -123,6 +123,9 @@ kit_start64:
 .global kit_page_tables
 kit_page_tables:
     .skip 6 * 4096
+.global kit_high_table
+kit_high_table:
+    .skip 4096
 .global kit_stack
 kit_stack:
     .skip 64 * 1024

@@ -49,11 +49,11 @@ impl Ept {
         Self { root: pages::address(pages::page()) }
     }
 
-    /// A tree that maps the first 4 GiB one to one in 2 MiB pages; the last one, where devices are, uncacheable.
+    /// A tree that maps memory up to [`pages::mapped_end`] one to one in 2 MiB pages; the fourth GiB, where devices are, uncacheable.
     pub fn identity() -> Self {
         let ept = Self::new();
-        for page in 0..4 << 30 >> 21 {
-            let kind = if page >= 3 << 30 >> 21 { UNCACHEABLE } else { WRITE_BACK };
+        for page in 0..pages::mapped_end() >> 21 {
+            let kind = if (page << 21) >> 30 == 3 { UNCACHEABLE } else { WRITE_BACK };
             let address = page * LARGE;
             ept.set(address, LARGE, address | kind | LARGE_BIT | rights::RWX);
         }

@@ -25,6 +25,46 @@ unsafe impl Sync for Pool {}
 
 static MEMORY: Pool = Pool(UnsafeCell::new([0; POOL]));
 static USED: AtomicU64 = AtomicU64::new(0);
+/// Where the pool is instead, if it is not 0.
+static ELSEWHERE: AtomicU64 = AtomicU64::new(0);
+
+/// Where the boot code's map ends.
+const BOOT_END: u64 = 4 << 30;
+const GIB: u64 = 1 << 30;
+
+unsafe extern "C" {
+    static mut kit_page_tables: [Page; 6];
+    static mut kit_high_table: Page;
+}
+
+/// Takes all pages from above 4 GiB from now on, if `is_usable(start, end)` says that there is memory; maps it as well.
+///
+/// # Safety
+/// No page was taken yet, no other processor runs, and nobody uses that memory.
+pub unsafe fn move_up(is_usable: impl Fn(u64, u64) -> bool) {
+    if !is_usable(BOOT_END, BOOT_END + POOL as u64) {
+        panic!("option `high`: there is no memory at 4 GiB");
+    }
+    // SAFETY: 1. the boot code's tables are this image's, and only this processor runs. 2. What is mapped was not before.
+    let (pointers, directory) = unsafe { (&mut (*(&raw mut kit_page_tables))[1], &mut *(&raw mut kit_high_table)) };
+    fill(directory, BOOT_END, 0x03);
+    pointers[4] = address(directory) | 0x03;
+    // SAFETY: it is memory (asked above), mapped now, and nobody's (the caller's promise).
+    unsafe { core::ptr::write_bytes(BOOT_END as *mut u8, 0, POOL) };
+    ELSEWHERE.store(BOOT_END, Ordering::Release);
+}
+
+/// The end of what is mapped one to one, a multiple of 1 GiB.
+pub fn mapped_end() -> u64 {
+    if ELSEWHERE.load(Ordering::Acquire) == 0 { BOOT_END } else { BOOT_END + GIB }
+}
+
+/// A directory that maps 1 GiB from `start` on one to one.
+fn fill(directory: &mut Page, start: u64, flags: u64) {
+    for (i, large) in (0u64..).zip(directory.iter_mut()) {
+        *large = (start + i * LARGE) | 0x80 | flags;
+    }
+}
 
 /// `size` bytes at a multiple of `align` (a power of two, at most [`LARGE`]): the address.
 pub fn take(size: u64, align: u64) -> u64 {
@@ -40,7 +80,10 @@ pub fn take(size: u64, align: u64) -> u64 {
 
 /// First address (a multiple of [`LARGE`]) and size of the pool.
 pub fn pool() -> (u64, u64) {
-    let memory = MEMORY.0.get() as u64;
+    let memory = match ELSEWHERE.load(Ordering::Acquire) {
+        0 => MEMORY.0.get() as u64,
+        elsewhere => elsewhere,
+    };
     let start = memory.next_multiple_of(LARGE);
     (start, memory + POOL as u64 - start)
 }
@@ -62,7 +105,7 @@ pub fn address<T: ?Sized>(thing: &T) -> u64 {
 /// # Safety
 /// The page is the caller's, and nobody holds another reference to it.
 pub unsafe fn at(address: u64) -> &'static mut Page {
-    // SAFETY: the caller's promise; the first 4 GiB are mapped.
+    // SAFETY: the caller's promise; what `take` gives is mapped.
     unsafe { &mut *(address as *mut Page) }
 }
 
@@ -75,16 +118,14 @@ pub enum Access {
     User,
 }
 
-/// New page tables (four levels) that map the first 4 GiB one to one in 2 MiB pages, as the boot code's do; returns CR3.
+/// New page tables (four levels) that map memory up to [`mapped_end`] one to one in 2 MiB pages, as the boot code's do; returns CR3.
 pub fn identity_tables(access: Access) -> u64 {
     let flags = if access == Access::User { 0x07 } else { 0x03 };
     let (root, pointers) = (page(), page());
     root[0] = address(pointers) | flags;
-    for (gigabyte, entry) in (0u64..4).zip(pointers.iter_mut()) {
+    for (start, entry) in (0..mapped_end()).step_by(GIB as usize).zip(pointers.iter_mut()) {
         let directory = page();
-        for (i, large) in (0u64..).zip(directory.iter_mut()) {
-            *large = ((gigabyte << 30) + i * LARGE) | 0x80 | flags;
-        }
+        fill(directory, start, flags);
         *entry = address(directory) | flags;
     }
     address(root)

@@ -21,6 +21,7 @@ use l2_kit::{
 
 /// Where the guest's page tables map the pages under test.
 const LINEAR: u64 = 6 << 30;
+const GIB: u64 = 1 << 30;
 /// A linear address whose page table is a page under test.
 const WALKED: u64 = LINEAR + 16 * LARGE;
 /// Bits 9 to 11 of the qualification are undefined without advanced information.
@@ -195,7 +196,7 @@ impl Lab {
 
     /// Where the page for a kind of access starts in the guest's physical memory.
     fn page(&self, size: &Size, kind: Access) -> u64 {
-        let within = if size.level == 2 { self.target } else { 0 };
+        let within = if size.level == 2 { self.target % GIB } else { 0 };
         size.base + within + if kind == Walk { PAGE } else { 0 }
     }
 
@@ -204,7 +205,7 @@ impl Lab {
         let start = match size.level {
             0 if kind == Walk => self.target + PAGE,
             0 | 1 => self.target,
-            _ => 0,
+            _ => self.target - self.target % GIB,
         };
         start | ept::WRITE_BACK | if size.level == 0 { 0 } else { LARGE_BIT } | right
     }
