@@ -42,6 +42,10 @@ fn main(handover: Handover) -> ! {
         warn!("{unknown}");
     }
 
+    if info.given_up > 0 {
+        warn!("the loader's memory map has too many ranges: {} KiB in small pieces stay unused", info.given_up >> 10);
+    }
+
     let home = handover.settle(&info).unwrap_or_else(|e| give_up(e));
     cpu::run_on_main_stack((home, info, options), |(home, info, options)| {
         let processor = examine_processor(options.stop);

@@ -56,6 +56,8 @@ pub struct BootInfo {
     pub command_line: CommandLine,
     /// The machine's memory.
     pub memory: MemoryMap,
+    /// Bytes of memory that nobody uses, since the loader's map has more ranges than nvmx keeps.
+    pub given_up: u64,
     /// Boot modules; the first is L2.
     pub modules: Modules,
     /// The ACPI root pointer, if the loader gave it.

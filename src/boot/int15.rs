@@ -7,7 +7,7 @@
 
 use crate::{
     addr::{Gpa, PAGE_SIZE},
-    mm::{GuestMemory, MemoryMap, PhysMem, Span, map::MAX_RANGES, map::RangeKind},
+    mm::{GuestMemory, MemoryMap, PhysMem, Span, map::MOST_TOLD, map::RangeKind},
 };
 
 const MIB: u64 = 1 << 20;
@@ -22,7 +22,7 @@ const DATA: u64 = 0x200;
 const RANGES: u64 = DATA + 16;
 const RANGE_SIZE: u64 = 20;
 
-const _: () = assert!(RANGES + MAX_RANGES as u64 * RANGE_SIZE <= PAGE_SIZE);
+const _: () = assert!(RANGES + MOST_TOLD as u64 * RANGE_SIZE <= PAGE_SIZE);
 
 /// Puts `code` before the firmware's handler, to answer with `memory`, L2's map, in which its page becomes reserved; the page.
 /// `None` where there is no BIOS, no room off `occupied`, or no place in the map: then nothing is changed.
@@ -38,6 +38,9 @@ pub fn answer<P: PhysMem>(
     let page = free.highest_free(PAGE_SIZE, PAGE_SIZE, LOW).filter(|_| code.len() as u64 <= DATA)?;
     let mut told = memory.clone();
     told.set(page, RangeKind::Reserved).ok()?;
+    if told.iter().count() > MOST_TOLD {
+        return None;
+    }
 
     // Nothing fails from here on: the page is usable memory, the rest is the first page.
     let put = |at: u64, bytes: &[u8]| guest.write_bytes(Gpa::new(page.start() + at), bytes).ok();

@@ -106,6 +106,8 @@ pub mod tag {
     pub const RSDP_OLD: u32 = 14;
     /// Copy of an RSDP of ACPI 2.0 or later
     pub const RSDP_NEW: u32 = 15;
+    /// Memory map of EFI
+    pub const EFI_MAP: u32 = 17;
     /// What DHCP said
     pub const NETWORK: u32 = 16;
 }

@@ -43,8 +43,10 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
     if flags & layout::HAS_MAP != 0 {
         read_map(&mut info, pointer(layout::MAP), field(layout::MAP_LENGTH).into(), memory)?;
     } else if flags & layout::HAS_MEMORY != 0 {
-        info.memory.add(Span::sized(0, u64::from(field(layout::MEM_LOWER)) << 10), RangeKind::Usable)?;
-        info.memory.add(Span::sized(1 << 20, u64::from(field(layout::MEM_UPPER)) << 10), RangeKind::Usable)?;
+        info.given_up +=
+            info.memory.add_loaded(Span::sized(0, u64::from(field(layout::MEM_LOWER)) << 10), RangeKind::Usable);
+        info.given_up +=
+            info.memory.add_loaded(Span::sized(1 << 20, u64::from(field(layout::MEM_UPPER)) << 10), RangeKind::Usable);
     }
     Ok(info)
 }
@@ -62,7 +64,7 @@ fn read_map(info: &mut BootInfo, at: Hpa, length: u64, memory: &impl PhysMem) ->
             return Err(InfoError::Malformed("an entry of the memory map is too short"));
         }
         let span = Span::sized(memory.read_u64(entry(4)), memory.read_u64(entry(12)));
-        info.memory.add(span, RangeKind::from_e820(memory.read_u32(entry(20))))?;
+        info.given_up += info.memory.add_loaded(span, RangeKind::from_e820(memory.read_u32(entry(20))));
         offset += u64::from(size) + 4;
     }
     Ok(())

@@ -3,7 +3,7 @@
 //! Source: Multiboot2 Specification 2.0, "Boot information format".
 
 use crate::{
-    addr::Hpa,
+    addr::{Hpa, PAGE_SIZE},
     boot::{
         info::{BootInfo, InfoError, LoadedBy, Module, Rsdp, read_command_line, read_text},
         multiboot::tag,
@@ -24,6 +24,7 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
         return Err(InfoError::Malformed("its size is not plausible"));
     }
     let mut info = BootInfo { protocol: LoadedBy::Multiboot2, ..BootInfo::default() };
+    let mut efi_map = None;
     let mut offset = 8;
     while offset + 8 <= total {
         let field = |of: u64| Hpa::new(at.get().wrapping_add(offset + of));
@@ -48,10 +49,13 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
                 let mut entry = 16;
                 while entry + entry_size <= size {
                     let span = Span::sized(memory.read_u64(field(entry)), memory.read_u64(field(entry + 8)));
-                    info.memory.add(span, RangeKind::from_e820(memory.read_u32(field(entry + 16))))?;
+                    info.given_up +=
+                        info.memory.add_loaded(span, RangeKind::from_e820(memory.read_u32(field(entry + 16))));
                     entry += entry_size;
                 }
             }
+            // Only where the loader gives no map of its own: it made that one from this.
+            tag::EFI_MAP if size >= 16 => efi_map = Some((field(16), size - 16, memory.read_u32(field(8)).into())),
             // The new one wins, in whichever order they come.
             tag::RSDP_OLD if info.rsdp.is_none() => info.rsdp = Some(read_rsdp(field(8), size - 8, memory)),
             tag::RSDP_NEW => info.rsdp = Some(read_rsdp(field(8), size - 8, memory)),
@@ -59,7 +63,39 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
         }
         offset += size.next_multiple_of(8);
     }
+    let without = info.memory.iter().next().is_none();
+    if let Some((at, length, entry)) = efi_map.filter(|_| without) {
+        read_efi_map(&mut info, at, length, entry, memory)?;
+    }
     Ok(info)
+}
+
+/// Descriptors of `entry` bytes: type (32 bits), at 8 the address, at 24 the number of 4 KiB pages, at 32 the attributes.
+///
+/// Source: UEFI Specification 2.10, "GetMemoryMap()".
+fn read_efi_map(info: &mut BootInfo, at: Hpa, length: u64, entry: u64, memory: &impl PhysMem) -> Result<(), InfoError> {
+    /// Memory for a special purpose: firmware wants it left alone.
+    const SPECIAL: u64 = 1 << 18;
+    if entry < 40 {
+        return Err(InfoError::Malformed("an entry of the EFI memory map is too short"));
+    }
+    let mut offset = 0;
+    while offset + entry <= length {
+        let field = |of: u64| Hpa::new(at.get().wrapping_add(offset + of));
+        let kind = match memory.read_u32(field(0)) {
+            _ if memory.read_u64(field(32)) & SPECIAL != 0 => RangeKind::Reserved,
+            // Loader and boot services, which are over, and free memory
+            1..=4 | 7 => RangeKind::Usable,
+            8 => RangeKind::Bad,
+            9 => RangeKind::AcpiReclaimable,
+            10 => RangeKind::AcpiNvs,
+            _ => RangeKind::Reserved,
+        };
+        let bytes = memory.read_u64(field(24)).saturating_mul(PAGE_SIZE);
+        info.given_up += info.memory.add_loaded(Span::sized(memory.read_u64(field(8)), bytes), kind);
+        offset += entry;
+    }
+    Ok(())
 }
 
 fn read_rsdp(at: Hpa, size: u64, memory: &impl PhysMem) -> Rsdp {

@@ -44,7 +44,7 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
     for n in 0..entries {
         let entry = |offset| Hpa::new(map.wrapping_add(n * 24 + offset));
         let span = Span::sized(memory.read_u64(entry(0)), memory.read_u64(entry(8)));
-        info.memory.add(span, RangeKind::from_e820(memory.read_u32(entry(16))))?;
+        info.given_up += info.memory.add_loaded(span, RangeKind::from_e820(memory.read_u32(entry(16))));
     }
 
     let rsdp = quad(32);

@@ -122,6 +122,59 @@ mod tests {
         assert_eq!(usable(&info), [Span::new(0, 0x10_0000)]);
     }
 
+    /// Information with the EFI map alone: 4 pages of boot services, a reserved page, ACPI's, 2 MiB of free memory of which the
+    /// second half is for a special purpose.
+    fn efi_only(map: &[(u32, u64, u64, u64)]) -> VecMem {
+        let memory = VecMem::new(0x8000);
+        let total = 8 + 16 + 48 * map.len() as u32 + 8;
+        for (at, words) in [(0x1000, [total, 0]), (0x1008, [17, 16 + 48 * map.len() as u32]), (0x1010, [48, 1])] {
+            memory.write_bytes(Hpa::new(at), words.map(u32::to_le_bytes).as_flattened());
+        }
+        for (n, (kind, start, pages, attributes)) in (0..).zip(map) {
+            let at = 0x1018 + 48 * n;
+            memory.write_bytes(Hpa::new(at), &kind.to_le_bytes());
+            [(8, start), (24, pages), (32, attributes)]
+                .into_iter()
+                .for_each(|(of, value)| memory.write_u64(Hpa::new(at + of), *value));
+        }
+        memory.write_bytes(Hpa::new(0x1018 + 48 * map.len() as u64), &[0, 0, 0, 0, 8, 0, 0, 0]);
+        memory
+    }
+
+    #[test]
+    fn the_map_of_efi_counts_where_there_is_no_other() {
+        let memory = efi_only(&[
+            (4, 0, 4, 0xF),
+            (0, 0x4000, 1, 0xF),
+            (9, 0x5000, 1, 0xF),
+            (7, 0x10_0000, 256, 0xF),
+            (7, 0x20_0000, 256, 0xF | 1 << 18),
+            (8, 0x30_0000, 1, 0xF),
+        ]);
+        let info = BootInfo::read(multiboot2::BOOT_MAGIC, Hpa::new(0x1000), &memory).unwrap();
+        let ranges: Vec<_> = info.memory.iter().map(|r| (r.span.start(), r.span.end(), r.kind)).collect();
+        assert_eq!(
+            ranges,
+            [
+                (0, 0x4000, RangeKind::Usable),
+                (0x4000, 0x5000, RangeKind::Reserved),
+                (0x5000, 0x6000, RangeKind::AcpiReclaimable),
+                (0x10_0000, 0x20_0000, RangeKind::Usable),
+                (0x20_0000, 0x30_0000, RangeKind::Reserved),
+                (0x30_0000, 0x30_1000, RangeKind::Bad),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_map_with_more_ranges_than_nvmx_keeps_loses_the_smallest_memory() {
+        // 200 pieces of memory with holes between them, the odd ones larger.
+        let pieces: Vec<_> = (0..200u64).map(|n| (7, n * 0x10_0000, 1 + n % 2, 0xF)).collect();
+        let info = BootInfo::read(multiboot2::BOOT_MAGIC, Hpa::new(0x1000), &efi_only(&pieces)).unwrap();
+        assert_eq!(info.memory.iter().count(), crate::mm::map::MOST_LOADED);
+        assert_eq!(info.given_up, 80 * 0x1000, "only small ones");
+    }
+
     #[test]
     fn pvh_start_information_is_read() {
         let start = [pvh::START_MAGIC, 1, 0, 1, 0x3000, 0, 0x2000, 0, 0, 0, 0x4000, 0, 2, 0];

@@ -45,7 +45,7 @@ impl fmt::Display for Missing {
 }
 
 /// What is known of the processor.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Processor {
     /// Its name, as CPUID has it.
     pub brand: ArrayString<48>,
@@ -108,6 +108,18 @@ impl Processor {
             vmx,
         };
         (processor, missing)
+    }
+
+    /// In what another processor of the machine differs from this one, as far as nvmx takes them for equal.
+    pub fn differences(&self, other: &Self) -> impl Iterator<Item = &'static str> + use<> {
+        let others = [
+            ("the width of physical addresses", self.max_phys_addr != other.max_phys_addr),
+            ("the width of linear addresses", self.vmx.linear_width != other.vmx.linear_width),
+            ("pages of 1 GiB", self.gib_pages != other.gib_pages),
+            ("MTRRs", self.mtrrs != other.mtrrs),
+        ];
+        let others = others.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name);
+        others.chain(self.vmx.differences(&other.vmx))
     }
 }
 
@@ -255,6 +267,22 @@ mod tests {
         assert_eq!(width(true, 6 << 32 | 0b11), 40);
         // Three of the six are TDX's: they are among the six.
         assert_eq!(width(true, 3 << 36 | 6 << 32 | 0b11), 40);
+    }
+
+    #[test]
+    fn a_processor_that_differs_from_the_first_one_is_told_by_what() {
+        let (first, _) = examine(VMX, NX, 0, u64::MAX);
+        assert_eq!(first.differences(&first.clone()).count(), 0);
+        let (without, _) = examine(VMX, NX, 0, u64::MAX);
+        let mut vmx = without.vmx;
+        vmx.misc.0 ^= 1 << 8;
+        vmx.vmfunc = 0;
+        let other = Processor { vmx, gib_pages: !without.gib_pages, ..without };
+        let said: Vec<_> = first.differences(&other).collect();
+        assert_eq!(said, ["pages of 1 GiB", "IA32_VMX_MISC", "IA32_VMX_VMFUNC"]);
+        // All words of the capability MSRs: none is passed over.
+        let (none, _) = examine(VMX, NX, 0, 0);
+        assert!(first.differences(&none).count() >= 10);
     }
 
     #[test]

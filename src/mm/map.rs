@@ -9,8 +9,15 @@ use arrayvec::ArrayVec;
 
 use crate::addr::PAGE_SIZE;
 
-/// Most ranges a map keeps; firmware of real machines reports up to a few dozen.
-pub const MAX_RANGES: usize = 64;
+/// Most ranges a map keeps, with all that nvmx marks in it while it looks for room.
+pub const MAX_RANGES: usize = 208;
+/// Most ranges that are taken over from a loader, and most that L2 is told of: Linux's zero page has room for 128. nvmx marks its
+/// own range, a page for INT 15h and one for ACPI's root pointer, each of which may split one.
+pub const MOST_LOADED: usize = 120;
+/// As [`MOST_LOADED`].
+pub const MOST_TOLD: usize = 128;
+
+const _: () = assert!(MOST_LOADED + 2 * 3 <= MOST_TOLD && MOST_TOLD <= MAX_RANGES);
 
 /// A span of physical addresses, `start .. end`. L2 is mapped one to one, so a span means the same to nvmx and to L2.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -175,6 +182,27 @@ impl MemoryMap {
         self.paint(span, |there| Some(there.map_or(kind, |there| there.max(kind))))
     }
 
+    /// [`Self::add`] for a report that may be longer than [`MOST_LOADED`]: the smallest pieces of usable memory are given up
+    /// then. Returns their bytes.
+    pub fn add_loaded(&mut self, span: Span, kind: RangeKind) -> u64 {
+        let mut given_up = 0;
+        // What does not fit for a moment is as bad as what is too long.
+        if self.add(span, kind).is_err() {
+            return if kind == RangeKind::Usable { span.len() } else { 0 };
+        }
+        while self.ranges.len() > MOST_LOADED {
+            let usable = self.ranges.iter().filter(|range| range.kind == RangeKind::Usable).map(|range| range.span);
+            let Some(smallest) = usable.min_by_key(|span| span.len()) else {
+                // Next to no memory is a machine that nvmx refuses anyway.
+                self.ranges.truncate(MOST_LOADED);
+                break;
+            };
+            self.ranges.retain(|range| range.span != smallest);
+            given_up += smallest.len();
+        }
+        given_up
+    }
+
     /// Makes `span` of one kind, whatever was there.
     pub fn set(&mut self, span: Span, kind: RangeKind) -> Result<(), TooManyRanges> {
         self.paint(span, |_| Some(kind))
@@ -333,6 +361,22 @@ mod tests {
             let highest = (0..END).rev().filter(|start| start % 4 == 0).find(|start| fits(*start));
             prop_assert_eq!(map.highest_free(len, 4, bounds).map(Span::start), highest);
         }
+    }
+
+    #[test]
+    fn of_a_report_that_is_too_long_the_smallest_pieces_of_memory_are_given_up() {
+        let mut map = MemoryMap::new();
+        // Pieces of 1, 2, 3, ... pages, each behind a reserved page.
+        let (mut at, mut given_up) = (0, 0);
+        for pages in 1..=100u64 {
+            given_up += map.add_loaded(Span::sized(at, PAGE_SIZE), RangeKind::Reserved);
+            given_up += map.add_loaded(Span::sized(at + PAGE_SIZE, pages * PAGE_SIZE), RangeKind::Usable);
+            at += (1 + pages) * PAGE_SIZE;
+        }
+        let usable: Vec<u64> = map.usable().map(|span| span.len() / PAGE_SIZE).collect();
+        assert_eq!(usable, (81..=100).collect::<Vec<_>>());
+        assert_eq!(given_up, (1..=80).sum::<u64>() * PAGE_SIZE);
+        assert_eq!(map.iter().filter(|range| range.kind == RangeKind::Reserved).count(), 100);
     }
 
     #[test]

@@ -206,6 +206,53 @@ mod tests {
         assert_eq!(mtrrs.type_of(0x8000_0000, 0x8000_0000), None);
     }
 
+    /// A server with 2 TiB, 46 bits wide: UC by default, and ten ranges that make memory of it: 2 GiB below the hole for devices,
+    /// and what lies above 4 GiB up to 2 TiB and 2 GiB, but for a UC piece for 64-bit devices.
+    fn server() -> Mtrrs {
+        let gib = |n: u64| n << 30;
+        let mask = |size: u64| ((1u64 << 46) - size) | MASK_VALID;
+        let ranges = [
+            (0, gib(2), 6u64),
+            (gib(4), gib(4), 6),
+            (gib(8), gib(8), 6),
+            (gib(16), gib(16), 6),
+            (gib(32), gib(32), 6),
+            (gib(64), gib(64), 6),
+            (gib(128), gib(128), 6),
+            (gib(256), gib(256), 6),
+            (gib(512), gib(512), 6),
+            (gib(1024), gib(1024), 6),
+            (gib(2048), gib(2), 6),
+            (gib(1536), gib(1), 0),
+        ];
+        Mtrrs::read(46, |index| match index {
+            IA32_MTRRCAP => ranges.len() as u64,
+            IA32_MTRR_DEF_TYPE => DEF_TYPE_ENABLE,
+            0x200.. if (index as usize - 0x200) / 2 < ranges.len() => {
+                let (base, size, kind) = ranges[(index as usize - 0x200) / 2];
+                if index % 2 == 0 { base | kind } else { mask(size) }
+            }
+            _ => 0,
+        })
+    }
+
+    #[test]
+    fn a_machine_with_2_tib_has_write_back_memory_in_the_largest_pages() {
+        const GIB: u64 = 1 << 30;
+        let mtrrs = server();
+        let kind = |gib: u64| match gib {
+            0..=1 | 4..=1535 | 1537..=2049 => MemoryType::WriteBack,
+            _ => MemoryType::Uncacheable,
+        };
+        for gib in 0..2060 {
+            assert_eq!(mtrrs.type_of(gib * GIB, GIB), Some(kind(gib)), "GiB {gib}");
+            assert_eq!(mtrrs.type_of(gib * GIB + 0x1F_F000, 0x1000), Some(kind(gib)), "in GiB {gib}");
+        }
+        // Half of the address space: not of one type.
+        assert_eq!(mtrrs.type_of(0, 1 << 45), None);
+        assert_eq!(mtrrs.type_of(1 << 45, GIB), Some(MemoryType::Uncacheable));
+    }
+
     #[test]
     fn disabled_mtrrs_mean_uncacheable() {
         let mtrrs = Mtrrs::read(36, |index| if index == IA32_MTRR_DEF_TYPE { 6 } else { 0 });

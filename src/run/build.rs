@@ -1,6 +1,7 @@
 //! One [`Cpu`] out of its own share of frames: VMX operation, VMCSs, slots, bitmaps, EPT tables.
 
 use crate::addr::{Gpa, Hpa, PAGE_SIZE};
+use crate::boot::Processor;
 use crate::boot::options::{Counters, Stop, Vmcs as VmcsOption};
 use crate::boot::requirements::KVM;
 use crate::cpu::{Cpu, Nested, Startup, Waiting, vmcs02};
@@ -33,6 +34,7 @@ const EPT02_BUDGET: u32 = 2048;
 
 /// What every processor builds its [`Cpu`] from: the same for all, and never changed.
 pub struct Common {
+    processor: Processor,
     hardware: Capabilities,
     offered: Capabilities,
     strategy: Strategy,
@@ -55,6 +57,7 @@ impl Common {
     pub fn new(machine: &Machine) -> Self {
         let hardware = machine.processor.vmx;
         Self {
+            processor: machine.processor.clone(),
             hardware,
             offered: caps::offered(&hardware),
             strategy: machine.strategy,
@@ -71,6 +74,11 @@ impl Common {
             phys: machine.phys,
             guest: machine.guest,
         }
+    }
+
+    /// The processor that booted.
+    pub fn processor(&self) -> &Processor {
+        &self.processor
     }
 
     /// The machine ends once all processors have started.

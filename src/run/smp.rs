@@ -7,7 +7,7 @@
 //! Nothing of this is shared afterwards (ADR 0010) but whether L2 runs on more than one of them.
 
 use crate::boot::options::Stop;
-use crate::boot::{CpuList, acpi};
+use crate::boot::{CpuList, Processor, acpi};
 use crate::cpu::{Cpu, others};
 use crate::emul::init;
 use crate::hw::apic::LocalApic;
@@ -15,6 +15,7 @@ use crate::hw::boot::ap::Trampoline;
 use crate::hw::cpu::{self, Idle};
 use crate::hw::epitaph::{self, Status};
 use crate::hw::halt::halt;
+use crate::hw::msr;
 use crate::mm::FramePool;
 use crate::run::Machine;
 use crate::run::build::{self, Common};
@@ -23,6 +24,7 @@ use crate::sync::start::Start;
 use arrayvec::ArrayVec;
 use core::fmt::Display;
 use core::sync::atomic::{AtomicU32, Ordering};
+use raw_cpuid::CpuId;
 use spin::{Mutex, Once};
 
 /// Frames that a CPU needs to be useful: its VMCSs and EPT tables, and as many again to compose in (2 MiB).
@@ -122,7 +124,20 @@ extern "C" fn begin() -> ! {
         halt()
     }
     let (Some(common), Some(frames)) = (COMMON.get(), frames) else { too_little_memory() };
+    same_as_the_first(common);
     if cpu::this().index() < others::used_cpus() { run(common, frames) } else { park(common, frames) }
+}
+
+/// What nvmx decided by the processor that booted must hold on this one: a hybrid machine may have two kinds.
+fn same_as_the_first(common: &Common) {
+    let (own, _) = Processor::examine(&CpuId::new(), |index| msr::rdmsr_safe(index).unwrap_or(0));
+    if let Some(what) = common.processor().differences(&own).next() {
+        give_up(format_args!(
+            "the processor with APIC id {} differs from the one that booted in {what}: nvmx needs them to be equal; switch one \
+             kind of cores off in the firmware's set-up",
+            own.apic_id
+        ));
+    }
 }
 
 /// Runs L2, once L2 starts this processor.

@@ -70,6 +70,30 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
+    /// In which MSRs another processor of the same machine differs from this one.
+    pub fn differences(&self, other: &Self) -> impl Iterator<Item = &'static str> + use<> {
+        let controls = [
+            ("IA32_VMX_PINBASED_CTLS", self.pin_default != other.pin_default || self.pin != other.pin),
+            ("IA32_VMX_PROCBASED_CTLS", self.primary_default != other.primary_default || self.primary != other.primary),
+            ("IA32_VMX_PROCBASED_CTLS2", self.secondary != other.secondary),
+            ("IA32_VMX_EXIT_CTLS", self.exit_default != other.exit_default || self.exit != other.exit),
+            ("IA32_VMX_ENTRY_CTLS", self.entry_default != other.entry_default || self.entry != other.entry),
+        ];
+        let words = [
+            ("IA32_VMX_BASIC", self.basic.0, other.basic.0),
+            ("IA32_VMX_MISC", self.misc.0, other.misc.0),
+            ("IA32_VMX_CR0_FIXED0", self.cr0_fixed0, other.cr0_fixed0),
+            ("IA32_VMX_CR0_FIXED1", self.cr0_fixed1, other.cr0_fixed1),
+            ("IA32_VMX_CR4_FIXED0", self.cr4_fixed0, other.cr4_fixed0),
+            ("IA32_VMX_CR4_FIXED1", self.cr4_fixed1, other.cr4_fixed1),
+            ("IA32_VMX_VMCS_ENUM", self.vmcs_enum, other.vmcs_enum),
+            ("IA32_VMX_EPT_VPID_CAP", self.ept_vpid.0, other.ept_vpid.0),
+            ("IA32_VMX_VMFUNC", self.vmfunc, other.vmfunc),
+        ]
+        .map(|(name, one, another)| (name, one != another));
+        controls.into_iter().chain(words).filter(|(_, differs)| *differs).map(|(name, _)| name)
+    }
+
     /// Reads the MSRs by `rdmsr`, which is called only for those that exist on this processor.
     pub fn read(mut rdmsr: impl FnMut(u32) -> u64, physical_width: u32, linear_width: u32) -> Self {
         let basic = Basic(rdmsr(msr::IA32_VMX_BASIC));
