@@ -166,11 +166,11 @@ pub fn option<'a>(command_line: &'a str, key: &str) -> Option<&'a str> {
     })
 }
 
-/// The first word whose name is none of these.
+/// The first word whose name is none of these, nor one of the kit's own.
 #[cfg(any(test, target_os = "none"))]
 pub(crate) fn unknown<'a>(command_line: &'a str, names: &[&str]) -> Option<&'a str> {
     let mut words = command_line.split_ascii_whitespace().map(|word| word.split('=').next().unwrap_or(word));
-    words.find(|name| *name != "caps" && !names.contains(name))
+    words.find(|name| !matches!(*name, "caps" | "high") && !names.contains(name))
 }
 
 /// GRUB's `multiboot` and QEMU put the image's path before the options, with a slash in it.
