@@ -9,7 +9,9 @@ use nvmx::vmx::caps::{Allowed, Capabilities, Misc, msr};
 use nvmx::vmx::controls::Controls;
 use nvmx::vmx::region::REVISION;
 use nvmx::vmx::requirements::REQUIREMENTS;
-use nvmx::vmx::{EntryControls, ExitControls, Field, PinControls, PrimaryControls, SecondaryControls};
+use nvmx::vmx::{
+    EntryControls, ExitControls, Field, PinControls, PrimaryControls, SecondaryControls, TertiaryControls,
+};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
@@ -33,6 +35,7 @@ fn machine(may: [u32; 5], ones: [u32; 5], misc: u64, ept_vpid: u64, basic: u64) 
         msr::IA32_VMX_PROCBASED_CTLS2 => allowed(0, 2),
         msr::IA32_VMX_MISC => misc,
         msr::IA32_VMX_EPT_VPID_CAP => ept_vpid,
+        msr::IA32_VMX_PROCBASED_CTLS3 => misc.rotate_left(7),
         other => rich_msr(other),
     };
     Capabilities::read(read, 39, 48)
@@ -126,6 +129,9 @@ proptest! {
         prop_assert!(o.secondary.allows(SecondaryControls::ENABLE_VPID) || o.ept_vpid.0 >> 32 == 0);
         let timer = o.pin.allows(PinControls::PREEMPTION_TIMER);
         prop_assert_eq!(timer, o.exit.allows(ExitControls::SAVE_PREEMPTION_TIMER));
+        let activates = o.primary.allows(PrimaryControls::ACTIVATE_TERTIARY_CONTROLS);
+        prop_assert_eq!(activates, !o.tertiary.is_empty());
+        prop_assert!(hw.tertiary.contains(o.tertiary));
         // The exit's part is done by an entry.
         for (exit, entry) in [
             (ExitControls::LOAD_CET, EntryControls::LOAD_CET),
@@ -151,16 +157,15 @@ fn a_rich_machine_offers_all_that_is_implemented() {
 #[test]
 fn what_nvmx_does_not_implement_is_withheld() {
     let o = offered(&rich());
-    let primary = PrimaryControls::ACTIVATE_TERTIARY_CONTROLS;
     let secondary = SecondaryControls::SUB_PAGE_WRITE_PERMISSIONS | SecondaryControls::ENABLE_PCONFIG;
     let exit = ExitControls::LOAD_PERF_GLOBAL_CTRL | ExitControls::CLEAR_LBR_CTL | ExitControls::CLEAR_BNDCFGS;
     let entry = EntryControls::LOAD_PERF_GLOBAL_CTRL | EntryControls::LOAD_LBR_CTL | EntryControls::ENTRY_TO_SMM;
-    assert_eq!(o.primary.may_be_one() & primary.bits(), 0);
+    assert_eq!(o.tertiary, TertiaryControls::VIRTUALIZE_SPEC_CTRL);
     assert_eq!(o.secondary.may_be_one() & secondary.bits(), 0);
     assert_eq!(o.exit.may_be_one() & exit.bits(), 0);
     assert_eq!(o.entry.may_be_one() & entry.bits(), 0);
     assert!(!o.ept_vpid.walk_5() && !o.ept_vpid.supervisor_shadow_stack());
-    assert!(!o.misc.activity_shutdown() && !o.misc.activity_wait_for_sipi());
+    assert!(o.misc.activity_shutdown() && !o.misc.activity_wait_for_sipi());
     assert!(!o.misc.pt_in_vmx() && !o.misc.smbase_msr());
 }
 

@@ -1,15 +1,15 @@
 //! The table of controls in docs/support.md is that of the code: what is offered, how, what is refused, and why.
 
-use nvmx::rules::caps::{ENTRY, EXIT, Offer, PIN, PRIMARY, SECONDARY};
+use bitflags::Flags;
+use nvmx::rules::caps::{ENTRY, EXIT, Offer, PIN, PRIMARY, SECONDARY, TERTIARY};
 use nvmx::rules::refused::{self, Refusal};
-use nvmx::vmx::controls::Controls;
 use std::fmt::Write;
 
 const PAGE: &str = include_str!("../docs/support.md");
 const BEGIN: &str = "<!-- controls of src/rules/caps.rs: begin -->\n";
 const END: &str = "<!-- controls of src/rules/caps.rs: end -->\n";
 
-fn rows<C: Controls>(out: &mut String, title: &str, offers: &[Offer<C>], refusals: &[Refusal<C>]) {
+fn rows<C: Flags<Bits: PartialEq>>(out: &mut String, title: &str, offers: &[Offer<C>], refusals: &[Refusal<C>]) {
     write!(out, "\n### {title}\n\n| control | state | how, or why not |\n|---|---|---|\n").unwrap();
     for flag in C::FLAGS {
         let bits = flag.value().bits();
@@ -29,8 +29,9 @@ fn rows<C: Controls>(out: &mut String, title: &str, offers: &[Offer<C>], refusal
 fn the_table_of_controls_is_that_of_the_code() {
     let mut table = String::new();
     rows(&mut table, "Pin-based controls", PIN, &[]);
-    rows(&mut table, "Primary processor-based controls", PRIMARY, refused::PRIMARY);
+    rows(&mut table, "Primary processor-based controls", PRIMARY, &[]);
     rows(&mut table, "Secondary processor-based controls", SECONDARY, refused::SECONDARY);
+    rows(&mut table, "Tertiary processor-based controls", TERTIARY, refused::TERTIARY);
     rows(&mut table, "VM-exit controls", EXIT, refused::EXIT);
     rows(&mut table, "VM-entry controls", ENTRY, refused::ENTRY);
     let page = PAGE.split_once(BEGIN).and_then(|(_, rest)| rest.split_once(END)).map(|(table, _)| table.trim());

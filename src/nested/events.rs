@@ -23,6 +23,9 @@ use crate::vmx::exit::{BasicReason, ExitReason};
 
 const BLOCKING_BY_STI_OR_MOV_SS: u64 = 0b11;
 const BLOCKING_BY_NMI: u64 = 1 << 3;
+/// Activity states.
+const ACTIVE: u64 = 0;
+const SHUTDOWN: u64 = 2;
 
 /// Before the entry into the guest of the current VMCS, if anything waits; an INIT comes before an NMI.
 #[cold]
@@ -82,7 +85,7 @@ fn steps(primary12: u32) -> bool {
 /// L2 runs again: the fields of vmcs02 that nvmx used have L2's values again.
 fn give_back(cpu: &mut Cpu) {
     cpu.events.stops_l3 = false;
-    cpu.events.activity = None;
+    let activity = cpu.events.activity.take();
     if let Some(index) = cpu.events.altered.take() {
         cpu.nested.slots[index].write_controls_anew();
     }
@@ -90,6 +93,9 @@ fn give_back(cpu: &mut Cpu) {
     cpu.enter_vmcs02(index);
     for (field, value) in INJECTION.into_iter().zip(values) {
         cpu.vmx.write(field, value);
+    }
+    if let Some(activity) = activity {
+        cpu.vmx.write(Field::GUEST_ACTIVITY_STATE, activity);
     }
     cpu.leave_vmcs02(index);
 }
@@ -122,7 +128,12 @@ fn stop_l3(cpu: &mut Cpu, pin: PinControls) {
 
 /// L3 exits before it executes anything.
 fn stop_at_once(cpu: &mut Cpu) {
-    cpu.events.activity = Some(cpu.vmx.read(Field::GUEST_ACTIVITY_STATE));
+    let activity = cpu.vmx.read(Field::GUEST_ACTIVITY_STATE);
+    cpu.events.activity = Some(activity);
+    // The processor takes no such event into a guest that is shut down.
+    if activity == SHUTDOWN {
+        cpu.vmx.write(Field::GUEST_ACTIVITY_STATE, ACTIVE);
+    }
     inject(cpu, EventInfo::new(EventKind::Other, 0), None, None);
 }
 

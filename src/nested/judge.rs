@@ -9,8 +9,8 @@ use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::{Capabilities, Field};
 use crate::x86::efer;
 
-/// Activity state: HLT.
-const ACTIVITY_HLT: u64 = 1;
+/// Activity states: HLT, shutdown.
+const INACTIVE: core::ops::RangeInclusive<u64> = 1..=2;
 
 /// A whole vmcs12, and what the rules need besides.
 pub struct Whole<'a> {
@@ -32,7 +32,7 @@ impl Whole<'_> {
     /// Those on guest state that the processor does not apply to vmcs02 as it would to vmcs12.
     pub fn guest_beyond_hardware(&self) -> Result<(), GuestFailure> {
         // KVM below halts the CPU for a halted guest and does not ask the processor whether the state is valid.
-        if self.vmcs12.get(Field::GUEST_ACTIVITY_STATE) == ACTIVITY_HLT {
+        if INACTIVE.contains(&self.vmcs12.get(Field::GUEST_ACTIVITY_STATE)) {
             return self.guest();
         }
         checks::check_guest_beyond_hardware(self.vmcs12, self.offered, &self.context, &self.pages)

@@ -7,7 +7,7 @@ use crate::rules::resident;
 use crate::vmx::caps::{Allowed, Basic, Capabilities, EptVpid, Misc};
 use crate::vmx::controls::{
     Controls, EntryControls as Entry, ExitControls as Exit, PinControls as Pin, PrimaryControls as Primary,
-    SecondaryControls as Secondary,
+    SecondaryControls as Secondary, TertiaryControls as Tertiary,
 };
 use crate::vmx::region::REVISION;
 use crate::x86::Cr4;
@@ -78,6 +78,7 @@ run! {
         USE_IO_BITMAPS,              "L2's bitmap pages are used where they lie";
         USE_MSR_BITMAPS,             "L2's bitmap is OR-ed with nvmx's";
         ACTIVATE_SECONDARY_CONTROLS, "always on in vmcs02; L2's secondary controls count only if it is set";
+        ACTIVATE_TERTIARY_CONTROLS,  "runs in vmcs02 as L2 set it";
     }
 }
 
@@ -107,6 +108,13 @@ run! {
         MODE_BASED_EXECUTE_CONTROL, "runs in vmcs02; ept02 is composed with both execute rights";
         EPT_VIOLATION_VE,   "does not run in vmcs02: nvmx makes #VE of violations that ept12 leaves convertible";
         ENABLE_VM_FUNCTIONS, "runs in vmcs02 without a function: each VMFUNC exits, and nvmx switches the EPTP";
+    }
+}
+
+offers! {
+    /// Tertiary processor-based controls.
+    TERTIARY: Tertiary {
+        VIRTUALIZE_SPEC_CTRL, "runs in vmcs02 as L2 set it";
     }
 }
 
@@ -151,10 +159,10 @@ const EPT_BITS: u64 = 0xFFFF_FFFF;
 /// VM functions that nvmx implements: EPTP switching.
 pub const VMFUNC: u64 = 1 << 0;
 
-/// The bits of IA32_VMX_MISC that are taken from the hardware: timer rate, storing of LMA, activity state HLT, injection
+/// The bits of IA32_VMX_MISC that are taken from the hardware: timer rate, storing of LMA, activity states HLT and shutdown, injection
 /// with instruction length 0, VMWRITE to exit-information fields (nvmx believes them only after an exit, which writes them
-/// anew). Withheld: other activity states, Intel PT, SMM.
-pub const MISC: u64 = 0x1F | 1 << 5 | 1 << 6 | 1 << 29 | 1 << 30;
+/// anew). Withheld: activity state wait-for-SIPI, Intel PT, SMM.
+pub const MISC: u64 = 0x1F | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 29 | 1 << 30;
 const MISC_CR3_TARGETS_SHIFT: u32 = 16;
 /// CR3-target values in the field table.
 const MAX_CR3_TARGETS: u32 = 4;
@@ -206,6 +214,15 @@ pub fn offered(hardware: &Capabilities) -> Capabilities {
     if vmfunc == 0 {
         secondary &= !Secondary::ENABLE_VM_FUNCTIONS.bits();
     }
+    let mut primary = mask(PRIMARY);
+    let implemented = TERTIARY.iter().fold(Tertiary::empty(), |all, offer| all | offer.control);
+    let mut tertiary = hardware.tertiary & implemented;
+    if !hardware.primary.allows(Primary::ACTIVATE_TERTIARY_CONTROLS) {
+        tertiary = Tertiary::empty();
+    }
+    if tertiary.is_empty() {
+        primary &= !Primary::ACTIVATE_TERTIARY_CONTROLS.bits();
+    }
     let mut exit = mask(EXIT);
     if pin & Pin::PREEMPTION_TIMER.bits() == 0 || !hardware.pin.allows(Pin::PREEMPTION_TIMER) {
         exit &= !Exit::SAVE_PREEMPTION_TIMER.bits();
@@ -220,12 +237,13 @@ pub fn offered(hardware: &Capabilities) -> Capabilities {
     let mut offered = Capabilities {
         basic: Basic(u64::from(REVISION) | BASIC_REGION_SIZE | BASIC_WRITE_BACK | hardware.basic.0 & BASIC),
         pin_default: restrict(hardware.pin_default, pin),
-        primary_default: restrict(hardware.primary_default, mask(PRIMARY)),
+        primary_default: restrict(hardware.primary_default, primary),
         exit_default: restrict(hardware.exit_default, exit),
         entry_default: restrict(hardware.entry_default, mask(ENTRY)),
         pin: restrict(hardware.pin, pin),
-        primary: restrict(hardware.primary, mask(PRIMARY)),
+        primary: restrict(hardware.primary, primary),
         secondary: restrict(hardware.secondary, secondary),
+        tertiary,
         exit: restrict(hardware.exit, exit),
         entry: restrict(hardware.entry, mask(ENTRY)),
         misc: Misc(hardware.misc.0 & MISC | u64::from(cr3_targets) << MISC_CR3_TARGETS_SHIFT),

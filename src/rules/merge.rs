@@ -91,6 +91,8 @@ pub struct Vmcs02Controls {
     pub pin: PinControls,
     pub primary: PrimaryControls,
     pub secondary: SecondaryControls,
+    /// To be written if the primary controls activate them.
+    pub tertiary: u64,
     pub exit: ExitControls,
     pub entry: EntryControls,
     /// To be written if the primary controls use I/O bitmaps.
@@ -143,6 +145,7 @@ pub fn merge(needs: &NvmxNeeds, vmcs12: &impl Fields, checked: ControlsChecked, 
         pin: pin12 | needs.pin,
         primary: merge_primary(primary12, to) | needs.primary,
         secondary: run12 | needs.secondary,
+        tertiary: vmcs12.get(Field::TERTIARY_VM_EXEC_CONTROL),
         exit,
         entry: entry12 & (EntryControls::IA32E_MODE_GUEST | resident::ENTRY) | needs.entry,
         io_bitmaps: to.io_bitmaps,

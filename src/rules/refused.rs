@@ -1,7 +1,7 @@
 //! Controls that L2 is not offered, and why: the counterpart of [`caps`](super::caps).
 
 use crate::vmx::controls::{
-    EntryControls as Entry, ExitControls as Exit, PrimaryControls as Primary, SecondaryControls as Secondary,
+    EntryControls as Entry, ExitControls as Exit, SecondaryControls as Secondary, TertiaryControls as Tertiary,
 };
 
 /// One control that is refused.
@@ -29,9 +29,16 @@ const NO_PERFMON: &str = "Bochs has the control without the MSR, so that nothing
 const SMM: &str = "only an SMM-transfer monitor could set it";
 
 refusals! {
-    /// Primary processor-based controls.
-    PRIMARY: Primary {
-        ACTIVATE_TERTIARY_CONTROLS, NO_CONTROLS;
+    /// Tertiary processor-based controls.
+    TERTIARY: Tertiary {
+        LOADIWKEY_EXITING,         UNTESTED;
+        ENABLE_HLAT,               UNTESTED;
+        EPT_PAGING_WRITE,          "changes what a write right in EPT means, and no processor of the tests has it";
+        GUEST_PAGING_VERIFICATION, "changes what a read right in EPT means, and no processor of the tests has it";
+        IPI_VIRTUALIZATION,
+            "the processor would read L2's table by host addresses and post to descriptors that it names, nvmx's memory included: the table would have to be composed, and no processor of the tests has it";
+        ENABLE_MSR_LIST,
+            "RDMSRLIST and WRMSRLIST are hidden in CPUID: each MSR of a list that nvmx answers would have to be, and no processor of the tests has them";
     }
 }
 

@@ -216,11 +216,13 @@ impl Slot {
         let values = |c: &Vmcs02Controls| {
             let (a, b) = c.io_bitmaps.map_or((None, None), |(a, b)| (Some(a.get()), Some(b.get())));
             let (read, write) = c.shadow_bitmaps.map_or((None, None), |(r, w)| (Some(r.get()), Some(w.get())));
+            let tertiary = c.primary.contains(PrimaryControls::ACTIVATE_TERTIARY_CONTROLS);
             let with = |control, value| c.secondary.contains(control).then_some(value);
             [
                 (Field::PIN_BASED_VM_EXEC_CONTROL, Some(c.pin.bits().into())),
                 (Field::CPU_BASED_VM_EXEC_CONTROL, Some(c.primary.bits().into())),
                 (Field::SECONDARY_VM_EXEC_CONTROL, Some(c.secondary.bits().into())),
+                (Field::TERTIARY_VM_EXEC_CONTROL, tertiary.then_some(c.tertiary)),
                 (Field::VM_EXIT_CONTROLS, Some(c.exit.bits().into())),
                 (Field::VM_ENTRY_CONTROLS, Some(c.entry.bits().into())),
                 (Field::IO_BITMAP_A, a),

@@ -10,7 +10,7 @@ mod words;
 
 pub use words::{Allowed, Basic, EptVpid, Misc};
 
-use super::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
+use super::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls, TertiaryControls};
 use super::field::{Field, Needs};
 
 /// Addresses of the capability MSRs.
@@ -34,6 +34,7 @@ pub mod msr {
     pub const IA32_VMX_TRUE_EXIT_CTLS: u32 = 0x48F;
     pub const IA32_VMX_TRUE_ENTRY_CTLS: u32 = 0x490;
     pub const IA32_VMX_VMFUNC: u32 = 0x491;
+    pub const IA32_VMX_PROCBASED_CTLS3: u32 = 0x492;
     /// First and last of the range that nvmx answers for, the tertiary and second exit controls included.
     pub const FIRST: u32 = IA32_VMX_BASIC;
     pub const LAST: u32 = 0x493;
@@ -53,6 +54,8 @@ pub struct Capabilities {
     pub pin: Allowed<PinControls>,
     pub primary: Allowed<PrimaryControls>,
     pub secondary: Allowed<SecondaryControls>,
+    /// Those whose 1-setting is allowed; none must be 1.
+    pub tertiary: TertiaryControls,
     pub exit: Allowed<ExitControls>,
     pub entry: Allowed<EntryControls>,
     pub misc: Misc,
@@ -113,6 +116,8 @@ impl Capabilities {
             primary_allowed.allows(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS),
             msr::IA32_VMX_PROCBASED_CTLS2,
         ));
+        let tertiary =
+            when(primary_allowed.allows(PrimaryControls::ACTIVATE_TERTIARY_CONTROLS), msr::IA32_VMX_PROCBASED_CTLS3);
         let has_ept_or_vpid =
             secondary.allows(SecondaryControls::ENABLE_EPT) || secondary.allows(SecondaryControls::ENABLE_VPID);
         let ept_vpid = EptVpid(when(has_ept_or_vpid, msr::IA32_VMX_EPT_VPID_CAP));
@@ -127,6 +132,7 @@ impl Capabilities {
             pin: Allowed::from_msr(true_pin),
             primary: primary_allowed,
             secondary,
+            tertiary: TertiaryControls::from_bits_retain(tertiary),
             exit: Allowed::from_msr(true_exit),
             entry: Allowed::from_msr(true_entry),
             misc: Misc(rdmsr(msr::IA32_VMX_MISC)),
@@ -168,6 +174,10 @@ impl Capabilities {
             msr::IA32_VMX_TRUE_EXIT_CTLS => if_true(self.exit.to_msr()),
             msr::IA32_VMX_TRUE_ENTRY_CTLS => if_true(self.entry.to_msr()),
             msr::IA32_VMX_VMFUNC => secondary(SecondaryControls::ENABLE_VM_FUNCTIONS).then_some(self.vmfunc),
+            msr::IA32_VMX_PROCBASED_CTLS3 => {
+                let exists = self.primary.allows(PrimaryControls::ACTIVATE_TERTIARY_CONTROLS);
+                exists.then_some(self.tertiary.bits())
+            }
             _ => None,
         }
     }
@@ -186,6 +196,9 @@ impl Capabilities {
             Needs::Pin(bit) => any(self.pin.may_be_one(), 1 << bit),
             Needs::Primary(bit) => any(self.primary.may_be_one(), 1 << bit),
             Needs::Secondary(bit) => any(secondary, 1 << bit),
+            Needs::Tertiary(bit) => {
+                self.primary.allows(PrimaryControls::ACTIVATE_TERTIARY_CONTROLS) && self.tertiary.bits() >> bit & 1 != 0
+            }
             Needs::ExitOrEntry(exit, entry) => any(self.exit.may_be_one(), exit) || any(self.entry.may_be_one(), entry),
             Needs::VmFunc(bit) => {
                 any(secondary, SecondaryControls::ENABLE_VM_FUNCTIONS.bits()) && self.vmfunc >> bit & 1 != 0

@@ -1,4 +1,4 @@
-//! The five control fields that exist on every processor with VMX or are enabled by one that does, bit by bit.
+//! The control fields that exist on every processor with VMX or are enabled by one that does, bit by bit.
 //!
 //! Source: Intel SDM vol. 3C (December 2024), chapter "Virtual Machine Control Structures", tables "Definitions of
 //! Pin-Based VM-Execution Controls", "Definitions of Primary Processor-Based VM-Execution Controls", "Definitions of
@@ -141,6 +141,28 @@ bitflags! {
         const BUS_LOCK_DETECTION = 1 << 30;
         /// Exit if no interrupt window appears for a time.
         const INSTRUCTION_TIMEOUT = 1 << 31;
+    }
+}
+
+bitflags! {
+    /// Tertiary processor-based controls, a word of 64 bits (SDM table "Definitions of Tertiary Processor-Based VM-Execution
+    /// Controls").
+    #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+    pub struct TertiaryControls: u64 {
+        /// LOADIWKEY exits.
+        const LOADIWKEY_EXITING = 1 << 0;
+        /// Hypervisor-managed linear-address translation.
+        const ENABLE_HLAT = 1 << 1;
+        /// EPT entries may allow writes to guest paging structures alone.
+        const EPT_PAGING_WRITE = 1 << 2;
+        /// EPT entries may ask that guest paging structures be verified.
+        const GUEST_PAGING_VERIFICATION = 1 << 3;
+        /// IPIs of the guest are posted without an exit.
+        const IPI_VIRTUALIZATION = 1 << 4;
+        /// RDMSRLIST and WRMSRLIST are allowed.
+        const ENABLE_MSR_LIST = 1 << 6;
+        /// The guest sees a shadow of IA32_SPEC_CTRL, and a mask keeps bits from it.
+        const VIRTUALIZE_SPEC_CTRL = 1 << 7;
     }
 }
 

@@ -51,6 +51,8 @@ pub enum Needs {
     Primary(u32),
     /// If the 1-setting of this secondary processor-based control is allowed
     Secondary(u32),
+    /// If the 1-setting of this tertiary processor-based control is allowed
+    Tertiary(u32),
     /// If the 1-setting of this pin-based control is allowed
     Pin(u32),
     /// If the 1-setting of this VM-exit control, or this VM-entry control, is allowed
@@ -134,13 +136,15 @@ const INDEXES: [u8; 0x400] = {
     indexes
 };
 
-use Needs::{Always, ExitOrEntry, Pin, Primary, Secondary, VmFunc};
+use Needs::{Always, ExitOrEntry, Pin, Primary, Secondary, Tertiary, VmFunc};
 
 fields! {
     // name                               encoding  width   home      exists if
     VIRTUAL_PROCESSOR_ID                = 0x0000, W16,     Cache,    Secondary(5);
     POSTED_INTR_NOTIFICATION_VECTOR     = 0x0002, W16,     Vmcs02,   Pin(7);
     EPTP_INDEX                          = 0x0004, W16,     Cache,    Secondary(18);
+    HLAT_PREFIX_SIZE                    = 0x0006, W16,     Cache,    Tertiary(1);
+    LAST_PID_POINTER_INDEX              = 0x0008, W16,     Cache,    Tertiary(4);
 
     GUEST_ES_SELECTOR                   = 0x0800, W16,     Vmcs02,   Always;
     GUEST_CS_SELECTOR                   = 0x0802, W16,     Vmcs02,   Always;
@@ -188,6 +192,11 @@ fields! {
     ENCLS_EXITING_BITMAP                = 0x202E, W64,     Cache,    Secondary(15);
     SUB_PAGE_PERMISSION_TABLE_POINTER   = 0x2030, W64,     Cache,    Secondary(23);
     TSC_MULTIPLIER                      = 0x2032, W64,     Vmcs02,   Secondary(25);
+    TERTIARY_VM_EXEC_CONTROL            = 0x2034, W64,     Cache,    Primary(17);
+    HLAT_POINTER                        = 0x2040, W64,     Cache,    Tertiary(1);
+    PID_POINTER_TABLE                   = 0x2042, W64,     Cache,    Tertiary(4);
+    SPEC_CTRL_MASK                      = 0x204A, W64,     Vmcs02,   Tertiary(7);
+    SPEC_CTRL_SHADOW                    = 0x204C, W64,     Vmcs02,   Tertiary(7);
 
     GUEST_PHYSICAL_ADDRESS              = 0x2400, W64,     Vmcs02,   Secondary(1);
 

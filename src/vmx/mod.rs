@@ -16,7 +16,7 @@ pub mod segment;
 
 pub use access::FieldAccess;
 pub use caps::Capabilities;
-pub use controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
+pub use controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls, TertiaryControls};
 pub use error::{VmxError, VmxResult};
 pub use exit::{BasicReason, ExitReason};
 pub use field::{Field, Fields};

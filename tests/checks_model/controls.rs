@@ -49,6 +49,10 @@ pub fn violations(v: &impl Fields, caps: &Capabilities) -> Violations {
     demand("PinControls", allowed(pin, msr(0x48D)));
     demand("PrimaryControls", allowed(primary, msr(0x48E)));
     demand("SecondaryControls", !bit(primary, 31) || allowed(secondary, msr(0x48B)));
+    if bit(primary, 17) {
+        let tertiary = v.get(TERTIARY_VM_EXEC_CONTROL);
+        demand("TertiaryControls", (0..64).all(|i| !bit(tertiary, i) || bit(msr(0x492), i)));
+    }
     demand("Cr3TargetCount", v.get(CR3_TARGET_COUNT) <= msr(0x485) >> 16 & 0x1FF);
     if bit(primary, 25) {
         demand("IoBitmapAddress", page_pointer(v.get(IO_BITMAP_A)) && page_pointer(v.get(IO_BITMAP_B)));
@@ -160,6 +164,7 @@ const TOUCHED: &[Field] = &[
     PIN_BASED_VM_EXEC_CONTROL,
     CPU_BASED_VM_EXEC_CONTROL,
     SECONDARY_VM_EXEC_CONTROL,
+    TERTIARY_VM_EXEC_CONTROL,
     VM_EXIT_CONTROLS,
     VM_ENTRY_CONTROLS,
     IO_BITMAP_A,
@@ -255,9 +260,11 @@ fn both_statements_agree_on_every_single_bit() {
     let mut apic = plain.clone();
     apic.or(PIN_BASED_VM_EXEC_CONTROL, 1 << 7 | 1).or(CPU_BASED_VM_EXEC_CONTROL, 1 << 21).or(VM_EXIT_CONTROLS, 1 << 15);
     apic.or(SECONDARY_VM_EXEC_CONTROL, 1 << 4 | 1 << 8 | 1 << 9).set(POSTED_INTR_NOTIFICATION_VECTOR, 0x41);
+    let mut tertiary = plain.clone();
+    tertiary.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 17).set(TERTIARY_VM_EXEC_CONTROL, 1 << 7);
     let mut accesses = plain.clone();
     accesses.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 21).or(SECONDARY_VM_EXEC_CONTROL, 1).set(TPR_THRESHOLD, 15);
-    for start in [plain, busy, software, apic, accesses] {
+    for start in [plain, busy, software, apic, accesses, tertiary] {
         assert!(violations(&start, &caps).is_empty());
         for &field in TOUCHED {
             for bit in 0..64 {

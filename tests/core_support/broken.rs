@@ -67,10 +67,14 @@ pub const CASES: &[(CheckId, Change)] = &[
     // Controls
     (CheckId::PinControls, |v| _ = v.or(PIN_BASED_VM_EXEC_CONTROL, 1 << 8)),
     (CheckId::PinControls, |v| _ = v.clear(PIN_BASED_VM_EXEC_CONTROL, 1 << 1)),
-    (CheckId::PrimaryControls, |v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 17)),
+    (CheckId::PrimaryControls, |v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 18)),
     (CheckId::PrimaryControls, |v| _ = v.clear(CPU_BASED_VM_EXEC_CONTROL, 1 << 26)),
     (CheckId::SecondaryControls, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 15)),
     (CheckId::SecondaryControls, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 29)),
+    (CheckId::TertiaryControls, |v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 17).set(TERTIARY_VM_EXEC_CONTROL, 1 << 4)),
+    (CheckId::TertiaryControls, |v| {
+        _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 17).set(TERTIARY_VM_EXEC_CONTROL, 1 << 63 | 1 << 7)
+    }),
     (CheckId::IoBitmapAddress, |v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 25).set(IO_BITMAP_A, 0x1001)),
     (CheckId::IoBitmapAddress, |v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 25).set(IO_BITMAP_B, 1 << 39)),
     (CheckId::MsrBitmapAddress, |v| _ = v.or(CPU_BASED_VM_EXEC_CONTROL, 1 << 28).set(MSR_BITMAP, 0x800)),
@@ -315,7 +319,6 @@ pub const CASES: &[(CheckId, Change)] = &[
         v.or(VM_ENTRY_CONTROLS, 1 << 20).set(GUEST_SSP, 1 << 32);
     }),
     // Guest non-register state
-    (CheckId::GuestActivity, |v| _ = v.set(GUEST_ACTIVITY_STATE, 2)),
     (CheckId::GuestActivity, |v| _ = v.set(GUEST_ACTIVITY_STATE, 3)),
     (CheckId::GuestActivity, |v| _ = v.set(GUEST_ACTIVITY_STATE, 4)),
     (CheckId::GuestActivityHltDpl, |v| {
@@ -329,6 +332,7 @@ pub const CASES: &[(CheckId, Change)] = &[
     (CheckId::GuestActivityEvent, |v| {
         _ = inject(v, INT3).set(VM_ENTRY_INSTRUCTION_LEN, 1).set(GUEST_ACTIVITY_STATE, 1)
     }),
+    (CheckId::GuestActivityEvent, |v| _ = inject(v, GP).set(GUEST_ACTIVITY_STATE, 2)),
     (CheckId::GuestInterruptibilityReserved, |v| _ = v.set(GUEST_INTERRUPTIBILITY_INFO, 1 << 5)),
     (CheckId::GuestBlockingStiAndMovSs, |v| _ = v.set(GUEST_INTERRUPTIBILITY_INFO, 3).or(GUEST_RFLAGS, 1 << 9)),
     (CheckId::GuestBlockingStiNeedsIf, |v| _ = v.set(GUEST_INTERRUPTIBILITY_INFO, 1)),

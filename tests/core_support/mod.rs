@@ -43,6 +43,7 @@ pub fn rich_msr(index: u32) -> u64 {
         msr::IA32_VMX_VMCS_ENUM => 0x2A,
         msr::IA32_VMX_EPT_VPID_CAP => u64::MAX,
         msr::IA32_VMX_VMFUNC => 3,
+        msr::IA32_VMX_PROCBASED_CTLS3 => u64::MAX,
         other => panic!("no such MSR: {other:#x}"),
     }
 }

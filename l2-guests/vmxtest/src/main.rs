@@ -38,6 +38,7 @@ mod resident;
 mod shadow;
 mod state;
 mod tasks;
+mod tertiary;
 mod traps;
 mod unrestricted;
 mod ve;
@@ -89,6 +90,7 @@ const PARTS: &[(&str, Part)] = &[
     ("exits", Guests(exits::all)),
     ("state", Guests(state::all)),
     ("resident", Guests(resident::all)),
+    ("tertiary", Guests(tertiary::all)),
     ("bitmaps", Guests(bitmaps::all)),
     ("msrs", Guests(msrs::all)),
     ("paging", Guests(paging::all)),

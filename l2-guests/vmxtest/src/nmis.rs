@@ -10,9 +10,9 @@ use crate::{
 };
 use core::arch::asm;
 use l2_kit::{
-    Check, Global, apic, cpu, fields as f,
+    Check, Global, apic, caps, cpu, fields as f,
     serial::Serial,
-    setup::{Controls, Kind, Missing, allowed_one, pin, primary, secondary},
+    setup::{Controls, Kind, Missing, VMX_MISC, allowed_one, pin, primary, secondary},
     trap::{self, Frame},
     vmx::{self, reason as r},
 };
@@ -21,6 +21,8 @@ const VALID: u64 = 1 << 31;
 const IF: u64 = 1 << 9;
 const BLOCKED_BY_NMI: u64 = 8;
 const INJECTED: u8 = 0x60;
+const HALTED: u64 = 1;
+const SHUTDOWN: u64 = 2;
 
 /// How the guest is entered while the NMI waits.
 #[derive(Clone, Copy)]
@@ -29,26 +31,28 @@ struct Entry {
     pin: u32,
     primary: u32,
     blocked: u64,
-    halted: bool,
+    activity: u64,
     inject: u64,
 }
 
-const PLAIN: Entry = Entry { name: "its own", pin: 0, primary: 0, blocked: 0, halted: false, inject: 0 };
+const PLAIN: Entry = Entry { name: "its own", pin: 0, primary: 0, blocked: 0, activity: 0, inject: 0 };
 const EXITING: Entry = Entry { name: "an exit", pin: pin::NMI, ..PLAIN };
 const VIRTUAL: Entry = Entry { name: "an exit, virtual NMIs", pin: pin::NMI | pin::VIRTUAL_NMI, ..PLAIN };
 const INTERRUPT: u64 = VALID | INJECTED as u64;
 
-const ENTRIES: [Entry; 14] = [
+const ENTRIES: [Entry; 16] = [
     PLAIN,
     Entry { name: "its own, blocked", blocked: BLOCKED_BY_NMI, ..PLAIN },
     Entry { name: "its own, behind STI", blocked: 1, ..PLAIN },
     Entry { name: "its own, behind MOV SS", blocked: 2, ..PLAIN },
-    Entry { name: "its own, halted", halted: true, ..PLAIN },
+    Entry { name: "its own, halted", activity: HALTED, ..PLAIN },
+    Entry { name: "its own, shut down", activity: SHUTDOWN, ..PLAIN },
     Entry { name: "its own, behind an interrupt", inject: INTERRUPT, ..PLAIN },
     Entry { name: "its own, behind an NMI", inject: VALID | 2 << 8 | 2, ..PLAIN },
     EXITING,
     Entry { name: "an exit, blocked", blocked: BLOCKED_BY_NMI, ..EXITING },
-    Entry { name: "an exit, halted", halted: true, ..EXITING },
+    Entry { name: "an exit, halted", activity: HALTED, ..EXITING },
+    Entry { name: "an exit, shut down", activity: SHUTDOWN, ..EXITING },
     Entry { name: "an exit, behind an interrupt", inject: INTERRUPT, ..EXITING },
     VIRTUAL,
     Entry { name: "an exit, virtual NMIs blocked", blocked: BLOCKED_BY_NMI, ..VIRTUAL },
@@ -66,7 +70,8 @@ pub fn all() -> Result<(), Missing> {
         Check::new(&mut Serial, "NMIs of a guest").fact("offered", false).end();
         return Ok(());
     }
-    for entry in ENTRIES {
+    let shuts_down = caps::get(VMX_MISC) & 1 << 7 != 0;
+    for entry in ENTRIES.into_iter().filter(|entry| entry.activity != SHUTDOWN || shuts_down) {
         of_guest(&mut guest, entry);
     }
     Ok(())
@@ -173,7 +178,7 @@ fn enter(frame: &mut Frame) -> bool {
     guest.start(nothing, 5);
     vmx::write(f::GUEST_RFLAGS, 2 | IF);
     vmx::write(f::GUEST_INTERRUPTIBILITY, run.entry.blocked);
-    vmx::write(f::GUEST_ACTIVITY, u64::from(run.entry.halted));
+    vmx::write(f::GUEST_ACTIVITY, run.entry.activity);
     vmx::write(f::ENTRY_INTERRUPTION_INFO, run.entry.inject);
     run.exit = guest.run();
     run.info = vmx::read(f::EXIT_INTERRUPTION_INFO);

@@ -24,6 +24,7 @@ pub fn check_cached_controls(fields: &impl Fields, caps: &Capabilities) -> Resul
         PinControls => pin_controls;
         PrimaryControls => primary_controls;
         SecondaryControls => secondary_controls;
+        TertiaryControls => tertiary_controls;
         IoBitmapAddress => io_bitmap_addresses;
         MsrBitmapAddress => msr_bitmap_address;
         VirtualNmisNeedNmiExiting => virtual_nmis_need_nmi_exiting;
@@ -89,6 +90,11 @@ fn primary_controls(v: &View<impl Fields>) -> bool {
 fn secondary_controls(v: &View<impl Fields>) -> bool {
     let active = v.primary().contains(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS);
     implies(active, v.caps.secondary.accepts(v.secondary().bits()))
+}
+
+fn tertiary_controls(v: &View<impl Fields>) -> bool {
+    let active = v.primary().contains(PrimaryControls::ACTIVATE_TERTIARY_CONTROLS);
+    implies(active, v.get(Field::TERTIARY_VM_EXEC_CONTROL) & !v.caps.tertiary.bits() == 0)
 }
 
 fn cr3_target_count(v: &View<impl Fields>) -> bool {

@@ -47,6 +47,9 @@ checks! {
         SecondaryControls = "secondary processor-based controls are set and clear as the capability MSR allows" [
             SECONDARY_VM_EXEC_CONTROL CPU_BASED_VM_EXEC_CONTROL
         ];
+        TertiaryControls = "tertiary processor-based controls are set only as the capability MSR allows" [
+            TERTIARY_VM_EXEC_CONTROL CPU_BASED_VM_EXEC_CONTROL
+        ];
         IoBitmapAddress = "I/O-bitmap addresses are page-aligned and within the physical-address width" [
             IO_BITMAP_A IO_BITMAP_B
         ];

@@ -32,6 +32,7 @@ pub mod primary {
     pub const RDTSC: u32 = 1 << 12;
     pub const CR3_LOAD: u32 = 1 << 15;
     pub const CR3_STORE: u32 = 1 << 16;
+    pub const TERTIARY: u32 = 1 << 17;
     pub const CR8_LOAD: u32 = 1 << 19;
     pub const CR8_STORE: u32 = 1 << 20;
     pub const TPR_SHADOW: u32 = 1 << 21;
