@@ -45,8 +45,9 @@ pub unsafe fn move_up(is_usable: impl Fn(u64, u64) -> bool) {
     if !is_usable(BOOT_END, BOOT_END + POOL as u64) {
         panic!("option `high`: there is no memory at 4 GiB");
     }
+    let (tables, high) = (&raw mut kit_page_tables, &raw mut kit_high_table);
     // SAFETY: 1. the boot code's tables are this image's, and only this processor runs. 2. What is mapped was not before.
-    let (pointers, directory) = unsafe { (&mut (*(&raw mut kit_page_tables))[1], &mut *(&raw mut kit_high_table)) };
+    let (pointers, directory) = unsafe { (&mut (*tables)[1], &mut *high) };
     fill(directory, BOOT_END, 0x03);
     pointers[4] = address(directory) | 0x03;
     // SAFETY: it is memory (asked above), mapped now, and nobody's (the caller's promise).
