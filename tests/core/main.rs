@@ -5,5 +5,6 @@ mod events;
 mod faults;
 mod instructions;
 mod kit;
+mod memory;
 mod random;
 mod transitions;

@@ -508,6 +508,11 @@ pub fn as_l2_sees(setup: &Setup) -> Capabilities {
     offered(&setup.hardware)
 }
 
+/// L2 has VMCS shadowing.
+pub fn shadows(setup: &Setup) -> bool {
+    as_l2_sees(setup).msr(0x48B).is_some_and(|msr| msr >> (32 + 14) & 1 == 1)
+}
+
 /// Runs a program bare and under nvmx by every strategy: it must see the same.
 pub fn agree<F: Future<Output = ()> + 'static>(program: impl Fn(Guest) -> F) {
     Setup::all().into_iter().for_each(|setup| agree_on(setup, &program));
