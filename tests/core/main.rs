@@ -6,5 +6,6 @@ mod faults;
 mod instructions;
 mod kit;
 mod memory;
+mod own;
 mod random;
 mod transitions;
