@@ -2,7 +2,7 @@
 //!
 //! There are two: the one that nvmx runs on (`hw::real`, instructions inlined), and on a host whatever a test
 //! has installed (`hw::host`), a model of a processor. Everything above this trait, in `hw` too, is the same code
-//! on both; [`this_processor`](super::this_processor) is chosen by the target, so that it costs nothing ([ADR 0017](../../docs/adr/0018-a-machine-on-the-host.md)).
+//! on both; [`this_processor`](super::this_processor) is chosen by the target, so that it costs nothing ([ADR 0018](../../docs/adr/0018-a-machine-on-the-host.md)).
 //!
 //! Source: Intel SDM vol. 2, "Instruction Set Reference", vol. 3C, "VMX Instruction Reference" (December 2024).
 

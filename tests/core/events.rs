@@ -355,20 +355,3 @@ fn an_init_waits_for_the_end_of_vmx_operation_or_takes_l3_out() {
         assert_eq!(g.get(GUEST_CR0) & !0x20, 0x10);
     });
 }
-
-#[test]
-fn a_processor_that_did_not_boot_waits_for_its_sipi() {
-    for setup in Setup::all() {
-        let mut world = World::new(Setup { booted: false, ..setup });
-        let end = world.boot(|g| async move {
-            g.exit(Exit::new(3)).await;
-            assert_eq!(g.get(GUEST_ACTIVITY_STATE), 3, "wait-for-SIPI");
-            g.exit(Exit::new(4).because(0x12)).await;
-            // What was held back comes before the NMI window, which opens behind it.
-            assert_eq!((g.get(GUEST_CS_SELECTOR), g.get(GUEST_RIP)), (0x1200, 0));
-            assert_eq!((g.get(GUEST_CS_BASE), g.get(GUEST_ACTIVITY_STATE)), (0x1_2000, 0));
-            assert_eq!(g.get(GUEST_CR0) & 1, 0);
-        });
-        assert!(matches!(end, End::Over), "{end:?}");
-    }
-}

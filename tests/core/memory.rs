@@ -202,7 +202,7 @@ fn a_convertible_violation_becomes_a_virtualization_exception() {
 
 #[test]
 fn a_shadow_vmcs_is_reached_as_the_bitmaps_say() {
-    for setup in Setup::all().into_iter().filter(|setup| nvmx_machine::world::shadows(setup)) {
+    for setup in Setup::all().into_iter().filter(nvmx_machine::world::shadows) {
         nvmx_machine::world::agree_on(setup, |g| async move {
             g.poke_u32(OTHER, REVISION | 1 << 31);
             for n in 0..512 {
