@@ -120,7 +120,11 @@ impl Processor for Installed {
     }
 
     fn cpuid(&mut self, leaf: u32, subleaf: u32) -> CpuIdResult {
-        self.model().borrow_mut().cpuid(leaf, subleaf)
+        // The one instruction that a host executes as well.
+        match MODEL.with_borrow(Option::clone) {
+            Some(model) => model.borrow_mut().cpuid(leaf, subleaf),
+            None => raw_cpuid::native_cpuid::cpuid_count(leaf, subleaf),
+        }
     }
 
     fn tsc(&mut self) -> u64 {
