@@ -106,7 +106,7 @@ fn main() {
     let words = Words(vec![Cell::new(0); (SIZE / 8) as usize]);
     let mut pool = FramePool::new(OWN);
     let mut m = machine(&words, &mut pool);
-    let _ = m.2.activate(EPTP, &m.0, &mut m.1);
+    let _ = m.2.activate(EPTP, &m.0, None, &mut m.1);
     let arguments: Vec<String> = std::env::args().collect();
     if let Some(at) = arguments.iter().position(|argument| argument == "count") {
         let rounds = arguments.get(at + 1).and_then(|rounds| rounds.parse().ok()).unwrap_or(1);
@@ -132,7 +132,7 @@ fn main() {
 
     let start = Instant::now();
     for _ in 0..rounds * PAGES {
-        let _ = black_box(m.2.activate(black_box(EPTP), &m.0, &mut m.1));
+        let _ = black_box(m.2.activate(black_box(EPTP), &m.0, None, &mut m.1));
     }
     report("activation, nothing changed", rounds * PAGES, start.elapsed());
 
@@ -142,7 +142,7 @@ fn main() {
             touch(&mut m, pages);
             let start = Instant::now();
             m.2.invept_all();
-            let _ = m.2.activate(EPTP, &m.0, &mut m.1);
+            let _ = m.2.activate(EPTP, &m.0, None, &mut m.1);
             took += start.elapsed();
         }
         report(&format!("INVEPT of L2 and activation, {pages} pages in use"), rounds, took);

@@ -52,7 +52,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Machine<ROOTS, RESERVE> {
 
     /// Leaves under an EPTP, and whether activating it asked for INVEPT.
     fn activate(&mut self, eptp: Eptp) -> (Vec<(u64, u64, u64)>, bool) {
-        let activation = self.ept.activate(eptp, &self.l2, &mut self.frames);
+        let activation = self.ept.activate(eptp, &self.l2, None, &mut self.frames);
         let flags = eptp.get() & 1 << 6;
         assert_eq!(activation.eptp02.get() & 0xfff, 0x1e | flags, "write-back, four levels, flags as in ept12");
         (self.frames.leaves(activation.eptp02.ep4ta()), activation.invept)
@@ -381,13 +381,13 @@ fn contents_survive_a_switch_and_the_role_is_the_whole_eptp() {
     let roles = [ROOT | 0x1e, ROOT | 0x18, ROOT | 0x5e, OTHER | 0x1e].map(Eptp::new);
     let pointers = roles.map(|role| {
         assert_eq!(m.fault(role, 0x5000, READ), Outcome::Filled);
-        let activation = m.ept.activate(role, &m.l2, &mut m.frames);
+        let activation = m.ept.activate(role, &m.l2, None, &mut m.frames);
         assert!(activation.invept);
         activation.eptp02
     });
     for (n, role) in roles.into_iter().enumerate() {
         assert!(!pointers[..n].contains(&pointers[n]), "no root is shared");
-        let activation = m.ept.activate(role, &m.l2, &mut m.frames);
+        let activation = m.ept.activate(role, &m.l2, None, &mut m.frames);
         assert_eq!((activation.eptp02, activation.invept), (pointers[n], false));
         assert_eq!(m.activate(role).0.len(), 1);
     }
@@ -542,7 +542,7 @@ fn an_access_that_ept01_refuses_is_forbidden() {
     };
     assert_eq!(fault(WRITE), Outcome::Forbidden { gpa: Gpa::new(0x77_7008) });
     assert_eq!(fault(READ), Outcome::Filled);
-    let root = m.ept.activate(EPTP, &guest, &mut m.frames).eptp02.ep4ta();
+    let root = m.ept.activate(EPTP, &guest, None, &mut m.frames).eptp02.ep4ta();
     assert_eq!(m.frames.leaves(root), [(0x5000, KIB4, 0x77_7000 | WB | R)]);
 }
 
@@ -564,7 +564,7 @@ fn the_machines_pool_and_memory_serve_too() {
     assert_eq!(fault(0x5123), Outcome::Filled);
     assert_eq!(fault(0x18_0123), Outcome::Forbidden { gpa: Gpa::new(0x18_0123) });
     assert_eq!(fault(0x20_0000), Outcome::ReflectViolation { qualification: Qualification::READ, convertible: true });
-    let mut table = ept.activate(eptp, &guest, &mut frames).eptp02.ep4ta();
+    let mut table = ept.activate(eptp, &guest, None, &mut frames).eptp02.ep4ta();
     for (index, present) in [(0, true), (0, true), (0, true), (5, true)] {
         let entry = frames.read(nvmx::addr::Hpa::new(table + index * 8));
         assert_eq!(entry & 7 != 0, present);

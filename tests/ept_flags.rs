@@ -48,7 +48,7 @@ fn every_leaf_access_and_flag_composes_as_the_reference_says() {
                     let mut log = log(511);
                     let qualification = Qualification::from_bits_retain(access | LINEAR);
                     let outcome = ept.violation(EPTP, Ngpa::new(ngpa), qualification, Some(&mut log), &l2, &mut frames);
-                    let root = ept.activate(EPTP, &l2, &mut frames).eptp02.ep4ta();
+                    let root = ept.activate(EPTP, &l2, None, &mut frames).eptp02.ep4ta();
                     let leaves = frames.leaves(root);
                     let what = format!("{ngpa:#x}, rights {rights}, flags {flags:#x}, access {access}");
                     let allowed = matches!(said, Said::Page(_, _, granted, _) if granted & access == access);
@@ -150,7 +150,7 @@ fn an_entry_that_l2_changes_meanwhile_is_left_as_l2_wants_it() {
         assert!(matches!(fault(), Outcome::ReflectViolation { .. }), "and finds what L2 wants");
         assert_eq!(racing.l2.get(PT + 5 * 8), then);
         assert_eq!(log.index, 511);
-        let root = ept.activate(EPTP, &racing, &mut frames).eptp02.ep4ta();
+        let root = ept.activate(EPTP, &racing, None, &mut frames).eptp02.ep4ta();
         assert!(frames.leaves(root).is_empty());
     }
 }

@@ -388,3 +388,28 @@ proptest! {
         prop_assert_eq!((leaves(&ept, &frames), ept.tables()), (unsplit, tables));
     }
 }
+
+#[test]
+fn a_version_that_comes_round_is_not_taken_for_the_old_one() {
+    let mut frames = Frames::new(8);
+    let mut ept = Ept01::new(rules(), true, Gpa::new(GIB1), Span::new(0, 0), write_back, &mut frames).unwrap();
+    let mut busy = ept.watch(Gpa::new(MIB2), &mut frames).unwrap();
+    let (mut idle, mut elsewhere) =
+        (ept.watch(Gpa::new(MIB2), &mut frames).unwrap(), ept.watch(Gpa::new(MIB2 + KIB4), &mut frames).unwrap());
+    let leaf = leaf_at(&ept, &frames, MIB2);
+    for _ in 0..1 << 11 {
+        processor_writes(&ept, &mut frames, MIB2);
+        assert_eq!(ept.written(&mut busy, &mut frames), YES);
+    }
+    let now = leaf_at(&ept, &frames, MIB2).map(|leaf| leaf.2 & !ACCESSED);
+    assert_eq!(now, leaf.map(|leaf| leaf.2), "all eleven bits came round");
+    assert_eq!(ept.written(&mut idle, &mut frames), Written::Yes { invept: false });
+    assert_eq!(ept.written(&mut idle, &mut frames), NO);
+    assert_eq!(ept.written(&mut busy, &mut frames), NO);
+    assert_eq!(
+        ept.written(&mut elsewhere, &mut frames),
+        Written::Yes { invept: false },
+        "once too often rather than never"
+    );
+    assert_eq!(ept.written(&mut elsewhere, &mut frames), NO);
+}

@@ -55,7 +55,7 @@ impl Machine {
 
     /// The entry that maps the page in ept02, and whether activating it asked for INVEPT.
     fn activate(&mut self, eptp: Eptp) -> (Option<u64>, bool) {
-        let activation = self.ept.activate(eptp, &self.l2, &mut self.frames);
+        let activation = self.ept.activate(eptp, &self.l2, None, &mut self.frames);
         assert_eq!(activation.eptp02.get() & 0xfff, 0x1e, "the role is nothing that a processor sees");
         let leaves = self.frames.leaves(activation.eptp02.ep4ta());
         (leaves.first().map(|leaf| leaf.2), activation.invept)

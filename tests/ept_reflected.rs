@@ -63,7 +63,7 @@ impl Machine {
 
     /// The leaves of a role, and whether activating it asks for INVEPT.
     fn activate(&mut self, role: Eptp) -> (Vec<(u64, u64, u64)>, bool) {
-        let activation = self.ept.activate(role, &self.l2, &mut self.frames);
+        let activation = self.ept.activate(role, &self.l2, None, &mut self.frames);
         (self.frames.leaves(activation.eptp02.ep4ta()), activation.invept)
     }
 

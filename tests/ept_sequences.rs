@@ -38,6 +38,13 @@ pub enum Step {
         page: u64,
         access: u64,
     },
+    /// L3 stores an entry of ept12 wherever an address leads.
+    Store {
+        ngpa: u64,
+        entry: u64,
+    },
+    /// Somebody else who watches one of the tables asks whether it was written.
+    Ask,
     Switch(usize),
     InveptSingle(usize),
     InveptAll,
@@ -62,6 +69,11 @@ fn entry() -> impl Strategy<Value = u64> {
     (address, low, noise).prop_map(|(address, low, noise)| (address | low) ^ noise)
 }
 
+/// An address at whose offset a table has an entry that matters.
+fn ngpa_of_a_table() -> impl Strategy<Value = u64> {
+    (0u64..2, 0u64..2, 0u64..3, 0u64..3).prop_map(|(n, m, page, index)| n << 30 | m << 21 | page << 12 | index << 3)
+}
+
 fn step() -> impl Strategy<Value = Step> {
     let ngpa = (prop::array::uniform4(prop_oneof![3 => Just(0u64), 2 => Just(1), 1 => Just(2)]), 0u64..KIB4)
         .prop_map(|(n, offset)| n[0] << 39 | n[1] << 30 | n[2] << 21 | n[3] << 12 | offset);
@@ -82,6 +94,8 @@ fn step() -> impl Strategy<Value = Step> {
         }),
         12 => (ngpa, prop::sample::select(vec![R, W, X, R | W])).prop_map(|(ngpa, access)| Step::Access { ngpa, access }),
         9 => (0u64..3, prop::sample::select(vec![R, W, X])).prop_map(|(page, access)| Step::AccessNear { page, access }),
+        3 => (ngpa_of_a_table(), entry()).prop_map(|(ngpa, entry)| Step::Store { ngpa, entry }),
+        1 => Just(Step::Ask),
         2 => (0..ROLES.len()).prop_map(Step::Switch),
         1 => (0..ROLES.len()).prop_map(Step::InveptSingle),
         1 => Just(Step::InveptAll),
@@ -156,11 +170,10 @@ impl Processor {
             let (shift, entry) = path(number << 12, 0);
             let now = (entry & 0xf_ffff_ffff_f000) + ((number << 12) & ((1 << shift) - 1));
             now == *page && entry & rights & 7 == *rights && entry & 0x78 == *types
-        }) && self
-            .tables
-            .iter()
-            .filter(|(key, _)| key.0 == root)
-            .all(|((_, shift, prefix), table)| path(prefix << shift, *shift) == (*shift, table | 7 | XU))
+        }) && self.tables.iter().filter(|(key, _)| key.0 == root).all(|((_, shift, prefix), table)| {
+            let (at, entry) = path(prefix << shift, *shift);
+            (at, entry & !NUMBER) == (*shift, table | 7 | XU)
+        })
     }
 }
 
@@ -182,10 +195,12 @@ struct History<const ROOTS: usize, const RESERVE: usize> {
     invalidated: HashSet<u64>,
     /// The last address that L3 accessed.
     last: u64,
+    /// L2's own map, if nvmx watches ept12.
+    ept01: Option<Watching>,
 }
 
 impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
-    fn new(budget: u32, pool: u64) -> Self {
+    fn new(budget: u32, pool: u64, splits: u32) -> Self {
         let mut l2 = L2::default();
         for (table, index, next) in [(0, 0, 2), (1, 0, 2), (2, 0, 3), (3, 0, 4), (3, 1, 5), (0, 1, 2), (2, 1, 3)] {
             l2.set(TABLES + table * KIB4, index, (TABLES + next * KIB4) | 7);
@@ -194,8 +209,15 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             l2.set(TABLES + 4 * KIB4, index, (index << 12) | WB | 7);
         }
         let mut frames = Frames::new((ROOTS + RESERVE) as u64 + pool);
+        if splits > 0 {
+            frames.free.splice(0..0, (0..40).map(|n| 0x71_0000_0000 + n * KIB4));
+        }
         let total = frames.free.len();
-        let ept = Ept02::new(rules(), false, budget, &mut frames).unwrap();
+        let ept01 = (splits > 0).then(|| Watching::new(TABLES + 3 * KIB4, &mut frames));
+        let mut ept = Ept02::new(rules(), false, budget, &mut frames).unwrap();
+        if splits > 0 {
+            ept.watch_tables(splits);
+        }
         Self {
             l2,
             frames,
@@ -208,6 +230,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             ways: HashMap::new(),
             invalidated: HashSet::new(),
             last: 0,
+            ept01,
         }
     }
 
@@ -215,8 +238,12 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
     fn enter(&mut self) -> Result<u64, TestCaseError> {
         let invalidated = self.invalidated.remove(&self.role);
         let before = self.roots.get(&self.role).filter(|_| invalidated).map(|&root| (root, self.frames.leaves(root)));
-        let activation = self.ept.activate(Eptp::new(self.role), &self.l2, &mut self.frames);
+        let ept01 = self.ept01.as_mut().map(|watching| &mut watching.ept01);
+        let activation = self.ept.activate(Eptp::new(self.role), &self.l2, ept01, &mut self.frames);
         self.l2.fetched.take();
+        if let Some(watching) = self.ept01.as_mut().filter(|_| activation.invept01) {
+            watching.cached.clear();
+        }
         let root = activation.eptp02.ep4ta();
         if activation.invept {
             self.processor.invept(root);
@@ -372,7 +399,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             });
         prop_assert!(possible.any(|leaf| Some(leaf) == written), "no way that L2 must expect leads there");
         self.filled.entry(self.role).or_default().extend(written);
-        let again = self.ept.activate(Eptp::new(self.role), &self.l2, &mut self.frames);
+        let again = self.ept.activate(Eptp::new(self.role), &self.l2, None, &mut self.frames);
         prop_assert_eq!((again.eptp02.ep4ta(), again.invept), (root, false), "nothing to activate");
         self.enter()?;
         match self.processor.access(&self.frames, root, ngpa, access) {
@@ -394,9 +421,31 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         Ok(())
     }
 
+    /// The translation that a write of L3 uses, if the processor has one.
+    fn translated(&self, ngpa: u64) -> Option<Kept> {
+        let root = self.roots.get(&self.role)?;
+        self.processor.pages.get(&(*root, ngpa >> 12)).copied().filter(|kept| kept.1 & W != 0)
+    }
+
     fn take(&mut self, step: &Step) -> Result<(), TestCaseError> {
         match *step {
-            Step::Write { table, index, entry } => self.l2.set(TABLES + table * KIB4, index, entry),
+            Step::Write { table, index, entry } => {
+                self.l2.set(TABLES + table * KIB4, index, entry);
+                if let Some(watching) = &mut self.ept01 {
+                    watching.write(TABLES + table * KIB4 + index * 8, &mut self.frames);
+                }
+            }
+            Step::Store { ngpa, entry } => {
+                self.access(ngpa, W)?;
+                if let Some((page, ..)) = self.translated(ngpa) {
+                    self.l2.words.borrow_mut().insert(page | ngpa & 0xff8, entry);
+                }
+            }
+            Step::Ask => {
+                if let Some(watching) = &mut self.ept01 {
+                    prop_assert!(watching.ask(&mut self.frames), "a write was missed");
+                }
+            }
             Step::Access { ngpa, access } => self.access(ngpa, access)?,
             Step::AccessNear { page, access } => self.access(self.last & !(MIB2 - 1) | page << 12, access)?,
             Step::Switch(role) => self.role = ROLES[role],
@@ -415,7 +464,13 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
                 self.filled.clear();
                 self.ways.clear();
                 self.roots.clear();
-                prop_assert_eq!(self.frames.used.len(), 1 + RESERVE, "nothing is kept but the first root");
+                if let Some(watching) = &mut self.ept01 {
+                    watching.ept01.join(&mut self.frames);
+                    watching.cached.clear();
+                    watching.watch_anew(&mut self.frames);
+                }
+                let of_ept01 = self.ept01.as_ref().map_or(0, |watching| watching.ept01.tables() as usize);
+                prop_assert_eq!(self.frames.used.len(), 1 + RESERVE + of_ept01, "nothing is kept but the first root");
             }
         }
         prop_assert_eq!(self.frames.used.len() + self.frames.free.len(), self.total);
@@ -430,12 +485,23 @@ pub fn run<const ROOTS: usize, const RESERVE: usize>(
     pool: u64,
     steps: &[Step],
 ) -> Result<(), TestCaseError> {
-    let mut history = History::<ROOTS, RESERVE>::new(budget, pool);
+    let mut history = History::<ROOTS, RESERVE>::new(budget, pool, 0);
     for step in steps {
         history.take(step)?;
         prop_assert!(history.frames.used.len() <= ROOTS + RESERVE + budget as usize);
     }
     Ok(())
+}
+
+/// The same with nvmx watching ept12; `splits` is by how many tables ept01 may grow for it.
+pub fn run_watched<const ROOTS: usize, const RESERVE: usize>(
+    budget: u32,
+    pool: u64,
+    splits: u32,
+    steps: &[Step],
+) -> Result<(), TestCaseError> {
+    let mut history = History::<ROOTS, RESERVE>::new(budget, pool, splits);
+    steps.iter().try_for_each(|step| history.take(step))
 }
 
 proptest! {
@@ -455,5 +521,12 @@ proptest! {
     #[test]
     fn invariants_hold_with_plenty(steps in prop::collection::vec(step(), 1..120)) {
         run::<8, 16>(400, 400, &steps)?;
+    }
+
+    #[test]
+    fn nothing_stale_stays_where_ept12_is_watched(steps in prop::collection::vec(step(), 1..120), pool in 0u64..60) {
+        run_watched::<8, 16>(400, 400, 100, &steps)?;
+        run_watched::<2, 3>(3, pool, 100, &steps)?;
+        run_watched::<3, 4>(100, pool, 1, &steps)?;
     }
 }

@@ -50,7 +50,7 @@ fn machine(role: u64) -> Machine {
 impl Machine {
     /// Address, where it leads, and where ept12 does.
     fn stale(&mut self) -> Option<(u64, u64, Option<u64>)> {
-        let eptp02 = self.ept.activate(self.role, &self.l2, &mut self.frames).eptp02;
+        let eptp02 = self.ept.activate(self.role, &self.l2, None, &mut self.frames).eptp02;
         let found = self.ept.stale_leaf(eptp02, &self.l2, &self.frames)?;
         Some((found.ngpa, found.used, found.now.map(|(to, _)| to)))
     }

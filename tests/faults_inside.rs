@@ -265,7 +265,7 @@ fn live(ept: &mut Tables, guest: &GuestMemory<&Failing>, frames: &mut FailingFra
         for tree in TREES {
             for page in PAGES {
                 outcomes.push(ept.violation(tree, Ngpa::new(page), write, None, guest, frames));
-                let _ = ept.activate(tree, guest, frames);
+                let _ = ept.activate(tree, guest, None, frames);
             }
         }
         guest.phys().memory.write_u64(Hpa::new(0x1_3010), 0x6000 | WB | 7);
@@ -284,13 +284,13 @@ fn goes_on(ept: &mut Tables, memory: &VecMem, mut frames: Frames, total: usize) 
     ept.invept_all();
     for tree in TREES {
         for page in PAGES {
-            let _ = ept.activate(tree, &guest, &mut frames);
+            let _ = ept.activate(tree, &guest, None, &mut frames);
             let mut outcome = ept.violation(tree, Ngpa::new(page), write, None, &guest, &mut frames);
             if outcome == Outcome::Filled {
                 outcome = ept.violation(tree, Ngpa::new(page), write, None, &guest, &mut frames);
             }
             assert_eq!(outcome, Outcome::Filled);
-            let root = ept.activate(tree, &guest, &mut frames).eptp02.ep4ta();
+            let root = ept.activate(tree, &guest, None, &mut frames).eptp02.ep4ta();
             let leaf = frames.leaves(root).into_iter().find(|leaf| (leaf.0..leaf.0 + leaf.1).contains(&page));
             let there = guest.read_u64(Gpa::new(0x1_3010)).unwrap() & 0xF_F000;
             let to = if page == 0x2000 { there } else { page };

@@ -27,6 +27,15 @@ pub enum Vmcs {
     Memory,
 }
 
+/// `ept12=`: how nvmx learns what L2 changed in its EPT tables before an INVEPT.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ept12 {
+    /// By the dirty flags of the pages that they lie in, where the processor has them and one processor runs L2.
+    Watch,
+    /// By comparing all of them: for an L2 that lets devices write its tables.
+    Compare,
+}
+
 /// `counters=`: who may read nvmx's counters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Counters {
@@ -100,6 +109,8 @@ pub struct Options {
     pub cpus: Option<u32>,
     /// `ept02=`: how many tables the composed EPTs of a processor may have beyond their reserve.
     pub ept02: Option<u32>,
+    /// `ept12=`
+    pub ept12: Ept12,
     /// `counters=`
     pub counters: Counters,
     /// `explain=`: whether what VMX refuses is told on the serial line.
@@ -122,6 +133,7 @@ impl Default for Options {
             vmcs: Vmcs::Auto,
             cpus: None,
             ept02: None,
+            ept12: Ept12::Watch,
             counters: Counters::Kernel,
             explain: true,
             stale: false,
@@ -187,18 +199,20 @@ const FIELDS: &str = "auto|zero-copy|trapped";
 const VMCS: &str = "auto|instructions|memory";
 const CPUS: &str = "all|1|2|3|...";
 const EPT02: &str = "auto|0|1|2|...";
+const EPT12: &str = "watch|compare";
 const COUNTERS: &str = "kernel|all";
 const EXPLAIN: &str = "on|off";
 const STALE: &str = "off|warn";
 const SERIAL: &str = "com1|com2|0x2f8|0x3f8,9600|...|none";
 const EXIT: &str = "auto|none|ports";
 const STOP: &str = "never|cpus";
-const ACCEPTED: [(&str, &str); 11] = [
+const ACCEPTED: [(&str, &str); 12] = [
     ("log", LOG),
     ("fields", FIELDS),
     ("vmcs", VMCS),
     ("cpus", CPUS),
     ("ept02", EPT02),
+    ("ept12", EPT12),
     ("counters", COUNTERS),
     ("explain", EXPLAIN),
     ("stale", STALE),
@@ -243,6 +257,13 @@ impl Options {
                     options.ept02 = match value {
                         "auto" => None,
                         _ => Some(value.parse().map_err(|_| bad("ept02", EPT02))?),
+                    }
+                }
+                "ept12" => {
+                    options.ept12 = match value {
+                        "watch" => Ept12::Watch,
+                        "compare" => Ept12::Compare,
+                        _ => return Err(bad("ept12", EPT12)),
                     }
                 }
                 "counters" => {
@@ -319,7 +340,7 @@ mod tests {
             }
         }
         let (all, unknown) = Options::parse(
-            "log=trace fields=trapped vmcs=memory cpus=3 ept02=7 counters=all explain=off stale=warn serial=com2 exit=none stop=cpus",
+            "log=trace fields=trapped vmcs=memory cpus=3 ept02=7 ept12=compare counters=all explain=off stale=warn serial=com2 exit=none stop=cpus",
         )
         .unwrap();
         assert_eq!(unknown, UnknownWords::default());
@@ -331,6 +352,7 @@ mod tests {
                 vmcs: Vmcs::Memory,
                 cpus: Some(3),
                 ept02: Some(7),
+                ept12: Ept12::Compare,
                 counters: Counters::All,
                 explain: false,
                 stale: true,
@@ -349,7 +371,7 @@ mod tests {
             unknown.to_string(),
             "unknown options are passed over: 'quiet' 'colour=red'; nvmx accepts log=off|error|warn|info|debug|trace, \
              fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, cpus=all|1|2|3|..., ept02=auto|0|1|2|..., \
-             counters=kernel|all, explain=on|off, stale=off|warn, serial=com1|com2|0x2f8|0x3f8,9600|...|none, \
+             ept12=watch|compare, counters=kernel|all, explain=on|off, stale=off|warn, serial=com1|com2|0x2f8|0x3f8,9600|...|none, \
              exit=auto|none|ports, stop=never|cpus"
         );
         let (_, many) = Options::parse("a b c d e f g h i j").unwrap();

@@ -15,10 +15,13 @@
 
 use super::entry::{self, EptRules, Level};
 use super::eptp::Eptp;
+use super::exposed::Exposed;
+use super::identity::Ept01;
+use super::origin::{Origin, Origins, Tables};
 use super::reserve::Reserve;
 use super::run::Run;
 use super::{GuestView, OutOfFrames, TableFrames};
-use crate::addr::Hpa;
+use crate::addr::{Gpa, Hpa};
 
 /// What to run L3 with.
 #[must_use]
@@ -28,6 +31,8 @@ pub struct Activation {
     pub eptp02: Eptp,
     /// Execute INVEPT, single-context with `eptp02`, before the VM entry.
     pub invept: bool,
+    /// Execute INVEPT, single-context with the EPTP of ept01, before L2 runs again: so each write of L2 sets its flag.
+    pub invept01: bool,
 }
 
 /// Counters of ept02.
@@ -49,7 +54,11 @@ pub(super) struct Root {
     pub(super) role: Option<Eptp>,
     pub(super) table: Hpa,
     /// Tables below the root table.
-    pub(super) tables: u32,
+    pub(super) tables: Tables,
+    /// The record of the root table; 0 if there is none.
+    pub(super) record: u16,
+    /// The round of ept01's watches, and the growths of what is exposed, that its records know.
+    pub(super) known: (u64, u64),
     /// L2 invalidated the contents: they must not be used again before they were compared with ept12.
     pub(super) stale: bool,
     /// The processor may have cached something that is no longer in the tables.
@@ -60,10 +69,23 @@ pub(super) struct Root {
 impl Root {
     const fn new(table: Hpa) -> Self {
         // The frame may have been a root before, under an earlier owner: `invept`.
-        Self { role: None, table, tables: 0, stale: false, invept: true, last_used: 0 }
+        Self {
+            role: None,
+            table,
+            tables: Tables::new(),
+            record: 0,
+            known: (0, 0),
+            stale: false,
+            invept: true,
+            last_used: 0,
+        }
     }
 }
 
+/// No root.
+const NONE: u8 = u8::MAX;
+/// A power of two.
+const CHAINS: usize = 128;
 /// A power of two.
 const HINTS: usize = 128;
 
@@ -72,6 +94,13 @@ const HINTS: usize = 128;
 fn hint(role: Eptp) -> usize {
     const SHIFT: u32 = u64::BITS - HINTS.ilog2();
     (role.get().wrapping_mul(0x9E37_79B9_7F4A_7C15) >> SHIFT) as usize % HINTS
+}
+
+/// The chain of an EP4TA.
+#[inline(always)]
+fn chain(role: Eptp) -> usize {
+    const SHIFT: u32 = u64::BITS - CHAINS.ilog2();
+    (role.ep4ta().wrapping_mul(0x9E37_79B9_7F4A_7C15) >> SHIFT) as usize % CHAINS
 }
 
 /// The composed EPTs of one processor: at most `ROOTS`, with `RESERVE` frames of their own.
@@ -86,10 +115,19 @@ pub struct Ept02<const ROOTS: usize = 64, const RESERVE: usize = 128> {
     pub(super) roots: [Root; ROOTS],
     /// At least one.
     made: usize,
+    /// The roots by a hash of their EP4TA, and for each the next with the same hash; `NONE` ends a chain. INVEPT looks here.
+    chains: [u8; CHAINS],
+    further: [u8; ROOTS],
     /// Where a role was found last, by a hash of it: most searches need one look.
     hints: [u8; HINTS],
     pub(super) reserve: Reserve<RESERVE>,
     pub(super) stats: Stats,
+    /// What the tables were composed of.
+    pub(super) origins: Origins,
+    /// Pages whose writes ept01 does not see.
+    pub(super) exposed: Exposed,
+    /// Tables by which ept01 may grow for the sake of watches.
+    pub(super) splits: u32,
     /// Where the last fill was; its root is not stale and has the table still.
     pub(super) run: Option<Run>,
     current: usize,
@@ -107,7 +145,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         budget: u32,
         frames: &mut F,
     ) -> Result<Self, OutOfFrames> {
-        const { assert!(ROOTS > 0 && ROOTS <= 256, "there must be a root to run on, and hints are bytes") };
+        const { assert!(ROOTS > 0 && ROOTS < NONE as usize, "there must be a root to run on, and hints are bytes") };
         const { assert!(RESERVE >= 3, "one page needs up to three tables below the root") };
         let first = frames.alloc().ok_or(OutOfFrames)?;
         let reserve = Reserve::new(budget, frames).inspect_err(|_| frames.free(first))?;
@@ -118,48 +156,96 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             advanced_information,
             roots,
             made: 1,
+            chains: [NONE; CHAINS],
+            further: [NONE; ROOTS],
             hints: [0; HINTS],
             reserve,
             stats: Stats::default(),
+            origins: Origins::default(),
+            exposed: Exposed::default(),
+            splits: 0,
             run: None,
             current: 0,
             clock: 0,
         })
     }
 
+    /// From now on, what was not written in ept12 is not compared after an INVEPT: for as long as this processor is the only
+    /// one that runs L2, and [`Ept02::activate`] gets its ept01. `splits` is by how many tables ept01 may grow for that. To be
+    /// called before anything is composed.
+    pub const fn watch_tables(&mut self, splits: u32) {
+        self.splits = splits;
+    }
+
+    /// L2 lets the processor write to a page of its memory by an address that is not translated.
+    pub fn expose<F: TableFrames>(&mut self, page: Gpa, frames: &mut F) {
+        if self.splits > 0 && self.exposed.start(frames) {
+            self.exposed.add_page(page.page().get(), frames);
+        }
+    }
+
     /// The EPTP to enter L3 with, for the EPTP that L2 set up. To be called before every VM entry into L3; costs a few
-    /// instructions when nothing changed.
+    /// instructions when nothing changed. Without `ept01` all is compared that L2 invalidated.
     #[inline]
-    pub fn activate<G: GuestView, F: TableFrames>(&mut self, eptp12: Eptp, guest: &G, frames: &mut F) -> Activation {
+    pub fn activate<G: GuestView, F: TableFrames>(
+        &mut self,
+        eptp12: Eptp,
+        guest: &G,
+        ept01: Option<&mut Ept01>,
+        frames: &mut F,
+    ) -> Activation {
         let root = self.root(self.current);
         if root.role == Some(eptp12) && !root.stale && !root.invept {
-            return Activation { eptp02: Eptp::for_root(root.table, eptp12.accessed_dirty()), invept: false };
+            let eptp02 = Eptp::for_root(root.table, eptp12.accessed_dirty());
+            return Activation { eptp02, invept: false, invept01: false };
         }
-        self.settle(eptp12, guest, frames)
+        self.settle(eptp12, guest, ept01, frames)
     }
 
     #[cold]
-    fn settle<G: GuestView, F: TableFrames>(&mut self, eptp12: Eptp, guest: &G, frames: &mut F) -> Activation {
-        let index = self.enter(eptp12, guest, frames);
+    fn settle<G: GuestView, F: TableFrames>(
+        &mut self,
+        eptp12: Eptp,
+        guest: &G,
+        ept01: Option<&mut Ept01>,
+        frames: &mut F,
+    ) -> Activation {
+        let root = self.root(self.current);
+        let mut invept01 = false;
+        let index = if root.role == Some(eptp12) && !root.stale {
+            self.current
+        } else {
+            self.switch(eptp12, guest, ept01, &mut invept01, frames)
+        };
         let root = self.root(index);
         let invept = core::mem::take(&mut root.invept);
         let eptp02 = Eptp::for_root(root.table, eptp12.accessed_dirty());
         self.stats.invepts += u64::from(invept);
-        Activation { eptp02, invept }
+        Activation { eptp02, invept, invept01 }
     }
 
     /// L2 executed single-context INVEPT: all roots with this EP4TA, whatever their attributes.
     pub fn invept_single(&mut self, eptp12: Eptp) {
-        self.invalidate(|role| role.ep4ta() == eptp12.ep4ta());
+        self.run = None;
+        let mut index = self.chains[chain(eptp12)];
+        while index != NONE {
+            if self.root(index.into()).role.is_some_and(|role| role.ep4ta() == eptp12.ep4ta()) {
+                self.invalidate(index.into());
+            }
+            index = self.further[usize::from(index) % ROOTS];
+        }
     }
 
     /// L2 executed all-context INVEPT.
     pub fn invept_all(&mut self) {
-        self.invalidate(|_| true);
+        self.run = None;
+        (0..self.made.min(ROOTS)).for_each(|index| self.invalidate(index));
     }
 
     /// Drops every root and frees all but one, for example when L2 leaves VMX operation.
     pub fn forget_all<F: TableFrames>(&mut self, frames: &mut F) {
+        self.origins.stop(frames);
+        self.exposed.stop(frames);
         for index in 0..self.made {
             self.drop_contents(index, frames);
             if index > 0 {
@@ -167,8 +253,9 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
                 *self.root(index) = Root::new(Hpa::new(0));
             }
         }
-        self.root(0).role = None;
+        *self.root(0) = Root::new(self.root(0).table);
         (self.made, self.current) = (1, 0);
+        self.chains = [NONE; CHAINS];
     }
 
     /// The counters.
@@ -178,7 +265,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
 
     /// Tables in use below the roots.
     pub fn tables(&self) -> u32 {
-        self.in_use().iter().map(|root| root.tables).sum()
+        self.in_use().iter().map(|root| root.tables.count).sum()
     }
 
     /// The root that L3 runs on.
@@ -199,15 +286,22 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         if root.role == Some(role) && !root.stale {
             return self.current;
         }
-        self.switch(role, guest, frames)
+        self.switch(role, guest, None, &mut false, frames)
     }
 
     #[cold]
-    fn switch<G: GuestView, F: TableFrames>(&mut self, role: Eptp, guest: &G, frames: &mut F) -> usize {
+    fn switch<G: GuestView, F: TableFrames>(
+        &mut self,
+        role: Eptp,
+        guest: &G,
+        ept01: Option<&mut Ept01>,
+        invept01: &mut bool,
+        frames: &mut F,
+    ) -> usize {
         let index = self.find(role).unwrap_or_else(|| self.take(role, frames));
         self.hints[hint(role)] = index as u8;
         if self.root(index).stale {
-            self.validate(index, guest, frames);
+            *invept01 = self.validate(index, guest, ept01, frames);
         }
         self.clock += 1;
         let clock = self.clock;
@@ -243,8 +337,48 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             self.drop_contents(oldest, frames);
             oldest
         });
-        self.root(index).role = Some(role);
+        // All that is composed has a record, or nothing has.
+        let first = self.in_use().iter().all(|root| root.role.is_none());
+        if first && self.splits > 0 && self.exposed.start(frames) {
+            self.origins.start();
+        }
+        if let Some(old) = self.root(index).role.replace(role) {
+            self.unchain(index, old);
+        }
+        let chain = &mut self.chains[chain(role)];
+        self.further[index % ROOTS] = core::mem::replace(chain, index as u8);
+        if self.origins.are_kept() {
+            self.record_root(index, role, frames);
+        }
         index
+    }
+
+    /// Takes a root out of the chain of its role.
+    fn unchain(&mut self, index: usize, role: Eptp) {
+        let behind = self.further[index % ROOTS];
+        let mut link = &mut self.chains[chain(role)];
+        for _ in 0..ROOTS {
+            if usize::from(*link) == index {
+                *link = behind;
+                return;
+            }
+            let next = usize::from(*link);
+            let Some(further) = self.further.get_mut(next) else { return };
+            link = further;
+        }
+    }
+
+    /// A root, which is empty, gets its record.
+    fn record_root<F: TableFrames>(&mut self, index: usize, role: Eptp, frames: &mut F) {
+        let rights = self.rules.mode_based(role.mode_based()).all_rights();
+        let root = &mut self.roots[index % ROOTS];
+        if root.record == 0 {
+            root.record = self.origins.add(&mut root.tables, Level::Pml4, 0, Hpa::new(0), 0, frames);
+        }
+        if root.record != 0 {
+            self.origins.set_origin(root.record, Origin::table(role.guest_root(), rights), frames);
+            self.origins.mark(root.record, frames);
+        }
     }
 
     fn make_root<F: TableFrames>(&mut self, frames: &mut F) -> Option<usize> {
@@ -257,21 +391,21 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         Some(self.made - 1)
     }
 
-    fn invalidate(&mut self, concerned: impl Fn(Eptp) -> bool) {
-        self.run = None;
-        for root in &mut self.roots[..self.made.min(ROOTS)] {
-            // The processor does not cache what is not present, so an empty root owes nothing new.
-            if root.tables > 0 && !root.stale && root.role.is_some_and(&concerned) {
-                root.stale = true;
-                self.stats.flushes += 1;
-            }
+    /// What is in the root was invalidated.
+    #[inline]
+    fn invalidate(&mut self, index: usize) {
+        let root = &mut self.roots[index % ROOTS];
+        // The processor does not cache what is not present, so an empty root owes nothing new.
+        if root.tables.count > 0 && !root.stale && root.role.is_some() {
+            root.stale = true;
+            self.stats.flushes += 1;
         }
     }
 
     /// Empties one root that has tables: a stale one, or the one longest out of use; so the current one comes last.
     #[cold]
     pub(super) fn make_room<F: TableFrames>(&mut self, frames: &mut F) {
-        let with_tables = (0..self.made.min(ROOTS)).filter(|&index| self.roots[index].tables > 0);
+        let with_tables = (0..self.made.min(ROOTS)).filter(|&index| self.roots[index].tables.count > 0);
         if let Some(oldest) = with_tables.min_by_key(|&index| (!self.roots[index].stale, self.roots[index].last_used)) {
             self.drop_contents(oldest, frames);
             self.stats.evictions += 1;
@@ -281,36 +415,50 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     fn drop_contents<F: TableFrames>(&mut self, index: usize, frames: &mut F) {
         let root = &mut self.roots[index % ROOTS];
         root.stale = false;
-        if root.tables > 0 {
+        if root.tables.count > 0 {
             root.invept = true;
             self.run = None;
-            free_below(root.table, Level::Pml4, &mut root.tables, &mut self.reserve, frames);
+            let mut owner = Owner { tables: &mut root.tables, origins: &mut self.origins, reserve: &mut self.reserve };
+            owner.free_below(root.table, Level::Pml4, frames);
         }
+        root.tables.unrecorded = self.origins.are_kept() && root.record == 0 && root.role.is_some();
     }
 }
 
-/// Frees the tables that `table` references, directly or not, and clears the entries that do. `left` is how many tables
-/// there are in the whole tree: the search ends with the last.
-pub(super) fn free_below<F: TableFrames, const N: usize>(
-    table: Hpa,
-    level: Level,
-    left: &mut u32,
-    reserve: &mut Reserve<N>,
-    frames: &mut F,
-) {
-    let Some(below) = level.below() else { return };
-    for index in 0..512 {
-        if *left == 0 {
+/// What owns the tables of a root.
+pub(super) struct Owner<'a, const N: usize> {
+    pub(super) tables: &'a mut Tables,
+    pub(super) origins: &'a mut Origins,
+    pub(super) reserve: &'a mut Reserve<N>,
+}
+
+impl<const N: usize> Owner<'_, N> {
+    /// Frees the table that an entry of `level` references, which is no longer there, and those below it.
+    pub(super) fn free<F: TableFrames>(&mut self, entry: u64, level: Level, frames: &mut F) {
+        let Some(below) = level.below() else { return };
+        let table = Hpa::new(entry & entry::ADDRESS);
+        self.tables.count = self.tables.count.saturating_sub(1);
+        self.origins.remove(self.tables, entry::number(entry), frames);
+        self.free_below(table, below, frames);
+        self.reserve.free(table, frames);
+    }
+
+    /// Frees the tables that `table` references, directly or not, and clears the entries that do. The search ends with the
+    /// last table of the root.
+    pub(super) fn free_below<F: TableFrames>(&mut self, table: Hpa, level: Level, frames: &mut F) {
+        if level == Level::Pt {
             return;
         }
-        let at = Hpa::new(table.get() | index << 3);
-        let value = frames.read(at);
-        if entry::is_present(value) && !entry::is_leaf(value, level) {
-            frames.write(at, 0);
-            *left -= 1;
-            let child = Hpa::new(value & entry::ADDRESS);
-            free_below(child, below, left, reserve, frames);
-            reserve.free(child, frames);
+        for index in 0..512 {
+            if self.tables.count == 0 {
+                return;
+            }
+            let at = Hpa::new(table.get() | index << 3);
+            let value = frames.read(at);
+            if entry::is_present(value) && !entry::is_leaf(value, level) {
+                frames.write(at, 0);
+                self.free(value, level, frames);
+            }
         }
     }
 }

@@ -14,10 +14,11 @@
 //! "Operations that Invalidate Cached Mappings" (a violation drops what is cached for its address), "Guidelines for Use
 //! of the INVEPT Instruction".
 
-use super::cache::{Ept02, free_below};
+use super::cache::{Ept02, Owner};
 use super::entry::{self, Level, Rights};
 use super::eptp::Eptp;
 use super::flags::{Marked, PageLog, Path};
+use super::origin::Origin;
 use super::run::Run;
 use super::violation::Qualification;
 use super::walk::{GuestTables, Leaf, TableReader, Walk, walk};
@@ -184,18 +185,26 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         let composed = entry::leaf_entry(block.hpa, block.level, rights, leaf.caching);
         let index = self.enter(eptp12, guest, frames);
         self.stats.fills += 1;
+        let origin = Origin::table(leaf.entry, leaf.upper);
         if level == Level::Pt {
-            let table = match self.run.as_ref().and_then(|run| run.table02(eptp12, ngpa)) {
+            if rights.contains(Rights::WRITE) {
+                self.exposed.add_page(block.hpa.get(), frames);
+            }
+            let table = match self.run.as_ref().and_then(|run| run.table02(eptp12, ngpa, origin)) {
                 Some(table) => {
                     self.put(index, table, Level::Pt, ngpa, composed, frames);
                     Some(table)
                 }
-                None => self.install_with_room(index, ngpa, Level::Pt, composed, frames),
+                None => self.install_with_room(index, ngpa, Level::Pt, composed, origin, frames),
             };
             // A run asks for the rights of plain entries.
             self.run = table.filter(|_| !eptp12.mode_based()).map(|table| Run::new(eptp12, ngpa, &leaf, table));
         } else {
-            self.install_with_room(index, ngpa, block.level, composed, frames);
+            if rights.contains(Rights::WRITE) {
+                self.exposed.add(block.hpa.get(), block.level.bytes(), frames);
+            }
+            let origin = if block.level == level { origin } else { Origin::UNKNOWN };
+            self.install_with_room(index, ngpa, block.level, composed, origin, frames);
         }
         Outcome::Filled
     }
@@ -208,11 +217,12 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         ngpa: Ngpa,
         target: Level,
         leaf: u64,
+        origin: Origin,
         frames: &mut F,
     ) -> Option<Hpa> {
         // The other roots are emptied, and then the current one; after that the reserve suffices.
         for _ in 0..=ROOTS {
-            if let Ok(table) = self.install(index, ngpa, target, leaf, frames) {
+            if let Ok(table) = self.install(index, ngpa, target, leaf, origin, frames) {
                 return Some(table);
             }
             self.make_room(frames);
@@ -228,40 +238,57 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         ngpa: Ngpa,
         target: Level,
         leaf: u64,
+        origin: Origin,
         frames: &mut F,
     ) -> Result<Hpa, OutOfFrames> {
         // Step by step rather than in a loop: the level is a constant in each.
-        let pdpt = self.descend(index, self.roots[index % ROOTS].table, Level::Pml4, ngpa, frames)?;
+        let root = &self.roots[index % ROOTS];
+        let pdpt = self.descend(index, (root.table, root.record), Level::Pml4, ngpa, frames)?;
         if target == Level::Pdpt {
-            self.put(index, pdpt, Level::Pdpt, ngpa, leaf, frames);
-            return Ok(pdpt);
+            return Ok(self.put_new(index, pdpt, Level::Pdpt, ngpa, leaf, origin, frames));
         }
         let pd = self.descend(index, pdpt, Level::Pdpt, ngpa, frames)?;
         if target == Level::Pd {
-            self.put(index, pd, Level::Pd, ngpa, leaf, frames);
-            return Ok(pd);
+            return Ok(self.put_new(index, pd, Level::Pd, ngpa, leaf, origin, frames));
         }
         let pt = self.descend(index, pd, Level::Pd, ngpa, frames)?;
-        self.put(index, pt, Level::Pt, ngpa, leaf, frames);
-        Ok(pt)
+        Ok(self.put_new(index, pt, Level::Pt, ngpa, leaf, origin, frames))
     }
 
-    /// The table below `table` on the way to `ngpa`, made if there is none.
+    /// Writes a leaf into a table, whose record learns where it comes from.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    fn put_new<F: TableFrames>(
+        &mut self,
+        index: usize,
+        (table, record): (Hpa, u16),
+        level: Level,
+        ngpa: Ngpa,
+        leaf: u64,
+        origin: Origin,
+        frames: &mut F,
+    ) -> Hpa {
+        self.origins.filled(record, origin, frames);
+        self.put(index, table, level, ngpa, leaf, frames);
+        table
+    }
+
+    /// The table below `table` on the way to `ngpa`, made if there is none, and its record.
     #[inline(always)]
     fn descend<F: TableFrames>(
         &mut self,
         index: usize,
-        table: Hpa,
+        (table, record): (Hpa, u16),
         level: Level,
         ngpa: Ngpa,
         frames: &mut F,
-    ) -> Result<Hpa, OutOfFrames> {
+    ) -> Result<(Hpa, u16), OutOfFrames> {
         let at = Hpa::new(table.get() | level.entry_offset(ngpa.get()));
         let old = frames.read(at);
         if entry::is_own_table(old) {
-            return Ok(Hpa::new(old & entry::ADDRESS));
+            return Ok((Hpa::new(old & entry::ADDRESS), entry::number(old)));
         }
-        self.grow(index, at, old, frames)
+        self.grow(index, at, old, level, ngpa, record, frames)
     }
 
     /// Writes the leaf of `ngpa` into its table.
@@ -277,14 +304,28 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
 
     /// Hangs an empty table into the entry at `at`, which was `old`.
     #[cold]
-    fn grow<F: TableFrames>(&mut self, index: usize, at: Hpa, old: u64, frames: &mut F) -> Result<Hpa, OutOfFrames> {
+    #[allow(clippy::too_many_arguments)]
+    fn grow<F: TableFrames>(
+        &mut self,
+        index: usize,
+        at: Hpa,
+        old: u64,
+        level: Level,
+        ngpa: Ngpa,
+        above: u16,
+        frames: &mut F,
+    ) -> Result<(Hpa, u16), OutOfFrames> {
         let table = self.reserve.alloc(frames).ok_or(OutOfFrames)?;
-        frames.write(at, entry::table_entry(table));
-        let root = self.root(index);
-        root.tables += 1;
+        let root = &mut self.roots[index % ROOTS];
+        let base = ngpa.get() & !(level.bytes() - 1);
+        let below = level.below().unwrap_or(Level::Pt);
+        let record = self.origins.add(&mut root.tables, below, base, at, above, frames);
+        self.origins.mark_finder(above, frames);
+        frames.write(at, entry::with_number(entry::table_entry(table), record));
+        root.tables.count += 1;
         // A large page gives way to a table: the rest of it faults in again.
         root.invept |= entry::is_present(old);
-        Ok(table)
+        Ok((table, record))
     }
 
     /// A present entry of a table of `level` is gone: so is what hung in it.
@@ -294,12 +335,8 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         let root = &mut self.roots[index % ROOTS];
         root.invept = true;
         if !entry::is_leaf(old, level) {
-            let table = Hpa::new(old & entry::ADDRESS);
-            root.tables = root.tables.saturating_sub(1);
-            if let Some(below) = level.below() {
-                free_below(table, below, &mut root.tables, &mut self.reserve, frames);
-            }
-            self.reserve.free(table, frames);
+            let mut owner = Owner { tables: &mut root.tables, origins: &mut self.origins, reserve: &mut self.reserve };
+            owner.free(old, level, frames);
         }
     }
 }

@@ -300,6 +300,28 @@ pub const fn table_entry(table: Hpa) -> u64 {
     table.get() & ADDRESS | ALL_RIGHTS
 }
 
+/// Bits 62:52 and 11 of an entry that references a table: the processor ignores them.
+const NUMBER: u64 = 0x7ff << 52 | 1 << 11;
+/// The largest [`number`].
+pub const MAX_NUMBER: u16 = 0xfff;
+
+/// An entry that references a table, with a number for nvmx's own use; at most [`MAX_NUMBER`].
+#[inline]
+pub const fn with_number(entry: u64, number: u16) -> u64 {
+    entry & !NUMBER | (number as u64) << 52 & (0x7ff << 52) | number as u64 & 1 << 11
+}
+
+/// The number in an entry that references a table; 0 if it has none.
+#[inline]
+pub const fn number(entry: u64) -> u16 {
+    (entry >> 52 & 0x7ff | entry & 1 << 11) as u16
+}
+
+/// The memory type in a leaf of nvmx's own.
+pub const fn memory_type(leaf: u64) -> MemoryType {
+    MemoryType::from_raw((leaf >> 3) as u8 & 7)
+}
+
 /// The entry that maps a page.
 #[inline]
 pub const fn leaf_entry(page: Hpa, level: Level, rights: Rights, caching: Caching) -> u64 {

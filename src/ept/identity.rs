@@ -8,7 +8,7 @@
 
 use super::entry::{self, ADDRESS, Caching, EptRules, Level, Rights};
 use super::eptp::Eptp;
-use super::watch::Watched;
+use super::watch::VERSION;
 use super::{OutOfFrames, TableFrames};
 use crate::addr::{Gpa, Hpa};
 use crate::mm::Span;
@@ -37,7 +37,8 @@ pub struct Ept01 {
     forbidden: Span,
     accessed_dirty: bool,
     tables: u32,
-    pub(super) watched: Watched,
+    /// How often the versions of watched pages came round.
+    pub(super) round: u64,
 }
 
 impl Ept01 {
@@ -55,14 +56,7 @@ impl Ept01 {
         frames: &mut F,
     ) -> Result<Self, OutOfFrames> {
         let root = frames.alloc().ok_or(OutOfFrames)?;
-        let mut ept = Self {
-            root,
-            rules,
-            forbidden: forbidden.outer_pages(),
-            accessed_dirty,
-            tables: 1,
-            watched: Watched::default(),
-        };
+        let mut ept = Self { root, rules, forbidden: forbidden.outer_pages(), accessed_dirty, tables: 1, round: 0 };
         let mut start = 0u64;
         while start < end.get() && rules.allows_address(start) && start >> 48 == 0 {
             ept.map_gib(start, &memory_type, frames)?;
@@ -137,7 +131,7 @@ impl Ept01 {
     /// Puts pages that were split together again and frees their tables; all watches end. If the answer is true, execute
     /// INVEPT before L2 runs or a frame is used again.
     pub fn join<F: TableFrames>(&mut self, frames: &mut F) -> bool {
-        self.watched = Watched::default();
+        self.end_watches();
         let before = self.tables;
         self.join_in(self.root, Level::Pml4, frames);
         self.tables != before
@@ -164,13 +158,25 @@ impl Ept01 {
 
     /// The leaf at `level` that says what all entries of `table`, one level below, say together; `None` if none does.
     fn whole<F: TableFrames>(&self, table: Hpa, level: Level, below: Level, frames: &F) -> Option<u64> {
-        let plain = |index: u64| frames.read(Hpa::new(table.get() | index << 3)) & !(entry::ACCESSED | entry::DIRTY);
-        let first = plain(0);
-        let is_whole = entry::is_present(first)
-            && entry::is_leaf(first, below)
-            && self.splittable(level)
-            && (1..512).all(|index| plain(index) == first + index * below.bytes());
-        is_whole.then_some(first | entry::LARGE)
+        const CHUNK: usize = 64;
+        let flags = entry::ACCESSED | entry::DIRTY | VERSION;
+        let first = frames.read(table) & !flags;
+        if !entry::is_present(first) || !entry::is_leaf(first, below) || !self.splittable(level) {
+            return None;
+        }
+        let (mut expected, mut entries) = (first, [0; CHUNK]);
+        for chunk in 0..(512 / CHUNK) as u64 {
+            frames.read_all(Hpa::new(table.get() | (chunk * 8 * CHUNK as u64)), &mut entries);
+            let mut differs = 0;
+            for entry in entries {
+                differs |= (entry ^ expected) & !flags;
+                expected += below.bytes();
+            }
+            if differs != 0 {
+                return None;
+            }
+        }
+        Some(first | entry::LARGE)
     }
 
     /// True when the processor sets accessed and dirty flags in this map.

@@ -17,14 +17,18 @@ impl<P: PhysMem> GuestView for GuestMemory<P> {
         Ok(())
     }
 
+    fn equal_words<F: TableFrames>(&self, at: Gpa, _: &F, first: Hpa, most: usize) -> usize {
+        // Both lie in the same physical memory.
+        self.translate(at).map_or(0, |at| self.phys().equal_words(at, first, most))
+    }
+
     fn set_flags(&self, at: Gpa, entry: u64, flags: u64) -> bool {
         self.translate(at).is_ok_and(|at| self.phys().compare_exchange(at, entry, entry | flags))
     }
 
     fn write_word(&self, at: Gpa, value: u64) {
-        if let Ok(at) = self.translate(at) {
-            self.phys().write_u64(at, value);
-        }
+        // What L2 does not own swallows it.
+        let _ = GuestMemory::write_u64(self, at, value);
     }
 
     #[inline]

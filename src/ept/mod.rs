@@ -4,7 +4,8 @@
 //! * [`walk`] is the only walker; it reads ept12 through L2's memory and nvmx's own tables through their frames.
 //! * [`identity`] builds ept01: the machine one to one without nvmx; [`watch`] notices there that L2 wrote a page.
 //! * [`compose`] and [`cache`] are ept02: composed on demand from ept12, kept by role.
-//!   After an INVEPT of L2, `validate` compares what is there with ept12; `reflected` drops what a violation drops;
+//!   After an INVEPT of L2, `validate` compares what changed with ept12: `origin` knows what each table was composed of,
+//!   and `exposed` whose writes ept01 does not see. `reflected` drops what a violation drops;
 //!   `stale` tells of what an INVEPT of L2 is missing for.
 //! * [`flags`] sets accessed and dirty flags in ept12 and writes L2's page-modification log.
 //!
@@ -22,6 +23,8 @@ pub mod violation;
 pub mod walk;
 pub mod watch;
 
+mod exposed;
+mod origin;
 mod reflected;
 mod reserve;
 mod run;
@@ -91,6 +94,12 @@ pub trait GuestView {
 
     /// Reads the entries from `at` on, each once; they lie in one page.
     fn read_entries(&self, at: Gpa, into: &mut [u64]) -> Result<(), NotOwned>;
+
+    /// How many entries from `at` on, of `most` in one table, are the same as those from `first` on in a table of `frames`, before
+    /// the first that is not: each is read once at most. Any smaller number is an answer too.
+    fn equal_words<F: TableFrames>(&self, _at: Gpa, _frames: &F, _first: Hpa, _most: usize) -> usize {
+        0
+    }
 
     /// Sets `flags` in the entry at `at` in one atomic step, unless it is no longer `entry`, which it was when it was read:
     /// then nothing changes and the answer is false.

@@ -18,7 +18,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     #[cold]
     pub(super) fn forget_page<F: TableFrames>(&mut self, eptp12: Eptp, ngpa: Ngpa, frames: &mut F) {
         for root in self.in_use_mut() {
-            let Some(role) = root.role.filter(|role| role.ep4ta() == eptp12.ep4ta() && root.tables > 0) else {
+            let Some(role) = root.role.filter(|role| role.ep4ta() == eptp12.ep4ta() && root.tables.count > 0) else {
                 continue;
             };
             let Some((at, level)) = leaf_at(root.table, ngpa, frames) else { continue };

@@ -12,6 +12,7 @@
 use super::cache::Ept02;
 use super::entry::{self, ACCESSED, DIRTY, Level, Meaning, Rights};
 use super::eptp::Eptp;
+use super::origin::Origin;
 use super::violation::Qualification;
 use super::walk::Leaf;
 use super::{GuestView, TableFrames};
@@ -28,20 +29,27 @@ pub(super) struct Run {
     table12: Gpa,
     /// Rights, ANDed over the entries above it; none once the way to it must be found again.
     rights: Rights,
-    /// The page table of ept02.
+    /// The page table of ept02, and what it is composed of.
     table02: Hpa,
+    origin: Origin,
 }
 
 impl Run {
     /// Starts at a leaf of ept12 for a 4 KiB page whose counterpart stands in `table02`.
     pub(super) const fn new(eptp12: Eptp, ngpa: Ngpa, leaf: &Leaf<Gpa>, table02: Hpa) -> Self {
-        Self { eptp12, region: ngpa.get() >> 21, table12: leaf.entry.page(), rights: leaf.upper, table02 }
+        let origin = Origin::table(leaf.entry, leaf.upper);
+        Self { eptp12, region: ngpa.get() >> 21, table12: leaf.entry.page(), rights: leaf.upper, table02, origin }
     }
 
-    /// The page table of ept02 for an address, if this is it.
+    /// The page table of ept02 for an address, if this is it and it is still composed of the same.
     #[inline(always)]
-    pub(super) fn table02(&self, eptp12: Eptp, ngpa: Ngpa) -> Option<Hpa> {
-        (self.eptp12 == eptp12 && self.region == ngpa.get() >> 21).then_some(self.table02)
+    pub(super) fn table02(&self, eptp12: Eptp, ngpa: Ngpa, origin: Origin) -> Option<Hpa> {
+        (self.serves(eptp12, ngpa) && self.origin == origin).then_some(self.table02)
+    }
+
+    #[inline(always)]
+    fn serves(&self, eptp12: Eptp, ngpa: Ngpa) -> bool {
+        self.eptp12 == eptp12 && self.region == ngpa.get() >> 21
     }
 
     /// Forgets the way to the page table of ept12.
@@ -65,7 +73,10 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     ) -> bool {
         let access = qualification.access();
         let Some(run) = self.run.as_ref().filter(|run| run.rights.contains(access)) else { return false };
-        let Some(table02) = run.table02(eptp12, ngpa) else { return false };
+        if !run.serves(eptp12, ngpa) {
+            return false;
+        }
+        let table02 = run.table02;
         let offset = Level::Pt.entry_offset(ngpa.get());
         let Ok(entry12) = guest.read_entry(Gpa::new(run.table12.get() | offset)) else { return false };
         let Meaning::Leaf { address, caching } = entry::decode(entry12, Level::Pt, &self.rules) else { return false };
@@ -82,6 +93,9 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         let (old, new) = (frames.read(entry02), entry::leaf_entry(block.hpa, Level::Pt, rights, caching));
         if entry::is_present(old) && !entry::is_upgrade(old, new) {
             return false;
+        }
+        if rights.contains(Rights::WRITE) {
+            self.exposed.add_page(block.hpa.get(), frames);
         }
         frames.write(entry02, new);
         self.stats.fills += 1;

@@ -28,7 +28,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     /// pending, after which the root is compared anyway. A walk of ept12 for each leaf.
     pub fn stale_leaf<G: GuestView, F: TableFrames>(&self, eptp02: Eptp, guest: &G, frames: &F) -> Option<StaleLeaf> {
         let root = self.current();
-        let in_use = !root.stale && root.tables > 0 && root.table.get() == eptp02.ep4ta();
+        let in_use = !root.stale && root.tables.count > 0 && root.table.get() == eptp02.ep4ta();
         let role = root.role.filter(|_| in_use)?;
         let rules = self.rules.mode_based(role.mode_based());
         Search { guest, frames, rules: &rules, root: role.guest_root() }.table(root.table, Level::Pml4, 0)

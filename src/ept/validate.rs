@@ -8,33 +8,54 @@
 //! Source: Intel SDM vol. 3C (December 2024), "Operations that Invalidate Cached Mappings" and "Use of the INVEPT
 //! Instruction".
 
-use super::cache::{Ept02, free_below};
+use super::cache::{Ept02, Owner};
 use super::entry::{self, ACCESSED, Caching, DIRTY, EptRules, LARGE, Level, Meaning, Rights};
-use super::reserve::Reserve;
+use super::exposed::Exposed;
+use super::identity::Ept01;
+use super::origin::{Origin, Place};
 use super::{GuestView, TableFrames};
 use crate::addr::{Gpa, Hpa};
+use arrayvec::ArrayVec;
 use core::slice::from_ref;
 
 impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
-    /// Holds the contents of a root against ept12.
+    /// Holds the contents of a root against ept12: all of them, or with `ept01` those whose tables in ept12 were written. True
+    /// if INVEPT is to be executed for ept01 before L2 runs.
     #[cold]
-    pub(super) fn validate<G: GuestView, F: TableFrames>(&mut self, index: usize, guest: &G, frames: &mut F) {
+    pub(super) fn validate<G: GuestView, F: TableFrames>(
+        &mut self,
+        index: usize,
+        guest: &G,
+        ept01: Option<&mut Ept01>,
+        frames: &mut F,
+    ) -> bool {
         self.run = None;
         let root = &mut self.roots[index % ROOTS];
         root.stale = false;
-        let Some(role) = root.role.filter(|_| root.tables > 0) else { return };
+        let Some(role) = root.role.filter(|_| root.tables.count > 0) else { return false };
         // L2's INVEPT also concerns what the processor combined from ept02 and L3's own page tables.
         root.invept = true;
         let rules = self.rules.mode_based(role.mode_based());
+        let watched = self.origins.are_kept() && !root.tables.unrecorded;
         let mut check = Check {
             rules: &rules,
             flags: role.accessed_dirty(),
             guest,
+            ept01: ept01.filter(|_| watched),
+            exposed: &mut self.exposed,
+            splits: &mut self.splits,
             frames,
-            reserve: &mut self.reserve,
-            tables: &mut root.tables,
+            owner: Owner { tables: &mut root.tables, origins: &mut self.origins, reserve: &mut self.reserve },
+            invept01: false,
         };
-        check.table(root.table, Level::Pml4, 0, Source::Table(role.guest_root(), rules.all_rights()));
+        if check.ept01.is_none() {
+            check.table(root.table, Level::Pml4, 0, Source::Table(role.guest_root(), rules.all_rights()));
+        } else {
+            let mut changed = Changed::default();
+            check.find_changed(&mut root.known, &mut changed);
+            check.all_marked(root.table, &changed);
+        }
+        check.invept01
     }
 }
 
@@ -62,10 +83,31 @@ struct Check<'a, G, F, const N: usize> {
     /// ept12 has accessed and dirty flags.
     flags: bool,
     guest: &'a G,
+    /// Where writes of ept12 leave a mark; without it all is compared.
+    ept01: Option<&'a mut Ept01>,
+    exposed: &'a mut Exposed,
+    /// Tables by which ept01 may still grow.
+    splits: &'a mut u32,
     frames: &'a mut F,
-    reserve: &'a mut Reserve<N>,
-    /// Tables of the root.
-    tables: &'a mut u32,
+    owner: Owner<'a, N>,
+    invept01: bool,
+}
+
+/// From `place` on, the first record of the list whose watch does not say that nothing was written.
+#[inline(always)]
+fn first_unclean<F: TableFrames>(place: Place, frames: &F) -> Option<Place> {
+    let mut place = place;
+    while place.unmarked_watch(frames).is_some_and(|watch| watch.is_clean(frames)) {
+        place = place.next(frames)?;
+    }
+    Some(place)
+}
+
+/// Tables that must be looked at, those above before those below; or too many to say.
+#[derive(Default)]
+struct Changed {
+    found: ArrayVec<(Place, Level), 64>,
+    more: bool,
 }
 
 /// Entries of a table.
@@ -76,6 +118,126 @@ const CHUNK: usize = 64;
 const GROUP: usize = 16;
 
 impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
+    /// Marks the tables whose origin was written or cannot be watched. `known` is what the watches of this root know of rounds
+    /// and of what is exposed.
+    fn find_changed(&mut self, known: &mut (u64, u64), changed: &mut Changed) {
+        let round = |check: &Self| check.ept01.as_ref().map_or(0, |ept01| ept01.round());
+        let at_first = round(self);
+        let same_exposed = known.1 == self.exposed.growths();
+        for level in Level::DOWN {
+            let mut next = self.owner.tables.first(level);
+            while let Some(mut place) = next {
+                // Taking a mark may begin another round.
+                if same_exposed && round(self) == known.0 {
+                    match first_unclean(place, self.frames) {
+                        Some(unclean) => place = unclean,
+                        None => break,
+                    }
+                }
+                let record = self.owner.origins.number(place, self.frames);
+                if self.look_again(record, round(self) == known.0) {
+                    changed.more |= changed.found.try_push((place, level)).is_err();
+                }
+                next = place.next(self.frames);
+            }
+        }
+        *known = (at_first, self.exposed.growths());
+    }
+
+    /// A table that a look at its watch did not clear: true if it must be looked at.
+    #[cold]
+    fn look_again(&mut self, record: u16, same_round: bool) -> bool {
+        // Others than a table of ept12 are found by the table above.
+        let Some(page) = self.owner.origins.origin(record, self.frames).page() else { return false };
+        let watch = self.owner.origins.watch(record, self.frames).filter(|_| same_round);
+        let is_clean = watch.is_some_and(|watch| watch.is_clean(self.frames));
+        if is_clean && !self.exposed.contains(page.get(), self.frames) {
+            return self.owner.origins.is_marked(record, self.frames);
+        }
+        self.owner.origins.mark(record, self.frames);
+        self.watch(record, same_round);
+        true
+    }
+
+    /// Watches the origin of a table from now on, before it is read.
+    fn watch(&mut self, record: u16, same_round: bool) {
+        let Some(ept01) = self.ept01.as_deref_mut() else { return };
+        let Some(page) = self.owner.origins.origin(record, self.frames).page() else { return };
+        let old = self.owner.origins.watch(record, self.frames).filter(|_| same_round);
+        let new = if self.exposed.contains(page.get(), self.frames) {
+            None
+        } else if let Some(old) = old {
+            let (new, cleared) = ept01.watch_again(old, self.frames);
+            self.invept01 |= cleared;
+            Some(new)
+        } else if *self.splits > 0 {
+            let before = ept01.tables();
+            let new = ept01.watch_packed(page, self.frames).ok();
+            *self.splits = self.splits.saturating_sub(ept01.tables() - before);
+            self.invept01 = true;
+            new
+        } else {
+            None
+        };
+        self.owner.origins.set_watch(record, new, self.frames);
+    }
+
+    /// Looks at every table that is marked, those above before those below.
+    fn all_marked(&mut self, root: Hpa, changed: &Changed) {
+        for &(place, level) in &changed.found {
+            // A look at one above may have taken it away.
+            if place.is_marked(self.frames) {
+                self.marked(self.owner.origins.number(place, self.frames), level, root);
+            }
+        }
+        if changed.more {
+            self.all_lists(root);
+        }
+    }
+
+    #[cold]
+    fn all_lists(&mut self, root: Hpa) {
+        for level in Level::DOWN {
+            let mut next = self.owner.tables.first(level);
+            while let Some(place) = next {
+                // What a look takes away lies below, or is this table, or is above it.
+                next = place.next(self.frames);
+                if place.is_marked(self.frames) {
+                    self.marked(self.owner.origins.number(place, self.frames), level, root);
+                }
+            }
+        }
+    }
+
+    fn marked(&mut self, record: u16, level: Level, root: Hpa) {
+        let origins = &mut self.owner.origins;
+        let origin = origins.origin(record, self.frames);
+        let Some(page) = origin.page() else { return };
+        origins.unmark(record, self.frames);
+        let (base, entry) = (origins.base(record, self.frames), origins.entry(record, self.frames));
+        let table = entry.map_or(root, |entry| Hpa::new(self.frames.read(entry) & entry::ADDRESS));
+        if !self.table(table, level, base, Source::Table(page, origin.rights())) {
+            self.take_empty(record);
+        }
+    }
+
+    /// A table is empty: it goes, and so does each above it that is empty then, but for the root.
+    #[cold]
+    fn take_empty(&mut self, record: u16) {
+        let mut record = record;
+        for above in [Level::Pd, Level::Pdpt, Level::Pml4] {
+            let Some(entry) = self.owner.origins.entry(record, self.frames) else { return };
+            let next = self.owner.origins.above(record, self.frames);
+            let old = self.frames.read(entry);
+            self.frames.write(entry, 0);
+            self.owner.free(old, above, self.frames);
+            if self.frames.zeros(entry.page(), ENTRIES) < ENTRIES {
+                return;
+            }
+            record = next;
+        }
+    }
+
     /// Compares a table of ept02 for the addresses from `base` on, and tells whether anything is left in it.
     fn table(&mut self, table: Hpa, level: Level, base: u64, source: Source) -> bool {
         // The level is a constant in each.
@@ -87,11 +249,59 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
         }
     }
 
+    /// Compares a table of pages where most entries are as L2 wrote them, bit by bit: one string instruction over what is
+    /// equal. Tells how far it came, and whether anything is left in what it looked at.
+    ///
+    /// Equal entries of a page table say the same where the way there grants all rights, see `is_unchanged`. Where L2 sets bits
+    /// that the processor ignores no entry is equal, and this gives up.
+    fn scan_equal(&mut self, table: Hpa, base: u64, table12: Gpa) -> (usize, bool) {
+        /// Entries that differ and say the same, before this gives up.
+        const PATIENCE: usize = 4;
+        let rights = self.rules.all_rights();
+        let at = |next: usize| Hpa::new(table.get() | (8 * next as u64));
+        let (mut next, mut left, mut in_vain) = (0, false, 0);
+        while next < ENTRIES && in_vain < PATIENCE {
+            next += self.guest.equal_words(
+                Gpa::new(table12.get() | (8 * next as u64)),
+                self.frames,
+                at(next),
+                ENTRIES - next,
+            );
+            if next >= ENTRIES {
+                break;
+            }
+            let old = self.frames.read(at(next));
+            if entry::is_present(old) {
+                let entry12 = self.guest.read_entry(Gpa::new(table12.get() | (8 * next as u64))).unwrap_or(0);
+                if self.is_unchanged(from_ref(&old), from_ref(&entry12), rights, Level::Pt) {
+                    left = true;
+                    in_vain += 1;
+                } else {
+                    left |= self.entry(at(next), old, entry12, rights, Level::Pt, base + ((next as u64) << 12));
+                }
+            } else {
+                in_vain += 1;
+            }
+            next += 1;
+        }
+        // Nothing is known of those that were equal.
+        left = left || self.frames.zeros(table, next) < next;
+        (next, left)
+    }
+
     #[inline(always)]
     fn scan(&mut self, table: Hpa, level: Level, base: u64, source: Source) -> bool {
         // Tables of pages are full, those above them nearly empty.
         let chunk = if level == Level::Pt { CHUNK } else { GROUP };
         let (mut left, mut next) = (false, 0);
+        if let (Source::Table(table12, rights), Level::Pt, false) = (source, level, self.flags) {
+            if rights == self.rules.all_rights() {
+                (next, left) = self.scan_equal(table, base, table12);
+                if next >= ENTRIES {
+                    return left;
+                }
+            }
+        }
         let (mut entries02, mut entries12) = ([0; CHUNK], [0; CHUNK]);
         let (entries02, entries12) = (&mut entries02[..chunk], &mut entries12[..chunk]);
         while next < ENTRIES {
@@ -196,6 +406,12 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
         }
         let new = entry::leaf_entry(block.hpa, level, rights, page.caching);
         if !entry::is_same(old, new) {
+            if rights.contains(Rights::WRITE) {
+                match level {
+                    Level::Pt => self.exposed.add_page(block.hpa.get(), self.frames),
+                    _ => self.exposed.add(block.hpa.get(), level.bytes(), self.frames),
+                }
+            }
             self.frames.write(at, new);
         }
         true
@@ -203,6 +419,10 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
 
     /// Compares a table below; one that is empty afterwards goes.
     fn subtree(&mut self, at: Hpa, old: u64, level: Level, ngpa: u64, source: Source) -> bool {
+        let record = entry::number(old);
+        if record != 0 && self.is_still(record, source) {
+            return true;
+        }
         let child = Hpa::new(old & entry::ADDRESS);
         let stays = level.below().is_some_and(|below| self.table(child, below, ngpa, source));
         stays || self.drop(at, old, level)
@@ -213,13 +433,29 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
     fn drop(&mut self, at: Hpa, old: u64, level: Level) -> bool {
         self.frames.write(at, 0);
         if !entry::is_leaf(old, level) {
-            let child = Hpa::new(old & entry::ADDRESS);
-            *self.tables = self.tables.saturating_sub(1);
-            if let Some(below) = level.below() {
-                free_below(child, below, self.tables, self.reserve, self.frames);
-            }
-            self.reserve.free(child, self.frames);
+            self.owner.free(old, level, self.frames);
         }
         false
+    }
+
+    /// True if the origin of a table is what its record says, and the record is enough; else it is noted.
+    fn is_still(&mut self, record: u16, source: Source) -> bool {
+        let origin = match source {
+            Source::Table(table, rights) => Origin::table(table, rights),
+            Source::Page(_) => Origin::PIECES,
+        };
+        let same = self.owner.origins.origin(record, self.frames) == origin;
+        if !same {
+            self.owner.origins.set_origin(record, origin, self.frames);
+        }
+        if self.ept01.is_none() || origin == Origin::PIECES {
+            return false;
+        }
+        if !same {
+            self.owner.origins.unmark(record, self.frames);
+            // Without a watch there is no round that it could be of.
+            self.watch(record, false);
+        }
+        same
     }
 }

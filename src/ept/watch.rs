@@ -1,28 +1,35 @@
 //! Noticing, without an exit, that L2 wrote one of its pages.
 //!
 //! The page gets a 4 KiB leaf of its own in ept01, and the processor sets the dirty flag there. The flag is one, those
-//! who watch a page may be several: whoever finds it set clears it and gives the page a new version, which the others
-//! miss in theirs.
+//! who watch a page may be many: whoever finds it set clears it and gives the page a new version, which stands in bits of
+//! the leaf that the processor ignores. So one look at the leaf tells a watcher all: the flag is clear, and the version is
+//! the one that it knows.
 //!
-//! Writes that do not go through ept01 are not seen: those of nvmx itself, of L3 through ept02, and of devices.
+//! A version has 11 bits. When that of any page comes round to zero, a count of rounds goes up, and every watch of an
+//! earlier round counts as written: no version is ever taken for an older one.
 //!
-//! Source: Intel SDM vol. 3C (December 2024), "Accessed and Dirty Flags for EPT".
+//! Writes that do not go through ept01 are not seen: those of L3 through ept02, and of devices. nvmx's own set the flag
+//! too ([`GuestMemory::marking`](crate::mm::GuestMemory::marking)).
+//!
+//! Source: Intel SDM vol. 3C (December 2024), "Accessed and Dirty Flags for EPT", and table "Format of an EPT Page-Table
+//! Entry that Maps a 4-KByte Page" (bits 62:52 are ignored without the controls that nvmx does not use for L2).
 
-use super::entry::DIRTY;
+use super::entry::{DIRTY, memory_type};
 use super::identity::Ept01;
-use super::{OutOfFrames, TableFrames};
+use super::{MemoryType, OutOfFrames, TableFrames};
 use crate::addr::{Gpa, Hpa};
-use arrayvec::ArrayVec;
 
-/// Pages whose versions are kept. With more than that in turn, a page counts as written more often than it is.
-const PAGES: usize = 64;
+/// The version in a leaf.
+pub(super) const VERSION: u64 = 0x7ff << 52;
+const ONE: u64 = 1 << 52;
 
 /// A watched page, and how far its watcher knows it. Stays valid as long as its [`Ept01`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Watch {
     entry: Hpa,
-    place: usize,
+    /// Bits 62:52.
     version: u64,
+    round: u64,
 }
 
 /// What [`Ept01::written`] found.
@@ -46,6 +53,8 @@ pub enum WatchError {
     NoDirtyFlags,
     /// ept01 does not map the page.
     NotMapped,
+    /// It is no ordinary memory, and may change by itself.
+    NotMemory,
     /// No frames for the smaller pages.
     OutOfFrames,
 }
@@ -56,32 +65,33 @@ impl From<OutOfFrames> for WatchError {
     }
 }
 
-/// The pages that are watched, each with the number of the last write that was found in it. Writes of all pages are
-/// counted together: so a page that lost its place and comes back with the count of the day is ahead of every watch that
-/// missed a write.
-#[derive(Debug, Default)]
-pub(super) struct Watched {
-    pages: ArrayVec<(Hpa, u64), PAGES>,
-    versions: u64,
-    /// Whose place the next page takes when all are taken.
-    next: usize,
-}
+/// A watch in one word: the address of the leaf, which is aligned to 8, and in bits 62:52 the version that is known. Of the
+/// round that [`Ept01::round`] gave.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct PackedWatch(u64);
 
-impl Watched {
-    /// Where the page with this leaf stands; it gets a place if it has none.
-    fn place(&mut self, entry: Hpa) -> usize {
-        if let Some(place) = self.pages.iter().position(|page| page.0 == entry) {
-            return place;
-        }
-        let page = (entry, self.versions);
-        if self.pages.try_push(page).is_ok() {
-            return self.pages.len() - 1;
-        }
-        self.next = (self.next + 1) % PAGES;
-        if let Some(old) = self.pages.get_mut(self.next) {
-            *old = page;
-        }
-        self.next
+impl PackedWatch {
+    const ENTRY: u64 = !VERSION & !7;
+
+    /// A word that [`raw`](Self::raw) gave; one with any of bits 2:0 set is none.
+    #[inline(always)]
+    pub(super) const fn from_raw(raw: u64) -> Option<Self> {
+        if raw & 7 == 0 { Some(Self(raw)) } else { None }
+    }
+
+    pub(super) const fn raw(self) -> u64 {
+        self.0
+    }
+
+    const fn entry(self) -> Hpa {
+        Hpa::new(self.0 & Self::ENTRY)
+    }
+
+    /// Nothing was written since the version that is known.
+    #[inline(always)]
+    pub(super) fn is_clean<F: TableFrames>(self, frames: &F) -> bool {
+        let leaf = frames.read(self.entry());
+        (leaf ^ self.0) & VERSION | leaf & DIRTY == 0
     }
 }
 
@@ -89,20 +99,15 @@ impl Ept01 {
     /// Starts to watch the page of `gpa`. Before the page is read for the first time, execute INVEPT for ept01: until
     /// then a write may go through a cached translation and leave no mark.
     pub fn watch<F: TableFrames>(&mut self, gpa: Gpa, frames: &mut F) -> Result<Watch, WatchError> {
-        if !self.has_dirty_flags() {
-            return Err(WatchError::NoDirtyFlags);
-        }
-        let entry = self.split(gpa, frames)?.ok_or(WatchError::NotMapped)?;
-        let place = self.watched.place(entry);
-        // A flag that is set already stays: somebody else may wait for it.
-        Ok(Watch { entry, place, version: self.watched.pages.get(place).map_or(0, |page| page.1) })
+        let entry = self.own_leaf(gpa, frames)?;
+        // A flag that is set already stays: the first question finds it.
+        Ok(Watch { entry, version: frames.read(entry) & VERSION, round: self.round })
     }
 
     /// Tells whether the page was written since this watch was asked last.
     #[inline]
     pub fn written<F: TableFrames>(&mut self, watch: &mut Watch, frames: &mut F) -> Written {
-        let known = self.watched.pages.get(watch.place) == Some(&(watch.entry, watch.version));
-        if known && frames.read(watch.entry) & DIRTY == 0 {
+        if (frames.read(watch.entry) ^ watch.version) & (VERSION | DIRTY) == 0 && watch.round == self.round {
             return Written::No;
         }
         self.written_since(watch, frames)
@@ -110,15 +115,59 @@ impl Ept01 {
 
     #[cold]
     fn written_since<F: TableFrames>(&mut self, watch: &mut Watch, frames: &mut F) -> Written {
-        watch.place = self.watched.place(watch.entry);
-        let invept = frames.take_bits(watch.entry, DIRTY) != 0;
-        if let Some(page) = self.watched.pages.get_mut(watch.place) {
-            if invept {
-                self.watched.versions += 1;
-                page.1 = self.watched.versions;
-            }
-            watch.version = page.1;
-        }
+        let invept = self.take_mark(watch.entry, frames);
+        *watch = Watch { version: frames.read(watch.entry) & VERSION, round: self.round, ..*watch };
         Written::Yes { invept }
+    }
+
+    /// Starts to watch the page of `gpa`, ordinary memory, as it is now. Execute INVEPT for ept01 before L2 runs again, and read
+    /// the page before that.
+    pub(super) fn watch_packed<F: TableFrames>(&mut self, gpa: Gpa, frames: &mut F) -> Result<PackedWatch, WatchError> {
+        let entry = self.own_leaf(gpa, frames)?;
+        if memory_type(frames.read(entry)) != MemoryType::WriteBack {
+            return Err(WatchError::NotMemory);
+        }
+        self.take_mark(entry, frames);
+        Ok(PackedWatch(entry.get() | frames.read(entry) & VERSION))
+    }
+
+    /// The watch of the page as it is now, of one that is no longer clean; true if the flag was cleared: as with `watch_packed`.
+    pub(super) fn watch_again<F: TableFrames>(&mut self, watch: PackedWatch, frames: &mut F) -> (PackedWatch, bool) {
+        let entry = watch.entry();
+        let cleared = self.take_mark(entry, frames);
+        (PackedWatch(entry.get() | frames.read(entry) & VERSION), cleared)
+    }
+
+    /// How often versions came round: a watch of another round knows nothing.
+    pub(super) const fn round(&self) -> u64 {
+        self.round
+    }
+
+    /// All watches end.
+    pub(super) const fn end_watches(&mut self) {
+        self.round += 1;
+    }
+
+    /// The 4 KiB leaf of a page.
+    fn own_leaf<F: TableFrames>(&mut self, gpa: Gpa, frames: &mut F) -> Result<Hpa, WatchError> {
+        if !self.has_dirty_flags() {
+            return Err(WatchError::NoDirtyFlags);
+        }
+        self.split(gpa, frames)?.ok_or(WatchError::NotMapped)
+    }
+
+    /// Clears the dirty flag of a leaf and gives the page a new version if it was set. This processor, whose map this is, does
+    /// not run L2 meanwhile.
+    fn take_mark<F: TableFrames>(&mut self, entry: Hpa, frames: &mut F) -> bool {
+        if frames.take_bits(entry, DIRTY) == 0 {
+            return false;
+        }
+        let leaf = frames.read(entry);
+        let version = (leaf & VERSION).wrapping_add(ONE) & VERSION;
+        if version == 0 {
+            self.end_watches();
+        }
+        frames.write(entry, leaf & !VERSION | version);
+        true
     }
 }

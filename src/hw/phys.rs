@@ -21,6 +21,8 @@ pub struct DirectMap {
     #[cfg(not(target_os = "none"))]
     base: u64,
     end: u64,
+    /// Where the last word may begin.
+    last_word: u64,
 }
 
 impl DirectMap {
@@ -37,6 +39,8 @@ impl DirectMap {
             #[cfg(not(target_os = "none"))]
             base: DIRECT_MAP,
             end: end.get(),
+            // There is more than a word.
+            last_word: end.get().saturating_sub(8),
         }
     }
 
@@ -54,7 +58,7 @@ impl DirectMap {
         if base.is_null() {
             handle_alloc_error(layout);
         }
-        Self { base: base.expose_provenance() as u64, end: end.get() }
+        Self { base: base.expose_provenance() as u64, end: end.get(), last_word: end.get().saturating_sub(8) }
     }
 
     /// Where physical address 0 is.
@@ -80,6 +84,16 @@ impl DirectMap {
         }
         let last = at.get().checked_add(len)?;
         (last <= self.end).then_some((self.base() + at.get()) as *mut u8)
+    }
+
+    /// The linear address of the eight bytes at `at`, if they are all mapped.
+    #[inline(always)]
+    fn word(&self, at: Hpa) -> Option<*mut u8> {
+        #[cfg(not(target_os = "none"))]
+        if silence::falls_on(at) {
+            return None;
+        }
+        (at.get() <= self.last_word).then_some((self.base() + at.get()) as *mut u8)
     }
 
     /// The eight bytes at `at` for one atomic access, if they are mapped and aligned.
@@ -144,7 +158,7 @@ pub mod silence {
 impl PhysMem for DirectMap {
     #[inline]
     fn read_u64(&self, at: Hpa) -> u64 {
-        let Some(pointer) = self.linear(at, 8) else { return u64::MAX };
+        let Some(pointer) = self.word(at) else { return u64::MAX };
         let value: u64;
         // SAFETY: 1. the eight bytes are mapped (condition 1 of `new`). 2. One load, no side effect on Rust's memory.
         unsafe { asm!("mov {}, [{}]", out(reg) value, in(reg) pointer, options(nostack, preserves_flags, readonly)) };
@@ -153,7 +167,7 @@ impl PhysMem for DirectMap {
 
     #[inline]
     fn write_u64(&self, at: Hpa, value: u64) {
-        let Some(pointer) = self.linear(at, 8) else { return };
+        let Some(pointer) = self.word(at) else { return };
         // SAFETY: 1. the eight bytes are mapped and writable. 2. They are no Rust object (condition 2 of `new`).
         unsafe { asm!("mov [{}], {}", in(reg) pointer, in(reg) value, options(nostack, preserves_flags)) };
     }
@@ -216,6 +230,20 @@ impl PhysMem for DirectMap {
                 inout("rcx") most => left, inout("rdi") pointer => _, in("rax") 0u64, options(nostack, readonly));
         }
         // The word that is not zero is counted as looked at.
+        most - left - usize::from(other)
+    }
+
+    fn equal_words(&self, a: Hpa, b: Hpa, most: usize) -> usize {
+        let len = 8 * most as u64;
+        let (Some(a), Some(b)) = (self.linear(a, len), self.linear(b, len)) else { return 0 };
+        let (left, other): (usize, u8);
+        // SAFETY: the words are mapped and only read. Rust code keeps the direction flag clear. CMP of a register with itself
+        // sets ZF first: of no words none is another.
+        unsafe {
+            asm!("cmp rcx, rcx", "repe cmpsq", "setne {other}", other = out(reg_byte) other,
+                inout("rcx") most => left, inout("rsi") a => _, inout("rdi") b => _, options(nostack, readonly));
+        }
+        // The pair that differs is counted as looked at.
         most - left - usize::from(other)
     }
 

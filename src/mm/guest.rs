@@ -23,6 +23,8 @@ pub struct GuestMemory<P> {
     own_start: u64,
     own_len: u64,
     limit: u64,
+    /// The root of an ept01 whose dirty flags follow nvmx's own writes; 0 if there is none.
+    marks: u64,
 }
 
 impl<P> GuestMemory<P> {
@@ -31,7 +33,13 @@ impl<P> GuestMemory<P> {
         let limit = 1u64.checked_shl(max_phys_addr.into()).unwrap_or(u64::MAX);
         // Whole pages: a page that nvmx owns in part is not L2's.
         let own = own.outer_pages();
-        Self { phys, own_start: own.start(), own_len: own.len(), limit }
+        Self { phys, own_start: own.start(), own_len: own.len(), limit, marks: 0 }
+    }
+
+    /// The same memory; each write through it sets the dirty flag of the 4 KiB leaf, if there is one, in the ept01 with this root
+    /// table: as a write of L2's does. Only the processor whose ept01 it is may write through it.
+    pub fn marking(self, ept01: Hpa) -> Self {
+        Self { marks: ept01.get(), ..self }
     }
 
     /// The host-physical address behind `gpa`. Ownership is by whole 4 KiB pages.
@@ -78,7 +86,9 @@ impl<P: PhysMem> GuestMemory<P> {
     #[inline]
     pub fn write_u64(&self, gpa: Gpa, value: u64) -> Result<(), NotOwned> {
         if gpa.page_offset() <= PAGE_SIZE - 8 {
-            self.phys.write_u64(self.translate(gpa)?, value);
+            let at = self.translate(gpa)?;
+            self.mark(at);
+            self.phys.write_u64(at, value);
             return Ok(());
         }
         self.write_bytes(gpa, &value.to_le_bytes())
@@ -86,12 +96,16 @@ impl<P: PhysMem> GuestMemory<P> {
 
     /// Replaces eight aligned bytes by `new` in one atomic step if they are `old`; tells whether they were.
     pub fn compare_exchange_u64(&self, gpa: Gpa, old: u64, new: u64) -> Result<bool, NotOwned> {
-        Ok(self.phys.compare_exchange(self.translate(gpa)?, old, new))
+        let at = self.translate(gpa)?;
+        self.mark(at);
+        Ok(self.phys.compare_exchange(at, old, new))
     }
 
     /// Replaces four aligned bytes by `new` in one atomic step if they are `old`; tells whether they were.
     pub fn compare_exchange_u32(&self, gpa: Gpa, old: u32, new: u32) -> Result<bool, NotOwned> {
-        Ok(self.phys.compare_exchange_u32(self.translate(gpa)?, old, new))
+        let at = self.translate(gpa)?;
+        self.mark(at);
+        Ok(self.phys.compare_exchange_u32(at, old, new))
     }
 
     /// Sets `bits` of the byte at `gpa` in one atomic step.
@@ -108,6 +122,7 @@ impl<P: PhysMem> GuestMemory<P> {
         /// As often as the bytes around it may change meanwhile.
         const TRIES: u32 = 64;
         let at = self.translate(gpa)?;
+        self.mark(at);
         let (word_at, place) = (Hpa::new(at.get() & !3), (at.get() & 3) as usize);
         for _ in 0..TRIES {
             let old = self.phys.read_u32(word_at);
@@ -122,6 +137,35 @@ impl<P: PhysMem> GuestMemory<P> {
         self.phys.read_bytes(at, &mut byte);
         self.phys.write_bytes(at, &byte.map(change));
         Ok(())
+    }
+
+    /// nvmx writes to the page of `at`: who watches it in ept01 is to see that.
+    #[inline]
+    fn mark(&self, at: Hpa) {
+        if self.marks != 0 {
+            self.set_dirty(at);
+        }
+    }
+
+    /// SDM vol. 3C, "EPT Translation Mechanism": four levels, present if any right is granted, and bit 7 maps a large page.
+    #[inline(never)]
+    fn set_dirty(&self, at: Hpa) {
+        const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+        const RIGHTS: u64 = 7;
+        const LARGE: u64 = 1 << 7;
+        const DIRTY: u64 = 1 << 9;
+        let mut table = self.marks;
+        for shift in [39, 30, 21, 12] {
+            let entry_at = Hpa::new(table | (at.get() >> shift & 511) << 3);
+            let entry = self.phys.read_u64(entry_at);
+            if entry & RIGHTS == 0 || (shift > 12 && shift < 39 && entry & LARGE != 0) {
+                return;
+            }
+            if shift == 12 && entry & DIRTY == 0 {
+                self.phys.write_u64(entry_at, entry | DIRTY);
+            }
+            table = entry & ADDRESS;
+        }
     }
 
     /// Reads a little-endian 32-bit value.
@@ -152,7 +196,9 @@ impl<P: PhysMem> GuestMemory<P> {
         let mut rest = bytes;
         while !rest.is_empty() {
             let (part, tail) = rest.split_at(in_this_page(at, rest.len()));
-            self.phys.write_bytes(self.translate(at)?, part);
+            let place = self.translate(at)?;
+            self.mark(place);
+            self.phys.write_bytes(place, part);
             at = Gpa::new(at.get().wrapping_add(part.len() as u64));
             rest = tail;
         }
@@ -162,7 +208,9 @@ impl<P: PhysMem> GuestMemory<P> {
     /// Writes `words` from `gpa` on, which lie in one page.
     pub fn write_words(&self, gpa: Gpa, words: &[u64]) -> Result<(), NotOwned> {
         self.owns(gpa, size_of_val(words) as u64)?;
-        self.phys.write_words(self.translate(gpa)?, words);
+        let at = self.translate(gpa)?;
+        self.mark(at);
+        self.phys.write_words(at, words);
         Ok(())
     }
 
@@ -233,6 +281,37 @@ mod tests {
         assert!(memory.translate(Gpa::new(0x4000)).is_err());
         assert!(memory.translate(Gpa::new(0x4FFF)).is_err());
         assert!(memory.translate(Gpa::new(0x5000)).is_ok());
+    }
+
+    /// A page that has a 4 KiB leaf of its own in ept01 is marked by each way to write; one in a large page has none.
+    #[test]
+    fn nvmx_s_own_writes_set_the_dirty_flag() {
+        const DIRTY: u64 = 1 << 9;
+        let ways: [fn(&GuestMemory<VecMem>, Gpa) -> bool; 7] = [
+            |m, at| m.write_u64(at, 1).is_ok(),
+            |m, at| m.write_bytes(at, &[1]).is_ok(),
+            |m, at| m.write_words(at, &[1]).is_ok(),
+            |m, at| m.compare_exchange_u64(at, 0, 1).is_ok(),
+            |m, at| m.compare_exchange_u32(at, 0, 1).is_ok(),
+            |m, at| m.set_bits(at, 1).is_ok(),
+            |m, at| m.clear_bits(at, 1).is_ok(),
+        ];
+        for way in ways {
+            let phys = VecMem::new(0x8000);
+            let own = Span::new(0x4000, 0x8000);
+            for (at, entry) in [(0x4000, 0x5007), (0x5000, 0x6007), (0x6000, 0x7007), (0x6008, 0x20_0087)] {
+                phys.write_u64(Hpa::new(at), entry);
+            }
+            for page in 0..4 {
+                phys.write_u64(Hpa::new(0x7000 + page * 8), page << 12 | 0x37);
+            }
+            let memory = GuestMemory::new(phys, own, 40).marking(Hpa::new(0x4000));
+            assert!(way(&memory, Gpa::new(0x2008)) && way(&memory, Gpa::new(0x20_2008)));
+            assert!(!way(&memory, Gpa::new(0x5008)), "nvmx's own");
+            let marked = (0..4).filter(|n| memory.phys().read_u64(Hpa::new(0x7000 + n * 8)) & DIRTY != 0);
+            assert_eq!(marked.collect::<Vec<_>>(), [2]);
+            assert_eq!(memory.phys().read_u64(Hpa::new(0x6008)), 0x20_0087);
+        }
     }
 
     #[test]

@@ -147,12 +147,50 @@ impl Paging {
             let kind = PageKind { user: true, writable: true, execute_disable: false };
             return Ok((Gpa::new(linear & 0xFFFF_FFFF), kind));
         }
+        let plain = access == DataAccess::Read && privilege == Privilege::Supervisor;
+        if let Some(found) = if plain { self.plain_read(memory, linear) } else { None } {
+            return Ok(found);
+        }
         for _ in 0..WALKS {
             if let Some(found) = self.walk(memory, linear, access, privilege)? {
                 return Ok(found);
             }
         }
         Err(AccessError::Again)
+    }
+
+    /// The usual case in few instructions: a load by the supervisor in 64-bit mode with four levels, where every entry is present,
+    /// accessed and without a bit that is reserved, and the page is the supervisor's. `None` if it is anything else: the whole walk
+    /// says what.
+    #[inline]
+    fn plain_read(&self, memory: &GuestMemory<impl PhysMem>, linear: u64) -> Option<(Gpa, PageKind)> {
+        if self.efer & EFER_LMA == 0 || self.cr4 & CR4_LA57 != 0 {
+            return None;
+        }
+        let mask = self.address_mask();
+        let usual = PRESENT | ACCESSED;
+        let no_nx = if self.efer & EFER_NXE == 0 { NX } else { 0 };
+        let judged = usual | no_nx | !mask & 0x000F_FFFF_FFFF_F000;
+        let (mut table, mut all, mut any) = (self.cr3 & mask, WRITABLE | USER, 0);
+        for shift in [39, 30, 21, 12] {
+            let at = memory.translate(Gpa::new(table | (linear >> shift & 0x1FF) << 3)).ok()?;
+            let entry = memory.phys().read_u64(at);
+            if entry & judged != usual {
+                return None;
+            }
+            all &= entry;
+            any |= entry;
+            if shift == 12 || entry & PAGE_SIZE_BIT != 0 {
+                let page = (1u64 << shift) - 1;
+                if shift == 39 || all & USER != 0 || entry & page & mask & !0x1000 != 0 {
+                    return None;
+                }
+                let kind = PageKind { user: false, writable: all & WRITABLE != 0, execute_disable: any & NX != 0 };
+                return Some((Gpa::new(entry & mask & !page | linear & page), kind));
+            }
+            table = entry & mask;
+        }
+        None
     }
 
     /// One walk; `None` if an entry changed before its flags were set.

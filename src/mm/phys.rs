@@ -39,6 +39,13 @@ pub trait PhysMem {
         (0..most).take_while(|i| self.read_u64(Hpa::new(at.get() + 8 * *i as u64)) == 0).count()
     }
 
+    /// How many of the `most` words from `a` on are the same as those from `b` on, before the first that is not; each is read
+    /// once at most.
+    fn equal_words(&self, a: Hpa, b: Hpa, most: usize) -> usize {
+        let word = |start: Hpa, i: usize| self.read_u64(Hpa::new(start.get() + 8 * i as u64));
+        (0..most).take_while(|i| word(a, *i) == word(b, *i)).count()
+    }
+
     /// Clears `bits` of the eight aligned bytes at `at` in one atomic step, since a processor may set flags in an entry
     /// at the same time, and tells which of them were set.
     fn take_bits(&self, at: Hpa, bits: u64) -> u64;
@@ -97,6 +104,9 @@ impl<M: PhysMem + ?Sized> PhysMem for &M {
     }
     fn zeros(&self, at: Hpa, most: usize) -> usize {
         (**self).zeros(at, most)
+    }
+    fn equal_words(&self, a: Hpa, b: Hpa, most: usize) -> usize {
+        (**self).equal_words(a, b, most)
     }
     #[inline]
     fn read_u64(&self, at: Hpa) -> u64 {

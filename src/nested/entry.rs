@@ -73,11 +73,12 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         slot.write_controls(vmx);
     }
     let activation = if duties.contains(Duties::LOAD_PDPTES) {
-        Activation { eptp02: cpu.ept01.eptp(), invept: false }
+        Activation { eptp02: cpu.ept01.eptp(), invept: false, invept01: false }
     } else {
-        cpu.ept02.activate(slot.eptp12(), &cpu.guest, &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
+        let ept01 = (!others::several_run()).then_some(&mut cpu.ept01);
+        cpu.ept02.activate(slot.eptp12(), &cpu.guest, ept01, &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
     };
-    slot.run_on(vmx, activation);
+    slot.run_on(vmx, activation, cpu.ept01.eptp());
     let vpid02 = if duties.contains(Duties::FLUSH_VPID) {
         vmx.invvpid(Invalidate::Single, VPID01, 0);
         VPID01
@@ -204,6 +205,10 @@ fn merge_controls(cpu: &mut Cpu, index: usize, checked: ControlsChecked) {
     slot.mode_based = merged.secondary.contains(SecondaryControls::MODE_BASED_EXECUTE_CONTROL);
     slot.merged = Some(merged);
     slot.unwritten = true;
+    // Here the processor writes without regard to ept01.
+    for page in [merged.virtual_apic, merged.posted_descriptor].into_iter().flatten() {
+        cpu.ept02.expose(Gpa::new(page.get()), &mut Cpu::tables(&mut cpu.frames, &cpu.phys));
+    }
 }
 
 /// Starts to watch L2's MSR bitmap and merges it once; without dirty flags, or once L2 runs on several CPUs, it is merged

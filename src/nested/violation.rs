@@ -43,8 +43,8 @@ pub fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
         Outcome::Filled => {
             cpu.vmx.counters.bump(Counter::Ept02Fills);
             cpu.vmx.counters.set(Counter::Ept02Evictions, cpu.ept02.stats().evictions);
-            let activation = cpu.ept02.activate(eptp12, &cpu.guest, &mut tables);
-            slot.run_on(&mut cpu.vmx, activation);
+            let activation = cpu.ept02.activate(eptp12, &cpu.guest, None, &mut tables);
+            slot.run_on(&mut cpu.vmx, activation, cpu.ept01.eptp());
             missing::redeliver(cpu, qualification);
             Ok(())
         }

@@ -5,7 +5,7 @@
 
 use super::{completion, reflect};
 use crate::addr::Gpa;
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, others};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::checks::eptp_is_valid;
 use crate::trace::KillReason;
@@ -29,8 +29,10 @@ pub fn emulate(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
     if cpu.config.offered.has_field(Field::EPTP_INDEX) {
         slot.vmcs12.set(Field::EPTP_INDEX, ecx.into());
     }
-    let activation = cpu.ept02.activate(slot.eptp12(), &cpu.guest, &mut Cpu::tables(&mut cpu.frames, &cpu.phys));
-    slot.run_on(&mut cpu.vmx, activation);
+    let tables = &mut Cpu::tables(&mut cpu.frames, &cpu.phys);
+    let ept01 = (!others::several_run()).then_some(&mut cpu.ept01);
+    let activation = cpu.ept02.activate(slot.eptp12(), &cpu.guest, ept01, tables);
+    slot.run_on(&mut cpu.vmx, activation, cpu.ept01.eptp());
     completion::completed(cpu, index)
 }
 

@@ -2,7 +2,7 @@
 
 use crate::addr::{Gpa, Hpa, PAGE_SIZE};
 use crate::boot::Processor;
-use crate::boot::options::{Counters, Stop, Vmcs as VmcsOption};
+use crate::boot::options::{Counters, Ept12, Stop, Vmcs as VmcsOption};
 use crate::boot::requirements::KVM;
 use crate::cpu::{Cpu, Nested, Startup, Waiting, vmcs02};
 use crate::ept::{Ept01, Ept02, EptRules};
@@ -40,6 +40,7 @@ pub struct Common {
     strategy: Strategy,
     vmcs: VmcsOption,
     ept02_budget: u32,
+    watches_ept12: bool,
     user_counters: bool,
     stale: bool,
     on_kvm: bool,
@@ -63,6 +64,7 @@ impl Common {
             strategy: machine.strategy,
             vmcs: machine.options.vmcs,
             ept02_budget: machine.options.ept02.unwrap_or(EPT02_BUDGET),
+            watches_ept12: machine.options.ept12 == Ept12::Watch,
             user_counters: machine.options.counters == Counters::All,
             stale: machine.options.stale,
             on_kvm: machine.processor.l0 == KVM,
@@ -124,7 +126,15 @@ impl Common {
         )
         .ok()?;
         let advanced = offered.ept_vpid.advanced_exit_information();
-        let ept02 = Ept02::new(EptRules::of(&offered), advanced, budget, &mut tables).ok()?;
+        let mut ept02 = Ept02::new(EptRules::of(&offered), advanced, budget, &mut tables).ok()?;
+        let mut guest = self.guest;
+        if hardware.ept_vpid.accessed_dirty() {
+            guest = guest.marking(Hpa::new(ept01.eptp().ep4ta()));
+            if self.watches_ept12 {
+                // As many again as ept02 may have itself.
+                ept02.watch_tables(budget.max(1));
+            }
+        }
         let exists = probe::fields(&mut vmx, vmcs01, &hardware);
         let layout = self.learn_layout(&exists, &mut vmx, &slots);
         Some(Cpu {
@@ -145,7 +155,7 @@ impl Common {
             ept02,
             frames,
             phys: self.phys,
-            guest: self.guest,
+            guest,
             waiting: if self.stale { Waiting::LOOK } else { Waiting::empty() },
             stale: Default::default(),
             events: Default::default(),

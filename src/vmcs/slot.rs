@@ -173,13 +173,16 @@ impl Slot {
 
     /// vmcs02, which is current, runs on this ept02.
     #[inline(always)]
-    pub fn run_on(&mut self, vmx: &mut Vmx, ept02: Activation) {
+    pub fn run_on(&mut self, vmx: &mut Vmx, ept02: Activation, ept01: Eptp) {
         if self.eptp02 != ept02.eptp02.get() {
             self.eptp02 = ept02.eptp02.get();
             vmx.write(Field::EPT_POINTER, self.eptp02);
         }
         if ept02.invept {
             vmx.invept(Invalidate::Single, self.eptp02);
+        }
+        if ept02.invept01 {
+            vmx.invept(Invalidate::Single, ept01.get());
         }
     }
 

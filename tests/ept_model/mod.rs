@@ -4,9 +4,10 @@
 
 use nvmx::addr::{Gpa, Hpa};
 use nvmx::ept::entry::{Level, Rights};
-use nvmx::ept::{Block, EptRules, GuestView, NotOwned, TableFrames};
+use nvmx::ept::{Block, Ept01, EptRules, GuestView, MemoryType, NotOwned, TableFrames, Watch, Written};
+use nvmx::mm::Span;
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 pub const KIB4: u64 = 1 << 12;
 pub const MIB2: u64 = 1 << 21;
@@ -15,6 +16,8 @@ pub const R: u64 = 1;
 pub const W: u64 = 2;
 pub const X: u64 = 4;
 pub const XU: u64 = 1 << 10;
+/// Of an entry for a table, ignored by the processor.
+pub const NUMBER: u64 = 0x7ff << 52 | 1 << 11;
 pub const LARGE: u64 = 1 << 7;
 pub const ACCESSED: u64 = 1 << 8;
 pub const DIRTY: u64 = 1 << 9;
@@ -61,9 +64,9 @@ impl Frames {
                 found.push((address, covers, entry));
             } else {
                 assert_eq!(
-                    entry & !0xf_ffff_ffff_f000 & !ACCESSED & !XU,
+                    entry & !0xf_ffff_ffff_f000 & !ACCESSED & !XU & !NUMBER,
                     7,
-                    "an entry for a table has all rights and nothing else"
+                    "an entry for a table has all rights, and else what the processor ignores"
                 );
                 self.collect(entry & 0xf_ffff_ffff_f000, address, covers / 512, found);
             }
@@ -145,6 +148,10 @@ impl GuestView for L2 {
             *entry = self.read_entry(Gpa::new(at.get() + n * 8))?;
         }
         Ok(())
+    }
+    fn equal_words<F: TableFrames>(&self, at: Gpa, frames: &F, first: Hpa, most: usize) -> usize {
+        let same = |n: &u64| self.get(at.get() + n * 8) == frames.read(Hpa::new(first.get() + n * 8));
+        if !owned(at.get(), 8) { 0 } else { (0..most as u64).take_while(same).count() }
     }
     fn set_flags(&self, at: Gpa, entry: u64, flags: u64) -> bool {
         assert!(owned(at.get(), 8), "flags are set where they were read");
@@ -279,4 +286,59 @@ pub fn composed(page: u64, size: u64, rights: u64, type_and_pat: u64, ngpa: u64)
     let part = [GIB1, MIB2, KIB4].into_iter().find(fits)?;
     let large = if part == KIB4 { 0 } else { LARGE };
     Some((ngpa - ngpa % part, part, (gpa - gpa % part) | rights | type_and_pat | large))
+}
+
+/// ept01 of a machine whose L2 is watched, somebody else who watches one page in it, and what the processor has cached of L2's
+/// writes: it sets no flag for the page again until INVEPT.
+pub struct Watching {
+    pub ept01: Ept01,
+    pub cached: HashSet<u64>,
+    other: Watch,
+    others_page: u64,
+    /// The page of `other` was written since it was asked.
+    written: bool,
+}
+
+impl Watching {
+    pub fn new(others_page: u64, frames: &mut Frames) -> Self {
+        let write_back = |_: Gpa, _| Some(MemoryType::WriteBack);
+        let own = Span::new(OWN.0, OWN.1);
+        let mut ept01 = Ept01::new(rules(), true, Gpa::new(GIB1), own, write_back, frames).unwrap();
+        let other = ept01.watch(Gpa::new(others_page), frames).unwrap();
+        Self { ept01, cached: HashSet::new(), other, others_page, written: false }
+    }
+
+    /// After all watches ended.
+    pub fn watch_anew(&mut self, frames: &mut Frames) {
+        self.other = self.ept01.watch(Gpa::new(self.others_page), frames).unwrap();
+        self.written = false;
+    }
+
+    /// L2 writes somewhere.
+    pub fn write(&mut self, at: u64, frames: &mut Frames) {
+        self.written |= at & !0xfff == self.others_page;
+        if !self.cached.insert(at >> 12) {
+            return;
+        }
+        let mut table = self.ept01.eptp().ep4ta();
+        for shift in [39, 30, 21, 12] {
+            let entry = Hpa::new(table + (at >> shift & 511) * 8);
+            let value = frames.read(entry);
+            if shift == 12 || (shift < 39 && value & LARGE != 0) {
+                return frames.write(entry, value | ACCESSED | DIRTY);
+            }
+            table = value & 0xf_ffff_ffff_f000;
+        }
+    }
+
+    /// The other one asks; false if a write was missed.
+    pub fn ask(&mut self, frames: &mut Frames) -> bool {
+        let told = self.ept01.written(&mut self.other, frames);
+        if told == (Written::Yes { invept: true }) {
+            self.cached.clear();
+        }
+        let missed = self.written && told == Written::No;
+        self.written = false;
+        !missed
+    }
 }

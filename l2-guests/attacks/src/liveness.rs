@@ -432,7 +432,10 @@ fn tables(lab: &mut Lab) {
             let linear = REGIONS_LINEAR + (MOST_TABLES + region) * LARGE;
             seen += u64::from(lab.execute(guest::read, linear) == Exit::Done(0));
         }
+        // And all of them gone at once.
         (0..REGIONS / 512).for_each(|pointer| ept.set_entry(REGIONS_PHYSICAL + pointer * 512 * LARGE, 2, 0));
+        let _ = vmx::invept(1, [eptp, 0]);
+        seen += u64::from(lab.execute(guest::nothing, 1) == Exit::Done(1));
         forget();
         Seen::of(seen)
     });
