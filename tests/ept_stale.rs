@@ -23,6 +23,9 @@ struct Machine {
     role: Eptp,
 }
 
+/// Address, where it leads, and where ept12 does.
+type Stale = (u64, u64, Option<u64>);
+
 /// A page of 4 KiB and one of 2 MiB, both in use.
 fn machine(role: u64) -> Machine {
     let mut l2 = L2::default();
@@ -48,8 +51,7 @@ fn machine(role: u64) -> Machine {
 }
 
 impl Machine {
-    /// Address, where it leads, and where ept12 does.
-    fn stale(&mut self) -> Option<(u64, u64, Option<u64>)> {
+    fn stale(&mut self) -> Option<Stale> {
         let eptp02 = self.ept.activate(self.role, &self.l2, None, &mut self.frames).eptp02;
         let found = self.ept.stale_leaf(eptp02, &self.l2, &self.frames)?;
         Some((found.ngpa, found.used, found.now.map(|(to, _)| to)))
@@ -59,7 +61,7 @@ impl Machine {
 #[test]
 fn a_change_that_needs_invept_is_told_until_it_comes() {
     type Change = fn(&mut L2);
-    let cases: [(&str, Change, (u64, u64, Option<u64>)); 8] = [
+    let cases: [(&str, Change, Stale); 8] = [
         ("gone", |l2| l2.set(PT, 5, 0), (0x5000, PAGE, None)),
         ("another page", |l2| l2.set(PT, 5, 0x88_8000 | WB | 7), (0x5000, PAGE, Some(0x88_8000))),
         ("fewer rights", |l2| l2.set(PT, 5, PAGE | WB | R), (0x5000, PAGE, Some(PAGE))),
