@@ -3,6 +3,7 @@
 
 use crate::exits::Step;
 pub use crate::exits::{OPERAND, Op};
+use crate::memory::WRITE;
 use crate::processor::{Core, Delivered, Exit, Level, Root, registers};
 use nvmx::addr::Hpa;
 use nvmx::mm::PhysMem;
@@ -163,11 +164,21 @@ impl Guest {
     }
 
     pub fn poke(&self, at: u64, value: u64) {
+        self.mark_written(at);
         self.core().memory.write_u64(Hpa::new(at), value);
     }
 
     pub fn poke_u32(&self, at: u64, value: u32) {
+        self.mark_written(at);
         self.core().memory.write_bytes(Hpa::new(at), &value.to_le_bytes());
+    }
+
+    /// A store of L2 leaves its mark in ept01. While L3 runs it is a store of nobody's, like that of a device.
+    fn mark_written(&self, at: u64) {
+        let mut core = self.core();
+        if core.level() == Level::L2 {
+            let _ = core.physical(at, WRITE);
+        }
     }
 
     /// A register without an exit: what a guest changes by itself.
