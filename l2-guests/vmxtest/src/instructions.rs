@@ -3,6 +3,7 @@
 
 use crate::{
     expect::{INVALID, SUCCEED, expect, fail, got},
+    tertiary::{PROCBASED_CTLS3, VIRTUALIZE_SPEC_CTRL},
     vmxon::too_wide,
 };
 use l2_kit::{
@@ -204,6 +205,15 @@ fn exists(field: u32, rdmsr: fn(u32) -> u64) -> Option<bool> {
         }
         f::VIRTUAL_APIC | f::TPR_THRESHOLD => one(Kind::Primary, primary::TPR_SHADOW),
         f::APIC_ACCESS => one(Kind::Secondary, secondary::APIC_ACCESSES),
+        f::TERTIARY_CONTROLS => one(Kind::Primary, primary::TERTIARY),
+        f::SPEC_CTRL_MASK | f::SPEC_CTRL_SHADOW => {
+            one(Kind::Primary, primary::TERTIARY) && rdmsr(PROCBASED_CTLS3) & VIRTUALIZE_SPEC_CTRL != 0
+        }
+        f::GUEST_S_CET | f::GUEST_SSP | f::GUEST_SSP_TABLE => one(Kind::Entry, entry_controls::LOAD_CET),
+        f::HOST_S_CET | f::HOST_SSP | f::HOST_SSP_TABLE => one(Kind::Exit, exit_controls::LOAD_CET),
+        f::GUEST_PKRS => one(Kind::Entry, entry_controls::LOAD_PKRS),
+        f::HOST_PKRS => one(Kind::Exit, exit_controls::LOAD_PKRS),
+        f::GUEST_UINV => one(Kind::Entry, entry_controls::LOAD_UINV) || one(Kind::Exit, exit_controls::CLEAR_UINV),
         // Features that not every machine of this test offers
         f::PML_INDEX
         | f::EXECUTIVE_VMCS

@@ -17,8 +17,10 @@ use l2_kit::{
     vmx::{self, Outcome, reason as r},
 };
 
-const PROCBASED_CTLS3: u32 = 0x492;
-const VIRTUALIZE_SPEC_CTRL: u64 = 1 << 7;
+/// IA32_VMX_PROCBASED_CTLS3: the tertiary controls that may be 1.
+pub const PROCBASED_CTLS3: u32 = 0x492;
+/// Tertiary control "virtualize IA32_SPEC_CTRL".
+pub const VIRTUALIZE_SPEC_CTRL: u64 = 1 << 7;
 const FEATURE_CONTROL: u32 = 0x3A;
 const SPEC_CTRL: u32 = 0x48;
 const IBRS: u64 = 1 << 0;
