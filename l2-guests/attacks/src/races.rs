@@ -9,7 +9,7 @@ use crate::{
 };
 use core::sync::atomic::{AtomicU64, Ordering};
 use l2_kit::{
-    cpu,
+    apic, cpu,
     ept::{LARGE_BIT, WRITE_BACK, rights::RWX},
     fields as f, pages,
     setup::{self, Kind, secondary},
@@ -19,6 +19,7 @@ use l2_kit::{
 /// Tries with a structure while the other CPU writes.
 const TURNS: u64 = 120;
 const VALUES: usize = 6;
+const IA32_APIC_BASE: u32 = 0x1B;
 
 /// What the other CPU does: words to write, how many, and the values; it stops when the count is 0.
 static WORDS: AtomicU64 = AtomicU64::new(0);
@@ -185,6 +186,7 @@ pub fn all(lab: &mut Lab) {
     if crate::cpus() < 2 {
         return;
     }
+    let apic_base = cpu::rdmsr(IA32_APIC_BASE);
     for race in RACES {
         if !setup::allowed_one(Kind::Secondary, race.secondary) {
             continue;
@@ -222,6 +224,11 @@ pub fn all(lab: &mut Lab) {
             }
             COUNT.store(0, Ordering::Release);
             smp::wait(1);
+            // On the bare machine an MSR area has moved the APIC, or switched it off.
+            if cpu::rdmsr(IA32_APIC_BASE) != apic_base {
+                cpu::wrmsr(IA32_APIC_BASE, apic_base);
+                apic::init();
+            }
             if words == 1 {
                 // SAFETY: as above.
                 unsafe { (at as *mut u64).write_volatile(before) };
