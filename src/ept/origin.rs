@@ -23,7 +23,7 @@ const IN_FRAME: u16 = 64;
 const FRAMES: usize = (MAX_NUMBER as usize + 1) / IN_FRAME as usize;
 
 // Words of a record.
-/// The table of ept12 and the rights above it; 0 while not known, [`PIECES`] for the pieces of a page.
+/// The table of ept12 and the rights above it; 0 while not known, `PIECES` for the pieces of a page.
 const SOURCE: u64 = 0;
 /// The watch of its page. Bit 0: the entries of the table must be looked at. Bit 1: there is no watch.
 const WATCH: u64 = 8;

@@ -1,7 +1,8 @@
 //! How L2's VMREAD and VMWRITE reach the fields of a vmcs12 whose home is vmcs02, and what that means for vmcs02 between
 //! the entries of L3 ([ADR 0004](../../../docs/adr/0004-field-access-strategies.md)).
 //!
-//! Each strategy is a file that implements [`Strategy`]; nothing outside of this folder asks which one runs.
+//! Each strategy is a file that implements the trait `Strategy`. Outside of this folder a few questions about what a
+//! strategy leaves in VMCSs are asked, and none which one runs.
 
 mod in_memory;
 mod shadowed;

@@ -11,7 +11,7 @@ use nvmx::vmx::{Field::*, Fields};
 /// Where guests put the memory operands of their VMX instructions.
 pub const OPERAND: u64 = 0x8000;
 
-/// An instruction. Its operands are where [`Core::prepare`] puts them.
+/// An instruction. Its operands are where `Core::prepare` puts them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Op {
     Cpuid,
