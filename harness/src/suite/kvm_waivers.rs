@@ -60,8 +60,13 @@ pub const WAIVERS: &[Waiver] = &[
     Waiver {
         id: "kvm-failed-entry",
         checks: &["failed entry: guest RFLAGS, *"],
-        why: "of an entry that the processor refuses (and not KVM itself) KVM takes over the guest state as if of an exit: its own \
-              PDPTEs among it",
+        why: "of an entry that the processor refuses (and not KVM itself) KVM takes over guest state as if of an exit: what is left \
+              of its preemption timer before all",
+    },
+    Waiver {
+        id: "kvm-halted",
+        checks: &["a pending trap flag in the HLT state*"],
+        why: "KVM ends the HLT state of its guest before an exit saves it",
     },
     Waiver {
         id: "kvm-timer",
