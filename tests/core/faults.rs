@@ -188,25 +188,7 @@ async fn own_exits(g: Guest) {
     g.poke(0x6000, 0x7001);
     g.run(Op::Wrmsr(0xC000_0080, 0)).await;
     // A task switch by JMP: 32-bit code, a GDT with two TSSs.
-    for (n, entry) in [
-        (1, 0x00CF_9A00_0000_FFFFu64),
-        (2, 0x00CF_9200_0000_FFFF),
-        (4, 0x8B << 40 | 0x3000_0067),
-        (5, 0x89 << 40 | 0x4000_0067),
-    ] {
-        g.poke(0xA000 + 8 * n, entry);
-    }
-    for (field, value) in [
-        (GUEST_CR0, 0x31),
-        (GUEST_IA32_EFER, 0),
-        (GUEST_CS_AR_BYTES, 0xC09B),
-        (GUEST_GDTR_BASE, 0xA000),
-        (GUEST_GDTR_LIMIT, 0x2F),
-        (GUEST_TR_SELECTOR, 0x20),
-        (GUEST_TR_BASE, 0x3000),
-    ] {
-        g.set(field, value);
-    }
+    two_tasks(&g);
     for (at, value) in [(0x20, 0x5000u64), (0x38, 0x7000), (0x48, 16), (0x4C, 8), (0x50, 16), (0x54, 16)] {
         g.poke(0x4000 + at, value);
     }

@@ -123,3 +123,26 @@ pub fn control(field: Field, set: u64, clear: u64) -> (Field, u64) {
     let value = valid().into_iter().find(|(f, _)| *f == field).map_or(0, |(_, value)| value);
     (field, value & !clear | set)
 }
+
+/// 32-bit code of L2 without paging, and a GDT with two tasks: 20H, which runs, at 3000H, and 28H at 4000H.
+pub fn two_tasks(g: &Guest) {
+    for (n, entry) in [
+        (1, 0x00CF_9A00_0000_FFFFu64),
+        (2, 0x00CF_9200_0000_FFFF),
+        (4, 0x8B << 40 | 0x3000_0067),
+        (5, 0x89 << 40 | 0x4000_0067),
+    ] {
+        g.poke(0xA000 + 8 * n, entry);
+    }
+    for (field, value) in [
+        (GUEST_CR0, 0x31),
+        (GUEST_IA32_EFER, 0),
+        (GUEST_CS_AR_BYTES, 0xC09B),
+        (GUEST_GDTR_BASE, 0xA000),
+        (GUEST_GDTR_LIMIT, 0x2F),
+        (GUEST_TR_SELECTOR, 0x20),
+        (GUEST_TR_BASE, 0x3000),
+    ] {
+        g.set(field, value);
+    }
+}

@@ -160,26 +160,8 @@ fn instructions_that_always_exit() {
 #[test]
 fn a_32_bit_l2_switches_tasks() {
     everywhere(|g| async move {
-        for (n, entry) in [
-            (1, 0x00CF_9A00_0000_FFFFu64),
-            (2, 0x00CF_9200_0000_FFFF),
-            (4, 0x8B << 40 | 0x3000_0067),
-            (5, 0x89 << 40 | 0x4000_0067),
-        ] {
-            g.poke(0xA000 + 8 * n, entry);
-        }
-        for (field, value) in [
-            (GUEST_CR0, 0x31),
-            (GUEST_CR4, 0x2000),
-            (GUEST_IA32_EFER, 0),
-            (GUEST_CS_AR_BYTES, 0xC09B),
-            (GUEST_GDTR_BASE, 0xA000),
-            (GUEST_GDTR_LIMIT, 0x2F),
-            (GUEST_TR_SELECTOR, 0x20),
-            (GUEST_TR_BASE, 0x3000),
-        ] {
-            g.set(field, value);
-        }
+        two_tasks(&g);
+        g.set(GUEST_CR4, 0x2000);
         for at in (0x20..0x68).step_by(4) {
             g.poke_u32(0x4000 + at, 0);
         }

@@ -27,10 +27,17 @@ impl Kvm {
     /// # Errors
     /// If it does not start.
     pub fn new(qemu: PathBuf, cpu: String) -> Result<Self> {
-        let text = proc::stdout_of(Command::new(&qemu).arg("--version"))?;
-        let version = text.split_whitespace().nth(3).unwrap_or("?").to_string();
-        Ok(Kvm { qemu, version, cpu })
+        Ok(Kvm { version: version(&qemu)?, qemu, cpu })
     }
+}
+
+/// What QEMU says of its version: "7.2.1".
+///
+/// # Errors
+/// If it does not start.
+pub fn version(qemu: &Path) -> Result<String> {
+    let text = proc::stdout_of(Command::new(qemu).arg("--version"))?;
+    Ok(text.split_whitespace().nth(3).unwrap_or("?").to_string())
 }
 
 impl Backend for Kvm {

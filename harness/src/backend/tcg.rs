@@ -1,8 +1,8 @@
 //! A machine that QEMU emulates without VMX: for what comes before VMX is needed. It has what Bochs has not: boards, UEFI, many
 //! processors, much memory, no serial port.
 
-use super::{Backend, Machine, SERIAL, Spec, Unit, iso};
-use crate::proc::{self, Child};
+use super::{Backend, Machine, SERIAL, Spec, Unit, iso, kvm};
+use crate::proc::Child;
 use anyhow::Result;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -60,9 +60,7 @@ impl Tools {
     /// # Errors
     /// If it does not start.
     pub fn new(qemu: PathBuf, uefi: PathBuf) -> Result<Self> {
-        let text = proc::stdout_of(Command::new(&qemu).arg("--version"))?;
-        let version = text.split_whitespace().nth(3).unwrap_or("?").to_string();
-        Ok(Tools { qemu, version, uefi })
+        Ok(Tools { version: kvm::version(&qemu)?, qemu, uefi })
     }
 }
 

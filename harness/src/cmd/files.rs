@@ -11,6 +11,7 @@ use crate::session::Session;
 use crate::trace::record;
 use crate::ui::Ui;
 use anyhow::Result;
+use chrono::{DateTime, Utc};
 use std::process::Command;
 use std::time::SystemTime;
 
@@ -101,27 +102,11 @@ fn revision(session: &Session) -> String {
 
 /// Now, as `2026-11-28 17:05 UTC`.
 fn now() -> String {
-    let seconds = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
-    let (year, month, day) = civil(seconds / 86_400);
-    format!("{year}-{month:02}-{day:02} {:02}:{:02} UTC", seconds / 3600 % 24, seconds / 60 % 60)
+    told(SystemTime::now().into())
 }
 
-/// Year, month and day of a number of days since 1970.
-fn civil(mut days: u64) -> (u64, u64, u64) {
-    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
-    let mut year = 1970;
-    while days >= 365 + u64::from(leap(year)) {
-        days -= 365 + u64::from(leap(year));
-        year += 1;
-    }
-    let lengths = [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
-    for (month, length) in (1..).zip(lengths) {
-        if days < length {
-            return (year, month, days + 1);
-        }
-        days -= length;
-    }
-    (year, 12, 31)
+fn told(time: DateTime<Utc>) -> String {
+    time.format("%Y-%m-%d %H:%M UTC").to_string()
 }
 
 #[cfg(test)]
@@ -130,8 +115,9 @@ mod tests {
 
     #[test]
     fn days_are_dates() {
-        assert_eq!(civil(0), (1970, 1, 1));
-        assert_eq!(civil(11_016), (2000, 2, 29));
-        assert_eq!(civil(20_785), (2026, 11, 28));
+        let day = |days: i64| told(DateTime::from_timestamp(days * 86_400, 0).unwrap());
+        assert_eq!(day(0), "1970-01-01 00:00 UTC");
+        assert_eq!(day(11_016), "2000-02-29 00:00 UTC");
+        assert_eq!(day(20_785), "2026-11-28 00:00 UTC");
     }
 }

@@ -1,5 +1,6 @@
 //! The clock of a PC (MC146818), as far as an operating system reads the time from it: the host's time, in UTC.
 
+use chrono::{DateTime, Datelike};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The port that chooses a register; the one behind it reads or writes it.
@@ -50,24 +51,11 @@ fn register(index: u8, now: u64) -> u8 {
     value as u8
 }
 
-/// Year, month and day, so many days after the first of January 1970.
-fn date(mut days: u64) -> (u64, u64, u64) {
-    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
-    let mut year = 1970;
-    while days >= 365 + u64::from(leap(year)) {
-        days -= 365 + u64::from(leap(year));
-        year += 1;
-    }
-    let lengths = [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
-    let mut month = 1;
-    for length in lengths {
-        if days < length {
-            break;
-        }
-        days -= length;
-        month += 1;
-    }
-    (year, month, days + 1)
+/// Year, month and day, so many days after the first of January 1970; that day itself beyond the library's years.
+fn date(days: u64) -> (u64, u64, u64) {
+    let seconds = i64::try_from(days).unwrap_or(0).saturating_mul(86_400);
+    let date = DateTime::from_timestamp(seconds, 0).unwrap_or_default();
+    (date.year().unsigned_abs().into(), date.month().into(), date.day().into())
 }
 
 #[cfg(test)]
