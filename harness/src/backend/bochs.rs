@@ -15,6 +15,9 @@ use std::time::Duration;
 pub const IPS: u64 = 100_000_000;
 /// The most host memory that released builds of Bochs take, in MiB; more of the guest's is swapped to a file.
 const HOST_MEMORY: u32 = 2048;
+/// What the machine's clock shows at power-on, in seconds since 1970: 1 January 2026. Always the same, so that a boot of an
+/// operating system, which reads it, is the same each time.
+const POWER_ON: u64 = 1_767_225_600;
 /// Between the name of a CPU model and the features that it is to lack.
 pub const WITHOUT: &str = " without ";
 const LOG: &str = "bochs.log";
@@ -95,6 +98,8 @@ pub fn start(
     command.current_dir(folder).args(["-q", "-f", "bochsrc"]);
     // Our build counts its ticks there.
     command.env("NVMX_TICKS", clock::TICKS);
+    // Bochs shows local time.
+    command.env("TZ", "UTC");
     if let Some(log) = record {
         command.env("NVMX_EXIT_LOG", log);
     }
@@ -115,7 +120,7 @@ fn rc(machine: &Machine, bochs: &Bochs, serial: Serial, bios: &Path, vga: &Path)
         format!("romimage: file={}, options=fastboot", bios.display()),
         format!("vgaromimage: file={}", vga.display()),
         cpu_line(machine),
-        "clock: sync=none".into(),
+        format!("clock: sync=none, time0={POWER_ON}"),
         "ata0-master: type=cdrom, path=boot.iso, status=inserted".into(),
         "boot: cdrom".into(),
         format!("com1: enabled=1, mode=file, dev={}", serial.file),

@@ -7,6 +7,9 @@ use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+/// Every date on the disk, as `xorriso` writes it: firmware and GRUB read directories, and a boot is to be the same each time.
+const DATE: &str = "2026010100000000";
+
 /// What firmware starts GRUB.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Platform {
@@ -65,7 +68,9 @@ fn pack(tree: &Path, folder: &Path, platform: Platform) -> Result<PathBuf> {
         .arg(format!("--install-modules={}", platform.modules()))
         .arg("-o")
         .arg(&iso)
-        .arg(tree);
+        .arg(tree)
+        .arg(format!("--modification-date={DATE}"))
+        .args(["--", "-volume_date", "all_file_dates", DATE]);
     let said = proc::run(&mut command, None, |_| {})?;
     if !said.status.success() {
         return Err(Stop::environment(format!("grub-mkrescue failed:\n{}", said.tail(10))).into());
