@@ -252,6 +252,25 @@ fn an_entry_whose_msr_area_fails_tells_the_number_of_the_entry() {
 }
 
 #[test]
+fn an_entry_that_fails_late_loads_the_msrs_of_the_exit() {
+    agree(|g| async move {
+        hypervisor(&g, &[]).await;
+        area(&g, &[(0x277, 0x0606), (0xC000_0081, 0x1111), (0x480, 0)]);
+        let counts = [(VM_EXIT_MSR_LOAD_ADDR, AREA), (VM_EXIT_MSR_LOAD_COUNT, 2)];
+        for late in [(GUEST_RFLAGS, 0), (VM_ENTRY_MSR_LOAD_COUNT, 3)] {
+            write(&g, &counts).await;
+            write(&g, &[(VM_ENTRY_MSR_LOAD_ADDR, AREA), late]).await;
+            g.run(Op::Wrmsr(0x277, 0x0007_0406_0007_0406)).await;
+            g.run(Op::Wrmsr(0xC000_0081, 0)).await;
+            g.run(Op::Vmlaunch).await;
+            g.see(late);
+            assert_eq!((g.level(), g.get(GUEST_IA32_PAT)), (Level::L2, 0x0606), "{late:x?}");
+            write(&g, &[(GUEST_RFLAGS, 2), (VM_ENTRY_MSR_LOAD_COUNT, 0)]).await;
+        }
+    });
+}
+
+#[test]
 fn a_timer_of_zero_fires_before_anything_else_and_a_saved_one_is_read_back() {
     agree(|g| async move {
         hypervisor(&g, &[control(PIN_BASED_VM_EXEC_CONTROL, 1 << 6, 0), (VMX_PREEMPTION_TIMER_VALUE, 0)]).await;

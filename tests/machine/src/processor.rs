@@ -654,6 +654,7 @@ impl Core {
         self.put(VM_EXIT_REASON, u64::from(reason | 1 << 31));
         self.put(EXIT_QUALIFICATION, qualification);
         self.load_host(blocking);
+        self.load_msrs_of_the_host();
     }
 
     // ---- VM exit ----
@@ -705,6 +706,12 @@ impl Core {
             _ => self.state.get(GUEST_INTERRUPTIBILITY_INFO) & 8,
         };
         self.load_host(blocked);
+        self.load_msrs_of_the_host();
+    }
+
+    /// The VM-exit MSR-load area, behind an exit and behind an entry that fails late (SDM vol. 3C, "VM-Entry Failures During or
+    /// After Loading Guest State").
+    fn load_msrs_of_the_host(&mut self) {
         let (list, count) = (self.get(VM_EXIT_MSR_LOAD_ADDR), self.get(VM_EXIT_MSR_LOAD_COUNT));
         assert!(self.load_msrs(list, count).is_ok(), "VMX abort: an MSR of the VM-exit area does not load");
     }
