@@ -7,11 +7,15 @@ use nvmx::addr::Hpa;
 use nvmx::rules::caps::offered;
 use nvmx::rules::checks::{ControlsChecked, check_cached_controls};
 use nvmx::rules::merge::{ApicPages, Duties, NvmxNeeds, Translated, Vmcs02Controls, merge};
+use nvmx::vmcs::stale::Stale;
+use nvmx::vmcs::vmcs02::Vmcs02;
 use nvmx::vmx::caps::msr;
 use nvmx::vmx::{
-    Capabilities, EntryControls, ExitControls, Field, Field::*, Fields, PinControls, PrimaryControls, SecondaryControls,
+    Capabilities, EntryControls, ExitControls, Field, Field::*, FieldAccess, Fields, PinControls, PrimaryControls,
+    SecondaryControls,
 };
 use proptest::prelude::*;
+use std::collections::HashMap;
 
 const TO: Translated = Translated {
     io_bitmaps: Some((Hpa::new(0xA000), Hpa::new(0xB000))),
@@ -96,6 +100,34 @@ fn intercepts(primary: PrimaryControls) -> PrimaryControls {
     primary - PrimaryControls::USE_IO_BITMAPS - PrimaryControls::USE_MSR_BITMAPS
 }
 
+/// A VMCS that counts what is written to it.
+#[derive(Clone, Default)]
+struct Written {
+    values: HashMap<Field, u64>,
+    counts: HashMap<Field, u32>,
+}
+
+impl Written {
+    fn of(&self, field: Field) -> u64 {
+        self.values.get(&field).copied().unwrap_or(0)
+    }
+
+    fn count(&self, field: Field) -> u32 {
+        self.counts.get(&field).copied().unwrap_or(0)
+    }
+}
+
+impl FieldAccess for Written {
+    fn read(&mut self, field: Field) -> u64 {
+        self.of(field)
+    }
+
+    fn write(&mut self, field: Field, value: u64) {
+        self.values.insert(field, value);
+        *self.counts.entry(field).or_default() += 1;
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2048))]
 
@@ -112,6 +144,55 @@ proptest! {
         prop_assert!(!m.secondary.intersects(EMULATED));
         prop_assert_eq!(m.exit & ExitControls::ACK_INTERRUPT_ON_EXIT, exit & ExitControls::ACK_INTERRUPT_ON_EXIT);
         prop_assert_eq!(m.entry & OF_L3, entry & OF_L3);
+    }
+
+    /// vmcs02 has the merged controls whenever L3 runs for L2, whatever was in it and whatever nvmx changed for events of its own; and
+    /// what stays is not written again.
+    #[test]
+    fn vmcs02_gets_what_was_merged(steps in prop::collection::vec((any::<[u32; 5]>(), 0u8..4), 1..12)) {
+        let hw = rich();
+        let (mut vmcs02, mut written) = (Vmcs02::new(Hpa::new(0x1000)), Written::default());
+        let mut now: Option<Vmcs02Controls> = None;
+        for (controls, step) in steps {
+            let mut stale = Stale::WINDOWS;
+            match (step, &mut now) {
+                (0, Some(now)) => {
+                    // A window of L2.
+                    now.primary ^= PrimaryControls::INTERRUPT_WINDOW_EXITING;
+                }
+                (1, Some(_)) => {
+                    let (pin, primary) = (PinControls::NMI_EXITING, PrimaryControls::MONITOR_TRAP_FLAG);
+                    vmcs02.alter_controls(&mut written, pin, primary, true);
+                    prop_assert_eq!(written.of(PIN_BASED_VM_EXEC_CONTROL) >> 3 & 1, 1);
+                    prop_assert_eq!(written.of(CPU_BASED_VM_EXEC_CONTROL) >> 27 & 1, 1);
+                }
+                (2, Some(_)) => {
+                    // An unrestricted guest left IA-32e mode.
+                    let entry = written.of(VM_ENTRY_CONTROLS);
+                    written.write(VM_ENTRY_CONTROLS, entry ^ 1 << 9);
+                    stale |= Stale::UNWRITTEN;
+                }
+                _ => {
+                    now = Some(merged(&vmcs12(&offered(&hw), controls), &hw, &TO));
+                    stale |= Stale::UNWRITTEN;
+                }
+            }
+            let Some(now) = &now else { unreachable!("the first step merges") };
+            let before = written.clone();
+            vmcs02.write_controls(&mut written, now, stale);
+            let own = [
+                (PIN_BASED_VM_EXEC_CONTROL, Some(now.pin.bits().into())),
+                (CPU_BASED_VM_EXEC_CONTROL, Some(now.primary.bits().into())),
+                (VM_ENTRY_CONTROLS, Some(now.entry.bits().into())),
+            ];
+            for (field, value) in Vmcs02Controls::OTHERS.into_iter().zip(now.others()).chain(own) {
+                if let Some(value) = value {
+                    prop_assert_eq!(written.of(field), value, "{}", field);
+                }
+                let again = before.values.get(&field) == written.values.get(&field) && field != VM_ENTRY_CONTROLS;
+                prop_assert!(!again || before.count(field) == written.count(field), "{} is written again", field);
+            }
+        }
     }
 
     #[test]

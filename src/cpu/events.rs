@@ -1,5 +1,6 @@
 //! Events that nvmx holds back or has put into a VMCS: the data. `guest::events` and `nested::events` act on them.
 
+use crate::vmcs::slots::SlotId;
 use crate::vmx::Field;
 use bitflags::bitflags;
 
@@ -40,8 +41,6 @@ pub struct Events {
     pub stops_l3: bool,
     /// The activity state that L3 keeps in such an exit: a processor may say that it woke up.
     pub activity: Option<u64>,
-    /// The slot in whose vmcs02 nvmx has changed controls.
-    pub altered: Option<usize>,
     /// The slot whose vmcs02 has an event of nvmx's in it, and what L2 had there.
-    pub lent: Option<(usize, [u64; 3])>,
+    pub lent: Option<(SlotId, [u64; 3])>,
 }

@@ -5,7 +5,6 @@ mod events;
 mod operation;
 pub mod others;
 mod state;
-pub mod vmcs02;
 
 pub use events::{Events, INJECTION, Startup, Waiting};
 pub use operation::{Nested, Operation};

@@ -1,8 +1,10 @@
 //! Where L2 stands with VMX, and its active vmcs12s.
 
-use crate::addr::Gpa;
+use crate::addr::{Gpa, Hpa};
+use crate::mm::FramePool;
 use crate::rules::explain::Refusals;
-use crate::vmcs::slots::Slots;
+use crate::vmcs::slot::Slot;
+use crate::vmcs::slots::{SlotId, Slots};
 use crate::vmcs::vpid::VpidMap;
 
 /// Where L2 stands with VMX.
@@ -15,14 +17,14 @@ pub enum Operation {
         /// Operand of VMXON.
         vmxon_ptr: Gpa,
         /// The slot of the current vmcs12.
-        current: Option<usize>,
+        current: Option<SlotId>,
     },
     /// VMX non-root operation: L3 runs on the vmcs02 of this slot.
     NonRoot {
         /// Operand of VMXON.
         vmxon_ptr: Gpa,
         /// The slot of the current vmcs12.
-        current: usize,
+        current: SlotId,
     },
 }
 
@@ -55,6 +57,14 @@ impl Nested {
         }
     }
 
+    /// L2 leaves VMX operation: no vmcs12 is active or current, and the slots beyond the first ones go back to the pool. `clear`
+    /// executes VMCLEAR. The active vmcs12s were stored before.
+    pub fn leave(&mut self, frames: &mut FramePool, clear: impl FnMut(Hpa)) {
+        self.operation = Operation::Off;
+        self.slots.iter_mut().for_each(Slot::release);
+        self.slots.shrink(frames, clear);
+    }
+
     /// Operand of VMXON while in VMX operation.
     pub fn vmxon_ptr(&self) -> Option<Gpa> {
         match self.operation {
@@ -63,8 +73,8 @@ impl Nested {
         }
     }
 
-    /// Index of the slot of the current vmcs12.
-    pub fn current(&self) -> Option<usize> {
+    /// The slot of the current vmcs12.
+    pub fn current(&self) -> Option<SlotId> {
         match self.operation {
             Operation::Off => None,
             Operation::Root { current, .. } => current,
@@ -73,15 +83,13 @@ impl Nested {
     }
 
     /// Notes that a slot is in use.
-    pub fn touch(&mut self, index: usize) {
+    pub fn touch(&mut self, id: SlotId) {
         self.uses += 1;
-        if let Some(slot) = self.slots.get_mut(index) {
-            slot.used = self.uses;
-        }
+        self.slots[id].used = self.uses;
     }
 
     /// The slot for the vmcs12 at `vmptr`, active or not, if there is one.
-    pub fn find(&self, vmptr: Gpa) -> Option<usize> {
+    pub fn find(&self, vmptr: Gpa) -> Option<SlotId> {
         self.slots.find(|slot| slot.vmptr == Some(vmptr))
     }
 }

@@ -14,6 +14,7 @@ use crate::vmcs::access::{MachineParts, VmcsAccess};
 use crate::vmcs::msrs::OwnMsrs;
 use crate::vmcs::once::Once;
 use crate::vmcs::slot::Slot;
+use crate::vmcs::slots::SlotId;
 use crate::vmcs::tracked::Tracked;
 use crate::vmx::bitmap::Words;
 
@@ -83,22 +84,22 @@ impl Cpu {
         PoolFrames { pool: frames, memory: phys }
     }
 
-    /// The slot with this index, how its fields are reached, and the machine to do it with.
+    /// A slot, how its fields are reached, and the machine to do it with.
     #[inline(always)]
-    pub fn reach(&mut self, index: usize) -> (&mut Slot, &VmcsAccess, MachineParts<'_>) {
+    pub fn reach(&mut self, id: SlotId) -> (&mut Slot, &VmcsAccess, MachineParts<'_>) {
         let on = MachineParts { vmx: &mut self.vmx, phys: &self.phys, vmcs01: self.vmcs01 };
-        (&mut self.nested.slots[index], &self.config.access, on)
+        (&mut self.nested.slots[id], &self.config.access, on)
     }
 
     /// Makes the vmcs02 of a slot the current VMCS, with all that L2 wrote.
-    pub fn enter_vmcs02(&mut self, index: usize) {
-        let (slot, access, on) = self.reach(index);
+    pub fn enter_vmcs02(&mut self, id: SlotId) {
+        let (slot, access, on) = self.reach(id);
         access.enter(on, slot);
     }
 
     /// From the vmcs02 of a slot, which is current, back to vmcs01.
-    pub fn leave_vmcs02(&mut self, index: usize) {
-        let (slot, access, on) = self.reach(index);
+    pub fn leave_vmcs02(&mut self, id: SlotId) {
+        let (slot, access, on) = self.reach(id);
         access.leave(on, slot);
     }
 }

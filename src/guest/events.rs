@@ -5,6 +5,7 @@
 use crate::cpu::{Cpu, INJECTION, Operation, Startup, Waiting};
 use crate::hw::cpu;
 use crate::hw::vmx::Vmx;
+use crate::vmcs::stale::Stale;
 use crate::vmx::Field;
 use crate::vmx::controls::{PinControls, PrimaryControls};
 use crate::vmx::event::{EventInfo, EventKind, Redelivery, vector};
@@ -108,11 +109,14 @@ pub fn window_opened(cpu: &mut Cpu) {
 
 /// Sets or clears controls of the current VMCS.
 pub fn set_controls(cpu: &mut Cpu, pin: PinControls, primary: PrimaryControls, on: bool) {
-    if let Operation::NonRoot { current, .. } = cpu.nested.operation {
-        cpu.events.altered = Some(current);
-        cpu.waiting |= Waiting::OWN;
-    }
     let vmx = &mut cpu.vmx;
+    if let Operation::NonRoot { current, .. } = cpu.nested.operation {
+        let slot = &mut cpu.nested.slots[current];
+        slot.vmcs02.alter_controls(vmx, pin, primary, on);
+        // L2's come back with its next entry.
+        slot.stale |= Stale::WINDOWS;
+        return;
+    }
     for (field, bits) in
         [(Field::PIN_BASED_VM_EXEC_CONTROL, pin.bits()), (Field::CPU_BASED_VM_EXEC_CONTROL, primary.bits())]
     {

@@ -11,6 +11,7 @@ use crate::hw::cr;
 use crate::hw::phys::DirectMap;
 use crate::mm::linear::Paging;
 use crate::rules::merge::Duties;
+use crate::vmcs::slots::SlotId;
 use crate::vmx::Field;
 use crate::vmx::field::{Fields, PDPTES};
 use crate::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, decode_field_access};
@@ -159,9 +160,9 @@ fn meet_breakpoints(cpu: &mut Cpu, linear: u64, bytes: usize, write: bool) {
 }
 
 /// L3's memory; vmcs02 is current.
-fn l3_view(cpu: &mut Cpu, index: usize) -> View<'_, DirectMap> {
+fn l3_view(cpu: &mut Cpu, id: SlotId) -> View<'_, DirectMap> {
     let paging = paging(cpu);
-    let slot = &cpu.nested.slots[index];
+    let slot = &cpu.nested.slots[id];
     let has_ept = slot.merged.is_some_and(|m| !m.duties.contains(Duties::LOAD_PDPTES));
     let eptp12 = has_ept.then(|| Eptp::new(slot.vmcs12.get(Field::EPT_POINTER)));
     View { guest: &cpu.guest, eptp12, rules: EptRules::of(&cpu.config.offered), paging }

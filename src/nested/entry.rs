@@ -19,6 +19,7 @@ use crate::rules::merge::{self, Duties, MsrIntercepts, NvmxNeeds, Translated};
 use crate::trace::KillReason;
 use crate::vmcs::access::MachineParts;
 use crate::vmcs::slot::Slot;
+use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
 use crate::vmcs::vpid::VPID01;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
@@ -30,26 +31,24 @@ use crate::x86::{Cr0, Cr4, efer};
 
 /// Enters L3 on the slot's vmcs12, as VMLAUNCH or VMRESUME; vmcs01 is current and the launch state was checked.
 #[inline]
-pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
-    if cpu.nested.slots[index].stale.intersects(Stale::PREPARED) {
-        if let Err(error) = prepare(cpu, index) {
+pub fn enter(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
+    if cpu.nested.slots[id].stale.intersects(Stale::PREPARED) {
+        if let Err(error) = prepare(cpu, id) {
             vmx_result(cpu, VmxResult::FailValid(error));
             return Ok(Next::Advance);
         }
     }
-    let slot = &cpu.nested.slots[index];
-    let links = slot.merged.is_some_and(|m| m.duties.contains(Duties::LINK_SHADOW_VMCS));
-    if links || slot.vmcs12.get(Field::VMCS_LINK_POINTER) != NO_LINK || slot.link02 != NO_LINK {
-        shadow::link(cpu, index);
-    }
-    let slot = &mut cpu.nested.slots[index];
+    let slot = &cpu.nested.slots[id];
+    let links = slot.has_duty(Duties::LINK_SHADOW_VMCS) || slot.vmcs12.get(Field::VMCS_LINK_POINTER) != NO_LINK;
+    let link = if links { shadow::link(cpu, id) } else { NO_LINK };
+    let slot = &mut cpu.nested.slots[id];
     let vmx = &mut cpu.vmx;
     let Some(merged) = &slot.merged else { return Err(KillReason::UnexpectedExit(0).into()) };
     let (duties, uses_msr_bitmap) = (merged.duties, merged.msr_bitmap.is_some());
     let uses_timer = merged.pin.contains(PinControls::PREEMPTION_TIMER);
     slot.inherited.leave_l2(vmx);
     if uses_msr_bitmap {
-        let written = match &mut slot.bitmap_watch {
+        let written = match &mut slot.msr_bitmap.watch {
             Some(watch) if !others::several_run() => {
                 cpu.ept01.written(watch, &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
             }
@@ -65,11 +64,8 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
 
     let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
     cpu.config.access.enter(on, slot);
-    if slot.link02 != slot.link_to {
-        slot.link02 = slot.link_to;
-        vmx.write(Field::VMCS_LINK_POINTER, slot.link02);
-    }
-    if slot.unwritten {
+    slot.vmcs02.link.put(vmx, link);
+    if slot.stale.intersects(Stale::TO_WRITE) {
         slot.write_controls(vmx);
     }
     let activation = if duties.contains(Duties::LOAD_PDPTES) {
@@ -78,37 +74,39 @@ pub fn enter(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         let ept01 = (!others::several_run()).then_some(&mut cpu.ept01);
         cpu.ept02.activate(slot.eptp12(), &cpu.guest, ept01, &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
     };
-    slot.run_on(vmx, activation, cpu.ept01.eptp());
+    slot.vmcs02.run_on(vmx, activation, cpu.ept01.eptp());
     let vpid02 = if duties.contains(Duties::FLUSH_VPID) {
         vmx.invvpid(Invalidate::Single, VPID01, 0);
         VPID01
     } else {
         cpu.nested.vpids.assign(vmx, slot.vmcs12.get(Field::VIRTUAL_PROCESSOR_ID) as u16)
     };
-    if slot.vpid02 != vpid02 {
-        slot.vpid02 = vpid02;
-        vmx.write(Field::VIRTUAL_PROCESSOR_ID, vpid02 as u64);
-    }
+    slot.vmcs02.run_with_vpid(vmx, vpid02);
     if uses_timer {
-        slot.timer.start(vmx.read(Field::VMX_PREEMPTION_TIMER_VALUE));
+        slot.vmcs02.timer.start(vmx);
     }
-    slot.inherited.enter_l3(vmx, &slot.vmcs12, &cpu.tracked);
+    slot.inherited.enter_l3(vmx, &slot.vmcs12, &mut slot.vmcs02.pat, &cpu.tracked);
     let count = slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_COUNT);
-    if count != 0 || slot.msr_lists.is_armed() {
-        slot.msr_lists.arm_entry(vmx, &cpu.phys, &cpu.guest, slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_ADDR), count);
-        slot.inherited.forget_pat();
+    if count == 0 {
+        slot.vmcs02.load_no_msrs(vmx);
+    } else {
+        let at = slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_ADDR);
+        let (list, count) = slot.msr_lists.copy_entry_area(&cpu.phys, &cpu.guest, at, count);
+        slot.vmcs02.load_msrs(vmx, list, count);
+        // IA32_PAT may be among them.
+        slot.vmcs02.pat.forget();
     }
     if let Operation::Root { vmxon_ptr, .. } = cpu.nested.operation {
-        cpu.nested.operation = Operation::NonRoot { vmxon_ptr, current: index };
+        cpu.nested.operation = Operation::NonRoot { vmxon_ptr, current: id };
     }
     if duties.contains(Duties::LOAD_PDPTES) {
-        slot.pdptes12 = load_pdptes(vmx, &cpu.guest);
+        slot.vmcs02.pdptes12 = load_pdptes(vmx, &cpu.guest);
         if duties.contains(Duties::FLUSH_EPT01) {
             vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
         }
     }
     if slot.stale.contains(Stale::GUEST) {
-        return check_guest_state(cpu, index);
+        return check_guest_state(cpu, id);
     }
     Ok(Next::Stay)
 }
@@ -130,9 +128,9 @@ fn load_pdptes(vmx: &mut Vmx, guest: &GuestMemory<impl PhysMem>) -> Option<[u64;
 
 /// Runs the checks on what L2 wrote and merges anew; vmcs01 is current.
 #[cold]
-fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
+fn prepare(cpu: &mut Cpu, id: SlotId) -> Result<(), VmxError> {
     let long_mode = cpu.tracked.efer() & efer::LMA != 0;
-    let slot = &mut cpu.nested.slots[index];
+    let slot = &mut cpu.nested.slots[id];
     let (vmcs12, stale, offered) = (&slot.vmcs12, slot.stale, &cpu.config.offered);
     let controls = stale.contains(Stale::CONTROLS).then(|| checks::check_cached_controls(vmcs12, offered)).transpose();
     let checked = controls.and_then(|checked| {
@@ -144,7 +142,7 @@ fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
     let checked = checked.map_err(|failure| {
         // Rules on controls come first, those too that are else the processor's.
         let failure = match failure.error {
-            VmxError::EntryInvalidHostStateField => live_controls_failure(cpu, index).unwrap_or(failure),
+            VmxError::EntryInvalidHostStateField => live_controls_failure(cpu, id).unwrap_or(failure),
             _ => failure,
         };
         let refusal = match failure.error {
@@ -155,28 +153,28 @@ fn prepare(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
         failure.error
     })?;
     if let Some(checked) = checked {
-        merge_controls(cpu, index, checked);
-        if let Err(error) = virtual_apic::map_access_page(cpu, index) {
+        merge_controls(cpu, id, checked);
+        if let Err(error) = virtual_apic::map_access_page(cpu, id) {
             refuse(cpu, Refusal::Controls(None));
             return Err(error);
         }
     }
-    cpu.nested.slots[index].stale -= Stale::PREPARED;
+    cpu.nested.slots[id].stale -= Stale::PREPARED;
     Ok(())
 }
 
 /// The rule that a control in vmcs02 breaks; vmcs01 is current.
-fn live_controls_failure(cpu: &mut Cpu, index: usize) -> Option<checks::Failure> {
-    cpu.enter_vmcs02(index);
-    let failure = judge::whole(cpu, index, |whole| whole.controls_in_vmcs02().err());
-    cpu.leave_vmcs02(index);
+fn live_controls_failure(cpu: &mut Cpu, id: SlotId) -> Option<checks::Failure> {
+    cpu.enter_vmcs02(id);
+    let failure = judge::whole(cpu, id, |whole| whole.controls_in_vmcs02().err());
+    cpu.leave_vmcs02(id);
     failure
 }
 
 /// Merges the controls anew, which were checked.
-fn merge_controls(cpu: &mut Cpu, index: usize, checked: ControlsChecked) {
+fn merge_controls(cpu: &mut Cpu, id: SlotId, checked: ControlsChecked) {
     let by_hardware = shadow::by_hardware(cpu);
-    let slot = &cpu.nested.slots[index];
+    let slot = &cpu.nested.slots[id];
     let primary = PrimaryControls::from_bits_retain(slot.vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32);
     let io = |field| cpu.guest.translate(Gpa::new(slot.vmcs12.get(field))).ok();
     let io_bitmaps = primary
@@ -185,15 +183,15 @@ fn merge_controls(cpu: &mut Cpu, index: usize, checked: ControlsChecked) {
         .flatten();
     let uses_msr_bitmap = primary.contains(PrimaryControls::USE_MSR_BITMAPS) && io(Field::MSR_BITMAP).is_some();
     let bitmap12 = uses_msr_bitmap.then_some(slot.vmcs12.get(Field::MSR_BITMAP));
-    if slot.bitmap12 != bitmap12 {
-        watch_msr_bitmap(cpu, index, bitmap12);
+    if slot.msr_bitmap.of != bitmap12 {
+        watch_msr_bitmap(cpu, id, bitmap12);
     }
 
-    let apic = virtual_apic::pages(cpu, &cpu.nested.slots[index].vmcs12);
-    let slot = &mut cpu.nested.slots[index];
+    let apic = virtual_apic::pages(cpu, &cpu.nested.slots[id].vmcs12);
+    let slot = &mut cpu.nested.slots[id];
     let to = Translated {
         io_bitmaps,
-        msr_bitmap: uses_msr_bitmap.then_some(slot.msr_bitmap),
+        msr_bitmap: uses_msr_bitmap.then_some(slot.msr_bitmap.page),
         shadow_bitmaps: by_hardware.then_some(slot.shadow_bitmaps),
         apic,
     };
@@ -202,9 +200,8 @@ fn merge_controls(cpu: &mut Cpu, index: usize, checked: ControlsChecked) {
     let exit12 = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
     let unrestricted = merged.secondary.contains(SecondaryControls::UNRESTRICTED_GUEST);
     slot.inherited.plan(entry12, exit12, unrestricted);
-    slot.mode_based = merged.secondary.contains(SecondaryControls::MODE_BASED_EXECUTE_CONTROL);
     slot.merged = Some(merged);
-    slot.unwritten = true;
+    slot.stale |= Stale::UNWRITTEN;
     // Here the processor writes without regard to ept01.
     for page in [merged.virtual_apic, merged.posted_descriptor].into_iter().flatten() {
         cpu.ept02.expose(Gpa::new(page.get()), &mut Cpu::tables(&mut cpu.frames, &cpu.phys));
@@ -213,14 +210,14 @@ fn merge_controls(cpu: &mut Cpu, index: usize, checked: ControlsChecked) {
 
 /// Starts to watch L2's MSR bitmap and merges it once; without dirty flags, or once L2 runs on several CPUs, it is merged
 /// at every entry.
-fn watch_msr_bitmap(cpu: &mut Cpu, index: usize, bitmap12: Option<u64>) {
-    let slot = &mut cpu.nested.slots[index];
-    slot.bitmap12 = bitmap12;
-    slot.bitmap_watch = None;
+fn watch_msr_bitmap(cpu: &mut Cpu, id: SlotId, bitmap12: Option<u64>) {
+    let slot = &mut cpu.nested.slots[id];
+    slot.msr_bitmap.of = bitmap12;
+    slot.msr_bitmap.watch = None;
     // The flags of this CPU's ept01 do not see what another one writes.
     let Some(at) = bitmap12.filter(|_| !others::several_run()) else { return };
-    slot.bitmap_watch = cpu.ept01.watch(Gpa::new(at), &mut Cpu::tables(&mut cpu.frames, &cpu.phys)).ok();
-    if slot.bitmap_watch.is_some() {
+    slot.msr_bitmap.watch = cpu.ept01.watch(Gpa::new(at), &mut Cpu::tables(&mut cpu.frames, &cpu.phys)).ok();
+    if slot.msr_bitmap.watch.is_some() {
         cpu.vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
         merge_bitmaps(&cpu.phys, &cpu.guest, slot, &cpu.msr_intercepts);
     }
@@ -228,24 +225,24 @@ fn watch_msr_bitmap(cpu: &mut Cpu, index: usize, bitmap12: Option<u64>) {
 
 /// Merges the MSR bitmaps of a slot anew.
 #[cold]
-pub fn merge_msr_bitmap(cpu: &mut Cpu, index: usize) {
-    merge_bitmaps(&cpu.phys, &cpu.guest, &cpu.nested.slots[index], &cpu.msr_intercepts);
+pub fn merge_msr_bitmap(cpu: &mut Cpu, id: SlotId) {
+    merge_bitmaps(&cpu.phys, &cpu.guest, &cpu.nested.slots[id], &cpu.msr_intercepts);
 }
 
 /// The slot's MSR bitmap = nvmx's ∪ L2's.
 fn merge_bitmaps<P: PhysMem>(phys: &P, guest: &GuestMemory<P>, slot: &Slot, ours: &MsrIntercepts) {
-    merge::msr_bitmaps(phys, ours, guest, Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP)), slot.msr_bitmap);
+    merge::msr_bitmaps(phys, ours, guest, Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP)), slot.msr_bitmap.page);
 }
 
 /// The rules on guest state that the processor does not apply to vmcs02 as it would to vmcs12. vmcs02 is current and
 /// complete.
 #[cold]
-fn check_guest_state(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
-    let verdict = judge::whole(cpu, index, |whole| {
+fn check_guest_state(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
+    let verdict = judge::whole(cpu, id, |whole| {
         // Rules on controls come first, those too that are else the processor's.
         whole.guest_beyond_hardware().map_err(|failure| (failure, whole.live_controls()))
     });
-    let slot = &mut cpu.nested.slots[index];
+    let slot = &mut cpu.nested.slots[id];
     slot.stale -= Stale::GUEST;
     match verdict {
         Ok(()) => Ok(Next::Stay),
@@ -286,10 +283,10 @@ pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
 }
 
 /// Back to L2 from an entry on vmcs02 that fails for its controls.
-fn back_to_l2(cpu: &mut Cpu, vmxon_ptr: Gpa, current: usize) {
+fn back_to_l2(cpu: &mut Cpu, vmxon_ptr: Gpa, current: SlotId) {
     let slot = &mut cpu.nested.slots[current];
     slot.inherited.undo(&mut cpu.vmx);
-    slot.give_pdptes_back(&mut cpu.vmx);
+    slot.vmcs02.give_pdptes_back(&mut cpu.vmx, slot.has_duty(Duties::LOAD_PDPTES));
     cpu.leave_vmcs02(current);
     cpu.nested.operation = Operation::Root { vmxon_ptr, current: Some(current) };
     vmx_result(cpu, VmxResult::FailValid(VmxError::EntryInvalidControlField));
@@ -298,13 +295,13 @@ fn back_to_l2(cpu: &mut Cpu, vmxon_ptr: Gpa, current: usize) {
 
 /// An entry that the processor let in and then failed (exit reason with bit 31): L2's state, L2's failure.
 #[cold]
-pub fn failed_late(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReason> {
+pub fn failed_late(cpu: &mut Cpu, id: SlotId, reason: ExitReason) -> Result<(), KillReason> {
     let qualification = cpu.vmx.read(Field::EXIT_QUALIFICATION);
     if reason.basic() == BasicReason::ENTRY_INVALID_GUEST_STATE {
-        let check = judge::whole(cpu, index, |whole| whole.guest().err().map(|failure| failure.check));
+        let check = judge::whole(cpu, id, |whole| whole.guest().err().map(|failure| failure.check));
         refuse(cpu, Refusal::GuestState(check, qualification));
     } else if reason.basic() == BasicReason::ENTRY_MSR_LOADING {
-        let word = cpu.nested.slots[index].msr_lists.index_of_entry(&cpu.phys, qualification);
+        let word = cpu.nested.slots[id].msr_lists.index_of_entry(&cpu.phys, qualification);
         refuse(cpu, Refusal::MsrLoading(checks::msr_load_failure(word), qualification));
     }
     reflect::entry_failure(cpu, reason.basic(), qualification)

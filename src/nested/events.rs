@@ -16,6 +16,7 @@ use crate::cpu::{Cpu, INJECTION, Operation, Waiting};
 use crate::emul::init;
 use crate::guest::events::{ask_for_window, inject, pin12, set_controls};
 use crate::trace::KillReason;
+use crate::vmcs::slots::SlotId;
 use crate::vmx::Field;
 use crate::vmx::controls::{PinControls, PrimaryControls};
 use crate::vmx::event::{EventInfo, EventKind, vector};
@@ -43,7 +44,7 @@ pub fn deliver(cpu: &mut Cpu) {
         }
     }
     let events = &cpu.events;
-    cpu.waiting.set(Waiting::OWN, events.stops_l3 || events.lent.is_some() || events.altered.is_some());
+    cpu.waiting.set(Waiting::OWN, events.stops_l3 || events.lent.is_some());
 }
 
 /// An INIT takes L3 out; outside of VMX operation it resets L2's processor; else it goes on waiting.
@@ -57,14 +58,14 @@ fn deliver_init(cpu: &mut Cpu) {
 
 /// Brings L3 to a stop where an INIT is taken: the entry has checked and loaded everything and delivered its event, and L3
 /// has executed nothing. An entry that fails, or an exit while the event is delivered, leaves the INIT waiting.
-fn stop_l3_for_init(cpu: &mut Cpu, index: usize) {
+fn stop_l3_for_init(cpu: &mut Cpu, id: SlotId) {
     if cpu.events.stops_l3 || !can_stop_l3(cpu) {
         return;
     }
     cpu.events.stops_l3 = true;
     cpu.waiting |= Waiting::OWN;
     let event = EventInfo(cpu.vmx.read(Field::VM_ENTRY_INTR_INFO_FIELD) as u32);
-    let primary12 = cpu.nested.slots[index].vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32;
+    let primary12 = cpu.nested.slots[id].vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32;
     if !event.is_valid() {
         stop_at_once(cpu);
     } else if !event.is(EventKind::Other) && !steps(primary12) {
@@ -82,22 +83,19 @@ fn steps(primary12: u32) -> bool {
     PrimaryControls::from_bits_retain(primary12).contains(PrimaryControls::MONITOR_TRAP_FLAG)
 }
 
-/// L2 runs again: the fields of vmcs02 that nvmx used have L2's values again.
+/// L2 runs again: the fields of vmcs02 that nvmx used have L2's values again. Controls are written with its next entry.
 fn give_back(cpu: &mut Cpu) {
     cpu.events.stops_l3 = false;
     let activity = cpu.events.activity.take();
-    if let Some(index) = cpu.events.altered.take() {
-        cpu.nested.slots[index].write_controls_anew();
-    }
-    let Some((index, values)) = cpu.events.lent.take() else { return };
-    cpu.enter_vmcs02(index);
+    let Some((id, values)) = cpu.events.lent.take() else { return };
+    cpu.enter_vmcs02(id);
     for (field, value) in INJECTION.into_iter().zip(values) {
         cpu.vmx.write(field, value);
     }
     if let Some(activity) = activity {
         cpu.vmx.write(Field::GUEST_ACTIVITY_STATE, activity);
     }
-    cpu.leave_vmcs02(index);
+    cpu.leave_vmcs02(id);
 }
 
 /// L2 wants NMIs of L3: brings L3 to a stop behind the event that is being injected, or at once.
@@ -139,7 +137,7 @@ fn stop_at_once(cpu: &mut Cpu) {
 
 /// An exit of L3 by the monitor trap flag: if nvmx asked for it, L2 gets the INIT, else the NMI. Says whether it did.
 #[cold]
-pub fn stopped_l3(cpu: &mut Cpu, index: usize) -> Result<bool, KillReason> {
+pub fn stopped_l3(cpu: &mut Cpu, id: SlotId) -> Result<bool, KillReason> {
     if !core::mem::take(&mut cpu.events.stops_l3) {
         return Ok(false);
     }
@@ -149,10 +147,10 @@ pub fn stopped_l3(cpu: &mut Cpu, index: usize) -> Result<bool, KillReason> {
     }
     if cpu.waiting.contains(Waiting::INIT) {
         cpu.waiting -= Waiting::INIT;
-        reflect::reflect(cpu, index, Some((ExitReason::exit(BasicReason::INIT_SIGNAL), 0)))?;
+        reflect::reflect(cpu, id, Some((ExitReason::exit(BasicReason::INIT_SIGNAL), 0)))?;
         return Ok(true);
     }
     cpu.waiting -= Waiting::NMI;
-    reflect::exception(cpu, index, EventInfo::new(EventKind::Nmi, vector::NMI).0, None, 0)?;
+    reflect::exception(cpu, id, EventInfo::new(EventKind::Nmi, vector::NMI).0, None, 0)?;
     Ok(true)
 }

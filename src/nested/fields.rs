@@ -4,24 +4,25 @@ use super::result::done;
 use crate::addr::Hpa;
 use crate::cpu::{Cpu, Operation};
 use crate::guest::{Next, Stop, operand};
+use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
 use crate::vmx::field::Home;
 use crate::vmx::{Field, VmxError, VmxResult};
 
 /// VMREAD of the vmcs12 in a slot by the guest of the current VMCS.
-pub fn read(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
+pub fn read(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
     let info = operand::field_access_info(cpu);
     let encoding = operand::field_encoding(cpu, info);
     let Some((field, high)) = offered_field(cpu, encoding) else {
         return done(cpu, VmxResult::FailValid(VmxError::UnsupportedVmcsComponent));
     };
-    let value = read_field(cpu, index, field);
+    let value = read_field(cpu, id, field);
     operand::store(cpu, info, if high { value >> 32 } else { value })?;
     done(cpu, VmxResult::Succeed)
 }
 
 /// VMWRITE to the vmcs12 in a slot by the guest of the current VMCS.
-pub fn write(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
+pub fn write(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
     let info = operand::field_access_info(cpu);
     let value = operand::load(cpu, info)?;
     let encoding = operand::field_encoding(cpu, info);
@@ -32,8 +33,8 @@ pub fn write(cpu: &mut Cpu, index: usize) -> Result<Next, Stop> {
         return done(cpu, VmxResult::FailValid(VmxError::VmwriteReadOnlyComponent));
     }
     // A full write in 32-bit mode clears the upper half of a 64-bit field, a "high" write keeps the lower one.
-    let value = if high { read_field(cpu, index, field) & 0xFFFF_FFFF | value << 32 } else { value };
-    write_field(cpu, index, field, value);
+    let value = if high { read_field(cpu, id, field) & 0xFFFF_FFFF | value << 32 } else { value };
+    write_field(cpu, id, field, value);
     done(cpu, VmxResult::Succeed)
 }
 
@@ -46,25 +47,25 @@ fn offered_field(cpu: &Cpu, encoding: u64) -> Option<(Field, bool)> {
 }
 
 /// The value of a field as L2 sees it.
-pub fn read_field(cpu: &mut Cpu, index: usize, field: Field) -> u64 {
-    let slot = &cpu.nested.slots[index];
+pub fn read_field(cpu: &mut Cpu, id: SlotId, field: Field) -> u64 {
+    let slot = &cpu.nested.slots[id];
     if slot.vmcs12.valid.contains(field) {
         return slot.vmcs12.get(field);
     }
     let current = current_vmcs(cpu);
-    let (slot, access, on) = cpu.reach(index);
+    let (slot, access, on) = cpu.reach(id);
     access.read(on, slot, current, field)
 }
 
-fn write_field(cpu: &mut Cpu, index: usize, field: Field, value: u64) {
+fn write_field(cpu: &mut Cpu, id: SlotId, field: Field, value: u64) {
     if field.home() != Home::Cache {
         let current = current_vmcs(cpu);
-        let (slot, access, on) = cpu.reach(index);
+        let (slot, access, on) = cpu.reach(id);
         access.write(on, slot, current, field, value);
         slot.stale |= Stale::of(field);
         return;
     }
-    let slot = &mut cpu.nested.slots[index];
+    let slot = &mut cpu.nested.slots[id];
     let (old, value) = (slot.vmcs12.get(field), value & field.mask());
     if old != value {
         slot.vmcs12.set(field, value);
@@ -77,7 +78,7 @@ fn write_field(cpu: &mut Cpu, index: usize, field: Field, value: u64) {
 /// The VMCS of the guest that runs.
 fn current_vmcs(cpu: &Cpu) -> Hpa {
     match cpu.nested.operation {
-        Operation::NonRoot { current, .. } => cpu.nested.slots[current].vmcs02(),
+        Operation::NonRoot { current, .. } => cpu.nested.slots[current].vmcs02.region(),
         _ => cpu.vmcs01,
     }
 }

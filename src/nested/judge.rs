@@ -5,6 +5,7 @@ use crate::cpu::{Cpu, Operation};
 use crate::hw::phys::DirectMap;
 use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::checks::{self, CheckId, Failure, GuestContext, GuestFailure};
+use crate::vmcs::slots::SlotId;
 use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::{Capabilities, Field};
 use crate::x86::efer;
@@ -64,8 +65,8 @@ impl<P: PhysMem> checks::GuestMemory for Pages<'_, P> {
 }
 
 /// What `f` makes of the whole of the vmcs12 in a slot; its vmcs02 is current.
-pub fn whole<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&Whole<'_>) -> T) -> T {
-    let slot = &mut cpu.nested.slots[index];
+pub fn whole<T>(cpu: &mut Cpu, id: SlotId, f: impl FnOnce(&Whole<'_>) -> T) -> T {
+    let slot = &mut cpu.nested.slots[id];
     let context = GuestContext { current_vmptr: slot.vmptr.unwrap_or(Gpa::new(u64::MAX)) };
     let (offered, pages, long_mode) = (&cpu.config.offered, Pages(&cpu.guest), cpu.tracked.efer() & efer::LMA != 0);
     let access = &cpu.config.access;
@@ -74,17 +75,17 @@ pub fn whole<T>(cpu: &mut Cpu, index: usize, f: impl FnOnce(&Whole<'_>) -> T) ->
 
 /// Every rule that the entry breaks, and what `f` makes of the whole of vmcs12; the current VMCS is the same afterwards.
 pub fn all_broken<T>(cpu: &mut Cpu, f: impl FnOnce(&Whole<'_>, &[CheckId]) -> T) -> Option<T> {
-    let index = cpu.nested.current()?;
+    let id = cpu.nested.current()?;
     let root = matches!(cpu.nested.operation, Operation::Root { .. });
     if root {
-        cpu.enter_vmcs02(index);
+        cpu.enter_vmcs02(id);
     }
-    let result = whole(cpu, index, |whole| {
+    let result = whole(cpu, id, |whole| {
         let Whole { vmcs12, offered, context, pages, long_mode } = whole;
         f(whole, &checks::all_broken(*vmcs12, offered, *long_mode, context, pages))
     });
     if root {
-        cpu.leave_vmcs02(index);
+        cpu.leave_vmcs02(id);
     }
     Some(result)
 }

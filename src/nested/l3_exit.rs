@@ -11,7 +11,7 @@ use crate::rules::merge::Duties;
 use crate::rules::route::{ExitInfo, Route, route};
 use crate::trace::KillReason;
 use crate::vmcs::msrs;
-use crate::vmcs::slot::Slot;
+use crate::vmcs::slots::SlotId;
 use crate::vmcs::tracked::is_pat;
 use crate::vmx::Field;
 use crate::vmx::bitmap::Access;
@@ -25,7 +25,7 @@ use crate::x86::msr::IA32_PAT;
 #[inline(always)]
 pub fn needs_launch(cpu: &Cpu) -> bool {
     match cpu.nested.operation {
-        Operation::NonRoot { current, .. } => cpu.nested.slots[current].needs_launch(),
+        Operation::NonRoot { current, .. } => cpu.nested.slots[current].vmcs02.needs_launch(),
         _ => true,
     }
 }
@@ -39,7 +39,7 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
     if reason.is_entry_failure() {
         return entry::failed_late(cpu, current, reason);
     }
-    cpu.nested.slots[current].mark_launched();
+    cpu.nested.slots[current].vmcs02.mark_launched();
     if reason.basic() == BasicReason::EPT_VIOLATION {
         // ept12 says whose it is.
         violation::violation(cpu, current)?;
@@ -53,7 +53,7 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
         BasicReason::INIT_SIGNAL => others::stop_if_over(),
         BasicReason::EXCEPTION_OR_NMI => event = EventInfo(cpu.vmx.read(Field::VM_EXIT_INTR_INFO) as u32),
         BasicReason::MONITOR_TRAP_FLAG if super::events::stopped_l3(cpu, current)? => return Ok(()),
-        BasicReason::VMREAD | BasicReason::VMWRITE if uses_shadowing(&cpu.nested.slots[current]) => {
+        BasicReason::VMREAD | BasicReason::VMWRITE if cpu.nested.slots[current].has_duty(Duties::LINK_SHADOW_VMCS) => {
             encoding = shadow::encoding(cpu);
         }
         _ => {}
@@ -66,78 +66,67 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
     }
 }
 
-fn uses_shadowing(slot: &Slot) -> bool {
-    slot.merged.is_some_and(|m| m.duties.contains(Duties::LINK_SHADOW_VMCS))
-}
-
 /// Handles an exit that L2 does not see, or finds out that it must.
 #[inline]
-fn keep(cpu: &mut Cpu, index: usize, reason: ExitReason) -> Result<(), KillReason> {
+fn keep(cpu: &mut Cpu, id: SlotId, reason: ExitReason) -> Result<(), KillReason> {
     match reason.basic() {
         BasicReason::EPT_MISCONFIGURATION => {
             // ept02 holds only what compose wrote: a misconfiguration in it is a bug of nvmx.
             return Err(KillReason::UnexpectedExit(reason.0));
         }
-        BasicReason::VMFUNC => vmfunc::emulate(cpu, index)?,
+        BasicReason::VMFUNC => vmfunc::emulate(cpu, id)?,
         // L3's NMIs are its own, and nvmx has one for it.
         BasicReason::NMI_WINDOW => events::window_opened(cpu),
         BasicReason::EXCEPTION_OR_NMI => events::note_nmi(cpu),
-        BasicReason::VMREAD => shadow::of_l3(cpu, index, Access::Read)?,
-        BasicReason::VMWRITE => shadow::of_l3(cpu, index, Access::Write)?,
-        BasicReason::RDMSR => msr_of_l3(cpu, index, Access::Read, msr::read)?,
-        BasicReason::WRMSR if cpu.regs.gpr[1] as u32 == IA32_PAT => pat_of_l3(cpu, index)?,
-        BasicReason::WRMSR => msr_of_l3(cpu, index, Access::Write, msr::write)?,
+        BasicReason::VMREAD => shadow::of_l3(cpu, id, Access::Read)?,
+        BasicReason::VMWRITE => shadow::of_l3(cpu, id, Access::Write)?,
+        BasicReason::RDMSR => msr_of_l3(cpu, id, Access::Read, msr::read)?,
+        BasicReason::WRMSR if cpu.regs.gpr[1] as u32 == IA32_PAT => pat_of_l3(cpu, id)?,
+        BasicReason::WRMSR => msr_of_l3(cpu, id, Access::Write, msr::write)?,
         _ => return Err(KillReason::UnexpectedExit(reason.0)),
     }
-    goes_on(cpu, index);
+    goes_on(cpu, id);
     Ok(())
 }
 
 /// If L3 goes on: the MSRs that L2's entry loaded are not loaded again, and its timer has run meanwhile.
 #[inline(always)]
-fn goes_on(cpu: &mut Cpu, index: usize) {
+fn goes_on(cpu: &mut Cpu, id: SlotId) {
     if matches!(cpu.nested.operation, Operation::NonRoot { .. }) {
-        let slot = &mut cpu.nested.slots[index];
-        slot.msr_lists.disarm_entry(&mut cpu.vmx);
+        let slot = &mut cpu.nested.slots[id];
+        slot.vmcs02.load_no_msrs(&mut cpu.vmx);
         if slot.merged.as_ref().is_some_and(|merged| merged.pin.contains(PinControls::PREEMPTION_TIMER)) {
-            timer_goes_on(cpu, index);
+            let shift = cpu.config.hardware.misc.preemption_timer_shift();
+            slot.vmcs02.timer.go_on(&mut cpu.vmx, shift, cpu.regs.exit_tsc(), vmenter::now());
         }
     }
 }
 
-#[cold]
-fn timer_goes_on(cpu: &mut Cpu, index: usize) {
-    let (vmx, shift) = (&mut cpu.vmx, cpu.config.hardware.misc.preemption_timer_shift());
-    let left = || vmx.read(Field::VMX_PREEMPTION_TIMER_VALUE);
-    let left = cpu.nested.slots[index].timer.go_on(left, shift, cpu.regs.exit_tsc(), vmenter::now());
-    vmx.write(Field::VMX_PREEMPTION_TIMER_VALUE, left);
-}
-
 /// L3 writes IA32_PAT, which L2 lets it do.
-fn pat_of_l3(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
+fn pat_of_l3(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
     let (_, value) = msr::written(cpu);
     if !is_pat(value) {
-        return completion::refused(cpu, index, Fault::GeneralProtection(0));
+        return completion::refused(cpu, id, Fault::GeneralProtection(0));
     }
-    cpu.nested.slots[index].inherited.set_pat(&mut cpu.vmx, value);
-    completion::completed(cpu, index)
+    cpu.nested.slots[id].vmcs02.pat.put(&mut cpu.vmx, value);
+    completion::completed(cpu, id)
 }
 
 /// An MSR that only nvmx intercepts: L3 sees what L2 would.
 fn msr_of_l3(
     cpu: &mut Cpu,
-    index: usize,
+    id: SlotId,
     access: Access,
     emulate: fn(&mut Cpu) -> Result<(), Fault>,
 ) -> Result<(), KillReason> {
     if !msrs::is_own(cpu.regs.gpr[1] as u32, access) {
         // L2's bitmap lost the bit while L3 ran. Merged again, it lets the instruction through.
-        entry::merge_msr_bitmap(cpu, index);
+        entry::merge_msr_bitmap(cpu, id);
         inject::set_resume_flag(&mut cpu.vmx);
         return Ok(());
     }
     match emulate(cpu) {
-        Ok(()) => completion::completed(cpu, index),
-        Err(fault) => completion::refused(cpu, index, fault),
+        Ok(()) => completion::completed(cpu, id),
+        Err(fault) => completion::refused(cpu, id, fault),
     }
 }

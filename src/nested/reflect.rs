@@ -16,6 +16,7 @@ use crate::vmcs::msr_lists::MsrLists;
 use crate::vmcs::msrs::{self, OwnMsrs};
 use crate::vmcs::once::Once;
 use crate::vmcs::slot::Slot;
+use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
 use crate::vmcs::tracked::{HostValues, Tracked};
 use crate::vmcs::vmcs12::Vmcs12;
@@ -37,15 +38,15 @@ pub type Info = (ExitReason, u64);
 
 /// Takes L2 out of an exit of L3 whose information stands in vmcs02, which is current, except for `info`.
 #[inline(always)]
-pub fn reflect(cpu: &mut Cpu, index: usize, info: Option<Info>) -> Result<(), KillReason> {
-    report(cpu, index, info.map(|(reason, qualification)| Report::new(reason, qualification)))
+pub fn reflect(cpu: &mut Cpu, id: SlotId, info: Option<Info>) -> Result<(), KillReason> {
+    report(cpu, id, info.map(|(reason, qualification)| Report::new(reason, qualification)))
 }
 
 /// One copy: the run loop stays small enough to hold what comes before it.
 #[inline(never)]
-fn report(cpu: &mut Cpu, index: usize, report: Option<Report>) -> Result<(), KillReason> {
+fn report(cpu: &mut Cpu, id: SlotId, report: Option<Report>) -> Result<(), KillReason> {
     cpu.vmx.counters.bump(Counter::Reflected);
-    let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[index]);
+    let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[id]);
     let pin = PinControls::from_bits_retain(slot.vmcs12.get(Field::PIN_BASED_VM_EXEC_CONTROL) as u32);
     let exit = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
     let secondary = slot.merged.map_or(SecondaryControls::empty(), |m| m.secondary);
@@ -59,15 +60,15 @@ fn report(cpu: &mut Cpu, index: usize, report: Option<Report>) -> Result<(), Kil
         }
     }
     if pin.contains(PinControls::PREEMPTION_TIMER) && !exit.contains(ExitControls::SAVE_PREEMPTION_TIMER) {
-        vmx.write(Field::VMX_PREEMPTION_TIMER_VALUE, slot.timer.set());
+        slot.vmcs02.timer.give_back(vmx);
     }
     let nmi_blocked = nmi_blocked(vmx, pin, report);
     if slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_COUNT) != 0 {
         store_msrs(vmx, slot, &cpu.config, &cpu.msrs, &cpu.guest)?;
     }
-    slot.inherited.leave_l3(vmx, &mut slot.vmcs12);
+    slot.inherited.leave_l3(vmx, &mut slot.vmcs12, &mut slot.vmcs02.pat);
     slot.vmcs12.launched = true;
-    leave_vmcs02(cpu, index, nmi_blocked, report)
+    leave_vmcs02(cpu, id, nmi_blocked, report)
 }
 
 #[cold]
@@ -86,24 +87,26 @@ fn store_msrs(
 #[cold]
 pub fn exception(
     cpu: &mut Cpu,
-    index: usize,
+    id: SlotId,
     info: u32,
     error: Option<u32>,
     qualification: u64,
 ) -> Result<(), KillReason> {
     let reason = ExitReason::exit(BasicReason::EXCEPTION_OR_NMI);
-    report(cpu, index, Some(Report { reason, qualification, event: Some((info, error)) }))
+    report(cpu, id, Some(Report { reason, qualification, event: Some((info, error)) }))
 }
 
 /// Takes L2 out of an entry that failed late: no guest state is saved, NMIs are blocked as before. vmcs02 is current.
 #[cold]
 pub fn entry_failure(cpu: &mut Cpu, basic: BasicReason, qualification: u64) -> Result<(), KillReason> {
-    let Some(index) = cpu.nested.current() else { return Err(KillReason::UnexpectedExit(basic.0 as u32)) };
+    let Some(id) = cpu.nested.current() else { return Err(KillReason::UnexpectedExit(basic.0 as u32)) };
     cpu.vmx.counters.bump(Counter::Reflected);
-    let slot = &mut cpu.nested.slots[index];
+    let slot = &mut cpu.nested.slots[id];
     let guest_state_loaded = basic == BasicReason::ENTRY_MSR_LOADING;
-    slot.inherited.leave_failed_entry(&mut cpu.vmx, &cpu.tracked, guest_state_loaded);
-    slot.give_pdptes_back(&mut cpu.vmx);
+    slot.inherited.leave_failed_entry(&mut cpu.vmx, &mut slot.vmcs02.pat, &cpu.tracked, guest_state_loaded);
+    slot.vmcs02.give_pdptes_back(&mut cpu.vmx, slot.has_duty(Duties::LOAD_PDPTES));
+    // The processor may have changed the mode among the entry controls before.
+    slot.stale |= Stale::UNWRITTEN;
     if guest_state_loaded {
         // The qualification is the number of the entry that failed; those before it count.
         let loaded = |msr| slot.msr_lists.loaded_by_entry(&cpu.phys, qualification, msr);
@@ -111,7 +114,7 @@ pub fn entry_failure(cpu: &mut Cpu, basic: BasicReason, qualification: u64) -> R
     }
     let nmi_blocked = cpu.nested.blocking01 & BLOCKING_BY_NMI != 0;
     let report = Report::new(ExitReason::entry_failure(basic), qualification);
-    leave_vmcs02(cpu, index, nmi_blocked, Some(report))
+    leave_vmcs02(cpu, id, nmi_blocked, Some(report))
 }
 
 /// NMIs are blocked for L2 after an exit by an NMI, and if L3 ran with them blocked in the processor.
@@ -137,8 +140,8 @@ fn nmi_blocked(vmx: &mut Vmx, pin: PinControls, report: Option<Report>) -> bool 
 }
 
 #[inline(always)]
-fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, report: Option<Report>) -> Result<(), KillReason> {
-    let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[index]);
+fn leave_vmcs02(cpu: &mut Cpu, id: SlotId, nmi_blocked: bool, report: Option<Report>) -> Result<(), KillReason> {
+    let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[id]);
     let blocking = if nmi_blocked { BLOCKING_BY_NMI } else { 0 };
     let blocking = (cpu.nested.blocking01 != blocking).then_some(blocking);
     let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
@@ -146,7 +149,7 @@ fn leave_vmcs02(cpu: &mut Cpu, index: usize, nmi_blocked: bool, report: Option<R
     if slot.vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 == 0 {
         load_pdptes_of_l2(vmx, &cpu.guest, &slot.vmcs12)?;
     }
-    if slot.merged.is_some_and(|m| m.duties.contains(Duties::FLUSH_VPID)) {
+    if slot.has_duty(Duties::FLUSH_VPID) {
         vmx.invvpid(Invalidate::Single, VPID01, 0);
     }
     let count = slot.vmcs12.get(Field::VM_EXIT_MSR_LOAD_COUNT);

@@ -31,8 +31,8 @@ pub fn vmx_result(cpu: &mut Cpu, result: VmxResult) {
     }
     let flags = cpu.vmx.read(Field::GUEST_RFLAGS);
     cpu.vmx.write(Field::GUEST_RFLAGS, flags & !RFLAGS_ARITHMETIC | flag);
-    if let (Some(error), Some(slot)) = (error, current.and_then(|i| cpu.nested.slots.get_mut(i))) {
-        slot.vmcs12.set(Field::VM_INSTRUCTION_ERROR, error as u64);
+    if let (Some(error), Some(id)) = (error, current) {
+        cpu.nested.slots[id].vmcs12.set(Field::VM_INSTRUCTION_ERROR, error as u64);
     }
 }
 

@@ -15,21 +15,19 @@ use crate::guest::operand::{self, require_cpl0};
 use crate::guest::{Next, Stop, inject};
 use crate::rules::merge::{self, Duties};
 use crate::trace::KillReason;
+use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
 use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::bitmap::Access;
-use crate::vmx::region::{REVISION, SHADOW_INDICATOR};
+use crate::vmx::region::{NO_LINK, REVISION, SHADOW_INDICATOR};
 use crate::vmx::{Field, VmxResult};
 
-/// No link.
-pub const NO_LINK: u64 = u64::MAX;
-
 /// Makes the shadow VMCS of a slot's vmcs12 ready for an entry; vmcs01 is current, the rules on controls hold. A link pointer
-/// that breaks a rule is left to the rules on guest state.
+/// that breaks a rule is left to the rules on guest state. Answers with the link pointer for vmcs02.
 #[cold]
-pub fn link(cpu: &mut Cpu, index: usize) {
-    let slot = &mut cpu.nested.slots[index];
-    let shadows = slot.merged.is_some_and(|m| m.duties.contains(Duties::LINK_SHADOW_VMCS));
+pub fn link(cpu: &mut Cpu, id: SlotId) -> u64 {
+    let slot = &mut cpu.nested.slots[id];
+    let shadows = slot.has_duty(Duties::LINK_SHADOW_VMCS);
     let link12 = slot.vmcs12.get(Field::VMCS_LINK_POINTER);
     let at = Gpa::new(link12);
     let good = at.is_aligned(PAGE_SIZE)
@@ -37,12 +35,11 @@ pub fn link(cpu: &mut Cpu, index: usize) {
         && slot.vmptr != Some(at)
         && Vmcs12::revision(&cpu.guest, at) == Ok(REVISION | SHADOW_INDICATOR);
     slot.linked = None;
-    slot.link_to = NO_LINK;
     if link12 != NO_LINK && !(shadows && good) {
         slot.stale |= Stale::GUEST;
     }
     if !shadows {
-        return;
+        return NO_LINK;
     }
     let bitmaps = slot.merged.and_then(|m| m.shadow_bitmaps);
     if let Some((read, write)) = bitmaps {
@@ -53,20 +50,19 @@ pub fn link(cpu: &mut Cpu, index: usize) {
         }
     }
     if link12 == NO_LINK || !good {
-        return;
+        return NO_LINK;
     }
     // The current vmcs12 must not be the one that makes room.
-    cpu.nested.touch(index);
+    cpu.nested.touch(id);
     let linked = active::activate(cpu, at, true);
     cpu.nested.touch(linked);
     let (target, access, on) = cpu.reach(linked);
-    let link_to = bitmaps.map(|_| {
+    let link = bitmaps.map(|_| {
         access.rest(on, target);
-        target.vmcs02().get()
+        target.vmcs02.region().get()
     });
-    let slot = &mut cpu.nested.slots[index];
-    slot.linked = Some(linked);
-    slot.link_to = link_to.unwrap_or(NO_LINK);
+    cpu.nested.slots[id].linked = Some(linked);
+    link.unwrap_or(NO_LINK)
 }
 
 /// The encoding in the register operand of L3's VMREAD or VMWRITE; vmcs02 is current.
@@ -76,8 +72,8 @@ pub fn encoding(cpu: &mut Cpu) -> u64 {
 }
 
 /// L3's VMREAD or VMWRITE that L2's bitmaps let through and the hardware does not; vmcs02 is current.
-pub fn of_l3(cpu: &mut Cpu, index: usize, access: Access) -> Result<(), KillReason> {
-    let linked = cpu.nested.slots[index].linked;
+pub fn of_l3(cpu: &mut Cpu, id: SlotId, access: Access) -> Result<(), KillReason> {
+    let linked = cpu.nested.slots[id].linked;
     let access_field = match access {
         Access::Read => fields::read,
         Access::Write => fields::write,
@@ -91,10 +87,10 @@ pub fn of_l3(cpu: &mut Cpu, index: usize, access: Access) -> Result<(), KillReas
         }
     };
     match result {
-        Ok(Next::Advance) => completion::completed(cpu, index),
+        Ok(Next::Advance) => completion::completed(cpu, id),
         Ok(Next::Stay) => Ok(()),
-        Err(Stop::Fault(fault)) => completion::refused(cpu, index, fault),
-        Err(Stop::Miss(miss)) => completion::missed(cpu, index, miss),
+        Err(Stop::Fault(fault)) => completion::refused(cpu, id, fault),
+        Err(Stop::Miss(miss)) => completion::missed(cpu, id, miss),
         Err(Stop::Kill(reason)) => Err(reason),
         Err(Stop::Again) => {
             inject::set_resume_flag(&mut cpu.vmx);

@@ -100,7 +100,7 @@ pub fn refuse(cpu: &mut Cpu, refusal: Refusal) {
 /// L2's RIP and exit reason at its VMX instruction.
 fn at_the_instruction(cpu: &mut Cpu) -> (u64, BasicReason) {
     let vmcs02 = match cpu.nested.operation {
-        Operation::NonRoot { current, .. } => cpu.nested.slots.get(current).map(|slot| slot.vmcs02()),
+        Operation::NonRoot { current, .. } => Some(cpu.nested.slots[current].vmcs02.region()),
         _ => None,
     };
     if vmcs02.is_some() {

@@ -13,6 +13,7 @@ use crate::ept::Qualification;
 use crate::guest::events;
 use crate::mm::{GuestMemory, PhysMem};
 use crate::trace::KillReason;
+use crate::vmcs::slots::SlotId;
 use crate::vmx::Field;
 use crate::vmx::event::{EventInfo, EventKind, vector};
 use crate::vmx::exit::BasicReason;
@@ -55,14 +56,14 @@ impl Information {
 
 /// Makes a convertible violation a #VE; false if it stays an exit. vmcs02 is current and has the violation's information.
 #[cold]
-pub fn convert(cpu: &mut Cpu, index: usize, qualification: Qualification) -> Result<bool, KillReason> {
+pub fn convert(cpu: &mut Cpu, id: SlotId, qualification: Qualification) -> Result<bool, KillReason> {
     let vmx = &mut cpu.vmx;
     let delivering = EventInfo(vmx.read(Field::IDT_VECTORING_INFO_FIELD) as u32).is_valid();
     let protected = vmx.read(Field::GUEST_CR0) & Cr0::PE.bits() != 0;
     if delivering || !protected || qualification.contains(Qualification::ASYNCHRONOUS) {
         return Ok(false);
     }
-    let vmcs12 = &cpu.nested.slots[index].vmcs12;
+    let vmcs12 = &cpu.nested.slots[id].vmcs12;
     let information = Information {
         qualification: qualification.bits(),
         linear: vmx.read(Field::GUEST_LINEAR_ADDRESS),
@@ -80,7 +81,7 @@ pub fn convert(cpu: &mut Cpu, index: usize, qualification: Qualification) -> Res
     }
     let unblocked = qualification.contains(Qualification::NMI_UNBLOCKING);
     let info = event.0 | if unblocked { EventInfo::NMI_UNBLOCKING } else { 0 };
-    reflect::exception(cpu, index, info, None, 0)?;
+    reflect::exception(cpu, id, info, None, 0)?;
     Ok(true)
 }
 

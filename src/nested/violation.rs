@@ -12,6 +12,7 @@ use crate::rules::merge::Duties;
 use crate::rules::route::L2Wants;
 use crate::trace::KillReason;
 use crate::vmcs::slot::Slot;
+use crate::vmcs::slots::SlotId;
 use crate::vmx::Field;
 use crate::vmx::controls::SecondaryControls;
 use crate::vmx::exit::{BasicReason, ExitReason};
@@ -19,10 +20,10 @@ use l2_protocol::abi::Counter;
 
 /// An EPT violation of L3: fills ept02, or tells L2.
 #[inline(always)]
-pub fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
-    let slot = &mut cpu.nested.slots[index];
+pub fn violation(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
+    let slot = &mut cpu.nested.slots[id];
     let at = cpu.vmx.read(Field::GUEST_PHYSICAL_ADDRESS);
-    if slot.merged.is_some_and(|m| m.duties.contains(Duties::LOAD_PDPTES)) {
+    if slot.has_duty(Duties::LOAD_PDPTES) {
         // L2 uses no EPT for this guest: its physical addresses are L2's, under ept01.
         return missing::map_missing(cpu, Gpa::new(at));
     }
@@ -44,32 +45,32 @@ pub fn violation(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
             cpu.vmx.counters.bump(Counter::Ept02Fills);
             cpu.vmx.counters.set(Counter::Ept02Evictions, cpu.ept02.stats().evictions);
             let activation = cpu.ept02.activate(eptp12, &cpu.guest, None, &mut tables);
-            slot.run_on(&mut cpu.vmx, activation, cpu.ept01.eptp());
+            slot.vmcs02.run_on(&mut cpu.vmx, activation, cpu.ept01.eptp());
             missing::redeliver(cpu, qualification);
             Ok(())
         }
         Outcome::ReflectViolation { qualification, convertible } => {
             let wants = Wants { slot, guest: &cpu.guest };
             let converts = convertible && wants.secondary().contains(SecondaryControls::EPT_VIOLATION_VE);
-            if converts && ve::convert(cpu, index, qualification)? {
+            if converts && ve::convert(cpu, id, qualification)? {
                 return Ok(());
             }
             let reason = ExitReason::exit(BasicReason::EPT_VIOLATION);
-            reflect::reflect(cpu, index, Some((reason, qualification.bits())))
+            reflect::reflect(cpu, id, Some((reason, qualification.bits())))
         }
         Outcome::ReflectMisconfig => {
             let reason = ExitReason::exit(BasicReason::EPT_MISCONFIGURATION);
-            reflect::reflect(cpu, index, Some((reason, 0)))
+            reflect::reflect(cpu, id, Some((reason, 0)))
         }
         Outcome::ReflectLogFull => {
             let reason = ExitReason::exit(BasicReason::PML_FULL);
-            reflect::reflect(cpu, index, Some((reason, qualification.of_log_full().bits())))
+            reflect::reflect(cpu, id, Some((reason, qualification.of_log_full().bits())))
         }
         Outcome::Forbidden { gpa } => {
             // L2 pointed ept12 where its memory map has no memory for it; that must not be a way for L3 to end L2.
             log::debug!("ept12 leads L3 to nvmx's own memory at {gpa}: a misconfiguration for L2");
             let reason = ExitReason::exit(BasicReason::EPT_MISCONFIGURATION);
-            reflect::reflect(cpu, index, Some((reason, 0)))
+            reflect::reflect(cpu, id, Some((reason, 0)))
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::cpu::Cpu;
 use crate::mm::PhysMem;
 use crate::rules::merge::{ApicPages, Duties};
 use crate::trace::KillReason;
+use crate::vmcs::slots::SlotId;
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::{Field, Fields, VmxError};
 
@@ -40,8 +41,8 @@ fn page(cpu: &Cpu, at: Gpa) -> Hpa {
 /// Accesses are sure to be virtualized only where all tables map the page by a 4 KiB page (SDM, "Issues Pertaining to
 /// Page Size and TLB Management"). ept02 does so where ept12 does; an L3 without EPT of L2 runs on ept01, which L2 does
 /// not know of. Fails for want of frames.
-pub(super) fn map_access_page(cpu: &mut Cpu, index: usize) -> Result<(), VmxError> {
-    let merged = &cpu.nested.slots[index].merged;
+pub(super) fn map_access_page(cpu: &mut Cpu, id: SlotId) -> Result<(), VmxError> {
+    let merged = &cpu.nested.slots[id].merged;
     let Some(page) = merged.filter(|m| m.duties.contains(Duties::FLUSH_EPT01)).and_then(|m| m.apic_access) else {
         return Ok(());
     };
@@ -58,9 +59,9 @@ pub(super) fn map_access_page(cpu: &mut Cpu, index: usize) -> Result<(), VmxErro
 /// without a write to the TPR: by a write to the virtual-APIC page as memory. L3 was running, so for L2 this is no failed
 /// instruction. It gets the exit that the next virtualized write to the TPR would have brought.
 #[cold]
-pub(super) fn below_threshold(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
+pub(super) fn below_threshold(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
     // An event that was to be delivered again stands in the IDT-vectoring information still.
     let event = cpu.vmx.read(Field::VM_ENTRY_INTR_INFO_FIELD);
     cpu.vmx.write(Field::VM_ENTRY_INTR_INFO_FIELD, event & !ENTRY_EVENT_VALID);
-    reflect::reflect(cpu, index, Some((ExitReason::exit(BasicReason::TPR_BELOW_THRESHOLD), 0)))
+    reflect::reflect(cpu, id, Some((ExitReason::exit(BasicReason::TPR_BELOW_THRESHOLD), 0)))
 }

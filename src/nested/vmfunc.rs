@@ -10,6 +10,7 @@ use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::checks::eptp_is_valid;
 use crate::trace::KillReason;
 use crate::vmcs::slot::Slot;
+use crate::vmcs::slots::SlotId;
 use crate::vmx::controls::EPTP_SWITCHING;
 use crate::vmx::{Capabilities, Field};
 
@@ -17,14 +18,14 @@ use crate::vmx::{Capabilities, Field};
 const LIST_ENTRIES: u32 = 512;
 
 /// Handles the exit; vmcs02 is current.
-pub fn emulate(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
+pub fn emulate(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
     let [rax, rcx, ..] = cpu.regs.gpr;
     let (function, ecx) = (rax as u32, rcx as u32);
-    let slot = &mut cpu.nested.slots[index];
+    let slot = &mut cpu.nested.slots[id];
     // Only what the checks let through can be enabled.
     let enabled = slot.vmcs12.get(Field::VM_FUNCTION_CONTROLS) & EPTP_SWITCHING != 0 && function == 0;
     let eptp12 = if enabled { listed_eptp(slot, &cpu.guest, &cpu.config.offered, ecx) } else { None };
-    let Some(eptp12) = eptp12 else { return reflect::reflect(cpu, index, None) };
+    let Some(eptp12) = eptp12 else { return reflect::reflect(cpu, id, None) };
     slot.vmcs12.set(Field::EPT_POINTER, eptp12);
     if cpu.config.offered.has_field(Field::EPTP_INDEX) {
         slot.vmcs12.set(Field::EPTP_INDEX, ecx.into());
@@ -32,8 +33,8 @@ pub fn emulate(cpu: &mut Cpu, index: usize) -> Result<(), KillReason> {
     let tables = &mut Cpu::tables(&mut cpu.frames, &cpu.phys);
     let ept01 = (!others::several_run()).then_some(&mut cpu.ept01);
     let activation = cpu.ept02.activate(slot.eptp12(), &cpu.guest, ept01, tables);
-    slot.run_on(&mut cpu.vmx, activation, cpu.ept01.eptp());
-    completion::completed(cpu, index)
+    slot.vmcs02.run_on(&mut cpu.vmx, activation, cpu.ept01.eptp());
+    completion::completed(cpu, id)
 }
 
 /// Entry `number` of L2's EPTP list, read once, if a VM entry would accept it. Memory that L2 does not own reads as all ones,

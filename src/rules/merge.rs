@@ -174,6 +174,49 @@ const INDEPENDENT: PrimaryControls = PrimaryControls::INTERRUPT_WINDOW_EXITING
     .union(PrimaryControls::PAUSE_EXITING);
 
 impl Vmcs02Controls {
+    /// The fields that [`Vmcs02Controls::others`] has values for.
+    pub const OTHERS: [Field; 14] = [
+        Field::SECONDARY_VM_EXEC_CONTROL,
+        Field::TERTIARY_VM_EXEC_CONTROL,
+        Field::VM_EXIT_CONTROLS,
+        Field::IO_BITMAP_A,
+        Field::IO_BITMAP_B,
+        Field::MSR_BITMAP,
+        Field::VIRTUAL_APIC_ADDRESS,
+        Field::APIC_ACCESS_ADDRESS,
+        Field::POSTED_INTR_DESC_ADDR,
+        Field::VMREAD_BITMAP,
+        Field::VMWRITE_BITMAP,
+        Field::XSS_EXITING_BITMAP,
+        Field::PLE_GAP,
+        Field::PLE_WINDOW,
+    ];
+
+    /// All but the pin-based, the primary and the VM-entry controls, in the order of [`Vmcs02Controls::OTHERS`]; `None` where
+    /// no control makes the processor look at the field, which it may not have.
+    pub fn others(&self) -> [Option<u64>; Self::OTHERS.len()] {
+        let (a, b) = self.io_bitmaps.map_or((None, None), |(a, b)| (Some(a.get()), Some(b.get())));
+        let (read, write) = self.shadow_bitmaps.map_or((None, None), |(r, w)| (Some(r.get()), Some(w.get())));
+        let tertiary = self.primary.contains(PrimaryControls::ACTIVATE_TERTIARY_CONTROLS);
+        let with = |control, value| self.secondary.contains(control).then_some(value);
+        [
+            Some(self.secondary.bits().into()),
+            tertiary.then_some(self.tertiary),
+            Some(self.exit.bits().into()),
+            a,
+            b,
+            self.msr_bitmap.map(Hpa::get),
+            self.virtual_apic.map(Hpa::get),
+            self.apic_access.map(Hpa::get),
+            self.posted_descriptor.map(Hpa::get),
+            read,
+            write,
+            with(SecondaryControls::ENABLE_XSAVES, self.xss_exiting_bitmap),
+            with(SecondaryControls::PAUSE_LOOP_EXITING, self.ple_gap.into()),
+            with(SecondaryControls::PAUSE_LOOP_EXITING, self.ple_window.into()),
+        ]
+    }
+
     /// L2 changes its primary controls from `old`, with which these were merged, to `new`. True if the merge is up to date
     /// again; else it must be made anew. Windows open and close this way before many entries.
     pub fn follow(&mut self, old: PrimaryControls, new: PrimaryControls, offered: &Capabilities) -> bool {

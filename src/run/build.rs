@@ -4,7 +4,7 @@ use crate::addr::{Gpa, Hpa, PAGE_SIZE};
 use crate::boot::Processor;
 use crate::boot::options::{Counters, Ept12, Stop, Vmcs as VmcsOption};
 use crate::boot::requirements::KVM;
-use crate::cpu::{Cpu, Nested, Startup, Waiting, vmcs02};
+use crate::cpu::{Cpu, Nested, Startup, Waiting};
 use crate::ept::{Ept01, Ept02, EptRules};
 use crate::hw::epitaph::{self, Status};
 use crate::hw::msr as hw_msr;
@@ -20,7 +20,7 @@ use crate::vmcs::access::VmcsAccess;
 use crate::vmcs::image::Layout;
 use crate::vmcs::msrs::{self, By, OwnMsrs};
 use crate::vmcs::once::Once;
-use crate::vmcs::slots::{FIRST_SLOTS, Slots};
+use crate::vmcs::slots::Slots;
 use crate::vmcs::tracked::Tracked;
 use crate::vmcs::vmcs01::{self, Points};
 use crate::vmcs::vmcs12::FieldSet;
@@ -111,10 +111,7 @@ impl Common {
             shadow_bitmap(bitmap, access, &offered);
             *at = page(&mut frames, phys, bitmap)?;
         }
-        let mut slots = Slots::new();
-        for _ in 0..FIRST_SLOTS {
-            slots.add(&mut frames, phys, revision)?;
-        }
+        let slots = Slots::new(&mut frames, phys, revision)?;
         let mut tables = Cpu::tables(&mut frames, phys);
         let ept01 = Ept01::new(
             EptRules::of(&hardware),
@@ -177,8 +174,11 @@ impl Common {
             VmcsOption::Instructions => false,
             VmcsOption::Memory => true,
         };
-        let layout = match (slots.get(0), slots.get(1)) {
-            (Some(a), Some(b)) if wanted => probe::layout(vmx, &self.phys, [a.vmcs02(), b.vmcs02()], exists),
+        let mut first = slots.iter();
+        let layout = match (first.next(), first.next()) {
+            (Some(a), Some(b)) if wanted => {
+                probe::layout(vmx, &self.phys, [a.vmcs02.region(), b.vmcs02.region()], exists)
+            }
             _ => None,
         };
         if layout.is_none() && self.vmcs == VmcsOption::Memory {
@@ -212,8 +212,8 @@ fn words(frames: &mut FramePool, phys: &DirectMap, word: impl Fn(usize) -> u64) 
 
 /// Writes the constant parts of every VMCS, and vmcs01, whose guest state is the caller's. `cpu` does not move from here on.
 pub fn set_up(cpu: &mut Cpu, write_guest_state: impl FnOnce(&mut Cpu)) {
-    for index in 0..cpu.nested.slots.len() {
-        vmcs02::set_up(cpu, index);
+    for slot in cpu.nested.slots.iter_mut() {
+        slot.vmcs02.set_up(&mut cpu.vmx, &cpu.regs, |field| cpu.config.access.has(field));
     }
     cpu.vmx.clear(cpu.vmcs01);
     cpu.vmx.ptrld(cpu.vmcs01);

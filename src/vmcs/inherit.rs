@@ -9,6 +9,7 @@
 
 use crate::hw::vmx::Vmx;
 use crate::rules::switched::{Asked, Item};
+use crate::vmcs::kept::Kept;
 use crate::vmcs::tracked::{HostValues, Tracked};
 use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::Field;
@@ -45,8 +46,6 @@ pub struct Inherited {
     live: [u64; 3],
     /// The value of vmcs12's field.
     original: [u64; 3],
-    /// IA32_PAT in vmcs02; `None` if L3's MSR area may have loaded another one. L3's own writes exit.
-    pat02: Option<u64>,
     /// IA32_PAT in the processor when L3 leaves.
     live_pat: u64,
 }
@@ -65,7 +64,6 @@ impl Default for Inherited {
             long_mode_host: true,
             live: [0; 3],
             original: [0; 3],
-            pat02: None,
             live_pat: 0,
         }
     }
@@ -104,11 +102,8 @@ impl Inherited {
 
     /// Before the entry, vmcs02 current and holding L2's values.
     #[inline(always)]
-    pub fn enter_l3(&mut self, vmx: &mut Vmx, vmcs12: &Vmcs12, l2: &Tracked) {
-        let pat = if self.loads_pat { vmcs12.get(Field::GUEST_IA32_PAT) } else { l2.pat() };
-        if self.pat02 != Some(pat) {
-            self.set_pat(vmx, pat);
-        }
+    pub fn enter_l3(&mut self, vmx: &mut Vmx, vmcs12: &Vmcs12, pat02: &mut Kept, l2: &Tracked) {
+        pat02.put(vmx, if self.loads_pat { vmcs12.get(Field::GUEST_IA32_PAT) } else { l2.pat() });
         if self.loaded & self.saved == ALL {
             return;
         }
@@ -124,25 +119,10 @@ impl Inherited {
         }
     }
 
-    /// L3's IA32_PAT becomes `pat`; vmcs02 is current.
-    pub fn set_pat(&mut self, vmx: &mut Vmx, pat: u64) {
-        vmx.write(Field::GUEST_IA32_PAT, pat);
-        self.pat02 = Some(pat);
-    }
-
-    /// L3's MSR area may load IA32_PAT.
-    pub fn forget_pat(&mut self) {
-        self.pat02 = None;
-    }
-
-    fn pat_of_l3(&mut self, vmx: &mut Vmx) -> u64 {
-        *self.pat02.get_or_insert_with(|| vmx.read(Field::GUEST_IA32_PAT))
-    }
-
     /// After an exit of L3 that goes to L2, vmcs02 current.
     #[inline(always)]
-    pub fn leave_l3(&mut self, vmx: &mut Vmx, vmcs12: &mut Vmcs12) {
-        self.live_pat = self.pat_of_l3(vmx);
+    pub fn leave_l3(&mut self, vmx: &mut Vmx, vmcs12: &mut Vmcs12, pat02: &mut Kept) {
+        self.live_pat = pat02.get(vmx);
         if self.saves_pat {
             vmcs12.set(Field::GUEST_IA32_PAT, self.live_pat);
         }
@@ -158,9 +138,9 @@ impl Inherited {
 
     /// After an entry that failed late, vmcs02 current: what L2 finds in the processor. The guest state was loaded only if
     /// the entry came as far as its MSR area.
-    pub fn leave_failed_entry(&mut self, vmx: &mut Vmx, l2: &Tracked, guest_state_loaded: bool) {
+    pub fn leave_failed_entry(&mut self, vmx: &mut Vmx, pat02: &mut Kept, l2: &Tracked, guest_state_loaded: bool) {
         if guest_state_loaded {
-            self.live_pat = self.pat_of_l3(vmx);
+            self.live_pat = pat02.get(vmx);
             self.live[EFER] = vmx.read(Field::GUEST_IA32_EFER);
         } else {
             self.live_pat = l2.pat();
@@ -194,7 +174,7 @@ impl Inherited {
         }
     }
 
-    /// vmcs02 gets a new owner.
+    /// Another vmcs12 gets vmcs02.
     pub fn forget(&mut self) {
         *self = Self::default();
     }

@@ -5,6 +5,7 @@ mod config;
 pub mod host;
 pub mod image;
 pub mod inherit;
+pub mod kept;
 pub mod msr_lists;
 pub mod msrs;
 pub mod mtrrs;
@@ -16,6 +17,7 @@ pub mod stale;
 pub mod timer;
 pub mod tracked;
 pub mod vmcs01;
+pub mod vmcs02;
 pub mod vmcs12;
 pub mod vpid;
 

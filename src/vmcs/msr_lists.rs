@@ -32,14 +32,12 @@ pub const ABORT_LOADING: u32 = 4;
 pub struct MsrLists {
     entry_load: Hpa,
     exit_load: Hpa,
-    /// vmcs02's count is not 0.
-    armed: bool,
 }
 
 impl MsrLists {
     /// On frames that nothing else uses.
     pub fn new(entry_load: Hpa, exit_load: Hpa) -> Self {
-        MsrLists { entry_load, exit_load, armed: false }
+        MsrLists { entry_load, exit_load }
     }
 
     /// The frames of both copies.
@@ -48,37 +46,21 @@ impl MsrLists {
         of(self.entry_load).chain(of(self.exit_load))
     }
 
-    /// vmcs02 would load a list.
-    #[inline(always)]
-    pub fn is_armed(&self) -> bool {
-        self.armed
-    }
-
-    /// Copies the VM-entry MSR-load area of vmcs12 and arms vmcs02, which is current, with it.
-    pub fn arm_entry(
-        &mut self,
-        vmx: &mut Vmx,
+    /// Copies the VM-entry MSR-load area of vmcs12; where the copy is, and how many entries it has.
+    pub fn copy_entry_area(
+        &self,
         phys: &DirectMap,
         memory: &GuestMemory<impl PhysMem>,
         at: u64,
         count: u64,
-    ) {
-        self.armed = arm(vmx, phys, memory, at, count, self.entry_load) != 0;
+    ) -> (Hpa, u64) {
+        (self.entry_load, copy_area(phys, memory, Gpa::new(at), count, self.entry_load))
     }
 
     /// The first word of the entry with this number, counted from 1, as the processor saw it.
     pub fn index_of_entry(&self, phys: &impl PhysMem, number: u64) -> u64 {
         let place = number.clamp(1, MAX_ENTRIES) - 1;
         phys.read_u64(Hpa::new(self.entry_load.get() + 16 * place))
-    }
-
-    /// The list was loaded: further entries of nvmx's own must not load it again. vmcs02 is current.
-    #[inline(always)]
-    pub fn disarm_entry(&mut self, vmx: &mut Vmx) {
-        if self.armed {
-            vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, 0);
-            self.armed = false;
-        }
     }
 
     /// The value that the entry loaded into an MSR before it failed at the entry with this number, if it did.
@@ -108,21 +90,16 @@ impl MsrLists {
 
     /// Has vmcs01, which is current, load the VM-exit MSR-load area of vmcs12 with the next entry.
     pub fn arm_exit(&self, vmx: &mut Vmx, phys: &DirectMap, memory: &GuestMemory<impl PhysMem>, at: u64, count: u64) {
-        arm(vmx, phys, memory, at, count, self.exit_load);
+        let count = copy_area(phys, memory, Gpa::new(at), count, self.exit_load);
+        vmx.write(Field::VM_ENTRY_MSR_LOAD_ADDR, self.exit_load.get());
+        vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, count);
     }
 }
 
-/// Has the current VMCS load a copy of the area at `at` with the next entry; tells how many entries that are.
-fn arm(vmx: &mut Vmx, phys: &DirectMap, memory: &GuestMemory<impl PhysMem>, at: u64, count: u64, copy: Hpa) -> u64 {
+/// Copies `count` entries once, or as many as fit, and tells how many. What nvmx would not let L2 write becomes an entry that
+/// the processor refuses.
+fn copy_area(phys: &impl PhysMem, memory: &GuestMemory<impl PhysMem>, at: Gpa, count: u64, to: Hpa) -> u64 {
     let count = count.min(MAX_ENTRIES);
-    copy_area(phys, memory, Gpa::new(at), count, copy);
-    vmx.write(Field::VM_ENTRY_MSR_LOAD_ADDR, copy.get());
-    vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, count);
-    count
-}
-
-/// Copies `count` entries once. What nvmx would not let L2 write becomes an entry that the processor refuses.
-fn copy_area(phys: &impl PhysMem, memory: &GuestMemory<impl PhysMem>, at: Gpa, count: u64, to: Hpa) {
     for offset in (0..count).map(|i| 16 * i) {
         let word = |further| at.checked_add(offset + further).and_then(|e| memory.read_u64(e).ok());
         let (index, value) = (word(0).unwrap_or(REFUSED), word(8).unwrap_or(0));
@@ -130,6 +107,7 @@ fn copy_area(phys: &impl PhysMem, memory: &GuestMemory<impl PhysMem>, at: Gpa, c
         phys.write_u64(Hpa::new(to.get() + offset), if refused { REFUSED } else { index });
         phys.write_u64(Hpa::new(to.get() + offset + 8), value);
     }
+    count
 }
 
 /// The last value for an MSR among the entries of a list before the one with this number, counted from 1.

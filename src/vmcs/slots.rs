@@ -17,62 +17,70 @@ use core::ops::{Index, IndexMut};
 /// How many vmcs12s can be active at once; a further VMPTRLD writes the least recently used one back.
 pub const SLOTS: usize = 64;
 /// Slots that there are from the start on.
-pub const FIRST_SLOTS: usize = 2;
+const FIRST_SLOTS: usize = 2;
 /// Frames of one: itself, vmcs02, MSR bitmap, VMREAD and VMWRITE bitmap, two MSR areas.
 const SLOT_FRAMES: usize = 5 + 2 * AREA_FRAMES;
 /// Further slots leave so many frames to the tables of ept02.
 const LEFT_FRAMES: usize = 64;
 
-/// The slots of one CPU, by index.
+/// Which slot. Only [`Slots`] makes one, for a slot that there is.
 ///
-/// An index comes from [`Slots::find`], from [`Slots::add`], or from a search of the slots. While it is kept there are never fewer
-/// slots: [`Slots::shrink`] is for the time outside VMX operation, when nobody keeps one. No value of a guest becomes one, so
-/// indexing cannot panic (invariant I6).
-#[derive(Default)]
+/// It is kept in the slot of another vmcs12, in `cpu::Operation` and in `cpu::Events`: while L2 is in VMX operation, in which there are
+/// never fewer slots. So it leads to its slot, and indexing cannot panic (invariant I6).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SlotId(u8);
+
+const _: () = assert!(SLOTS <= u8::MAX as usize);
+
+/// The slots of one CPU.
 pub struct Slots(ArrayVec<Held<Slot>, SLOTS>);
 
 impl Slots {
-    /// No slots.
-    pub fn new() -> Self {
-        Self::default()
+    /// The first ones; `None` if the frames do not suffice.
+    pub fn new(frames: &mut FramePool, phys: &DirectMap, revision: u32) -> Option<Self> {
+        let mut slots = Slots(ArrayVec::new());
+        for _ in 0..FIRST_SLOTS {
+            slots.add(frames, phys, revision)?;
+        }
+        Some(slots)
     }
 
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.0.len()
+    /// Of the slot in this place, which is there.
+    const fn id(index: usize) -> SlotId {
+        SlotId(index as u8)
     }
 
-    /// There are none.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// The slot with this index.
-    #[inline(always)]
-    pub fn get(&self, index: usize) -> Option<&Slot> {
-        self.0.get(index).map(|slot| &**slot)
-    }
-
-    /// The same, to change it.
-    #[inline(always)]
-    pub fn get_mut(&mut self, index: usize) -> Option<&mut Slot> {
-        self.0.get_mut(index).map(|slot| &mut **slot)
-    }
-
-    /// All of them, in the order of their indexes.
+    /// All of them, in an order that lasts.
     pub fn iter(&self) -> impl Iterator<Item = &Slot> {
         self.0.iter().map(|slot| &**slot)
     }
 
-    /// The index of the first slot that `is` says.
+    /// The same, to change them.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
+        self.0.iter_mut().map(|slot| &mut **slot)
+    }
+
+    /// Which slots there are.
+    pub fn ids(&self) -> impl Iterator<Item = SlotId> + use<> {
+        (0..self.0.len()).map(Self::id)
+    }
+
+    /// The first slot that `is` says.
     #[inline(always)]
-    pub fn find(&self, is: impl Fn(&Slot) -> bool) -> Option<usize> {
-        self.iter().position(is)
+    pub fn find(&self, is: impl Fn(&Slot) -> bool) -> Option<SlotId> {
+        self.iter().position(is).map(Self::id)
+    }
+
+    /// The slot whose vmcs12 is longest out of use, inactive ones first.
+    pub fn least_used(&self) -> SlotId {
+        let age = |(_, slot): &(usize, &Slot)| (slot.active, slot.used);
+        // There are always the first ones.
+        Self::id(self.iter().enumerate().min_by_key(age).map_or(0, |(index, _)| index))
     }
 
     /// Makes a further slot, whose vmcs02 has nothing but the revision identifier; `None` at the bound, or if too few frames are left.
     #[cold]
-    pub fn add(&mut self, frames: &mut FramePool, phys: &DirectMap, revision: u32) -> Option<usize> {
+    pub fn add(&mut self, frames: &mut FramePool, phys: &DirectMap, revision: u32) -> Option<SlotId> {
         let further = self.0.len() >= FIRST_SLOTS;
         let enough = SLOT_FRAMES + if further { LEFT_FRAMES } else { 0 };
         if self.0.is_full() || frames.available() < enough {
@@ -87,14 +95,15 @@ impl Slots {
                 None
             })?;
         self.0.push(slot);
-        Some(self.0.len() - 1)
+        Some(Self::id(self.0.len() - 1))
     }
 
-    /// Gives the slots beyond the first ones back; `clear` executes VMCLEAR on the vmcs02 of each.
+    /// Gives the slots beyond the first ones back; `clear` executes VMCLEAR on the vmcs02 of each. L2 has left VMX operation, so that
+    /// nobody keeps a [`SlotId`]: each slot is free.
     pub fn shrink(&mut self, frames: &mut FramePool, mut clear: impl FnMut(Hpa)) {
         while self.0.len() > FIRST_SLOTS {
             let Some(slot) = self.0.pop() else { return };
-            clear(slot.vmcs02());
+            clear(slot.vmcs02.region());
             let slot = slot.free(frames);
             slot.frames().for_each(|frame| frames.free(Frame::from_hpa(frame)));
         }
@@ -124,17 +133,17 @@ fn make(
     Some(Slot::new(vmcs02, msr_bitmap, shadow_bitmaps, lists))
 }
 
-impl Index<usize> for Slots {
+impl Index<SlotId> for Slots {
     type Output = Slot;
     #[inline(always)]
-    fn index(&self, index: usize) -> &Slot {
-        &self.0[index]
+    fn index(&self, id: SlotId) -> &Slot {
+        &self.0[usize::from(id.0)]
     }
 }
 
-impl IndexMut<usize> for Slots {
+impl IndexMut<SlotId> for Slots {
     #[inline(always)]
-    fn index_mut(&mut self, index: usize) -> &mut Slot {
-        &mut self.0[index]
+    fn index_mut(&mut self, id: SlotId) -> &mut Slot {
+        &mut self.0[usize::from(id.0)]
     }
 }

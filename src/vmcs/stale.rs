@@ -17,12 +17,18 @@ bitflags! {
         const HOST = 1 << 1;
         /// The rules on guest state that the processor does not apply for nvmx.
         const GUEST = 1 << 2;
+        /// Pin-based and primary controls of vmcs02: the merged ones are not in it.
+        const WINDOWS = 1 << 3;
+        /// All controls of vmcs02.
+        const UNWRITTEN = 1 << 4;
     }
 }
 
 impl Stale {
     /// What is judged before vmcs02 is touched.
     pub const PREPARED: Stale = Stale::CONTROLS.union(Stale::HOST);
+    /// What is written to vmcs02 once it is current.
+    pub const TO_WRITE: Stale = Stale::WINDOWS.union(Stale::UNWRITTEN);
 
     /// What another value of this field makes stale. Fields that live in vmcs02 are the processor's to check.
     pub const fn of(field: Field) -> Stale {

@@ -6,7 +6,11 @@
 //!
 //! Source: Intel SDM vol. 3C (December 2024), "VMX-Preemption Timer"; vol. 3D, "Miscellaneous Data" (IA32_VMX_MISC).
 
-/// The timer of one vmcs12.
+use crate::vmx::{Field, FieldAccess};
+
+const VALUE: Field = Field::VMX_PREEMPTION_TIMER_VALUE;
+
+/// The timer of one vmcs12. Its vmcs02 is current in each function.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Timer {
     /// What L2 set for the last entry.
@@ -16,23 +20,23 @@ pub struct Timer {
 }
 
 impl Timer {
-    /// L2 enters with this value.
+    /// L2 enters with the value that is in vmcs02.
     #[inline(always)]
-    pub fn start(&mut self, value: u64) {
-        *self = Timer { set: value, ends: None };
+    pub fn start(&mut self, vmcs02: &mut impl FieldAccess) {
+        *self = Timer { set: vmcs02.read(VALUE), ends: None };
     }
 
-    /// What L2 set for the last entry.
+    /// An exit goes to L2, which does not have the value saved: it finds what it set.
     #[inline(always)]
-    pub const fn set(&self) -> u64 {
-        self.set
+    pub fn give_back(&self, vmcs02: &mut impl FieldAccess) {
+        vmcs02.write(VALUE, self.set);
     }
 
-    /// L3 goes on after an exit that L2 does not see: what the processor's timer is to begin with. `left` is what it had at
-    /// the exit, the rest are values of the TSC; `shift` is X.
-    pub fn go_on(&mut self, left: impl FnOnce() -> u64, shift: u32, exit: u64, now: u64) -> u64 {
-        let ends = *self.ends.get_or_insert_with(|| (exit >> shift).saturating_add(left()));
-        ends.saturating_sub(now >> shift)
+    /// L3 goes on after an exit that L2 does not see. `exit` and `now` are values of the TSC; `shift` is X.
+    #[cold]
+    pub fn go_on(&mut self, vmcs02: &mut impl FieldAccess, shift: u32, exit: u64, now: u64) {
+        let ends = *self.ends.get_or_insert_with(|| (exit >> shift).saturating_add(vmcs02.read(VALUE)));
+        vmcs02.write(VALUE, ends.saturating_sub(now >> shift));
     }
 }
 
@@ -40,6 +44,21 @@ impl Timer {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    /// The field in vmcs02.
+    struct Vmcs02(u64);
+
+    impl FieldAccess for Vmcs02 {
+        fn read(&mut self, field: Field) -> u64 {
+            assert_eq!(field, VALUE);
+            self.0
+        }
+
+        fn write(&mut self, field: Field, value: u64) {
+            assert_eq!(field, VALUE);
+            self.0 = value;
+        }
+    }
 
     proptest! {
         /// A timer of `value` whose L3 runs, exits and is handled for any times at all ends when one without exits ends.
@@ -50,8 +69,8 @@ mod tests {
             begin in 0u64..1 << 60,
             pieces in prop::collection::vec((0u64..1 << 34, 0u64..1 << 34), 1..40),
         ) {
-            let mut timer = Timer::default();
-            timer.start(value);
+            let (mut timer, mut vmcs02) = (Timer::default(), Vmcs02(value));
+            timer.start(&mut vmcs02);
             let end = (begin >> shift) + value;
             let (mut now, mut loaded) = (begin, value);
             for (runs, handled) in pieces {
@@ -64,20 +83,29 @@ mod tests {
                     return Ok(());
                 }
                 now = exit + handled;
-                loaded = timer.go_on(|| loaded - counted, shift, exit, now);
+                vmcs02.0 = loaded - counted;
+                timer.go_on(&mut vmcs02, shift, exit, now);
+                loaded = vmcs02.0;
                 prop_assert_eq!(loaded, end.saturating_sub(now >> shift));
-                prop_assert_eq!(timer.set(), value);
             }
+            timer.give_back(&mut vmcs02);
+            prop_assert_eq!(vmcs02.0, value);
         }
     }
 
     #[test]
     fn a_new_entry_of_l2_starts_it_anew() {
         let mut timer = Timer::default();
-        timer.start(10);
-        assert_eq!(timer.go_on(|| 8, 2, 40, 47), 7);
-        timer.start(10);
-        assert_eq!(timer.go_on(|| 9, 2, 80, 80), 9);
-        assert_eq!(timer.go_on(|| unreachable!(), 2, 81, 1000), 0, "overdue");
+        let mut go_on = |start: bool, left: u64, exit: u64, now: u64| {
+            if start {
+                timer.start(&mut Vmcs02(10));
+            }
+            let mut vmcs02 = Vmcs02(left);
+            timer.go_on(&mut vmcs02, 2, exit, now);
+            vmcs02.0
+        };
+        assert_eq!(go_on(true, 8, 40, 47), 7);
+        assert_eq!(go_on(true, 9, 80, 80), 9);
+        assert_eq!(go_on(false, 100, 81, 1000), 0, "overdue, whatever the processor has left");
     }
 }

@@ -9,6 +9,7 @@
 use crate::addr::Gpa;
 use crate::mm::PhysMem;
 use crate::mm::guest::{GuestMemory, NotOwned};
+use crate::vmx::FieldAccess;
 use crate::vmx::field::{Field, Fields, Home};
 
 const LAUNCH_OFFSET: u64 = 8;
@@ -142,6 +143,19 @@ impl Vmcs12 {
     pub fn written(&mut self, field: Field, value: u64) {
         self.fetched(field, value);
         self.dirty.insert(field);
+    }
+
+    /// Writes L2's pending values to vmcs02, which is current, for fields that it is `wanted` of.
+    pub fn write_dirty(&mut self, vmcs02: &mut impl FieldAccess, wanted: impl Fn(Field) -> bool) {
+        for field in self.dirty.iter().filter(|field| wanted(*field)) {
+            vmcs02.write(field, self.get(field));
+        }
+        self.dirty = FieldSet::EMPTY;
+    }
+
+    /// Fetches every field that only vmcs02 has, which is current.
+    pub fn fetch_missing(&mut self, vmcs02: &mut impl FieldAccess, exists: &FieldSet) {
+        self.fetch(exists.without(&self.valid), |field| vmcs02.read(field));
     }
 
     /// The revision identifier in the region at `at`, with bit 31.

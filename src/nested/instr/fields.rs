@@ -13,7 +13,7 @@ pub fn vmread(cpu: &mut Cpu) -> Result<Next, Stop> {
     cpu.vmx.counters.bump(Counter::TrappedVmread);
     require_root(cpu)?;
     match cpu.nested.current() {
-        Some(index) => fields::read(cpu, index),
+        Some(id) => fields::read(cpu, id),
         None => done(cpu, VmxResult::FailInvalid),
     }
 }
@@ -23,7 +23,7 @@ pub fn vmwrite(cpu: &mut Cpu) -> Result<Next, Stop> {
     cpu.vmx.counters.bump(Counter::TrappedVmwrite);
     require_root(cpu)?;
     match cpu.nested.current() {
-        Some(index) => fields::write(cpu, index),
+        Some(id) => fields::write(cpu, id),
         None => done(cpu, VmxResult::FailInvalid),
     }
 }

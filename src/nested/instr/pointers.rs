@@ -29,9 +29,9 @@ pub fn vmptrld(cpu: &mut Cpu) -> Result<Next, Stop> {
     if revision & !SHADOW_INDICATOR != REVISION || shadow && !may_be_shadow {
         return done(cpu, VmxResult::FailValid(VmxError::VmptrldIncorrectRevisionId));
     }
-    let index = active::activate(cpu, at, shadow);
-    if cpu.nested.current() != Some(index) {
-        active::make_current(cpu, Some(index));
+    let id = active::activate(cpu, at, shadow);
+    if cpu.nested.current() != Some(id) {
+        active::make_current(cpu, Some(id));
     }
     done(cpu, VmxResult::Succeed)
 }
@@ -40,7 +40,7 @@ pub fn vmptrld(cpu: &mut Cpu) -> Result<Next, Stop> {
 pub fn vmptrst(cpu: &mut Cpu) -> Result<Next, Stop> {
     require_root(cpu)?;
     let linear = operand::linear(cpu, 8, Direction::Store)?;
-    let vmptr = cpu.nested.current().and_then(|i| cpu.nested.slots[i].vmptr);
+    let vmptr = cpu.nested.current().and_then(|id| cpu.nested.slots[id].vmptr);
     operand::write(cpu, linear, &vmptr.map_or(NO_LINK, Gpa::get).to_le_bytes())?;
     done(cpu, VmxResult::Succeed)
 }
@@ -55,13 +55,13 @@ pub fn vmclear(cpu: &mut Cpu) -> Result<Next, Stop> {
     if cpu.nested.vmxon_ptr() == Some(at) {
         return done(cpu, VmxResult::FailValid(VmxError::VmclearVmxonPointer));
     }
-    match cpu.nested.find(at).filter(|index| cpu.nested.slots[*index].active) {
-        Some(index) => {
-            cpu.nested.slots[index].vmcs12.launched = false;
-            if cpu.nested.current() == Some(index) {
+    match cpu.nested.find(at).filter(|id| cpu.nested.slots[*id].active) {
+        Some(id) => {
+            cpu.nested.slots[id].vmcs12.launched = false;
+            if cpu.nested.current() == Some(id) {
                 active::make_current(cpu, None);
             }
-            active::write_back(cpu, index);
+            active::write_back(cpu, id);
         }
         // Where L2 owns no memory the write is lost, as on the bus.
         None => {

@@ -47,21 +47,19 @@ pub fn vmxon(cpu: &mut Cpu) -> Result<Next, Stop> {
 pub fn vmxoff(cpu: &mut Cpu) -> Result<Next, Stop> {
     require_root(cpu)?;
     make_current(cpu, None);
-    for index in 0..cpu.nested.slots.len() {
-        if cpu.nested.slots[index].active {
-            write_back(cpu, index);
+    for id in cpu.nested.slots.ids() {
+        if cpu.nested.slots[id].active {
+            write_back(cpu, id);
         }
-        cpu.nested.slots[index].release();
     }
-    let (slots, frames, vmx) = (&mut cpu.nested.slots, &mut cpu.frames, &mut cpu.vmx);
-    slots.shrink(frames, |vmcs02| vmx.clear(vmcs02));
+    let vmx = &mut cpu.vmx;
+    cpu.nested.leave(&mut cpu.frames, |vmcs02| vmx.clear(vmcs02));
     let mut tables = Cpu::tables(&mut cpu.frames, &cpu.phys);
     cpu.ept02.forget_all(&mut tables);
     // No slot watches a page of L2 any more.
     if cpu.ept01.join(&mut tables) {
         cpu.vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
     }
-    cpu.nested.operation = Operation::Off;
     vmcs01::own_control_bits(&mut cpu.vmx, &cpu.config, false);
     done(cpu, VmxResult::Succeed)
 }

@@ -25,28 +25,28 @@ impl InMemory {
 
 impl Strategy for InMemory {
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, _: Hpa, field: Field) -> u64 {
-        self.layout.read(on.phys, slot.vmcs02(), field)
+        self.layout.read(on.phys, slot.vmcs02.region(), field)
     }
 
     fn write(&self, on: MachineParts<'_>, slot: &mut Slot, _: Hpa, field: Field, value: u64) {
         // What nvmx reported in place of the processor, if it did, is overwritten.
         slot.vmcs12.valid.remove(field);
-        self.layout.write(on.phys, slot.vmcs02(), field, value);
+        self.layout.write(on.phys, slot.vmcs02.region(), field, value);
     }
 
     fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
         for field in slot.vmcs12.dirty.iter() {
-            self.layout.write(on.phys, slot.vmcs02(), field, slot.vmcs12.get(field));
+            self.layout.write(on.phys, slot.vmcs02.region(), field, slot.vmcs12.get(field));
         }
         slot.vmcs12.dirty = FieldSet::EMPTY;
         slot.vmcs12.valid = FieldSet::CACHED;
         if self.shadowed {
-            slot.become_shadow_in_memory(on.phys, common.revision);
+            slot.vmcs02.become_shadow_in_memory(on.phys, common.revision);
         }
     }
 
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
-        let (missing, vmcs02) = (common.exists.without(&slot.vmcs12.valid), slot.vmcs02());
+        let (missing, vmcs02) = (common.exists.without(&slot.vmcs12.valid), slot.vmcs02.region());
         slot.vmcs12.fetch(missing, |field| self.layout.read(on.phys, vmcs02, field));
     }
 
@@ -55,7 +55,8 @@ impl Strategy for InMemory {
     }
 
     fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
-        slot.write_dirty(on.vmx, |field| common.exists.contains(field) && (self.shadowed || !field.is_read_only()));
+        slot.vmcs12
+            .write_dirty(on.vmx, |field| common.exists.contains(field) && (self.shadowed || !field.is_read_only()));
         slot.vmcs12.valid = FieldSet::CACHED;
     }
 
@@ -66,7 +67,7 @@ impl Strategy for InMemory {
     fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
         on.vmx.ptrld(on.vmcs01);
         if self.shadowed {
-            slot.become_shadow_in_memory(on.phys, common.revision);
+            slot.vmcs02.become_shadow_in_memory(on.phys, common.revision);
         }
     }
 
@@ -90,10 +91,10 @@ impl Strategy for InMemory {
         on.vmx.ptrld(on.vmcs01);
         if self.shadowed {
             if let Some(report) = report {
-                let mut vmcs02 = image(slot.vmcs02());
+                let mut vmcs02 = image(slot.vmcs02.region());
                 report.fields(|field, value| vmcs02.write(field, value));
             }
-            slot.become_shadow_in_memory(on.phys, common.revision);
+            slot.vmcs02.become_shadow_in_memory(on.phys, common.revision);
         }
     }
 }

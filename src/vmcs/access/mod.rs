@@ -114,7 +114,7 @@ impl VmcsAccess {
     /// Makes vmcs02 the current VMCS, with all that L2 wrote.
     #[inline(always)]
     pub fn enter(&self, on: MachineParts<'_>, slot: &mut Slot) {
-        slot.load_vmcs02(on.vmx, on.phys, self.common.revision);
+        slot.vmcs02.load(on.vmx, on.phys, self.common.revision);
         if !slot.vmcs12.dirty.is_empty() {
             self.write_dirty(on, slot);
         }
@@ -127,7 +127,7 @@ impl VmcsAccess {
 
     /// What `f` makes of the whole of vmcs12; vmcs02 is current.
     pub fn with_all<T>(&self, vmx: &mut Vmx, slot: &mut Slot, f: impl FnOnce(&Vmcs12) -> T) -> T {
-        slot.fetch_all(vmx, &self.common.exists);
+        slot.vmcs12.fetch_missing(vmx, &self.common.exists);
         let result = f(&slot.vmcs12);
         by!(self, strategy => strategy.looked_at(slot));
         result
@@ -147,6 +147,6 @@ impl VmcsAccess {
 
     /// vmcs02, which is not current, takes the form in which vmcs01 and other vmcs02s may link to it.
     pub fn rest(&self, on: MachineParts<'_>, slot: &mut Slot) {
-        slot.rest(on.vmx, on.phys, self.common.revision);
+        slot.vmcs02.rest(on.vmx, on.phys, self.common.revision);
     }
 }

@@ -19,16 +19,16 @@ impl Strategy for Shadowed {
     }
 
     fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
-        slot.rest(on.vmx, on.phys, common.revision);
-        on.vmx.ptrld(slot.vmcs02());
-        slot.write_dirty(on.vmx, |field| common.exists.contains(field));
+        slot.vmcs02.rest(on.vmx, on.phys, common.revision);
+        on.vmx.ptrld(slot.vmcs02.region());
+        slot.vmcs12.write_dirty(on.vmx, |field| common.exists.contains(field));
         slot.vmcs12.valid = FieldSet::CACHED;
         on.vmx.ptrld(on.vmcs01);
     }
 
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
-        on.vmx.ptrld(slot.vmcs02());
-        slot.fetch_all(on.vmx, &common.exists);
+        on.vmx.ptrld(slot.vmcs02.region());
+        slot.vmcs12.fetch_missing(on.vmx, &common.exists);
         on.vmx.ptrld(on.vmcs01);
     }
 
@@ -37,7 +37,7 @@ impl Strategy for Shadowed {
     }
 
     fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
-        slot.write_dirty(on.vmx, |field| common.exists.contains(field));
+        slot.vmcs12.write_dirty(on.vmx, |field| common.exists.contains(field));
         slot.vmcs12.valid = FieldSet::CACHED;
     }
 
@@ -46,7 +46,7 @@ impl Strategy for Shadowed {
     }
 
     fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
-        slot.become_shadow(on.vmx, on.phys, common.revision);
+        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision);
         on.vmx.ptrld(on.vmcs01);
     }
 
@@ -62,7 +62,7 @@ impl Strategy for Shadowed {
         if let Some(report) = report {
             report.fields(|field, value| on.vmx.write(field, value));
         }
-        slot.become_shadow(on.vmx, on.phys, common.revision);
+        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision);
         on.vmx.ptrld(on.vmcs01);
         to.load(on.vmx, slot);
     }

@@ -95,7 +95,7 @@ pub(super) struct Common {
 
 /// Runs `f` with vmcs02 as the current VMCS, in whichever form it is, and goes back to the one that was.
 pub(super) fn on_vmcs02<T>(vmx: &mut Vmx, slot: &Slot, current: Hpa, f: impl FnOnce(&mut Vmx) -> T) -> T {
-    vmx.ptrld(slot.vmcs02());
+    vmx.ptrld(slot.vmcs02.region());
     let result = f(vmx);
     vmx.ptrld(current);
     result

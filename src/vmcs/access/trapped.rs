@@ -38,8 +38,8 @@ impl Strategy for Trapped {
     fn load(&self, _: MachineParts<'_>, _: &mut Slot, _: &Common) {}
 
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
-        on.vmx.ptrld(slot.vmcs02());
-        slot.fetch_all(on.vmx, &common.exists);
+        on.vmx.ptrld(slot.vmcs02.region());
+        slot.vmcs12.fetch_missing(on.vmx, &common.exists);
         on.vmx.ptrld(on.vmcs01);
     }
 
@@ -47,7 +47,7 @@ impl Strategy for Trapped {
 
     fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
         // Exit information stays in the copy: not every processor can VMWRITE it.
-        slot.write_dirty(on.vmx, |field| common.exists.contains(field) && !field.is_read_only());
+        slot.vmcs12.write_dirty(on.vmx, |field| common.exists.contains(field) && !field.is_read_only());
     }
 
     fn looked_at(&self, _: &mut Slot) {}

@@ -1,0 +1,228 @@
+//! vmcs02, the VMCS that runs L3: its region, the form it is in, and what nvmx keeps in it.
+//!
+//! Guest state, exit information and some controls in it are L2's, reached as the field-access strategy says. The fields
+//! here are nvmx's alone: L2's VMREAD and VMWRITE of them go to nvmx's copy of vmcs12.
+
+use crate::addr::Hpa;
+use crate::ept::{Activation, Eptp};
+use crate::hw::phys::DirectMap;
+use crate::hw::vmenter::GuestRegs;
+use crate::hw::vmx::{Invalidate, Vmx};
+use crate::mm::PhysMem;
+use crate::rules::merge::Vmcs02Controls;
+use crate::vmcs::host;
+use crate::vmcs::kept::Kept;
+use crate::vmcs::stale::Stale;
+use crate::vmcs::timer::Timer;
+use crate::vmx::controls::{PinControls, PrimaryControls};
+use crate::vmx::field::PDPTES;
+use crate::vmx::region::{NO_LINK, SHADOW_INDICATOR};
+use crate::vmx::{Field, FieldAccess};
+
+/// What vmcs02 is at the moment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Form {
+    /// An ordinary VMCS; launched since its last VMCLEAR?
+    Ordinary {
+        /// VMRESUME instead of VMLAUNCH.
+        launched: bool,
+    },
+    /// A shadow VMCS, linked from vmcs01 while its vmcs12 is current.
+    Shadow,
+    /// The same, under a hypervisor that keeps it in memory: it was not cleared to become one, so its launch state lasts.
+    ShadowInMemory {
+        /// VMRESUME instead of VMLAUNCH.
+        launched: bool,
+    },
+}
+
+/// The VMCS that runs L3.
+pub struct Vmcs02 {
+    region: Hpa,
+    form: Form,
+    eptp: Kept,
+    vpid: Kept,
+    /// The link pointer.
+    pub link: Kept,
+    /// L3's IA32_PAT. L3's own writes exit.
+    pub pat: Kept,
+    msr_load_address: Kept,
+    msr_load_count: Kept,
+    pin: Kept,
+    primary: Kept,
+    entry: Kept,
+    /// The other controls, in the order of [`Vmcs02Controls::OTHERS`].
+    others: [Kept; Vmcs02Controls::OTHERS.len()],
+    /// The preemption timer, which goes on over exits that L2 does not see.
+    pub timer: Timer,
+    /// L2's PDPTEs, where the last entry wrote others.
+    pub pdptes12: Option<[u64; 4]>,
+}
+
+impl Vmcs02 {
+    /// In a region of its own that has the revision identifier.
+    pub fn new(region: Hpa) -> Self {
+        Vmcs02 {
+            region,
+            form: Form::Ordinary { launched: false },
+            eptp: Kept::new(Field::EPT_POINTER),
+            vpid: Kept::new(Field::VIRTUAL_PROCESSOR_ID),
+            link: Kept::new(Field::VMCS_LINK_POINTER),
+            pat: Kept::new(Field::GUEST_IA32_PAT),
+            msr_load_address: Kept::new(Field::VM_ENTRY_MSR_LOAD_ADDR),
+            msr_load_count: Kept::new(Field::VM_ENTRY_MSR_LOAD_COUNT),
+            pin: Kept::new(Field::PIN_BASED_VM_EXEC_CONTROL),
+            primary: Kept::new(Field::CPU_BASED_VM_EXEC_CONTROL),
+            entry: Kept::new(Field::VM_ENTRY_CONTROLS),
+            others: Vmcs02Controls::OTHERS.map(Kept::new),
+            timer: Timer::default(),
+            pdptes12: None,
+        }
+    }
+
+    /// Writes what is the same in every vmcs02, of the fields that the processor `has`; it is clear afterwards, and no VMCS is current.
+    pub fn set_up(&mut self, vmx: &mut Vmx, regs: &GuestRegs, has: impl Fn(Field) -> bool) {
+        vmx.clear(self.region);
+        vmx.ptrld(self.region);
+        host::write(vmx, regs);
+        vmx.write(Field::VM_EXIT_MSR_STORE_COUNT, 0);
+        vmx.write(Field::VM_EXIT_MSR_LOAD_COUNT, 0);
+        self.msr_load_count.put(vmx, 0);
+        self.link.put(vmx, NO_LINK);
+        // VM functions are nvmx's to emulate (`nested::vmfunc`).
+        if has(Field::VM_FUNCTION_CONTROLS) {
+            vmx.write(Field::VM_FUNCTION_CONTROLS, 0);
+        }
+        vmx.clear(self.region);
+    }
+
+    /// Its region; under the zero-copy strategy vmcs01 links to it.
+    #[inline(always)]
+    pub fn region(&self) -> Hpa {
+        self.region
+    }
+
+    /// Makes it the current VMCS.
+    #[inline(always)]
+    pub(super) fn load(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
+        if self.form == Form::Shadow {
+            // The processor may hold parts of a linked shadow VMCS: VMCLEAR brings them to memory before the indicator
+            // changes (SDM vol. 3C, "Shadow VMCSs": software should execute VMCLEAR before it modifies the indicator).
+            vmx.clear(self.region);
+            phys.write_u64(self.region, revision as u64);
+            self.form = Form::Ordinary { launched: false };
+        }
+        if let Form::ShadowInMemory { launched } = self.form {
+            phys.write_u64(self.region, revision as u64);
+            self.form = Form::Ordinary { launched };
+        }
+        vmx.ptrld(self.region);
+    }
+
+    /// It becomes the shadow VMCS by a write to memory: it is not current, so the hypervisor below has it there.
+    #[inline(always)]
+    pub(super) fn become_shadow_in_memory(&mut self, phys: &DirectMap, revision: u32) {
+        if let Form::Ordinary { launched } = self.form {
+            phys.write_u64(self.region, (revision | SHADOW_INDICATOR) as u64);
+            self.form = Form::ShadowInMemory { launched };
+        }
+    }
+
+    /// From the current VMCS it becomes the shadow VMCS that L2's VMREAD and VMWRITE reach.
+    #[inline(always)]
+    pub(super) fn become_shadow(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
+        vmx.clear(self.region);
+        phys.write_u64(self.region, (revision | SHADOW_INDICATOR) as u64);
+        self.form = Form::Shadow;
+    }
+
+    /// Not current, it takes the form in which vmcs01 and other vmcs02s may link to it.
+    pub(super) fn rest(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
+        if self.form != Form::Shadow {
+            self.become_shadow(vmx, phys, revision);
+        }
+    }
+
+    /// Must the next entry be a VMLAUNCH? It is current.
+    #[inline(always)]
+    pub fn needs_launch(&self) -> bool {
+        self.form != Form::Ordinary { launched: true }
+    }
+
+    /// L3 was entered: VMRESUME from now on.
+    #[inline(always)]
+    pub fn mark_launched(&mut self) {
+        self.form = Form::Ordinary { launched: true };
+    }
+
+    /// Current, it runs on this ept02.
+    #[inline(always)]
+    pub fn run_on(&mut self, vmx: &mut Vmx, ept02: Activation, ept01: Eptp) {
+        let eptp02 = ept02.eptp02.get();
+        self.eptp.put(vmx, eptp02);
+        if ept02.invept {
+            vmx.invept(Invalidate::Single, eptp02);
+        }
+        if ept02.invept01 {
+            vmx.invept(Invalidate::Single, ept01.get());
+        }
+    }
+
+    /// Current, it runs with this VPID.
+    #[inline(always)]
+    pub fn run_with_vpid(&mut self, vmx: &mut Vmx, vpid02: u16) {
+        self.vpid.put(vmx, vpid02.into());
+    }
+
+    /// The next entry loads so many MSRs from a list; it is current.
+    pub fn load_msrs(&mut self, vmx: &mut Vmx, list: Hpa, count: u64) {
+        self.msr_load_address.put(vmx, list.get());
+        self.msr_load_count.put(vmx, count);
+    }
+
+    /// The next entry loads no MSRs from a list; it is current.
+    #[inline(always)]
+    pub fn load_no_msrs(&mut self, vmx: &mut Vmx) {
+        self.msr_load_count.put(vmx, 0);
+    }
+
+    /// Current, it gets the merged controls that `stale` says are not in it.
+    #[cold]
+    pub fn write_controls(&mut self, vmcs: &mut impl FieldAccess, controls: &Vmcs02Controls, stale: Stale) {
+        self.pin.put(vmcs, controls.pin.bits().into());
+        self.primary.put(vmcs, controls.primary.bits().into());
+        if !stale.contains(Stale::UNWRITTEN) {
+            return;
+        }
+        // The processor changes the entry controls at exits, with the mode of an unrestricted guest.
+        self.entry.forget();
+        self.entry.put(vmcs, controls.entry.bits().into());
+        for (cell, value) in self.others.iter_mut().zip(controls.others()) {
+            if let Some(value) = value {
+                cell.put(vmcs, value);
+            }
+        }
+    }
+
+    /// Sets or clears controls for an event of nvmx's own; it is current. L2's are to be written again before L3 runs for L2.
+    pub fn alter_controls(
+        &mut self,
+        vmcs: &mut impl FieldAccess,
+        pin: PinControls,
+        primary: PrimaryControls,
+        on: bool,
+    ) {
+        for (cell, bits) in [(&mut self.pin, pin.bits()), (&mut self.primary, primary.bits())] {
+            let (old, bits) = (cell.get(vmcs), u64::from(bits));
+            cell.put(vmcs, if on { old | bits } else { old & !bits });
+        }
+    }
+
+    /// An entry failed, which leaves the guest-state area alone; it is current. `loaded` tells whether the entry wrote PDPTEs.
+    #[cold]
+    pub fn give_pdptes_back(&mut self, vmx: &mut Vmx, loaded: bool) {
+        if let Some(values) = self.pdptes12.take().filter(|_| loaded) {
+            PDPTES.into_iter().zip(values).for_each(|(field, value)| vmx.write(field, value));
+        }
+    }
+}
