@@ -3,11 +3,11 @@
 mod core_support;
 
 use core_support::rich;
-use nvmx::addr::{Gpa, Hpa};
+use nvmx::addr::Hpa;
+use nvmx::mm::PhysMem;
 use nvmx::mm::phys::VecMem;
-use nvmx::mm::{GuestMemory, PhysMem, Span};
 use nvmx::rules::caps::offered;
-use nvmx::rules::merge::{MsrIntercepts, msr_bitmaps};
+use nvmx::vmcs::msr_bitmap::{MsrBitmap02, OPEN};
 use nvmx::vmcs::msrs::{By, bitmap_word};
 use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap, is_shadowed, shadow_bitmap, shadow_index};
 use nvmx::vmx::field::{Area, Home, Width};
@@ -71,33 +71,100 @@ fn pages_are_what_the_processor_expects() {
     assert!(page == BitmapPage::CLEAR);
 }
 
-/// Frames 1 and 2: L2's bitmap and the one for vmcs02, which nvmx owns.
-fn merged(ours: &BitmapPage, theirs: &BitmapPage, at: Gpa) -> MsrBitmap {
-    let memory = VecMem::new(0x4000);
-    for (page, start) in [(theirs, 0x1000), (&BitmapPage::SET, 0x2000)] {
-        for (i, word) in page.0.iter().enumerate() {
-            memory.write_u64(Hpa::new(start + 8 * i as u64), *word);
-        }
+/// Frames 0, 1 and 2: two bitmaps of L2's, and the one for vmcs02.
+struct Merged {
+    memory: VecMem,
+    ours: BitmapPage,
+    bitmap: MsrBitmap02,
+}
+
+const THEIRS: [u64; 2] = [0, 0x1000];
+const MERGED: u64 = 0x2000;
+
+impl Merged {
+    fn new(ours: &BitmapPage) -> Self {
+        let memory = VecMem::new(0x3000);
+        THEIRS.iter().for_each(|page| memory.write_words(Hpa::new(*page), &BitmapPage::SET.0));
+        let mut bitmap = MsrBitmap02::new(Hpa::new(MERGED), &memory);
+        bitmap.follow(&memory, Some(Hpa::new(THEIRS[0])));
+        Self { memory, ours: ours.clone(), bitmap }
     }
-    let guest = GuestMemory::new(&memory, Span::new(0x2000, 0x3000), 36);
-    msr_bitmaps(&&memory, &MsrIntercepts::new(|word| ours.0[word]), &guest, at, Hpa::new(0x2000));
-    MsrBitmap(BitmapPage(std::array::from_fn(|i| memory.read_u64(Hpa::new(0x2000 + 8 * i as u64)))))
+
+    fn page(&self, at: u64) -> MsrBitmap {
+        let bytes = self.memory.bytes(at, 4096);
+        let word = |i| u64::from_le_bytes(bytes[8 * i..8 * i + 8].try_into().unwrap());
+        MsrBitmap(BitmapPage(std::array::from_fn(word)))
+    }
+
+    fn merged(&self) -> MsrBitmap {
+        self.page(MERGED)
+    }
+
+    fn open(&mut self, bit: u16) {
+        self.bitmap.open(&self.memory, bit, |word| self.ours.0[word]);
+    }
+}
+
+/// Nothing passes that nvmx or L2 wants to see.
+fn holds_all(merged: &BitmapPage, ours: &BitmapPage, theirs: &BitmapPage) -> bool {
+    (0..512).all(|i| (ours.0[i] | theirs.0[i]) & !merged.0[i] == 0)
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    /// L2 writes a word of one of its bitmaps, on whatever processor.
+    Store(usize, usize, u64),
+    /// L3 uses an MSR.
+    Use(u16),
+    /// The next vmcs12 of the slot, or the same with another bitmap.
+    Follow(usize),
+}
+
+/// Words near each other, so that they meet, and more of them than can be open.
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let word = || prop_oneof![0usize..20, 250usize..262, 508usize..512];
+    prop::collection::vec(
+        prop_oneof![
+            (0usize..2, word(), prop_oneof![Just(0), Just(u64::MAX), any::<u64>()])
+                .prop_map(|(p, w, v)| Step::Store(p, w, v)),
+            (word(), 0u16..64).prop_map(|(word, bit)| Step::Use(word as u16 * 64 + bit)),
+            (word(), 0u16..64).prop_map(|(word, bit)| Step::Use(word as u16 * 64 + bit)),
+            (0usize..2).prop_map(Step::Follow),
+        ],
+        1..100,
+    )
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+    /// I3, at each entry and while L3 runs; and what nobody wants to see exits once at most while its word is open.
     #[test]
     fn merged_msr_bitmap_exits_where_either_does(
-        ours in prop::collection::vec((0..512usize, any::<u64>()), 0..32), b in prop::collection::vec(any::<u64>(), 512),
+        ours in prop::collection::vec((0..512usize, any::<u64>()), 0..32), steps in steps(),
     ) {
-        let page = |words: Vec<u64>| MsrBitmap(BitmapPage(words.try_into().unwrap()));
-        let (mut a, b) = (MsrBitmap::PASS_ALL, page(b));
-        // As nvmx's is: most reads pass, most writes exit.
-        a.0.0[256..].fill(u64::MAX);
-        ours.iter().for_each(|(i, word)| a.0.0[*i] = *word);
-        let merged = merged(&a.0, &b.0, Gpa::new(0x1000));
-        for msr in (0..0x2000).chain(0xC000_0000..0xC000_2000) {
-            for access in [Access::Read, Access::Write] {
-                prop_assert_eq!(merged.exits(msr, access), a.exits(msr, access) || b.exits(msr, access));
+        let mut page = BitmapPage::CLEAR;
+        page.0[256..].fill(u64::MAX);
+        ours.iter().for_each(|(i, word)| page.0[*i] = *word);
+        let (mut m, mut current) = (Merged::new(&page), 0);
+        for step in steps {
+            match step {
+                Step::Store(page, word, value) => m.memory.write_u64(Hpa::new(THEIRS[page] + 8 * word as u64), value),
+                Step::Follow(page) => {
+                    current = page;
+                    m.bitmap.forget();
+                    m.bitmap.follow(&m.memory, Some(Hpa::new(THEIRS[page])));
+                }
+                Step::Use(bit) => {
+                    // The entry before it.
+                    m.bitmap.refresh(&m.memory);
+                    let theirs = m.page(THEIRS[current]);
+                    prop_assert!(holds_all(&m.merged().0, &page, &theirs.0));
+                    if m.merged().0.get(bit) && !page.get(bit) && !theirs.0.get(bit) {
+                        m.open(bit);
+                        prop_assert!(!m.merged().0.get(bit), "the next time it passes");
+                        prop_assert!(holds_all(&m.merged().0, &page, &theirs.0));
+                    }
+                }
             }
         }
     }
@@ -109,18 +176,21 @@ fn own() -> MsrBitmap {
 }
 
 #[test]
-fn nvmx_s_own_msr_bitmap_is_what_is_left_when_l2_intercepts_nothing() {
+fn a_word_in_use_is_what_nvmx_s_own_msr_bitmap_is_when_l2_intercepts_nothing() {
     let ours = own();
-    assert!(merged(&ours.0, &BitmapPage::CLEAR, Gpa::new(0x1000)) == ours);
-    assert!(merged(&ours.0, &BitmapPage::SET, Gpa::new(0x1000)).0 == BitmapPage::SET);
-}
-
-#[test]
-fn an_msr_bitmap_outside_of_l2_s_memory_makes_everything_exit() {
-    for at in [0x2000, 1 << 36] {
-        let merged = merged(&own().0, &BitmapPage::CLEAR, Gpa::new(at));
-        assert!(merged.0 == BitmapPage::SET, "{at:#x}");
+    let mut m = Merged::new(&ours.0);
+    m.memory.write_words(Hpa::new(THEIRS[0]), &BitmapPage::CLEAR.0);
+    for word in 0..512u16 {
+        assert_eq!(m.merged().0.0[usize::from(word)], u64::MAX, "closed until it is used");
+        m.open(word * 64);
+        assert_eq!(m.merged().0.0[usize::from(word)], ours.0.0[usize::from(word)]);
+        let open = (0..512).filter(|i| m.merged().0.0[*i] != u64::MAX).count();
+        assert!(open <= OPEN, "the oldest gives way");
     }
+    m.open(511 * 64);
+    assert_eq!(m.merged().0.0[511], ours.0.0[511], "it is open once");
+    m.bitmap.follow(&m.memory, Some(Hpa::new(THEIRS[1])));
+    assert!(m.merged().0 == BitmapPage::SET, "another bitmap: all is closed");
 }
 
 fn built(access: Access, caps: &Capabilities) -> BitmapPage {

@@ -2,9 +2,9 @@
 
 mod ept_model;
 
-use ept_model::{ACCESSED, Frames, GIB1, KIB4, LARGE, MIB2};
+use ept_model::{ACCESSED, Frames, GIB1, KIB4, LARGE, MIB2, Watcher, Written};
 use nvmx::addr::Gpa;
-use nvmx::ept::{Ept01, EptRules, MemoryType, Missing, TableFrames, WatchError, Written};
+use nvmx::ept::{Ept01, EptRules, MemoryType, Missing, TableFrames, WatchError};
 use nvmx::mm::Span;
 use proptest::prelude::*;
 
@@ -138,15 +138,15 @@ fn a_watched_page_has_its_own_leaf_and_the_rest_stays_as_it_was() {
     let mut frames = Frames::new(8);
     let mut ept = Ept01::new(rules(), true, Gpa::new(GIB1), Span::new(0, 0), write_back, &mut frames).unwrap();
     let page = 7 * MIB2 + 3 * KIB4;
-    let mut watch = ept.watch(Gpa::new(page + 0x123), &mut frames).unwrap();
+    let mut watch = Watcher::new(&mut ept, page + 0x123, &mut frames).unwrap();
     assert_eq!(leaf_at(&ept, &frames, page), Some((page, KIB4, page | 6 << 3 | 7)));
     assert_eq!(leaf_at(&ept, &frames, 8 * MIB2), Some((8 * MIB2, MIB2, (8 * MIB2) | LARGE | 6 << 3 | 7)));
     let all = leaves(&ept, &frames);
     assert_eq!(all.iter().map(|leaf| leaf.1).sum::<u64>(), GIB1);
     assert!(all.iter().all(|(start, size, entry)| entry & 0xf_ffff_ffff_f000 == *start && start % size == 0));
-    assert_eq!(ept.written(&mut watch, &mut frames), NO);
+    assert_eq!(watch.ask(&mut ept, &mut frames), NO);
     assert_eq!(ept.tables() as usize, frames.used.len());
-    assert_eq!(ept.watch(Gpa::new(page), &mut frames), Ok(watch), "a second watch finds the same leaf");
+    assert_eq!(Watcher::new(&mut ept, page, &mut frames), Ok(watch), "a second watch finds the same leaf");
     assert_eq!(ept.tables() as usize, frames.used.len());
 }
 
@@ -180,7 +180,9 @@ fn pages_that_were_split_are_joined_again() {
     let (before, tables) = (leaves(&ept, &frames), ept.tables());
     assert!(!ept.join(&mut frames), "nothing was split");
     for page in [7 * MIB2 + 3 * KIB4, 7 * MIB2, GIB1 + MIB2, 0xa_1000] {
-        let _ = ept.watch(Gpa::new(page), &mut frames).unwrap();
+        // The last one is no memory, but small all the same.
+        let watched = Watcher::new(&mut ept, page, &mut frames);
+        assert_eq!(watched.is_err(), page == 0xa_1000);
         processor_writes(&ept, &mut frames, page);
     }
     assert_ne!(ept.tables(), tables);
@@ -190,8 +192,8 @@ fn pages_that_were_split_are_joined_again() {
     };
     assert_eq!(plain(leaves(&ept, &frames)), before);
     assert_eq!((ept.tables(), frames.used.len() as u32), (tables, tables));
-    let mut watch = ept.watch(Gpa::new(7 * MIB2), &mut frames).unwrap();
-    assert_eq!(ept.written(&mut watch, &mut frames), NO, "what was written before is forgotten");
+    let mut watch = Watcher::new(&mut ept, 7 * MIB2, &mut frames).unwrap();
+    assert_eq!(watch.ask(&mut ept, &mut frames), NO, "what was written before is forgotten");
 }
 
 #[test]
@@ -229,34 +231,34 @@ fn a_write_is_noticed_once() {
     let mut ept = Ept01::new(rules(), true, Gpa::new(GIB1), Span::new(0, 0), write_back, &mut frames).unwrap();
     // The large page was written before: its pages start clean all the same.
     processor_writes(&ept, &mut frames, MIB2);
-    let mut watch = ept.watch(Gpa::new(MIB2), &mut frames).unwrap();
-    let mut other = ept.watch(Gpa::new(MIB2 + KIB4), &mut frames).unwrap();
-    assert_eq!(ept.written(&mut watch, &mut frames), NO);
+    let mut watch = Watcher::new(&mut ept, MIB2, &mut frames).unwrap();
+    let mut other = Watcher::new(&mut ept, MIB2 + KIB4, &mut frames).unwrap();
+    assert_eq!(watch.ask(&mut ept, &mut frames), NO);
     processor_writes(&ept, &mut frames, MIB2 + 8);
-    assert_eq!(ept.written(&mut other, &mut frames), NO);
-    assert_eq!(ept.written(&mut watch, &mut frames), YES);
-    assert_eq!(ept.written(&mut watch, &mut frames), NO);
+    assert_eq!(other.ask(&mut ept, &mut frames), NO);
+    assert_eq!(watch.ask(&mut ept, &mut frames), YES);
+    assert_eq!(watch.ask(&mut ept, &mut frames), NO);
     processor_writes(&ept, &mut frames, MIB2 + 0xfff);
-    assert_eq!(ept.written(&mut watch, &mut frames), YES);
+    assert_eq!(watch.ask(&mut ept, &mut frames), YES);
 }
 
 #[test]
 fn everyone_who_watches_a_page_learns_of_a_write() {
     let mut frames = Frames::new(8);
     let mut ept = Ept01::new(rules(), true, Gpa::new(GIB1), Span::new(0, 0), write_back, &mut frames).unwrap();
-    let mut first = ept.watch(Gpa::new(MIB2), &mut frames).unwrap();
-    let mut second = ept.watch(Gpa::new(MIB2 + 8), &mut frames).unwrap();
+    let mut first = Watcher::new(&mut ept, MIB2, &mut frames).unwrap();
+    let mut second = Watcher::new(&mut ept, MIB2 + 8, &mut frames).unwrap();
     processor_writes(&ept, &mut frames, MIB2);
-    assert_eq!(ept.written(&mut first, &mut frames), YES);
-    assert_eq!(ept.written(&mut second, &mut frames), Written::Yes { invept: false }, "the flag is clear already");
-    assert_eq!(ept.written(&mut second, &mut frames), NO);
-    // A watch that begins after a write does not hide it from the others.
+    assert_eq!(first.ask(&mut ept, &mut frames), YES);
+    assert_eq!(second.ask(&mut ept, &mut frames), Written::Yes { invept: false }, "the flag is clear already");
+    assert_eq!(second.ask(&mut ept, &mut frames), NO);
+    // A watch that begins after a write takes the flag, and does not hide the write from the others.
     processor_writes(&ept, &mut frames, MIB2);
-    let mut third = ept.watch(Gpa::new(MIB2), &mut frames).unwrap();
-    assert_eq!(ept.written(&mut first, &mut frames), YES);
-    assert_eq!(ept.written(&mut second, &mut frames), Written::Yes { invept: false });
-    assert_eq!(ept.written(&mut third, &mut frames), Written::Yes { invept: false });
-    assert_eq!(ept.written(&mut first, &mut frames), NO);
+    let mut third = Watcher::new(&mut ept, MIB2, &mut frames).unwrap();
+    assert_eq!(third.ask(&mut ept, &mut frames), NO);
+    assert_eq!(first.ask(&mut ept, &mut frames), Written::Yes { invept: false });
+    assert_eq!(second.ask(&mut ept, &mut frames), Written::Yes { invept: false });
+    assert_eq!(first.ask(&mut ept, &mut frames), NO);
 }
 
 #[test]
@@ -267,14 +269,14 @@ fn a_watch_outlives_mapping_that_goes_on_around_it() {
     // All pages of 2 MiB but the last, which needs a table.
     assert!(ept.map_missing(Gpa::new(0), write_back, &mut frames).is_err());
     frames.free.push(0x71_0000_0000);
-    let mut watch = ept.watch(Gpa::new(KIB4), &mut frames).unwrap();
+    let mut watch = Watcher::new(&mut ept, KIB4, &mut frames).unwrap();
     processor_writes(&ept, &mut frames, KIB4);
     processor_writes(&ept, &mut frames, MIB2);
     frames.free.push(0x71_0000_1000);
     assert_eq!(ept.map_missing(Gpa::new(GIB1 - MIB2), write_back, &mut frames), Ok(Missing::Mapped));
-    assert_eq!(ept.written(&mut watch, &mut frames), YES, "the mark is still there");
+    assert_eq!(watch.ask(&mut ept, &mut frames), YES, "the mark is still there");
     processor_writes(&ept, &mut frames, KIB4);
-    assert_eq!(ept.written(&mut watch, &mut frames), YES, "and the leaf is still in use");
+    assert_eq!(watch.ask(&mut ept, &mut frames), YES, "and the leaf is still in use");
     assert_ne!(leaf_at(&ept, &frames, MIB2).unwrap().2 & DIRTY, 0, "other pages keep their flags");
 }
 
@@ -283,11 +285,11 @@ fn a_page_that_cannot_be_watched_says_why() {
     let mut frames = Frames::new(4);
     let own = Span::new(MIB2, 2 * MIB2);
     let mut without = Ept01::new(rules(), false, Gpa::new(0), own, write_back, &mut frames).unwrap();
-    assert_eq!(without.watch(Gpa::new(0), &mut frames), Err(WatchError::NoDirtyFlags));
+    assert_eq!(Watcher::new(&mut without, 0, &mut frames), Err(WatchError::NoDirtyFlags));
     let mut ept = Ept01::new(rules(), true, Gpa::new(1), own, write_back, &mut frames).unwrap();
-    assert_eq!(ept.watch(Gpa::new(own.start()), &mut frames), Err(WatchError::NotMapped));
-    assert_eq!(ept.watch(Gpa::new(GIB1), &mut frames), Err(WatchError::NotMapped));
-    assert_eq!(ept.watch(Gpa::new(0), &mut frames), Err(WatchError::OutOfFrames));
+    assert_eq!(Watcher::new(&mut ept, own.start(), &mut frames), Err(WatchError::NotMapped));
+    assert_eq!(Watcher::new(&mut ept, GIB1, &mut frames), Err(WatchError::NotMapped));
+    assert_eq!(Watcher::new(&mut ept, 0, &mut frames), Err(WatchError::OutOfFrames));
     assert_eq!(leaf_at(&ept, &frames, 0), Some((0, MIB2, LARGE | 6 << 3 | 7)), "nothing changed");
 }
 
@@ -298,14 +300,14 @@ proptest! {
         let mut frames = Frames::new(8);
         let mut ept = Ept01::new(rules(), true, Gpa::new(1), Span::new(0, 0), write_back, &mut frames).unwrap();
         // Each watcher with its page, and whether it must learn of a write.
-        let mut watchers: Vec<(nvmx::ept::Watch, u64, bool)> = vec![];
+        let mut watchers: Vec<(Watcher, u64, bool)> = vec![];
         for (step, who, page) in steps {
             match (step, watchers.is_empty()) {
-                (0, _) => watchers.push((ept.watch(Gpa::new(page * KIB4), &mut frames).unwrap(), page, false)),
+                (0, _) => watchers.push((Watcher::new(&mut ept, page * KIB4, &mut frames).unwrap(), page, false)),
                 (1, false) => {
                     let count = watchers.len();
                     let (watch, _, due) = &mut watchers[who % count];
-                    let written = ept.written(watch, &mut frames);
+                    let written = watch.ask(&mut ept, &mut frames);
                     prop_assert!(!*due || written != NO);
                     *due = false;
                 }
@@ -323,14 +325,14 @@ proptest! {
         let mut frames = Frames::new(8);
         let mut ept = Ept01::new(rules(), true, Gpa::new(1), Span::new(0, 0), write_back, &mut frames).unwrap();
         let mut watchers: Vec<_> =
-            (0..64).map(|page| (ept.watch(Gpa::new(page * KIB4), &mut frames).unwrap(), false)).collect();
+            (0..64).map(|page| (Watcher::new(&mut ept, page * KIB4, &mut frames).unwrap(), false)).collect();
         for (writes, page) in steps {
             if writes {
                 processor_writes(&ept, &mut frames, page as u64 * KIB4);
                 watchers[page].1 = true;
             } else {
                 let (watch, written) = &mut watchers[page];
-                prop_assert_eq!(ept.written(watch, &mut frames), if *written { YES } else { NO });
+                prop_assert_eq!(watch.ask(&mut ept, &mut frames), if *written { YES } else { NO });
                 *written = false;
             }
         }
@@ -363,7 +365,7 @@ proptest! {
         }
         let (unsplit, tables) = (leaves(&ept, &frames), ept.tables());
         for at in &watched {
-            let _ = ept.watch(Gpa::new(*at), &mut frames);
+            let _ = Watcher::new(&mut ept, *at, &mut frames);
         }
         prop_assert_eq!(ept.tables() as usize, frames.used.len());
         let all = leaves(&ept, &frames);
@@ -393,23 +395,23 @@ proptest! {
 fn a_version_that_comes_round_is_not_taken_for_the_old_one() {
     let mut frames = Frames::new(8);
     let mut ept = Ept01::new(rules(), true, Gpa::new(GIB1), Span::new(0, 0), write_back, &mut frames).unwrap();
-    let mut busy = ept.watch(Gpa::new(MIB2), &mut frames).unwrap();
+    let mut busy = Watcher::new(&mut ept, MIB2, &mut frames).unwrap();
     let (mut idle, mut elsewhere) =
-        (ept.watch(Gpa::new(MIB2), &mut frames).unwrap(), ept.watch(Gpa::new(MIB2 + KIB4), &mut frames).unwrap());
+        (Watcher::new(&mut ept, MIB2, &mut frames).unwrap(), Watcher::new(&mut ept, MIB2 + KIB4, &mut frames).unwrap());
     let leaf = leaf_at(&ept, &frames, MIB2);
     for _ in 0..1 << 11 {
         processor_writes(&ept, &mut frames, MIB2);
-        assert_eq!(ept.written(&mut busy, &mut frames), YES);
+        assert_eq!(busy.ask(&mut ept, &mut frames), YES);
     }
     let now = leaf_at(&ept, &frames, MIB2).map(|leaf| leaf.2 & !ACCESSED);
     assert_eq!(now, leaf.map(|leaf| leaf.2), "all eleven bits came round");
-    assert_eq!(ept.written(&mut idle, &mut frames), Written::Yes { invept: false });
-    assert_eq!(ept.written(&mut idle, &mut frames), NO);
-    assert_eq!(ept.written(&mut busy, &mut frames), NO);
+    assert_eq!(idle.ask(&mut ept, &mut frames), Written::Yes { invept: false });
+    assert_eq!(idle.ask(&mut ept, &mut frames), NO);
+    assert_eq!(busy.ask(&mut ept, &mut frames), NO);
     assert_eq!(
-        ept.written(&mut elsewhere, &mut frames),
+        elsewhere.ask(&mut ept, &mut frames),
         Written::Yes { invept: false },
         "once too often rather than never"
     );
-    assert_eq!(ept.written(&mut elsewhere, &mut frames), NO);
+    assert_eq!(elsewhere.ask(&mut ept, &mut frames), NO);
 }

@@ -84,7 +84,7 @@ fn what_another_processor_writes_to_an_msr_bitmap_counts_at_the_next_entry() {
             g.run(Op::Rdmsr(0xC000_0081)).await;
             assert_eq!(g.level(), Level::L3, "the bitmap lets it through");
             leave(&g).await;
-            // By the other processor: no dirty flag of this one's ept01 tells.
+            // By the other processor: nothing in this one's ept01 tells.
             g.poke(BITMAP + 1024 + 0x80 / 64 * 8, 1 << 1);
             g.run(Op::Vmresume).await;
             g.run(Op::Rdmsr(0xC000_0081)).await;

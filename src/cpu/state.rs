@@ -8,7 +8,6 @@ use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::Vmx;
 use crate::mm::{FramePool, GuestMemory};
-use crate::rules::merge::MsrIntercepts;
 use crate::vmcs::Config;
 use crate::vmcs::access::{MachineParts, VmcsAccess};
 use crate::vmcs::msrs::OwnMsrs;
@@ -38,8 +37,6 @@ pub struct Cpu {
     pub msr_bitmap01: Hpa,
     /// What L3 may reach of a shadow VMCS by VMREAD and VMWRITE, to be merged with L2's bitmaps.
     pub shadow_words: [Words; 2],
-    /// What nvmx must see of L3, to be merged with L2's bitmap.
-    pub msr_intercepts: MsrIntercepts,
     /// Stands for memory that is not there: a frame of nvmx.
     pub void: Hpa,
     /// MSRs as L2 sees them, where nvmx keeps them for it.

@@ -43,7 +43,7 @@ pub use identity::{Ept01, Missing};
 pub use machine::PoolFrames;
 pub use stale::StaleLeaf;
 pub use violation::Qualification;
-pub use watch::{Watch, WatchError, Written};
+pub use watch::{Watch, WatchError};
 
 /// The pool of frames is empty.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

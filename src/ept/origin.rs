@@ -12,7 +12,7 @@
 
 use super::TableFrames;
 use super::entry::{Level, MAX_NUMBER, Rights};
-use super::watch::PackedWatch;
+use super::watch::Watch;
 use crate::addr::{Gpa, Hpa};
 use arrayvec::ArrayVec;
 
@@ -46,8 +46,8 @@ pub(super) struct Place(u64);
 impl Place {
     /// The watch, if there is one and the table is not marked.
     #[inline(always)]
-    pub(super) fn unmarked_watch<F: TableFrames>(self, frames: &F) -> Option<PackedWatch> {
-        PackedWatch::from_raw(frames.read(Hpa::new(self.0 + WATCH)))
+    pub(super) fn unmarked_watch<F: TableFrames>(self, frames: &F) -> Option<Watch> {
+        Watch::from_raw(frames.read(Hpa::new(self.0 + WATCH)))
     }
 
     /// The table must be looked at.
@@ -280,14 +280,14 @@ impl Origins {
 
     /// The watch of the table's page in ept12.
     #[inline(always)]
-    pub(super) fn watch<F: TableFrames>(&self, number: u16, frames: &F) -> Option<PackedWatch> {
-        PackedWatch::from_raw(self.read(number, WATCH, frames) & !MARK)
+    pub(super) fn watch<F: TableFrames>(&self, number: u16, frames: &F) -> Option<Watch> {
+        Watch::from_raw(self.read(number, WATCH, frames) & !MARK)
     }
 
     /// Watches it otherwise; a mark stays.
-    pub(super) fn set_watch<F: TableFrames>(&mut self, number: u16, watch: Option<PackedWatch>, frames: &mut F) {
+    pub(super) fn set_watch<F: TableFrames>(&mut self, number: u16, watch: Option<Watch>, frames: &mut F) {
         let mark = self.read(number, WATCH, frames) & MARK;
-        self.write(number, WATCH, watch.map_or(NO_WATCH, PackedWatch::raw) | mark, frames);
+        self.write(number, WATCH, watch.map_or(NO_WATCH, Watch::raw) | mark, frames);
     }
 
     /// First address that the table translates.

@@ -172,7 +172,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
             Some(new)
         } else if *self.splits > 0 {
             let before = ept01.tables();
-            let new = ept01.watch_packed(page, self.frames).ok();
+            let new = ept01.watch(page, self.frames).ok();
             *self.splits = self.splits.saturating_sub(ept01.tables() - before);
             self.invept01 = true;
             new

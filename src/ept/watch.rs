@@ -23,29 +23,6 @@ use crate::addr::{Gpa, Hpa};
 pub(super) const VERSION: u64 = 0x7ff << 52;
 const ONE: u64 = 1 << 52;
 
-/// A watched page, and how far its watcher knows it. Stays valid as long as its [`Ept01`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Watch {
-    entry: Hpa,
-    /// Bits 62:52.
-    version: u64,
-    round: u64,
-}
-
-/// What [`Ept01::written`] found.
-#[must_use]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Written {
-    /// Nothing was written since this watch was asked last.
-    No,
-    /// Something was. If `invept` is set, execute INVEPT for ept01, and only then read the page: so each later write
-    /// marks it again.
-    Yes {
-        /// The flag was cleared just now.
-        invept: bool,
-    },
-}
-
 /// Why a page cannot be watched: to be treated as always written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum WatchError {
@@ -65,12 +42,12 @@ impl From<OutOfFrames> for WatchError {
     }
 }
 
-/// A watch in one word: the address of the leaf, which is aligned to 8, and in bits 62:52 the version that is known. Of the
-/// round that [`Ept01::round`] gave.
+/// A watched page, and how far its watcher knows it, in one word: the address of the leaf, which is aligned to 8, and in bits
+/// 62:52 the version that is known. Of the round that [`Ept01::round`] gave; stays valid as long as its [`Ept01`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct PackedWatch(u64);
+pub struct Watch(u64);
 
-impl PackedWatch {
+impl Watch {
     const ENTRY: u64 = !VERSION & !7;
 
     /// A word that [`raw`](Self::raw) gave; one with any of bits 2:0 set is none.
@@ -89,57 +66,33 @@ impl PackedWatch {
 
     /// Nothing was written since the version that is known.
     #[inline(always)]
-    pub(super) fn is_clean<F: TableFrames>(self, frames: &F) -> bool {
+    pub fn is_clean<F: TableFrames>(self, frames: &F) -> bool {
         let leaf = frames.read(self.entry());
         (leaf ^ self.0) & VERSION | leaf & DIRTY == 0
     }
 }
 
 impl Ept01 {
-    /// Starts to watch the page of `gpa`. Before the page is read for the first time, execute INVEPT for ept01: until
-    /// then a write may go through a cached translation and leave no mark.
-    pub fn watch<F: TableFrames>(&mut self, gpa: Gpa, frames: &mut F) -> Result<Watch, WatchError> {
-        let entry = self.own_leaf(gpa, frames)?;
-        // A flag that is set already stays: the first question finds it.
-        Ok(Watch { entry, version: frames.read(entry) & VERSION, round: self.round })
-    }
-
-    /// Tells whether the page was written since this watch was asked last.
-    #[inline]
-    pub fn written<F: TableFrames>(&mut self, watch: &mut Watch, frames: &mut F) -> Written {
-        if (frames.read(watch.entry) ^ watch.version) & (VERSION | DIRTY) == 0 && watch.round == self.round {
-            return Written::No;
-        }
-        self.written_since(watch, frames)
-    }
-
-    #[cold]
-    fn written_since<F: TableFrames>(&mut self, watch: &mut Watch, frames: &mut F) -> Written {
-        let invept = self.take_mark(watch.entry, frames);
-        *watch = Watch { version: frames.read(watch.entry) & VERSION, round: self.round, ..*watch };
-        Written::Yes { invept }
-    }
-
     /// Starts to watch the page of `gpa`, ordinary memory, as it is now. Execute INVEPT for ept01 before L2 runs again, and read
     /// the page before that.
-    pub(super) fn watch_packed<F: TableFrames>(&mut self, gpa: Gpa, frames: &mut F) -> Result<PackedWatch, WatchError> {
+    pub fn watch<F: TableFrames>(&mut self, gpa: Gpa, frames: &mut F) -> Result<Watch, WatchError> {
         let entry = self.own_leaf(gpa, frames)?;
         if memory_type(frames.read(entry)) != MemoryType::WriteBack {
             return Err(WatchError::NotMemory);
         }
         self.take_mark(entry, frames);
-        Ok(PackedWatch(entry.get() | frames.read(entry) & VERSION))
+        Ok(Watch(entry.get() | frames.read(entry) & VERSION))
     }
 
-    /// The watch of the page as it is now, of one that is no longer clean; true if the flag was cleared: as with `watch_packed`.
-    pub(super) fn watch_again<F: TableFrames>(&mut self, watch: PackedWatch, frames: &mut F) -> (PackedWatch, bool) {
+    /// The watch of the page as it is now, of one that is no longer clean; true if the flag was cleared: as with `watch`.
+    pub fn watch_again<F: TableFrames>(&mut self, watch: Watch, frames: &mut F) -> (Watch, bool) {
         let entry = watch.entry();
         let cleared = self.take_mark(entry, frames);
-        (PackedWatch(entry.get() | frames.read(entry) & VERSION), cleared)
+        (Watch(entry.get() | frames.read(entry) & VERSION), cleared)
     }
 
     /// How often versions came round: a watch of another round knows nothing.
-    pub(super) const fn round(&self) -> u64 {
+    pub const fn round(&self) -> u64 {
         self.round
     }
 

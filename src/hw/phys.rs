@@ -5,7 +5,8 @@ use core::{
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
-use crate::{addr::Hpa, mm::PhysMem};
+use crate::addr::{Hpa, PAGE_SIZE};
+use crate::mm::PhysMem;
 
 /// Linear address of physical address 0. Present from the first Rust instruction on, in the tables of the entry code as
 /// well as in nvmx's own.
@@ -155,6 +156,15 @@ pub mod silence {
     }
 }
 
+/// `or_words` where a page is not mapped.
+#[cold]
+fn or_missing(phys: &DirectMap, from: Hpa, to: Hpa, words: &[(u16, u64)]) {
+    for (number, bits) in words {
+        let offset = 8 * u64::from(number % 512);
+        phys.write_u64(Hpa::new(to.get() + offset), bits | phys.read_u64(Hpa::new(from.get() + offset)));
+    }
+}
+
 impl PhysMem for DirectMap {
     #[inline]
     fn read_u64(&self, at: Hpa) -> u64 {
@@ -170,6 +180,23 @@ impl PhysMem for DirectMap {
         let Some(pointer) = self.word(at) else { return };
         // SAFETY: 1. the eight bytes are mapped and writable. 2. They are no Rust object (condition 2 of `new`).
         unsafe { asm!("mov [{}], {}", in(reg) pointer, in(reg) value, options(nostack, preserves_flags)) };
+    }
+
+    #[inline(always)]
+    fn or_words(&self, from: Hpa, to: Hpa, words: &[(u16, u64)]) {
+        let (Some(from), Some(to)) = (self.linear(from, PAGE_SIZE), self.linear(to, PAGE_SIZE)) else {
+            // What is not there reads as all ones.
+            return or_missing(self, from, to, words);
+        };
+        for (number, bits) in words {
+            // SAFETY: 1. both pages are mapped, and the word lies within them. 2. They are no Rust objects (condition 2 of
+            // `new`). 3. One load and one store.
+            unsafe {
+                asm!("mov {v}, [{from} + 8*{n}]", "or {v}, {bits}", "mov [{to} + 8*{n}], {v}", v = out(reg) _,
+                    bits = in(reg) *bits, from = in(reg) from, to = in(reg) to, n = in(reg) u64::from(number % 512),
+                    options(nostack));
+            };
+        }
     }
 
     fn read_bytes(&self, at: Hpa, into: &mut [u8]) {

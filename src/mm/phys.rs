@@ -46,6 +46,15 @@ pub trait PhysMem {
         (0..most).take_while(|i| word(a, *i) == word(b, *i)).count()
     }
 
+    /// Makes words of the page at `to` the OR of those of the page at `from` and the bits given, by their numbers in the page.
+    #[inline]
+    fn or_words(&self, from: Hpa, to: Hpa, words: &[(u16, u64)]) {
+        for (number, bits) in words {
+            let offset = 8 * u64::from(number % 512);
+            self.write_u64(Hpa::new(to.get() + offset), bits | self.read_u64(Hpa::new(from.get() + offset)));
+        }
+    }
+
     /// Clears `bits` of the eight aligned bytes at `at` in one atomic step, since a processor may set flags in an entry
     /// at the same time, and tells which of them were set.
     fn take_bits(&self, at: Hpa, bits: u64) -> u64;
@@ -107,6 +116,10 @@ impl<M: PhysMem + ?Sized> PhysMem for &M {
     }
     fn equal_words(&self, a: Hpa, b: Hpa, most: usize) -> usize {
         (**self).equal_words(a, b, most)
+    }
+    #[inline]
+    fn or_words(&self, from: Hpa, to: Hpa, words: &[(u16, u64)]) {
+        (**self).or_words(from, to, words);
     }
     #[inline]
     fn read_u64(&self, at: Hpa) -> u64 {

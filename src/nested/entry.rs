@@ -8,17 +8,16 @@ use super::tell::refuse;
 use super::{judge, reflect, shadow, virtual_apic};
 use crate::addr::Gpa;
 use crate::cpu::{Cpu, Operation, others};
-use crate::ept::{Activation, Written};
+use crate::ept::Activation;
 use crate::guest::{Next, Stop, inject};
 use crate::hw::vmx::{Invalidate, Vmx};
 use crate::mm::linear::fetch_pdptes;
 use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::checks::{self, CheckId, ControlsChecked};
 use crate::rules::explain::Refusal;
-use crate::rules::merge::{self, Duties, MsrIntercepts, NvmxNeeds, Translated};
+use crate::rules::merge::{self, Duties, NvmxNeeds, Translated};
 use crate::trace::KillReason;
 use crate::vmcs::access::MachineParts;
-use crate::vmcs::slot::Slot;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
 use crate::vmcs::vpid::VPID01;
@@ -48,18 +47,7 @@ pub fn enter(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
     let uses_timer = merged.pin.contains(PinControls::PREEMPTION_TIMER);
     slot.inherited.leave_l2(vmx);
     if uses_msr_bitmap {
-        let written = match &mut slot.msr_bitmap.watch {
-            Some(watch) if !others::several_run() => {
-                cpu.ept01.written(watch, &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
-            }
-            _ => Written::Yes { invept: false },
-        };
-        if written == (Written::Yes { invept: true }) {
-            vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
-        }
-        if written != Written::No {
-            merge_bitmaps(&cpu.phys, &cpu.guest, slot, &cpu.msr_intercepts);
-        }
+        slot.msr_bitmap.refresh(&cpu.phys);
     }
 
     let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
@@ -181,17 +169,14 @@ fn merge_controls(cpu: &mut Cpu, id: SlotId, checked: ControlsChecked) {
         .contains(PrimaryControls::USE_IO_BITMAPS)
         .then(|| io(Field::IO_BITMAP_A).zip(io(Field::IO_BITMAP_B)))
         .flatten();
-    let uses_msr_bitmap = primary.contains(PrimaryControls::USE_MSR_BITMAPS) && io(Field::MSR_BITMAP).is_some();
-    let bitmap12 = uses_msr_bitmap.then_some(slot.vmcs12.get(Field::MSR_BITMAP));
-    if slot.msr_bitmap.of != bitmap12 {
-        watch_msr_bitmap(cpu, id, bitmap12);
-    }
+    let msr_bitmap = primary.contains(PrimaryControls::USE_MSR_BITMAPS).then(|| io(Field::MSR_BITMAP)).flatten();
 
     let apic = virtual_apic::pages(cpu, &cpu.nested.slots[id].vmcs12);
     let slot = &mut cpu.nested.slots[id];
+    slot.msr_bitmap.follow(&cpu.phys, msr_bitmap);
     let to = Translated {
         io_bitmaps,
-        msr_bitmap: uses_msr_bitmap.then_some(slot.msr_bitmap.page),
+        msr_bitmap: msr_bitmap.map(|_| slot.msr_bitmap.frame()),
         shadow_bitmaps: by_hardware.then_some(slot.shadow_bitmaps),
         apic,
     };
@@ -206,32 +191,6 @@ fn merge_controls(cpu: &mut Cpu, id: SlotId, checked: ControlsChecked) {
     for page in [merged.virtual_apic, merged.posted_descriptor].into_iter().flatten() {
         cpu.ept02.expose(Gpa::new(page.get()), &mut Cpu::tables(&mut cpu.frames, &cpu.phys));
     }
-}
-
-/// Starts to watch L2's MSR bitmap and merges it once; without dirty flags, or once L2 runs on several CPUs, it is merged
-/// at every entry.
-fn watch_msr_bitmap(cpu: &mut Cpu, id: SlotId, bitmap12: Option<u64>) {
-    let slot = &mut cpu.nested.slots[id];
-    slot.msr_bitmap.of = bitmap12;
-    slot.msr_bitmap.watch = None;
-    // The flags of this CPU's ept01 do not see what another one writes.
-    let Some(at) = bitmap12.filter(|_| !others::several_run()) else { return };
-    slot.msr_bitmap.watch = cpu.ept01.watch(Gpa::new(at), &mut Cpu::tables(&mut cpu.frames, &cpu.phys)).ok();
-    if slot.msr_bitmap.watch.is_some() {
-        cpu.vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
-        merge_bitmaps(&cpu.phys, &cpu.guest, slot, &cpu.msr_intercepts);
-    }
-}
-
-/// Merges the MSR bitmaps of a slot anew.
-#[cold]
-pub fn merge_msr_bitmap(cpu: &mut Cpu, id: SlotId) {
-    merge_bitmaps(&cpu.phys, &cpu.guest, &cpu.nested.slots[id], &cpu.msr_intercepts);
-}
-
-/// The slot's MSR bitmap = nvmx's ∪ L2's.
-fn merge_bitmaps<P: PhysMem>(phys: &P, guest: &GuestMemory<P>, slot: &Slot, ours: &MsrIntercepts) {
-    merge::msr_bitmaps(phys, ours, guest, Gpa::new(slot.vmcs12.get(Field::MSR_BITMAP)), slot.msr_bitmap.page);
 }
 
 /// The rules on guest state that the processor does not apply to vmcs02 as it would to vmcs12. vmcs02 is current and

@@ -10,11 +10,11 @@ use crate::nested::shadow;
 use crate::rules::merge::Duties;
 use crate::rules::route::{ExitInfo, Route, route};
 use crate::trace::KillReason;
-use crate::vmcs::msrs;
+use crate::vmcs::msrs::{self, By};
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::tracked::is_pat;
 use crate::vmx::Field;
-use crate::vmx::bitmap::Access;
+use crate::vmx::bitmap::{Access, MsrBitmap};
 use crate::vmx::controls::PinControls;
 use crate::vmx::event::EventInfo;
 use crate::vmx::exit::{BasicReason, ExitReason};
@@ -120,8 +120,10 @@ fn msr_of_l3(
     emulate: fn(&mut Cpu) -> Result<(), Fault>,
 ) -> Result<(), KillReason> {
     if !msrs::is_own(cpu.regs.gpr[1] as u32, access) {
-        // L2's bitmap lost the bit while L3 ran. Merged again, it lets the instruction through.
-        entry::merge_msr_bitmap(cpu, id);
+        // Nobody wants to see it: the word was closed, or L2's bitmap has lost the bit since the entry.
+        if let Some(bit) = MsrBitmap::index(cpu.regs.gpr[1] as u32, access) {
+            cpu.nested.slots[id].msr_bitmap.open(&cpu.phys, bit, |word| msrs::bitmap_word(word, By::L3));
+        }
         inject::set_resume_flag(&mut cpu.vmx);
         return Ok(());
     }

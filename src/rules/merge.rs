@@ -1,21 +1,20 @@
 //! What vmcs02 runs with: nvmx's needs and a checked vmcs12, merged.
 //!
-//! Pure; only [`msr_bitmaps`] and [`shadow_bitmap`] work in memory. Every address comes in translated; what L2 wants intercepted is a subset of
+//! Pure; only [`shadow_bitmap`] works in memory. Every address comes in translated; what L2 wants intercepted is a subset of
 //! what comes out (invariant I3), and nothing of vmcs12 reaches the host side of the VM exit (invariant I4).
 //!
 //! Exception bitmap, CR masks and shadows, CR3 targets, TSC offset, the PF mask and all guest state are not here: L2's
 //! values live in vmcs02 and nvmx adds none of its own.
 
-use crate::addr::{Gpa, Hpa, PAGE_SIZE};
+use crate::addr::{Gpa, Hpa};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::checks::ControlsChecked;
 use crate::rules::resident;
 use crate::rules::switched;
-use crate::vmx::bitmap::{MsrBitmap, Words};
+use crate::vmx::bitmap::Words;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::{Capabilities, Field, Fields};
 use bitflags::bitflags;
-use core::ops::Range;
 
 /// The controls that nvmx needs in vmcs02 whatever L2 asks for; made once per processor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -251,42 +250,6 @@ fn duties(secondary12: SecondaryControls) -> Duties {
     let virtualizes_accesses = secondary12.contains(SecondaryControls::VIRTUALIZE_APIC_ACCESSES);
     duties.set(Duties::FLUSH_EPT01, virtualizes_accesses && duties.contains(Duties::LOAD_PDPTES));
     duties
-}
-
-/// nvmx's MSR bitmap for L3, as far as it must be merged with L2's: the words with a bit set among those for reads, and those
-/// with a bit clear among those for writes. Few words of either half are so.
-pub struct MsrIntercepts {
-    reads: Words,
-    writes: Words,
-}
-
-/// Bytes of an MSR bitmap for reads; as many for writes follow.
-const HALF: u64 = PAGE_SIZE / 2;
-
-impl MsrIntercepts {
-    /// Of nvmx's bitmap, given its words by number.
-    pub fn new(word: impl Fn(usize) -> u64) -> Self {
-        let differ =
-            |words: Range<usize>, rest| Words::of(words.map(|i| (i as u16, word(i))).filter(|(_, bits)| *bits != rest));
-        let half = MsrBitmap::WORDS / 2;
-        Self { reads: differ(0..half, 0), writes: differ(half..MsrBitmap::WORDS, u64::MAX) }
-    }
-}
-
-/// Makes the MSR bitmap in the frame `to`, which was all ones, the union of nvmx's and L2's at `theirs`; a page that L2 does
-/// not own reads as all ones.
-pub fn msr_bitmaps<P: PhysMem>(phys: &P, ours: &MsrIntercepts, guest: &GuestMemory<P>, theirs: Gpa, to: Hpa) {
-    let word = |offset| Hpa::new(to.get() + offset);
-    let Ok(theirs) = guest.translate(theirs.page()) else {
-        (0..PAGE_SIZE).step_by(8).for_each(|offset| phys.write_u64(word(offset), u64::MAX));
-        return;
-    };
-    phys.copy(theirs, to, HALF);
-    ours.reads.iter().for_each(|(offset, bits)| phys.write_u64(word(offset), phys.read_u64(word(offset)) | bits));
-    // A write that nvmx must see of each MSR of a word stays so.
-    for (offset, bits) in ours.writes.iter() {
-        phys.write_u64(word(offset), phys.read_u64(Hpa::new(theirs.get() + offset)) | bits);
-    }
 }
 
 /// Makes the bitmap in the frame `to`, which is all ones elsewhere, the union of nvmx's VMREAD or VMWRITE bitmap and L2's at

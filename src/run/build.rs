@@ -14,7 +14,6 @@ use crate::hw::vmx::Vmx;
 use crate::mm::mtrr::Mtrrs;
 use crate::mm::{FramePool, GuestMemory, PhysMem, Span};
 use crate::rules::caps;
-use crate::rules::merge::MsrIntercepts;
 use crate::run::Machine;
 use crate::vmcs::access::VmcsAccess;
 use crate::vmcs::image::Layout;
@@ -143,7 +142,6 @@ impl Common {
             msr_bitmap01,
             void,
             shadow_words: bitmaps.each_ref().map(|bitmap| Words::that_differ(bitmap, u64::MAX)),
-            msr_intercepts: MsrIntercepts::new(|word| msrs::bitmap_word(word, By::L3)),
             shadow_bitmaps,
             msrs: OwnMsrs::of_this_processor(self.has_mtrrs, offered.physical_width),
             tracked: Tracked::default(),

@@ -6,6 +6,7 @@ pub mod host;
 pub mod image;
 pub mod inherit;
 pub mod kept;
+pub mod msr_bitmap;
 pub mod msr_lists;
 pub mod msrs;
 pub mod mtrrs;

@@ -1,11 +1,12 @@
 //! One active vmcs12: nvmx's copy, its vmcs02, and what was made of the one for the other.
 
 use crate::addr::{Gpa, Hpa};
-use crate::ept::{Eptp, Watch};
+use crate::ept::Eptp;
 use crate::hw::vmx::Vmx;
 use crate::rules::checks::host_field_holds;
 use crate::rules::merge::{Duties, Vmcs02Controls};
 use crate::vmcs::inherit::Inherited;
+use crate::vmcs::msr_bitmap::MsrBitmap02;
 use crate::vmcs::msr_lists::MsrLists;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
@@ -13,16 +14,6 @@ use crate::vmcs::vmcs02::Vmcs02;
 use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::controls::{PrimaryControls, SecondaryControls};
 use crate::vmx::{Capabilities, Field};
-
-/// The OR of nvmx's and L2's MSR bitmaps.
-pub struct MergedMsrBitmap {
-    /// A frame of nvmx.
-    pub page: Hpa,
-    /// Address of L2's, if it uses one.
-    pub of: Option<u64>,
-    /// Tells when L2 writes to it.
-    pub watch: Option<Watch>,
-}
 
 /// A slot.
 pub struct Slot {
@@ -41,8 +32,8 @@ pub struct Slot {
     pub stale: Stale,
     /// The controls that vmcs02 is to run with.
     pub merged: Option<Vmcs02Controls>,
-    /// MSR bitmap for vmcs02.
-    pub msr_bitmap: MergedMsrBitmap,
+    /// The MSR bitmap of vmcs02.
+    pub msr_bitmap: MsrBitmap02,
     /// VMREAD and VMWRITE bitmap for vmcs02, merged: frames of nvmx, all ones but where nvmx opens fields.
     pub shadow_bitmaps: (Hpa, Hpa),
     /// The slot of the shadow VMCS that L3 reaches.
@@ -57,7 +48,7 @@ pub struct Slot {
 
 impl Slot {
     /// A free slot on frames of its own.
-    pub fn new(vmcs02: Hpa, msr_bitmap: Hpa, shadow_bitmaps: (Hpa, Hpa), msr_lists: MsrLists) -> Self {
+    pub fn new(vmcs02: Hpa, msr_bitmap: MsrBitmap02, shadow_bitmaps: (Hpa, Hpa), msr_lists: MsrLists) -> Self {
         Slot {
             vmptr: None,
             active: false,
@@ -66,7 +57,7 @@ impl Slot {
             vmcs02: Vmcs02::new(vmcs02),
             stale: Stale::all(),
             merged: None,
-            msr_bitmap: MergedMsrBitmap { page: msr_bitmap, of: None, watch: None },
+            msr_bitmap,
             shadow_bitmaps,
             linked: None,
             msr_lists,
@@ -78,7 +69,7 @@ impl Slot {
     /// Every frame that the slot owns besides the one that it lies in.
     pub fn frames(&self) -> impl Iterator<Item = Hpa> {
         let (read, write) = self.shadow_bitmaps;
-        [self.vmcs02.region(), self.msr_bitmap.page, read, write].into_iter().chain(self.msr_lists.frames())
+        [self.vmcs02.region(), self.msr_bitmap.frame(), read, write].into_iter().chain(self.msr_lists.frames())
     }
 
     /// This is left to do around an entry.
@@ -122,8 +113,7 @@ impl Slot {
         self.vmptr = None;
         self.active = false;
         self.vmcs12 = Vmcs12::new();
-        self.msr_bitmap.of = None;
-        self.msr_bitmap.watch = None;
+        self.msr_bitmap.forget();
         self.stale = Stale::all();
         self.merged = None;
         self.linked = None;

@@ -8,6 +8,7 @@ use crate::addr::Hpa;
 use crate::hw::held::Held;
 use crate::hw::phys::DirectMap;
 use crate::mm::{Frame, FramePool, PhysMem};
+use crate::vmcs::msr_bitmap::MsrBitmap02;
 use crate::vmcs::msr_lists::{AREA_FRAMES, MsrLists};
 use crate::vmcs::slot::Slot;
 use crate::vmx::bitmap::BitmapPage;
@@ -127,10 +128,10 @@ fn make(
     let lists = MsrLists::new(some(AREA_FRAMES)?, some(AREA_FRAMES)?);
     phys.write_u64(vmcs02, revision.into());
     // Merging writes only what is not all ones.
-    for bitmap in [msr_bitmap, shadow_bitmaps.0, shadow_bitmaps.1] {
+    for bitmap in [shadow_bitmaps.0, shadow_bitmaps.1] {
         phys.write_words(bitmap, &BitmapPage::SET.0);
     }
-    Some(Slot::new(vmcs02, msr_bitmap, shadow_bitmaps, lists))
+    Some(Slot::new(vmcs02, MsrBitmap02::new(msr_bitmap, phys), shadow_bitmaps, lists))
 }
 
 impl Index<SlotId> for Slots {

@@ -48,11 +48,6 @@ impl Words {
         Self((0..).zip(page.0).filter(|(_, word)| *word != rest).collect())
     }
 
-    /// The words with these numbers; at most as many as there is room for, as in [`Words::that_differ`].
-    pub fn of(words: impl IntoIterator<Item = (u16, u64)>) -> Self {
-        Self(words.into_iter().collect())
-    }
-
     /// Each word with its byte offset in the page.
     #[inline(always)]
     pub fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {

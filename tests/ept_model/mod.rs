@@ -4,7 +4,7 @@
 
 use nvmx::addr::{Gpa, Hpa};
 use nvmx::ept::entry::{Level, Rights};
-use nvmx::ept::{Block, Ept01, EptRules, GuestView, MemoryType, NotOwned, TableFrames, Watch, Written};
+use nvmx::ept::{Block, Ept01, EptRules, GuestView, MemoryType, NotOwned, TableFrames, Watch, WatchError};
 use nvmx::mm::Span;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -288,12 +288,42 @@ pub fn composed(page: u64, size: u64, rights: u64, type_and_pat: u64, ngpa: u64)
     Some((ngpa - ngpa % part, part, (gpa - gpa % part) | rights | type_and_pat | large))
 }
 
+/// Somebody who watches a page, and asks.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Watcher {
+    watch: Watch,
+    round: u64,
+}
+
+/// What it is told: was the page written since it asked last, and is INVEPT due for ept01?
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Written {
+    No,
+    Yes { invept: bool },
+}
+
+impl Watcher {
+    /// INVEPT for ept01 is due.
+    pub fn new(ept01: &mut Ept01, page: u64, frames: &mut Frames) -> Result<Self, WatchError> {
+        ept01.watch(Gpa::new(page), frames).map(|watch| Self { watch, round: ept01.round() })
+    }
+
+    pub fn ask(&mut self, ept01: &mut Ept01, frames: &mut Frames) -> Written {
+        if self.round == ept01.round() && self.watch.is_clean(frames) {
+            return Written::No;
+        }
+        let (watch, invept) = ept01.watch_again(self.watch, frames);
+        *self = Self { watch, round: ept01.round() };
+        Written::Yes { invept }
+    }
+}
+
 /// ept01 of a machine whose L2 is watched, somebody else who watches one page in it, and what the processor has cached of L2's
 /// writes: it sets no flag for the page again until INVEPT.
 pub struct Watching {
     pub ept01: Ept01,
     pub cached: HashSet<u64>,
-    other: Watch,
+    other: Watcher,
     others_page: u64,
     /// The page of `other` was written since it was asked.
     written: bool,
@@ -304,13 +334,14 @@ impl Watching {
         let write_back = |_: Gpa, _| Some(MemoryType::WriteBack);
         let own = Span::new(OWN.0, OWN.1);
         let mut ept01 = Ept01::new(rules(), true, Gpa::new(GIB1), own, write_back, frames).unwrap();
-        let other = ept01.watch(Gpa::new(others_page), frames).unwrap();
+        let other = Watcher::new(&mut ept01, others_page, frames).unwrap();
         Self { ept01, cached: HashSet::new(), other, others_page, written: false }
     }
 
     /// After all watches ended.
     pub fn watch_anew(&mut self, frames: &mut Frames) {
-        self.other = self.ept01.watch(Gpa::new(self.others_page), frames).unwrap();
+        self.other = Watcher::new(&mut self.ept01, self.others_page, frames).unwrap();
+        self.cached.clear();
         self.written = false;
     }
 
@@ -333,7 +364,7 @@ impl Watching {
 
     /// The other one asks; false if a write was missed.
     pub fn ask(&mut self, frames: &mut Frames) -> bool {
-        let told = self.ept01.written(&mut self.other, frames);
+        let told = self.other.ask(&mut self.ept01, frames);
         if told == (Written::Yes { invept: true }) {
             self.cached.clear();
         }
