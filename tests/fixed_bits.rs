@@ -32,6 +32,7 @@ fn in_root(v: &Vmcs) -> Mode {
         cr3: 0,
         efer: 0x500,
         cs_long: true,
+        tss_16: false,
         vmx_operation: true,
     }
 }

@@ -21,6 +21,8 @@ pub struct Mode {
     pub efer: u64,
     /// CS.L
     pub cs_long: bool,
+    /// The TSS in TR is one of 16 bits.
+    pub tss_16: bool,
     /// L2 is in VMX operation.
     pub vmx_operation: bool,
 }
@@ -61,7 +63,7 @@ pub fn write_cr0(mode: Mode, new: u64) -> Result<Effects, Fault> {
     let stops = old.contains(Cr0::PG) && !new.contains(Cr0::PG);
     let long = mode.efer & EFER_LME != 0;
     if starts && long {
-        if !cr4.contains(Cr4::PAE) || mode.cs_long {
+        if !cr4.contains(Cr4::PAE) || mode.cs_long || mode.tss_16 {
             return gp;
         }
         effects.long_mode = Some(true);
@@ -119,9 +121,10 @@ pub fn lmsw(cr0: u64, source: u16) -> u64 {
 mod tests {
     use super::*;
 
-    const PROTECTED: Mode = Mode { cr0: 0x11, cr4: 0, cr3: 0, efer: 0, cs_long: false, vmx_operation: false };
+    const PROTECTED: Mode =
+        Mode { cr0: 0x11, cr4: 0, cr3: 0, efer: 0, cs_long: false, tss_16: false, vmx_operation: false };
     const LONG: Mode =
-        Mode { cr0: 0x8000_0031, cr4: 0x20, cr3: 0x1000, efer: 0x500, cs_long: true, vmx_operation: true };
+        Mode { cr0: 0x8000_0031, cr4: 0x20, cr3: 0x1000, efer: 0x500, cs_long: true, vmx_operation: true, ..PROTECTED };
 
     #[test]
     fn paging_without_protection_faults() {
@@ -189,6 +192,13 @@ mod tests {
     fn long_mode_does_not_start_in_64_bit_code() {
         let mode = Mode { cr4: 0x20, efer: 0x100, cs_long: true, ..PROTECTED };
         assert_eq!(write_cr0(mode, 0x8000_0031), GP);
+    }
+
+    #[test]
+    fn long_mode_does_not_start_with_a_16_bit_tss() {
+        let mode = Mode { cr4: 0x20, efer: 0x100, tss_16: true, ..PROTECTED };
+        assert_eq!(write_cr0(mode, 0x8000_0031), GP);
+        assert!(write_cr0(Mode { efer: 0, ..mode }, 0x8000_0031).is_ok(), "PAE paging does");
     }
 
     #[test]

@@ -18,6 +18,8 @@ use crate::x86::{Cr0, Fault};
 
 const EFER_LMA: u64 = 1 << 10;
 const CS_LONG: u64 = 1 << 13;
+/// Of the type of a TSS: 32 or 64 bits.
+const TSS_WIDE: u64 = 1 << 3;
 const CR0_FIXED_BY_VMX: u64 = Cr0::NE.bits();
 
 /// Emulates the access.
@@ -29,6 +31,7 @@ pub fn handle(cpu: &mut Cpu) -> Result<Next, Stop> {
         cr3: cpu.vmx.read(Field::GUEST_CR3),
         efer: cpu.vmx.read(Field::GUEST_IA32_EFER),
         cs_long: cpu.vmx.read(Field::GUEST_CS_AR_BYTES) & CS_LONG != 0,
+        tss_16: cpu.vmx.read(Field::GUEST_TR_AR_BYTES) & TSS_WIDE == 0,
         vmx_operation: cpu.nested.operation != Operation::Off,
     };
     match access {

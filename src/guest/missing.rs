@@ -7,17 +7,23 @@ use crate::ept::{Missing, Qualification};
 use crate::trace::KillReason;
 use crate::vmx::Field;
 use crate::vmx::event::EventInfo;
+use crate::x86::Fault;
 
-/// Maps what ept01 lacks at `at`, after a violation of the guest of the current VMCS.
-pub fn map_missing(cpu: &mut Cpu, at: Gpa) -> Result<(), KillReason> {
+/// Maps what ept01 lacks at `at`, after a violation of the guest of the current VMCS. Answers with the exception that the
+/// guest gets if there is nothing and an instruction can say so.
+///
+/// Only the load of PDPTEs by a MOV to a control register has no linear address (SDM vol. 3C, table "Exit Qualification for
+/// EPT Violations"). Where nothing answers they read as all ones, which the instruction refuses.
+pub fn map_missing(cpu: &mut Cpu, at: Gpa) -> Result<Option<Fault>, KillReason> {
+    let qualification = Qualification::from_bits_retain(cpu.vmx.read(Field::EXIT_QUALIFICATION));
     let mtrrs = &cpu.config.mtrrs;
     let memory_type = |start: Gpa, bytes| mtrrs.type_of(start.get(), bytes);
     match cpu.ept01.map_missing(at, memory_type, &mut Cpu::tables(&mut cpu.frames, &cpu.phys)) {
         Ok(Missing::Mapped | Missing::Present) => {
-            let qualification = Qualification::from_bits_retain(cpu.vmx.read(Field::EXIT_QUALIFICATION));
             redeliver(cpu, qualification);
-            Ok(())
+            Ok(None)
         }
+        _ if !qualification.contains(Qualification::LINEAR_VALID) => Ok(Some(Fault::GeneralProtection(0))),
         Ok(Missing::Forbidden | Missing::BeyondPhysical) | Err(_) => Err(KillReason::ForbiddenMemory(at)),
     }
 }

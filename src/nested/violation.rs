@@ -1,7 +1,7 @@
 //! EPT violations of L3.
 
 use super::wants::Wants;
-use super::{reflect, ve};
+use super::{completion, reflect, ve};
 use crate::addr::{Gpa, Ngpa};
 use crate::cpu::Cpu;
 use crate::ept::{Outcome, PageLog, Qualification};
@@ -25,7 +25,10 @@ pub fn violation(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
     let at = cpu.vmx.read(Field::GUEST_PHYSICAL_ADDRESS);
     if slot.has_duty(Duties::LOAD_PDPTES) {
         // L2 uses no EPT for this guest: its physical addresses are L2's, under ept01.
-        return missing::map_missing(cpu, Gpa::new(at));
+        return match missing::map_missing(cpu, Gpa::new(at))? {
+            None => Ok(()),
+            Some(fault) => completion::refused(cpu, id, fault),
+        };
     }
     let eptp12 = slot.eptp12();
     let qualification = Qualification::from_bits_retain(cpu.vmx.read(Field::EXIT_QUALIFICATION));

@@ -84,8 +84,10 @@ fn dispatch(cpu: &mut Cpu, reason: ExitReason) -> Result<Next, Stop> {
 /// L2 touched an address that ept01 does not map (yet).
 fn memory_missing(cpu: &mut Cpu) -> Result<Next, Stop> {
     let at = Gpa::new(cpu.vmx.read(Field::GUEST_PHYSICAL_ADDRESS));
-    missing::map_missing(cpu, at)?;
-    Ok(Next::Stay)
+    match missing::map_missing(cpu, at)? {
+        None => Ok(Next::Stay),
+        Some(fault) => Err(fault.into()),
+    }
 }
 
 /// The processor refused vmcs01.

@@ -236,6 +236,24 @@ fn judge(world: &mut World, name: &str, script: Script, k: u64, set: impl Fn(&mu
     }
 }
 
+/// The frames at rest behind a script in which nothing fails, and the accesses that nvmx made to L2's memory meanwhile.
+fn undisturbed(setup: Setup, name: &str, script: Script) -> (usize, u64) {
+    let mut world = World::new(setup);
+    let count = std::cell::Cell::new(0);
+    let rest = at_rest(&world);
+    judge(&mut world, name, script, 0, |_| silence::behind(None, OWN), |_| count.set(silence::end()));
+    let full = at_rest(&world);
+    assert!(full + 8 >= rest, "{name}: {rest} frames before, {full} after");
+    (full, count.get())
+}
+
+/// Behind a failure with which the machine goes on, all frames come back once L2 leaves VMX operation.
+fn nothing_is_lost(world: &World, full: usize, name: &str, k: u64) {
+    if matches!(world.cpu.nested.operation, nvmx::cpu::Operation::Off) {
+        assert_eq!(at_rest(world), full, "{name}, {k:#x}: frames are lost");
+    }
+}
+
 fn every() -> bool {
     std::env::var_os("NVMX_EVERY").is_some()
 }
@@ -244,21 +262,13 @@ fn every() -> bool {
 fn the_kth_access_finds_nothing() {
     for setup in Setup::all() {
         for (name, script) in SCRIPTS {
-            let mut world = World::new(setup);
-            let count = std::cell::Cell::new(0);
-            let rest = at_rest(&world);
-            judge(&mut world, name, *script, 0, |_| silence::behind(None, OWN), |_| count.set(silence::end()));
-            let full = at_rest(&world);
-            assert!(full + 8 >= rest, "{name}: {rest} frames before, {full} after");
-            let all = count.get();
+            let (full, all) = undisturbed(setup, name, *script);
             // Most accesses of a loop are alike: some of each, in other places by each strategy.
             let step = if every() { 1 } else { (all / 16).max(1) as usize };
             for k in (setup.storage as u64 + setup.strategy as u64..all).step_by(step) {
                 let mut world = World::new(setup);
                 judge(&mut world, name, *script, k, |_| silence::behind(Some(k), OWN), |_| _ = silence::end());
-                if matches!(world.cpu.nested.operation, nvmx::cpu::Operation::Off) {
-                    assert_eq!(at_rest(&world), full, "{name}, {k}: frames are lost");
-                }
+                nothing_is_lost(&world, full, name, k);
             }
         }
     }
@@ -268,6 +278,7 @@ fn the_kth_access_finds_nothing() {
 fn the_kth_frame_is_not_there() {
     for setup in Setup::all() {
         for (name, script) in SCRIPTS {
+            let (full, _) = undisturbed(setup, name, *script);
             let mut k = 0;
             loop {
                 let mut world = World::new(setup);
@@ -283,6 +294,7 @@ fn the_kth_frame_is_not_there() {
                         world.cpu.frames.fail_behind(None);
                     },
                 );
+                nothing_is_lost(&world, full, name, k);
                 if !reached.get() {
                     break;
                 }
@@ -322,6 +334,7 @@ fn a_page_turns_out_not_to_be_l2s() {
     ];
     for (i, setup) in Setup::all().into_iter().enumerate() {
         for (name, script) in SCRIPTS {
+            let (full, _) = undisturbed(setup, name, *script);
             for page in pages.into_iter().skip(i % 2).step_by(if every() { 1 } else { 2 }) {
                 let mut world = World::new(setup);
                 let phys = world.cpu.phys;
@@ -336,6 +349,7 @@ fn a_page_turns_out_not_to_be_l2s() {
                     |world| world.cpu.guest = whole,
                 );
                 assert!(world.cpu.guest.translate(Gpa::new(page)).is_ok());
+                nothing_is_lost(&world, full, name, page);
             }
         }
     }

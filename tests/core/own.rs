@@ -209,3 +209,58 @@ fn the_machine_ends_for_reasons_that_are_named() {
         assert_eq!(reason, KillReason::VmxAbort(indicator));
     }
 }
+
+/// An exit by an EPT violation of nvmx's memory, for the PDPTEs that a MOV to a control register loads: no linear address.
+fn pdptes_in_nvmx() -> Exit {
+    Exit { physical: OWN.start() + 0x20, length: 3, ..Exit::new(48) }.because(1)
+}
+
+#[test]
+fn a_mov_to_cr3_whose_pdptes_are_nvmxs_faults() {
+    everywhere(|g| async move {
+        g.core().delivered.clear();
+        let before = g.get(GUEST_RIP);
+        g.exit(pdptes_in_nvmx()).await;
+        let events: Vec<_> = g.core().delivered.iter().map(|event| event.info).collect();
+        assert_eq!((events, g.get(GUEST_RIP)), (vec![0xB0D], before));
+        g.run(Op::Cpuid).await;
+    });
+    // What has a linear address is an access like any other.
+    let reason = killed(|g| async move { g.exit(pdptes_in_nvmx().because(1 | 1 << 7)).await });
+    assert!(matches!(reason, KillReason::ForbiddenMemory(_)), "{reason:?}");
+}
+
+#[test]
+fn a_mov_to_cr3_of_an_l3_without_ept_faults_too_or_exits() {
+    for exits in [false, true] {
+        everywhere(move |g| async move {
+            hypervisor(
+                &g,
+                &[control(SECONDARY_VM_EXEC_CONTROL, 0, 1 << 1), (EXCEPTION_BITMAP, if exits { 1 << 13 } else { 0 })],
+            )
+            .await;
+            launch(&g).await;
+            g.core().delivered.clear();
+            g.exit(pdptes_in_nvmx()).await;
+            if exits {
+                assert_eq!(g.vmread(VM_EXIT_INTR_INFO).await, Some(0x8000_0B0D));
+                return;
+            }
+            assert_eq!(g.core().delivered.iter().map(|event| event.info).collect::<Vec<_>>(), [0xB0D]);
+            leave(&g).await;
+        });
+    }
+}
+
+#[test]
+fn long_mode_does_not_start_with_a_16_bit_tss() {
+    everywhere(|g| async move {
+        two_tasks(&g);
+        g.run(Op::MovToCr4(0x20)).await;
+        g.run(Op::Wrmsr(0xC000_0080, 0x100)).await;
+        g.set(GUEST_TR_AR_BYTES, 0x83);
+        // CR0.NE, which is nvmx's.
+        let outcome = g.run(Op::MovToCr0(0x8000_0031)).await;
+        assert!(matches!(outcome, Outcome::Event(event) if event.info == 0xB0D), "{outcome:?}");
+    });
+}

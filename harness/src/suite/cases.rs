@@ -160,6 +160,10 @@ impl Builder<'_> {
         let name = "an L3 that is led to nvmx's memory exits, and its L2 goes on";
         let judge: Judge = Box::new(|o| all_pass(o).and_then(|()| went_outside(o[0])));
         self.case(name, &["vmxtest-outside"], judge);
+        let args = args.replace("part=ept", "part=tasks");
+        self.boot("vmxtest-tasks-outside", self.session.nested("vmxtest", &args, Fields::Auto));
+        let name = "an L2 that loads PDPTEs from nvmx's memory gets an exception, and goes on";
+        self.case(name, &["vmxtest-tasks-outside"], Box::new(all_pass));
     }
 
     /// A second nvmx is a guest hypervisor like any other.

@@ -126,10 +126,14 @@ fn main(info: &BootInfo) {
         }
     }
     local_apic::init();
+    let Ok(outside) = u64::from_str_radix(info.option("outside").unwrap_or("0").trim_start_matches("0x"), 16) else {
+        report::fail(format_args!("outside= needs an address"));
+        return;
+    };
     let skipped = |part: &str| info.option("skip").is_some_and(|names| names.split(',').any(|name| name == part));
     if chosen.is_none_or(|c| c == "tasks") && !skipped("tasks") {
         log!("part tasks");
-        tasks::all();
+        tasks::all(outside as u32);
     }
     if cpu::cpuid(1, 0)[2] & 1 << 5 == 0 {
         report::fail(format_args!("{}", Missing::Vmx));
@@ -148,14 +152,8 @@ fn main(info: &BootInfo) {
             return;
         }
     }
-    if let Some(address) = info.option("outside") {
-        let Ok(address) = u64::from_str_radix(address.trim_start_matches("0x"), 16) else {
-            report::fail(format_args!("outside= needs an address"));
-            return;
-        };
-        ept::outside::ADDRESS.set(address);
-        msrs::OUTSIDE.set(address);
-    }
+    ept::outside::ADDRESS.set(outside);
+    msrs::OUTSIDE.set(outside);
     if let Err(missing) = run(|part| chosen.is_none_or(|c| c == part) && !skipped(part)) {
         report::fail(format_args!("{missing}"));
     }

@@ -24,7 +24,9 @@ const PENDING_BREAKPOINTS: u64 = 0b1111;
 const DR6_CAUSES: u64 = 0x900F;
 const DR6_BT: u64 = 1 << 15;
 const DR7_GD: u64 = 1 << 13;
-const DEBUGCTL_BTF: u64 = 1 << 1;
+/// IA32_DEBUGCTL: LBR and BTF, which a debug exception clears; the other bits stay (SDM vol. 3B, "Monitoring Branches,
+/// Exceptions, and Interrupts", "Single-Stepping on Branches").
+const DEBUGCTL_LBR_BTF: u64 = 0b11;
 
 /// L2 switches tasks; vmcs01 is current.
 #[cold]
@@ -137,7 +139,7 @@ fn trap(cpu: &mut Cpu, pending: u64) {
     cr::set_dr6(cr::dr6() & !DR6_CAUSES | DR6_BT | pending & PENDING_BREAKPOINTS);
     for (field, clear) in [
         (Field::GUEST_DR7, DR7_GD),
-        (Field::GUEST_IA32_DEBUGCTL, DEBUGCTL_BTF),
+        (Field::GUEST_IA32_DEBUGCTL, DEBUGCTL_LBR_BTF),
         (Field::GUEST_PENDING_DBG_EXCEPTIONS, u64::MAX),
     ] {
         let value = cpu.vmx.read(field) & !clear;

@@ -18,6 +18,9 @@ const SS: u32 = 12;
 const GP: u32 = 13;
 const PF: u32 = 14;
 const DF: u8 = 8;
+/// Bits of IA32_DEBUGCTL
+const LBR: u64 = 1;
+const BTF: u64 = 2;
 /// EXT of an error code
 const EXT: u16 = 1;
 /// In a TSS
@@ -56,7 +59,7 @@ const fn trap(vector: u32, error: u16, tr: u16) -> End {
 /// Name, trigger, what is special, where it ends.
 type Case = (&'static str, Trigger, fn(&mut World), End);
 
-use Trigger::{Call, Gp, Int, Int3, Interrupt, Iret, Jmp, Nmi, Pf, Ud};
+use Trigger::{Call, Cr3, Gp, Int, Int3, Interrupt, Iret, Jmp, LongMode, Nmi, Pf, Ud};
 
 #[rustfmt::skip]
 const CASES: &[Case] = &[
@@ -78,6 +81,8 @@ const CASES: &[Case] = &[
     ("single step in the new task", Jmp(NEW), |w| w.put32(Page::New, EFLAGS, 0x102), trap(1, 0, NEW)),
     ("local breakpoints end", Jmp(NEW), |w| w.dr7 = 0x7FF, task(NEW)),
     ("debug trap", Jmp(NEW), |w| w.put16(Page::New, T_AT, 1), trap(1, 0, NEW)),
+    ("debug trap, last branches and branch steps", Jmp(NEW), |w| { w.put16(Page::New, T_AT, 1); w.debugctl = LBR | BTF }, trap(1, 0, NEW)),
+    ("last branches", Jmp(NEW), |w| w.debugctl = LBR, task(NEW)),
     ("debug trap by CALL", Call(NEW), |w| w.put16(Page::New, T_AT, 1), trap(1, 0, NEW)),
     ("ring 3", Jmp(NEW), |w| w.new_is_user(), trap(0x31, 0, NEW)),
     ("error code for ring 3", Gp, |w| { w.task_gate(13, NEW); w.new_is_user() }, trap(0x31, 0, NEW)),
@@ -158,6 +163,9 @@ const CASES: &[Case] = &[
     ("an invalid TSS has a task of its own", Jmp(NEW), |w| { w.put16(Page::New, SS_AT, 0); w.task_gate(10, OTHER) }, task(OTHER)),
 ];
 
+/// Without paging only.
+const UNPAGED: &[Case] = &[("long mode with a 16-bit TSS", LongMode, |w| w.old_is_16_bit(), trap(GP, 0, OLD))];
+
 /// With paging only.
 #[rustfmt::skip]
 const PAGED: &[Case] = &[
@@ -200,18 +208,22 @@ impl Value for Words {
     }
 }
 
-/// All cases in each kind of paging.
-pub fn all() {
+/// All cases in each kind of paging. `outside` is an address where memory of the hypervisor below lies, or 0.
+pub fn all(outside: u32) {
     let before = report::checks();
+    // Nothing answers there, so the PDPTEs are refused.
+    let lost: &[Case] = &[("MOV to CR3, PDPTEs that are not L2's", Cr3(outside), |_| {}, trap(GP, 0, OLD))];
     for (mode, paging) in [("no paging", Paging::Off), ("paging", Paging::Wide32), ("PAE paging", Paging::Pae)] {
-        let paged: &[Case] = if paging == Paging::Off { &[] } else { PAGED };
-        for (name, trigger, special, wanted) in [CASES, paged].into_iter().flatten() {
+        let paged: &[Case] = if paging == Paging::Off { UNPAGED } else { PAGED };
+        let lost = if paging == Paging::Pae && outside != 0 { lost } else { &[] };
+        for (name, trigger, special, wanted) in [CASES, paged, lost].into_iter().flatten() {
             let mut world = World::new(paging);
             special(&mut world);
             let mut out = Serial;
             let mut check = Check::new(&mut out, format_args!("task switch, {mode}: {name}"));
             let mut last = (0, 0, 0);
-            for (key, note) in ["first", "second", "third"].into_iter().zip(world.run(*trigger)) {
+            let (notes, debugctl) = world.run(*trigger);
+            for (key, note) in ["first", "second", "third"].into_iter().zip(notes) {
                 check = check.fact(key, Words(note.all()));
                 last = (note.id(), note.error(), note.tr() as u16);
             }
@@ -220,6 +232,11 @@ pub fn all() {
                 let error = if id == 2 { 0 } else { error };
                 Hex(u64::from(id) << 48 | u64::from(error) << 16 | u64::from(tr))
             };
+            if world.debugctl != 0 {
+                check = check.fact("debugctl", Hex(debugctl));
+                // A debug exception clears both.
+                check = check.expect("cleared", debugctl == 0, last.0 == 0x101);
+            }
             // A JMP that failed on a page: see above.
             let failed = last.0 == 0x100 | PF && matches!(trigger, Jmp(_));
             let pages: &[Page] =

@@ -30,6 +30,7 @@ n_then:     .skip 4
 n_log:      .skip 4
 n_busy:     .skip 4
 n_log_end:  .skip 4
+n_value:    .skip 4
 .popsection
 
 .pushsection .text.vmxtest_tasks, "ax"
@@ -105,6 +106,7 @@ down:
 
 .global vmxtest_tasks_jmp, vmxtest_tasks_call, vmxtest_tasks_int, vmxtest_tasks_int3, vmxtest_tasks_ud
 .global vmxtest_tasks_gp, vmxtest_tasks_pf, vmxtest_tasks_iret, vmxtest_tasks_interrupt, vmxtest_tasks_nmi
+.global vmxtest_tasks_long_mode, vmxtest_tasks_cr3
 vmxtest_tasks_jmp:
     jmp fword ptr [n_far]
     jmp land_back
@@ -140,6 +142,26 @@ vmxtest_tasks_nmi:
     .rept 32
     nop
     .endr
+    jmp land_back
+
+# Into long mode, with a change of CR0.NE, which a hypervisor below may own.
+vmxtest_tasks_long_mode:
+    mov eax, cr4
+    or eax, 0x20
+    mov cr4, eax
+    mov ecx, 0xC0000080
+    rdmsr
+    or eax, 0x100
+    wrmsr
+    mov eax, cr0
+    and eax, 0xFFFFFFDF
+    mov cr0, eax
+    or eax, 0x80000020
+    mov cr0, eax
+    jmp land_back
+vmxtest_tasks_cr3:
+    mov eax, [n_value]
+    mov cr3, eax
     jmp land_back
 
 # Where a task goes on after its trigger.
@@ -253,7 +275,7 @@ vmxtest_tasks_end:
     or eax, 0x100
     wrmsr
     mov eax, cr0
-    or eax, 0x80010000
+    or eax, 0x80010020
     mov cr0, eax
     lgdt [c_gdtr]
     .byte 0xEA

@@ -2,7 +2,7 @@
 
 use core::cell::UnsafeCell;
 use core::ptr;
-use l2_kit::{apic, descriptors};
+use l2_kit::{apic, cpu, descriptors};
 
 core::arch::global_asm!(include_str!("run.s"));
 
@@ -96,6 +96,8 @@ pub enum Trigger {
     Iret,
     Interrupt,
     Nmi,
+    LongMode,
+    Cr3(u32),
 }
 
 macro_rules! addresses {
@@ -117,6 +119,8 @@ addresses! {
     Trigger::Iret => vmxtest_tasks_iret;
     Trigger::Interrupt => vmxtest_tasks_interrupt;
     Trigger::Nmi => vmxtest_tasks_nmi;
+    Trigger::LongMode => vmxtest_tasks_long_mode;
+    Trigger::Cr3(_) => vmxtest_tasks_cr3;
 }
 
 /// Where the pages are with paging.
@@ -138,6 +142,8 @@ pub struct World {
     pub eflags: u32,
     /// DR7 at the trigger
     pub dr7: u32,
+    /// IA32_DEBUGCTL at the trigger
+    pub debugctl: u64,
     /// How often a note is followed by IRET.
     pub then: u32,
 }
@@ -177,7 +183,7 @@ impl World {
     pub fn new(paging: Paging) -> Self {
         // SAFETY: the arena is this code's alone.
         unsafe { ptr::write_bytes(ARENA.0.get().cast::<u8>(), 0, PAGES * 4096) };
-        let world = Self { paging, eflags: 2, dr7: 0x400, then: 0 };
+        let world = Self { paging, eflags: 2, dr7: 0x400, debugctl: 0, then: 0 };
         let code = &raw const vmxtest_tasks_land as u32;
         let tss = |page| descriptor(world.at(page), 0x67, 0x89);
         for (selector, value) in [
@@ -343,8 +349,8 @@ impl World {
         }
     }
 
-    /// Runs the case; what was reached, in order.
-    pub fn run(&self, trigger: Trigger) -> impl Iterator<Item = Note> {
+    /// Runs the case; what was reached, in order, and IA32_DEBUGCTL behind it.
+    pub fn run(&self, trigger: Trigger) -> (impl Iterator<Item = Note>, u64) {
         let context = &raw const vmxtest_tasks_context as u64;
         let (cr4, cr0) = match self.paging {
             Paging::Off => (0, 0),
@@ -375,22 +381,28 @@ impl World {
             (0x80, self.then),
             (0x84, physical(Page::Log)),
             (0x8C, physical(Page::Log) + 3 * 132 - 1),
+            (0x90, if let Trigger::Cr3(value) = trigger { value } else { 0 }),
             (0x88, (descriptors::gdt_base() + u64::from(descriptors::TSS) + 5) as u32),
         ] {
             put(context + at, value);
         }
+        // No processor without the bits has them set behind the case.
+        let _ = cpu::try_wrmsr(cpu::DEBUGCTL, self.debugctl);
         // SAFETY: the context is complete; it comes back with the registers that a call keeps, wherever the trigger led.
         unsafe { vmxtest_tasks_run() };
+        let debugctl = cpu::rdmsr(cpu::DEBUGCTL);
+        cpu::wrmsr(cpu::DEBUGCTL, 0);
         if trigger == Trigger::Interrupt {
             apic::eoi();
         }
         let end = get(context + 0x84);
         let log = physical(Page::Log);
-        (0..(end - log) / 132).map(move |n| {
+        let notes = (0..(end - log) / 132).map(move |n| {
             let mut note = [0; 33];
             (0..).zip(&mut note).for_each(|(i, word)| *word = get(u64::from(log + 132 * n + 4 * i)));
             Note(note)
-        })
+        });
+        (notes, debugctl)
     }
 
     /// A sum over the GDT and the TSSs: FNV-1a.
