@@ -54,7 +54,7 @@ pub enum Cmd {
     Toolchain,
     /// Run the experiments of the story of the VM exit (docs/lab.md) and say which of its claims hold
     Lab(LabArgs),
-    /// Compare the counts of a run with the limits in benches/budget.json
+    /// Compare the counts of a run with the limits and the ledger in benches/budget.json, or with an earlier run
     Bench(BenchArgs),
     /// List the faults of Bochs that nvmx's build cures, or write the cures as one patch
     Bochs(BochsArgs),
@@ -460,9 +460,22 @@ impl DiffArgs {
 /// `bench`
 #[derive(Debug, Args)]
 pub struct BenchArgs {
-    /// The limits
+    /// The limits and the ledger
     #[arg(long, value_name = "FILE")]
     pub budget: Option<PathBuf>,
+
+    /// Also measure how costs grow with what L2 uses: guest `growth`
+    #[arg(long)]
+    pub growth: bool,
+
+    /// Book what is counted now in the file, for this compiler, in the place of what was booked for it
+    #[arg(long, conflicts_with = "compare")]
+    pub bless: bool,
+
+    /// Show what changed since an earlier file of `run --json` or `bench --json`; other compilers, machines and emulators are
+    /// refused
+    #[arg(long, value_name = "FILE")]
+    pub compare: Option<PathBuf>,
 
     /// Write the figures as JSON (docs/run-schema.md); `-` is standard output, which then has nothing else
     #[arg(long, value_name = "FILE")]
@@ -535,6 +548,10 @@ pub struct FuzzArgs {
     /// How long each target runs
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     pub seconds: u32,
+
+    /// Where the random choices of every target start; without it each run makes others
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub seed: Option<u32>,
 
     /// Only a share of the targets: K of N, for N machines
     #[arg(long, value_name = "K/N", conflicts_with = "input")]

@@ -117,7 +117,13 @@ impl Session {
     /// If there is no checkout.
     pub fn dry(ui: &Ui) -> Result<Self> {
         let nowhere = PathBuf::from("/nonexistent");
-        let toolchain = Toolchain { cargo: nowhere.clone(), rustc: nowhere.clone(), linker: None, text: String::new() };
+        let toolchain = Toolchain {
+            cargo: nowhere.clone(),
+            rustc: nowhere.clone(),
+            linker: None,
+            text: String::new(),
+            version: String::new(),
+        };
         Ok(Session {
             ui: ui.clone(),
             paths: Paths::find()?,

@@ -1,52 +1,213 @@
-//! `bench`: the counts of a run against the limits that are checked in.
+//! `bench`: the counts of a run against the limits and the ledger that are checked in, or against an earlier run.
 
 use crate::boot;
 use crate::cli::{BenchArgs, Fields};
-use crate::cmd::run::tell_failure;
+use crate::cmd::run::{both, tell_failure};
 use crate::error::Stop;
 use crate::image::Wanted;
 use crate::output::Output;
 use crate::report::json::{Bench, Document, Limit, Report};
-use crate::report::{self, budget::Budget, table};
+use crate::report::ledger::{self, Booked, Difference, Which};
+use crate::report::provenance::{Place, Provenance};
+use crate::report::{self, Event, budget::Budget, table};
 use crate::session::{Session, budget_file};
 use crate::transcript::{Show, View};
 use crate::ui::Ui;
 use anyhow::Result;
 use owo_colors::Style;
+use serde_json::Value;
+use std::path::Path;
+
+/// The guests that measure, each with its figures.
+type Measured = Vec<(&'static str, Vec<Event>)>;
 
 /// Runs the command.
 ///
 /// # Errors
-/// [`Stop::Guest`] if the boot fails or a limit is broken.
+/// [`Stop::Guest`] if a boot fails, a limit is broken or a figure differs, [`Stop::Usage`] if there is nothing to compare with.
 pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
     let json = args.json.as_deref().map(Output::prepare).transpose()?;
     ui.reserve_stdout(json.as_ref());
-    let session = Session::start_with(ui, &args.l0, &Wanted::Guest("cascade".into()))?;
+    let earlier = args.compare.as_deref().map(Earlier::read).transpose()?;
+    let session = Session::start_with(ui, &args.l0, &Wanted::All)?;
+    let place = Place::of(&session);
+    if let Some(earlier) = &earlier {
+        earlier.must_be_of(&place)?;
+    }
     let path = args.budget.clone().unwrap_or_else(|| budget_file(&session.paths.root));
-    let budget = Budget::read(&path)?;
-    if session.machine.model != budget.cpu_model {
-        ui.note(&format!("the limits are for the CPU model {}, this is {}", budget.cpu_model, session.machine.model));
+    let mut budget = Budget::read(&path)?;
+    let another = budget.is_for_another(&session.machine, &place.l0);
+    if let (Some(why), true) = (&another, args.bless) {
+        return Err(Stop::Usage(format!("--bless: {why}")).into());
     }
-    let fields = if budget.strategy == Fields::Trapped.option() { Fields::Trapped } else { Fields::ZeroCopy };
-    let spec = session.nested("cascade", "", fields)?;
-    let step = ui.step("cascade under nvmx");
-    let outcome = boot::boot(&session.paths, session.backend.as_ref(), &spec, &View::new(ui, Show::Warnings))?;
-    drop(step);
-    if let Some(reason) = tell_failure(ui, &outcome) {
-        return Err(Stop::Guest(reason).into());
+    let fields = if budget.machine.strategy == Fields::Trapped.option() { Fields::Trapped } else { Fields::ZeroCopy };
+    let measured = measure(ui, &session, fields, args.growth || args.bless)?;
+    let compiler = &place.compiler;
+    let (mut limits, mut differences, mut failed) = (Vec::new(), Vec::new(), Vec::new());
+    for (guest, events) in &measured {
+        ui.line(&table::render(events));
+        limits.extend(budget.apply(guest, events));
+        if args.bless {
+            differences.extend(budget.audit(guest, compiler, events).differences);
+            budget.book(guest, compiler, events);
+        } else if let Some(earlier) = &earlier {
+            differences.extend(earlier.differences(guest, events));
+        } else if another.is_none() {
+            let audit = budget.audit(guest, compiler, events);
+            ui.line(&audit.told(guest, compiler));
+            differences.extend(audit.differences);
+        }
     }
-    let events = report::events(None, &outcome.transcript);
-    ui.line(&table::render(&events));
-    let applied = budget.apply(&events);
-    for rule in &applied {
+    if let Some(why) = &another {
+        ui.note(&format!("the ledger is not compared: {why}"));
+    }
+    if !differences.is_empty() {
+        ui.line(&ledger::render(&differences));
+    }
+    for rule in &limits {
         let (mark, style) = if rule.kept { ("kept  ", Style::new().green()) } else { ("BROKEN", Style::new().red()) };
         ui.line(&format!("{} {}", ui.paint(mark, style), rule.text()));
     }
-    if let Some(output) = &json {
-        let limits = applied.iter().map(|rule| Limit { text: rule.text(), kept: rule.kept }).collect();
-        let bench = Bench { cpu_model: session.machine.model.clone(), events: events.clone(), limits };
-        Document::new(Report::Bench(bench)).write(output)?;
+    let broken = limits.iter().filter(|rule| !rule.kept).count();
+    if broken > 0 {
+        failed.push(format!("{broken} limits are broken"));
     }
-    let broken = applied.iter().filter(|r| !r.kept).count();
-    if broken == 0 { Ok(()) } else { Err(Stop::Guest(format!("{broken} limits are broken")).into()) }
+    if args.bless {
+        Output::prepare(&path)?.write(&budget.text()?)?;
+        ui.line(&format!("{} figures changed in {} for {compiler}", differences.len(), path.display()));
+    } else if earlier.is_some() {
+        ui.line(&format!("{} figures changed", differences.len()));
+    } else if !differences.is_empty() {
+        let text = "if they are meant, ./nvmx bench --bless books them";
+        failed.push(format!("{} figures differ from the ledger: {text}", differences.len()));
+    }
+    if let Some(output) = &json {
+        let limits = limits.iter().map(|rule| Limit { text: rule.text(), kept: rule.kept }).collect();
+        let of = |name: &str| {
+            let found = measured.iter().find(|(guest, _)| *guest == name);
+            found.map(|(_, events)| events.clone()).unwrap_or_default()
+        };
+        let cpu_model = session.machine.model.clone();
+        let bench = Bench { cpu_model, events: of("cascade"), growth: of("growth"), limits, differences };
+        Document::new(Provenance::of(&session.paths.root, Some(place)), Report::Bench(bench)).write(output)?;
+    }
+    if failed.is_empty() { Ok(()) } else { Err(Stop::Guest(failed.join("; ")).into()) }
+}
+
+/// Boots the guests.
+fn measure(ui: &Ui, session: &Session, fields: Fields, growth: bool) -> Result<Measured> {
+    let (bare, nested) = (session.bare("cascade", "")?, session.nested("cascade", "", fields)?);
+    let (bare, nested) = both(session, [&bare, &nested], "cascade alone, and under nvmx")?;
+    let mut failed: Vec<String> = [&bare, &nested].into_iter().filter_map(|boot| tell_failure(ui, boot)).collect();
+    let mut measured = vec![("cascade", report::events(Some(&bare.transcript), &nested.transcript))];
+    if growth {
+        let step = ui.step("growth under nvmx");
+        let spec = session.nested("growth", "", fields)?;
+        let outcome = boot::boot(&session.paths, session.backend.as_ref(), &spec, &View::new(ui, Show::Warnings))?;
+        drop(step);
+        failed.extend(tell_failure(ui, &outcome));
+        measured.push(("growth", report::events(None, &outcome.transcript)));
+    }
+    if failed.is_empty() { Ok(measured) } else { Err(Stop::Guest(failed.join("\n")).into()) }
+}
+
+/// A file of figures that was written before.
+struct Earlier {
+    name: String,
+    place: Place,
+    document: Value,
+}
+
+impl Earlier {
+    fn read(path: &Path) -> Result<Self> {
+        let name = path.display().to_string();
+        let usage = |why: String| Stop::Usage(format!("--compare {name}: {why}"));
+        let text = std::fs::read_to_string(path).map_err(|error| usage(error.to_string()))?;
+        let document: Value = serde_json::from_str(&text).map_err(|error| usage(format!("it is no JSON: {error}")))?;
+        let from = document["provenance"].clone();
+        let from: Provenance = serde_json::from_value(from)
+            .map_err(|_| usage("it does not say where it is from: nvmx wrote no such file, or an older one".into()))?;
+        let place = from.machine.ok_or_else(|| usage("it does not say on which machine it was counted".into()))?;
+        if document["events"].as_array().is_none_or(Vec::is_empty) {
+            return Err(usage("it has no events: --json of `run` and of `bench` write some".into()).into());
+        }
+        Ok(Earlier { name, place, document })
+    }
+
+    fn must_be_of(&self, place: &Place) -> Result<(), Stop> {
+        match self.place.differences(place).as_slice() {
+            [] => Ok(()),
+            list => Err(Stop::Usage(format!(
+                "--compare {}: its figures cannot be compared with those of this machine: {}",
+                self.name,
+                list.join("; ")
+            ))),
+        }
+    }
+
+    fn differences(&self, guest: &str, events: &[Event]) -> Vec<Difference> {
+        let key = if guest == "growth" { "growth" } else { "events" };
+        let list = self.document[key].as_array().map(Vec::as_slice).unwrap_or_default();
+        let before: Vec<Booked> = list.iter().filter_map(booked).collect();
+        let now: Vec<Booked> = events.iter().map(Booked::from).collect();
+        if before.is_empty() { Vec::new() } else { ledger::differences(guest, &before, &now, Which::All) }
+    }
+}
+
+/// An event of a file.
+fn booked(event: &Value) -> Option<Booked> {
+    let figures = Event::FIGURES.iter().filter_map(|name| Some((name.to_string(), event[*name].as_f64()?)));
+    Some(Booked { event: event["event"].as_str()?.into(), figures: figures.collect() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::provenance::tests::place;
+
+    fn file(text: &str) -> Result<Earlier> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("old.json");
+        std::fs::write(&path, text)?;
+        Earlier::read(&path)
+    }
+
+    fn document(place: &Place) -> String {
+        let from = Provenance {
+            command: "x".into(),
+            revision: None,
+            changed: None,
+            date: "y".into(),
+            machine: Some(place.clone()),
+        };
+        let events = serde_json::json!([{ "event": "cpuid", "nested": 1000.0, "hw_exits": 2.0 }]);
+        serde_json::json!({ "provenance": from, "events": events }).to_string()
+    }
+
+    #[test]
+    fn what_changed_since_an_earlier_run_is_told() {
+        let old = file(&document(&place())).unwrap();
+        assert!(old.must_be_of(&place()).is_ok());
+        let now = [Event { event: "cpuid".into(), nested: Some(990.0), hw_exits: Some(2.0), ..Event::default() }];
+        let found = old.differences("cascade", &now);
+        assert_eq!((found.len(), found[0].figure.as_str(), found[0].now), (1, "nested", Some(990.0)));
+        // Nothing to compare with is no change.
+        assert!(old.differences("growth", &now).is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_compared_is_refused_by_name() {
+        let other = Place { compiler: "rustc 1.96.0, LLVM 21.1.0".into(), ..place() };
+        let error = file(&document(&other)).unwrap().must_be_of(&place()).unwrap_err();
+        assert_eq!(error.code(), 2);
+        assert!(error.to_string().contains("compiler: rustc 1.96.0"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_no_run_is_refused() {
+        for text in ["", "{}", "[1]", "{\"provenance\":{}}"] {
+            let error = file(text).err().unwrap();
+            assert_eq!(error.downcast_ref::<Stop>().map(Stop::code), Some(2), "{text}: {error:#}");
+        }
+    }
 }

@@ -9,6 +9,7 @@ use crate::error::Stop;
 use crate::image::Wanted;
 use crate::output::Output;
 use crate::report::json::{Compared, Diff, Document, GuestDiff, Report};
+use crate::report::provenance::{Place, Provenance};
 use crate::session::{LONG, Session};
 use crate::suite::cases::COMPARED;
 use crate::suite::compare::{self, Comparison, Difference};
@@ -57,7 +58,8 @@ pub fn run(ui: &Ui, args: &DiffArgs) -> Result<()> {
     let summary = format!("compared {}, differ {}, waived {}", total.compared, total.differ.len(), total.waived);
     ui.line(&summary);
     if let Some(output) = &json {
-        Document::new(Report::Diff(Diff { guests: told })).write(output)?;
+        let from = Provenance::of(&session.paths.root, Some(Place::of(&session)));
+        Document::new(from, Report::Diff(Diff { guests: told })).write(output)?;
     }
     if !total.differ.is_empty() {
         problems.insert(0, format!("{} records differ", total.differ.len()));

@@ -113,6 +113,7 @@ fn one(ui: &Ui, paths: &Paths, programs: &Path, target: &str, args: &FuzzArgs) -
     let mut program = Command::new(programs.join(target));
     program.arg(format!("-artifact_prefix={}/{target}-", broken.display()));
     program.args([MAX_LEN, "-timeout=20", "-print_final_stats=1"]).arg(format!("-max_total_time={}", args.seconds));
+    program.args(args.seed.map(|seed| format!("-seed={seed}")));
     let log = paths.target.join("fuzz").join(format!("{target}.log"));
     let said = proc::run(program.arg(&found).arg(&kept), Some(&log), |_| {})?;
     let (runs, coverage) = figures(&said.text);

@@ -56,7 +56,8 @@ pub fn run(ui: &Ui, args: &ReleaseArgs) -> Result<()> {
     {
         std::fs::copy(image, release.image_folder().join(name))?;
     }
-    std::fs::write(release.compiler_file(), format!("{}\n", session.toolchain.text))?;
+    let compiler = &session.toolchain;
+    std::fs::write(release.compiler_file(), format!("{}\n{}\n", compiler.text, compiler.version))?;
     std::fs::write(folder.join("revision"), git(&["rev-parse", "HEAD"])?)?;
     std::fs::copy(bochs::built(&session.paths)?, release.bochs())?;
     let tarball = bochs::download(ui, work.path())?;

@@ -65,6 +65,9 @@ fn table(ui: &Ui, args: &RunArgs) -> Result<()> {
         in_place = Some(peer);
     }
     let unit = session.backend.unit();
+    if unit == Unit::Instructions {
+        report::add_cycles(&mut events);
+    }
     if !events.is_empty() {
         ui.line("");
         ui.line(&ui.paint(&table::title(unit), Style::new().bold()));

@@ -11,6 +11,7 @@ use crate::l2::{self, L2};
 use crate::output::Output;
 use crate::paths::Paths;
 use crate::report::json::{Document, Report, Stat};
+use crate::report::provenance::{Place, Provenance};
 use crate::session::{LONG, Session};
 use crate::setup::linux::Kernel;
 use crate::trace::file;
@@ -38,7 +39,7 @@ pub fn run(ui: &Ui, args: &StatArgs) -> Result<()> {
     if let Some(path) = &args.file {
         let trace = file::read(path).map_err(|error| Stop::Usage(format!("{error:#}")))?;
         let boot = trace.boot(args.boot.as_deref()).map_err(Stop::Usage)?;
-        return show(ui, boot, json.as_ref());
+        return show(ui, boot, json.as_ref(), None);
     }
     let l2 = L2::find(&args.l2, &Paths::find()?.root)?;
     let wanted = if let L2::Guest(name) = &l2 { Wanted::Guest(name.clone()) } else { Wanted::Nvmx };
@@ -48,7 +49,7 @@ pub fn run(ui: &Ui, args: &StatArgs) -> Result<()> {
     let outcome = if args.live { live(ui, &session, &spec)? } else { boot_it(ui, &session, &spec)? };
     drop(step);
     if let Some(boot) = &outcome.trace {
-        show(ui, boot, json.as_ref())?;
+        show(ui, boot, json.as_ref(), Some(Place::of(&session)))?;
     }
     // A guest of the user's need not print records: that it ended is enough.
     let ended_well =
@@ -63,14 +64,16 @@ fn tell_failure_unless(ui: &Ui, outcome: &Outcome, fine: bool) -> Option<String>
     if fine { None } else { tell_failure(ui, outcome) }
 }
 
-fn show(ui: &Ui, boot: &file::Boot, json: Option<&Output>) -> Result<()> {
+/// A trace that was recorded elsewhere has no place.
+fn show(ui: &Ui, boot: &file::Boot, json: Option<&Output>, place: Option<Place>) -> Result<()> {
     let rows = rows(&boot.build());
     ui.line(&title(&boot.header.name, &boot.header.unit));
     ui.line(&render(&rows));
     match json {
         Some(output) => {
             let (boot, unit) = (boot.header.name.clone(), boot.header.unit.clone());
-            Document::new(Report::Stat(Stat { boot, unit, rows })).write(output)
+            let from = Provenance::of(&Paths::find()?.root, place);
+            Document::new(from, Report::Stat(Stat { boot, unit, rows })).write(output)
         }
         None => Ok(()),
     }

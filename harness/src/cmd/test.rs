@@ -8,6 +8,7 @@ use crate::paths::Paths;
 use crate::proc;
 use crate::report::json::{Document, Report, TestCase, Tests};
 use crate::report::junit;
+use crate::report::provenance::{Place, Provenance};
 use crate::session::Session;
 use crate::setup::toolchain::{Compiler, clean};
 use crate::suite::select::{Selection, topics};
@@ -50,7 +51,8 @@ pub fn run(ui: &Ui, args: &TestArgs) -> Result<()> {
     let selected = !(args.filter.is_empty() && args.exact.is_empty() && args.exclude.is_empty());
     let first = args.shard.is_none_or(|shard| shard.number == 1);
     let host = if args.boot_only || selected || !first { Count::default() } else { host_tests(ui)? };
-    let cases = if args.host_only { Vec::new() } else { boot_tests(ui, args, &selection, &plan)? };
+    let mut place = None;
+    let cases = if args.host_only { Vec::new() } else { boot_tests(ui, args, &selection, &plan, &mut place)? };
     let tests = Tests { host_passed: host.passed, host_failed: host.failed, cases };
     if let Some(output) = &junit {
         output.write(&junit::render(&tests)?)?;
@@ -64,7 +66,8 @@ pub fn run(ui: &Ui, args: &TestArgs) -> Result<()> {
         ui.line(&format!("passed only when tried again: {} ({} times)", case.name, case.attempts));
     }
     if let Some(output) = &json {
-        Document::new(Report::Test(tests.clone())).write(output)?;
+        let from = Provenance::of(&Paths::find()?.root, place);
+        Document::new(from, Report::Test(tests.clone())).write(output)?;
     }
     ui.line(&format!("all tests: {:.0} s", start.elapsed().as_secs_f64()));
     // The form that CI programs look for.
@@ -140,7 +143,14 @@ fn count_tests(text: &str) -> Count {
     count
 }
 
-fn boot_tests(ui: &Ui, args: &TestArgs, selection: &Selection, plan: &Suite) -> Result<Vec<TestCase>> {
+/// The cases, judged, and in `place` the machine that they booted on where they did not say otherwise.
+fn boot_tests(
+    ui: &Ui,
+    args: &TestArgs,
+    selection: &Selection,
+    plan: &Suite,
+    place: &mut Option<Place>,
+) -> Result<Vec<TestCase>> {
     if plan.cases.is_empty() {
         return Ok(Vec::new());
     }
@@ -154,6 +164,7 @@ fn boot_tests(ui: &Ui, args: &TestArgs, selection: &Selection, plan: &Suite) -> 
         timeout: Some(Duration::from_secs(180)),
     };
     let session = Session::start(ui, &l0)?;
+    *place = Some(Place::of(&session));
     let topics = topics(plan, &plan.topics);
     let mut suite = cases::some(&session, |topic| topics.contains(topic))?;
     let planned: BTreeSet<String> = plan.cases.iter().map(|case| case.name.clone()).collect();

@@ -3,6 +3,8 @@
 
 use super::Event;
 use super::growth::Growth;
+use super::ledger::Difference;
+use super::provenance::Provenance;
 use super::refusal::Refusal;
 use super::stack::StackLevel;
 use crate::backend::Unit;
@@ -25,6 +27,8 @@ pub struct Document {
     pub schema: &'static str,
     /// The version of nvmx
     pub version: &'static str,
+    /// Where it is from
+    pub provenance: Provenance,
     /// What the command has to tell
     #[serde(flatten)]
     pub report: Report,
@@ -48,8 +52,8 @@ pub enum Report {
 
 impl Document {
     /// In the present schema.
-    pub fn new(report: Report) -> Self {
-        Document { schema: SCHEMA, version: env!("CARGO_PKG_VERSION"), report }
+    pub fn new(provenance: Provenance, report: Report) -> Self {
+        Document { schema: SCHEMA, version: env!("CARGO_PKG_VERSION"), provenance, report }
     }
 
     /// Writes it.
@@ -212,10 +216,15 @@ pub struct GuestDiff {
 pub struct Bench {
     /// The CPU model that it ran on
     pub cpu_model: String,
-    /// The averages
+    /// The averages of `cascade`
     pub events: Vec<Event>,
+    /// The averages of `growth`, with `--growth`
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub growth: Vec<Event>,
     /// The limits, as the table says them
     pub limits: Vec<Limit>,
+    /// What differs from the ledger
+    pub differences: Vec<Difference>,
 }
 
 /// A limit and whether it was kept.
@@ -288,10 +297,12 @@ mod tests {
     fn the_file_has_the_documented_shape() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run.json");
-        Document::new(Report::Run(Box::new(run()))).write(&Output::prepare(&path).unwrap()).unwrap();
+        let provenance = Provenance::of(folder.path(), Some(super::super::provenance::tests::place()));
+        Document::new(provenance, Report::Run(Box::new(run()))).write(&Output::prepare(&path).unwrap()).unwrap();
         let value: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
         assert_eq!((&value["schema"], &value["command"]), (&SCHEMA.into(), &"run".into()));
         assert_eq!(value["unit"], "instructions");
+        assert_eq!(value["provenance"]["machine"]["memory"], 256);
         assert_eq!(value["stack"][0]["level"], "L0");
         let cpuid = &value["events"][0];
         assert_eq!((&cpuid["event"], &cpuid["handled_by"]), (&"cpuid".into(), &"L2".into()));

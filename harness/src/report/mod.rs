@@ -4,15 +4,18 @@ pub mod budget;
 pub mod growth;
 pub mod json;
 pub mod junit;
+pub mod ledger;
 pub mod linux;
 pub mod model;
 pub mod page;
+pub mod provenance;
 pub mod refusal;
 pub mod stack;
 pub mod table;
 
 use crate::transcript::Transcript;
 use l2_protocol::{Kind, OwnedRecord};
+use model::Range;
 use schemars::JsonSchema;
 use serde::Serialize;
 
@@ -31,6 +34,10 @@ macro_rules! event {
             /// Events in the bracket under nvmx
             pub count: u64,
             $( $(#[$doc])* pub $name: Option<f64>, )*
+            /// Cycles under nvmx by the model of `./nvmx lab --model`, where ticks are instructions
+            pub cycles: Option<Range>,
+            /// Cycles with KVM in nvmx's place by that model: at least, since KVM's VMREAD, VMWRITE and VMPTRLD are not counted
+            pub kvm_cycles: Option<Range>,
         }
 
         impl Event {
@@ -145,6 +152,26 @@ fn row(name: &str, bare: Option<&Transcript>, nested: &Transcript) -> Event {
         l0_exits: inner.and_then(|record| kvm_exits(nested, record, &scope, "l0_exits")),
         under_kvm: None,
         kvm_exits: None,
+        cycles: None,
+        kvm_cycles: None,
+    }
+}
+
+/// Adds what the model makes of counted instructions and exits.
+pub fn add_cycles(events: &mut [Event]) {
+    for event in events {
+        let sum = |figures: [Option<f64>; 2]| figures.into_iter().flatten().sum();
+        let counts = |instructions, exits| model::Counts { instructions, exits, ..model::Counts::default() };
+        event.cycles = event.nested.zip(event.hw_exits).map(|(instructions, exits)| {
+            model::cycles(&model::Counts {
+                accesses: sum([event.l1_vmread, event.l1_vmwrite]),
+                pointers: sum([event.l1_vmptrld, event.l1_vmclear]),
+                invalidations: sum([event.l1_invept, event.l1_invvpid]),
+                ..counts(instructions, exits)
+            })
+        });
+        let kvm = event.under_kvm.zip(event.kvm_exits);
+        event.kvm_cycles = kvm.map(|(instructions, exits)| model::cycles(&counts(instructions, exits)));
     }
 }
 
@@ -244,6 +271,18 @@ pub mod tests {
         assert_eq!((cpuid.hw_exits, cpuid.l1_vmread, cpuid.l1_instructions), (Some(2.0), Some(19.0), Some(900.0)));
         assert_eq!(cpuid.l1_vmwrite, None);
         assert_eq!((cpuid.count, cpuid.handled_by.as_str()), (1000, "L2"));
+    }
+
+    #[test]
+    fn cycles_are_modelled_from_all_that_is_counted() {
+        let mut rows = sample();
+        rows[0].l1_vmptrld = Some(2.0);
+        (rows[0].under_kvm, rows[0].kvm_exits) = (Some(15_000.0), Some(2.0));
+        add_cycles(&mut rows);
+        let exits = model::ROUND_TRIP.cycles.mid * 2.0;
+        let own = 1200.0 + exits + 19.0 * model::VMREAD.cycles.mid + 2.0 * model::POINTER.cycles.mid;
+        assert_eq!(rows[0].cycles.map(|range| range.mid), Some(own));
+        assert_eq!(rows[0].kvm_cycles.map(|range| range.mid), Some(15_000.0 + exits));
     }
 
     #[test]

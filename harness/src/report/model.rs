@@ -5,10 +5,11 @@
 //! published figures; where none was found, it says so. Caches and TLBs are left out, so the model is on the low side. What
 //! comes out is always labelled "model" and never stands beside measured cycles.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A figure with its uncertainty.
-#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Range {
     /// The least that is plausible
     pub low: f64,

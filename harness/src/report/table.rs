@@ -1,6 +1,7 @@
 //! The table of `run`, and what it says in plain words.
 
 use super::Event;
+use super::model::Range;
 use crate::backend::Unit;
 use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
 
@@ -23,8 +24,13 @@ const HEAD: [&str; 13] = [
 type Figure = fn(&Event) -> Option<f64>;
 
 /// Columns that only some stacks have.
-const EXTRA: [(&str, Figure); 3] =
-    [("exits\nto KVM", |e| e.l0_exits), ("KVM\ninstead", |e| e.under_kvm), ("its\nexits", |e| e.kvm_exits)];
+const EXTRA: [(&str, Figure); 5] = [
+    ("cycles\n(model)", |e| e.cycles.map(|range| range.mid)),
+    ("exits\nto KVM", |e| e.l0_exits),
+    ("KVM\ninstead", |e| e.under_kvm),
+    ("its\nexits", |e| e.kvm_exits),
+    ("cycles\n(model)", |e| e.kvm_cycles.map(|range| range.mid)),
+];
 
 /// Boots that ended before their guest did: what they did not measure was not reached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -138,6 +144,16 @@ pub fn footer(events: &[Event], unit: Unit) -> Vec<String> {
         let times = number(Some(kvm / nested.max(1.0)));
         lines.push(format!("With KVM in nvmx's place it costs {} {unit}: {times} times as much.", number(Some(kvm))));
     }
+    if let Some((e, own)) = find("cpuid").and_then(|e| Some((e, e.cycles?))) {
+        let kvm = e.kvm_cycles.map_or(String::new(), |kvm| {
+            let times = number(Some((kvm.mid / own.mid.max(1.0) * 10.0).round() / 10.0));
+            format!(", with KVM in its place at least {}: {times} times as many", spread(kvm))
+        });
+        lines.push(format!(
+            "An exit costs a processor about a thousand cycles and no instruction. In cycles by a model (./nvmx lab --model): {}{kvm}.",
+            spread(own)
+        ));
+    }
     let own = find("l2_cpuid").filter(|e| e.hw_exits.is_some());
     if let Some(e) = own {
         let (exits, inside) = (number(e.hw_exits), number(e.l1_instructions));
@@ -146,6 +162,12 @@ pub fn footer(events: &[Event], unit: Unit) -> Vec<String> {
         ));
     }
     lines
+}
+
+/// "5,400 (3,900 to 9,600)"
+fn spread(range: Range) -> String {
+    let [low, mid, high] = [range.low, range.mid, range.high].map(|v| grouped(v.round() as u64));
+    format!("{mid} ({low} to {high})")
 }
 
 fn sum(a: Option<f64>, b: Option<f64>) -> Option<f64> {
@@ -231,6 +253,16 @@ mod tests {
         assert!(
             footer(&events, Unit::Instructions).join("\n").contains("costs 15,000 instructions: 12.5 times as much")
         );
+    }
+
+    #[test]
+    fn modelled_cycles_are_labelled_so() {
+        let mut events = sample();
+        (events[0].under_kvm, events[0].kvm_exits) = (Some(15_000.0), Some(2.0));
+        super::super::add_cycles(&mut events);
+        assert!(render(&events).contains("(model)"));
+        let text = footer(&events, Unit::Instructions).join("\n");
+        assert!(text.contains("by a model") && text.contains("with KVM in its place at least"), "{text}");
     }
 
     #[test]

@@ -68,7 +68,10 @@ impl Release {
         let nowhere = PathBuf::from("/nonexistent");
         let text = std::fs::read_to_string(self.compiler_file())
             .map_err(|error| Stop::environment(format!("the release is not whole: compiler: {error}")))?;
-        Ok(Toolchain { cargo: nowhere.clone(), rustc: nowhere, linker: None, text: text.trim().into() })
+        // What people read, and below it what counts depend on.
+        let (text, version) = text.trim().split_once('\n').unwrap_or((text.trim(), "unknown"));
+        let (text, version) = (text.into(), version.into());
+        Ok(Toolchain { cargo: nowhere.clone(), rustc: nowhere, linker: None, text, version })
     }
 }
 

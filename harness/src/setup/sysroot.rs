@@ -35,6 +35,7 @@ pub fn toolchain(compiler: &Compiler, folder: &Path) -> Toolchain {
         rustc: folder.join("bin/rustc"),
         linker: None,
         text: format!("{} {} with a sysroot made from its sources", compiler.rustc.display(), compiler.release()),
+        version: compiler.version(),
     }
 }
 

@@ -28,6 +28,8 @@ pub struct Toolchain {
     pub linker: Option<PathBuf>,
     /// For people: version and where it comes from
     pub text: String,
+    /// What counts of instructions depend on: "rustc 1.85.0, LLVM 19.1.7"
+    pub version: String,
 }
 
 impl Toolchain {
@@ -110,6 +112,11 @@ impl Compiler {
         field(&self.verbose, "release: ").unwrap_or("?")
     }
 
+    /// "rustc 1.96.0, LLVM 21.1.8"
+    pub fn version(&self) -> String {
+        format!("rustc {}, LLVM {}", self.release(), field(&self.verbose, "LLVM version: ").unwrap_or("?"))
+    }
+
     /// The sources of core, if they are installed.
     pub fn sources(&self) -> Option<PathBuf> {
         let folder = self.print("sysroot", None).ok()?.join("lib/rustlib/src/rust/library");
@@ -156,6 +163,7 @@ pub fn set_up(ui: &Ui, paths: &Paths) -> Result<Toolchain> {
 pub fn ready(paths: &Paths) -> Option<Toolchain> {
     let installed = Compiler::of_host().filter(Compiler::has_target).map(|c| Toolchain {
         text: format!("rustc {} with the installed target {TARGET}", c.release()),
+        version: c.version(),
         cargo: c.cargo,
         rustc: c.rustc,
         linker: None,

@@ -2,25 +2,22 @@
 
 use super::{Case, Judge, Suite, all_pass, cases::kept};
 use crate::cli::Fields;
-use crate::report::budget::Budget;
+use crate::report::{self, budget::Budget};
 use crate::session::Session;
-use anyhow::Result;
+use std::sync::Arc;
 
 /// Adds the boot and its cases.
-///
-/// # Errors
-/// If the file of limits is not one.
-pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
+pub fn add(suite: &mut Suite, session: &Session, budget: &Arc<Budget>) {
     const BOOT: &str = "growth";
-    let limits = Budget::read(&session.paths.root.join("benches/growth.json"))?;
     let spec = session.nested(BOOT, "", Fields::ZeroCopy).map_err(|e| format!("{e:#}"));
     suite.boots.insert(BOOT.into(), spec);
+    let (compiler, budget) = (session.toolchain.version.clone(), Arc::clone(budget));
+    let costs: Judge = Box::new(move |o| kept(&budget, &compiler, BOOT, &report::events(None, &o[0].transcript)));
     let judges: [(&str, Judge); 2] = [
         ("growth passes under nvmx", Box::new(all_pass)),
-        ("costs grow with what L2 uses as benches/growth.json says", Box::new(move |o| kept(&limits, o))),
+        ("costs grow with what L2 uses as benches/budget.json says", costs),
     ];
     for (name, judge) in judges {
         suite.cases.push(Case { name: name.into(), boots: vec![BOOT.into()], judge });
     }
-    Ok(())
 }

@@ -96,6 +96,14 @@ fn folder(paths: &Paths, series: &Series) -> PathBuf {
     paths.cache.join(format!("bochs-{UPSTREAM}-{:016x}", series.digest(&CONFIGURE)))
 }
 
+/// The digest of the fixes and the options of our build, by which two builds are told apart.
+///
+/// # Errors
+/// As [`Series::read`].
+pub fn digest(paths: &Paths) -> Result<String> {
+    Ok(format!("{:016x}", Series::read(&paths.root)?.digest(&CONFIGURE)))
+}
+
 /// Finds or builds Bochs.
 ///
 /// # Errors
