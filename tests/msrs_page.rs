@@ -2,7 +2,7 @@
 
 use nvmx::rules::hidden::{EMPTY, HIDDEN};
 use nvmx::rules::msr_policy::{BEYOND, Row, TABLE, UNLISTED, Verdict};
-use nvmx::rules::switched::{Exits, Host, TABLE as SWITCHED};
+use nvmx::rules::switched::{Exits, Host, InNvmx, TABLE as SWITCHED};
 use std::fmt::Write;
 
 const PAGE: &str = include_str!("../docs/msrs.md");
@@ -44,8 +44,8 @@ fn the_table_of_msrs_is_that_of_the_code() {
 #[test]
 fn the_table_of_switched_state_is_that_of_the_code() {
     let mut table = String::from(
-        "| state | MSR | L3's value | L2's value after an exit | loaded by the entry | saved by the exit | loaded by the exit | writes that exit | why |\n\
-         |---|---|---|---|---|---|---|---|---|\n",
+        "| state | MSR | L3's value | L2's value after an exit | loaded by the entry | saved by the exit | loaded by the exit | in nvmx | writes that exit | why |\n\
+         |---|---|---|---|---|---|---|---|---|---|\n",
     );
     for row in SWITCHED {
         let name = |text: String| {
@@ -62,6 +62,10 @@ fn the_table_of_switched_state_is_that_of_the_code() {
             Host::Field(field) => format!("`{}`", field.name()),
             Host::Constant(value) => format!("{value:X}H"),
         };
+        let own = match row.in_nvmx {
+            InNvmx::Own => "nvmx's",
+            InNvmx::Resident => "the guest's stays",
+        };
         let exits = match row.exits {
             Exits::Never => "none",
             Exits::ForL2 => "L2's",
@@ -70,7 +74,7 @@ fn the_table_of_switched_state_is_that_of_the_code() {
         let guest = row.guest.name();
         writeln!(
             table,
-            "| {} | {msr} | `{guest}` | {host} | {entry} | {save} | {load} | {exits} | {} |",
+            "| {} | {msr} | `{guest}` | {host} | {entry} | {save} | {load} | {own} | {exits} | {} |",
             row.name, row.why
         )
         .unwrap();

@@ -3,7 +3,7 @@
 //! A bit that is not in these tables is refused exactly as on a machine without it (invariant I11). Each row says how
 //! nvmx honours the bit.
 
-use crate::rules::resident;
+use crate::rules::switched;
 use crate::vmx::caps::{Allowed, Basic, Capabilities, EptVpid, Misc};
 use crate::vmx::controls::{
     Controls, EntryControls as Entry, ExitControls as Exit, PinControls as Pin, PrimaryControls as Primary,
@@ -229,8 +229,8 @@ pub fn offered(hardware: &Capabilities) -> Capabilities {
     }
 
     // The entry of vmcs01 loads what an exit of L3 is to load, so both controls must exist.
-    for row in resident::TABLE.iter().filter(|row| !hardware.entry.allows(row.entry)) {
-        exit &= !row.exit.bits();
+    for row in switched::resident_loaded_by(Exit::all()).filter(|row| !hardware.entry.allows(row.entry_load)) {
+        exit &= !row.exit_load.bits();
     }
 
     let cr3_targets = hardware.misc.cr3_targets().min(MAX_CR3_TARGETS);

@@ -9,7 +9,6 @@
 use crate::addr::{Gpa, Hpa};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::checks::ControlsChecked;
-use crate::rules::resident;
 use crate::rules::switched;
 use crate::vmx::bitmap::Words;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
@@ -146,7 +145,7 @@ pub fn merge(needs: &NvmxNeeds, vmcs12: &impl Fields, checked: ControlsChecked, 
         secondary: run12 | needs.secondary,
         tertiary: vmcs12.get(Field::TERTIARY_VM_EXEC_CONTROL),
         exit,
-        entry: entry12 & (EntryControls::IA32E_MODE_GUEST | resident::ENTRY) | needs.entry,
+        entry: entry12 & (EntryControls::IA32E_MODE_GUEST | switched::RESIDENT_ENTRY) | needs.entry,
         io_bitmaps: to.io_bitmaps,
         msr_bitmap: to.msr_bitmap,
         virtual_apic: primary12.contains(PrimaryControls::USE_TPR_SHADOW).then_some(to.apic.virtual_apic),

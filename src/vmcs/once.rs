@@ -1,7 +1,7 @@
 //! What the next entry of vmcs01 loads once, because an exit of L3 is to load it for L2: its MSR area, and the state that
-//! stays in the processor while nvmx runs ([`resident`]).
+//! stays in the processor while nvmx runs.
 
-use crate::rules::resident::{self, Host};
+use crate::rules::switched::{self, Host};
 use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::controls::{EntryControls, ExitControls};
 use crate::vmx::{Field, FieldAccess};
@@ -13,7 +13,7 @@ bitflags! {
     pub struct Once: u8 {
         /// The VM-exit MSR-load area of vmcs12.
         const MSR_AREA = 1 << 0;
-        /// State of [`resident::TABLE`].
+        /// The resident rows of [`switched::TABLE`].
         const RESIDENT = 1 << 1;
     }
 }
@@ -23,7 +23,7 @@ impl Once {
     #[inline(always)]
     pub fn load_resident(&mut self, vmcs01: &mut impl FieldAccess, vmcs12: &Vmcs12) {
         let exit = ExitControls::from_bits_retain(vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
-        if exit.intersects(resident::EXIT) {
+        if exit.intersects(switched::RESIDENT_EXIT) {
             write_resident(vmcs01, vmcs12, exit);
             *self |= Once::RESIDENT;
         }
@@ -45,22 +45,20 @@ impl Once {
 #[cold]
 fn write_resident(vmcs01: &mut impl FieldAccess, vmcs12: &Vmcs12, exit: ExitControls) {
     let mut controls = EntryControls::empty();
-    for row in resident::loaded_by(exit) {
-        controls |= row.entry;
-        for (guest, host) in row.fields {
-            let value = match host {
-                Host::Field(host) => vmcs12.get(*host),
-                Host::Zero => 0,
-            };
-            vmcs01.write(*guest, value);
-        }
+    for row in switched::resident_loaded_by(exit) {
+        controls |= row.entry_load;
+        let value = match row.host {
+            Host::Field(host) => vmcs12.get(host),
+            Host::Constant(value) => value,
+        };
+        vmcs01.write(row.guest, value);
     }
     change_controls(vmcs01, controls);
 }
 
 /// The processor changes the entry controls too: with the mode of L2.
 fn change_controls(vmcs01: &mut impl FieldAccess, loads: EntryControls) {
-    let others = vmcs01.read(Field::VM_ENTRY_CONTROLS) & !u64::from(resident::ENTRY.bits());
+    let others = vmcs01.read(Field::VM_ENTRY_CONTROLS) & !u64::from(switched::RESIDENT_ENTRY.bits());
     vmcs01.write(Field::VM_ENTRY_CONTROLS, others | u64::from(loads.bits()));
 }
 
@@ -83,6 +81,10 @@ mod tests {
 
     const OWN: u64 = 0x1_D3FF;
 
+    fn resident() -> impl Iterator<Item = Field> {
+        switched::resident_loaded_by(ExitControls::all()).map(|row| row.guest)
+    }
+
     fn exit_of_l3(exit: ExitControls) -> (Vmcs01, Once) {
         let mut vmcs12 = Vmcs12::new();
         let host = [Field::HOST_S_CET, Field::HOST_SSP, Field::HOST_INTR_SSP_TABLE, Field::HOST_IA32_PKRS];
@@ -93,8 +95,8 @@ mod tests {
         let (mut vmcs01, mut once) = (Vmcs01::default(), Once::empty());
         vmcs01.write(Field::VM_ENTRY_CONTROLS, OWN);
         // L2's values at its VMRESUME.
-        for (field, _) in resident::TABLE.iter().flat_map(|row| row.fields) {
-            vmcs01.write(*field, 0x77);
+        for field in resident() {
+            vmcs01.write(field, 0x77);
         }
         once.load_resident(&mut vmcs01, &vmcs12);
         (vmcs01, once)
@@ -102,7 +104,7 @@ mod tests {
 
     #[test]
     fn what_l2_does_not_ask_for_costs_nothing_and_stays() {
-        let (mut vmcs01, once) = exit_of_l3(ExitControls::all() - resident::EXIT);
+        let (mut vmcs01, once) = exit_of_l3(ExitControls::all() - switched::RESIDENT_EXIT);
         assert_eq!(once, Once::empty());
         assert_eq!(vmcs01.read(Field::VM_ENTRY_CONTROLS), OWN);
         assert_eq!(vmcs01.read(Field::GUEST_S_CET), 0x77);
@@ -125,9 +127,9 @@ mod tests {
         ] {
             let (mut vmcs01, mut once) = exit_of_l3(ExitControls::from_bits_retain(exit));
             assert_eq!(vmcs01.read(Field::VM_ENTRY_CONTROLS), OWN | entry);
-            for (field, _) in resident::TABLE.iter().flat_map(|row| row.fields) {
-                let loaded = values.iter().find(|(loaded, _)| loaded == field).map_or(0x77, |(_, value)| *value);
-                assert_eq!(vmcs01.read(*field), loaded, "{field}");
+            for field in resident() {
+                let loaded = values.iter().find(|(loaded, _)| *loaded == field).map_or(0x77, |(_, value)| *value);
+                assert_eq!(vmcs01.read(field), loaded, "{field}");
             }
             once.done(&mut vmcs01);
             assert_eq!((once, vmcs01.read(Field::VM_ENTRY_CONTROLS)), (Once::empty(), OWN));
