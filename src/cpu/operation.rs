@@ -1,6 +1,7 @@
 //! Where L2 stands with VMX, and its active vmcs12s.
 
-use crate::addr::{Gpa, Hpa};
+use crate::addr::Gpa;
+use crate::hw::vmx::Region;
 use crate::mm::FramePool;
 use crate::rules::explain::Refusals;
 use crate::vmcs::slot::Slot;
@@ -59,7 +60,7 @@ impl Nested {
 
     /// L2 leaves VMX operation: no vmcs12 is active or current, and the slots beyond the first ones go back to the pool. `clear`
     /// executes VMCLEAR. The active vmcs12s were stored before.
-    pub fn leave(&mut self, frames: &mut FramePool, clear: impl FnMut(Hpa)) {
+    pub fn leave(&mut self, frames: &mut FramePool, clear: impl FnMut(Region)) {
         self.operation = Operation::Off;
         self.slots.iter_mut().for_each(Slot::release);
         self.slots.shrink(frames, clear);

@@ -6,7 +6,7 @@ use crate::cpu::{Events, Nested};
 use crate::ept::{Ept01, Ept02, PoolFrames, StaleLeaf};
 use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
-use crate::hw::vmx::Vmx;
+use crate::hw::vmx::{Region, Vmx};
 use crate::mm::{FramePool, GuestMemory};
 use crate::vmcs::Config;
 use crate::vmcs::access::{MachineParts, VmcsAccess};
@@ -26,7 +26,7 @@ pub struct Cpu {
     /// Decided at start.
     pub config: Config,
     /// The VMCS that runs L2.
-    pub vmcs01: Hpa,
+    pub vmcs01: Region,
     /// vmcs01 entered since its VMCLEAR.
     pub launched01: bool,
     /// What vmcs01 loads with the next entry, and only then.

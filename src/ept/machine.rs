@@ -59,7 +59,7 @@ impl<P: PhysMem> TableFrames for PoolFrames<'_, P> {
     }
     #[inline]
     fn free(&mut self, table: Hpa) {
-        self.pool.free(Frame::from_hpa(table));
+        self.pool.free_at(table);
     }
     #[inline]
     fn clear(&mut self, table: Hpa) {

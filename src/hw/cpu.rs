@@ -84,7 +84,8 @@ pub struct PerCpu {
     /// A page that shows any other one, and where its entry lies.
     window: (u64, Hpa),
     idt: u64,
-    gdt: [u64; 5],
+    /// LTR marks the TSS busy in it, so it is written behind shared references.
+    gdt: [AtomicU64; 5],
     tss: TaskStateSegment,
 }
 
@@ -205,7 +206,7 @@ impl PerCpu {
             main_stack_top: 0,
             window: (0, Hpa::new(0)),
             idt: 0x1000,
-            gdt: [0; 5],
+            gdt: [0; 5].map(AtomicU64::new),
             tss: TaskStateSegment::new(),
         }))
     }
@@ -386,7 +387,7 @@ pub fn prepare(
             main_stack_top,
             window,
             idt: idt.base(),
-            gdt: gdt(tss_base),
+            gdt: gdt(tss_base).map(AtomicU64::new),
             tss,
         });
     }
@@ -412,7 +413,8 @@ unsafe fn load(block: &'static PerCpu) {
         limit: bytes as u16 - 1,
         base: VirtAddr::new_truncate(base),
     };
-    // SAFETY: 1. the tables live as long as nvmx. 2. The GDT has the selectors that are loaded, the IDT its gates.
+    // SAFETY: 1. the tables live as long as nvmx. 2. The GDT has the selectors that are loaded, the IDT its gates. 3. LTR writes to
+    // the GDT, whose words are atomic.
     unsafe {
         tables::lgdt(&table(block.gdt.as_ptr() as u64, size_of_val(&block.gdt)));
         CS::set_reg(SegmentSelector(selector::CODE));

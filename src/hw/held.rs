@@ -7,7 +7,7 @@ use core::ptr::NonNull;
 
 use crate::addr::{Hpa, PAGE_SIZE};
 use crate::hw::phys::DirectMap;
-use crate::mm::{Frame, FramePool};
+use crate::mm::FramePool;
 
 /// A value that lies in a frame of its own. Dropping it leaks the frame; [`Held::free`] gives it back.
 pub struct Held<T> {
@@ -23,11 +23,12 @@ impl<T> Held<T> {
     pub fn new(value: T, frames: &mut FramePool, phys: &DirectMap) -> Result<Self, T> {
         const { assert!(size_of::<T>() as u64 <= PAGE_SIZE && align_of::<T>() as u64 <= PAGE_SIZE) };
         let Some(frame) = frames.alloc(phys) else { return Err(value) };
-        let at = frame.into_hpa();
-        let Some(place) = phys.linear(at, PAGE_SIZE).and_then(NonNull::new) else {
-            frames.free(Frame::from_hpa(at));
+        let Some(place) = phys.linear(frame.hpa(), PAGE_SIZE).and_then(NonNull::new) else {
+            frames.free(frame);
             return Err(value);
         };
+        // The place stands for it from here on.
+        let _at = frame.into_hpa();
         let place = place.cast::<T>();
         // SAFETY: 1. the frame is mapped and writable through the direct map for good (condition 1 of `DirectMap::new`), and
         // large and aligned enough for a T. 2. The pool gave it away just now: nobody else reaches it while `self` lives.
@@ -35,7 +36,7 @@ impl<T> Held<T> {
         Ok(Held {
             place,
             #[cfg(not(target_os = "none"))]
-            at,
+            at: _at,
             owns: PhantomData,
         })
     }
@@ -48,7 +49,7 @@ impl<T> Held<T> {
         let at = Hpa::new(self.place.as_ptr() as u64 - crate::hw::phys::DIRECT_MAP);
         #[cfg(not(target_os = "none"))]
         let at = self.at;
-        frames.free(Frame::from_hpa(at));
+        frames.free_at(at);
         value
     }
 }

@@ -14,6 +14,7 @@ pub mod halt;
 pub mod held;
 #[cfg(not(target_os = "none"))]
 pub mod host;
+pub mod host_area;
 pub mod idt;
 pub mod msr;
 pub mod phys;

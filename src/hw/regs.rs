@@ -11,12 +11,14 @@ pub struct GuestRegs {
     pub(super) exit_tsc: u64,
     /// TSC ticks spent in nvmx, from exits to entries
     pub ticks: u64,
+    /// Where HOST_RSP points to: 0 before a host-state area was written.
+    home: u64,
 }
 
 impl GuestRegs {
     /// All zero.
     pub const fn new() -> Self {
-        GuestRegs { gpr: [0; 16], host_rsp: 0, exit_tsc: 0, ticks: 0 }
+        GuestRegs { gpr: [0; 16], host_rsp: 0, exit_tsc: 0, ticks: 0, home: 0 }
     }
 
     /// The guest exited at this value of the TSC, or the clock of nvmx's own time starts with it.
@@ -29,7 +31,24 @@ impl GuestRegs {
         self.exit_tsc
     }
 
-    /// The value for HOST_RSP.
+    /// The value for HOST_RSP: the same for each VMCS of this processor. From here on the registers stay where they are.
+    ///
+    /// # Panics
+    ///
+    /// If they were moved since they were settled before.
+    pub(super) fn settle(&mut self) -> u64 {
+        let here = self.host_rsp();
+        assert!(self.home == 0 || self.home == here, "the registers that HOST_RSP points to were moved");
+        self.home = here;
+        here
+    }
+
+    /// They are where the host-state areas say that they are.
+    pub(super) fn are_at_home(&self) -> bool {
+        self.home == self.host_rsp()
+    }
+
+    /// The stack pointer with which an exit pushes a guest's registers to where they are now.
     pub fn host_rsp(&self) -> u64 {
         &self.host_rsp as *const u64 as u64
     }

@@ -23,7 +23,7 @@ pub fn exit_path() -> u64 {
 /// VMLAUNCH or VMRESUME.
 #[inline(always)]
 pub fn by_instruction(regs: &mut GuestRegs, launch: bool) -> Entered {
-    // SAFETY: 1. the current VMCS is one of nvmx's and its host area was written by vmcs::host (HOST_RIP, HOST_RSP of these
+    // SAFETY: 1. the current VMCS is one of nvmx's and its host area was written by hw::host_area (HOST_RIP, HOST_RSP of these
     // registers). 2. the asm restores all callee-saved registers. 3. `regs` is exclusively borrowed.
     let code = unsafe { nvmx_vmenter(regs, launch as u64) };
     if code == 0 { Entered::Exit } else { not_entered(code) }

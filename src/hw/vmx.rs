@@ -8,6 +8,8 @@ use super::processor::Processor;
 use super::this_processor;
 use super::{cr, msr};
 use crate::addr::Hpa;
+use crate::hw::phys::DirectMap;
+use crate::mm::{Frame, PhysMem};
 use crate::trace::counters::Counters;
 use crate::vmx::{Capabilities, Field, FieldAccess};
 use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX, IA32_FEATURE_CONTROL};
@@ -18,6 +20,33 @@ use l2_protocol::abi::Counter;
 // their revision written, EPTPs are made by `ept`, VPIDs by `vmcs::vpid`, INVEPT and INVVPID types are those that the
 // requirements or the capabilities offered to L2 include. The one operand of L2's, the linear address of an INVVPID, is
 // checked to be canonical (`nested::instr::invalidate`).
+
+/// A frame that holds a VMCS, or the VMXON region, and nothing else for as long as it is in use. The address is copied; the frame
+/// goes back to its pool only once the VMCS is clear and nobody keeps the region.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Region(Hpa);
+
+impl Region {
+    /// Makes one of a frame of nvmx's, with the revision identifier.
+    pub fn new(frame: Frame, phys: &DirectMap, revision: u32) -> Self {
+        let region = Region(frame.into_hpa());
+        region.mark(phys, revision);
+        region
+    }
+
+    /// Where it is.
+    #[inline(always)]
+    pub const fn at(self) -> Hpa {
+        self.0
+    }
+
+    /// Writes its first word: the revision identifier, with the shadow-VMCS indicator or without. The VMCS is not active, or the
+    /// hypervisor below keeps it in memory.
+    #[inline(always)]
+    pub fn mark(self, phys: &DirectMap, word: u32) {
+        phys.write_u64(self.0, word.into());
+    }
+}
 
 /// The right to execute VMX instructions on this CPU: it exists once VMXON succeeded. Counts what it executes.
 pub struct Vmx {
@@ -50,19 +79,18 @@ pub fn host_cr4(caps: &Capabilities) -> u64 {
 }
 
 impl Vmx {
-    /// Enters VMX operation with a VMXON region: a frame of nvmx's own that holds the revision identifier and is used for
-    /// nothing else. `None` if the processor refuses it.
+    /// Enters VMX operation with a VMXON region. `None` if the processor refuses it.
     ///
     /// CR0 and CR4 get nvmx's values, whatever the loader left there. Translations of whoever used VMX before are dropped.
-    pub fn enter(region: Hpa, caps: &Capabilities) -> Option<Vmx> {
+    pub fn enter(region: Region, caps: &Capabilities) -> Option<Vmx> {
         unlock()?;
         // SAFETY: 1. Paging, long mode and everything that nvmx's own code relies on stay on (`host_cr0`, `host_cr4`); the
         // processor has each bit. 2. IA32_FEATURE_CONTROL allows VMX, so VMXON does not fault.
-        // 3. The region is a frame that the caller took from nvmx's pool.
+        // 3. The region is a frame of nvmx's pool (`Region::new`).
         let done = unsafe {
             cr::set_cr0(host_cr0(cr::cr0(), caps));
             cr::set_cr4(host_cr4(caps));
-            this_processor().vmxon(region)
+            this_processor().vmxon(region.at())
         };
         let mut vmx = done.then(|| Vmx { counters: Counters::new() })?;
         vmx.invept(Invalidate::All, 0);
@@ -82,26 +110,34 @@ impl Vmx {
         this_processor().has_field(field)
     }
 
-    /// Writes a field of the current VMCS; the caller asks only for fields that the processor has.
+    /// Writes a field of the current VMCS, which is none of the host-state area; the caller asks only for fields that the processor
+    /// has.
     #[inline(always)]
     pub fn write(&mut self, field: Field, value: u64) {
+        assert!(!field.is_host_state(), "the host-state area is written by hw::host_area");
+        self.counters.bump(Counter::Vmwrite);
+        this_processor().vmwrite(field, value);
+    }
+
+    /// Writes a field of the host-state area: for `host_area` alone.
+    pub(super) fn write_host_state(&mut self, field: Field, value: u64) {
         self.counters.bump(Counter::Vmwrite);
         this_processor().vmwrite(field, value);
     }
 
     /// Makes `vmcs` current and active.
     #[inline(always)]
-    pub fn ptrld(&mut self, vmcs: Hpa) {
+    pub fn ptrld(&mut self, vmcs: Region) {
         self.counters.bump(Counter::Vmptrld);
-        let done = this_processor().vmptrld(vmcs);
+        let done = this_processor().vmptrld(vmcs.at());
         assert!(done, "VMPTRLD of nvmx's own failed");
     }
 
     /// Makes `vmcs` inactive and clear, with all its data in memory.
     #[inline(always)]
-    pub fn clear(&mut self, vmcs: Hpa) {
+    pub fn clear(&mut self, vmcs: Region) {
         self.counters.bump(Counter::Vmclear);
-        let done = this_processor().vmclear(vmcs);
+        let done = this_processor().vmclear(vmcs.at());
         assert!(done, "VMCLEAR of nvmx's own failed");
     }
 

@@ -16,16 +16,11 @@ const WORDS: usize = MAX_FRAMES / 64;
 pub struct Frame(Hpa);
 
 impl Frame {
-    /// Gives up ownership for a bare address: the frame is then what an entry of a page table says it is.
+    /// Gives up ownership for a bare address: the frame is then what an entry of a page table says it is. [`FramePool::free_at`] takes
+    /// it back.
     #[inline]
     pub const fn into_hpa(self) -> Hpa {
         self.0
-    }
-
-    /// Takes up ownership again of the frame that [`Frame::into_hpa`] gave up.
-    #[inline]
-    pub const fn from_hpa(hpa: Hpa) -> Self {
-        Self(hpa)
     }
 
     /// Where the frame starts; 4 KiB aligned.
@@ -35,8 +30,8 @@ impl Frame {
     }
 }
 
-/// Frames of nvmx, zeroed when handed out.
-#[derive(Clone, Debug)]
+/// Frames of nvmx, zeroed when handed out. There is one pool for a frame: a copy would give each frame out twice.
+#[derive(Debug)]
 pub struct FramePool {
     base: u64,
     frames: usize,
@@ -117,7 +112,7 @@ impl FramePool {
         None
     }
 
-    /// Takes `count` frames in a row, zeroed; the address of the first. They are nvmx's for good: no way back.
+    /// Takes `count` frames in a row, zeroed; the address of the first. They go back one by one, if at all.
     pub fn alloc_contiguous(&mut self, memory: &impl PhysMem, count: usize) -> Option<Hpa> {
         if count == 0 || count > self.free || self.is_to_fail() {
             return None;
@@ -149,7 +144,13 @@ impl FramePool {
 
     /// Takes a frame back. A frame of another pool is ignored.
     pub fn free(&mut self, frame: Frame) {
-        let Some(index) = frame.hpa().get().checked_sub(self.base).map(|offset| (offset / PAGE_SIZE) as usize) else {
+        self.free_at(frame.into_hpa());
+    }
+
+    /// Takes back a frame that [`Frame::into_hpa`] gave up, or one of several in a row: whoever knew it by its address forgets it.
+    /// What is not of this pool, or not in use, is ignored.
+    pub fn free_at(&mut self, at: Hpa) {
+        let Some(index) = at.get().checked_sub(self.base).map(|offset| (offset / PAGE_SIZE) as usize) else {
             return;
         };
         if index < self.frames && self.is_used(index) {

@@ -15,7 +15,7 @@ pub fn make_current(cpu: &mut Cpu, id: Option<SlotId>) {
     }
     let link = id.map_or(NO_LINK, |id| {
         cpu.nested.touch(id);
-        cpu.nested.slots[id].vmcs02.region().get()
+        cpu.nested.slots[id].vmcs02.region().at().get()
     });
     if cpu.config.access.vmcs01_links() {
         cpu.vmx.write(Field::VMCS_LINK_POINTER, link);
@@ -66,7 +66,7 @@ fn free_slot(cpu: &mut Cpu) -> SlotId {
 fn add_slot(cpu: &mut Cpu) -> Option<SlotId> {
     let id = cpu.nested.slots.add(&mut cpu.frames, &cpu.phys, cpu.config.hardware.basic.revision())?;
     let has = |field| cpu.config.access.has(field);
-    cpu.nested.slots[id].vmcs02.set_up(&mut cpu.vmx, &cpu.regs, has);
+    cpu.nested.slots[id].vmcs02.set_up(&mut cpu.vmx, &mut cpu.regs, has);
     cpu.vmx.ptrld(cpu.vmcs01);
     Some(id)
 }

@@ -1,9 +1,9 @@
 //! VMREAD and VMWRITE that nvmx completes, on the vmcs12 in a slot.
 
 use super::result::done;
-use crate::addr::Hpa;
 use crate::cpu::{Cpu, Operation};
 use crate::guest::{Next, Stop, operand};
+use crate::hw::vmx::Region;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
 use crate::vmx::field::Home;
@@ -76,7 +76,7 @@ fn write_field(cpu: &mut Cpu, id: SlotId, field: Field, value: u64) {
 }
 
 /// The VMCS of the guest that runs.
-fn current_vmcs(cpu: &Cpu) -> Hpa {
+fn current_vmcs(cpu: &Cpu) -> Region {
     match cpu.nested.operation {
         Operation::NonRoot { current, .. } => cpu.nested.slots[current].vmcs02.region(),
         _ => cpu.vmcs01,

@@ -59,7 +59,7 @@ pub fn link(cpu: &mut Cpu, id: SlotId) -> u64 {
     let (target, access, on) = cpu.reach(linked);
     let link = bitmaps.map(|_| {
         access.rest(on, target);
-        target.vmcs02.region().get()
+        target.vmcs02.region().at().get()
     });
     cpu.nested.slots[id].linked = Some(linked);
     link.unwrap_or(NO_LINK)

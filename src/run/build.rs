@@ -10,7 +10,7 @@ use crate::hw::epitaph::{self, Status};
 use crate::hw::msr as hw_msr;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
-use crate::hw::vmx::Vmx;
+use crate::hw::vmx::{Region, Vmx};
 use crate::mm::mtrr::Mtrrs;
 use crate::mm::{FramePool, GuestMemory, PhysMem, Span};
 use crate::rules::caps;
@@ -188,10 +188,8 @@ impl Common {
 }
 
 /// A VMCS or VMXON region.
-fn region(frames: &mut FramePool, phys: &DirectMap, revision: u32) -> Option<Hpa> {
-    let at = frames.alloc(phys)?.into_hpa();
-    phys.write_u64(at, revision as u64);
-    Some(at)
+fn region(frames: &mut FramePool, phys: &DirectMap, revision: u32) -> Option<Region> {
+    Some(Region::new(frames.alloc(phys)?, phys, revision))
 }
 
 /// A frame with this content.
@@ -211,12 +209,12 @@ fn words(frames: &mut FramePool, phys: &DirectMap, word: impl Fn(usize) -> u64) 
 /// Writes the constant parts of every VMCS, and vmcs01, whose guest state is the caller's. `cpu` does not move from here on.
 pub fn set_up(cpu: &mut Cpu, write_guest_state: impl FnOnce(&mut Cpu)) {
     for slot in cpu.nested.slots.iter_mut() {
-        slot.vmcs02.set_up(&mut cpu.vmx, &cpu.regs, |field| cpu.config.access.has(field));
+        slot.vmcs02.set_up(&mut cpu.vmx, &mut cpu.regs, |field| cpu.config.access.has(field));
     }
     cpu.vmx.clear(cpu.vmcs01);
     cpu.vmx.ptrld(cpu.vmcs01);
     let to = Points { msr_bitmap: cpu.msr_bitmap01, eptp: cpu.ept01.eptp().get() };
-    vmcs01::set_up(&mut cpu.vmx, &cpu.config.hardware, &cpu.regs, &to);
+    vmcs01::set_up(&mut cpu.vmx, &cpu.config.hardware, &mut cpu.regs, &to);
     write_guest_state(cpu);
     cpu.tracked.refresh(&mut cpu.vmx);
     if cpu.config.access.vmcs01_links() {

@@ -2,7 +2,6 @@
 
 pub mod access;
 mod config;
-pub mod host;
 pub mod image;
 pub mod inherit;
 pub mod kept;

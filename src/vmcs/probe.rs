@@ -1,8 +1,8 @@
 //! Tries where the hypervisor below keeps the fields of a VMCS that is not current (`vmcs::image`).
 
-use crate::addr::{Hpa, PAGE_SIZE};
+use crate::addr::PAGE_SIZE;
 use crate::hw::phys::DirectMap;
-use crate::hw::vmx::Vmx;
+use crate::hw::vmx::{Region, Vmx};
 use crate::mm::PhysMem;
 use crate::vmcs::image::{Layout, Round, probe};
 use crate::vmcs::vmcs12::FieldSet;
@@ -10,7 +10,7 @@ use crate::vmx::{Capabilities, Field};
 
 /// The fields that the processor has: those that its capabilities promise, as far as VMREAD finds them. Hypervisors below leave
 /// some out that every real processor has.
-pub fn fields(vmx: &mut Vmx, region: Hpa, hardware: &Capabilities) -> FieldSet {
+pub fn fields(vmx: &mut Vmx, region: Region, hardware: &Capabilities) -> FieldSet {
     let mut exists = FieldSet::EMPTY;
     vmx.clear(region);
     vmx.ptrld(region);
@@ -21,9 +21,9 @@ pub fn fields(vmx: &mut Vmx, region: Hpa, hardware: &Capabilities) -> FieldSet {
 
 /// The layout, if every field that the processor has is found, and what is written to memory is what VMREAD gives. Uses two
 /// VMCS regions that nothing is in yet; both are clear afterwards, and no VMCS is current.
-pub fn layout(vmx: &mut Vmx, phys: &DirectMap, [a, b]: [Hpa; 2], exists: &FieldSet) -> Option<Layout> {
-    // The number of the last error is not L2's: nvmx keeps that itself.
-    let fields = || exists.iter().filter(|field| *field != Field::VM_INSTRUCTION_ERROR);
+pub fn layout(vmx: &mut Vmx, phys: &DirectMap, [a, b]: [Region; 2], exists: &FieldSet) -> Option<Layout> {
+    // The number of the last error is not L2's: nvmx keeps that itself. The host-state area is nvmx's, and never reached there.
+    let fields = || exists.iter().filter(|field| *field != Field::VM_INSTRUCTION_ERROR && !field.is_host_state());
     vmx.clear(a);
     vmx.clear(b);
     let mut content = [[0; PAGE_SIZE as usize]; 2];
@@ -31,10 +31,10 @@ pub fn layout(vmx: &mut Vmx, phys: &DirectMap, [a, b]: [Hpa; 2], exists: &FieldS
         vmx.ptrld(a);
         fields().for_each(|field| vmx.write(field, probe(field, round)));
         vmx.ptrld(b);
-        phys.read_bytes(a, content);
+        phys.read_bytes(a.at(), content);
     }
     let layout = Layout::learn(&content[0], &content[1]);
-    fields().for_each(|field| layout.write(phys, a, field, probe(field, Round::First)));
+    fields().for_each(|field| layout.write(phys, a.at(), field, probe(field, Round::First)));
     vmx.ptrld(a);
     let mut good = true;
     for field in fields() {

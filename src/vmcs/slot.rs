@@ -2,7 +2,7 @@
 
 use crate::addr::{Gpa, Hpa};
 use crate::ept::Eptp;
-use crate::hw::vmx::Vmx;
+use crate::hw::vmx::{Region, Vmx};
 use crate::rules::checks::host_field_holds;
 use crate::rules::merge::{Duties, Vmcs02Controls};
 use crate::vmcs::inherit::Inherited;
@@ -48,7 +48,7 @@ pub struct Slot {
 
 impl Slot {
     /// A free slot on frames of its own.
-    pub fn new(vmcs02: Hpa, msr_bitmap: MsrBitmap02, shadow_bitmaps: (Hpa, Hpa), msr_lists: MsrLists) -> Self {
+    pub fn new(vmcs02: Region, msr_bitmap: MsrBitmap02, shadow_bitmaps: (Hpa, Hpa), msr_lists: MsrLists) -> Self {
         Slot {
             vmptr: None,
             active: false,
@@ -69,7 +69,7 @@ impl Slot {
     /// Every frame that the slot owns besides the one that it lies in.
     pub fn frames(&self) -> impl Iterator<Item = Hpa> {
         let (read, write) = self.shadow_bitmaps;
-        [self.vmcs02.region(), self.msr_bitmap.frame(), read, write].into_iter().chain(self.msr_lists.frames())
+        [self.vmcs02.region().at(), self.msr_bitmap.frame(), read, write].into_iter().chain(self.msr_lists.frames())
     }
 
     /// This is left to do around an entry.

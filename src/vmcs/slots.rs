@@ -7,7 +7,8 @@
 use crate::addr::Hpa;
 use crate::hw::held::Held;
 use crate::hw::phys::DirectMap;
-use crate::mm::{Frame, FramePool, PhysMem};
+use crate::hw::vmx::Region;
+use crate::mm::{FramePool, PhysMem};
 use crate::vmcs::msr_bitmap::MsrBitmap02;
 use crate::vmcs::msr_lists::{AREA_FRAMES, MsrLists};
 use crate::vmcs::slot::Slot;
@@ -92,7 +93,7 @@ impl Slots {
         let slot = make(frames, phys, revision, &mut taken)
             .and_then(|slot| Held::new(slot, frames, phys).ok())
             .or_else(|| {
-                taken.iter().for_each(|frame| frames.free(Frame::from_hpa(*frame)));
+                taken.iter().for_each(|frame| frames.free_at(*frame));
                 None
             })?;
         self.0.push(slot);
@@ -101,12 +102,12 @@ impl Slots {
 
     /// Gives the slots beyond the first ones back; `clear` executes VMCLEAR on the vmcs02 of each. L2 has left VMX operation, so that
     /// nobody keeps a [`SlotId`]: each slot is free.
-    pub fn shrink(&mut self, frames: &mut FramePool, mut clear: impl FnMut(Hpa)) {
+    pub fn shrink(&mut self, frames: &mut FramePool, mut clear: impl FnMut(Region)) {
         while self.0.len() > FIRST_SLOTS {
             let Some(slot) = self.0.pop() else { return };
             clear(slot.vmcs02.region());
             let slot = slot.free(frames);
-            slot.frames().for_each(|frame| frames.free(Frame::from_hpa(frame)));
+            slot.frames().for_each(|frame| frames.free_at(frame));
         }
     }
 }
@@ -118,19 +119,21 @@ fn make(
     revision: u32,
     taken: &mut ArrayVec<Hpa, SLOT_FRAMES>,
 ) -> Option<Slot> {
+    let vmcs02 = frames.alloc(phys)?;
+    taken.push(vmcs02.hpa());
     let mut some = |count: usize| {
         let first = frames.alloc_contiguous(phys, count)?;
         taken.extend((0..count as u64).map(|n| Hpa::new(first.get() + n * crate::addr::PAGE_SIZE)));
         Some(first)
     };
-    let (vmcs02, msr_bitmap) = (some(1)?, some(1)?);
+    let msr_bitmap = some(1)?;
     let shadow_bitmaps = (some(1)?, some(1)?);
     let lists = MsrLists::new(some(AREA_FRAMES)?, some(AREA_FRAMES)?);
-    phys.write_u64(vmcs02, revision.into());
     // Merging writes only what is not all ones.
     for bitmap in [shadow_bitmaps.0, shadow_bitmaps.1] {
         phys.write_words(bitmap, &BitmapPage::SET.0);
     }
+    let vmcs02 = Region::new(vmcs02, phys, revision);
     Some(Slot::new(vmcs02, MsrBitmap02::new(msr_bitmap, phys), shadow_bitmaps, lists))
 }
 

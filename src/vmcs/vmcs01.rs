@@ -4,8 +4,9 @@
 //! CR0.PG while L2 is in VMX operation. Interrupts, ports, devices, timers and exceptions are L2's own.
 //! Source: SDM vol. 3C, "VM-Execution Control Fields", "VM-Exit Control Fields", "VM-Entry Control Fields".
 
-use super::{Config, host};
+use super::Config;
 use crate::addr::Hpa;
+use crate::hw::host_area;
 use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::Vmx;
 use crate::rules::switched;
@@ -57,8 +58,8 @@ pub struct Points {
 }
 
 /// Writes vmcs01, which is current, but for what an INIT resets (`guest::initial`).
-pub fn set_up(vmx: &mut Vmx, caps: &Capabilities, regs: &GuestRegs, to: &Points) {
-    host::write(vmx, regs);
+pub fn set_up(vmx: &mut Vmx, caps: &Capabilities, regs: &mut GuestRegs, to: &Points) {
+    host_area::write(vmx, regs);
     for (field, value) in [
         (Field::PIN_BASED_VM_EXEC_CONTROL, pin(caps).bits() as u64),
         (Field::CPU_BASED_VM_EXEC_CONTROL, primary(caps).bits() as u64),

@@ -5,12 +5,11 @@
 
 use crate::addr::Hpa;
 use crate::ept::{Activation, Eptp};
+use crate::hw::host_area;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
-use crate::hw::vmx::{Invalidate, Vmx};
-use crate::mm::PhysMem;
+use crate::hw::vmx::{Invalidate, Region, Vmx};
 use crate::rules::merge::Vmcs02Controls;
-use crate::vmcs::host;
 use crate::vmcs::kept::Kept;
 use crate::vmcs::stale::Stale;
 use crate::vmcs::timer::Timer;
@@ -38,7 +37,7 @@ enum Form {
 
 /// The VMCS that runs L3.
 pub struct Vmcs02 {
-    region: Hpa,
+    region: Region,
     form: Form,
     eptp: Kept,
     vpid: Kept,
@@ -60,8 +59,8 @@ pub struct Vmcs02 {
 }
 
 impl Vmcs02 {
-    /// In a region of its own that has the revision identifier.
-    pub fn new(region: Hpa) -> Self {
+    /// In a region of its own.
+    pub fn new(region: Region) -> Self {
         Vmcs02 {
             region,
             form: Form::Ordinary { launched: false },
@@ -81,10 +80,10 @@ impl Vmcs02 {
     }
 
     /// Writes what is the same in every vmcs02, of the fields that the processor `has`; it is clear afterwards, and no VMCS is current.
-    pub fn set_up(&mut self, vmx: &mut Vmx, regs: &GuestRegs, has: impl Fn(Field) -> bool) {
+    pub fn set_up(&mut self, vmx: &mut Vmx, regs: &mut GuestRegs, has: impl Fn(Field) -> bool) {
         vmx.clear(self.region);
         vmx.ptrld(self.region);
-        host::write(vmx, regs);
+        host_area::write(vmx, regs);
         vmx.write(Field::VM_EXIT_MSR_STORE_COUNT, 0);
         vmx.write(Field::VM_EXIT_MSR_LOAD_COUNT, 0);
         self.msr_load_count.put(vmx, 0);
@@ -98,7 +97,7 @@ impl Vmcs02 {
 
     /// Its region; under the zero-copy strategy vmcs01 links to it.
     #[inline(always)]
-    pub fn region(&self) -> Hpa {
+    pub fn region(&self) -> Region {
         self.region
     }
 
@@ -109,11 +108,11 @@ impl Vmcs02 {
             // The processor may hold parts of a linked shadow VMCS: VMCLEAR brings them to memory before the indicator
             // changes (SDM vol. 3C, "Shadow VMCSs": software should execute VMCLEAR before it modifies the indicator).
             vmx.clear(self.region);
-            phys.write_u64(self.region, revision as u64);
+            self.region.mark(phys, revision);
             self.form = Form::Ordinary { launched: false };
         }
         if let Form::ShadowInMemory { launched } = self.form {
-            phys.write_u64(self.region, revision as u64);
+            self.region.mark(phys, revision);
             self.form = Form::Ordinary { launched };
         }
         vmx.ptrld(self.region);
@@ -123,7 +122,7 @@ impl Vmcs02 {
     #[inline(always)]
     pub(super) fn become_shadow_in_memory(&mut self, phys: &DirectMap, revision: u32) {
         if let Form::Ordinary { launched } = self.form {
-            phys.write_u64(self.region, (revision | SHADOW_INDICATOR) as u64);
+            self.region.mark(phys, revision | SHADOW_INDICATOR);
             self.form = Form::ShadowInMemory { launched };
         }
     }
@@ -132,7 +131,7 @@ impl Vmcs02 {
     #[inline(always)]
     pub(super) fn become_shadow(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
         vmx.clear(self.region);
-        phys.write_u64(self.region, (revision | SHADOW_INDICATOR) as u64);
+        self.region.mark(phys, revision | SHADOW_INDICATOR);
         self.form = Form::Shadow;
     }
 

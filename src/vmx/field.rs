@@ -363,6 +363,12 @@ impl Field {
         }
     }
 
+    /// True for the fields of the host-state area.
+    #[inline(always)]
+    pub const fn is_host_state(self) -> bool {
+        matches!(self.area(), Area::Host)
+    }
+
     /// True for the VM-exit information fields.
     pub const fn is_read_only(self) -> bool {
         matches!(self.area(), Area::ExitInfo)

@@ -2,7 +2,7 @@
 //! without ([ADR 0008](../../../docs/adr/0008-vmcs-in-memory.md)).
 
 use super::strategy::{Common, HostState, MachineParts, Report, Strategy};
-use crate::addr::Hpa;
+use crate::hw::vmx::Region;
 use crate::vmcs::image::{Image, Layout};
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
@@ -24,19 +24,19 @@ impl InMemory {
 }
 
 impl Strategy for InMemory {
-    fn read(&self, on: MachineParts<'_>, slot: &mut Slot, _: Hpa, field: Field) -> u64 {
-        self.layout.read(on.phys, slot.vmcs02.region(), field)
+    fn read(&self, on: MachineParts<'_>, slot: &mut Slot, _: Region, field: Field) -> u64 {
+        self.layout.read(on.phys, slot.vmcs02.region().at(), field)
     }
 
-    fn write(&self, on: MachineParts<'_>, slot: &mut Slot, _: Hpa, field: Field, value: u64) {
+    fn write(&self, on: MachineParts<'_>, slot: &mut Slot, _: Region, field: Field, value: u64) {
         // What nvmx reported in place of the processor, if it did, is overwritten.
         slot.vmcs12.valid.remove(field);
-        self.layout.write(on.phys, slot.vmcs02.region(), field, value);
+        self.layout.write(on.phys, slot.vmcs02.region().at(), field, value);
     }
 
     fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
         for field in slot.vmcs12.dirty.iter() {
-            self.layout.write(on.phys, slot.vmcs02.region(), field, slot.vmcs12.get(field));
+            self.layout.write(on.phys, slot.vmcs02.region().at(), field, slot.vmcs12.get(field));
         }
         slot.vmcs12.dirty = FieldSet::EMPTY;
         slot.vmcs12.valid = FieldSet::CACHED;
@@ -46,7 +46,7 @@ impl Strategy for InMemory {
     }
 
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
-        let (missing, vmcs02) = (common.exists.without(&slot.vmcs12.valid), slot.vmcs02.region());
+        let (missing, vmcs02) = (common.exists.without(&slot.vmcs12.valid), slot.vmcs02.region().at());
         slot.vmcs12.fetch(missing, |field| self.layout.read(on.phys, vmcs02, field));
     }
 
@@ -80,7 +80,7 @@ impl Strategy for InMemory {
         report: Option<Report>,
         mut to: impl HostState,
     ) {
-        let image = |region| Image { layout: &self.layout, phys: on.phys, region };
+        let image = |region: Region| Image { layout: &self.layout, phys: on.phys, region: region.at() };
         if !self.shadowed {
             slot.vmcs12.valid = FieldSet::CACHED;
             if let Some(report) = report {

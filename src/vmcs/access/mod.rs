@@ -12,8 +12,7 @@ mod trapped;
 use super::image::Layout;
 use super::slot::Slot;
 use super::vmcs12::{FieldSet, Vmcs12};
-use crate::addr::Hpa;
-use crate::hw::vmx::Vmx;
+use crate::hw::vmx::{Region, Vmx};
 use crate::vmx::Field;
 use in_memory::InMemory;
 use l2_protocol::abi;
@@ -87,12 +86,12 @@ impl VmcsAccess {
     }
 
     /// The value of a field whose home is vmcs02 and that is not in the copy.
-    pub fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Hpa, field: Field) -> u64 {
+    pub fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field) -> u64 {
         by!(self, strategy => strategy.read(on, slot, current, field))
     }
 
     /// L2 writes a field whose home is vmcs02.
-    pub fn write(&self, on: MachineParts<'_>, slot: &mut Slot, current: Hpa, field: Field, value: u64) {
+    pub fn write(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field, value: u64) {
         by!(self, strategy => strategy.write(on, slot, current, field, value));
     }
 

@@ -1,7 +1,7 @@
 //! Zero-copy: vmcs02 is the shadow VMCS to which vmcs01 links while L2 runs, so that L2's accesses reach it without an exit.
 
 use super::strategy::{Common, HostState, MachineParts, Report, Strategy, on_vmcs02};
-use crate::addr::Hpa;
+use crate::hw::vmx::Region;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmx::Field;
@@ -9,12 +9,12 @@ use crate::vmx::Field;
 pub(super) struct Shadowed;
 
 impl Strategy for Shadowed {
-    fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Hpa, field: Field) -> u64 {
+    fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field) -> u64 {
         // A shadow VMCS changes without an exit, so that its values are never kept.
         on_vmcs02(on.vmx, slot, current, |vmx| vmx.read(field))
     }
 
-    fn write(&self, on: MachineParts<'_>, slot: &mut Slot, current: Hpa, field: Field, value: u64) {
+    fn write(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field, value: u64) {
         on_vmcs02(on.vmx, slot, current, |vmx| vmx.write(field, value & field.mask()));
     }
 

@@ -1,8 +1,7 @@
 //! What a strategy is asked for, and with what.
 
-use crate::addr::Hpa;
 use crate::hw::phys::DirectMap;
-use crate::hw::vmx::Vmx;
+use crate::hw::vmx::{Region, Vmx};
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmx::exit::ExitReason;
@@ -52,16 +51,16 @@ pub struct MachineParts<'a> {
     /// Physical memory.
     pub phys: &'a DirectMap,
     /// The VMCS that runs L2.
-    pub vmcs01: Hpa,
+    pub vmcs01: Region,
 }
 
 /// One strategy. `slot` is that of the vmcs12; vmcs01 is current before and after, except where a method says something else.
 pub(super) trait Strategy {
     /// VMREAD of a field that is not in the copy. The VMCS at `current` is current.
-    fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Hpa, field: Field) -> u64;
+    fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field) -> u64;
 
     /// VMWRITE of a field whose home is vmcs02. The VMCS at `current` is current.
-    fn write(&self, on: MachineParts<'_>, slot: &mut Slot, current: Hpa, field: Field, value: u64);
+    fn write(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field, value: u64);
 
     /// The copy was loaded from L2's memory, all of it.
     fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common);
@@ -94,7 +93,7 @@ pub(super) struct Common {
 }
 
 /// Runs `f` with vmcs02 as the current VMCS, in whichever form it is, and goes back to the one that was.
-pub(super) fn on_vmcs02<T>(vmx: &mut Vmx, slot: &Slot, current: Hpa, f: impl FnOnce(&mut Vmx) -> T) -> T {
+pub(super) fn on_vmcs02<T>(vmx: &mut Vmx, slot: &Slot, current: Region, f: impl FnOnce(&mut Vmx) -> T) -> T {
     vmx.ptrld(slot.vmcs02.region());
     let result = f(vmx);
     vmx.ptrld(current);

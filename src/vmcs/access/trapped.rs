@@ -1,7 +1,7 @@
 //! Each access of L2 exits: the copy answers what it has, and keeps what L2 writes until the next entry.
 
 use super::strategy::{Common, HostState, MachineParts, Report, Strategy, on_vmcs02};
-use crate::addr::Hpa;
+use crate::hw::vmx::Region;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmx::Field;
@@ -25,13 +25,13 @@ const HOT: [Field; 12] = [
 ];
 
 impl Strategy for Trapped {
-    fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Hpa, field: Field) -> u64 {
+    fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field) -> u64 {
         let value = on_vmcs02(on.vmx, slot, current, |vmx| vmx.read(field));
         slot.vmcs12.fetched(field, value);
         value
     }
 
-    fn write(&self, _: MachineParts<'_>, slot: &mut Slot, _: Hpa, field: Field, value: u64) {
+    fn write(&self, _: MachineParts<'_>, slot: &mut Slot, _: Region, field: Field, value: u64) {
         slot.vmcs12.written(field, value);
     }
 

@@ -232,7 +232,8 @@ impl World {
             memory: map.clone(),
             l2_memory: map,
             own: OWN,
-            frames: frames.clone(),
+            // All of them are the CPU's.
+            frames: FramePool::new(Span::new(0, 0)),
             phys,
             guest: GuestMemory::new(phys, OWN, 39),
             tables,
@@ -254,7 +255,7 @@ impl World {
         let cpu = Common::new(&machine).build(frames).expect("frames enough");
         let mut cpu = Box::new(cpu);
         steps::set_up(&mut cpu, |cpu| initial::write_boot_state(cpu, &START));
-        guest.core().root = Root::Nvmx { vmcs01: Some(cpu.vmcs01.get()) };
+        guest.core().root = Root::Nvmx { vmcs01: Some(cpu.vmcs01.at().get()) };
         World { guest, cpu, program, block, model }
     }
 

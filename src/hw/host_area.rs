@@ -1,17 +1,17 @@
-//! The host-state area of nvmx: written once to each VMCS, the same in all of them (invariant I4).
+//! The host-state area of nvmx: written once to each VMCS, the same in all of them (invariant I4), and by nobody else.
 //!
 //! Source: SDM vol. 3C, "Host-State Area" and "Loading Host State".
 
-use crate::hw::vmenter::{self, GuestRegs};
-use crate::hw::vmx::Vmx;
-use crate::hw::{cpu, cr, msr};
+use super::vmenter::{self, GuestRegs};
+use super::vmx::Vmx;
+use super::{cpu, cr, msr};
 use crate::vmx::Field;
 
 /// IA32_PAT with the value after reset: nvmx's own accesses are write-back whatever the guests choose.
 const PAT_AT_RESET: u64 = 0x0007_0406_0007_0406;
 
 /// Writes the host-state area of the current VMCS.
-pub fn write(vmx: &mut Vmx, regs: &GuestRegs) {
+pub fn write(vmx: &mut Vmx, regs: &mut GuestRegs) {
     let tables = cpu::this().host_tables();
     for (field, value) in [
         (Field::HOST_CR0, cr::cr0()),
@@ -35,8 +35,8 @@ pub fn write(vmx: &mut Vmx, regs: &GuestRegs) {
         (Field::HOST_IA32_PAT, PAT_AT_RESET),
         (Field::HOST_IA32_EFER, msr::efer()),
         (Field::HOST_RIP, vmenter::host_rip()),
-        (Field::HOST_RSP, regs.host_rsp()),
+        (Field::HOST_RSP, regs.settle()),
     ] {
-        vmx.write(field, value);
+        vmx.write_host_state(field, value);
     }
 }
