@@ -14,7 +14,7 @@ use nvmx::boot::{BootInfo, l2_image};
 use nvmx::emul::task_switch::{Failure, SegmentState, Source, State, switch};
 use nvmx::ept::{Ept01, Ept02, Eptp, MemoryType, Outcome, Qualification};
 use nvmx::guest::l3_memory::{Failed, View};
-use nvmx::mm::linear::{AccessError, DataAccess, Paging};
+use nvmx::mm::linear::{AccessError, DataAccess, Keys, Paging};
 use nvmx::mm::map::RangeKind;
 use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, MemoryMap, PhysMem, Span};
@@ -61,6 +61,7 @@ fn linear_tables() -> (VecMem, Paging) {
         efer: 1 << 10,
         rflags: 2,
         pdptes: [0; 4],
+        keys: Keys::OPEN,
         physical_width: 36,
     };
     (memory, paging)
@@ -137,7 +138,16 @@ fn task_switches() {
     half(0x9000, 0xA007);
     (0..32).for_each(|n| put(0xA000 + 4 * n, n << 12 | 7));
     half(NEW + 0x1C, 0x9000);
-    let paging = |cr0| Paging { cr0, cr3: 0x9000, cr4: 0, efer: 0, rflags: 2, pdptes: [0; 4], physical_width: 36 };
+    let paging = |cr0| Paging {
+        cr0,
+        cr3: 0x9000,
+        cr4: 0,
+        efer: 0,
+        rflags: 2,
+        pdptes: [0; 4],
+        keys: Keys::OPEN,
+        physical_width: 36,
+    };
     let segment = |selector, rights| SegmentState { selector, base: 0, limit: u32::MAX, rights };
     for (cr0, error_code) in [(1, None), (1 << 31 | 1 << 16 | 1, None), (1 << 31 | 1, Some(8))] {
         let old = State {

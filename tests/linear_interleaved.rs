@@ -2,7 +2,7 @@
 //! walk: what that CPU wrote is never lost and never brought back, and no walk goes on for ever.
 
 use nvmx::addr::{Gpa, Hpa};
-use nvmx::mm::linear::{AccessError, DataAccess, Paging, WALKS};
+use nvmx::mm::linear::{AccessError, DataAccess, Keys, Paging, WALKS};
 use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, PhysMem, Span};
 use nvmx::x86::Fault;
@@ -72,6 +72,7 @@ fn modes() -> [Mode; 3] {
         efer,
         rflags: 2,
         pdptes: [0x3001, 0, 0, 0],
+        keys: Keys::OPEN,
         physical_width: 36,
     };
     let four = VecMem::new(0x10000);

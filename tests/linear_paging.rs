@@ -3,7 +3,7 @@
 //! Source of the reference: Intel SDM vol. 3A, chapter "Paging", tables of entry formats and "Page-Fault Exceptions".
 
 use nvmx::addr::{Gpa, PAGE_SIZE};
-use nvmx::mm::linear::{AccessError, DataAccess, PageKind, Paging, Privilege, fetch_pdptes, pdptes_are_valid};
+use nvmx::mm::linear::{AccessError, DataAccess, Keys, PageKind, Paging, Privilege, fetch_pdptes, pdptes_are_valid};
 use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, NotOwned, Span};
 use nvmx::x86::Fault;
@@ -18,6 +18,8 @@ const PSE: u64 = 1 << 4;
 const PAE: u64 = 1 << 5;
 const LA57: u64 = 1 << 12;
 const SMAP: u64 = 1 << 21;
+const PKE: u64 = 1 << 22;
+const PKS: u64 = 1 << 24;
 const LMA: u64 = 1 << 10;
 const NXE: u64 = 1 << 11;
 const AC: u64 = 1 << 18;
@@ -130,10 +132,13 @@ fn reference(p: &Paging, memory: &mut Bytes, linear: u64, write: bool) -> Verdic
     let all = |bit: u64| path.iter().all(|step| step.entry & bit != 0);
     let write_denied = write && p.cr0 & WP != 0 && !all(2);
     let smap_denied = p.cr4 & SMAP != 0 && p.rflags & AC == 0 && all(4);
-    if write_denied || smap_denied {
-        return Verdict::PageFault(write_bit | 1);
-    }
     let leaf = path.last().expect("the path has a step");
+    let (on, register) = if all(4) { (PKE, p.keys.user) } else { (PKS, p.keys.supervisor) };
+    let key_bit = |bit: u64| register >> (2 * (leaf.entry >> 59 & 15) + bit) & 1 != 0;
+    let key_denied = long && p.cr4 & on != 0 && (key_bit(0) || key_bit(1) && write && p.cr0 & WP != 0);
+    if write_denied || smap_denied || key_denied {
+        return Verdict::PageFault(write_bit | 1 | if key_denied { 0x20 } else { 0 });
+    }
     memory.or(leaf.at, if write { 0x60 } else { 0x20 });
     let offset = linear & ((1 << leaf.shift) - 1);
     let base = match (narrow, large) {
@@ -174,19 +179,23 @@ fn paging() -> impl Strategy<Value = Paging> {
     let mode = prop::sample::select(vec![(0, 0), (PAE, 0), (PSE, 0), (PAE | PSE, 0), (PAE, LMA), (PAE | LA57, LMA)]);
     let width = prop::sample::select(vec![36u32, 39, 40, 46, 52]);
     let entries = prop::array::uniform4((0..PAGES, any::<bool>()).prop_map(|(page, on)| page << 12 | u64::from(on)));
-    let bits = (0..16u8, any::<bool>());
-    (mode, width, entries, (0..PAGES, 0..0x1000u64), bits).prop_map(|(mode, width, pdptes, cr3, (bits, nxe))| {
-        let bit = |i: u8, value: u64| if bits >> i & 1 != 0 { value } else { 0 };
-        Paging {
-            cr0: PG | 1 | bit(0, WP),
-            cr3: cr3.0 << 12 | cr3.1,
-            cr4: mode.0 | bit(1, SMAP),
-            efer: mode.1 | if nxe { NXE } else { 0 },
-            rflags: 2 | bit(2, AC),
-            pdptes,
-            physical_width: width,
-        }
-    })
+    let bits = (0..64u8, any::<bool>());
+    let keys = any::<(u32, u32)>().prop_map(|(user, supervisor)| Keys { user, supervisor });
+    (mode, width, entries, (0..PAGES, 0..0x1000u64), bits, keys).prop_map(
+        |(mode, width, pdptes, cr3, (bits, nxe), keys)| {
+            let bit = |i: u8, value: u64| if bits >> i & 1 != 0 { value } else { 0 };
+            Paging {
+                cr0: PG | 1 | bit(0, WP),
+                cr3: cr3.0 << 12 | cr3.1,
+                cr4: mode.0 | bit(1, SMAP) | bit(3, PKE) | bit(4, PKS),
+                efer: mode.1 | if nxe { NXE } else { 0 },
+                rflags: 2 | bit(2, AC),
+                pdptes,
+                keys,
+                physical_width: width,
+            }
+        },
+    )
 }
 
 /// Outside of long mode linear addresses have 32 bits.
@@ -323,8 +332,16 @@ fn each_single_bit_of_each_entry_means_what_it_means_to_the_reference() {
     }
 }
 
-const LONG: Paging =
-    Paging { cr0: PG | WP | 1, cr3: 0, cr4: PAE, efer: LMA | NXE, rflags: 2, pdptes: [0; 4], physical_width: 36 };
+const LONG: Paging = Paging {
+    cr0: PG | WP | 1,
+    cr3: 0,
+    cr4: PAE,
+    efer: LMA | NXE,
+    rflags: 2,
+    pdptes: [0; 4],
+    keys: Keys::OPEN,
+    physical_width: 36,
+};
 
 /// 4-level tables in pages 0 to 3 that map linear pages 0 and 1 with these entries.
 fn two_pages(entries: [u64; 2]) -> GuestMemory<VecMem> {
@@ -381,6 +398,29 @@ fn read_only_pages_are_written_by_a_supervisor_without_wp() {
     assert_eq!(p.write(&memory, 0, &[7]), Ok(()));
     assert_eq!(memory.phys().bytes(0x4000, 1), [7]);
     assert_eq!(memory.phys().bytes(0x3000, 1), [0x61], "accessed and dirty");
+}
+
+#[test]
+fn protection_keys_keep_a_supervisor_off_pages_of_either_kind() {
+    const KEY_1: u64 = 1 << 59;
+    let [no_access, no_writes] = [0b01 << 2, 0b10 << 2];
+    for (on, pages, open) in [(PKE, [0x4007 | KEY_1, 0x5007], PKS), (PKS, [0x4003 | KEY_1, 0x5003], PKE)] {
+        let memory = two_pages(pages);
+        let with = |rights| {
+            let keys = if on == PKE { (rights, 0) } else { (0, rights) };
+            Paging { cr4: PAE | on, keys: Keys { user: keys.0, supervisor: keys.1 }, ..LONG }
+        };
+        let p = with(no_access);
+        assert_eq!(p.read(&memory, 0, &mut [0]), page_fault(0x21, 0));
+        assert_eq!(p.write(&memory, 0, &[1]), page_fault(0x23, 0));
+        assert_eq!(p.read(&memory, 0xFFF, &mut [0; 2]), page_fault(0x21, 0xFFF));
+        assert_eq!(p.write(&memory, 0x1000, &[1]), Ok(()), "key 0");
+        let p = with(no_writes);
+        assert_eq!(p.read(&memory, 0, &mut [0]), Ok(()));
+        assert_eq!(p.write(&memory, 0, &[1]), page_fault(0x23, 0));
+        assert_eq!(Paging { cr0: PG | 1, ..p }.write(&memory, 0, &[1]), Ok(()), "without WP");
+        assert_eq!(Paging { cr4: PAE | open, ..with(no_access) }.read(&memory, 0, &mut [0]), Ok(()), "they are off");
+    }
 }
 
 #[test]

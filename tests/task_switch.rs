@@ -5,7 +5,7 @@
 
 use nvmx::addr::Gpa;
 use nvmx::emul::task_switch::{CS, Failure, NT, SegmentState, Source, State, Switched, switch};
-use nvmx::mm::linear::Paging;
+use nvmx::mm::linear::{Keys, Paging};
 use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, Span};
 use proptest::prelude::*;
@@ -196,7 +196,8 @@ fn selector() -> impl Strategy<Value = u16> {
 }
 
 fn state(old_long: bool, eflags: u32, old_limit: u32) -> State {
-    let paging = Paging { cr0: 0x11, cr3: 0, cr4: 0, efer: 0, rflags: 0, pdptes: [0; 4], physical_width: 36 };
+    let paging =
+        Paging { cr0: 0x11, cr3: 0, cr4: 0, efer: 0, rflags: 0, pdptes: [0; 4], keys: Keys::OPEN, physical_width: 36 };
     let segment = |selector| SegmentState { selector, base: 0, limit: u32::MAX, rights: 0xC093 };
     State {
         paging,

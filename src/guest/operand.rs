@@ -7,16 +7,17 @@ use crate::cpu::{Cpu, Operation};
 use crate::ept::{EptRules, Eptp};
 use crate::guest::l3_memory::View;
 use crate::guest::{Stop, inject};
-use crate::hw::cr;
 use crate::hw::phys::DirectMap;
-use crate::mm::linear::Paging;
+use crate::hw::{cr, msr};
+use crate::mm::linear::{Keys, Paging};
 use crate::rules::merge::Duties;
 use crate::vmcs::slots::SlotId;
 use crate::vmx::Field;
 use crate::vmx::field::{Fields, PDPTES};
 use crate::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, decode_field_access};
 use crate::vmx::segment::Segment;
-use crate::x86::{Fault, debug};
+use crate::x86::msr::IA32_PKRS;
+use crate::x86::{Cr4, Fault, debug};
 
 const RSP: u8 = 4;
 const EFER_LMA: u64 = 1 << 10;
@@ -89,21 +90,45 @@ pub fn linear(cpu: &mut Cpu, bytes: u32, direction: Direction) -> Result<u64, Fa
     let info = InstructionInfo(cpu.vmx.read(Field::VMX_INSTRUCTION_INFO) as u32);
     let displacement = cpu.vmx.read(Field::EXIT_QUALIFICATION);
     let long = in_64_bit_mode(cpu);
-    let mode = if long { CpuMode::Long64 { linear_width: linear_width(cpu) } } else { CpuMode::Protected };
+    let unusual = if long { unusual_addresses(cpu) } else { Cr4::empty() };
+    let linear_width = if unusual.contains(Cr4::LA57) { 57 } else { 48 };
+    let mode = if long { CpuMode::Long64 { linear_width } } else { CpuMode::Protected };
     let segment = info.segment().unwrap_or(Segment::Ds);
     let fields = [segment.base(), segment.limit(), segment.rights()];
     let state = OneSegment(fields.map(|field| (field, cpu.vmx.read(field))));
     let rsp = cpu.vmx.read(Field::GUEST_RSP);
     let gpr = |n: u8| if n == RSP { rsp } else { cpu.regs.gpr.get(n as usize).copied().unwrap_or(0) };
-    MemoryOperand { info, displacement, bytes, direction }.linear_address(mode, gpr, &state)
+    let at = MemoryOperand { info, displacement, bytes, direction }.linear_address(mode, gpr, &state)?;
+    if unusual.contains(Cr4::LASS) {
+        separate(cpu, at, bytes, segment)?;
+    }
+    Ok(at)
 }
 
-fn linear_width(cpu: &mut Cpu) -> u32 {
-    const CR4_LA57: u64 = 1 << 12;
-    if cpu.vmx.read(Field::GUEST_CR4) & CR4_LA57 != 0 { 57 } else { 48 }
+/// The bits of CR4 that change which linear addresses there are.
+#[inline(always)]
+fn unusual_addresses(cpu: &mut Cpu) -> Cr4 {
+    Cr4::from_bits_retain(cpu.vmx.read(Field::GUEST_CR4)) & (Cr4::LA57 | Cr4::LASS)
+}
+
+/// Linear-address-space separation: with SMAP on, the supervisor has no business in the lower half unless RFLAGS.AC says so
+/// (SDM vol. 3A, "Linear-Address-Space Separation (LASS)").
+#[cold]
+#[inline(never)]
+fn separate(cpu: &mut Cpu, first: u64, bytes: u32, segment: Segment) -> Result<(), Fault> {
+    const RFLAGS_AC: u64 = 1 << 18;
+    const UPPER: u64 = 1 << 63;
+    let last = first.wrapping_add(u64::from(bytes).saturating_sub(1));
+    let smap = cpu.vmx.read(Field::GUEST_CR4) & Cr4::SMAP.bits() != 0;
+    match !smap || first & last & UPPER != 0 || cpu.vmx.read(Field::GUEST_RFLAGS) & RFLAGS_AC != 0 {
+        true => Ok(()),
+        false if segment == Segment::Ss => Err(Fault::StackSegment(0)),
+        false => Err(Fault::GeneralProtection(0)),
+    }
 }
 
 /// What the guest's paging depends on.
+#[inline]
 pub fn paging(cpu: &mut Cpu) -> Paging {
     let efer = efer(cpu);
     let vmx = &mut cpu.vmx;
@@ -112,14 +137,30 @@ pub fn paging(cpu: &mut Cpu) -> Paging {
         0 => PDPTES.map(|field| vmx.read(field)),
         _ => [0; 4],
     };
-    Paging {
+    let mut paging = Paging {
         cr0: vmx.read(Field::GUEST_CR0),
         cr3: vmx.read(Field::GUEST_CR3),
         cr4: vmx.read(Field::GUEST_CR4),
+        keys: Keys::OPEN,
         efer,
         rflags: vmx.read(Field::GUEST_RFLAGS),
         pdptes,
         physical_width: cpu.config.offered.physical_width,
+    };
+    if paging.cr4 & (Cr4::PKE | Cr4::PKS).bits() != 0 {
+        paging.keys = keys(paging.cr4);
+    }
+    paging
+}
+
+/// The registers of the protection keys that are on, which stay the guest's in nvmx.
+#[cold]
+#[inline(never)]
+fn keys(cr4: u64) -> Keys {
+    let cr4 = Cr4::from_bits_retain(cr4);
+    Keys {
+        user: if cr4.contains(Cr4::PKE) { cr::pkru() } else { 0 },
+        supervisor: if cr4.contains(Cr4::PKS) { msr::rdmsr_safe(IA32_PKRS).unwrap_or(0) as u32 } else { 0 },
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::hw::processor::{Processor, Register};
 use crate::hw::this_processor;
-use crate::x86::Fault;
+use crate::x86::{Cr4, Fault};
 
 macro_rules! control_register {
     ($name:ident, $read:ident, $write:ident) => {
@@ -40,6 +40,17 @@ pub fn cr2() -> u64 {
 pub fn set_cr2(value: u64) {
     // SAFETY: CR2 affects nothing.
     unsafe { this_processor().write(Register::Cr2, value) };
+}
+
+/// PKRU, which VM entries and exits do not switch: it is the guest's. The processor has protection keys.
+pub fn pkru() -> u32 {
+    let own = cr4();
+    // SAFETY: keys are applied to user-mode pages, and nvmx has none.
+    unsafe { set_cr4(own | Cr4::PKE.bits()) };
+    let value = this_processor().read(Register::Pkru) as u32;
+    // SAFETY: it was the value before.
+    unsafe { set_cr4(own) };
+    value
 }
 
 const ADDRESSES: [Register; 4] = [Register::Dr0, Register::Dr1, Register::Dr2, Register::Dr3];

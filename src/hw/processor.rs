@@ -27,6 +27,8 @@ pub enum Register {
     Dr3,
     Dr6,
     Dr7,
+    /// Read only, and only while CR4.PKE is 1.
+    Pkru,
 }
 
 /// INVEPT and INVVPID types (SDM vol. 3C, "INVEPT" and "INVVPID").

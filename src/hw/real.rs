@@ -188,6 +188,12 @@ impl Processor for Real {
             Register::Dr3 => read!("dr3"),
             Register::Dr6 => read!("dr6"),
             Register::Dr7 => read!("dr7"),
+            Register::Pkru => {
+                let value: u32;
+                // SAFETY: it reads a register; the caller has set CR4.PKE.
+                unsafe { asm!("rdpkru", out("eax") value, out("edx") _, in("ecx") 0, options(nomem, nostack)) };
+                value.into()
+            }
         }
     }
 
@@ -204,6 +210,7 @@ impl Processor for Real {
             Register::Dr3 => write!("dr3", value),
             Register::Dr6 => write!("dr6", value),
             Register::Dr7 => write!("dr7", value),
+            Register::Pkru => {}
         }
     }
 

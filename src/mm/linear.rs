@@ -3,13 +3,28 @@
 //! Supervisor-mode data accesses, since VMX instructions need CPL 0, and the one push of a task switch that user mode makes.
 //! Accessed and dirty flags are set as the processor sets them: in the entry that was read and no other. If another CPU has
 //! changed it meanwhile, nothing of the change is lost and the walk begins anew, at most [`WALKS`] times.
-//! Protection keys are not applied. Source: Intel SDM vol. 3A, "Paging" (December 2024), tables "Format of a
+//! Source: Intel SDM vol. 3A, "Paging" (December 2024), tables "Format of a
 //! Page-Table Entry ..." and figure "Page-Fault Error Code".
 
 use crate::addr::Gpa;
 use crate::mm::PhysMem;
 use crate::mm::guest::{GuestMemory, NotOwned};
 use crate::x86::Fault;
+
+/// Access-rights registers of protection keys: bit 2i refuses key i's data, bit 2i + 1 writes to it. They count where CR4.PKE and
+/// CR4.PKS say so.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Keys {
+    /// PKRU, for user-mode addresses
+    pub user: u32,
+    /// IA32_PKRS, for supervisor-mode addresses
+    pub supervisor: u32,
+}
+
+impl Keys {
+    /// No key refuses anything.
+    pub const OPEN: Self = Self { user: 0, supervisor: 0 };
+}
 
 /// The registers that paging depends on.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +41,8 @@ pub struct Paging {
     pub rflags: u64,
     /// The PDPTE registers, used with PAE paging.
     pub pdptes: [u64; 4],
+    /// Protection keys
+    pub keys: Keys,
     /// Physical-address width.
     pub physical_width: u32,
 }
@@ -86,6 +103,8 @@ const CR4_PSE: u64 = 1 << 4;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_SMAP: u64 = 1 << 21;
+const CR4_PKE: u64 = 1 << 22;
+const CR4_PKS: u64 = 1 << 24;
 const EFER_LMA: u64 = 1 << 10;
 const EFER_NXE: u64 = 1 << 11;
 const RFLAGS_AC: u64 = 1 << 18;
@@ -102,6 +121,7 @@ const ERROR_PRESENT: u32 = 1 << 0;
 const ERROR_WRITE: u32 = 1 << 1;
 const ERROR_USER: u32 = 1 << 2;
 const ERROR_RESERVED: u32 = 1 << 3;
+const ERROR_KEY: u32 = 1 << 5;
 
 /// How entries look: bytes of an entry and index bits of a level.
 #[derive(Clone, Copy)]
@@ -164,7 +184,7 @@ impl Paging {
     /// says what.
     #[inline]
     fn plain_read(&self, memory: &GuestMemory<impl PhysMem>, linear: u64) -> Option<(Gpa, PageKind)> {
-        if self.efer & EFER_LMA == 0 || self.cr4 & CR4_LA57 != 0 {
+        if self.efer & EFER_LMA == 0 || self.cr4 & (CR4_LA57 | CR4_PKS) != 0 {
             return None;
         }
         let mask = self.address_mask();
@@ -194,6 +214,7 @@ impl Paging {
     }
 
     /// One walk; `None` if an entry changed before its flags were set.
+    #[inline(never)]
     fn walk(
         &self,
         memory: &GuestMemory<impl PhysMem>,
@@ -244,8 +265,9 @@ impl Paging {
                 let protects = is_user || self.cr0 & CR0_WP != 0;
                 let denied = access == DataAccess::Write && !writable && protects || is_user && !user;
                 let smap = !is_user && user && self.cr4 & CR4_SMAP != 0 && self.rflags & RFLAGS_AC == 0;
-                if denied || smap {
-                    return Err(fault(ERROR_PRESENT));
+                let by_key = self.refused_by_key(entry, user, access, protects);
+                if denied || smap || by_key {
+                    return Err(fault(ERROR_PRESENT | if by_key { ERROR_KEY } else { 0 }));
                 }
             }
             let flags = ACCESSED | if leaf && access == DataAccess::Write { DIRTY } else { 0 };
@@ -266,6 +288,17 @@ impl Paging {
             table = entry & if format.entry_bytes == 8 { self.address_mask() } else { 0xFFFF_F000 };
             level -= 1;
         }
+    }
+
+    /// The protection key in the entry of a page refuses the access (SDM vol. 3A, "Protection Keys").
+    #[inline(never)]
+    fn refused_by_key(&self, leaf: u64, user_page: bool, access: DataAccess, protects: bool) -> bool {
+        let (on, register) = if user_page { (CR4_PKE, self.keys.user) } else { (CR4_PKS, self.keys.supervisor) };
+        if self.efer & EFER_LMA == 0 || self.cr4 & on == 0 {
+            return false;
+        }
+        let rights = register >> (2 * (leaf >> 59 & 0xF));
+        rights & 0b01 != 0 || rights & 0b10 != 0 && access == DataAccess::Write && protects
     }
 
     const fn address_mask(&self) -> u64 {

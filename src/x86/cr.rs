@@ -56,6 +56,10 @@ bitflags! {
         const PKE = 1 << 22;
         /// Control-flow enforcement
         const CET = 1 << 23;
+        /// Protection keys of supervisor-mode pages
+        const PKS = 1 << 24;
+        /// Linear-address-space separation
+        const LASS = 1 << 27;
         /// Flexible return and event delivery
         const FRED = 1 << 32;
         const _ = !0;

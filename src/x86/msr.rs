@@ -10,5 +10,7 @@ pub const FEATURE_LOCK: u64 = 1 << 0;
 pub const FEATURE_VMX: u64 = 1 << 2;
 /// IA32_PAT
 pub const IA32_PAT: u32 = 0x277;
+/// IA32_PKRS
+pub const IA32_PKRS: u32 = 0x6E1;
 /// IA32_EFER
 pub const IA32_EFER: u32 = 0xC000_0080;

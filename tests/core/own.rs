@@ -264,3 +264,48 @@ fn long_mode_does_not_start_with_a_16_bit_tss() {
         assert!(matches!(outcome, Outcome::Event(event) if event.info == 0xB0D), "{outcome:?}");
     });
 }
+
+#[test]
+fn an_operand_in_the_lower_half_is_not_the_supervisors_under_lass() {
+    const SMAP: u64 = 1 << 21;
+    const LASS: u64 = 1 << 27;
+    const AC: u64 = 1 << 18;
+    everywhere(|g| async move {
+        vmxon(&g).await;
+        let (cr4, flags) = (g.get(GUEST_CR4), g.get(GUEST_RFLAGS));
+        for (bits, ac, faults) in [(SMAP | LASS, 0, true), (SMAP | LASS, AC, false), (LASS, 0, false)] {
+            g.set(GUEST_CR4, cr4 | bits);
+            g.set(GUEST_RFLAGS, flags | ac);
+            let outcome = g.run(Op::Vmptrst).await;
+            let fault = matches!(outcome, Outcome::Event(event) if event.info == 0xB0D);
+            assert_eq!(fault, faults, "{bits:#x} {ac:#x}: {outcome:?}");
+        }
+        g.set(GUEST_CR4, cr4);
+        g.set(GUEST_RFLAGS, flags);
+    });
+}
+
+#[test]
+fn a_protection_key_keeps_the_supervisor_off_an_operand() {
+    const PKE: u64 = 1 << 22;
+    everywhere(|g| async move {
+        vmxon(&g).await;
+        let cr4 = g.get(GUEST_CR4);
+        g.set(GUEST_CR4, cr4 | PKE);
+        // The lowest GiB is user-mode, with key 0.
+        for at in [0x1000, 0x2000] {
+            g.poke(at, g.peek(at) | 4);
+        }
+        for (pkru, event) in [(0, None), (0b10, Some(0xB0E)), (0b01, Some(0xB0E)), (0b1100, None)] {
+            g.core().pkru = pkru;
+            let outcome = g.run(Op::Vmptrst).await;
+            let seen = if let Outcome::Event(event) = outcome { Some(event.info) } else { None };
+            assert_eq!(seen, event, "{pkru:#b}: {outcome:?}");
+            assert_eq!(g.get(GUEST_CR4) & PKE, PKE);
+        }
+        g.core().pkru = 0b01;
+        g.set(GUEST_CR4, cr4);
+        assert!(!matches!(g.run(Op::Vmptrst).await, Outcome::Event(_)), "keys are off");
+        g.core().pkru = 0;
+    });
+}

@@ -4,7 +4,7 @@
 //! one for the other is found out. Sources: SDM "Format of the VM-Exit Instruction-Information Field", the fault lists of
 //! the instructions, "Canonical Addressing".
 
-use crate::expect::{GP, PF_READ, PF_READ_ONLY, PF_WRITE, SS, SUCCEED, expect_fault, got};
+use crate::expect::{GP, Got, PF_READ, PF_READ_ONLY, PF_WRITE, SS, SUCCEED, expect_fault, got};
 use core::{arch::asm, ptr};
 use l2_kit::{
     Check, Global, caps,
@@ -57,6 +57,7 @@ pub fn all() {
     faults();
     restart();
     cpu::set_cr3(own);
+    keys();
     let _ = vmx::vmclear(region);
 }
 
@@ -241,6 +242,61 @@ fn faults() {
         let invvpid = |at: u64| move || l2_kit::vmx!("invvpid {k}, [rax]", k = in(reg) 1u64, in("rax") at);
         expect_fault("invvpid from a missing page", invvpid(MISSING), PF_READ, MISSING);
         expect_fault("invvpid from no canonical address", invvpid(NOT_CANONICAL), GP, 0);
+    }
+}
+
+/// Rights of key 1 in PKRU and IA32_PKRS: no data, no writes.
+const NO_ACCESS: u64 = 0b01 << 2;
+const NO_WRITES: u64 = 0b10 << 2;
+/// Bits of CR4, and of CPUID 7, ECX
+const PKE: u64 = 1 << 22;
+const PKS: u64 = 1 << 24;
+const HAS_PKU: u32 = 1 << 3;
+const HAS_PKS: u32 = 1 << 31;
+const IA32_PKRS: u32 = 0x6E1;
+
+/// A page with protection key 1, user-mode and supervisor-mode (SDM vol. 3A, "Protection Keys").
+fn keys() {
+    for (kind, has, on, access) in [("user", HAS_PKU, PKE, Access::User), ("supervisor", HAS_PKS, PKS, Access::Kernel)]
+    {
+        if cpu::cpuid(7, 0)[2] & has == 0 {
+            Check::new(&mut Serial, format_args!("protection keys, {kind}")).fact("offered", false).end();
+            continue;
+        }
+        let (own, cr4) = (cpu::cr3(), cpu::cr4());
+        let tables = pages::identity_tables(access);
+        let flags = if access == Access::User { 7 } else { 3 };
+        pages::set_entry(tables, WRITABLE, pages::address(pages::page()) | flags | 1 << 59);
+        cpu::set_cr3(tables);
+        cpu::set_cr4(cr4 | on);
+        let rights = |value: u64| match on {
+            // SAFETY: key 1 is that of the one page.
+            PKE => unsafe { asm!("wrpkru", in("eax") value as u32, in("ecx") 0, in("edx") 0) },
+            _ => cpu::wrmsr(IA32_PKRS, value),
+        };
+        let at = WRITABLE + 0x18;
+        let read = || got(|| l2_kit::vmx!("vmread [rax], {f}", in("rax") at, f = in(reg) RIP));
+        let write = || got(|| l2_kit::vmx!("vmwrite {f}, [rax]", in("rax") at, f = in(reg) RIP));
+        let store = || got(|| l2_kit::vmx!("vmptrst [rax]", in("rax") at));
+        let fault = |code| Got::Fault(trap::PF, code);
+        let cases = [
+            ("open", 0, SUCCEED, SUCCEED),
+            ("no writes", NO_WRITES, SUCCEED, fault(0x23)),
+            ("no access", NO_ACCESS, fault(0x21), fault(0x23)),
+        ];
+        // Bochs lets a supervisor access user-mode pages whose key refuses all data.
+        for (name, value, reads, writes) in cases.into_iter().filter(|(.., reads, _)| on == PKS || *reads == SUCCEED) {
+            rights(value);
+            let (vmread, vmwrite, vmptrst) = (read(), write(), store());
+            rights(0);
+            Check::new(&mut Serial, format_args!("protection keys, {kind}: {name}"))
+                .expect("vmread", vmread, writes)
+                .expect("vmwrite", vmwrite, reads)
+                .expect("vmptrst", vmptrst, writes)
+                .end();
+        }
+        cpu::set_cr4(cr4);
+        cpu::set_cr3(own);
     }
 }
 

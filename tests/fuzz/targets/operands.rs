@@ -8,7 +8,7 @@ mod input;
 use input::Input;
 use libfuzzer_sys::fuzz_target;
 use nvmx::addr::Hpa;
-use nvmx::mm::linear::Paging;
+use nvmx::mm::linear::{Keys, Paging};
 use nvmx::mm::phys::{PhysMem, VecMem};
 use nvmx::mm::{GuestMemory, Span};
 use nvmx::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, decode_field_access};
@@ -69,6 +69,7 @@ fuzz_target!(|data: &[u8]| {
         efer: flag(7, 10) | flag(8, 11),
         rflags: flag(9, 18),
         pdptes: [(); 4].map(|()| input.below(PAGES) << 12 | u64::from(input.u8())),
+        keys: Keys { user: u32::from(input.u8()) * 0x0101_0101, supervisor: u32::from(input.u8()) * 0x0101_0101 },
         physical_width: width,
     };
     // Entries of L2's tables: small indexes, so that a walk meets them.

@@ -139,6 +139,7 @@ pub struct Core {
     pub cr2: u64,
     pub dr: [u64; 4],
     pub dr6: u64,
+    pub pkru: u64,
     pub xcr0: u64,
     /// MSRs without such a field.
     pub msrs: BTreeMap<u32, u64>,
@@ -219,6 +220,7 @@ impl Core {
             cr2: 0,
             dr: [0; 4],
             dr6: 0xFFFF_0FF0,
+            pkru: 0,
             xcr0: 1,
             msrs: msrs.into(),
             tsc: 1 << 40,

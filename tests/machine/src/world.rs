@@ -436,6 +436,7 @@ impl Processor for Under {
             Register::Dr3 => core.dr[3],
             Register::Dr6 => core.dr6,
             Register::Dr7 => core.state.get(GUEST_DR7),
+            Register::Pkru => core.pkru,
         })
     }
 
@@ -451,6 +452,7 @@ impl Processor for Under {
             Register::Dr3 => core.dr[3] = value,
             Register::Dr6 => core.dr6 = value,
             Register::Dr7 => _ = core.state.set(GUEST_DR7, value),
+            Register::Pkru => core.pkru = value,
         });
     }
 
