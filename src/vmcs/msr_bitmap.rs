@@ -12,7 +12,7 @@ use crate::mm::PhysMem;
 use crate::vmx::bitmap::BitmapPage;
 use arrayvec::ArrayVec;
 
-/// How many words are open at once: for a further one the oldest is closed. A Linux in L3 uses up to eight.
+/// How many words are open at once: for a further one the oldest is closed. A Linux in L3 uses up to four.
 pub const OPEN: usize = 16;
 
 /// The merged MSR bitmap.
