@@ -3,12 +3,12 @@
 use crate::backend::{Backend, DEBUG_PORT, SERIAL, Spec, memory};
 use crate::clock::{Clock, Over, Time};
 use crate::image;
-use crate::paths::Paths;
-use crate::proc;
 use crate::trace::file::Boot as Trace;
 use crate::transcript::{Follower, Line, Transcript, View};
 use anyhow::Result;
 use l2_protocol::{Kind, Level};
+use nvmx_setup::paths::Paths;
+use nvmx_setup::proc;
 use rustix::process::Signal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -4,9 +4,9 @@
 //! the richer machine gets them on its command line as soon as they are known.
 
 use crate::backend::Spec;
-use crate::proc;
 use crate::transcript::Line;
 use l2_protocol::Kind;
+use nvmx_setup::proc;
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;

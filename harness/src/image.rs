@@ -1,11 +1,12 @@
 //! Building the images: nvmx and the guests of `l2-guests/`, and a look at what came out.
 
-use crate::error::Stop;
-use crate::paths::Paths;
-use crate::proc;
-use crate::setup::toolchain::{TARGET, Toolchain, clean};
-use crate::ui::Ui;
 use anyhow::{Context, Result, ensure};
+use nvmx_setup::error::Stop;
+use nvmx_setup::paths::Paths;
+use nvmx_setup::proc;
+use nvmx_setup::release::Release;
+use nvmx_setup::toolchain::{TARGET, Toolchain, clean};
+use nvmx_setup::ui::Ui;
 use object::{Object, ObjectSegment, ObjectSymbol};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -32,6 +33,26 @@ impl Images {
     /// Every image, none of which is there.
     pub fn unbuilt(nowhere: &Path) -> Self {
         Images { nvmx: nowhere.to_path_buf(), guests: BTreeMap::new(), unbuilt: Some(nowhere.to_path_buf()) }
+    }
+
+    /// Those of a release.
+    ///
+    /// # Errors
+    /// [`Stop::Usage`] if it has no such guest.
+    pub fn released(release: &Release, wanted: &Wanted) -> Result<Self> {
+        let folder = release.image_folder();
+        let entries = std::fs::read_dir(&folder).with_context(|| format!("{} cannot be read", folder.display()))?;
+        let mut images = Images::only(folder.join("nvmx"));
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name != "nvmx" {
+                images.guests.insert(name, entry.path());
+            }
+        }
+        if let Wanted::Guest(name) = wanted {
+            images.guest(name)?;
+        }
+        Ok(images)
     }
 
     /// The image of a guest.
@@ -254,6 +275,21 @@ fn is_word(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_release_has_its_images_and_names_the_guests_it_has() {
+        let folder = tempfile::tempdir().unwrap();
+        let release = Release::in_folder(folder.path());
+        std::fs::create_dir(release.image_folder()).unwrap();
+        for name in ["nvmx", "cascade", "smp"] {
+            std::fs::write(release.image_folder().join(name), "").unwrap();
+        }
+        let images = Images::released(&release, &Wanted::All).unwrap();
+        assert_eq!(images.guests.keys().collect::<Vec<_>>(), ["cascade", "smp"]);
+        assert!(images.nvmx.ends_with("images/nvmx"));
+        let error = Images::released(&release, &Wanted::Guest("x".into())).unwrap_err().to_string();
+        assert!(error.contains("there are: cascade, smp"), "{error}");
+    }
 
     #[test]
     fn every_program_of_the_guests_folder_is_built_with_the_features_it_requires() {

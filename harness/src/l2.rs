@@ -2,8 +2,8 @@
 
 use crate::backend::{Payload, Protocol};
 use crate::cmd::{linux, xen};
-use crate::error::Stop;
 use anyhow::{Context, Result};
+use nvmx_setup::error::Stop;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 //! `./nvmx`: builds, boots, tests and measures.
 //!
-//! `setup` finds or makes the tools, `image` builds what boots, `backend` starts machines, `boot` runs one boot from start to
+//! The crate `nvmx-setup` finds or makes the tools. `image` builds what boots, `backend` starts machines, `boot` runs one boot from start to
 //! verdict, `clock` tells how far it has come, `clamp` makes two boots see the same capabilities, `transcript` reads its serial line, `report` makes figures of records, `suite` holds the boot tests, `lab` the
 //! experiments of `./nvmx lab`, `trace` every exit of a boot, `cmd` the
 //! subcommands.
@@ -11,23 +11,18 @@ mod clamp;
 mod cli;
 mod clock;
 mod cmd;
-mod error;
 mod image;
 mod l2;
 mod lab;
-mod output;
-mod paths;
-mod proc;
 mod report;
 mod session;
-mod setup;
 mod suite;
 mod trace;
 mod transcript;
-mod ui;
 
 use clap::Parser;
 use cli::{Cli, Cmd};
+use nvmx_setup::{error, proc, ui};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {

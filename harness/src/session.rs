@@ -1,24 +1,25 @@
 //! Everything set up: L0, images, and the boots that all commands make.
 
 use crate::backend::host::{self, HostFacts};
-use crate::backend::kvm::{Kvm, QEMU};
+use crate::backend::kvm::Kvm;
 use crate::backend::kvm_in_bochs::{KVM_INTEL, KvmInBochs};
 use crate::backend::linux::LinuxKvm;
 use crate::backend::xen::XenLinux;
 use crate::backend::{Backend, Machine, Payload, Protocol, Spec, StopAt};
 use crate::boot;
 use crate::cli::{Explain, Fields, L0Args, RunArgs};
-use crate::error::Stop;
 use crate::image::{self, Images, Wanted};
-use crate::paths::Paths;
 use crate::report::stack::StackLevel;
-use crate::setup;
-use crate::setup::linux::Kernel;
-use crate::setup::release::Release;
-use crate::setup::toolchain::{self, Toolchain};
 use crate::trace::record::{self, Recording};
-use crate::ui::Ui;
 use anyhow::Result;
+use nvmx_setup as setup;
+use nvmx_setup::error::Stop;
+use nvmx_setup::linux::Kernel;
+use nvmx_setup::paths::Paths;
+use nvmx_setup::release::Release;
+use nvmx_setup::tcg::QEMU;
+use nvmx_setup::toolchain::{self, Toolchain};
+use nvmx_setup::ui::Ui;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -89,7 +90,7 @@ impl Session {
         ui.detail(&format!("compiler: {}", toolchain.text));
         let (backend, model) = set_up_l0(ui, &paths, args)?;
         let images = match &release {
-            Some(release) => release.images(wanted)?,
+            Some(release) => Images::released(release, wanted)?,
             None => image::build(ui, &paths, &toolchain, wanted)?,
         };
         drop(lock);

@@ -2,8 +2,8 @@
 
 use crate::report::refusal::Refusal;
 use crate::report::stack;
-use crate::ui::Ui;
 use l2_protocol::{Kind, Level, OwnedRecord, is_record};
+use nvmx_setup::ui::Ui;
 use owo_colors::Style;
 use std::cell::Cell;
 use std::fs::File;

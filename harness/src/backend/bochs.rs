@@ -2,9 +2,9 @@
 
 use super::{Backend, DEBUG_PORT, Machine, SERIAL, Spec, Unit, iso};
 use crate::clock;
-use crate::proc::Child;
-use crate::setup::bochs::{BIOS, Bochs, Flavour, VGA_BIOS};
 use anyhow::{Context, Result};
+use nvmx_setup::bochs::{BIOS, Bochs, Flavour, VGA_BIOS};
+use nvmx_setup::proc::Child;
 use rustix::process::Signal;
 use std::fs::File;
 use std::path::Path;

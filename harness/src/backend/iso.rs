@@ -1,9 +1,9 @@
 //! A boot disk with GRUB, the image and its modules.
 
 use super::{Protocol, Spec};
-use crate::error::Stop;
-use crate::proc;
 use anyhow::{Context, Result};
+use nvmx_setup::error::Stop;
+use nvmx_setup::proc;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -59,7 +59,7 @@ pub fn make(spec: &Spec, folder: &Path, platform: Platform) -> Result<PathBuf> {
 
 fn pack(tree: &Path, folder: &Path, platform: Platform) -> Result<PathBuf> {
     let iso = folder.join("boot.iso");
-    let program = super::super::setup::program("grub-mkrescue").context("grub-mkrescue is missing")?;
+    let program = nvmx_setup::program("grub-mkrescue").context("grub-mkrescue is missing")?;
     let mut command = Command::new(program);
     command
         .arg("-d")

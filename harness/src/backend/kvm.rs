@@ -1,15 +1,12 @@
 //! KVM as L0, by QEMU.
 
 use super::{Backend, DEBUG_PORT, Machine, SERIAL, Spec, Unit};
-use crate::proc::{self, Child};
-use crate::setup::{Need, program};
 use anyhow::Result;
+use nvmx_setup::proc::Child;
+use nvmx_setup::{program, tcg};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-
-/// What the back end needs.
-pub const QEMU: Need = Need::program("qemu-system-x86_64", "qemu-system-x86");
 
 /// QEMU with KVM.
 pub struct Kvm {
@@ -27,17 +24,8 @@ impl Kvm {
     /// # Errors
     /// If it does not start.
     pub fn new(qemu: PathBuf, cpu: String) -> Result<Self> {
-        Ok(Kvm { version: version(&qemu)?, qemu, cpu })
+        Ok(Kvm { version: tcg::version(&qemu)?, qemu, cpu })
     }
-}
-
-/// What QEMU says of its version: "7.2.1".
-///
-/// # Errors
-/// If it does not start.
-pub fn version(qemu: &Path) -> Result<String> {
-    let text = proc::stdout_of(Command::new(qemu).arg("--version"))?;
-    Ok(text.split_whitespace().nth(3).unwrap_or("?").to_string())
 }
 
 impl Backend for Kvm {

@@ -2,12 +2,12 @@
 //! the image. So KVM's own nested code is below nvmx, or does nvmx's job for comparison.
 
 use super::bochs::{self, Serial};
-use super::initramfs::Archive;
 use super::{Backend, Machine, Payload, Protocol, SERIAL, Spec, Unit, iso};
-use crate::proc::Child;
-use crate::setup::bochs::Bochs;
-use crate::setup::linux::{Linux, MODULES};
 use anyhow::Result;
+use nvmx_setup::bochs::Bochs;
+use nvmx_setup::initramfs::Archive;
+use nvmx_setup::linux::{Linux, MODULES};
+use nvmx_setup::proc::Child;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 

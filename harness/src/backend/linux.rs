@@ -1,13 +1,13 @@
 //! Linux with KVM as the guest hypervisor: one kernel and one initial file system, which GRUB starts alone on the machine, and
 //! nvmx as L2. Its guest is Linux again, in the VMM of this workspace or in QEMU.
 
-use super::initramfs::Archive;
 use super::kvm_in_bochs::COMMAND_LINE;
 use super::{Machine, Payload, Protocol, Spec};
 use crate::session::Session;
-use crate::setup::linux::{Linux, MODULES};
-use crate::setup::qemu::Qemu;
 use anyhow::Result;
+use nvmx_setup::initramfs::Archive;
+use nvmx_setup::linux::{Linux, MODULES};
+use nvmx_setup::qemu::Qemu;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 

@@ -2,7 +2,6 @@
 
 pub mod bochs;
 pub mod host;
-pub mod initramfs;
 pub mod iso;
 pub mod kvm;
 pub mod kvm_in_bochs;
@@ -11,9 +10,9 @@ pub mod memory;
 pub mod tcg;
 pub mod xen;
 
-use crate::proc::Child;
 use crate::trace::record::Recording;
 use anyhow::Result;
+use nvmx_setup::proc::Child;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 

@@ -1,11 +1,12 @@
 //! A machine that QEMU emulates without VMX: for what comes before VMX is needed. It has what Bochs has not: boards, UEFI, many
 //! processors, much memory, no serial port.
 
-use super::{Backend, Machine, SERIAL, Spec, Unit, iso, kvm};
-use crate::proc::Child;
+use super::{Backend, Machine, SERIAL, Spec, Unit, iso};
 use anyhow::Result;
+use nvmx_setup::proc::Child;
+use nvmx_setup::tcg::Tools;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 /// The board.
@@ -41,27 +42,6 @@ pub enum Port {
     Com2,
     /// Nowhere
     None,
-}
-
-/// What makes the machine.
-#[derive(Clone, Debug)]
-pub struct Tools {
-    /// qemu-system-x86_64
-    pub qemu: PathBuf,
-    /// "7.2.1"
-    pub version: String,
-    /// The code of the UEFI firmware
-    pub uefi: PathBuf,
-}
-
-impl Tools {
-    /// Asks QEMU for its version.
-    ///
-    /// # Errors
-    /// If it does not start.
-    pub fn new(qemu: PathBuf, uefi: PathBuf) -> Result<Self> {
-        Ok(Tools { version: kvm::version(&qemu)?, qemu, uefi })
-    }
 }
 
 /// One kind of machine.

@@ -1,13 +1,13 @@
 //! Xen as the guest hypervisor: GRUB starts it alone on the machine, and nvmx starts it as L2. Its control domain (dom0) is a
 //! Linux without VMX, whose init starts `xl`; the domain that `xl` starts runs in VMX non-root operation: a Linux by PVH.
 
-use super::initramfs::Archive;
 use super::linux::workload;
 use super::{Machine, Payload, Spec};
 use crate::session::Session;
-use crate::setup::linux::Linux;
-use crate::setup::xen::{MODULES, SERVICES, XL, Xen};
 use anyhow::Result;
+use nvmx_setup::initramfs::Archive;
+use nvmx_setup::linux::Linux;
+use nvmx_setup::xen::{MODULES, SERVICES, XL, Xen};
 use std::fmt::Write;
 use std::path::PathBuf;
 

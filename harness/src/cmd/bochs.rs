@@ -1,16 +1,16 @@
 //! `bochs`: the faults of Bochs that our build cures, and the cures for whoever wants to send them upstream.
 
 use crate::cli::BochsArgs;
-use crate::paths::Paths;
-use crate::setup::bochs::{self, series::Series};
-use crate::ui::Ui;
 use anyhow::{Context, Result};
+use nvmx_setup::bochs::{self, series::Series};
+use nvmx_setup::paths::Paths;
+use nvmx_setup::ui::Ui;
 use std::path::Path;
 
 /// Runs the command.
 ///
 /// # Errors
-/// [`Stop::Environment`](crate::error::Stop) if the source cannot be fetched, or the file cannot be written.
+/// [`Stop::Environment`](nvmx_setup::error::Stop) if the source cannot be fetched, or the file cannot be written.
 pub fn run(ui: &Ui, args: &BochsArgs) -> Result<()> {
     let paths = Paths::find()?;
     let series = Series::read(&paths.root)?;

@@ -5,7 +5,6 @@ use crate::boot::{self, Outcome};
 use crate::cli::RunArgs;
 use crate::cmd::files::Files;
 use crate::cmd::run::tell_failure;
-use crate::error::Stop;
 use crate::image::Wanted;
 use crate::report::growth::{self, Depth, Growth};
 use crate::report::json::Run;
@@ -14,8 +13,9 @@ use crate::report::{self, stack, table};
 use crate::session::{LONG, Session};
 use crate::suite::compare;
 use crate::transcript::{Show, View};
-use crate::ui::Ui;
 use anyhow::Result;
+use nvmx_setup::error::Stop;
+use nvmx_setup::ui::Ui;
 use owo_colors::Style;
 
 /// Runs the command.

@@ -5,17 +5,17 @@ use crate::boot::{self, Outcome};
 use crate::clamp::{self, Known};
 use crate::cli::DiffArgs;
 use crate::cmd::run::tell_failure;
-use crate::error::Stop;
 use crate::image::Wanted;
-use crate::output::Output;
 use crate::report::json::{Compared, Diff, Document, GuestDiff, Report};
 use crate::report::provenance::{Place, Provenance};
 use crate::session::{LONG, Session};
 use crate::suite::cases::COMPARED;
 use crate::suite::compare::{self, Comparison, Difference};
 use crate::transcript::{Show, View};
-use crate::ui::Ui;
 use anyhow::Result;
+use nvmx_setup::error::Stop;
+use nvmx_setup::output::Output;
+use nvmx_setup::ui::Ui;
 use owo_colors::Style;
 
 /// Parts that are tried alone, to show the smallest run that differs.

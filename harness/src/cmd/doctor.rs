@@ -2,16 +2,16 @@
 
 use super::doctor_report;
 use crate::backend::host::{self, Device, HostFacts};
-use crate::backend::kvm::QEMU;
 use crate::cli::DoctorArgs;
-use crate::error::Stop;
-use crate::output::Output;
-use crate::paths::Paths;
-use crate::setup::apt::{self, Power};
-use crate::setup::toolchain::{self, Compiler};
-use crate::setup::{Need, What, bochs, grub, linux, sources};
-use crate::ui::Ui;
 use anyhow::Result;
+use nvmx_setup::apt::{self, Power};
+use nvmx_setup::error::Stop;
+use nvmx_setup::output::Output;
+use nvmx_setup::paths::Paths;
+use nvmx_setup::tcg::QEMU;
+use nvmx_setup::toolchain::{self, Compiler};
+use nvmx_setup::ui::Ui;
+use nvmx_setup::{Need, What, bochs, grub, linux, sources};
 use owo_colors::Style;
 
 enum State {
@@ -193,7 +193,7 @@ fn emulator(doctor: &mut Doctor<'_>, paths: &Paths, args: &DoctorArgs) {
         Ok(_) => {}
         Err(error) => return doctor.say(State::Missing, "Bochs", &format!("{error:#}")),
     }
-    let installed = crate::setup::program("bochs");
+    let installed = nvmx_setup::program("bochs");
     let missing: Vec<&'static str> =
         bochs::BUILD_NEEDS.iter().filter(|n| n.find().is_none()).map(|n| n.package).collect();
     if doctor.power != Power::None && (missing.is_empty() || doctor.can_install()) {

@@ -2,14 +2,14 @@
 //! `docs/`.
 
 use crate::cli::ExplainArgs;
-use crate::error::Stop;
-use crate::ui::Ui;
 use anyhow::Result;
 use nvmx::rules::checks::CheckId;
 use nvmx::vmx::Field;
 use nvmx::vmx::VmxError;
 use nvmx::vmx::exit::BasicReason;
 use nvmx::vmx::field::{Area, Home, Width};
+use nvmx_setup::error::Stop;
+use nvmx_setup::ui::Ui;
 
 /// The pages, by name.
 const PAGES: [(&str, &str); 5] = [

@@ -2,15 +2,15 @@
 
 use crate::boot::Outcome;
 use crate::cli::RunArgs;
-use crate::output::Output;
 use crate::report::json::{Document, Report, Run};
 use crate::report::page::{Format, Page};
 use crate::report::provenance::{Place, Provenance};
 use crate::report::stack;
 use crate::session::Session;
 use crate::trace::record;
-use crate::ui::Ui;
 use anyhow::Result;
+use nvmx_setup::output::Output;
+use nvmx_setup::ui::Ui;
 
 /// The files of a run.
 #[derive(Default)]
@@ -24,7 +24,7 @@ impl Files {
     /// Looks at them and writes nothing.
     ///
     /// # Errors
-    /// [`crate::error::Stop::Usage`] if one cannot be written.
+    /// [`nvmx_setup::error::Stop::Usage`] if one cannot be written.
     pub fn prepare(ui: &Ui, args: &RunArgs) -> Result<Self> {
         let place = |path: &Option<std::path::PathBuf>| path.as_deref().map(Output::prepare).transpose();
         let report = match &args.report {

@@ -4,13 +4,13 @@
 //! from the corpus in the repository; what it finds beside that lies in `target/fuzz/corpus`.
 
 use crate::cli::FuzzArgs;
-use crate::error::Stop;
-use crate::paths::Paths;
-use crate::proc::{self, Said};
-use crate::setup::toolchain::{Compiler, clean};
-use crate::setup::{Need, require};
-use crate::ui::Ui;
 use anyhow::{Context, Result};
+use nvmx_setup::error::Stop;
+use nvmx_setup::paths::Paths;
+use nvmx_setup::proc::{self, Said};
+use nvmx_setup::toolchain::{Compiler, clean};
+use nvmx_setup::ui::Ui;
+use nvmx_setup::{Need, require};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -7,16 +7,16 @@ use crate::boot::{self, Outcome};
 use crate::cli::{L1, RunArgs};
 use crate::cmd::files::Files;
 use crate::cmd::run::{both, tell_failure};
-use crate::error::Stop;
 use crate::image::Wanted;
 use crate::report::json::{Run, stages};
 use crate::report::{linux as report, stack};
 use crate::session::{LONG, Session};
-use crate::setup::linux::Kernel;
 use crate::suite::linux::same_but_for_the_machine;
 use crate::transcript::{Show, View};
-use crate::ui::Ui;
 use anyhow::Result;
+use nvmx_setup::error::Stop;
+use nvmx_setup::linux::Kernel;
+use nvmx_setup::ui::Ui;
 use owo_colors::Style;
 
 /// The name of this L2 on the command line.

@@ -1,10 +1,10 @@
 //! `new l2 DIR`: a guest hypervisor to begin with, outside of the workspace.
 
 use crate::cli::{Language, NewArgs};
-use crate::error::Stop;
-use crate::paths::Paths;
-use crate::ui::Ui;
 use anyhow::{Context, Result};
+use nvmx_setup::error::Stop;
+use nvmx_setup::paths::Paths;
+use nvmx_setup::ui::Ui;
 use std::path::Path;
 
 /// A file of a template; one that ends in `.in` has places to fill in.
@@ -93,7 +93,7 @@ mod tests {
 
     #[test]
     fn the_template_in_c_builds_and_can_boot() {
-        if crate::setup::program("make").is_none() || crate::setup::program("cc").is_none() {
+        if nvmx_setup::program("make").is_none() || nvmx_setup::program("cc").is_none() {
             return;
         }
         let folder = tempfile::tempdir().unwrap();

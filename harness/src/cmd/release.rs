@@ -3,15 +3,15 @@
 
 use crate::backend::host::L0;
 use crate::cli::{L0Args, ReleaseArgs};
-use crate::error::Stop;
-use crate::output::Output;
-use crate::paths::Paths;
-use crate::proc;
 use crate::session::Session;
-use crate::setup::bochs::{self, series::Series};
-use crate::setup::release::Release;
-use crate::ui::Ui;
 use anyhow::{Context, Result, ensure};
+use nvmx_setup::bochs::{self, series::Series};
+use nvmx_setup::error::Stop;
+use nvmx_setup::output::Output;
+use nvmx_setup::paths::Paths;
+use nvmx_setup::proc;
+use nvmx_setup::release::Release;
+use nvmx_setup::ui::Ui;
 use std::path::Path;
 use std::process::Command;
 

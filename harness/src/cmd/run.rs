@@ -6,18 +6,18 @@ use crate::boot::{self, Outcome};
 use crate::cli::{L1, RunArgs};
 use crate::cmd::files::Files;
 use crate::cmd::{depth, linux, own, xen};
-use crate::error::Stop;
 use crate::image::Wanted;
 use crate::l2::L2;
-use crate::paths::Paths;
 use crate::report::json::Run;
 use crate::report::{self, stack, table};
 use crate::session::{LONG, Session};
 use crate::suite::compare;
 use crate::transcript::{Show, View};
-use crate::ui::Ui;
 use anyhow::Result;
 use l2_protocol::Kind;
+use nvmx_setup::error::Stop;
+use nvmx_setup::paths::Paths;
+use nvmx_setup::ui::Ui;
 use owo_colors::Style;
 
 /// Runs the command.

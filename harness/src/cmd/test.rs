@@ -2,19 +2,19 @@
 
 use crate::backend::host::L0;
 use crate::cli::{L0Args, TestArgs};
-use crate::error::Stop;
-use crate::output::Output;
-use crate::paths::Paths;
-use crate::proc;
 use crate::report::json::{Document, Report, TestCase, Tests};
 use crate::report::junit;
 use crate::report::provenance::{Place, Provenance};
 use crate::session::Session;
-use crate::setup::toolchain::{Compiler, clean};
 use crate::suite::select::{Selection, topics};
 use crate::suite::{Suite, Verdict, cases, compare, kvm_waivers};
-use crate::ui::Ui;
 use anyhow::Result;
+use nvmx_setup::error::Stop;
+use nvmx_setup::output::Output;
+use nvmx_setup::paths::Paths;
+use nvmx_setup::proc;
+use nvmx_setup::toolchain::{Compiler, clean};
+use nvmx_setup::ui::Ui;
 use owo_colors::Style;
 use std::collections::BTreeSet;
 use std::process::Command;

@@ -1,10 +1,10 @@
 //! `toolchain`: how to call the compilers by hand, for editors and CI.
 
-use crate::error::Stop;
-use crate::paths::Paths;
-use crate::setup::toolchain::{self, Compiler};
-use crate::ui::Ui;
 use anyhow::Result;
+use nvmx_setup::error::Stop;
+use nvmx_setup::paths::Paths;
+use nvmx_setup::toolchain::{self, Compiler};
+use nvmx_setup::ui::Ui;
 use std::path::Path;
 
 /// Runs the command.

@@ -1,14 +1,14 @@
 //! `trace`: what `run --trace` recorded, as trees in words or for other programs.
 
 use crate::cli::{TraceArgs, TraceFormat};
-use crate::error::Stop;
-use crate::output::Output;
 use crate::trace::file::{self, Boot};
 use crate::trace::tree::{Builder, Exit};
 use crate::trace::{export, stat, text};
-use crate::ui::Ui;
 use anyhow::Result;
 use nvmx::vmx::exit::BasicReason;
+use nvmx_setup::error::Stop;
+use nvmx_setup::output::Output;
+use nvmx_setup::ui::Ui;
 use std::path::Path;
 
 /// Trees before and after the one that is asked for.

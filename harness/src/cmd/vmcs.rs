@@ -1,11 +1,11 @@
 //! `vmcs`: the fields of vmcs12, vmcs02 and vmcs01 at an exit of a trace.
 
 use crate::cli::VmcsArgs;
-use crate::error::Stop;
 use crate::trace::vmcs::{Fields, render};
 use crate::trace::{file, text};
-use crate::ui::Ui;
 use anyhow::Result;
+use nvmx_setup::error::Stop;
+use nvmx_setup::ui::Ui;
 use std::path::Path;
 
 /// Runs the command.

@@ -1,15 +1,15 @@
 //! Building what `--l2` names, once or whenever a file changes.
 
 use crate::cli::RunArgs;
-use crate::error::Stop;
 use crate::image::{self, Wanted};
 use crate::l2::L2;
-use crate::proc;
 use crate::session::Session;
-use crate::setup::toolchain::TARGET;
-use crate::ui::Ui;
 use anyhow::{Context, Result};
 use notify::{EventKind, RecursiveMode, Watcher};
+use nvmx_setup::error::Stop;
+use nvmx_setup::proc;
+use nvmx_setup::toolchain::TARGET;
+use nvmx_setup::ui::Ui;
 use std::hash::{DefaultHasher, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -39,7 +39,7 @@ fn project(ui: &Ui, session: &Session, folder: &Path) -> Result<PathBuf> {
     let has = |name: &str| folder.join(name).is_file();
     let step = ui.step(&format!("building {}", folder.display()));
     let image = if ["GNUmakefile", "makefile", "Makefile"].into_iter().any(has) {
-        let make = crate::setup::program("make").ok_or_else(|| Stop::environment("make is missing (package make)"))?;
+        let make = nvmx_setup::program("make").ok_or_else(|| Stop::environment("make is missing (package make)"))?;
         built(ui, Command::new(make).arg("--no-print-directory").current_dir(folder))?;
         let image = folder.join(IMAGE);
         if !image.is_file() {

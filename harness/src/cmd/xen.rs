@@ -7,13 +7,13 @@ use crate::cli::{L1, RunArgs};
 use crate::cmd::files::Files;
 use crate::cmd::linux::run_of;
 use crate::cmd::run::{both, tell_failure};
-use crate::error::Stop;
 use crate::image::Wanted;
 use crate::report::{linux as report, stack};
 use crate::session::{LONG, Session};
 use crate::suite::xen::same_but_for_the_machine;
-use crate::ui::Ui;
 use anyhow::Result;
+use nvmx_setup::error::Stop;
+use nvmx_setup::ui::Ui;
 use owo_colors::Style;
 
 /// The name of this L2 on the command line.

@@ -4,8 +4,8 @@ use super::EXPERIMENTS;
 use super::figures::FIRST_SIGHT_TICKS;
 use super::figures::{Boot, Figures, SCHEMA};
 use super::text;
-use crate::output::Output;
 use anyhow::{Context, Result, ensure};
+use nvmx_setup::output::Output;
 use std::path::{Path, PathBuf};
 
 /// The pages that tell the story.

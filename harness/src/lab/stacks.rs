@@ -5,11 +5,11 @@ use crate::backend::linux::{Job, LinuxKvm};
 use crate::backend::{Payload, Spec, Unit};
 use crate::boot::{self, Outcome};
 use crate::cli::Fields;
-use crate::proc;
 use crate::session::{LONG, Session};
-use crate::setup::linux::Kernel;
 use crate::transcript::{Show, View};
 use anyhow::Result;
+use nvmx_setup::linux::Kernel;
+use nvmx_setup::proc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -81,7 +81,7 @@ impl Stack {
     /// The boot in which the lab runs these experiments; all if there are none.
     ///
     /// # Errors
-    /// [`crate::error::Stop`] if a part of it cannot be had.
+    /// [`nvmx_setup::error::Stop`] if a part of it cannot be had.
     pub fn spec(self, session: &Session, only: &[&str], more: &str) -> Result<Spec> {
         let only = if only.is_empty() { String::new() } else { format!("only={}", only.join(",")) };
         let events = self.events(session).map_or(String::new(), |n| format!("events={n}"));

@@ -8,7 +8,6 @@ use super::stacks::Stack;
 use crate::backend::Spec;
 use crate::boot;
 use crate::cmd::run::tell_failure;
-use crate::error::Stop;
 use crate::session::Session;
 use crate::trace::file::Boot;
 use crate::trace::text;
@@ -17,6 +16,7 @@ use crate::transcript::{Show, Transcript, View};
 use anyhow::Result;
 use l2_protocol::Kind;
 use nvmx::vmx::exit::BasicReason;
+use nvmx_setup::error::Stop;
 
 /// Trees of a row that are shown.
 const MOST: usize = 8;

@@ -10,10 +10,10 @@ use super::stack::StackLevel;
 use crate::backend::Unit;
 use crate::boot::Outcome;
 use crate::clock::Time;
-use crate::output::Output;
 use crate::trace::stat::Row;
 use anyhow::Result;
 use l2_protocol::Kind;
+use nvmx_setup::output::Output;
 use schemars::JsonSchema;
 use serde::Serialize;
 

@@ -1,9 +1,9 @@
 //! Where figures are from, so that they can be had again, and what must be equal where two runs are compared.
 
-use crate::proc;
 use crate::session::Session;
-use crate::setup::bochs;
 use chrono::{DateTime, Utc};
+use nvmx_setup::bochs;
+use nvmx_setup::proc;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::Path;

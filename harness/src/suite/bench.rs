@@ -85,7 +85,7 @@ fn built(session: &Session, language: Language, name: &str) -> Result<PathBuf> {
     new::write(&sources.path().join("l2"), language, &session.paths.root)?;
     std::fs::create_dir_all(&folder)?;
     // Over the old one, so that cargo need not build the kit again.
-    crate::paths::copy_tree(&sources.path().join("l2"), &folder)?;
+    nvmx_setup::paths::copy_tree(&sources.path().join("l2"), &folder)?;
     watch::build(&session.ui, session, &L2::Project(folder))
 }
 
@@ -134,7 +134,7 @@ fn with_values(told: &[Refusal]) -> Result<(), String> {
 mod tests {
     use super::*;
     use crate::cli::Explain;
-    use crate::ui::Ui;
+    use nvmx_setup::ui::Ui;
 
     #[test]
     fn only_who_asks_is_told() {

@@ -2,13 +2,14 @@
 //! (`stop=cpus`) and says what it found.
 
 use super::{Case, Judge, Suite, messages, refused};
-use crate::backend::tcg::{Board, Loader, Port, Tcg, Tools};
+use crate::backend::tcg::{Board, Loader, Port, Tcg};
 use crate::backend::{Backend, Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
 use crate::session::Session;
-use crate::setup;
 use anyhow::{Context, Result};
 use l2_protocol::{Kind, Level, OwnedRecord};
+use nvmx_setup as setup;
+use nvmx_setup::tcg::Tools;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -82,7 +83,7 @@ const BLIND: Row = Row {
 /// Adds the boots and cases.
 ///
 /// # Errors
-/// [`crate::error::Stop::Environment`] if QEMU or its firmware cannot be had.
+/// [`nvmx_setup::error::Stop::Environment`] if QEMU or its firmware cannot be had.
 pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let tools = if session.dry {
         Tools { qemu: PathBuf::new(), version: String::new(), uefi: PathBuf::new() }

@@ -8,9 +8,9 @@ use crate::boot::{Ended, Outcome};
 use crate::cli::Fields;
 use crate::report::linux::named;
 use crate::session::{LONG, Session};
-use crate::setup::linux::Kernel;
 use crate::transcript::Transcript;
 use anyhow::Result;
+use nvmx_setup::linux::Kernel;
 use std::collections::BTreeSet;
 
 /// Features of VMX that the Linux must find under nvmx, as `/proc/cpuinfo` calls them.
@@ -27,7 +27,7 @@ const MODEL_OF_61: &str = "corei7_skylake_x";
 /// Adds the boots and cases.
 ///
 /// # Errors
-/// [`crate::error::Stop::Environment`] if Linux or the VMM cannot be had.
+/// [`nvmx_setup::error::Stop::Environment`] if Linux or the VMM cannot be had.
 pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let linux = session.linux(Kernel::Newest, true)?;
     let job = |words: &str| Job::parse(words).map_err(anyhow::Error::msg);

@@ -21,7 +21,7 @@ const MOST_INSTRUCTIONS: f64 = 78_200.0;
 /// Adds the boots and cases.
 ///
 /// # Errors
-/// [`crate::error::Stop::Environment`] if Linux or the VMM cannot be had.
+/// [`nvmx_setup::error::Stop::Environment`] if Linux or the VMM cannot be had.
 pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let kvm = session.kvm_on_bochs()?;
     let without = |parameters: &str| KvmInBochs { parameters: parameters.into(), ..kvm.clone() };

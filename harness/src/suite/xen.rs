@@ -23,7 +23,7 @@ const MOST: u64 = 64 << 20;
 /// Adds the boots and the cases.
 ///
 /// # Errors
-/// [`crate::error::Stop::Environment`] if Xen or a kernel cannot be had.
+/// [`nvmx_setup::error::Stop::Environment`] if Xen or a kernel cannot be had.
 pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let job = Job::parse("").map_err(anyhow::Error::msg)?;
     let bare = Spec { timeout: LONG, ..session.xen()?.bare(session, "xen", &job, &session.machine)? };

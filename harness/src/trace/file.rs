@@ -4,8 +4,8 @@ use super::log;
 use super::symbols::Symbols;
 use super::tree::{Builder, Levels};
 use crate::backend::Spec;
-use crate::output::Output;
 use anyhow::{Context, Result, ensure};
+use nvmx_setup::output::Output;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 

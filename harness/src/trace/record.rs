@@ -4,11 +4,11 @@ use super::file::{self, Boot};
 use super::tree::Levels;
 use crate::backend::{Backend, Spec};
 use crate::boot::Outcome;
-use crate::error::Stop;
-use crate::output::Output;
-use crate::paths::Paths;
-use crate::ui::Ui;
 use anyhow::Result;
+use nvmx_setup::error::Stop;
+use nvmx_setup::output::Output;
+use nvmx_setup::paths::Paths;
+use nvmx_setup::ui::Ui;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 

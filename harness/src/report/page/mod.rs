@@ -7,12 +7,12 @@ use super::json::Run;
 use super::stack::StackLevel;
 use super::table::{grouped, number};
 use crate::backend::Unit;
-use crate::error::Stop;
 use crate::lab::plot::escape;
 use crate::trace::file::Boot;
 use crate::trace::stat::{Row, rows};
 use crate::trace::tree::Builder;
 use crate::trace::{stat, text};
+use nvmx_setup::error::Stop;
 use std::fmt::Write;
 use std::path::Path;
 

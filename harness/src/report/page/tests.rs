@@ -1,7 +1,7 @@
 use super::super::stack::StackLevel;
 use super::super::tests::sample;
 use super::*;
-use crate::setup::program;
+use nvmx_setup::program;
 use std::process::Command;
 
 fn run() -> Run {

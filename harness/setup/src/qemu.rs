@@ -1,11 +1,11 @@
 //! QEMU for a Linux that has nothing else: the distribution's packages, unpacked into the cache and never installed, and of
 //! them only the program, the libraries that it asks for, and the firmware of one machine.
 
-use super::{apt, linux::NEEDS, programs, require};
-use crate::backend::initramfs::Archive;
 use crate::error::Stop;
+use crate::initramfs::Archive;
 use crate::paths::Paths;
 use crate::ui::Ui;
+use crate::{apt, linux::NEEDS, programs, require};
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 

@@ -1,8 +1,8 @@
 //! The machine's package manager: asked for what is missing, used only with the right to, never in another way.
 
-use super::program;
 use crate::error::Stop;
 use crate::proc;
+use crate::program;
 use crate::ui::{Step, Ui};
 use anyhow::{Result, ensure};
 use std::collections::BTreeSet;

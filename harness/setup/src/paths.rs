@@ -43,7 +43,7 @@ impl Paths {
     fn look(usable: impl Fn(&Path) -> bool) -> Result<Self> {
         let root = match std::env::var_os("NVMX_ROOT") {
             Some(root) => PathBuf::from(root),
-            None => Path::new(env!("CARGO_MANIFEST_DIR")).join(".."),
+            None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."),
         };
         let root = root.canonicalize().with_context(|| format!("no checkout at {}", root.display()))?;
         let target = root.join("target");

@@ -1,10 +1,9 @@
 //! What a release has ready: the images, Bochs, and which compiler made them. `./nvmx release` makes one, the front door finds it
 //! by its folder `release/` and names that in `NVMX_RELEASE`.
 
-use super::toolchain::Toolchain;
 use crate::error::Stop;
-use crate::image::{Images, Wanted};
-use anyhow::{Context, Result};
+use crate::toolchain::Toolchain;
+use anyhow::Result;
 use std::path::{Path, PathBuf};
 
 /// The folder of a release.
@@ -40,26 +39,6 @@ impl Release {
         self.folder.join("compiler")
     }
 
-    /// The images.
-    ///
-    /// # Errors
-    /// [`Stop::Usage`] if it has no such guest.
-    pub fn images(&self, wanted: &Wanted) -> Result<Images> {
-        let folder = self.image_folder();
-        let entries = std::fs::read_dir(&folder).with_context(|| format!("{} cannot be read", folder.display()))?;
-        let mut images = Images::only(folder.join("nvmx"));
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if name != "nvmx" {
-                images.guests.insert(name, entry.path());
-            }
-        }
-        if let Wanted::Guest(name) = wanted {
-            images.guest(name)?;
-        }
-        Ok(images)
-    }
-
     /// The compiler that made the images. It is not here: what needs one cannot be built.
     ///
     /// # Errors
@@ -80,19 +59,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_release_gives_its_images_and_names_the_guests_it_has() {
+    fn a_release_names_its_compiler() {
         let folder = tempfile::tempdir().unwrap();
         let release = Release::in_folder(folder.path());
-        std::fs::create_dir(release.image_folder()).unwrap();
-        for name in ["nvmx", "cascade", "smp"] {
-            std::fs::write(release.image_folder().join(name), "").unwrap();
-        }
+        assert!(release.toolchain().unwrap_err().to_string().contains("not whole"));
         std::fs::write(release.compiler_file(), "rustc 1.99\n").unwrap();
-        let images = release.images(&Wanted::All).unwrap();
-        assert_eq!(images.guests.keys().collect::<Vec<_>>(), ["cascade", "smp"]);
-        assert!(images.nvmx.ends_with("images/nvmx"));
-        let error = release.images(&Wanted::Guest("x".into())).unwrap_err().to_string();
-        assert!(error.contains("there are: cascade, smp"), "{error}");
         assert_eq!(release.toolchain().unwrap().text, "rustc 1.99");
     }
 }

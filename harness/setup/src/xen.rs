@@ -1,12 +1,12 @@
 //! Xen with what it takes to start a domain: the hypervisor, the Linux of its control domain (dom0), and `xl` with its services,
 //! out of the distribution's packages, unpacked into the cache and never installed.
 
-use super::linux::{self, NEEDS};
-use super::{Need, apt, program, programs, require};
 use crate::error::Stop;
+use crate::linux::{self, NEEDS};
 use crate::paths::Paths;
 use crate::proc;
 use crate::ui::Ui;
+use crate::{Need, apt, program, programs, require};
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,7 +1,7 @@
 //! The tools that make a boot disk.
 
-use super::{Need, require};
 use crate::ui::Ui;
+use crate::{Need, require};
 use anyhow::Result;
 
 /// What `grub-mkrescue` needs for a BIOS boot from CD.
@@ -15,7 +15,7 @@ pub const NEEDS: [Need; 4] = [
 /// Installs what is missing.
 ///
 /// # Errors
-/// As [`super::apt::install`].
+/// As [`crate::apt::install`].
 pub fn set_up(ui: &Ui) -> Result<()> {
     require(ui, &NEEDS, "making a boot disk")
 }

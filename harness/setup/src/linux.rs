@@ -1,11 +1,11 @@
 //! A Linux with KVM for the emulated machine: the distribution's own kernel package, fetched and unpacked into the cache,
 //! never installed, and the VMM of this workspace, which is its only program.
 
-use super::{Need, apt, program, require, toolchain};
 use crate::error::Stop;
 use crate::paths::Paths;
 use crate::proc;
 use crate::ui::Ui;
+use crate::{Need, apt, program, require, toolchain};
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;

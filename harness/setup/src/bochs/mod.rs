@@ -1,15 +1,15 @@
 //! Bochs: version 3.0 built from Debian's source package with a [`series`] of fixes, or what is installed.
 //!
-//! Our build records every VM exit for whoever sets `NVMX_EXIT_LOG`: [`crate::trace::log`] has the format.
+//! Our build records every VM exit for whoever sets `NVMX_EXIT_LOG`: `trace/log.rs` of the harness reads the format.
 
 pub mod series;
 
-use super::release::Release;
-use super::{Need, apt, program, require, sources};
 use crate::error::Stop;
 use crate::paths::Paths;
 use crate::proc;
+use crate::release::Release;
 use crate::ui::Ui;
+use crate::{Need, apt, program, require, sources};
 use anyhow::{Context, Result, ensure};
 use series::Series;
 use std::path::{Path, PathBuf};

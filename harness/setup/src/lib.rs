@@ -1,9 +1,17 @@
-//! What a boot needs from the machine: a compiler for the bare-metal target, an emulator, a boot disk maker.
+//! What a boot needs from the machine: a compiler for the bare-metal target, an emulator, a boot disk maker, kernels.
+//!
+//! Beside them stands what every part of the host program uses: where things are ([`paths`]), how programs are started
+//! ([`proc`]), what the user sees ([`ui`], [`output`]) and how it ends ([`error`]).
 
 pub mod apt;
 pub mod bochs;
+pub mod error;
 pub mod grub;
+pub mod initramfs;
 pub mod linux;
+pub mod output;
+pub mod paths;
+pub mod proc;
 pub mod programs;
 pub mod qemu;
 pub mod release;
@@ -11,6 +19,7 @@ pub mod sources;
 pub mod sysroot;
 pub mod tcg;
 pub mod toolchain;
+pub mod ui;
 pub mod xen;
 
 use anyhow::Result;
