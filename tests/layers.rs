@@ -1,15 +1,13 @@
-//! The direction of `src/`: each folder uses only what stands above it, and inside a folder no circle has more than three files.
-//!
-//! Read from the text: `use` items with their trees, paths that begin with `crate`, `self` or `super`, and paths through a
-//! module that the file declares or imports. Tests inside the files are left out, and so is `main.rs`, which uses everything. A
-//! name that a `mod.rs` re-exports counts as the file that has it.
+//! One direction, in `src/` and in the host program: each folder uses only what stands above it, and inside a folder no circle has
+//! more than three files.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::path::Path;
+mod imports;
+
+use imports::{Edges, File, Module, circles, code, edges, files, upward};
+use std::collections::BTreeSet;
 
 /// From top to bottom: a line may use the lines above it. docs/adr/0017-one-direction.md says why.
-const ORDER: [&str; 17] = [
+const SRC: [&str; 17] = [
     "addr", "sync", "x86", "vmx", "mm", "trace", "ept", "rules", "boot", "hw", "vmcs", "cpu", "guest", "emul",
     "nested", "run", "lib",
 ];
@@ -17,293 +15,78 @@ const ORDER: [&str; 17] = [
 /// Most files of one circle.
 const LARGEST_CIRCLE: usize = 3;
 
-type Module = Vec<String>;
+/// The same for the host program: what is written and measured, what runs, what reads it, what people ask for.
+const HARNESS: [&str; 16] = [
+    "text",
+    "clock",
+    "shard",
+    "image",
+    "backend",
+    "trace",
+    "transcript",
+    "boot",
+    "clamp",
+    "cli",
+    "session",
+    "report",
+    "l2",
+    "lab",
+    "suite",
+    "cmd",
+];
 
-/// One file: its module, and its text without comments, strings and tests.
-struct File {
-    module: Module,
-    text: String,
-}
+/// And for the crate that sets up what it needs.
+const SETUP: [&str; 19] = [
+    "error",
+    "proc",
+    "output",
+    "ui",
+    "paths",
+    "need",
+    "apt",
+    "initramfs",
+    "programs",
+    "sources",
+    "toolchain",
+    "release",
+    "bochs",
+    "grub",
+    "tcg",
+    "linux",
+    "qemu",
+    "xen",
+    "lib",
+];
 
-/// What uses what, and by which path.
-type Edges = BTreeMap<(Module, Module), String>;
-
-fn files() -> Vec<File> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut found = Vec::new();
-    let mut folders = vec![source.clone()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-                continue;
-            }
-            let place = path.strip_prefix(&source).unwrap().with_extension("");
-            let mut module: Module = place.iter().map(|part| part.to_str().unwrap().to_string()).collect();
-            if path.extension().is_none_or(|extension| extension != "rs") || module == ["main"] {
-                continue;
-            }
-            if module.last().is_some_and(|last| last == "mod") {
-                module.pop();
-            }
-            // A file of tests alone.
-            if module.last().is_some_and(|last| last == "tests") {
-                continue;
-            }
-            if module == ["lib"] {
-                module.clear();
-            }
-            found.push(File { module, text: code(&fs::read_to_string(&path).unwrap()) });
-        }
-    }
-    found
-}
-
-/// The text without comments, strings and the tests at its end.
-fn code(text: &str) -> String {
-    let text = text.split("#[cfg(test)]\nmod tests").next().unwrap();
-    let mut kept = String::new();
-    let mut rest = text.chars().peekable();
-    while let Some(c) = rest.next() {
-        match c {
-            '/' if rest.peek() == Some(&'/') => {
-                rest.by_ref().take_while(|c| *c != '\n').for_each(drop);
-                kept.push('\n');
-            }
-            '"' => {
-                while let Some(c) = rest.next() {
-                    match c {
-                        '\\' => drop(rest.next()),
-                        '"' => break,
-                        _ => {}
-                    }
-                }
-                kept.push_str("\"\"");
-            }
-            // A character, which may be a quotation mark; a lifetime has no second one.
-            '\'' => {
-                let ahead: Vec<char> = rest.clone().take(2).collect();
-                if ahead.first() == Some(&'\\') {
-                    rest.by_ref().take(2).for_each(drop);
-                    rest.by_ref().take_while(|c| *c != '\'').for_each(drop);
-                } else if ahead.get(1) == Some(&'\'') {
-                    rest.by_ref().take(2).for_each(drop);
-                }
-            }
-            c => kept.push(c),
-        }
-    }
-    kept
-}
-
-/// The paths of a use tree: `a::{b, c::{self, d as e}}` has three.
-fn leaves(tree: &str) -> Vec<String> {
-    let tree = tree.trim();
-    let Some((before, inside)) = tree.split_once('{') else {
-        return vec![tree.split(" as ").next().unwrap().split_whitespace().collect()];
-    };
-    let inside = inside.trim_end().strip_suffix('}').unwrap_or(inside);
-    let mut parts = vec![String::new()];
-    let mut depth = 0;
-    for c in inside.chars() {
-        depth += i32::from(c == '{') - i32::from(c == '}');
-        match c {
-            ',' if depth == 0 => parts.push(String::new()),
-            c => parts.last_mut().unwrap().push(c),
-        }
-    }
-    let before: String = before.split_whitespace().collect();
-    let parts = parts.iter().filter(|part| !part.trim().is_empty());
-    parts
-        .flat_map(|part| leaves(part))
-        .map(|leaf| if leaf == "self" { before.trim_end_matches("::").to_string() } else { format!("{before}{leaf}") })
-        .collect()
-}
-
-/// A word or a path at the beginning of `text`, and what follows.
-fn path_at(text: &str) -> &str {
-    let mut end = 0;
-    loop {
-        let word = text[end..].chars().take_while(|c| c.is_alphanumeric() || *c == '_').count();
-        if word == 0 {
-            return text[..end].trim_end_matches(':');
-        }
-        end += word;
-        if !text[end..].starts_with("::") {
-            return &text[..end];
-        }
-        end += 2;
-    }
-}
-
-/// The `use` items of a file, with "re-exports" or not, and every other path in it.
-fn paths(text: &str) -> (Vec<(bool, String)>, Vec<String>) {
-    let (mut uses, mut others) = (Vec::new(), Vec::new());
-    let mut at = 0;
-    let mut public = false;
-    while at < text.len() {
-        let rest = &text[at..];
-        let path = path_at(rest);
-        match path {
-            "" => {
-                let c = rest.chars().next().unwrap();
-                if matches!(c, ';' | '{' | '}') {
-                    public = false;
-                }
-                at += c.len_utf8();
-            }
-            "use" => {
-                let tree = rest[3..].split(';').next().unwrap();
-                uses.extend(leaves(tree).into_iter().map(|leaf| (public, leaf)));
-                at += 3 + tree.len();
-                public = false;
-            }
-            _ => {
-                public |= path == "pub";
-                if path.contains("::") {
-                    others.push(path.to_string());
-                }
-                at += path.len();
-            }
-        }
-    }
-    (uses, others)
-}
-
-/// The path from the root of the crate, if it leads into the crate.
-fn absolute(path: &str, module: &Module, modules: &BTreeSet<Module>) -> Option<Module> {
-    let mut words: Vec<&str> = path.split("::").collect();
-    let mut from = module.clone();
-    match words.first().copied()? {
-        "crate" => {
-            from.clear();
-            words.remove(0);
-        }
-        "self" => drop(words.remove(0)),
-        "super" => {
-            while words.first() == Some(&"super") {
-                from.pop();
-                words.remove(0);
-            }
-        }
-        // A module that the file declares.
-        first => {
-            from.push(first.to_string());
-            if !modules.contains(&from) {
-                return None;
-            }
-            from.pop();
-        }
-    }
-    from.extend(words.into_iter().map(str::to_string));
-    Some(from)
-}
-
-fn edges(files: &[File]) -> Edges {
-    let modules: BTreeSet<Module> = files.iter().map(|file| file.module.clone()).collect();
-    let mut exported: BTreeMap<Module, Module> = BTreeMap::new();
-    let mut used = Vec::new();
-    for file in files {
-        let (uses, others) = paths(&file.text);
-        for (public, path) in uses {
-            let Some(to) = absolute(&path, &file.module, &modules) else { continue };
-            if public {
-                let name = to.last().cloned().unwrap_or_default();
-                exported.insert([file.module.clone(), vec![name]].concat(), to);
-            } else {
-                used.push((file.module.clone(), to, path));
-            }
-        }
-        for path in others {
-            if let Some(to) = absolute(&path, &file.module, &modules) {
-                used.push((file.module.clone(), to, path));
-            }
-        }
-    }
-    let home = |mut path: Module| {
-        for _ in 0..8 {
-            let found = (0..=path.len()).rev().find(|n| exported.contains_key(&path[..*n]));
-            let Some(n) = found else { break };
-            path = [exported[&path[..n]].clone(), path[n..].to_vec()].concat();
-        }
-        while !modules.contains(&path) {
-            path.pop()?;
-        }
-        Some(path)
-    };
-    let mut edges = Edges::new();
-    for (from, to, path) in used {
-        match home(to) {
-            Some(to) if to != from => drop(edges.entry((from, to)).or_insert(path)),
-            _ => {}
-        }
-    }
-    edges
-}
-
-/// The folder of a module, or the file at the top.
-fn top(module: &Module) -> &str {
-    module.first().map_or("lib", String::as_str)
-}
-
-/// The uses that go against the order.
-fn upward(edges: &Edges) -> Vec<String> {
-    let place = |module: &Module| {
-        let top = top(module);
-        ORDER.iter().position(|name| *name == top).unwrap_or_else(|| panic!("{top} has no place in the order"))
-    };
-    let wrong = edges.iter().filter(|((from, to), _)| place(from) < place(to));
-    wrong.map(|((from, to), path)| format!("{} uses {} ({path})", from.join("::"), to.join("::"))).collect()
-}
-
-/// The circles inside a folder, as sets of files.
-fn circles(edges: &Edges) -> Vec<BTreeSet<Module>> {
-    let mut reach: BTreeMap<&Module, BTreeSet<&Module>> = BTreeMap::new();
-    for (from, to) in edges.keys().filter(|(from, to)| top(from) == top(to)) {
-        reach.entry(from).or_default().insert(to);
-    }
-    loop {
-        let mut grew = false;
-        for from in reach.keys().copied().collect::<Vec<_>>() {
-            let further: BTreeSet<&Module> =
-                reach[from].iter().filter_map(|via| reach.get(*via)).flatten().copied().collect();
-            let all = reach.get_mut(from).unwrap();
-            let before = all.len();
-            all.extend(further);
-            grew |= all.len() > before;
-        }
-        if !grew {
-            break;
-        }
-    }
-    let leads = |from: &Module, to: &Module| reach.get(from).is_some_and(|all| all.contains(to));
-    let inside = reach.keys().filter(|module| leads(module, module));
-    let circle =
-        |module: &Module| reach[module].iter().filter(|to| leads(to, module)).map(|to| (*to).clone()).collect();
-    inside.map(|module| circle(module)).collect::<BTreeSet<BTreeSet<Module>>>().into_iter().collect()
-}
-
-#[test]
-fn each_folder_uses_only_what_stands_above_it() {
-    let files = files();
-    assert!(files.len() > 100, "only {} files were found", files.len());
+/// Fails if a use of the files there goes against the order, or a circle is large; `least` uses must be found.
+fn held(source: &str, order: &[&str], least: usize) {
+    let files = files(source);
     let edges = edges(&files);
-    assert!(edges.len() > 500, "only {} uses were found", edges.len());
-    let wrong = upward(&edges);
-    assert!(wrong.is_empty(), "against the order of tests/layers.rs:\n{}", wrong.join("\n"));
-}
-
-#[test]
-fn no_circle_inside_a_folder_has_more_than_three_files() {
-    let edges = edges(&files());
+    assert!(edges.len() > least, "only {} uses were found in {source}", edges.len());
+    let wrong = upward(&edges, order);
+    assert!(wrong.is_empty(), "{source}: against the order of tests/layers.rs:\n{}", wrong.join("\n"));
     let named = |circle: &BTreeSet<Module>| {
         let inside = edges.iter().filter(|((from, to), _)| circle.contains(from) && circle.contains(to));
         let uses = inside.map(|((from, to), path)| format!("\n{} uses {} ({path})", from.join("::"), to.join("::")));
-        format!("a circle of {} files:{}", circle.len(), uses.collect::<String>())
+        format!("{source}: a circle of {} files:{}", circle.len(), uses.collect::<String>())
     };
     let large: Vec<String> = circles(&edges).iter().filter(|circle| circle.len() > LARGEST_CIRCLE).map(named).collect();
     assert!(large.is_empty(), "{}", large.join("\n"));
+}
+
+#[test]
+fn each_folder_of_src_uses_only_what_stands_above_it_and_no_circle_is_large() {
+    held("src", &SRC, 500);
+}
+
+#[test]
+fn each_part_of_the_host_program_uses_only_what_stands_above_it_and_no_circle_is_large() {
+    held("harness/src", &HARNESS, 250);
+}
+
+#[test]
+fn each_part_of_its_set_up_uses_only_what_stands_above_it() {
+    held("harness/setup/src", &SETUP, 30);
 }
 
 /// Files as they could be.
@@ -330,7 +113,7 @@ fn a_use_against_the_order_is_named_in_whichever_form() {
             ("nested", "mod entry; pub use entry::Entry;"),
             ("nested::entry", "use crate::mm::map; pub struct Entry<'a>(&'a u8);"),
         ]);
-        let wrong = upward(&edges);
+        let wrong = upward(&edges, &SRC);
         assert_eq!(wrong.len(), 1, "{text}: {wrong:?}");
         assert!(wrong[0].starts_with("mm::map uses nested::entry ("), "{text}: {wrong:?}");
     }

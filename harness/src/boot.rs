@@ -4,11 +4,14 @@ use crate::backend::{Backend, DEBUG_PORT, SERIAL, Spec, memory};
 use crate::clock::{Clock, Over, Time};
 use crate::image;
 use crate::trace::file::Boot as Trace;
-use crate::transcript::{Follower, Line, Transcript, View};
+use crate::trace::record;
+use crate::transcript::view::View;
+use crate::transcript::{Follower, Line, Transcript};
 use anyhow::Result;
 use l2_protocol::{Kind, Level};
 use nvmx_setup::paths::Paths;
 use nvmx_setup::proc;
+use nvmx_setup::ui::Ui;
 use rustix::process::Signal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -128,7 +131,7 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
     let folder = folder.keep();
     let _ = std::fs::remove_file(folder.join("boot.iso"));
     let used = clock.read();
-    let trace = spec.record.as_ref().map(|record| record.read(spec, backend, &folder)).transpose()?;
+    let trace = record::read(spec, backend, &folder)?;
     Ok(Outcome {
         name: spec.name.clone(),
         transcript,
@@ -265,6 +268,16 @@ pub fn clear_old(paths: &Paths) {
             let _ = std::fs::remove_dir_all(entry.path());
         }
     }
+}
+
+/// Tells where each level stopped if the boot failed.
+pub fn tell_failure(ui: &Ui, outcome: &Outcome) -> Option<String> {
+    let reason = outcome.verdict().err()?;
+    ui.note(&format!("--- {}", outcome.name));
+    for line in outcome.post_mortem() {
+        ui.note(&line);
+    }
+    Some(format!("{}: {reason}", outcome.name))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::backend::host::L0;
-use crate::suite::select::Shard;
+use crate::shard::Shard;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;

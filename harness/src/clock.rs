@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// halted for good, with interrupts off: two words of eight bytes, the lowest first.
 pub const TICKS: &str = "ticks";
 /// Instructions that a second of [`Time`] stands for: what the emulated machine makes of its own clock.
-pub const PER_SECOND: u64 = crate::backend::bochs::IPS;
+pub const PER_SECOND: u64 = 100_000_000;
 /// A machine that gets no further for so long, by the clock on the wall, gets no further at all.
 const STUCK: Duration = Duration::from_secs(300);
 /// The last resort: so many times the limit, by the clock on the wall.
@@ -39,7 +39,7 @@ impl fmt::Display for Time {
         let seconds = self.as_limit().as_secs_f64();
         match self {
             Time::Instructions(n) => {
-                write!(f, "{seconds:.0} s of the machine's time ({} instructions)", crate::report::table::grouped(*n))
+                write!(f, "{seconds:.0} s of the machine's time ({} instructions)", crate::text::grouped(*n))
             }
             Time::Cpu(_) => write!(f, "{seconds:.0} s of CPU time"),
         }

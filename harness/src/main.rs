@@ -1,9 +1,16 @@
 //! `./nvmx`: builds, boots, tests and measures.
 //!
-//! The crate `nvmx-setup` finds or makes the tools. `image` builds what boots, `backend` starts machines, `boot` runs one boot from start to
-//! verdict, `clock` tells how far it has come, `clamp` makes two boots see the same capabilities, `transcript` reads its serial line, `report` makes figures of records, `suite` holds the boot tests, `lab` the
-//! experiments of `./nvmx lab`, `trace` every exit of a boot, `cmd` the
-//! subcommands.
+//! Each module uses only those above it (`tests/layers.rs` of the workspace holds that):
+//!
+//! - `text` writes figures, `clock` tells how far a boot has come, `shard` is a share of the work;
+//! - `image` builds what boots, `backend` starts machines, `trace` knows every exit of a boot;
+//! - `transcript` reads a serial line, `boot` runs one boot from start to verdict, `clamp` makes two boots see the same
+//!   capabilities;
+//! - `cli` is the command line, `session` a machine that is set up, `report` makes figures of records, `l2` builds what the user
+//!   brings;
+//! - `lab` has the experiments of `./nvmx lab`, `suite` the boot tests, `cmd` the subcommands.
+//!
+//! The crate `nvmx-setup` finds or makes the tools, and knows nothing of boots.
 
 mod backend;
 mod boot;
@@ -16,7 +23,9 @@ mod l2;
 mod lab;
 mod report;
 mod session;
+mod shard;
 mod suite;
+mod text;
 mod trace;
 mod transcript;
 

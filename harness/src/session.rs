@@ -1,16 +1,17 @@
 //! Everything set up: L0, images, and the boots that all commands make.
 
+use crate::backend::Recording;
 use crate::backend::host::{self, HostFacts};
 use crate::backend::kvm::Kvm;
 use crate::backend::kvm_in_bochs::{KVM_INTEL, KvmInBochs};
 use crate::backend::linux::LinuxKvm;
 use crate::backend::xen::XenLinux;
-use crate::backend::{Backend, Machine, Payload, Protocol, Spec, StopAt};
+use crate::backend::{Backend, Machine, Payload, Protocol, Spec, StopAt, Work};
 use crate::boot;
 use crate::cli::{Explain, Fields, L0Args, RunArgs};
 use crate::image::{self, Images, Wanted};
-use crate::report::stack::StackLevel;
-use crate::trace::record::{self, Recording};
+use crate::trace::record;
+use crate::transcript::stack::StackLevel;
 use anyhow::Result;
 use nvmx_setup as setup;
 use nvmx_setup::error::Stop;
@@ -293,6 +294,12 @@ impl Session {
         }
         spec.machine.memory = self.machine.memory.saturating_mul(depth);
         Ok(Spec { name: format!("{guest}-depth{depth}"), ..spec })
+    }
+
+    /// Where boots with files of their own are prepared.
+    pub fn work(&self, folder: &str) -> Work {
+        let like = self.spec(String::new(), Payload::new("", ""), Vec::new());
+        Work { folder: self.paths.target.join("nvmx").join(folder), dry: self.dry, like }
     }
 
     /// A boot on the session's machine.

@@ -1,8 +1,8 @@
 //! The machine's package manager: asked for what is missing, used only with the right to, never in another way.
 
 use crate::error::Stop;
+use crate::need::{Need, program};
 use crate::proc;
-use crate::program;
 use crate::ui::{Step, Ui};
 use anyhow::{Result, ensure};
 use std::collections::BTreeSet;
@@ -218,6 +218,15 @@ fn apt_get(power: Power) -> Command {
     };
     command.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C.UTF-8");
     command
+}
+
+/// Installs what is missing among `needs`.
+///
+/// # Errors
+/// As [`install`].
+pub fn require(ui: &Ui, needs: &[Need], why: &str) -> Result<()> {
+    let missing: Vec<&str> = needs.iter().filter(|n| n.find().is_none()).map(|n| n.package).collect();
+    if missing.is_empty() { Ok(()) } else { install(ui, &missing, why) }
 }
 
 #[cfg(test)]

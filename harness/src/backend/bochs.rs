@@ -1,7 +1,7 @@
 //! Bochs as L0: a configuration file, a boot disk, and what its log tells afterwards.
 
 use super::{Backend, DEBUG_PORT, Machine, SERIAL, Spec, Unit, iso};
-use crate::clock;
+use crate::clock::{self, PER_SECOND};
 use anyhow::{Context, Result};
 use nvmx_setup::bochs::{BIOS, Bochs, Flavour, VGA_BIOS};
 use nvmx_setup::proc::Child;
@@ -11,8 +11,6 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-/// Emulated instructions per emulated second; what a time-out in a guest counts.
-pub const IPS: u64 = 100_000_000;
 /// The most host memory that released builds of Bochs take, in MiB; more of the guest's is swapped to a file.
 const HOST_MEMORY: u32 = 2048;
 /// What the machine's clock shows at power-on, in seconds since 1970: 1 January 2026. Always the same, so that a boot of an
@@ -138,7 +136,7 @@ fn rc(machine: &Machine, bochs: &Bochs, serial: Serial, bios: &Path, vga: &Path)
 fn cpu_line(machine: &Machine) -> String {
     let (model, without) = machine.model.split_once(WITHOUT).unwrap_or((&machine.model, ""));
     let without = if without.is_empty() { String::new() } else { format!(", exclude_features=\"{without}\"") };
-    format!("cpu: model={model}, count={}, ips={IPS}, reset_on_triple_fault=0{without}", machine.cpus)
+    format!("cpu: model={model}, count={}, ips={PER_SECOND}, reset_on_triple_fault=0{without}", machine.cpus)
 }
 
 /// What does not fit into the host's part is swapped in blocks; with the usual small ones of 128 KiB, time to start grows with
@@ -161,7 +159,7 @@ fn where_it_was(log: &str) -> Vec<String> {
     let mut lines = Vec::new();
     let ticks = log.lines().rev().find_map(|l| l.get(..11)?.parse::<u64>().ok());
     if let Some(ticks) = ticks {
-        let seconds = ticks as f64 / IPS as f64;
+        let seconds = ticks as f64 / PER_SECOND as f64;
         lines.push(format!("the machine had run {ticks} instructions ({seconds:.1} s of its own time)"));
     }
     let state = |text: &str| text.contains("CPU is in") || text.contains("RIP=") || text.contains("CR3=");

@@ -2,8 +2,7 @@
 //! nvmx as L2. Its guest is Linux again, in the VMM of this workspace or in QEMU.
 
 use super::kvm_in_bochs::COMMAND_LINE;
-use super::{Machine, Payload, Protocol, Spec};
-use crate::session::Session;
+use super::{Machine, Payload, Protocol, Spec, Work};
 use anyhow::Result;
 use nvmx_setup::initramfs::Archive;
 use nvmx_setup::linux::{Linux, MODULES};
@@ -122,17 +121,12 @@ impl LinuxKvm {
     ///
     /// # Errors
     /// If a file cannot be read or written.
-    pub fn bare(&self, session: &Session, name: &str, job: &Job, machine: &Machine) -> Result<Spec> {
-        let folder = session.paths.target.join("nvmx").join("linux");
-        std::fs::create_dir_all(&folder)?;
-        let initramfs = folder.join(format!("{name}.initramfs"));
-        if !session.dry {
-            std::fs::write(&initramfs, self.initramfs(job, machine.cpus)?)?;
-        }
+    pub fn bare(&self, work: &Work, name: &str, job: &Job, machine: &Machine) -> Result<Spec> {
+        let initramfs = work.initramfs(name, || self.initramfs(job, machine.cpus))?;
         // Without it Linux asks the keyboard controller first, whose reset the firmware of Bochs does not survive.
         let reset = if job.end == Some(End::Reset) { " reboot=pci" } else { "" };
         let kernel = Payload::new(self.linux.file("vmlinuz"), format!("{COMMAND_LINE}{reset}"));
-        let mut spec = session.spec(format!("{name}-bare"), kernel, vec![Payload::new(initramfs, "")]);
+        let mut spec = work.spec(format!("{name}-bare"), kernel, vec![initramfs]);
         spec.machine = machine.clone();
         Ok(in_linux(Spec { protocol: Protocol::Linux, ..spec }))
     }

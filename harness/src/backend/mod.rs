@@ -7,10 +7,14 @@ pub mod kvm;
 pub mod kvm_in_bochs;
 pub mod linux;
 pub mod memory;
+mod recording;
 pub mod tcg;
+mod work;
 pub mod xen;
 
-use crate::trace::record::Recording;
+pub use recording::Recording;
+pub use work::Work;
+
 use anyhow::Result;
 use nvmx_setup::proc::Child;
 use std::path::{Path, PathBuf};

@@ -2,8 +2,7 @@
 //! Linux without VMX, whose init starts `xl`; the domain that `xl` starts runs in VMX non-root operation: a Linux by PVH.
 
 use super::linux::workload;
-use super::{Machine, Payload, Spec};
-use crate::session::Session;
+use super::{Machine, Payload, Spec, Work};
 use anyhow::Result;
 use nvmx_setup::initramfs::Archive;
 use nvmx_setup::linux::Linux;
@@ -89,16 +88,11 @@ impl XenLinux {
     ///
     /// # Errors
     /// If a file cannot be read or written.
-    pub fn bare(&self, session: &Session, name: &str, job: &Job, machine: &Machine) -> Result<Spec> {
-        let folder = session.paths.target.join("nvmx").join("xen");
-        std::fs::create_dir_all(&folder)?;
-        let initramfs = folder.join(format!("{name}.initramfs"));
-        if !session.dry {
-            std::fs::write(&initramfs, self.initramfs(job, machine.cpus)?)?;
-        }
+    pub fn bare(&self, work: &Work, name: &str, job: &Job, machine: &Machine) -> Result<Spec> {
+        let initramfs = work.initramfs(name, || self.initramfs(job, machine.cpus))?;
         let kernel = Payload::new(self.xen.file("xen"), command_line(job));
         let dom0 = Payload::new(self.xen.file("vmlinuz"), format!("{NAME} {LINUX}"));
-        let mut spec = session.spec(format!("{name}-bare"), kernel, vec![dom0, Payload::new(initramfs, "")]);
+        let mut spec = work.spec(format!("{name}-bare"), kernel, vec![dom0, initramfs]);
         spec.machine = Machine { memory: machine.memory.max(MEMORY), ..machine.clone() };
         spec.debug_port = true;
         Ok(spec)

@@ -1,15 +1,16 @@
 //! `bench`: the counts of a run against the limits and the ledger that are checked in, or against an earlier run.
 
 use crate::boot;
+use crate::boot::tell_failure;
 use crate::cli::{BenchArgs, Fields};
-use crate::cmd::run::{both, tell_failure};
+use crate::cmd::run::both;
 use crate::image::Wanted;
 use crate::report::json::{Bench, Document, Limit, Report};
 use crate::report::ledger::{self, Booked, Difference, Which};
 use crate::report::provenance::{Place, Provenance};
 use crate::report::{self, Event, budget::Budget, table};
 use crate::session::{Session, budget_file};
-use crate::transcript::{Show, View};
+use crate::transcript::view::{Show, View};
 use anyhow::Result;
 use nvmx_setup::error::Stop;
 use nvmx_setup::output::Output;

@@ -1,18 +1,19 @@
 //! `run --depth N`: nvmx in nvmx in ..., then the guest. One boot for each depth, so that the growth can be seen.
 
 use crate::backend::Spec;
+use crate::boot::tell_failure;
 use crate::boot::{self, Outcome};
 use crate::cli::RunArgs;
 use crate::cmd::files::Files;
-use crate::cmd::run::tell_failure;
 use crate::image::Wanted;
 use crate::report::growth::{self, Depth, Growth};
 use crate::report::json::Run;
-use crate::report::stack::StackLevel;
-use crate::report::{self, stack, table};
+use crate::report::{self, table};
 use crate::session::{LONG, Session};
 use crate::suite::compare;
-use crate::transcript::{Show, View};
+use crate::transcript::stack;
+use crate::transcript::stack::StackLevel;
+use crate::transcript::view::{Show, View};
 use anyhow::Result;
 use nvmx_setup::error::Stop;
 use nvmx_setup::ui::Ui;

@@ -1,17 +1,17 @@
 //! `diff`: the same guests alone on the machine and under nvmx, record by record.
 
 use crate::backend::Spec;
+use crate::boot::tell_failure;
 use crate::boot::{self, Outcome};
 use crate::clamp::{self, Known};
 use crate::cli::DiffArgs;
-use crate::cmd::run::tell_failure;
 use crate::image::Wanted;
 use crate::report::json::{Compared, Diff, Document, GuestDiff, Report};
 use crate::report::provenance::{Place, Provenance};
 use crate::session::{LONG, Session};
 use crate::suite::cases::COMPARED;
 use crate::suite::compare::{self, Comparison, Difference};
-use crate::transcript::{Show, View};
+use crate::transcript::view::{Show, View};
 use anyhow::Result;
 use nvmx_setup::error::Stop;
 use nvmx_setup::output::Output;

@@ -5,9 +5,9 @@ use crate::cli::RunArgs;
 use crate::report::json::{Document, Report, Run};
 use crate::report::page::{Format, Page};
 use crate::report::provenance::{Place, Provenance};
-use crate::report::stack;
 use crate::session::Session;
 use crate::trace::record;
+use crate::transcript::stack;
 use anyhow::Result;
 use nvmx_setup::output::Output;
 use nvmx_setup::ui::Ui;
@@ -59,7 +59,8 @@ impl Files {
             output.write(&page.render(*format))?;
             ui.line(&format!("the report is {}", output.name()));
         }
-        record::write(ui, boots, self.trace.as_ref())?;
+        let recorded: Vec<_> = boots.iter().filter_map(|boot| boot.trace.as_ref()).collect();
+        record::write(ui, &recorded, self.trace.as_ref())?;
         match &self.json {
             Some(output) => Document::new(from, Report::Run(Box::new(run))).write(output),
             None => Ok(()),

@@ -3,8 +3,8 @@
 use crate::backend::host::L0;
 use crate::backend::{Spec, Unit};
 use crate::boot::Outcome;
+use crate::boot::tell_failure;
 use crate::cli::LabArgs;
-use crate::cmd::run::tell_failure;
 use crate::lab::figures::Figures;
 use crate::lab::stacks::{self, COMPARED, Stack};
 use crate::lab::{self, EXPERIMENTS, Experiment, Verdict, pages, text, trace};

@@ -3,24 +3,24 @@
 
 use crate::backend::linux::Job;
 use crate::backend::{Backend, Spec};
+use crate::boot::tell_failure;
 use crate::boot::{self, Outcome};
 use crate::cli::{L1, RunArgs};
 use crate::cmd::files::Files;
-use crate::cmd::run::{both, tell_failure};
+use crate::cmd::run::both;
 use crate::image::Wanted;
+use crate::l2::LINUX_KVM as NAME;
 use crate::report::json::{Run, stages};
-use crate::report::{linux as report, stack};
+use crate::report::linux as report;
 use crate::session::{LONG, Session};
 use crate::suite::linux::same_but_for_the_machine;
-use crate::transcript::{Show, View};
+use crate::transcript::stack;
+use crate::transcript::view::{Show, View};
 use anyhow::Result;
 use nvmx_setup::error::Stop;
 use nvmx_setup::linux::Kernel;
 use nvmx_setup::ui::Ui;
 use owo_colors::Style;
-
-/// The name of this L2 on the command line.
-pub const NAME: &str = "linux-kvm";
 
 /// Runs the command.
 ///
@@ -35,7 +35,7 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let session = Session::start_with(ui, &args.l0, &Wanted::Nvmx)?.of_run(args)?;
     let linux = session.linux(Kernel::Newest, job.qemu)?;
     let limit = args.l0.timeout.unwrap_or(LONG);
-    let mut bare = linux.bare(&session, NAME, &job, &session.machine)?;
+    let mut bare = linux.bare(&session.work("linux"), NAME, &job, &session.machine)?;
     bare.timeout = limit;
     let nested = session.under_nvmx(&bare, format!("{NAME}-nvmx"), &session.options_with_counters(args.fields));
     let peer = if args.l1 == L1::Kvm { Some(session.kvm_in_place(&args.l0)?) } else { None };

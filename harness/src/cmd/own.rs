@@ -1,18 +1,20 @@
 //! `run --l2 PATH`: the user's own hypervisor, alone on the machine and under nvmx, with all its text, and how it ended.
 
 use crate::backend::{Payload, Protocol, Spec, StopAt};
+use crate::boot::tell_failure;
 use crate::boot::{self, Ended, Outcome};
 use crate::cli::{L1, RunArgs};
 use crate::cmd::files::Files;
-use crate::cmd::run::tell_failure;
 use crate::image::Wanted;
 use crate::l2::{self, L2};
 use crate::report::json::{Compared, Run};
-use crate::report::refusal::Refusal;
-use crate::report::{self, stack, table};
+use crate::report::{self, table};
 use crate::session::{LONG, Session};
 use crate::suite::compare;
-use crate::transcript::{Line, Show, View, is_warning};
+use crate::transcript::refusal::Refusal;
+use crate::transcript::stack;
+use crate::transcript::view::{Show, View};
+use crate::transcript::{Line, is_warning};
 use anyhow::Result;
 use l2_protocol::Kind;
 use nvmx_setup::error::Stop;
@@ -130,7 +132,7 @@ pub fn run(ui: &Ui, args: &RunArgs, l2: &L2) -> Result<()> {
             once(ui, args, &session, &looked_at(image, l2, &modules, args)?, &Files::default())
         });
     }
-    let image = super::watch::build(ui, &session, l2)?;
+    let image = crate::l2::build::build(ui, &session, l2)?;
     once(ui, args, &session, &looked_at(image, l2, &modules, args)?, &files)
 }
 

@@ -2,17 +2,18 @@
 
 use crate::backend::host::L0;
 use crate::backend::{Backend, Spec, Unit};
-use crate::boot::{self, Outcome};
+use crate::boot::{self, Outcome, tell_failure};
 use crate::cli::{L1, RunArgs};
 use crate::cmd::files::Files;
 use crate::cmd::{depth, linux, own, xen};
 use crate::image::Wanted;
 use crate::l2::L2;
 use crate::report::json::Run;
-use crate::report::{self, stack, table};
+use crate::report::{self, table};
 use crate::session::{LONG, Session};
 use crate::suite::compare;
-use crate::transcript::{Show, View};
+use crate::transcript::stack;
+use crate::transcript::view::{Show, View};
 use anyhow::Result;
 use l2_protocol::Kind;
 use nvmx_setup::error::Stop;
@@ -118,14 +119,4 @@ pub fn both(session: &Session, [bare, nested]: [&Spec; 2], what: &str) -> Result
 fn l2_args(args: &RunArgs) -> &str {
     let deep = args.l1 == L1::Kvm && args.l0.l0 == L0::KvmInBochs;
     if deep && args.l2 == "cascade" && args.l2_args.is_empty() { "events=100" } else { &args.l2_args }
-}
-
-/// Tells where each level stopped if the boot failed.
-pub fn tell_failure(ui: &Ui, outcome: &Outcome) -> Option<String> {
-    let reason = outcome.verdict().err()?;
-    ui.note(&format!("--- {}", outcome.name));
-    for line in outcome.post_mortem() {
-        ui.note(&line);
-    }
-    Some(format!("{}: {reason}", outcome.name))
 }

@@ -2,19 +2,19 @@
 
 use crate::backend::linux::Job;
 use crate::backend::{Payload, Spec, StopAt, xen};
+use crate::boot::tell_failure;
 use crate::boot::{self, Ended, Outcome};
 use crate::cli::StatArgs;
-use crate::cmd::run::tell_failure;
 use crate::image::Wanted;
 use crate::l2::{self, L2};
 use crate::report::json::{Document, Report, Stat};
 use crate::report::provenance::{Place, Provenance};
 use crate::session::{LONG, Session};
-use crate::trace::file;
 use crate::trace::log::{self, SIZE};
 use crate::trace::stat::{render, rows, title};
 use crate::trace::tree::Builder;
-use crate::transcript::{Show, View};
+use crate::trace::{file, record};
+use crate::transcript::view::{Show, View};
 use anyhow::Result;
 use nvmx_setup::error::Stop;
 use nvmx_setup::linux::Kernel;
@@ -86,15 +86,15 @@ fn spec(ui: &Ui, args: &StatArgs, session: &Session, l2: &L2) -> Result<Spec> {
         L2::LinuxKvm => {
             let job = Job::parse(&args.l2_args).map_err(Stop::Usage)?;
             let linux = session.linux(Kernel::Newest, job.qemu)?;
-            long(linux.bare(session, &args.l2, &job, &session.machine)?)
+            long(linux.bare(&session.work("linux"), &args.l2, &job, &session.machine)?)
         }
         L2::Xen => {
             let job = xen::Job::parse(&args.l2_args).map_err(Stop::Usage)?;
-            long(session.xen()?.bare(session, &args.l2, &job, &session.machine)?)
+            long(session.xen()?.bare(&session.work("xen"), &args.l2, &job, &session.machine)?)
         }
         L2::Guest(name) => session.bare(name, &args.l2_args)?,
         L2::File(_) | L2::Project(_) => {
-            let kernel = super::watch::build(ui, session, l2)?;
+            let kernel = crate::l2::build::build(ui, session, l2)?;
             let name = kernel.file_stem().map_or("l2".into(), |name| name.to_string_lossy().into_owned());
             let (protocol, stop) = (l2::protocol(&kernel)?, StopAt { text: None, halt: true });
             Spec { protocol, stop, ..session.spec(name, Payload::new(kernel, &args.l2_args), Vec::new()) }
@@ -118,7 +118,7 @@ fn boot_it(ui: &Ui, session: &Session, spec: &Spec) -> Result<Outcome> {
 /// Boots with a table that grows.
 fn live(ui: &Ui, session: &Session, spec: &Spec) -> Result<Outcome> {
     let (Some(path), Some(recording)) = (spec.exit_log(), &spec.record) else { return boot_it(ui, session, spec) };
-    let mut grown = Grown::new(Builder::new(recording.levels(spec, session.backend.as_ref())));
+    let mut grown = Grown::new(Builder::new(record::levels(recording, spec, session.backend.as_ref())));
     let (over, unit) = (AtomicBool::new(false), session.backend.unit().name());
     let terminal = std::io::stdout().is_terminal();
     std::thread::scope(|scope| {

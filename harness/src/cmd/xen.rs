@@ -3,21 +3,21 @@
 
 use crate::backend::Spec;
 use crate::backend::xen::Job;
+use crate::boot::tell_failure;
 use crate::cli::{L1, RunArgs};
 use crate::cmd::files::Files;
 use crate::cmd::linux::run_of;
-use crate::cmd::run::{both, tell_failure};
+use crate::cmd::run::both;
 use crate::image::Wanted;
-use crate::report::{linux as report, stack};
+use crate::l2::XEN as NAME;
+use crate::report::linux as report;
 use crate::session::{LONG, Session};
 use crate::suite::xen::same_but_for_the_machine;
+use crate::transcript::stack;
 use anyhow::Result;
 use nvmx_setup::error::Stop;
 use nvmx_setup::ui::Ui;
 use owo_colors::Style;
-
-/// The name of this L2 on the command line.
-pub const NAME: &str = "xen";
 
 /// Runs the command.
 ///
@@ -31,7 +31,7 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let job = Job::parse(&args.l2_args).map_err(Stop::Usage)?;
     let session = Session::start_with(ui, &args.l0, &Wanted::Nvmx)?.of_run(args)?;
     let xen = session.xen()?;
-    let bare = xen.bare(&session, NAME, &job, &session.machine)?;
+    let bare = xen.bare(&session.work("xen"), NAME, &job, &session.machine)?;
     let bare = Spec { timeout: args.l0.timeout.unwrap_or(LONG), ..bare };
     let nested = session.under_nvmx(&bare, format!("{NAME}-nvmx"), &session.options_with_counters(args.fields));
     let heading = |text: &str| ui.line(&ui.paint(text, Style::new().bold()));

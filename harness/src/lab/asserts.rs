@@ -1,7 +1,8 @@
 //! What experiments assert by counts.
 
+use super::experiment::{Judgement, Verdict};
 use super::figures::Figures;
-use super::{Judgement, Verdict, text};
+use super::text;
 
 /// Collects what an experiment asserts. A figure that is not there makes it "not measured".
 #[derive(Default)]

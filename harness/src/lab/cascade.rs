@@ -1,12 +1,14 @@
 //! Experiment 9: the cascade.
 
+use super::asserts::Asserts;
+use super::experiment::{Experiment, Judgement, Table, Verdict, levels};
 use super::figures::Figures;
 use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::{cycles, cycles_note, cycles_word, number};
-use super::{Asserts, Experiment, Judgement, Table, Verdict, levels};
 
 pub const EXPERIMENT: Experiment = Experiment {
+    number: 9,
     name: "cascade",
     title: "The cascade",
     claim: "With each level an exit costs twice the exits of the level before: 2^(n-1) with n hypervisors.",

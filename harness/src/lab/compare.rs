@@ -1,12 +1,14 @@
 //! Experiment 10: hypervisors compared.
 
+use super::asserts::Asserts;
+use super::experiment::{Experiment, Judgement, Table, Verdict};
 use super::figures::Figures;
 use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::number;
-use super::{Asserts, Experiment, Judgement, Table, Verdict};
 
 pub const EXPERIMENT: Experiment = Experiment {
+    number: 10,
     name: "compare",
     title: "Hypervisors compared",
     claim: "Nested, a thin hypervisor costs a fraction of what KVM costs in its place.",

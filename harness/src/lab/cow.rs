@@ -1,12 +1,14 @@
 //! Experiment 7: paravirtual copy-on-write.
 
+use super::asserts::Asserts;
+use super::experiment::{Experiment, Judgement, Table, Verdict, levels};
 use super::figures::Figures;
 use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::{cycles, cycles_note, cycles_word, number};
-use super::{Asserts, Experiment, Judgement, Table, Verdict, levels};
 
 pub const EXPERIMENT: Experiment = Experiment {
+    number: 7,
     name: "cow",
     title: "Paravirtual copy-on-write",
     claim: "A hypercall that announces a copy-on-write makes one exit of the two that each such fault takes.",

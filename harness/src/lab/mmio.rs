@@ -1,12 +1,14 @@
 //! Experiment 6: MMIO.
 
+use super::asserts::Asserts;
+use super::experiment::{Experiment, Judgement, Table, Verdict, levels};
 use super::figures::Figures;
 use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::number;
-use super::{Asserts, Experiment, Judgement, Table, Verdict, levels};
 
 pub const EXPERIMENT: Experiment = Experiment {
+    number: 6,
     name: "mmio",
     title: "MMIO: trapped, sampled, logged",
     claim: "A device register that is mapped and looked at each millisecond, instead of trapped, makes a thousand exits of a million.",

@@ -1,13 +1,15 @@
 //! Experiment 4: the MSR bitmap.
 
+use super::asserts::Asserts;
+use super::experiment::{Experiment, Judgement, Table, Verdict, levels};
 use super::figures::Figures;
 use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::{cycles, cycles_note, cycles_word, number};
-use super::{Asserts, Experiment, Judgement, Table, Verdict, levels};
 use crate::report::model::{HERTZ, MSR, Range};
 
 pub const EXPERIMENT: Experiment = Experiment {
+    number: 4,
     name: "msr_bitmap",
     title: "The MSR bitmap",
     claim: "A harmless MSR in a tight loop exits millions of times a second; a bit in the MSR bitmap makes it none.",

@@ -1,9 +1,9 @@
 //! `--report FILE.html`: one page that needs nothing else.
 
+use super::experiment::{Experiment, Judgement, Table, Verdict, levels};
 use super::figures::Figures;
-use super::plot::escape;
 use super::text;
-use super::{Experiment, Judgement, Table, Verdict, levels};
+use crate::text::escape;
 use std::fmt::Write;
 
 const STYLE: &str = "\
@@ -77,7 +77,7 @@ fn section(figures: &Figures, e: &Experiment, judgement: &Judgement) -> String {
         "A figure is missing, so that nothing is asserted.".into()
     };
     let mut text =
-        format!("<section id=\"{}\"><h2>{}. {}</h2>\n<div class=\"two\"><div>\n", e.name, e.number(), escape(e.title));
+        format!("<section id=\"{}\"><h2>{}. {}</h2>\n<div class=\"two\"><div>\n", e.name, e.number, escape(e.title));
     for (what, said) in
         [("Claim", e.claim), ("Condition", e.condition), ("Mechanism", e.mechanism), ("Experiment", e.method)]
     {

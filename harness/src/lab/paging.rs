@@ -1,12 +1,14 @@
 //! Experiment 5: EPT against shadow paging.
 
+use super::asserts::Asserts;
+use super::experiment::{Experiment, Judgement, Table, Verdict, levels};
 use super::figures::Figures;
 use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::{cycles, cycles_note, cycles_word, number};
-use super::{Asserts, Experiment, Judgement, Table, Verdict, levels};
 
 pub const EXPERIMENT: Experiment = Experiment {
+    number: 5,
     name: "paging",
     title: "EPT against shadow paging",
     claim: "With EPT the exits of a guest's paging are gone; shadow page tables take several for each page that a guest maps.",

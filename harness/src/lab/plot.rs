@@ -1,6 +1,6 @@
 //! Bars as SVG, readable in light and dark.
 
-use super::text::number;
+use crate::text::{escape, number};
 
 /// Horizontal bars in groups.
 #[derive(Clone, PartialEq, Debug)]
@@ -84,11 +84,6 @@ impl Plot {
             escape(&self.title)
         )
     }
-}
-
-/// Text in XML.
-pub fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 #[cfg(test)]

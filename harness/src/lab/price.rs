@@ -1,13 +1,15 @@
 //! Experiment 3: the price of an exit.
 
+use super::asserts::Asserts;
+use super::experiment::{Experiment, Judgement, Table, Verdict, levels};
 use super::figures::Figures;
 use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::{cycles, cycles_note, cycles_word, number};
-use super::{Asserts, Experiment, Judgement, Table, Verdict, levels};
 use crate::report::model::{CPUID, RDTSC, Range, duration};
 
 pub const EXPERIMENT: Experiment = Experiment {
+    number: 3,
     name: "price",
     title: "The price of an exit",
     claim: "RDTSC takes about 25 cycles, with an exit thousands: a program of 2 seconds that does little else takes a minute.",

@@ -1,12 +1,14 @@
 //! Experiment 1: rings and the hole.
 
+use super::asserts::Asserts;
+use super::experiment::{Experiment, Judgement, Table, Verdict, levels};
 use super::figures::Figures;
 use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::number;
-use super::{Asserts, Experiment, Judgement, Table, Verdict, levels};
 
 pub const EXPERIMENT: Experiment = Experiment {
+    number: 1,
     name: "rings",
     title: "Rings and the hole",
     claim: "Trap-and-emulate works if each sensitive instruction traps (Popek and Goldberg). On x86 some do not: they read or \

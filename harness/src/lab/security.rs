@@ -1,12 +1,14 @@
 //! Experiment 8: security by exits.
 
+use super::asserts::Asserts;
+use super::experiment::{Experiment, Judgement, Table, Verdict, levels};
 use super::figures::Figures;
 use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::{cycles, cycles_note, cycles_word, number};
-use super::{Asserts, Experiment, Judgement, Table, Verdict, levels};
 
 pub const EXPERIMENT: Experiment = Experiment {
+    number: 8,
     name: "security",
     title: "Exits that watch",
     claim: "A hypervisor can forbid its guest's kernel to patch code, hook the IDT, read code, switch protections off or move the \

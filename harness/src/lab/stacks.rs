@@ -6,7 +6,7 @@ use crate::backend::{Payload, Spec, Unit};
 use crate::boot::{self, Outcome};
 use crate::cli::Fields;
 use crate::session::{LONG, Session};
-use crate::transcript::{Show, View};
+use crate::transcript::view::{Show, View};
 use anyhow::Result;
 use nvmx_setup::linux::Kernel;
 use nvmx_setup::proc;
@@ -103,7 +103,7 @@ impl Stack {
                     ..Job::parse("vmm=own").unwrap_or_else(|_| unreachable!("the words are right"))
                 };
                 let name = format!("lab-{}", self.name());
-                let bare = Spec { timeout: LONG, ..linux.bare(session, &name, &job, &session.machine)? };
+                let bare = Spec { timeout: LONG, ..linux.bare(&session.work("linux"), &name, &job, &session.machine)? };
                 if self == Stack::Kvm { bare } else { session.under_nvmx(&bare, name, &session.options(Fields::Auto)) }
             }
         };

@@ -1,13 +1,15 @@
 //! Experiment 2: system call and hypercall.
 
+use super::asserts::Asserts;
+use super::experiment::{Experiment, Judgement, Table, Verdict, levels};
 use super::figures::Figures;
 use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::{cycles, cycles_note, cycles_word, number};
-use super::{Asserts, Experiment, Judgement, Table, Verdict, levels};
 use crate::report::model::{self, Range};
 
 pub const EXPERIMENT: Experiment = Experiment {
+    number: 2,
     name: "syscall",
     title: "System call and hypercall",
     claim: "Under ring compression SYSCALL lands in the wrong ring; in non-root mode a system call costs no exit, while a \

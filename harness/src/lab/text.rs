@@ -1,11 +1,11 @@
 //! The lab on a terminal.
 
+use super::experiment::{Experiment, Table, Verdict};
 use super::figures::Figures;
-use super::{Experiment, Table, Verdict};
 use crate::report::model::{self, Range};
 use comfy_table::{CellAlignment, ContentArrangement, Table as Grid, TableComponent, presets};
 
-pub use crate::report::table::number;
+pub use crate::text::number;
 
 /// Columns under a rule; all but the first `left` to the right.
 fn grid(head: &[String], rows: &[Vec<String>], left: usize, width: Option<u16>) -> String {
@@ -39,7 +39,7 @@ pub fn table(table: &Table) -> String {
 
 /// One table of all experiments.
 pub fn overview(figures: &Figures, wanted: &[&Experiment]) -> String {
-    let [one, nested, twice] = super::levels(figures).map(|(_, name)| name);
+    let [one, nested, twice] = super::experiment::levels(figures).map(|(_, name)| name);
     let head = ["experiment", "claim", one, nested, twice, "verdict"].map(String::from);
     let rows: Vec<Vec<String>> = wanted
         .iter()
@@ -55,7 +55,7 @@ pub fn overview(figures: &Figures, wanted: &[&Experiment]) -> String {
 /// An experiment with its explanation.
 pub fn explained(figures: &Figures, experiment: &Experiment) -> String {
     let e = experiment;
-    let mut text = format!("{}. {}\n\nClaim: {}\nCondition: {}\n", e.number(), e.title, e.claim, e.condition);
+    let mut text = format!("{}. {}\n\nClaim: {}\nCondition: {}\n", e.number, e.title, e.claim, e.condition);
     text.push_str(&format!("Mechanism: {}\nExperiment: {}\n\n{}", e.mechanism, e.method, measured(figures, e)));
     text.push_str("\nSources:\n");
     e.sources.iter().for_each(|source| text.push_str(&format!("  {source}\n")));

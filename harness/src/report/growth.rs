@@ -1,9 +1,9 @@
 //! How the cost of an event grows with the number of nvmx below the guest hypervisor.
 
 use super::Event;
-use super::stack::StackLevel;
-use super::table::number;
 use crate::backend::Unit;
+use crate::text::number;
+use crate::transcript::stack::StackLevel;
 use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
 use schemars::JsonSchema;
 use serde::Serialize;

@@ -1,7 +1,7 @@
 //! The ledger: every figure of every event, exact, as it was booked with a compiler; and what differs from it.
 
 use super::Event;
-use super::table::number;
+use crate::text::number;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -1,8 +1,8 @@
 //! What booting a Linux guest of Linux or Xen costs with the guest hypervisor alone on the machine, under nvmx, and with KVM in
 //! nvmx's place.
 
-use super::table::number;
 use crate::backend::Unit;
+use crate::text::number;
 use crate::transcript::Transcript;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use l2_protocol::{Kind, Level, OwnedRecord};

@@ -9,8 +9,6 @@ pub mod linux;
 pub mod model;
 pub mod page;
 pub mod provenance;
-pub mod refusal;
-pub mod stack;
 pub mod table;
 
 use crate::transcript::Transcript;

@@ -3,6 +3,7 @@
 use super::Event;
 use super::model::Range;
 use crate::backend::Unit;
+use crate::text::{grouped, number};
 use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
 
 const HEAD: [&str; 13] = [
@@ -174,42 +175,10 @@ fn sum(a: Option<f64>, b: Option<f64>) -> Option<f64> {
     if a.is_none() && b.is_none() { None } else { Some(a.unwrap_or(0.0) + b.unwrap_or(0.0)) }
 }
 
-/// Thousands apart.
-pub fn grouped(value: u64) -> String {
-    let digits = value.to_string();
-    let mut text = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-/// Thousands apart, one decimal where it says something.
-pub fn number(value: Option<f64>) -> String {
-    let Some(value) = value else { return "-".into() };
-    let tenths = (value.abs() * 10.0).round() as u64;
-    let (whole, tenth) = if tenths >= 1000 { ((value.abs().round()) as u64, 0) } else { (tenths / 10, tenths % 10) };
-    let mut text = grouped(whole);
-    if tenth != 0 {
-        text.push_str(&format!(".{tenth}"));
-    }
-    if value < 0.0 && text != "0" { format!("-{text}") } else { text }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::tests::sample;
     use super::*;
-
-    #[test]
-    fn numbers_read_easily() {
-        let texts = [0.0, 2.0, 0.96, 12.34, 99.97, 123.4, 1200.0, 1_234_567.8, -3.0, -0.001].map(|v| number(Some(v)));
-        assert_eq!(texts, ["0", "2", "1", "12.3", "100", "123", "1,200", "1,234,568", "-3", "0"]);
-        assert_eq!(number(None), "-");
-    }
 
     #[test]
     fn each_event_has_its_row_with_all_three_costs() {

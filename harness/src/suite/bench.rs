@@ -4,10 +4,9 @@ use super::{Case, Judge, Suite, all_pass, compare};
 use crate::backend::{Payload, Protocol, Spec, StopAt};
 use crate::boot::{Ended, Outcome};
 use crate::cli::{Fields, Language};
-use crate::cmd::{new, watch};
-use crate::l2::L2;
-use crate::report::refusal::Refusal;
+use crate::l2::{L2, build, template};
 use crate::session::Session;
+use crate::transcript::refusal::Refusal;
 use anyhow::Result;
 use l2_protocol::Kind;
 use std::collections::BTreeSet;
@@ -82,11 +81,11 @@ pub fn add_templates(suite: &mut Suite, session: &Session) -> Result<()> {
 fn built(session: &Session, language: Language, name: &str) -> Result<PathBuf> {
     let folder = session.paths.target.join("nvmx/new").join(name);
     let sources = tempfile::tempdir()?;
-    new::write(&sources.path().join("l2"), language, &session.paths.root)?;
+    template::write(&sources.path().join("l2"), language, &session.paths.root)?;
     std::fs::create_dir_all(&folder)?;
     // Over the old one, so that cargo need not build the kit again.
     nvmx_setup::paths::copy_tree(&sources.path().join("l2"), &folder)?;
-    watch::build(&session.ui, session, &L2::Project(folder))
+    build::build(&session.ui, session, &L2::Project(folder))
 }
 
 fn ended(outcome: &Outcome, how: Ended) -> Result<(), String> {

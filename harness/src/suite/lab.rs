@@ -1,13 +1,14 @@
 //! The boot tests of the lab: each experiment's claim by its counts, and docs/lab.md equal to a run.
 
 use super::{Case, Judge, Suite, all_pass, compare};
+use crate::backend::Recording;
 use crate::backend::Spec;
 use crate::boot::Outcome;
 use crate::lab::figures::{Boot, Figures};
 use crate::lab::stacks::{Stack, only_in};
 use crate::lab::{EXPERIMENTS, Experiment, USUAL, Verdict, WITH_LINUX, pages, trace};
 use crate::session::Session;
-use crate::trace::record::{self, Recording};
+use crate::trace::record;
 use anyhow::Result;
 use std::path::Path;
 

@@ -108,7 +108,7 @@ fn add_boots(
 ) -> Result<()> {
     let mut machine = session.machine.clone();
     change(&mut machine);
-    let bare = Spec { timeout: LONG, ..linux.bare(session, name, job, &machine)? };
+    let bare = Spec { timeout: LONG, ..linux.bare(&session.work("linux"), name, job, &machine)? };
     let nested = session.under_nvmx(&bare, format!("{name}-nvmx"), &session.options_with_counters(Fields::Auto));
     [bare, nested].into_iter().for_each(|spec| drop(suite.boots.insert(spec.name.clone(), Ok(spec))));
     Ok(())

@@ -25,7 +25,7 @@ use crate::backend::{Backend, Spec};
 use crate::boot::{self, Ended, Outcome};
 use crate::clamp::{self, Known};
 use crate::session::Session;
-use crate::transcript::{Show, View};
+use crate::transcript::view::{Show, View};
 use anyhow::Result;
 use nvmx_setup::proc;
 use std::collections::BTreeMap;

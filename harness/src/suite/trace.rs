@@ -1,11 +1,11 @@
 //! Boot tests of traces: what the emulator recorded is what nvmx and its guest counted themselves.
 
 use super::{Case, Suite, all_pass};
+use crate::backend::Recording;
 use crate::boot::Outcome;
 use crate::cli::Fields;
 use crate::report;
 use crate::session::Session;
-use crate::trace::record::Recording;
 use crate::trace::stat::rows;
 use crate::trace::tree::{Builder, Next};
 use nvmx::vmx::exit::{BasicReason, ExitReason};

@@ -26,7 +26,7 @@ const MOST: u64 = 64 << 20;
 /// [`nvmx_setup::error::Stop::Environment`] if Xen or a kernel cannot be had.
 pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let job = Job::parse("").map_err(anyhow::Error::msg)?;
-    let bare = Spec { timeout: LONG, ..session.xen()?.bare(session, "xen", &job, &session.machine)? };
+    let bare = Spec { timeout: LONG, ..session.xen()?.bare(&session.work("xen"), "xen", &job, &session.machine)? };
     let nested = session.under_nvmx(&bare, "xen-nvmx".into(), &session.options_with_counters(Fields::Auto));
     let boots = [bare, nested].map(|spec| {
         let name = spec.name.clone();

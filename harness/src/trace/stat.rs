@@ -2,7 +2,7 @@
 
 use super::tree::Builder;
 use super::why::Asked;
-use crate::report::table::{grouped, number};
+use crate::text::{grouped, number};
 use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent, presets};
 use nvmx::vmx::exit::ExitReason;
 use schemars::JsonSchema;

@@ -4,7 +4,7 @@ use super::file::Boot;
 use super::log::Counts;
 use super::tree::{Builder, Exit, Next};
 use super::why;
-use crate::report::table::grouped;
+use crate::text::grouped;
 
 /// A tree, one line an exit and one for what followed it.
 pub fn tree(boot: &Boot, built: &Builder, root: u32) -> Vec<String> {

@@ -2,7 +2,7 @@
 
 use super::file::Boot;
 use super::log::What;
-use crate::report::table::grouped;
+use crate::text::grouped;
 use nvmx::vmx::Field;
 use nvmx::vmx::exit::BasicReason;
 use nvmx::vmx::field::{Area, Home};

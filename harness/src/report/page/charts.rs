@@ -1,11 +1,11 @@
 //! The drawings of the page. Colours are those of the levels, from the page's style.
 
 use super::super::Event;
-use super::super::stack::StackLevel;
-use super::super::table::{grouped, number};
-use crate::lab::plot::escape;
+use crate::text::escape;
+use crate::text::{grouped, number};
 use crate::trace::stat::Row;
 use crate::trace::tree::Builder;
+use crate::transcript::stack::StackLevel;
 use std::fmt::Write;
 
 const WIDE: f64 = 1100.0;

@@ -4,14 +4,13 @@ mod charts;
 
 use super::Event;
 use super::json::Run;
-use super::stack::StackLevel;
-use super::table::{grouped, number};
 use crate::backend::Unit;
-use crate::lab::plot::escape;
+use crate::text::{escape, grouped, number};
 use crate::trace::file::Boot;
 use crate::trace::stat::{Row, rows};
 use crate::trace::tree::Builder;
 use crate::trace::{stat, text};
+use crate::transcript::stack::StackLevel;
 use nvmx_setup::error::Stop;
 use std::fmt::Write;
 use std::path::Path;
@@ -298,7 +297,7 @@ impl Page<'_> {
         }
         out += "\n## Where this is from\n\n";
         for level in &self.run.stack {
-            let _ = writeln!(out, "- {}: {}", level.level, super::stack::banner_line(level, None));
+            let _ = writeln!(out, "- {}: {}", level.level, crate::transcript::stack::banner_line(level, None));
         }
         self.provenance.iter().for_each(|(name, value)| out += &format!("- {name}: {value}\n"));
         out

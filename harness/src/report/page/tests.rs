@@ -1,6 +1,6 @@
-use super::super::stack::StackLevel;
 use super::super::tests::sample;
 use super::*;
+use crate::transcript::stack::StackLevel;
 use nvmx_setup::program;
 use std::process::Command;
 

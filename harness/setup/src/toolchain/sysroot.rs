@@ -2,10 +2,10 @@
 //!
 //! The libraries are tied to the exact compiler, so the folder's name carries a digest of `rustc -vV`.
 
+use super::{Compiler, TARGET, Toolchain, clean};
 use crate::error::Stop;
 use crate::paths::Paths;
 use crate::proc;
-use crate::toolchain::{Compiler, TARGET, Toolchain, clean};
 use crate::ui::Ui;
 use anyhow::{Context, Result};
 use std::hash::{DefaultHasher, Hash, Hasher};

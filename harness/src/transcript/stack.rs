@@ -1,6 +1,6 @@
 //! The levels of a run: who runs, which version, on which CPU, with which features.
 
-use crate::transcript::{Transcript, real_level};
+use super::{Transcript, real_level};
 use l2_protocol::{Kind, Level, OwnedRecord};
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -84,8 +84,8 @@ pub fn banner_line(level: &StackLevel, strategy: Option<&str>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::transcript;
     use super::*;
+    use crate::report::tests::transcript;
 
     #[test]
     fn the_levels_of_a_stack_of_nvmx_are_counted() {

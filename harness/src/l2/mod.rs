@@ -1,12 +1,19 @@
 //! What `--l2` names: a guest of `l2-guests/`, Linux, Xen, or the user's own image or project.
 
+pub mod build;
+pub mod template;
+
 use crate::backend::{Payload, Protocol};
-use crate::cmd::{linux, xen};
 use anyhow::{Context, Result};
 use nvmx_setup::error::Stop;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+
+/// What names Linux with KVM.
+pub const LINUX_KVM: &str = "linux-kvm";
+/// What names Xen.
+pub const XEN: &str = "xen";
 
 /// A guest hypervisor.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -30,8 +37,8 @@ impl L2 {
     /// [`Stop::Usage`] if it is a path and nothing is there.
     pub fn find(text: &str, root: &Path) -> Result<Self> {
         match text {
-            linux::NAME => return Ok(L2::LinuxKvm),
-            xen::NAME => return Ok(L2::Xen),
+            LINUX_KVM => return Ok(L2::LinuxKvm),
+            XEN => return Ok(L2::Xen),
             "" => return Err(Stop::Usage("--l2 names nothing".into()).into()),
             _ => {}
         }

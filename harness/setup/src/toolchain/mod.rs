@@ -3,11 +3,13 @@
 //! In this order: an installed target; a sysroot made of the distribution's compiler and sources; a command to type. Nothing is
 //! ever fetched by rustup.
 
+pub mod sysroot;
+
 use crate::error::Stop;
 use crate::paths::Paths;
 use crate::proc;
 use crate::ui::Ui;
-use crate::{apt, program, sysroot};
+use crate::{apt, program};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 use std::process::Command;
