@@ -9,7 +9,7 @@ use nvmx::mm::phys::VecMem;
 use nvmx::rules::caps::offered;
 use nvmx::vmcs::msr_bitmap::{MsrBitmap02, OPEN};
 use nvmx::vmcs::msrs::{By, bitmap_word};
-use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap, is_shadowed, shadow_bitmap, shadow_index};
+use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap, is_shadowed, open_lent, shadow_bitmap, shadow_index};
 use nvmx::vmx::field::{Area, Home, Width};
 use nvmx::vmx::{Capabilities, Field};
 use proptest::prelude::*;
@@ -233,6 +233,20 @@ fn no_field_in_nvmx_s_copy_is_open_and_no_host_field_either() {
         if field.home() == Home::Watched {
             assert!(is_shadowed(field, Access::Read, &caps) && !is_shadowed(field, Access::Write, &caps), "{field}");
         }
+    }
+}
+
+#[test]
+fn what_is_lent_is_the_one_host_field_that_is_ever_open() {
+    let caps = offered(&rich());
+    for access in [Access::Read, Access::Write] {
+        let (closed, mut open) = (built(access, &caps), built(access, &caps));
+        open_lent(&mut open);
+        for encoding in 0..0x8000u16 {
+            let differs = closed.get(encoding) != open.get(encoding);
+            assert_eq!(differs, encoding == 0x6C14, "{encoding:#x}");
+        }
+        assert!(!open.get(0x6C14));
     }
 }
 

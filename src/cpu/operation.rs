@@ -45,6 +45,13 @@ pub struct Nested {
     pub uses: u64,
 }
 
+impl Operation {
+    /// L2 runs, and the vmcs12 in this slot is current.
+    pub fn is_root_with(self, id: SlotId) -> bool {
+        matches!(self, Operation::Root { current: Some(current), .. } if current == id)
+    }
+}
+
 impl Nested {
     /// Outside VMX operation, with these free slots.
     pub fn new(slots: Slots) -> Self {

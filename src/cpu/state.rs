@@ -10,6 +10,7 @@ use crate::hw::vmx::{Region, Vmx};
 use crate::mm::{FramePool, GuestMemory};
 use crate::vmcs::Config;
 use crate::vmcs::access::{MachineParts, VmcsAccess};
+use crate::vmcs::kept::Kept;
 use crate::vmcs::msrs::OwnMsrs;
 use crate::vmcs::once::Once;
 use crate::vmcs::slot::Slot;
@@ -31,8 +32,10 @@ pub struct Cpu {
     pub launched01: bool,
     /// What vmcs01 loads with the next entry, and only then.
     pub once01: Once,
-    /// VMREAD and VMWRITE bitmap: what VMCS shadowing lets L2 reach.
-    pub shadow_bitmaps: [Hpa; 2],
+    /// VMREAD and VMWRITE bitmap: what VMCS shadowing lets L2 reach, without and with what it is lent.
+    pub shadow_bitmaps: [[Hpa; 2]; 2],
+    /// Those that vmcs01 has.
+    pub shadowing01: [Kept; 2],
     /// MSR bitmap of vmcs01: what nvmx itself must see.
     pub msr_bitmap01: Hpa,
     /// What L3 may reach of a shadow VMCS by VMREAD and VMWRITE, to be merged with L2's bitmaps.

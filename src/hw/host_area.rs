@@ -1,11 +1,16 @@
 //! The host-state area of nvmx: written once to each VMCS, the same in all of them (invariant I4), and by nobody else.
 //!
-//! Source: SDM vol. 3C, "Host-State Area" and "Loading Host State".
+//! One field of it can be lent: HOST_RSP of a VMCS holds L2's value while that is a shadow VMCS ([`Lent`]).
+//!
+//! Source: SDM vol. 3C, "Host-State Area", "Loading Host State", "VMCS Types: Ordinary and Shadow".
 
+use super::phys::DirectMap;
 use super::vmenter::{self, GuestRegs};
-use super::vmx::Vmx;
+use super::vmx::{Region, Vmx};
 use super::{cpu, cr, msr};
+use crate::mm::PhysMem;
 use crate::vmx::Field;
+use crate::vmx::region::SHADOW_INDICATOR;
 
 /// IA32_PAT with the value after reset: nvmx's own accesses are write-back whatever the guests choose.
 const PAT_AT_RESET: u64 = 0x0007_0406_0007_0406;
@@ -38,5 +43,47 @@ pub fn write(vmx: &mut Vmx, regs: &mut GuestRegs) {
         (Field::HOST_RSP, regs.settle()),
     ] {
         vmx.write_host_state(field, value);
+    }
+    vmx.host_rsp = regs.host_rsp();
+}
+
+/// HOST_RSP of a VMCS is L2's: VMREAD and VMWRITE of L2 reach it there without an exit.
+///
+/// Only a shadow VMCS is lent from, which VMLAUNCH and VMRESUME refuse; it becomes an ordinary one again by
+/// [`Lent::take_back`] alone, which leaves nvmx's own value in it. So no entry ever runs with L2's.
+#[derive(Debug)]
+#[must_use]
+pub struct Lent(Region);
+
+impl Lent {
+    /// Makes the current VMCS, which is the one in `region`, a shadow VMCS with L2's value; it is not current afterwards.
+    #[inline(always)]
+    pub fn by_becoming_shadow(vmx: &mut Vmx, phys: &DirectMap, region: Region, revision: u32, value: u64) -> Self {
+        vmx.write_host_state(Field::HOST_RSP, value);
+        vmx.clear(region);
+        region.mark(phys, revision | SHADOW_INDICATOR);
+        Self(region)
+    }
+
+    /// Puts L2's value into the shadow VMCS in `region`, which is current.
+    ///
+    /// # Panics
+    ///
+    /// If it is an ordinary VMCS.
+    pub fn from_shadow(vmx: &mut Vmx, phys: &DirectMap, region: Region, value: u64) -> Self {
+        assert!(phys.read_u64(region.at()) as u32 & SHADOW_INDICATOR != 0, "only a shadow VMCS is lent from");
+        vmx.write_host_state(Field::HOST_RSP, value);
+        Self(region)
+    }
+
+    /// Makes the VMCS an ordinary one again, and current, with nvmx's own value; answers with the one that L2 left.
+    #[inline(always)]
+    pub fn take_back(self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> u64 {
+        vmx.clear(self.0);
+        self.0.mark(phys, revision);
+        vmx.ptrld(self.0);
+        let value = vmx.read(Field::HOST_RSP);
+        vmx.write_host_state(Field::HOST_RSP, vmx.host_rsp);
+        value
     }
 }

@@ -52,6 +52,8 @@ impl Region {
 pub struct Vmx {
     /// All counters of this CPU.
     pub counters: Counters,
+    /// HOST_RSP of this CPU, as `host_area` has written it.
+    pub(super) host_rsp: u64,
 }
 
 /// Allows VMX in IA32_FEATURE_CONTROL where firmware has left that open, as a machine without firmware does.
@@ -92,7 +94,7 @@ impl Vmx {
             cr::set_cr4(host_cr4(caps));
             this_processor().vmxon(region.at())
         };
-        let mut vmx = done.then(|| Vmx { counters: Counters::new() })?;
+        let mut vmx = done.then(|| Vmx { counters: Counters::new(), host_rsp: 0 })?;
         vmx.invept(Invalidate::All, 0);
         vmx.invvpid(Invalidate::All, 0, 0);
         Some(vmx)

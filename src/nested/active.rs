@@ -19,6 +19,15 @@ pub fn make_current(cpu: &mut Cpu, id: Option<SlotId>) {
     });
     if cpu.config.access.vmcs01_links() {
         cpu.vmx.write(Field::VMCS_LINK_POINTER, link);
+        open_bitmaps(cpu, id.is_some_and(|id| cpu.nested.slots[id].lends));
+    }
+}
+
+/// L2 reaches HOST_RSP of the linked vmcs02, or does not; vmcs01 is current.
+pub fn open_bitmaps(cpu: &mut Cpu, lent: bool) {
+    let pages = cpu.shadow_bitmaps[usize::from(lent)];
+    for (cell, page) in cpu.shadowing01.iter_mut().zip(pages) {
+        cell.put(&mut cpu.vmx, page.get());
     }
 }
 

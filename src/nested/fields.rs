@@ -1,5 +1,6 @@
 //! VMREAD and VMWRITE that nvmx completes, on the vmcs12 in a slot.
 
+use super::active;
 use super::result::done;
 use crate::cpu::{Cpu, Operation};
 use crate::guest::{Next, Stop, operand};
@@ -65,6 +66,9 @@ fn write_field(cpu: &mut Cpu, id: SlotId, field: Field, value: u64) {
         slot.stale |= Stale::of(field);
         return;
     }
+    if field == Field::HOST_RSP {
+        return write_host_rsp(cpu, id, value);
+    }
     let slot = &mut cpu.nested.slots[id];
     let (old, value) = (slot.vmcs12.get(field), value & field.mask());
     if old != value {
@@ -72,6 +76,18 @@ fn write_field(cpu: &mut Cpu, id: SlotId, field: Field, value: u64) {
         if !slot.stays_good(field, old, value, &cpu.config.offered) {
             slot.stale |= Stale::of(field);
         }
+    }
+}
+
+/// No rule is about HOST_RSP, so that L2 can have it to itself: a vmcs12 in use whose HOST_RSP is written will see that again
+/// ([ADR 0021](../../docs/adr/0021-host-rsp-is-lent.md)).
+fn write_host_rsp(cpu: &mut Cpu, id: SlotId, value: u64) {
+    let learn = cpu.nested.operation.is_root_with(id) && cpu.nested.slots[id].vmcs12.launched;
+    let current = current_vmcs(cpu);
+    let (slot, access, on) = cpu.reach(id);
+    slot.vmcs12.set(Field::HOST_RSP, value);
+    if access.write_host_rsp(on, slot, current, learn) {
+        active::open_bitmaps(cpu, true);
     }
 }
 

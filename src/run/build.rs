@@ -13,10 +13,12 @@ use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::{Region, Vmx};
 use crate::mm::mtrr::Mtrrs;
 use crate::mm::{FramePool, GuestMemory, PhysMem, Span};
+use crate::nested::active;
 use crate::rules::caps;
 use crate::run::Machine;
 use crate::vmcs::access::VmcsAccess;
 use crate::vmcs::image::Layout;
+use crate::vmcs::kept::Kept;
 use crate::vmcs::msrs::{self, By, OwnMsrs};
 use crate::vmcs::once::Once;
 use crate::vmcs::slots::Slots;
@@ -24,7 +26,7 @@ use crate::vmcs::tracked::Tracked;
 use crate::vmcs::vmcs01::{self, Points};
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmcs::{Config, probe};
-use crate::vmx::bitmap::{Access, BitmapPage, Words, shadow_bitmap};
+use crate::vmx::bitmap::{self, Access, BitmapPage, Words, shadow_bitmap};
 use crate::vmx::{Capabilities, Field};
 use l2_protocol::abi::Strategy;
 
@@ -104,11 +106,14 @@ impl Common {
         let vmcs01 = region(&mut frames, phys, revision)?;
         let msr_bitmap01 = words(&mut frames, phys, |word| msrs::bitmap_word(word, By::L2))?;
         let void = page(&mut frames, phys, &BitmapPage::SET)?;
-        let mut shadow_bitmaps = [Hpa::new(0); 2];
+        let mut shadow_bitmaps = [[Hpa::new(0); 2]; 2];
         let mut bitmaps = [BitmapPage::SET, BitmapPage::SET];
-        for ((at, bitmap), access) in shadow_bitmaps.iter_mut().zip(&mut bitmaps).zip([Access::Read, Access::Write]) {
-            shadow_bitmap(bitmap, access, &offered);
-            *at = page(&mut frames, phys, bitmap)?;
+        for (i, access) in [Access::Read, Access::Write].into_iter().enumerate() {
+            shadow_bitmap(&mut bitmaps[i], access, &offered);
+            shadow_bitmaps[0][i] = page(&mut frames, phys, &bitmaps[i])?;
+            let mut with_lent = bitmaps[i].clone();
+            bitmap::open_lent(&mut with_lent);
+            shadow_bitmaps[1][i] = page(&mut frames, phys, &with_lent)?;
         }
         let slots = Slots::new(&mut frames, phys, revision)?;
         let mut tables = Cpu::tables(&mut frames, phys);
@@ -143,6 +148,7 @@ impl Common {
             void,
             shadow_words: bitmaps.each_ref().map(|bitmap| Words::that_differ(bitmap, u64::MAX)),
             shadow_bitmaps,
+            shadowing01: [Field::VMREAD_BITMAP, Field::VMWRITE_BITMAP].map(Kept::new),
             msrs: OwnMsrs::of_this_processor(self.has_mtrrs, offered.physical_width),
             tracked: Tracked::default(),
             nested: Nested::new(slots),
@@ -218,7 +224,6 @@ pub fn set_up(cpu: &mut Cpu, write_guest_state: impl FnOnce(&mut Cpu)) {
     write_guest_state(cpu);
     cpu.tracked.refresh(&mut cpu.vmx);
     if cpu.config.access.vmcs01_links() {
-        cpu.vmx.write(Field::VMREAD_BITMAP, cpu.shadow_bitmaps[0].get());
-        cpu.vmx.write(Field::VMWRITE_BITMAP, cpu.shadow_bitmaps[1].get());
+        active::open_bitmaps(cpu, false);
     }
 }

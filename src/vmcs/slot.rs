@@ -28,6 +28,8 @@ pub struct Slot {
     pub vmcs12: Vmcs12,
     /// The VMCS that runs L3.
     pub vmcs02: Vmcs02,
+    /// HOST_RSP is lent to L2 whenever vmcs01 links to vmcs02: the value is in the copy only while the field is valid there.
+    pub lends: bool,
     /// What must be checked, merged or written again because L2 wrote a field.
     pub stale: Stale,
     /// The controls that vmcs02 is to run with.
@@ -55,6 +57,7 @@ impl Slot {
             shadow12: false,
             vmcs12: Vmcs12::new(),
             vmcs02: Vmcs02::new(vmcs02),
+            lends: false,
             stale: Stale::all(),
             merged: None,
             msr_bitmap,
@@ -86,6 +89,25 @@ impl Slot {
         Eptp::new(self.vmcs12.get(Field::EPT_POINTER)).with_mode_based(mode_based)
     }
 
+    /// vmcs02 is to become a shadow VMCS: the HOST_RSP that L2 is lent in it.
+    #[inline(always)]
+    pub(super) fn host_rsp_to_lend(&mut self) -> Option<u64> {
+        if !self.lends {
+            return None;
+        }
+        self.vmcs12.valid.remove(Field::HOST_RSP);
+        Some(self.vmcs12.get(Field::HOST_RSP))
+    }
+
+    /// What L2 was lent is back.
+    #[inline(always)]
+    pub(super) fn host_rsp_is_back(&mut self, value: u64) {
+        // It may have gone to L2's memory before, and another one may have come from there.
+        if !self.vmcs12.valid.contains(Field::HOST_RSP) {
+            self.vmcs12.fetched(Field::HOST_RSP, value);
+        }
+    }
+
     /// L2 has changed a field of the copy. True if nothing has to be judged or merged again for it.
     pub fn stays_good(&mut self, field: Field, old: u64, new: u64, offered: &Capabilities) -> bool {
         if field != Field::CPU_BASED_VM_EXEC_CONTROL {
@@ -113,6 +135,7 @@ impl Slot {
         self.vmptr = None;
         self.active = false;
         self.vmcs12 = Vmcs12::new();
+        self.lends = false;
         self.msr_bitmap.forget();
         self.stale = Stale::all();
         self.merged = None;

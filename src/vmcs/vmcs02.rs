@@ -5,7 +5,7 @@
 
 use crate::addr::Hpa;
 use crate::ept::{Activation, Eptp};
-use crate::hw::host_area;
+use crate::hw::host_area::{self, Lent};
 use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::{Invalidate, Region, Vmx};
@@ -19,15 +19,15 @@ use crate::vmx::region::{NO_LINK, SHADOW_INDICATOR};
 use crate::vmx::{Field, FieldAccess};
 
 /// What vmcs02 is at the moment.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 enum Form {
     /// An ordinary VMCS; launched since its last VMCLEAR?
     Ordinary {
         /// VMRESUME instead of VMLAUNCH.
         launched: bool,
     },
-    /// A shadow VMCS, linked from vmcs01 while its vmcs12 is current.
-    Shadow,
+    /// A shadow VMCS, linked from vmcs01 while its vmcs12 is current. HOST_RSP in it is lent to L2, or is not.
+    Shadow(Option<Lent>),
     /// The same, under a hypervisor that keeps it in memory: it was not cleared to become one, so its launch state lasts.
     ShadowInMemory {
         /// VMRESUME instead of VMLAUNCH.
@@ -101,21 +101,29 @@ impl Vmcs02 {
         self.region
     }
 
-    /// Makes it the current VMCS.
+    /// Makes it the current VMCS. Answers with L2's HOST_RSP, if that was lent.
     #[inline(always)]
-    pub(super) fn load(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
-        if self.form == Form::Shadow {
-            // The processor may hold parts of a linked shadow VMCS: VMCLEAR brings them to memory before the indicator
-            // changes (SDM vol. 3C, "Shadow VMCSs": software should execute VMCLEAR before it modifies the indicator).
-            vmx.clear(self.region);
-            self.region.mark(phys, revision);
-            self.form = Form::Ordinary { launched: false };
-        }
-        if let Form::ShadowInMemory { launched } = self.form {
-            self.region.mark(phys, revision);
-            self.form = Form::Ordinary { launched };
+    pub(super) fn load(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> Option<u64> {
+        match &mut self.form {
+            Form::Shadow(lent) => {
+                let lent = lent.take();
+                self.form = Form::Ordinary { launched: false };
+                if let Some(lent) = lent {
+                    return Some(lent.take_back(vmx, phys, revision));
+                }
+                // The processor may hold parts of a linked shadow VMCS: VMCLEAR brings them to memory before the indicator
+                // changes (SDM vol. 3C, "Shadow VMCSs": software should execute VMCLEAR before it modifies the indicator).
+                vmx.clear(self.region);
+                self.region.mark(phys, revision);
+            }
+            Form::ShadowInMemory { launched } => {
+                self.form = Form::Ordinary { launched: *launched };
+                self.region.mark(phys, revision);
+            }
+            Form::Ordinary { .. } => {}
         }
         vmx.ptrld(self.region);
+        None
     }
 
     /// It becomes the shadow VMCS by a write to memory: it is not current, so the hypervisor below has it there.
@@ -127,25 +135,40 @@ impl Vmcs02 {
         }
     }
 
-    /// From the current VMCS it becomes the shadow VMCS that L2's VMREAD and VMWRITE reach.
+    /// From the current VMCS it becomes the shadow VMCS that L2's VMREAD and VMWRITE reach, with L2's HOST_RSP if that is to be
+    /// lent.
     #[inline(always)]
-    pub(super) fn become_shadow(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
-        vmx.clear(self.region);
-        self.region.mark(phys, revision | SHADOW_INDICATOR);
-        self.form = Form::Shadow;
+    pub(super) fn become_shadow(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32, host_rsp: Option<u64>) {
+        let lent = match host_rsp {
+            Some(value) => Some(Lent::by_becoming_shadow(vmx, phys, self.region, revision, value)),
+            None => {
+                vmx.clear(self.region);
+                self.region.mark(phys, revision | SHADOW_INDICATOR);
+                None
+            }
+        };
+        self.form = Form::Shadow(lent);
     }
 
     /// Not current, it takes the form in which vmcs01 and other vmcs02s may link to it.
     pub(super) fn rest(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
-        if self.form != Form::Shadow {
-            self.become_shadow(vmx, phys, revision);
+        if !matches!(self.form, Form::Shadow(_)) {
+            self.become_shadow(vmx, phys, revision, None);
+        }
+    }
+
+    /// It is a shadow VMCS, and current: HOST_RSP in it is L2's from now on.
+    #[cold]
+    pub(super) fn lend(&mut self, vmx: &mut Vmx, phys: &DirectMap, host_rsp: u64) {
+        if let Form::Shadow(lent) = &mut self.form {
+            *lent = Some(Lent::from_shadow(vmx, phys, self.region, host_rsp));
         }
     }
 
     /// Must the next entry be a VMLAUNCH? It is current.
     #[inline(always)]
     pub fn needs_launch(&self) -> bool {
-        self.form != Form::Ordinary { launched: true }
+        !matches!(self.form, Form::Ordinary { launched: true })
     }
 
     /// L3 was entered: VMRESUME from now on.

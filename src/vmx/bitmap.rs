@@ -125,6 +125,16 @@ pub fn is_shadowed(field: Field, access: Access, offered: &Capabilities) -> bool
     }
 }
 
+/// The field of the host-state area that L2 is lent if it writes it often (`hw::host_area::Lent`).
+pub const LENT: Field = Field::HOST_RSP;
+
+/// Opens what L2 is lent, in its VMREAD or VMWRITE bitmap.
+pub fn open_lent(page: &mut BitmapPage) {
+    if let Some(index) = shadow_index(u64::from(LENT.encoding())) {
+        page.put(index, false);
+    }
+}
+
 /// Builds the VMREAD or VMWRITE bitmap for L2: a clear bit for each field that it may reach in vmcs02 by itself, and for
 /// the "high" access to a 64-bit field as well.
 pub fn shadow_bitmap(page: &mut BitmapPage, access: Access, offered: &Capabilities) {

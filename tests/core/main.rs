@@ -5,6 +5,7 @@ mod events;
 mod faults;
 mod instructions;
 mod kit;
+mod lent;
 mod memory;
 mod own;
 mod random;

@@ -95,6 +95,20 @@ impl VmcsAccess {
         by!(self, strategy => strategy.write(on, slot, current, field, value));
     }
 
+    /// VMWRITE of HOST_RSP, which is in the copy already. The VMCS at `current` is current. `learn` tells that this is the sign of an L2
+    /// that writes it often: from now on it is lent. True if it was not before.
+    #[cold]
+    pub fn write_host_rsp(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, learn: bool) -> bool {
+        let learned = learn && !slot.lends && matches!(self.way, Way::Shadowed(_));
+        slot.lends |= learned;
+        if let Some(value) = slot.host_rsp_to_lend() {
+            on.vmx.ptrld(slot.vmcs02.region());
+            slot.vmcs02.lend(on.vmx, on.phys, value);
+            on.vmx.ptrld(current);
+        }
+        learned
+    }
+
     /// The copy in a slot was loaded from L2's memory; vmcs01 is current.
     pub fn load(&self, on: MachineParts<'_>, slot: &mut Slot) {
         by!(self, strategy => strategy.load(on, slot, &self.common));
@@ -113,7 +127,9 @@ impl VmcsAccess {
     /// Makes vmcs02 the current VMCS, with all that L2 wrote.
     #[inline(always)]
     pub fn enter(&self, on: MachineParts<'_>, slot: &mut Slot) {
-        slot.vmcs02.load(on.vmx, on.phys, self.common.revision);
+        if let Some(host_rsp) = slot.vmcs02.load(on.vmx, on.phys, self.common.revision) {
+            slot.host_rsp_is_back(host_rsp);
+        }
         if !slot.vmcs12.dirty.is_empty() {
             self.write_dirty(on, slot);
         }

@@ -34,6 +34,7 @@ impl Strategy for Shadowed {
 
     fn stored(&self, slot: &mut Slot) {
         slot.vmcs12.valid = FieldSet::CACHED;
+        slot.lends = false;
     }
 
     fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
@@ -46,7 +47,8 @@ impl Strategy for Shadowed {
     }
 
     fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
-        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision);
+        let host_rsp = slot.host_rsp_to_lend();
+        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision, host_rsp);
         on.vmx.ptrld(on.vmcs01);
     }
 
@@ -62,7 +64,8 @@ impl Strategy for Shadowed {
         if let Some(report) = report {
             report.fields(|field, value| on.vmx.write(field, value));
         }
-        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision);
+        let host_rsp = slot.host_rsp_to_lend();
+        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision, host_rsp);
         on.vmx.ptrld(on.vmcs01);
         to.load(on.vmx, slot);
     }

@@ -270,7 +270,7 @@ impl<N: Numbers> Sequence<N> {
                 1 => Op::Vmclear(n.pick(&[VMXON, 0x1_1008, 1 << 40])),
                 _ => Op::Vmxon(VMXON),
             },
-            18 => Op::Vmread(n.pick(&[0x4402, 0x6C16, 0x2401, 0x7FFE, 1 << 40, 0x681E, 0x2805, 0x4400])),
+            18 => Op::Vmread(n.pick(&[0x4402, 0x6C14, 0x6C16, 0x2401, 0x7FFE, 1 << 40, 0x681E, 0x2805, 0x4400])),
             19 => {
                 let field = n.pick(&self.fields);
                 Op::Vmread(field.encoding().into())
@@ -335,8 +335,8 @@ impl<N: Numbers> Sequence<N> {
             15 | 16 => Op::Write(n.pick(&PAGES), n.next()),
             17 => Op::Raise(n.pick(&[6, 3]), None),
             18 => Op::Raise(n.pick(&[13, 14]), Some(n.pick(&[0, 2]))),
-            19 => Op::Vmread(n.pick(&[0x6802, 0x681E, 0x4402, 0x6C16, 0x7FFE, 1 << 20])),
-            20 => Op::Vmwrite(n.pick(&[0x6802, 0x681E, 0x4402, 0x6C16, 0x7FFE, 1 << 20]), 0x1234),
+            19 => Op::Vmread(n.pick(&[0x6802, 0x681E, 0x4402, 0x6C14, 0x6C16, 0x7FFE, 1 << 20])),
+            20 => Op::Vmwrite(n.pick(&[0x6802, 0x681E, 0x4402, 0x6C14, 0x6C16, 0x7FFE, 1 << 20]), 0x1234),
             21 => Op::Vmfunc(n.pick(&[0, 0, 1, 64]), n.pick(&[0, 1, 2, 512])),
             22 => Op::Xsetbv(0, n.pick(&[1, 3, 7])),
             23 => Op::Vmresume,
@@ -360,7 +360,7 @@ impl<N: Numbers> Sequence<N> {
     }
 }
 
-const RANDOM: [Field; 34] = [
+const RANDOM: [Field; 37] = [
     VM_ENTRY_INTR_INFO_FIELD,
     VM_ENTRY_INTR_INFO_FIELD,
     VM_ENTRY_EXCEPTION_ERROR_CODE,
@@ -387,6 +387,9 @@ const RANDOM: [Field; 34] = [
     HOST_IA32_PAT,
     GUEST_DR7,
     HOST_RIP,
+    HOST_RSP,
+    HOST_RSP,
+    HOST_RSP,
     TSC_OFFSET,
     GUEST_ACTIVITY_STATE,
     CR3_TARGET_COUNT,
