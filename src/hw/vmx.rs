@@ -158,6 +158,44 @@ impl Vmx {
     }
 }
 
+/// Accesses to fields of the current VMCS that are counted together, once they are over: the compiler adds them up.
+pub struct Batch<'a> {
+    vmx: &'a mut Vmx,
+    reads: u64,
+    writes: u64,
+}
+
+impl Vmx {
+    /// For many accesses in a row.
+    #[inline(always)]
+    pub fn batch(&mut self) -> Batch<'_> {
+        Batch { vmx: self, reads: 0, writes: 0 }
+    }
+}
+
+impl FieldAccess for Batch<'_> {
+    #[inline(always)]
+    fn read(&mut self, field: Field) -> u64 {
+        self.reads += 1;
+        this_processor().vmread(field)
+    }
+
+    #[inline(always)]
+    fn write(&mut self, field: Field, value: u64) {
+        assert!(!field.is_host_state(), "the host-state area is written by hw::host_area");
+        self.writes += 1;
+        this_processor().vmwrite(field, value);
+    }
+}
+
+impl Drop for Batch<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        self.vmx.counters.add(Counter::Vmread, self.reads);
+        self.vmx.counters.add(Counter::Vmwrite, self.writes);
+    }
+}
+
 impl FieldAccess for Vmx {
     #[inline(always)]
     fn read(&mut self, field: Field) -> u64 {

@@ -188,8 +188,8 @@ impl HostState for L2<'_> {
 
 /// L2's state after a VM exit, written to vmcs01.
 ///
-/// vmcs01 still holds L2's state at its VMRESUME, and most of that is what the host area asks for. Selectors, rights and
-/// bases that are rarely different are read and written only then; the rest is written.
+/// vmcs01 still holds L2's state at its VMRESUME, and most of that is what the host area asks for. All of it is written all the same: to
+/// ask what is there costs as much as to write it.
 #[inline(always)]
 fn load_vmcs12_host_state(vmx: &mut impl FieldAccess, vmcs12: &Vmcs12) {
     let long = vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 != 0;
@@ -226,36 +226,36 @@ fn load_segments(vmx: &mut impl FieldAccess, vmcs12: &Vmcs12, long: bool) {
     /// Type 11, P.
     const TSS: u64 = 0x8B;
     const FLAT: u64 = 0xFFFF_FFFF;
-    vmx.update(Field::GUEST_CS_SELECTOR, vmcs12.get(Field::HOST_CS_SELECTOR));
-    vmx.update(Field::GUEST_CS_AR_BYTES, CODE | if long { LONG } else { DEFAULT_32 });
+    vmx.write(Field::GUEST_CS_SELECTOR, vmcs12.get(Field::HOST_CS_SELECTOR));
+    vmx.write(Field::GUEST_CS_AR_BYTES, CODE | if long { LONG } else { DEFAULT_32 });
     vmx.write(Field::GUEST_CS_BASE, 0);
     vmx.write(Field::GUEST_CS_LIMIT, FLAT);
     macro_rules! data {
-        ($($host:ident $selector:ident $rights:ident $limit:ident $base:ident $write:ident $value:expr;)*) => { $(
+        ($($host:ident $selector:ident $rights:ident $limit:ident $base:ident $value:expr;)*) => { $(
             let selector = vmcs12.get(Field::$host);
-            vmx.update(Field::$selector, selector);
+            vmx.write(Field::$selector, selector);
             if selector == 0 {
-                vmx.update(Field::$rights, UNUSABLE);
+                vmx.write(Field::$rights, UNUSABLE);
             } else {
-                vmx.update(Field::$rights, DATA);
+                vmx.write(Field::$rights, DATA);
                 vmx.write(Field::$limit, FLAT);
             }
-            vmx.$write(Field::$base, $value);
+            vmx.write(Field::$base, $value);
         )* };
     }
     data! {
-        HOST_SS_SELECTOR GUEST_SS_SELECTOR GUEST_SS_AR_BYTES GUEST_SS_LIMIT GUEST_SS_BASE write 0;
-        HOST_DS_SELECTOR GUEST_DS_SELECTOR GUEST_DS_AR_BYTES GUEST_DS_LIMIT GUEST_DS_BASE write 0;
-        HOST_ES_SELECTOR GUEST_ES_SELECTOR GUEST_ES_AR_BYTES GUEST_ES_LIMIT GUEST_ES_BASE write 0;
-        HOST_FS_SELECTOR GUEST_FS_SELECTOR GUEST_FS_AR_BYTES GUEST_FS_LIMIT GUEST_FS_BASE update vmcs12.get(Field::HOST_FS_BASE);
-        HOST_GS_SELECTOR GUEST_GS_SELECTOR GUEST_GS_AR_BYTES GUEST_GS_LIMIT GUEST_GS_BASE update vmcs12.get(Field::HOST_GS_BASE);
+        HOST_SS_SELECTOR GUEST_SS_SELECTOR GUEST_SS_AR_BYTES GUEST_SS_LIMIT GUEST_SS_BASE 0;
+        HOST_DS_SELECTOR GUEST_DS_SELECTOR GUEST_DS_AR_BYTES GUEST_DS_LIMIT GUEST_DS_BASE 0;
+        HOST_ES_SELECTOR GUEST_ES_SELECTOR GUEST_ES_AR_BYTES GUEST_ES_LIMIT GUEST_ES_BASE 0;
+        HOST_FS_SELECTOR GUEST_FS_SELECTOR GUEST_FS_AR_BYTES GUEST_FS_LIMIT GUEST_FS_BASE vmcs12.get(Field::HOST_FS_BASE);
+        HOST_GS_SELECTOR GUEST_GS_SELECTOR GUEST_GS_AR_BYTES GUEST_GS_LIMIT GUEST_GS_BASE vmcs12.get(Field::HOST_GS_BASE);
     }
-    vmx.update(Field::GUEST_TR_SELECTOR, vmcs12.get(Field::HOST_TR_SELECTOR));
-    vmx.update(Field::GUEST_TR_AR_BYTES, TSS);
-    vmx.update(Field::GUEST_TR_BASE, vmcs12.get(Field::HOST_TR_BASE));
+    vmx.write(Field::GUEST_TR_SELECTOR, vmcs12.get(Field::HOST_TR_SELECTOR));
+    vmx.write(Field::GUEST_TR_AR_BYTES, TSS);
+    vmx.write(Field::GUEST_TR_BASE, vmcs12.get(Field::HOST_TR_BASE));
     vmx.write(Field::GUEST_TR_LIMIT, 0x67);
-    vmx.update(Field::GUEST_LDTR_SELECTOR, 0);
-    vmx.update(Field::GUEST_LDTR_AR_BYTES, UNUSABLE);
+    vmx.write(Field::GUEST_LDTR_SELECTOR, 0);
+    vmx.write(Field::GUEST_LDTR_AR_BYTES, UNUSABLE);
 }
 
 /// A host outside IA-32e mode with PAE paging gets its PDPTEs from the table at CR3; reserved bits in them are a VMX abort

@@ -17,6 +17,7 @@ use crate::vmx::controls::{PinControls, PrimaryControls};
 use crate::vmx::field::PDPTES;
 use crate::vmx::region::{NO_LINK, SHADOW_INDICATOR};
 use crate::vmx::{Field, FieldAccess};
+use core::mem;
 
 /// What vmcs02 is at the moment.
 #[derive(Debug)]
@@ -26,8 +27,10 @@ enum Form {
         /// VMRESUME instead of VMLAUNCH.
         launched: bool,
     },
-    /// A shadow VMCS, linked from vmcs01 while its vmcs12 is current. HOST_RSP in it is lent to L2, or is not.
-    Shadow(Option<Lent>),
+    /// A shadow VMCS, linked from vmcs01 while its vmcs12 is current.
+    Shadow,
+    /// The same, with HOST_RSP lent to L2.
+    Lent(Lent),
     /// The same, under a hypervisor that keeps it in memory: it was not cleared to become one, so its launch state lasts.
     ShadowInMemory {
         /// VMRESUME instead of VMLAUNCH.
@@ -104,26 +107,32 @@ impl Vmcs02 {
     /// Makes it the current VMCS. Answers with L2's HOST_RSP, if that was lent.
     #[inline(always)]
     pub(super) fn load(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> Option<u64> {
-        match &mut self.form {
-            Form::Shadow(lent) => {
-                let lent = lent.take();
-                self.form = Form::Ordinary { launched: false };
-                if let Some(lent) = lent {
-                    return Some(lent.take_back(vmx, phys, revision));
-                }
+        let launched = match self.form {
+            Form::Lent(_) => return self.load_lent(vmx, phys, revision),
+            Form::Shadow => {
                 // The processor may hold parts of a linked shadow VMCS: VMCLEAR brings them to memory before the indicator
                 // changes (SDM vol. 3C, "Shadow VMCSs": software should execute VMCLEAR before it modifies the indicator).
                 vmx.clear(self.region);
                 self.region.mark(phys, revision);
+                false
             }
             Form::ShadowInMemory { launched } => {
-                self.form = Form::Ordinary { launched: *launched };
                 self.region.mark(phys, revision);
+                launched
             }
-            Form::Ordinary { .. } => {}
-        }
+            Form::Ordinary { launched } => launched,
+        };
+        self.form = Form::Ordinary { launched };
         vmx.ptrld(self.region);
         None
+    }
+
+    #[inline(never)]
+    fn load_lent(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> Option<u64> {
+        match mem::replace(&mut self.form, Form::Ordinary { launched: false }) {
+            Form::Lent(lent) => Some(lent.take_back(vmx, phys, revision)),
+            _ => None,
+        }
     }
 
     /// It becomes the shadow VMCS by a write to memory: it is not current, so the hypervisor below has it there.
@@ -139,20 +148,19 @@ impl Vmcs02 {
     /// lent.
     #[inline(always)]
     pub(super) fn become_shadow(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32, host_rsp: Option<u64>) {
-        let lent = match host_rsp {
-            Some(value) => Some(Lent::by_becoming_shadow(vmx, phys, self.region, revision, value)),
+        self.form = match host_rsp {
+            Some(value) => Form::Lent(Lent::by_becoming_shadow(vmx, phys, self.region, revision, value)),
             None => {
                 vmx.clear(self.region);
                 self.region.mark(phys, revision | SHADOW_INDICATOR);
-                None
+                Form::Shadow
             }
         };
-        self.form = Form::Shadow(lent);
     }
 
     /// Not current, it takes the form in which vmcs01 and other vmcs02s may link to it.
     pub(super) fn rest(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
-        if !matches!(self.form, Form::Shadow(_)) {
+        if !matches!(self.form, Form::Shadow | Form::Lent(_)) {
             self.become_shadow(vmx, phys, revision, None);
         }
     }
@@ -160,8 +168,8 @@ impl Vmcs02 {
     /// It is a shadow VMCS, and current: HOST_RSP in it is L2's from now on.
     #[cold]
     pub(super) fn lend(&mut self, vmx: &mut Vmx, phys: &DirectMap, host_rsp: u64) {
-        if let Form::Shadow(lent) = &mut self.form {
-            *lent = Some(Lent::from_shadow(vmx, phys, self.region, host_rsp));
+        if matches!(self.form, Form::Shadow | Form::Lent(_)) {
+            self.form = Form::Lent(Lent::from_shadow(vmx, phys, self.region, host_rsp));
         }
     }
 

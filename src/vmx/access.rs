@@ -8,11 +8,4 @@ pub trait FieldAccess {
     fn read(&mut self, field: Field) -> u64;
     /// Writes a field.
     fn write(&mut self, field: Field, value: u64);
-    /// Writes a field only if it does not hold `value` yet.
-    #[inline(always)]
-    fn update(&mut self, field: Field, value: u64) {
-        if self.read(field) != value {
-            self.write(field, value);
-        }
-    }
 }

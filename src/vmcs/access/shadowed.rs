@@ -67,6 +67,6 @@ impl Strategy for Shadowed {
         let host_rsp = slot.host_rsp_to_lend();
         slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision, host_rsp);
         on.vmx.ptrld(on.vmcs01);
-        to.load(on.vmx, slot);
+        to.load(&mut on.vmx.batch(), slot);
     }
 }

@@ -67,6 +67,6 @@ impl Strategy for Trapped {
             report.fields(|field, value| slot.vmcs12.fetched(field, value));
         }
         on.vmx.ptrld(on.vmcs01);
-        to.load(on.vmx, slot);
+        to.load(&mut on.vmx.batch(), slot);
     }
 }
