@@ -38,6 +38,11 @@ pub enum Step {
         page: u64,
         access: u64,
     },
+    /// L2 goes on with L3 as if that had such a violation before.
+    Expect {
+        ngpa: u64,
+        access: u64,
+    },
     /// L3 stores an entry of ept12 wherever an address leads.
     Store {
         ngpa: u64,
@@ -92,7 +97,8 @@ fn step() -> impl Strategy<Value = Step> {
             index,
             entry: (TABLES + (table + 1) * KIB4) | 7,
         }),
-        12 => (ngpa, prop::sample::select(vec![R, W, X, R | W])).prop_map(|(ngpa, access)| Step::Access { ngpa, access }),
+        12 => (ngpa.clone(), prop::sample::select(vec![R, W, X, R | W])).prop_map(|(ngpa, access)| Step::Access { ngpa, access }),
+        4 => (ngpa, prop::sample::select(vec![R, W, X, R | W])).prop_map(|(ngpa, access)| Step::Expect { ngpa, access }),
         9 => (0u64..3, prop::sample::select(vec![R, W, X])).prop_map(|(page, access)| Step::AccessNear { page, access }),
         3 => (ngpa_of_a_table(), entry()).prop_map(|(ngpa, entry)| Step::Store { ngpa, entry }),
         1 => Just(Step::Ask),
@@ -372,6 +378,36 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         }
     }
 
+    /// The page of an address is filled before L3 accesses it: exactly if the access would set no flag, and is allowed.
+    fn expect(&mut self, ngpa: u64, access: u64) -> Result<(), TestCaseError> {
+        self.last = ngpa;
+        self.enter()?;
+        let before = self.l2.words.borrow().clone();
+        let said = self.said_at(ngpa).filter(|leaf| leaf.2 & access == access);
+        let hardware = Qualification::from_bits_retain(access | 3 << 7);
+        let role = Eptp::new(self.role);
+        self.l2.most_fetches();
+        let filled = self.ept.fill_expected(role, Ngpa::new(ngpa), hardware, &self.l2, &mut self.frames);
+        prop_assert!(self.l2.most_fetches() <= 4, "a table may serve at four levels");
+        prop_assert_eq!(&*self.l2.words.borrow(), &before, "ept12 stays as it is");
+        prop_assert_eq!(filled, said.is_some());
+        let Some(leaf) = said else { return Ok(()) };
+        self.filled.entry(self.role).or_default().push(leaf);
+        let Said::Page(_, size, ..) = reference(&self.l2, self.role & 0xf_ffff_ffff_f000, ngpa, true) else {
+            unreachable!()
+        };
+        if size == KIB4 {
+            let way = way(&self.l2, self.role & 0xf_ffff_ffff_f000, ngpa);
+            self.ways.entry((self.role, ngpa >> 21)).or_default().push(way);
+        }
+        let root = self.enter()?;
+        match self.processor.access(&self.frames, root, ngpa, access) {
+            Ok(kept) => self.check_page(ngpa, kept),
+            // What it had cached with fewer rights goes with the violation.
+            Err(_) => self.access(ngpa, access),
+        }
+    }
+
     /// L2 sees a violation, and may count on it: nothing translates the address any more, in no root of the same EP4TA.
     fn reflected(&mut self, ngpa: u64) -> Result<(), TestCaseError> {
         for role in ROLES.into_iter().filter(|role| role >> 12 == self.role >> 12) {
@@ -448,6 +484,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             }
             Step::Access { ngpa, access } => self.access(ngpa, access)?,
             Step::AccessNear { page, access } => self.access(self.last & !(MIB2 - 1) | page << 12, access)?,
+            Step::Expect { ngpa, access } => self.expect(ngpa, access)?,
             Step::Switch(role) => self.role = ROLES[role],
             Step::InveptSingle(role) => {
                 self.ept.invept_single(Eptp::new(ROLES[role]));

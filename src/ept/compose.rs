@@ -102,6 +102,38 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         outcome
     }
 
+    /// L2 goes on with L3 behind a violation at `ngpa` that it saw: the page that it has mapped there now is filled if the
+    /// access is allowed, so that it does not fault again. A processor may cache a translation at any time
+    /// (SDM vol. 3C, "Information That May Be Cached"); flags of ept12 that are not set yet are left to the access itself.
+    ///
+    /// To be followed by [`Ept02::activate`] if it answers true.
+    #[inline(never)]
+    pub fn fill_expected<G: GuestView, F: TableFrames>(
+        &mut self,
+        eptp12: Eptp,
+        ngpa: Ngpa,
+        qualification: Qualification,
+        guest: &G,
+        frames: &mut F,
+    ) -> bool {
+        let access = qualification.access_in(eptp12.mode_based());
+        let rules = self.rules.mode_based(eptp12.mode_based());
+        let mut path = Path::new(guest);
+        let Walk::Leaf(mut leaf) = walk(&mut path, eptp12.guest_root(), ngpa.get(), &rules) else { return false };
+        if eptp12.accessed_dirty() {
+            let Some(dirty) = path.marked() else { return false };
+            leaf.rights.set(Rights::WRITE, dirty && leaf.rights.contains(Rights::WRITE));
+        }
+        let outcome = if !leaf.rights.contains(access) {
+            return false;
+        } else if leaf.level == Level::Pt {
+            self.fill(eptp12, ngpa, leaf, Level::Pt, access, guest, frames)
+        } else {
+            self.fill_large(eptp12, ngpa, leaf, access, guest, frames)
+        };
+        outcome == Outcome::Filled
+    }
+
     /// The page that an access reaches, or what becomes of the access; `entry` is the last of the walk.
     #[inline(always)]
     fn reached(

@@ -75,6 +75,13 @@ impl<'a, G: GuestView> Path<'a, G> {
         self.entries.last().map_or(0, |(_, entry)| *entry)
     }
 
+    /// The page is marked accessed on the whole way: whether it is dirty too. An access that does not come about may be answered from
+    /// such a page alone, and may write to it only if it is dirty.
+    pub(super) fn marked(&self) -> Option<bool> {
+        let accessed = self.entries.iter().all(|(_, entry)| entry & ACCESSED != 0);
+        accessed.then(|| self.last() & DIRTY != 0)
+    }
+
     /// Sets the flags that an access to `ngpa`, the address of the walk, sets; the walk ended with a leaf that allows it.
     pub(super) fn mark(&self, ngpa: Ngpa, write: bool, log: Option<&mut PageLog>) -> Marked {
         let is_leaf = |n: usize| n + 1 == self.entries.len();

@@ -1,5 +1,6 @@
 //! Model-specific registers.
 
+use crate::hw::cpuid::cpuid_count;
 use crate::hw::processor::Processor;
 use crate::hw::this_processor;
 use crate::x86::Fault;
@@ -64,6 +65,13 @@ const XSS_TRACES: u64 = 1 << 8 | 1 << 15;
 /// True if XRSTORS cannot switch on with this value of IA32_XSS what a guest must not switch on.
 pub fn is_xss_harmless(value: u64) -> bool {
     value & XSS_TRACES == 0
+}
+
+/// True if this processor has a state that [`is_xss_harmless`] is about. Without, its own WRMSR refuses the same values, since
+/// CPUID leaf 0DH, subleaf 1 tells which bits of IA32_XSS can be set (SDM vol. 1, "Enumeration of CPU Support for XSAVE Instructions and
+/// XSAVE-Supported Features").
+pub fn has_trace_states() -> bool {
+    u64::from(cpuid_count(0xD, 1).ecx) & XSS_TRACES != 0
 }
 
 /// Writes IA32_XSS.

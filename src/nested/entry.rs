@@ -5,7 +5,7 @@
 
 use super::result::vmx_result;
 use super::tell::refuse;
-use super::{judge, reflect, shadow, virtual_apic};
+use super::{judge, reflect, shadow, violation, virtual_apic};
 use crate::addr::Gpa;
 use crate::cpu::{Cpu, Operation, others};
 use crate::ept::Activation;
@@ -63,6 +63,12 @@ pub fn enter(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
         cpu.ept02.activate(slot.eptp12(), &cpu.guest, ept01, &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
     };
     slot.vmcs02.run_on(vmx, activation, cpu.ept01.eptp());
+    if let Some((at, qualification)) = slot.violated.take() {
+        if !duties.contains(Duties::LOAD_PDPTES) {
+            violation::answered(cpu, id, at, qualification);
+        }
+    }
+    let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[id]);
     let vpid02 = if duties.contains(Duties::FLUSH_VPID) {
         vmx.invvpid(Invalidate::Single, VPID01, 0);
         VPID01

@@ -59,6 +59,7 @@ pub fn violation(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
                 return Ok(());
             }
             let reason = ExitReason::exit(BasicReason::EPT_VIOLATION);
+            cpu.nested.slots[id].violated = Some((Ngpa::new(at), qualification));
             reflect::reflect(cpu, id, Some((reason, qualification.bits())))
         }
         Outcome::ReflectMisconfig => {
@@ -75,6 +76,20 @@ pub fn violation(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
             let reason = ExitReason::exit(BasicReason::EPT_MISCONFIGURATION);
             reflect::reflect(cpu, id, Some((reason, 0)))
         }
+    }
+}
+
+/// L2 goes on with L3 behind a violation that it saw: what it has mapped there is filled at once. vmcs02 is current, and runs on its
+/// ept02.
+#[inline(never)]
+pub fn answered(cpu: &mut Cpu, id: SlotId, at: Ngpa, qualification: Qualification) {
+    let slot = &mut cpu.nested.slots[id];
+    let (eptp12, mut tables) = (slot.eptp12(), Cpu::tables(&mut cpu.frames, &cpu.phys));
+    if cpu.ept02.fill_expected(eptp12, at, qualification, &cpu.guest, &mut tables) {
+        cpu.vmx.counters.bump(Counter::Ept02Fills);
+        cpu.vmx.counters.set(Counter::Ept02Evictions, cpu.ept02.stats().evictions);
+        let activation = cpu.ept02.activate(eptp12, &cpu.guest, None, &mut tables);
+        slot.vmcs02.run_on(&mut cpu.vmx, activation, cpu.ept01.eptp());
     }
 }
 

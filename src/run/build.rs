@@ -19,7 +19,7 @@ use crate::run::Machine;
 use crate::vmcs::access::VmcsAccess;
 use crate::vmcs::image::Layout;
 use crate::vmcs::kept::Kept;
-use crate::vmcs::msrs::{self, By, OwnMsrs};
+use crate::vmcs::msrs::{self, OwnMsrs};
 use crate::vmcs::once::Once;
 use crate::vmcs::slots::Slots;
 use crate::vmcs::tracked::Tracked;
@@ -104,7 +104,8 @@ impl Common {
         let revision = hardware.basic.revision();
         let budget = self.ept02_budget.min(frames.available() as u32 / 2);
         let vmcs01 = region(&mut frames, phys, revision)?;
-        let msr_bitmap01 = words(&mut frames, phys, |word| msrs::bitmap_word(word, By::L2))?;
+        let has_trace_states = hw_msr::has_trace_states();
+        let msr_bitmap01 = words(&mut frames, phys, |word| msrs::bitmap01_word(word, has_trace_states))?;
         let void = page(&mut frames, phys, &BitmapPage::SET)?;
         let mut shadow_bitmaps = [[Hpa::new(0); 2]; 2];
         let mut bitmaps = [BitmapPage::SET, BitmapPage::SET];

@@ -63,6 +63,14 @@ pub fn is_own(index: u32, access: Access) -> bool {
     matches!(verdict(index, access), Verdict::Answered | Verdict::Refused)
 }
 
+/// A word of the MSR bitmap of vmcs01 on this processor. A hypervisor writes IA32_XSS with each entry and exit whose guest has another
+/// value: where no value can do harm, that does not exit.
+pub fn bitmap01_word(word: usize, has_trace_states: bool) -> u64 {
+    let open = |bit: &u16| !has_trace_states && usize::from(bit / 64) == word;
+    let xss = MsrBitmap::index(hw::IA32_XSS, Access::Write).filter(open).map_or(0, |bit| 1 << (bit % 64));
+    bitmap_word(word, By::L2) & !xss
+}
+
 /// A word of what nvmx must see: of the MSR bitmap of vmcs01, or of its part of that of vmcs02. A page of them would be much
 /// for the stack.
 pub fn bitmap_word(word: usize, by: By) -> u64 {
@@ -241,6 +249,18 @@ mod tests {
             }
             if access == Access::Write && verdict != Verdict::Answered {
                 assert_eq!(may_load(index, 0, &memory), verdict != Verdict::Refused, "{index:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn writes_of_ia32_xss_pass_where_the_processor_refuses_what_nvmx_would() {
+        let all = MsrBitmap(BitmapPage(std::array::from_fn(|word| bitmap_word(word, By::L2))));
+        for traces in [true, false] {
+            let bitmap = MsrBitmap(BitmapPage(std::array::from_fn(|word| bitmap01_word(word, traces))));
+            for (index, access) in every_msr().flat_map(|index| BOTH.map(|access| (index, access))) {
+                let passes = !traces && (index, access) == (hw::IA32_XSS, Access::Write);
+                assert_eq!(bitmap.exits(index, access), all.exits(index, access) && !passes, "{index:#x} {access:?}");
             }
         }
     }

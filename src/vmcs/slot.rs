@@ -1,7 +1,7 @@
 //! One active vmcs12: nvmx's copy, its vmcs02, and what was made of the one for the other.
 
-use crate::addr::{Gpa, Hpa};
-use crate::ept::Eptp;
+use crate::addr::{Gpa, Hpa, Ngpa};
+use crate::ept::{Eptp, Qualification};
 use crate::hw::vmx::{Region, Vmx};
 use crate::rules::checks::host_field_holds;
 use crate::rules::merge::{Duties, Vmcs02Controls};
@@ -44,6 +44,8 @@ pub struct Slot {
     pub msr_lists: MsrLists,
     /// State that L3 and L2 share because vmcs12 asks for neither load nor save.
     pub inherited: Inherited,
+    /// The violation of L3 that L2 saw since the last entry: where, and by what access.
+    pub violated: Option<(Ngpa, Qualification)>,
     /// Order of use.
     pub used: u64,
 }
@@ -65,6 +67,7 @@ impl Slot {
             linked: None,
             msr_lists,
             inherited: Inherited::default(),
+            violated: None,
             used: 0,
         }
     }
@@ -136,6 +139,7 @@ impl Slot {
         self.active = false;
         self.vmcs12 = Vmcs12::new();
         self.lends = false;
+        self.violated = None;
         self.msr_bitmap.forget();
         self.stale = Stale::all();
         self.merged = None;

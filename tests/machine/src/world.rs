@@ -466,8 +466,10 @@ impl Processor for Under {
         })
     }
 
-    fn cpuid(&mut self, leaf: u32, _subleaf: u32) -> CpuIdResult {
+    fn cpuid(&mut self, leaf: u32, subleaf: u32) -> CpuIdResult {
         match leaf {
+            // XSAVES has the states of Intel PT and of architectural LBRs.
+            0xD if subleaf == 1 => CpuIdResult { eax: 1, ebx: 2, ecx: 1 << 8 | 1 << 15, edx: 4 },
             // The answer that the model of a guest on the bare machine gets.
             0x8000_0000 => CpuIdResult { eax: 0x8000_0008, ebx: 0, ecx: 0, edx: 0 },
             1 => CpuIdResult { eax: 0x806C1, ebx: 0, ecx: 1 << 5, edx: 0 },
