@@ -52,6 +52,8 @@ pub struct Job {
     pub end: Option<End>,
     /// CPUs of the guest, if not those of the machine
     pub vcpus: Option<u32>,
+    /// The guest works much: programs, memory, system calls, a pipe, a timer, interrupts between CPUs
+    pub loads: bool,
     /// Parameters of the module kvm-intel
     pub parameters: String,
     /// The guest is no Linux but this guest hypervisor of `l2-guests/`, in our own VMM
@@ -59,11 +61,11 @@ pub struct Job {
 }
 
 /// The words of [`Job::parse`].
-const ORDERS: &str = "vmm=qemu|own, times=N, kill=MILLISECONDS, reload=on, vcpus=N, end=reset|power-off";
+const ORDERS: &str = "vmm=qemu|own, times=N, kill=MILLISECONDS, reload=on, vcpus=N, loads=on, end=reset|power-off";
 
 impl Job {
     /// Reads the words of a command line: `vmm=qemu|own`, `times=N`, `kill=MILLISECONDS`, `reload=on`, `vcpus=N`,
-    /// `end=reset|power-off`; the rest is for kvm-intel.
+    /// `loads=on`, `end=reset|power-off`; the rest is for kvm-intel.
     ///
     /// # Errors
     /// The word that makes no sense.
@@ -75,6 +77,7 @@ impl Job {
             reload: false,
             end: None,
             vcpus: None,
+            loads: false,
             parameters: String::new(),
             hypervisor: None,
         };
@@ -89,10 +92,11 @@ impl Job {
                 ("vcpus", n) => job.vcpus = Some(number(n)?),
                 ("kill", n) => job.kill = Some(n.parse().ok().ok_or_else(bad)?),
                 ("reload", "on") => job.reload = true,
+                ("loads", "on") => job.loads = true,
                 ("end", end) => {
                     job.end = Some([End::Reset, End::PowerOff].into_iter().find(|e| e.word() == end).ok_or_else(bad)?)
                 }
-                ("vmm" | "reload", _) => return Err(bad()),
+                ("vmm" | "reload" | "loads", _) => return Err(bad()),
                 _ => parameters.push(word),
             }
         }
@@ -142,7 +146,7 @@ impl LinuxKvm {
             archive.add_file(HYPERVISOR, &hypervisor.path)?;
         } else {
             archive.add_file(KERNEL, &self.linux.file("vmlinuz"))?;
-            archive.add(INNER, &workload(&self.vmm)?)?;
+            archive.add(INNER, &workload(&self.vmm, if job.loads { "loads on\n" } else { "" })?)?;
         }
         if let Some(qemu) = self.qemu.as_ref().filter(|_| job.qemu) {
             qemu.add_to(&mut archive)?;
@@ -152,15 +156,15 @@ impl LinuxKvm {
     }
 }
 
-/// The innermost initial file system: the VMM as a program that makes some work.
+/// The innermost initial file system: the VMM as a program that makes some work, with further orders.
 ///
 /// # Errors
 /// If the VMM cannot be read.
-pub fn workload(vmm: &Path) -> Result<Vec<u8>> {
+pub fn workload(vmm: &Path, orders: &str) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     ["dev", "proc", "sys"].iter().try_for_each(|folder| archive.add_folder(folder))?;
     archive.add_file("init", vmm)?;
-    archive.add("plan", b"role workload\n")?;
+    archive.add("plan", format!("role workload\n{orders}").as_bytes())?;
     archive.finish()
 }
 

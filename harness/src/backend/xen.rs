@@ -107,7 +107,7 @@ impl XenLinux {
             archive.add_file(&format!("{module}.ko"), &self.xen.file(&format!("{module}.ko")))?;
         }
         archive.add_file(KERNEL, &self.linux.file("vmlinuz"))?;
-        archive.add(INNER, &workload(&self.vmm)?)?;
+        archive.add(INNER, &workload(&self.vmm, "")?)?;
         archive.add(DOMAIN, domain(cpus).as_bytes())?;
         // dom0 has the memory that it has: no domain takes any of it.
         archive.add("etc/xen/xl.conf", b"autoballoon=\"off\"\n")?;

@@ -11,14 +11,24 @@ use nvmx::vmx::exit::BasicReason;
 /// The stages that L2 and L3 tell of, and what they are.
 pub type Stages = [(&'static str, &'static str)];
 
-/// Those of Linux with KVM.
-pub const KVM: [(&str, &str); 5] = [
+/// Those of Linux with KVM. The loads are there on demand.
+pub const KVM: [(&str, &str); 12] = [
     ("linux_boot", "L2 boots, from power-on"),
     ("kvm_load", "L2 loads KVM"),
     ("l3_boot", "L3 boots"),
     ("l3_work", "L3 works"),
+    ("load_programs", "L3 starts programs"),
+    ("load_faults", "L3 takes page faults"),
+    ("load_sweep", "L3 sweeps memory"),
+    ("load_calls", "L3 calls its kernel"),
+    ("load_pipe", "L3 talks by a pipe"),
+    ("load_timer", "L3 computes, a timer fires"),
+    ("load_barriers", "L3 interrupts its CPUs"),
     ("machine", "VMM of L3, to its end"),
 ];
+
+/// Stages with this beginning are left out where no boot has them.
+const ON_DEMAND: &str = "load_";
 
 /// Those of Xen.
 pub const XEN: [(&str, &str); 5] = [
@@ -50,16 +60,34 @@ pub fn render(columns: &[Column<'_>], stages: &Stages, unit: Unit) -> String {
         let exits = counted.then(|| "exits\nto L2".to_string());
         std::iter::once(format!("{}\n{}", c.name, unit.name())).chain(exits)
     });
-    table.set_header(std::iter::once("stage".to_string()).chain(head));
+    let share = (columns.len() == 3).then(|| "nvmx adds,\nof KVM's".to_string());
+    table.set_header(std::iter::once("stage".to_string()).chain(head).chain(share));
     for &(stage, text) in stages {
+        if stage.starts_with(ON_DEMAND) && columns.iter().all(|c| last(c, stage).is_none()) {
+            continue;
+        }
         let cells = columns.iter().flat_map(|c| {
             let record = last(c, stage);
             let exits = counted.then(|| exits(record.as_ref()));
             std::iter::once(figure(record.as_ref(), "ticks")).chain(exits)
         });
-        table.add_row(std::iter::once(text.to_string()).chain(cells.map(number)));
+        let share = match columns {
+            [alone, nvmx, kvm] => Some(added([alone, nvmx, kvm].map(|c| figure(last(c, stage).as_ref(), "ticks")))),
+            _ => None,
+        };
+        table.add_row(std::iter::once(text.to_string()).chain(cells.map(number)).chain(share));
     }
     right(table)
+}
+
+/// What the level of nvmx adds to a stage, of what KVM adds in its place: of ticks alone, under nvmx, with KVM.
+fn added([alone, nvmx, kvm]: [Option<f64>; 3]) -> String {
+    match (alone, nvmx, kvm) {
+        (Some(alone), Some(nvmx), Some(kvm)) if kvm > alone => {
+            format!("{:.1} %", (nvmx - alone) / (kvm - alone) * 100.0)
+        }
+        _ => "-".into(),
+    }
 }
 
 /// What nvmx did for the stages of L3.
@@ -158,6 +186,15 @@ mod tests {
         assert!(render_nvmx(&nested, &KVM).contains("99"));
         let reasons = render_reasons(&nested);
         assert!(reasons.contains("VMWRITE") && reasons.contains("41,004") && reasons.contains("40,785"), "{reasons}");
+    }
+
+    #[test]
+    fn what_nvmx_adds_is_a_share_of_what_kvm_adds() {
+        let said = [100, 102, 150].map(|n| transcript(&[&*format!("@L3 event name=l3_work count=1 ticks={n}")]));
+        let columns: Vec<Column<'_>> = said.iter().map(|said| Column { name: "x", said }).collect();
+        let text = render(&columns, &KVM, Unit::Instructions);
+        assert!(text.contains("4.0 %") && !text.contains("pipe"), "{text}");
+        assert_eq!(added([Some(5.0), Some(6.0), Some(5.0)]), "-");
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod facts;
 mod guest;
 mod init;
 mod linux;
+mod loads;
 mod machine;
 mod multiboot;
 mod plan;
@@ -40,6 +41,9 @@ const PLAN_OF_INIT: &str = "/plan";
 fn main() {
     let boot = facts::ticks();
     let as_init = std::process::id() == 1;
+    if !as_init && std::env::args().nth(1).as_deref() == Some(loads::CHILD) {
+        std::process::exit(loads::child());
+    }
     let console = if as_init { Console::debug_port() } else { Console::standard() };
     let mut console = match console {
         Ok(console) => console,
@@ -78,7 +82,11 @@ fn run(path: &std::path::Path, as_init: bool, boot: u64, console: &mut Console) 
     let plan = Plan::parse(&text)?;
     match plan.role {
         Role::Host => machines(&plan, console),
-        Role::Workload => workload::run(console, boot).map(|()| End::Itself),
+        Role::Workload => {
+            workload::run(console, boot)?;
+            plan.loads.then(|| loads::run(console)).transpose()?;
+            Ok(End::Itself)
+        }
         Role::Hypervisor | Role::Dom0 => {
             match plan.role {
                 Role::Dom0 => xen::tell(console)?,

@@ -16,6 +16,7 @@
 //! role hypervisor             say in records what this Linux is, and end the log (the default is `host`: neither)
 //! role dom0                   the same as the control domain of Xen, whose tools start the machine: no KVM
 //! role workload               no machine at all: do a little of everything, as the innermost Linux
+//! loads on                    and then what people run in a guest, much of each
 //! ```
 
 use anyhow::{Context, Result, bail, ensure};
@@ -78,6 +79,8 @@ pub struct Plan {
     pub end: Option<Ending>,
     /// What this Linux is
     pub role: Role,
+    /// The workload is followed by loads
+    pub loads: bool,
 }
 
 impl Plan {
@@ -100,6 +103,7 @@ impl Plan {
             reload: false,
             end: None,
             role: Role::Host,
+            loads: false,
         };
         for line in text.lines().filter(|l| !l.trim().is_empty()) {
             let (order, rest) = line.split_once(' ').with_context(|| format!("plan: `{line}` lacks a value"))?;
@@ -118,6 +122,7 @@ impl Plan {
                 "kill" => plan.kill = Some(rest.parse().with_context(|| format!("plan: kill {rest}"))?),
                 "times" => plan.times = rest.parse().with_context(|| format!("plan: times {rest}"))?,
                 "reload" => plan.reload = rest == "on",
+                "loads" => plan.loads = rest == "on",
                 "end" => {
                     plan.end = match rest {
                         "reset" => Some(Ending::Reset),
@@ -164,6 +169,7 @@ mod tests {
         let dom0 = Plan::parse("role dom0\nservice /s -x\nservice /t\nprogram /xl create").unwrap();
         assert_eq!((dom0.role, dom0.services.len(), dom0.services[0].args.as_str()), (Role::Dom0, 2, "-x"));
         assert_eq!(Plan::parse("role workload").unwrap().role, Role::Workload);
+        assert!(Plan::parse("role workload\nloads on").unwrap().loads);
         let program = Plan::parse("program /q -a b\ntimes 3\nreload on\nkill 2").unwrap();
         assert_eq!(program.kill, Some(2));
         assert_eq!((program.program.unwrap().args.as_str(), program.times, program.reload), ("-a b", 3, true));
