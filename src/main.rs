@@ -12,7 +12,7 @@ use nvmx::boot::acpi::{self, AcpiError};
 use nvmx::boot::info::{InfoError, LoadedBy};
 use nvmx::boot::options::{Exit, Serial, Stop};
 use nvmx::boot::requirements::{self, Missing};
-use nvmx::boot::{BootInfo, CpuList, Options, Processor, identity, int15, l2_image};
+use nvmx::boot::{BootInfo, CpuList, Options, Processor, guest_image, identity, int15};
 use nvmx::hw::boot::{Handover, Home};
 use nvmx::hw::epitaph::{self, Status};
 use nvmx::hw::{self, cpu, msr, serial};
@@ -102,19 +102,19 @@ fn assemble(home: Home, info: &BootInfo, options: Options, processor: Processor)
     let mtrrs = if processor.mtrrs { Mtrrs::read(processor.max_phys_addr, rdmsr) } else { Mtrrs::none() };
 
     // Reserved, not left out: L2 must not take the hole for room for its devices.
-    let mut l2_memory = info.memory.clone();
-    l2_memory.set(own, RangeKind::Reserved).unwrap_or_else(|_| give_up(InfoError::TooManyRanges));
+    let mut guest_memory = info.memory.clone();
+    guest_memory.set(own, RangeKind::Reserved).unwrap_or_else(|_| give_up(InfoError::TooManyRanges));
     let guest = GuestMemory::new(phys, own, processor.max_phys_addr);
     let modules = info.modules.iter().map(|module| module.span);
-    if let Some(page) = int15::answer(&guest, &mut l2_memory, modules, hw::boot::int15::code()) {
+    if let Some(page) = int15::answer(&guest, &mut guest_memory, modules, hw::boot::int15::code()) {
         info!("INT 15h tells L2 of its memory from {page}");
     }
-    let start =
-        l2_image::load(&guest, &l2_memory, &info.modules, rsdp.as_ref(), &info.extras).unwrap_or_else(|e| give_up(e));
+    let start = guest_image::load(&guest, &guest_memory, &info.modules, rsdp.as_ref(), &info.extras)
+        .unwrap_or_else(|e| give_up(e));
     Machine {
         options,
         memory: info.memory.clone(),
-        l2_memory,
+        guest_memory,
         own,
         frames,
         phys,
@@ -141,7 +141,7 @@ fn start(machine: Machine) -> ! {
 /// Starts the processors, says what the machine is, and ends.
 fn stop(mut machine: Machine) -> ! {
     let used = run::smp::start_others(&mut machine);
-    machine.l2_memory.iter().for_each(|range| info!("memory of L2: {} {:?}", range.span, range.kind));
+    machine.guest_memory.iter().for_each(|range| info!("memory of L2: {} {:?}", range.span, range.kind));
     let listed =
         machine.rsdp.as_ref().and_then(|rsdp| acpi::cpus(rsdp, &machine.phys).ok()).map_or(0, |cpus| cpus.len());
     let Machine { memory, own, frames, cpus, .. } = &machine;
@@ -175,7 +175,7 @@ fn announce(processor: &Processor, decided: &Decided) {
         record.add("cpus", &decided.cpus);
         record.add("strategy", &decided.strategy.name());
         record.add("vmcs", &if decided.vmcs_in_memory { "memory" } else { "instructions" });
-        record.add("l0", &processor.l0);
+        record.add("l0", &processor.below);
         record.add("features", &identity::features(&processor.vmx).as_str());
     });
 }

@@ -172,7 +172,7 @@ proptest! {
 
 /// nvmx's part.
 fn own() -> MsrBitmap {
-    MsrBitmap(BitmapPage(std::array::from_fn(|word| bitmap_word(word, By::L3))))
+    MsrBitmap(BitmapPage(std::array::from_fn(|word| bitmap_word(word, By::Nested))))
 }
 
 #[test]

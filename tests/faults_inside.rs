@@ -10,10 +10,10 @@ use ept_model::{Frames, KIB4, LARGE, WB, rules};
 use nvmx::addr::{Gpa, Hpa, Ngpa};
 use nvmx::boot::extras::Extras;
 use nvmx::boot::info::{CommandLine, Module, Modules};
-use nvmx::boot::{BootInfo, l2_image};
+use nvmx::boot::{BootInfo, guest_image};
 use nvmx::emul::task_switch::{Failure, SegmentState, Source, State, switch};
 use nvmx::ept::{Ept01, Ept02, Eptp, MemoryType, Outcome, Qualification};
-use nvmx::guest::l3_memory::{Failed, View};
+use nvmx::guest::nested_memory::{Failed, View};
 use nvmx::mm::linear::{AccessError, DataAccess, Keys, Paging};
 use nvmx::mm::map::RangeKind;
 use nvmx::mm::phys::VecMem;
@@ -216,7 +216,7 @@ fn loading_l2() {
     let failures = sweep(|k| {
         let failing = Failing::new(memory.clone(), Some(k));
         let guest = GuestMemory::new(&failing, OWN, 36);
-        if let Ok(start) = l2_image::load(&guest, &map, &modules, None, &Extras::default()) {
+        if let Ok(start) = guest_image::load(&guest, &map, &modules, None, &Extras::default()) {
             assert_eq!(start.entry, Gpa::new(u64::from(TO) + 32));
         }
         assert!(failing.memory.bytes(OWN.start(), 0x1000).iter().all(|byte| *byte == 0));

@@ -2,8 +2,10 @@
 //! more than three files.
 
 mod imports;
+mod source;
 
-use imports::{Edges, File, Module, circles, code, edges, files, upward};
+use imports::{Edges, circles, edges, upward};
+use source::{File, Module, code, files};
 use std::collections::BTreeSet;
 
 /// From top to bottom: a line may use the lines above it. docs/adr/0017-one-direction.md says why.

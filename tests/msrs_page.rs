@@ -68,7 +68,7 @@ fn the_table_of_switched_state_is_that_of_the_code() {
         };
         let exits = match row.exits {
             Exits::Never => "none",
-            Exits::ForL2 => "L2's",
+            Exits::ForGuest => "L2's",
             Exits::ForBoth => "L2's and L3's",
         };
         let guest = row.guest.name();

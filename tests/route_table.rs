@@ -2,7 +2,7 @@
 
 mod core_support;
 
-use nvmx::rules::route::{ExitInfo, L2Wants, Route, route};
+use nvmx::rules::route::{ExitInfo, GuestWants, Route, route};
 use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap};
 use nvmx::vmx::event::{EventInfo, EventKind};
 use nvmx::vmx::{BasicReason, ExitReason, PinControls, PrimaryControls, SecondaryControls};
@@ -38,7 +38,7 @@ impl L2 {
     }
 }
 
-impl L2Wants for L2 {
+impl GuestWants for L2 {
     fn pin(&self) -> PinControls {
         self.pin
     }

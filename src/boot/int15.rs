@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn the_firmware_is_asked_behind_a_page_that_l2_does_not_have() {
+    fn the_firmware_is_asked_behind_a_page_that_the_guest_does_not_have() {
         let (memory, mut map) = (machine(), map());
         let guest = GuestMemory::new(&memory, OWN, 36);
         let page = answer(&guest, &mut map, [], &[0x90; 9]).unwrap();
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn its_answer_is_l2s_map_with_nvmx_reserved() {
+    fn its_answer_is_the_guests_map_with_nvmx_reserved() {
         let (memory, mut map) = (machine(), map());
         let guest = GuestMemory::new(&memory, OWN, 36);
         answer(&guest, &mut map, [], &[]).unwrap();

@@ -15,7 +15,7 @@ const LIMIT: u64 = 1 << 32;
 const MOST_FRAMES: u64 = 32 * MIB;
 const LEAST_FRAMES: u64 = 4 * MIB;
 /// What L2 must be left with to be worth starting.
-const LEAST_FOR_L2: u64 = 16 * MIB;
+const LEAST_FOR_GUEST: u64 = 16 * MIB;
 
 /// nvmx does not fit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,9 +33,9 @@ impl fmt::Display for TooLittleMemory {
             "too little memory: {} MiB usable, nvmx needs {} MiB and L2 at least {} MiB",
             mib(self.usable),
             mib(self.needed),
-            mib(LEAST_FOR_L2)
+            mib(LEAST_FOR_GUEST)
         )?;
-        if self.usable >= self.needed + LEAST_FOR_L2 {
+        if self.usable >= self.needed + LEAST_FOR_GUEST {
             write!(f, "; the largest free piece below 4 GiB has {} MiB", mib(self.largest))?;
         }
         Ok(())
@@ -60,7 +60,7 @@ pub fn choose(
 
     let mut frames = (usable / 8).clamp(LEAST_FRAMES, MOST_FRAMES);
     while marked && frames >= LEAST_FRAMES {
-        if usable >= size(frames) + LEAST_FOR_L2 {
+        if usable >= size(frames) + LEAST_FOR_GUEST {
             if let Some(place) = free.highest_free(size(frames), ALIGN, below) {
                 return Ok(place);
             }
@@ -136,7 +136,7 @@ mod tests {
                 prop_assert!(own.start() % ALIGN == 0 && own.end() % ALIGN == 0 && own.end() <= LIMIT);
                 prop_assert!(own.len() >= image + LEAST_FRAMES);
                 prop_assert!(occupied.iter().all(|span| !span.overlaps(own)));
-                prop_assert!(memory.usable_bytes() - own.len() >= LEAST_FOR_L2);
+                prop_assert!(memory.usable_bytes() - own.len() >= LEAST_FOR_GUEST);
             }
         }
     }

@@ -5,10 +5,10 @@
 
 pub mod acpi;
 pub mod extras;
+pub mod guest_image;
 pub mod identity;
 pub mod info;
 pub mod int15;
-pub mod l2_image;
 pub mod layout;
 pub mod machine;
 pub mod multiboot;

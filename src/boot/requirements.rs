@@ -50,7 +50,7 @@ pub struct Processor {
     /// Its name, as CPUID has it.
     pub brand: ArrayString<48>,
     /// What runs below nvmx: `bare`, or a hypervisor's name.
-    pub l0: &'static str,
+    pub below: &'static str,
     /// Its local APIC's id.
     pub apic_id: u32,
     /// Physical-address width in bits, without those that name a key of TME-MK: an address with one of these set is an alias
@@ -100,7 +100,7 @@ impl Processor {
         let long_id = cpuid.get_extended_topology_info().and_then(|mut levels| levels.next()).map(|l| l.x2apic_id());
         let processor = Self {
             brand: brand(cpuid),
-            l0: l0(cpuid),
+            below: below(cpuid),
             apic_id: long_id.unwrap_or(short_id),
             max_phys_addr,
             gib_pages: extended.as_ref().is_some_and(|e| e.has_1gib_pages()),
@@ -151,7 +151,7 @@ pub fn is_virtual<R: CpuIdReader>(cpuid: &CpuId<R>) -> bool {
 }
 
 /// The hypervisor that CPUID shows, if any.
-fn l0<R: CpuIdReader>(cpuid: &CpuId<R>) -> &'static str {
+fn below<R: CpuIdReader>(cpuid: &CpuId<R>) -> &'static str {
     if !is_virtual(cpuid) {
         return "bare";
     }
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn bits_of_an_address_that_name_a_key_are_not_l2_s() {
+    fn bits_of_an_address_that_name_a_key_are_not_the_guest_s() {
         assert_eq!(width(false, u64::MAX), 46);
         assert_eq!(width(true, 0), 46, "without encryption");
         assert_eq!(width(true, 1), 46, "locked, off");

@@ -38,7 +38,7 @@ pub const INJECTION: [Field; 3] =
 #[derive(Default)]
 pub struct Events {
     /// The next exit of L3 by the monitor trap flag is nvmx's own.
-    pub stops_l3: bool,
+    pub stops_nested: bool,
     /// The activity state that L3 keeps in such an exit: a processor may say that it woke up.
     pub activity: Option<u64>,
     /// The slot whose vmcs02 has an event of nvmx's in it, and what L2 had there.

@@ -11,6 +11,7 @@ use crate::hw::cpuid::cpuid_count;
 use crate::rules::hidden::Register::{Eax, Ebx, Ecx, Edx};
 use crate::rules::hidden::{EMPTY, shown};
 use crate::vmx::Field;
+use crate::x86::Cr4;
 use l2_protocol::abi::{
     BELOW, Counter, FRAMES_FREE, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_CPUS, LEAF_INTERFACE, LEAF_MAX, LEAF_REFUSAL,
     LEAF_SIGNATURE, OF_ALL_CPUS, SIGNATURE, SNAPSHOT, STACK_USED,
@@ -31,8 +32,8 @@ const PERFMON: u32 = 5;
 const STATE_PT: u32 = 8;
 const STATE_LBR: u32 = 15;
 const NOTHING: CpuidResult = CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 };
-const CR4_OSXSAVE: u64 = 1 << 18;
-const CR4_PKE: u64 = 1 << 22;
+const CR4_OSXSAVE: u64 = Cr4::OSXSAVE.bits();
+const CR4_PKE: u64 = Cr4::PKE.bits();
 /// Access rights of SS: the privilege level.
 const SS_DPL: u64 = 0b11 << 5;
 
@@ -44,7 +45,7 @@ pub fn emulate(cpu: &mut Cpu) {
         hypervisor_leaf(cpu, leaf, subleaf)
     } else {
         let mut answer =
-            as_l2_sees_it(leaf, subleaf, cpuid_count(leaf, subleaf), cpu.config.offered.physical_width, || {
+            as_guest_sees_it(leaf, subleaf, cpuid_count(leaf, subleaf), cpu.config.offered.physical_width, || {
                 cpu.vmx.read(Field::GUEST_CR4)
             });
         // The processor tells of SYSCALL in 64-bit mode alone, in which nvmx always is.
@@ -62,7 +63,7 @@ pub fn emulate(cpu: &mut Cpu) {
 /// The processor's answer under nvmx's CR4, as it would be under L2's, without what nvmx does not offer. `width` is L2's
 /// physical-address width.
 #[inline(always)]
-fn as_l2_sees_it(
+fn as_guest_sees_it(
     leaf: u32,
     subleaf: u32,
     mut answer: CpuidResult,
@@ -124,7 +125,7 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
         LEAF_COUNTERS => {
             cpu.vmx
                 .counters
-                .forget_exit_of_l2(crate::vmx::exit::ExitReason::exit(crate::vmx::exit::BasicReason::CPUID));
+                .forget_guest_exit(crate::vmx::exit::ExitReason::exit(crate::vmx::exit::BasicReason::CPUID));
             if subleaf == SNAPSHOT {
                 cpu.vmx.counters.take_snapshot(others::totals());
                 return CpuidResult { eax: 0, ebx: 1, ecx: 0, edx: 0 };
@@ -174,7 +175,7 @@ mod tests {
     const WIDTH: u32 = 0xFF;
 
     fn seen(leaf: u32, subleaf: u32, answer: CpuidResult, cr4: u64) -> CpuidResult {
-        as_l2_sees_it(leaf, subleaf, answer, WIDTH, || cr4)
+        as_guest_sees_it(leaf, subleaf, answer, WIDTH, || cr4)
     }
 
     #[test]
@@ -185,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn bits_that_mirror_cr4_follow_l2_s_cr4() {
+    fn bits_that_mirror_cr4_follow_the_guest_s_cr4() {
         for (leaf, bit, mirror) in [(1, 27, CR4_OSXSAVE), (7, 4, CR4_PKE)] {
             for answer in [NOTHING, ALL] {
                 assert_eq!(seen(leaf, 0, answer, mirror).ecx >> bit & 1, 1, "leaf {leaf}");
@@ -220,9 +221,9 @@ mod tests {
     }
 
     #[test]
-    fn the_physical_address_width_is_l2_s() {
+    fn the_physical_address_width_is_the_guest_s() {
         let answer = CpuidResult { eax: 0x3034, ..ALL };
-        assert_eq!(as_l2_sees_it(0x8000_0008, 0, answer, 46, || 0), CpuidResult { eax: 0x302E, ..ALL });
+        assert_eq!(as_guest_sees_it(0x8000_0008, 0, answer, 46, || 0), CpuidResult { eax: 0x302E, ..ALL });
     }
 
     #[test]

@@ -4,9 +4,7 @@
 //! CR0.PE and CR0.PG while L2 is in VMX
 //! operation. Source: SDM vol. 3A, "Control Registers", vol. 3C, "Restrictions on VMX Operation".
 
-use crate::x86::{Cr0, Cr4, Fault};
-
-const EFER_LME: u64 = 1 << 8;
+use crate::x86::{Cr0, Cr4, Fault, efer};
 
 /// The state that the rules depend on.
 #[derive(Clone, Copy, Debug)]
@@ -61,7 +59,7 @@ pub fn write_cr0(mode: Mode, new: u64) -> Result<Effects, Fault> {
     let mut effects = Effects { flush: (old ^ new).intersects(Cr0::PG | Cr0::WP), ..Effects::default() };
     let starts = new.contains(Cr0::PG) && !old.contains(Cr0::PG);
     let stops = old.contains(Cr0::PG) && !new.contains(Cr0::PG);
-    let long = mode.efer & EFER_LME != 0;
+    let long = mode.efer & efer::LME != 0;
     if starts && long {
         if !cr4.contains(Cr4::PAE) || mode.cs_long || mode.tss_16 {
             return gp;
@@ -86,7 +84,7 @@ pub fn write_cr4(mode: Mode, new: u64, allowed: u64) -> Result<Effects, Fault> {
     let (old, new) = (Cr4::from_bits_retain(mode.cr4), Cr4::from_bits_retain(new));
     let gp = Err(Fault::GeneralProtection(0));
     let paging = mode.cr0 & Cr0::PG.bits() != 0;
-    let long_mode = paging && mode.efer & EFER_LME != 0;
+    let long_mode = paging && mode.efer & efer::LME != 0;
     if new.bits() & !allowed != 0 || mode.vmx_operation && !new.contains(Cr4::VMXE) {
         return gp;
     }

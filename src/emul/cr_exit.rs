@@ -14,9 +14,8 @@ use crate::vmx::controls::EntryControls;
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::field::PDPTES;
 use crate::vmx::qualification::CrAccess;
-use crate::x86::{Cr0, Fault};
+use crate::x86::{Cr0, Fault, efer};
 
-const EFER_LMA: u64 = 1 << 10;
 const CS_LONG: u64 = 1 << 13;
 /// Of the type of a TSS: 32 or 64 bits.
 const TSS_WIDE: u64 = 1 << 3;
@@ -26,8 +25,8 @@ const CR0_FIXED_BY_VMX: u64 = Cr0::NE.bits();
 pub fn handle(cpu: &mut Cpu) -> Result<Next, Stop> {
     let access = CrAccess::decode(cpu.vmx.read(Field::EXIT_QUALIFICATION));
     let mode = Mode {
-        cr0: vmcs01::cr0_of_l2(&mut cpu.vmx),
-        cr4: vmcs01::cr4_of_l2(&mut cpu.vmx),
+        cr0: vmcs01::guest_cr0(&mut cpu.vmx),
+        cr4: vmcs01::guest_cr4(&mut cpu.vmx),
         cr3: cpu.vmx.read(Field::GUEST_CR3),
         efer: cpu.vmx.read(Field::GUEST_IA32_EFER),
         cs_long: cpu.vmx.read(Field::GUEST_CS_AR_BYTES) & CS_LONG != 0,
@@ -86,7 +85,7 @@ fn apply(cpu: &mut Cpu, effects: Effects) -> Result<(), Fault> {
     if let Some(long) = effects.long_mode {
         let bit = EntryControls::IA32E_MODE_GUEST.bits() as u64;
         let (efer, controls) = (cpu.vmx.read(Field::GUEST_IA32_EFER), cpu.vmx.read(Field::VM_ENTRY_CONTROLS));
-        cpu.vmx.write(Field::GUEST_IA32_EFER, if long { efer | EFER_LMA } else { efer & !EFER_LMA });
+        cpu.vmx.write(Field::GUEST_IA32_EFER, if long { efer | efer::LMA } else { efer & !efer::LMA });
         cpu.vmx.write(Field::VM_ENTRY_CONTROLS, if long { controls | bit } else { controls & !bit });
     }
     if effects.flush {

@@ -14,7 +14,7 @@ pub fn read(cpu: &mut Cpu) -> Result<(), Fault> {
 }
 
 /// WRMSR of L2 that exited; vmcs01 is current.
-pub fn write_of_l2(cpu: &mut Cpu) -> Result<(), Fault> {
+pub fn guest_write(cpu: &mut Cpu) -> Result<(), Fault> {
     let (index, value) = written(cpu);
     let canonical = cpu.config.offered.is_canonical(value);
     cpu.tracked.wrmsr(&mut cpu.vmx, index, value, canonical).unwrap_or_else(|| write(cpu))

@@ -1,4 +1,4 @@
-//! Exits of L2 that no control of vmcs01 asks for and that `run::l2_exit` has no line for.
+//! Exits of L2 that no control of vmcs01 asks for and that `run::guest_exit` has no line for.
 //!
 //! The rule: whatever L2 or its user mode executes must not end the machine. An exit without a control is one of an
 //! instruction that always exits (SDM vol. 3C, "Instructions That Cause VM Exits Unconditionally", and the instructions of
@@ -73,9 +73,9 @@ const HANDLED: Unasked = Unasked::Impossible("nvmx handles it");
 mod tests {
     use super::*;
 
-    /// The arms of `run::l2_exit::dispatch`, from its text.
+    /// The arms of `run::guest_exit::dispatch`, from its text.
     fn handled() -> Vec<BasicReason> {
-        let text = include_str!("../run/l2_exit.rs");
+        let text = include_str!("../run/guest_exit.rs");
         let named =
             |reason: &&BasicReason| reason.name().is_some_and(|name| text.contains(&format!("BasicReason::{name} =>")));
         BasicReason::KNOWN.iter().filter(named).copied().collect()

@@ -3,7 +3,7 @@
 //! Source: SDM vol. 3A, "Processor Initialization", table "IA-32 and Intel 64 Processor States Following Power-up, Reset,
 //! or INIT"; vol. 3C, "Checks on Guest Segment Registers" (the form in which an unusable or real-mode segment is entered).
 
-use crate::boot::l2_image::Start;
+use crate::boot::guest_image::Start;
 use crate::cpu::Cpu;
 use crate::mm::Span;
 use crate::vmcs::vmcs01;
@@ -18,7 +18,7 @@ const UNUSABLE: SegmentState = (0, 0, 0, 1 << 16);
 const BUSY_TSS: u64 = 0x8B;
 const LDT: u64 = 0x82;
 /// CR0.ET, which is always 1.
-const CR0_ET: Cr0 = Cr0::from_bits_retain(1 << 4);
+const CR0_ET: Cr0 = Cr0::ET;
 
 /// 32-bit protected mode without paging, flat segments: the machine state of the boot protocols.
 pub fn write_boot_state(cpu: &mut Cpu, start: &Start) {

@@ -12,11 +12,12 @@ use crate::hw::vmx::Vmx;
 use crate::vmx::Field;
 use crate::vmx::event::Exception;
 use crate::vmx::instr::behind;
+use crate::x86::RFlags;
 use crate::x86::debug::PENDING_BS;
 use crate::x86::{Cr0, Fault};
 
-const RFLAGS_TF: u64 = 1 << 8;
-const RFLAGS_RF: u64 = 1 << 16;
+const RFLAGS_TF: u64 = RFlags::TRAP_FLAG.bits();
+const RFLAGS_RF: u64 = RFlags::RESUME_FLAG.bits();
 const BLOCKING_BY_STI_OR_MOV_SS: u64 = 0b11;
 const DEBUGCTL_BTF: u64 = 1 << 1;
 

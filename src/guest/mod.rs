@@ -5,8 +5,8 @@
 pub mod events;
 pub mod initial;
 pub mod inject;
-pub mod l3_memory;
 pub mod missing;
+pub mod nested_memory;
 pub mod operand;
 mod outcome;
 

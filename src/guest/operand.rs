@@ -5,7 +5,7 @@
 
 use crate::cpu::{Cpu, Operation};
 use crate::ept::{EptRules, Eptp};
-use crate::guest::l3_memory::View;
+use crate::guest::nested_memory::View;
 use crate::guest::{Stop, inject};
 use crate::hw::phys::DirectMap;
 use crate::hw::{cr, msr};
@@ -16,11 +16,11 @@ use crate::vmx::Field;
 use crate::vmx::field::{Fields, PDPTES};
 use crate::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, decode_field_access};
 use crate::vmx::segment::Segment;
+use crate::x86::RFlags;
 use crate::x86::msr::IA32_PKRS;
-use crate::x86::{Cr4, Fault, debug};
+use crate::x86::{Cr4, Fault, debug, efer};
 
 const RSP: u8 = 4;
-const EFER_LMA: u64 = 1 << 10;
 const CS_LONG: u64 = 1 << 13;
 
 /// The encoding of the field that VMREAD or VMWRITE names in its register operand: 32 bits of it outside 64-bit mode.
@@ -32,7 +32,7 @@ pub fn field_encoding(cpu: &mut Cpu, info: InstructionInfo) -> u64 {
 /// True in IA-32e mode, which is 64-bit mode for a VMX instruction that exits, VMCALL excepted. For all others ask
 /// [`is_64_bit_code`].
 pub fn in_64_bit_mode(cpu: &mut Cpu) -> bool {
-    efer(cpu) & EFER_LMA != 0
+    efer(cpu) & efer::LMA != 0
 }
 
 /// True in 64-bit mode, false in compatibility mode too.
@@ -116,7 +116,7 @@ fn unusual_addresses(cpu: &mut Cpu) -> Cr4 {
 #[cold]
 #[inline(never)]
 fn separate(cpu: &mut Cpu, first: u64, bytes: u32, segment: Segment) -> Result<(), Fault> {
-    const RFLAGS_AC: u64 = 1 << 18;
+    const RFLAGS_AC: u64 = RFlags::ALIGNMENT_CHECK.bits();
     const UPPER: u64 = 1 << 63;
     let last = first.wrapping_add(u64::from(bytes).saturating_sub(1));
     let smap = cpu.vmx.read(Field::GUEST_CR4) & Cr4::SMAP.bits() != 0;
@@ -133,7 +133,7 @@ pub fn paging(cpu: &mut Cpu) -> Paging {
     let efer = efer(cpu);
     let vmx = &mut cpu.vmx;
     // The PDPTE registers mean something with PAE paging alone.
-    let pdptes = match efer & EFER_LMA {
+    let pdptes = match efer & efer::LMA {
         0 => PDPTES.map(|field| vmx.read(field)),
         _ => [0; 4],
     };
@@ -167,7 +167,7 @@ fn keys(cr4: u64) -> Keys {
 /// Reads the guest's memory at a linear address.
 pub fn read(cpu: &mut Cpu, linear: u64, into: &mut [u8]) -> Result<(), Stop> {
     match cpu.nested.operation {
-        Operation::NonRoot { current, .. } => l3_view(cpu, current).read(linear, into)?,
+        Operation::NonRoot { current, .. } => nested_view(cpu, current).read(linear, into)?,
         _ => paging(cpu).read(&cpu.guest, linear, into)?,
     }
     meet_breakpoints(cpu, linear, into.len(), false);
@@ -177,7 +177,7 @@ pub fn read(cpu: &mut Cpu, linear: u64, into: &mut [u8]) -> Result<(), Stop> {
 /// Writes the guest's memory at a linear address.
 pub fn write(cpu: &mut Cpu, linear: u64, bytes: &[u8]) -> Result<(), Stop> {
     match cpu.nested.operation {
-        Operation::NonRoot { current, .. } => l3_view(cpu, current).write(linear, bytes)?,
+        Operation::NonRoot { current, .. } => nested_view(cpu, current).write(linear, bytes)?,
         _ => paging(cpu).write(&cpu.guest, linear, bytes)?,
     }
     meet_breakpoints(cpu, linear, bytes.len(), true);
@@ -201,7 +201,7 @@ fn meet_breakpoints(cpu: &mut Cpu, linear: u64, bytes: usize, write: bool) {
 }
 
 /// L3's memory; vmcs02 is current.
-fn l3_view(cpu: &mut Cpu, id: SlotId) -> View<'_, DirectMap> {
+fn nested_view(cpu: &mut Cpu, id: SlotId) -> View<'_, DirectMap> {
     let paging = paging(cpu);
     let slot = &cpu.nested.slots[id];
     let has_ept = slot.merged.is_some_and(|m| !m.duties.contains(Duties::LOAD_PDPTES));
@@ -213,8 +213,8 @@ fn l3_view(cpu: &mut Cpu, id: SlotId) -> View<'_, DirectMap> {
 ///
 /// A hypervisor below that emulates VMX may not shadow that field; then the instruction's own bytes are cheaper.
 pub fn field_access_info(cpu: &mut Cpu) -> InstructionInfo {
-    let of_l2 = !matches!(cpu.nested.operation, Operation::NonRoot { .. });
-    if of_l2 && cpu.config.access.is_in_memory() && in_64_bit_mode(cpu) {
+    let of_guest = !matches!(cpu.nested.operation, Operation::NonRoot { .. });
+    if of_guest && cpu.config.access.is_in_memory() && in_64_bit_mode(cpu) {
         let rip = cpu.vmx.read(Field::GUEST_RIP);
         let mut bytes = [0; 5];
         let len = bytes.len().min(cpu.vmx.read(Field::VM_EXIT_INSTRUCTION_LEN) as usize);

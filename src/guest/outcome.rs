@@ -1,6 +1,6 @@
 //! How an instruction of a guest ends in nvmx.
 
-use super::l3_memory::{Failed, Miss};
+use super::nested_memory::{Failed, Miss};
 use crate::mm::linear::AccessError;
 use crate::trace::KillReason;
 use crate::x86::Fault;

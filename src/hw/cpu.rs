@@ -94,8 +94,8 @@ pub struct PerCpu {
 struct LastBlock {
     mark: u64,
     this: u64,
-    l2: LastExit,
-    l3: LastExit,
+    guest: LastExit,
+    nested: LastExit,
 }
 
 const _: () = assert!(size_of::<LastBlock>() == abi::LAST_EXITS_WORDS * 8);
@@ -110,9 +110,9 @@ struct LastExit(AtomicU64);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LastExits {
     /// Of the guest hypervisor.
-    pub l2: Option<ExitReason>,
+    pub guest: Option<ExitReason>,
     /// Of its guest.
-    pub l3: Option<ExitReason>,
+    pub nested: Option<ExitReason>,
 }
 
 impl LastExit {
@@ -197,7 +197,7 @@ impl PerCpu {
     /// A block for a processor of a host, which has no stack and no tables of its own; it lasts for good.
     #[cfg(not(target_os = "none"))]
     pub fn of_host(index: u32) -> &'static Self {
-        let last = LastBlock { mark: 0, this: 0, l2: LastExit::default(), l3: LastExit::default() };
+        let last = LastBlock { mark: 0, this: 0, guest: LastExit::default(), nested: LastExit::default() };
         std::boxed::Box::leak(std::boxed::Box::new(PerCpu {
             this: ptr::null(),
             nmi_pending: AtomicBool::new(false),
@@ -218,19 +218,19 @@ impl PerCpu {
 
     /// Notes an exit of L2 for the epitaph.
     #[inline]
-    pub fn note_exit_of_l2(&self, reason: ExitReason) {
-        self.last.l2.set(reason);
+    pub fn note_guest_exit(&self, reason: ExitReason) {
+        self.last.guest.set(reason);
     }
 
     /// Notes an exit of L3 for the epitaph.
     #[inline]
-    pub fn note_exit_of_l3(&self, reason: ExitReason) {
-        self.last.l3.set(reason);
+    pub fn note_nested_exit(&self, reason: ExitReason) {
+        self.last.nested.set(reason);
     }
 
     /// What was noted.
     pub fn last_exits(&self) -> LastExits {
-        LastExits { l2: self.last.l2.get(), l3: self.last.l3.get() }
+        LastExits { guest: self.last.guest.get(), nested: self.last.nested.get() }
     }
 
     /// What the host-state area of a VMCS needs to come back to this processor's tables.
@@ -381,8 +381,8 @@ pub fn prepare(
             last: LastBlock {
                 mark: abi::LAST_EXITS_MARK,
                 this: &raw const (*block).last as u64,
-                l2: LastExit::default(),
-                l3: LastExit::default(),
+                guest: LastExit::default(),
+                nested: LastExit::default(),
             },
             main_stack_top,
             window,

@@ -26,7 +26,7 @@ pub enum Status {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Who {
     /// The guest hypervisor: its machine ended for a reason that it can be told.
-    L2,
+    Guest,
     /// nvmx itself: a bug, or an error of the machine.
     Nvmx,
 }
@@ -54,7 +54,7 @@ pub fn epitaph(who: Who, at: Arguments<'_>, why: Arguments<'_>) -> ! {
     serial::fresh_line();
     serial::record(Kind::Epitaph, |record| {
         let who = match who {
-            Who::L2 => "L2",
+            Who::Guest => "L2",
             Who::Nvmx => "nvmx",
         };
         record.add("who", &who);
@@ -62,7 +62,7 @@ pub fn epitaph(who: Who, at: Arguments<'_>, why: Arguments<'_>) -> ! {
         record.add("why", &why);
         let last = cpu::try_this().map(cpu::PerCpu::last_exits);
         let none = "none";
-        for (key, exit) in [("last_l2", last.map(|l| l.l2)), ("last_l3", last.map(|l| l.l3))] {
+        for (key, exit) in [("last_l2", last.map(|l| l.guest)), ("last_l3", last.map(|l| l.nested))] {
             match exit.flatten() {
                 Some(exit) => record.add(key, &format_args!("{exit}")),
                 None => record.add(key, &none),

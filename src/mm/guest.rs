@@ -266,7 +266,7 @@ mod tests {
 
     /// With keys of TME-MK an address above the width is an alias of the memory below.
     #[test]
-    fn no_alias_of_nvmx_above_the_width_is_l2s() {
+    fn no_alias_of_nvmx_above_the_width_is_the_guests() {
         for bit in 36..64 {
             for own in [OWN.start(), OWN.end() - 1] {
                 assert!(memory().translate(Gpa::new(own | 1 << bit)).is_err(), "bit {bit}");
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_nvmx_owns_in_part_is_not_l2s() {
+    fn a_page_that_nvmx_owns_in_part_is_not_the_guests() {
         let memory = GuestMemory::new(VecMem::new(0), Span::new(0x4100, 0x4200), 36);
         assert!(memory.translate(Gpa::new(0x4000)).is_err());
         assert!(memory.translate(Gpa::new(0x4FFF)).is_err());

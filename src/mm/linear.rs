@@ -9,7 +9,7 @@
 use crate::addr::Gpa;
 use crate::mm::PhysMem;
 use crate::mm::guest::{GuestMemory, NotOwned};
-use crate::x86::Fault;
+use crate::x86::{Cr0, Cr4, Fault, RFlags, efer};
 
 /// Access-rights registers of protection keys: bit 2i refuses key i's data, bit 2i + 1 writes to it. They count where CR4.PKE and
 /// CR4.PKS say so.
@@ -97,18 +97,6 @@ impl From<NotOwned> for AccessError {
     }
 }
 
-const CR0_WP: u64 = 1 << 16;
-const CR0_PG: u64 = 1 << 31;
-const CR4_PSE: u64 = 1 << 4;
-const CR4_PAE: u64 = 1 << 5;
-const CR4_LA57: u64 = 1 << 12;
-const CR4_SMAP: u64 = 1 << 21;
-const CR4_PKE: u64 = 1 << 22;
-const CR4_PKS: u64 = 1 << 24;
-const EFER_LMA: u64 = 1 << 10;
-const EFER_NXE: u64 = 1 << 11;
-const RFLAGS_AC: u64 = 1 << 18;
-
 const PRESENT: u64 = 1 << 0;
 const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
@@ -163,7 +151,7 @@ impl Paging {
         access: DataAccess,
         privilege: Privilege,
     ) -> Result<(Gpa, PageKind), AccessError> {
-        if self.cr0 & CR0_PG == 0 {
+        if self.cr0 & Cr0::PG.bits() == 0 {
             let kind = PageKind { user: true, writable: true, execute_disable: false };
             return Ok((Gpa::new(linear & 0xFFFF_FFFF), kind));
         }
@@ -184,12 +172,12 @@ impl Paging {
     /// says what.
     #[inline]
     fn plain_read(&self, memory: &GuestMemory<impl PhysMem>, linear: u64) -> Option<(Gpa, PageKind)> {
-        if self.efer & EFER_LMA == 0 || self.cr4 & (CR4_LA57 | CR4_PKS) != 0 {
+        if self.efer & efer::LMA == 0 || self.cr4 & (Cr4::LA57.bits() | Cr4::PKS.bits()) != 0 {
             return None;
         }
         let mask = self.address_mask();
         let usual = PRESENT | ACCESSED;
-        let no_nx = if self.efer & EFER_NXE == 0 { NX } else { 0 };
+        let no_nx = if self.efer & efer::NXE == 0 { NX } else { 0 };
         let judged = usual | no_nx | !mask & 0x000F_FFFF_FFFF_F000;
         let (mut table, mut all, mut any) = (self.cr3 & mask, WRITABLE | USER, 0);
         for shift in [39, 30, 21, 12] {
@@ -228,9 +216,9 @@ impl Paging {
             let by_user = if is_user { ERROR_USER } else { 0 };
             AccessError::Fault(Fault::Page { error_code: code | write | by_user, linear })
         };
-        let long = self.efer & EFER_LMA != 0;
-        let (format, mut table, mut level) = match (long, self.cr4 & CR4_PAE != 0) {
-            (true, _) => (WIDE, self.cr3 & self.address_mask(), if self.cr4 & CR4_LA57 != 0 { 5 } else { 4 }),
+        let long = self.efer & efer::LMA != 0;
+        let (format, mut table, mut level) = match (long, self.cr4 & Cr4::PAE.bits() != 0) {
+            (true, _) => (WIDE, self.cr3 & self.address_mask(), if self.cr4 & Cr4::LA57.bits() != 0 { 5 } else { 4 }),
             (false, true) => {
                 let pdpte = self.pdptes[(linear >> 30 & 3) as usize];
                 if pdpte & PRESENT == 0 {
@@ -262,9 +250,12 @@ impl Paging {
             execute_disable |= format.entry_bytes == 8 && entry & NX != 0;
             let leaf = large || level == 1;
             if leaf {
-                let protects = is_user || self.cr0 & CR0_WP != 0;
+                let protects = is_user || self.cr0 & Cr0::WP.bits() != 0;
                 let denied = access == DataAccess::Write && !writable && protects || is_user && !user;
-                let smap = !is_user && user && self.cr4 & CR4_SMAP != 0 && self.rflags & RFLAGS_AC == 0;
+                let smap = !is_user
+                    && user
+                    && self.cr4 & Cr4::SMAP.bits() != 0
+                    && self.rflags & RFlags::ALIGNMENT_CHECK.bits() == 0;
                 let by_key = self.refused_by_key(entry, user, access, protects);
                 if denied || smap || by_key {
                     return Err(fault(ERROR_PRESENT | if by_key { ERROR_KEY } else { 0 }));
@@ -293,8 +284,9 @@ impl Paging {
     /// The protection key in the entry of a page refuses the access (SDM vol. 3A, "Protection Keys").
     #[inline(never)]
     fn refused_by_key(&self, leaf: u64, user_page: bool, access: DataAccess, protects: bool) -> bool {
-        let (on, register) = if user_page { (CR4_PKE, self.keys.user) } else { (CR4_PKS, self.keys.supervisor) };
-        if self.efer & EFER_LMA == 0 || self.cr4 & on == 0 {
+        let (on, register) =
+            if user_page { (Cr4::PKE.bits(), self.keys.user) } else { (Cr4::PKS.bits(), self.keys.supervisor) };
+        if self.efer & efer::LMA == 0 || self.cr4 & on == 0 {
             return false;
         }
         let rights = register >> (2 * (leaf >> 59 & 0xF));
@@ -306,7 +298,7 @@ impl Paging {
     }
 
     fn large_allowed(&self, format: Format, level: u32) -> bool {
-        if format.entry_bytes == 4 { self.cr4 & CR4_PSE != 0 } else { level <= 3 }
+        if format.entry_bytes == 4 { self.cr4 & Cr4::PSE.bits() != 0 } else { level <= 3 }
     }
 
     /// Reserved bits that are set.
@@ -319,9 +311,9 @@ impl Paging {
             return large && entry & reserved != 0;
         }
         let beyond = !self.address_mask() & 0x000F_FFFF_FFFF_F000;
-        let no_nx = if self.efer & EFER_NXE == 0 { NX } else { 0 };
+        let no_nx = if self.efer & efer::NXE == 0 { NX } else { 0 };
         // Without long mode bits 62:52 are reserved as well.
-        let ignored = if self.efer & EFER_LMA == 0 { 0x7FF0_0000_0000_0000 } else { 0 };
+        let ignored = if self.efer & efer::LMA == 0 { 0x7FF0_0000_0000_0000 } else { 0 };
         let size = match (large, level) {
             (true, _) => ((1u64 << (12 + (level - 1) * 9)) - 1) & !0x1FFF,
             (false, 4 | 5) => PAGE_SIZE_BIT,
@@ -346,7 +338,7 @@ impl Paging {
     /// `bytes` behind `linear`: addresses wrap at 4 GiB outside of IA-32e mode.
     fn further(&self, linear: u64, bytes: usize) -> u64 {
         let sum = linear.wrapping_add(bytes as u64);
-        if self.efer & EFER_LMA != 0 { sum } else { sum & 0xFFFF_FFFF }
+        if self.efer & efer::LMA != 0 { sum } else { sum & 0xFFFF_FFFF }
     }
 
     /// Reads bytes at a linear address, page by page.

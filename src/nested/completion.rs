@@ -7,7 +7,7 @@
 use super::{reflect, violation};
 use crate::cpu::Cpu;
 use crate::guest::inject;
-use crate::guest::l3_memory::Miss;
+use crate::guest::nested_memory::Miss;
 use crate::trace::KillReason;
 use crate::vmcs::slots::SlotId;
 use crate::vmx::Field;

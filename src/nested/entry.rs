@@ -16,7 +16,7 @@ use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::checks::{self, CheckId, ControlsChecked};
 use crate::rules::explain::Refusal;
 use crate::rules::merge::{self, Duties, NvmxNeeds, Translated};
-use crate::trace::KillReason;
+use crate::trace::{KillReason, Promise};
 use crate::vmcs::access::MachineParts;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
@@ -42,10 +42,12 @@ pub fn enter(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
     let link = if links { shadow::link(cpu, id) } else { NO_LINK };
     let slot = &mut cpu.nested.slots[id];
     let vmx = &mut cpu.vmx;
-    let Some(merged) = &slot.merged else { return Err(KillReason::UnexpectedExit(0).into()) };
+    let Some(merged) = &slot.merged else {
+        return Err(KillReason::Broken(Promise::ControlsPrepared).into());
+    };
     let (duties, uses_msr_bitmap) = (merged.duties, merged.msr_bitmap.is_some());
     let uses_timer = merged.pin.contains(PinControls::PREEMPTION_TIMER);
-    slot.inherited.leave_l2(vmx);
+    slot.inherited.leave_guest(vmx);
     if uses_msr_bitmap {
         slot.msr_bitmap.refresh(&cpu.phys);
     }
@@ -79,7 +81,7 @@ pub fn enter(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
     if uses_timer {
         slot.vmcs02.timer.start(vmx);
     }
-    slot.inherited.enter_l3(vmx, &slot.vmcs12, &mut slot.vmcs02.pat, &cpu.tracked);
+    slot.inherited.enter_nested(vmx, &slot.vmcs12, &mut slot.vmcs02.pat, &cpu.tracked);
     let count = slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_COUNT);
     if count == 0 {
         slot.vmcs02.load_no_msrs(vmx);
@@ -215,7 +217,7 @@ fn check_guest_state(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
             slot.stale |= Stale::GUEST;
             refuse(cpu, Refusal::Controls(Some(controls.check)));
             if let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation {
-                back_to_l2(cpu, vmxon_ptr, current);
+                back_to_guest(cpu, vmxon_ptr, current);
             }
             Ok(Next::Stay)
         }
@@ -232,23 +234,23 @@ fn check_guest_state(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
 #[cold]
 pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
     let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation else {
-        return Err(KillReason::UnexpectedExit(0));
+        return Err(KillReason::Broken(Promise::NonRootOnVmcs02));
     };
     let error = cpu.vmx.read(Field::VM_INSTRUCTION_ERROR) as u32;
     if error != VmxError::EntryInvalidControlField as u32 {
         return Err(KillReason::EntryFailed { reason: error, qualification: 0 });
     }
     let check = judge::whole(cpu, current, |whole| whole.live_controls().err().map(|failure| failure.check));
-    if check == Some(CheckId::TprThresholdFitsVtpr) && cpu.vmx.counters.last_exit_was_of_l3() {
+    if check == Some(CheckId::TprThresholdFitsVtpr) && cpu.vmx.counters.last_exit_was_nested() {
         return virtual_apic::below_threshold(cpu, current);
     }
     refuse(cpu, Refusal::Controls(check));
-    back_to_l2(cpu, vmxon_ptr, current);
+    back_to_guest(cpu, vmxon_ptr, current);
     Ok(())
 }
 
 /// Back to L2 from an entry on vmcs02 that fails for its controls.
-fn back_to_l2(cpu: &mut Cpu, vmxon_ptr: Gpa, current: SlotId) {
+fn back_to_guest(cpu: &mut Cpu, vmxon_ptr: Gpa, current: SlotId) {
     let slot = &mut cpu.nested.slots[current];
     slot.inherited.undo(&mut cpu.vmx);
     slot.vmcs02.give_pdptes_back(&mut cpu.vmx, slot.has_duty(Duties::LOAD_PDPTES));

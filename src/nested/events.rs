@@ -39,12 +39,12 @@ pub fn deliver(cpu: &mut Cpu) {
     }
     if cpu.waiting.contains(Waiting::NMI) {
         match pin12(cpu) {
-            Some(pin) if pin.contains(PinControls::NMI_EXITING) => stop_l3(cpu, pin),
+            Some(pin) if pin.contains(PinControls::NMI_EXITING) => stop_nested(cpu, pin),
             _ => ask_for_window(cpu),
         }
     }
     let events = &cpu.events;
-    cpu.waiting.set(Waiting::OWN, events.stops_l3 || events.lent.is_some());
+    cpu.waiting.set(Waiting::OWN, events.stops_nested || events.lent.is_some());
 }
 
 /// An INIT takes L3 out; outside of VMX operation it resets L2's processor; else it goes on waiting.
@@ -52,17 +52,17 @@ fn deliver_init(cpu: &mut Cpu) {
     match cpu.nested.operation {
         Operation::Off => init::take(cpu),
         Operation::Root { .. } => {}
-        Operation::NonRoot { current, .. } => stop_l3_for_init(cpu, current),
+        Operation::NonRoot { current, .. } => stop_nested_for_init(cpu, current),
     }
 }
 
 /// Brings L3 to a stop where an INIT is taken: the entry has checked and loaded everything and delivered its event, and L3
 /// has executed nothing. An entry that fails, or an exit while the event is delivered, leaves the INIT waiting.
-fn stop_l3_for_init(cpu: &mut Cpu, id: SlotId) {
-    if cpu.events.stops_l3 || !can_stop_l3(cpu) {
+fn stop_nested_for_init(cpu: &mut Cpu, id: SlotId) {
+    if cpu.events.stops_nested || !can_stop_nested(cpu) {
         return;
     }
-    cpu.events.stops_l3 = true;
+    cpu.events.stops_nested = true;
     cpu.waiting |= Waiting::OWN;
     let event = EventInfo(cpu.vmx.read(Field::VM_ENTRY_INTR_INFO_FIELD) as u32);
     let primary12 = cpu.nested.slots[id].vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32;
@@ -74,7 +74,7 @@ fn stop_l3_for_init(cpu: &mut Cpu, id: SlotId) {
 }
 
 /// The processor has the monitor trap flag.
-fn can_stop_l3(cpu: &Cpu) -> bool {
+fn can_stop_nested(cpu: &Cpu) -> bool {
     cpu.config.hardware.primary.settable().contains(PrimaryControls::MONITOR_TRAP_FLAG)
 }
 
@@ -85,7 +85,7 @@ fn steps(primary12: u32) -> bool {
 
 /// L2 runs again: the fields of vmcs02 that nvmx used have L2's values again. Controls are written with its next entry.
 fn give_back(cpu: &mut Cpu) {
-    cpu.events.stops_l3 = false;
+    cpu.events.stops_nested = false;
     let activity = cpu.events.activity.take();
     let Some((id, values)) = cpu.events.lent.take() else { return };
     cpu.enter_vmcs02(id);
@@ -99,7 +99,7 @@ fn give_back(cpu: &mut Cpu) {
 }
 
 /// L2 wants NMIs of L3: brings L3 to a stop behind the event that is being injected, or at once.
-fn stop_l3(cpu: &mut Cpu, pin: PinControls) {
+fn stop_nested(cpu: &mut Cpu, pin: PinControls) {
     let Operation::NonRoot { current, .. } = cpu.nested.operation else { return };
     let primary12 = cpu.nested.slots[current].vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32;
     let event = EventInfo(cpu.vmx.read(Field::VM_ENTRY_INTR_INFO_FIELD) as u32);
@@ -112,10 +112,10 @@ fn stop_l3(cpu: &mut Cpu, pin: PinControls) {
     let window = PrimaryControls::from_bits_retain(primary12).contains(PrimaryControls::NMI_WINDOW_EXITING)
         && !nmis_blocked
         && !event.is(EventKind::Nmi);
-    if cpu.events.stops_l3 || blocked || steps || timer || window || !can_stop_l3(cpu) {
+    if cpu.events.stops_nested || blocked || steps || timer || window || !can_stop_nested(cpu) {
         return;
     }
-    cpu.events.stops_l3 = true;
+    cpu.events.stops_nested = true;
     cpu.waiting |= Waiting::OWN;
     if event.is_valid() || blocking & BLOCKING_BY_STI_OR_MOV_SS != 0 {
         set_controls(cpu, PinControls::empty(), PrimaryControls::MONITOR_TRAP_FLAG, true);
@@ -137,8 +137,8 @@ fn stop_at_once(cpu: &mut Cpu) {
 
 /// An exit of L3 by the monitor trap flag: if nvmx asked for it, L2 gets the INIT, else the NMI. Says whether it did.
 #[cold]
-pub fn stopped_l3(cpu: &mut Cpu, id: SlotId) -> Result<bool, KillReason> {
-    if !core::mem::take(&mut cpu.events.stops_l3) {
+pub fn stopped_nested(cpu: &mut Cpu, id: SlotId) -> Result<bool, KillReason> {
+    if !core::mem::take(&mut cpu.events.stops_nested) {
         return Ok(false);
     }
     set_controls(cpu, PinControls::empty(), PrimaryControls::MONITOR_TRAP_FLAG, false);

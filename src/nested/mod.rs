@@ -12,7 +12,7 @@ pub mod events;
 pub mod fields;
 pub mod instr;
 pub mod judge;
-pub mod l3_exit;
+pub mod nested_exit;
 pub mod reflect;
 pub mod result;
 pub mod shadow;

@@ -9,7 +9,7 @@ use crate::mm::linear::{fetch_pdptes, pdptes_are_valid};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::merge::Duties;
 use crate::rules::switched::{Host, Item};
-use crate::trace::KillReason;
+use crate::trace::{KillReason, Promise};
 use crate::vmcs::Config;
 use crate::vmcs::access::{HostState, MachineParts, Report};
 use crate::vmcs::msr_lists::MsrLists;
@@ -66,7 +66,7 @@ fn report(cpu: &mut Cpu, id: SlotId, report: Option<Report>) -> Result<(), KillR
     if slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_COUNT) != 0 {
         store_msrs(vmx, slot, &cpu.config, &cpu.msrs, &cpu.guest)?;
     }
-    slot.inherited.leave_l3(vmx, &mut slot.vmcs12, &mut slot.vmcs02.pat);
+    slot.inherited.leave_nested(vmx, &mut slot.vmcs12, &mut slot.vmcs02.pat);
     slot.vmcs12.launched = true;
     leave_vmcs02(cpu, id, nmi_blocked, report)
 }
@@ -99,7 +99,9 @@ pub fn exception(
 /// Takes L2 out of an entry that failed late: no guest state is saved, NMIs are blocked as before. vmcs02 is current.
 #[cold]
 pub fn entry_failure(cpu: &mut Cpu, basic: BasicReason, qualification: u64) -> Result<(), KillReason> {
-    let Some(id) = cpu.nested.current() else { return Err(KillReason::UnexpectedExit(basic.0 as u32)) };
+    let Some(id) = cpu.nested.current() else {
+        return Err(KillReason::Broken(Promise::CurrentVmcs12));
+    };
     cpu.vmx.counters.bump(Counter::Reflected);
     let slot = &mut cpu.nested.slots[id];
     let guest_state_loaded = basic == BasicReason::ENTRY_MSR_LOADING;
@@ -145,9 +147,9 @@ fn leave_vmcs02(cpu: &mut Cpu, id: SlotId, nmi_blocked: bool, report: Option<Rep
     let blocking = if nmi_blocked { BLOCKING_BY_NMI } else { 0 };
     let blocking = (cpu.nested.blocking01 != blocking).then_some(blocking);
     let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
-    cpu.config.access.exit(on, slot, report, L2 { tracked: &mut cpu.tracked, once: &mut cpu.once01, blocking });
+    cpu.config.access.exit(on, slot, report, Guest { tracked: &mut cpu.tracked, once: &mut cpu.once01, blocking });
     if slot.vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 == 0 {
-        load_pdptes_of_l2(vmx, &cpu.guest, &slot.vmcs12)?;
+        load_guest_pdptes(vmx, &cpu.guest, &slot.vmcs12)?;
     }
     if slot.has_duty(Duties::FLUSH_VPID) {
         vmx.invvpid(Invalidate::Single, VPID01, 0);
@@ -165,19 +167,19 @@ fn leave_vmcs02(cpu: &mut Cpu, id: SlotId, nmi_blocked: bool, report: Option<Rep
 }
 
 /// All of L2's state after a VM exit.
-struct L2<'a> {
+struct Guest<'a> {
     tracked: &'a mut Tracked,
     once: &'a mut Once,
     /// Interruptibility state, if it changes.
     blocking: Option<u64>,
 }
 
-impl HostState for L2<'_> {
+impl HostState for Guest<'_> {
     #[inline(always)]
     fn load(&mut self, vmcs01: &mut impl FieldAccess, slot: &Slot) {
         load_vmcs12_host_state(vmcs01, &slot.vmcs12);
         let mut values = HostValues::of(|field| slot.vmcs12.get(field));
-        slot.inherited.leave_to_l2(&mut values);
+        slot.inherited.leave_to_guest(&mut values);
         self.tracked.load(vmcs01, &values);
         if let Some(blocking) = self.blocking {
             vmcs01.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking);
@@ -261,7 +263,7 @@ fn load_segments(vmx: &mut impl FieldAccess, vmcs12: &Vmcs12, long: bool) {
 /// A host outside IA-32e mode with PAE paging gets its PDPTEs from the table at CR3; reserved bits in them are a VMX abort
 /// (SDM, "Checking and Loading Host Page-Directory-Pointer-Table Entries").
 #[cold]
-fn load_pdptes_of_l2(vmx: &mut Vmx, guest: &GuestMemory<impl PhysMem>, vmcs12: &Vmcs12) -> Result<(), KillReason> {
+fn load_guest_pdptes(vmx: &mut Vmx, guest: &GuestMemory<impl PhysMem>, vmcs12: &Vmcs12) -> Result<(), KillReason> {
     const ABORT_PDPTES: u32 = 2;
     if vmcs12.get(Field::HOST_CR4) & Cr4::PAE.bits() == 0 {
         return Ok(());

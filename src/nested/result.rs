@@ -7,9 +7,10 @@ use crate::cpu::Cpu;
 use crate::guest::{Next, Stop};
 use crate::rules::explain::Refusal;
 use crate::vmx::{Field, VmxError, VmxResult};
+use crate::x86::RFlags;
 
-const RFLAGS_CF: u64 = 1 << 0;
-const RFLAGS_ZF: u64 = 1 << 6;
+const RFLAGS_CF: u64 = RFlags::CARRY_FLAG.bits();
+const RFLAGS_ZF: u64 = RFlags::ZERO_FLAG.bits();
 /// CF, PF, AF, ZF, SF, OF
 const RFLAGS_ARITHMETIC: u64 = 0x8D5;
 

@@ -3,7 +3,7 @@
 //! Before an entry the vmcs12 behind the link pointer becomes active in a slot of its own, as it does in a processor. Where
 //! the hardware has VMCS shadowing, vmcs02 links to the vmcs02 of that slot, which is in shadow form, and L3 reaches in it
 //! the fields that L2's bitmaps leave open and whose values live there. All other accesses exit: to L2 if a bitmap says so,
-//! else to nvmx, which makes them in the slot's copy ([`of_l3`]).
+//! else to nvmx, which makes them in the slot's copy ([`of_nested`]).
 //!
 //! Source: Intel SDM vol. 3C (December 2024), "VMCS Shadowing", "VMCS Types: Ordinary and Shadow", "Instructions That Cause VM
 //! Exits Conditionally".
@@ -72,7 +72,7 @@ pub fn encoding(cpu: &mut Cpu) -> u64 {
 }
 
 /// L3's VMREAD or VMWRITE that L2's bitmaps let through and the hardware does not; vmcs02 is current.
-pub fn of_l3(cpu: &mut Cpu, id: SlotId, access: Access) -> Result<(), KillReason> {
+pub fn of_nested(cpu: &mut Cpu, id: SlotId, access: Access) -> Result<(), KillReason> {
     let linked = cpu.nested.slots[id].linked;
     let access_field = match access {
         Access::Read => fields::read,

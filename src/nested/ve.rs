@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn an_area_outside_of_l2_s_memory_is_in_use() {
+    fn an_area_outside_of_the_guest_s_memory_is_in_use() {
         for area in [0x2000, 1 << 36, !0xFFF] {
             let memory = memory();
             assert!(!INFORMATION.write(Gpa::new(area), &memory), "{area:#x}");

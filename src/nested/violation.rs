@@ -9,7 +9,7 @@ use crate::guest::missing;
 use crate::hw::vmx::Vmx;
 use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::merge::Duties;
-use crate::rules::route::L2Wants;
+use crate::rules::route::GuestWants;
 use crate::trace::KillReason;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::slots::SlotId;

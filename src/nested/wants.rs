@@ -2,7 +2,7 @@
 
 use crate::addr::Gpa;
 use crate::mm::{GuestMemory, PhysMem};
-use crate::rules::route::L2Wants;
+use crate::rules::route::GuestWants;
 use crate::vmcs::slot::Slot;
 use crate::vmx::Field;
 use crate::vmx::bitmap::{Access, MsrBitmap};
@@ -25,7 +25,7 @@ impl<P: PhysMem> Wants<'_, P> {
     }
 }
 
-impl<P: PhysMem> L2Wants for Wants<'_, P> {
+impl<P: PhysMem> GuestWants for Wants<'_, P> {
     #[inline(always)]
     fn pin(&self) -> PinControls {
         PinControls::from_bits_retain(self.slot.vmcs12.get(Field::PIN_BASED_VM_EXEC_CONTROL) as u32)

@@ -38,7 +38,7 @@ pub struct ExitInfo {
 }
 
 /// What L2 asked for in vmcs12.
-pub trait L2Wants {
+pub trait GuestWants {
     /// Pin-based controls.
     fn pin(&self) -> PinControls;
     /// Primary processor-based controls.
@@ -54,17 +54,17 @@ pub trait L2Wants {
 
 /// Decides. An entry that failed late failed on L2's guest state or L2's MSR list.
 #[inline]
-pub fn route(exit: &ExitInfo, l2: &impl L2Wants) -> Route {
-    if exit.reason.is_entry_failure() || l2_wants_exit(exit, l2) { Route::Reflect } else { Route::Nvmx }
+pub fn route(exit: &ExitInfo, guest: &impl GuestWants) -> Route {
+    if exit.reason.is_entry_failure() || guest_wants_exit(exit, guest) { Route::Reflect } else { Route::Nvmx }
 }
 
-fn l2_wants_exit(exit: &ExitInfo, l2: &impl L2Wants) -> bool {
+fn guest_wants_exit(exit: &ExitInfo, guest: &impl GuestWants) -> bool {
     use BasicReason as R;
     use PrimaryControls as P;
     use SecondaryControls as S;
-    let pin = |control| l2.pin().intersects(control);
-    let primary = |control| l2.primary().intersects(control);
-    let secondary = |control| l2.secondary().intersects(control);
+    let pin = |control| guest.pin().intersects(control);
+    let primary = |control| guest.primary().intersects(control);
+    let secondary = |control| guest.secondary().intersects(control);
 
     match exit.reason.basic() {
         // Always, in VMX non-root operation.
@@ -97,12 +97,12 @@ fn l2_wants_exit(exit: &ExitInfo, l2: &impl L2Wants) -> bool {
         R::XSAVES | R::XRSTORS => secondary(S::ENABLE_XSAVES),
 
         // Operands decide.
-        R::CR_ACCESS => wants_cr_access(CrAccess::decode(exit.qualification), l2.primary()),
+        R::CR_ACCESS => wants_cr_access(CrAccess::decode(exit.qualification), guest.primary()),
         R::IO_INSTRUCTION => primary(P::UNCONDITIONAL_IO_EXITING | P::USE_IO_BITMAPS),
-        R::VMREAD => wants_field_access(exit.encoding, Access::Read, l2),
-        R::VMWRITE => wants_field_access(exit.encoding, Access::Write, l2),
-        R::RDMSR => wants_msr(exit.ecx, Access::Read, l2),
-        R::WRMSR => wants_msr(exit.ecx, Access::Write, l2),
+        R::VMREAD => wants_field_access(exit.encoding, Access::Read, guest),
+        R::VMWRITE => wants_field_access(exit.encoding, Access::Write, guest),
+        R::RDMSR => wants_msr(exit.ecx, Access::Read, guest),
+        R::WRMSR => wants_msr(exit.ecx, Access::Write, guest),
 
         // nvmx looks first: the walk of ept12 tells whose violation it is, the operands of VMFUNC whether L2 sees it.
         R::EPT_VIOLATION | R::EPT_MISCONFIGURATION | R::VMFUNC => false,
@@ -145,12 +145,12 @@ fn wants_cr_access(access: CrAccess, primary: PrimaryControls) -> bool {
     }
 }
 
-fn wants_field_access(encoding: u64, access: Access, l2: &impl L2Wants) -> bool {
-    let shadowing = l2.secondary().contains(SecondaryControls::VMCS_SHADOWING);
-    !shadowing || shadow_index(encoding).is_none_or(|bit| l2.shadow_bitmap(bit, access))
+fn wants_field_access(encoding: u64, access: Access, guest: &impl GuestWants) -> bool {
+    let shadowing = guest.secondary().contains(SecondaryControls::VMCS_SHADOWING);
+    !shadowing || shadow_index(encoding).is_none_or(|bit| guest.shadow_bitmap(bit, access))
 }
 
-fn wants_msr(msr: u32, access: Access, l2: &impl L2Wants) -> bool {
-    let uses_bitmap = l2.primary().contains(PrimaryControls::USE_MSR_BITMAPS);
-    !uses_bitmap || crate::vmx::bitmap::MsrBitmap::index(msr, access).is_none() || l2.msr_bitmap(msr, access)
+fn wants_msr(msr: u32, access: Access, guest: &impl GuestWants) -> bool {
+    let uses_bitmap = guest.primary().contains(PrimaryControls::USE_MSR_BITMAPS);
+    !uses_bitmap || crate::vmx::bitmap::MsrBitmap::index(msr, access).is_none() || guest.msr_bitmap(msr, access)
 }

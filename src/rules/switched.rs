@@ -32,7 +32,7 @@ pub enum Exits {
     /// Nobody's.
     Never,
     /// L2's.
-    ForL2,
+    ForGuest,
     /// L2's and L3's.
     ForBoth,
 }
@@ -92,7 +92,7 @@ const NO_ENTRY: EntryControls = EntryControls::empty();
 const NO_EXIT: ExitControls = ExitControls::empty();
 
 const KNOWN: &str = "L2 writes it seldom, and an exit of L3 need not read it then";
-const L3_WRITES_PAT: &str = "both levels write it seldom, and an exit of L3 need read neither value then";
+const NESTED_WRITES_PAT: &str = "both levels write it seldom, and an exit of L3 need read neither value then";
 const ITS_OWN: &str = "an exit of L3 loads it or sets it in any case";
 const STAYS: &str = "nvmx's CR4 has nothing that would use it";
 
@@ -129,15 +129,15 @@ macro_rules! switched {
 
 switched! {
     SysenterCs = "IA32_SYSENTER_CS", Some(0x174), GUEST_SYSENTER_CS, Host::Field(Field::HOST_IA32_SYSENTER_CS),
-        NO_ENTRY, NO_EXIT, NO_EXIT, Own, ForL2, Low32, KNOWN;
+        NO_ENTRY, NO_EXIT, NO_EXIT, Own, ForGuest, Low32, KNOWN;
     SysenterEsp = "IA32_SYSENTER_ESP", Some(0x175), GUEST_SYSENTER_ESP, Host::Field(Field::HOST_IA32_SYSENTER_ESP),
-        NO_ENTRY, NO_EXIT, NO_EXIT, Own, ForL2, Canonical, KNOWN;
+        NO_ENTRY, NO_EXIT, NO_EXIT, Own, ForGuest, Canonical, KNOWN;
     SysenterEip = "IA32_SYSENTER_EIP", Some(0x176), GUEST_SYSENTER_EIP, Host::Field(Field::HOST_IA32_SYSENTER_EIP),
-        NO_ENTRY, NO_EXIT, NO_EXIT, Own, ForL2, Canonical, KNOWN;
+        NO_ENTRY, NO_EXIT, NO_EXIT, Own, ForGuest, Canonical, KNOWN;
     Pat = "IA32_PAT", Some(msr::IA32_PAT), GUEST_IA32_PAT, Host::Field(Field::HOST_IA32_PAT),
-        EntryControls::LOAD_PAT, ExitControls::SAVE_PAT, ExitControls::LOAD_PAT, Own, ForBoth, Pat, L3_WRITES_PAT;
+        EntryControls::LOAD_PAT, ExitControls::SAVE_PAT, ExitControls::LOAD_PAT, Own, ForBoth, Pat, NESTED_WRITES_PAT;
     Efer = "IA32_EFER", Some(msr::IA32_EFER), GUEST_IA32_EFER, Host::Field(Field::HOST_IA32_EFER),
-        EntryControls::LOAD_EFER, ExitControls::SAVE_EFER, ExitControls::LOAD_EFER, Own, ForL2, Efer, KNOWN;
+        EntryControls::LOAD_EFER, ExitControls::SAVE_EFER, ExitControls::LOAD_EFER, Own, ForGuest, Efer, KNOWN;
     Debugctl = "IA32_DEBUGCTL", Some(0x1D9), GUEST_IA32_DEBUGCTL, Host::Constant(0),
         EntryControls::LOAD_DEBUG_CONTROLS, ExitControls::SAVE_DEBUG_CONTROLS, NO_EXIT, Own, Never, Unseen, ITS_OWN;
     Dr7 = "DR7", None, GUEST_DR7, Host::Constant(0x400),

@@ -68,7 +68,7 @@ impl Common {
             watches_ept12: machine.options.ept12 == Ept12::Watch,
             user_counters: machine.options.counters == Counters::All,
             stale: machine.options.stale,
-            on_kvm: machine.processor.l0 == KVM,
+            on_kvm: machine.processor.below == KVM,
             stops: machine.options.stop == Stop::Cpus,
             mtrrs: machine.mtrrs.clone(),
             has_mtrrs: machine.processor.mtrrs,

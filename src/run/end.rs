@@ -4,6 +4,7 @@ use super::{run_loop, smp};
 use crate::cpu::Cpu;
 use crate::hw::epitaph::{self, Status, Who};
 use crate::hw::serial;
+use crate::trace::Ran;
 use crate::vmx::Field;
 
 /// The frames do not suffice.
@@ -17,9 +18,9 @@ pub(super) fn run_to_the_end(cpu: &mut Cpu) -> ! {
     let reason = run_loop::run(cpu);
     serial::dying();
     smp::stop_others(cpu);
-    for (reason, l3) in cpu.vmx.counters.recent() {
-        log::info!("exit of {}: {reason}", if l3 { "L3" } else { "L2" });
+    for (reason, ran) in cpu.vmx.counters.recent() {
+        log::info!("exit of {}: {reason}", if ran == Ran::Nested { "L3" } else { "L2" });
     }
     let rip = cpu.vmx.read(Field::GUEST_RIP);
-    epitaph::epitaph(Who::L2, format_args!("rip {rip:#x}"), format_args!("{reason}"))
+    epitaph::epitaph(Who::Guest, format_args!("rip {rip:#x}"), format_args!("{reason}"))
 }

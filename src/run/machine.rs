@@ -1,7 +1,7 @@
 //! What boot hands to the hypervisor.
 
+use crate::boot::guest_image::Start;
 use crate::boot::info::Rsdp;
-use crate::boot::l2_image::Start;
 use crate::boot::{CpuList, Options, Processor};
 use crate::hw::phys::DirectMap;
 use crate::mm::mtrr::Mtrrs;
@@ -17,7 +17,7 @@ pub struct Machine {
     /// The machine's whole memory map, nvmx's range included as usable RAM.
     pub memory: MemoryMap,
     /// The map that L2 was given: nvmx's range is reserved in it.
-    pub l2_memory: MemoryMap,
+    pub guest_memory: MemoryMap,
     /// nvmx's own range: image, stacks, frames. Starts and ends at multiples of 2 MiB.
     pub own: Span,
     /// Frames in nvmx's range that are still free.

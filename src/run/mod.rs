@@ -2,7 +2,7 @@
 
 mod build;
 mod end;
-pub mod l2_exit;
+pub mod guest_exit;
 mod machine;
 mod run_loop;
 pub mod smp;

@@ -5,9 +5,10 @@ use crate::guest::events;
 use crate::hw::cpu;
 use crate::hw::vmenter::{self, Entered};
 use crate::nested::events::deliver;
-use crate::nested::{entry, l3_exit};
-use crate::run::{l2_exit, stale};
+use crate::nested::{entry, nested_exit};
+use crate::run::{guest_exit, stale};
 use crate::trace::KillReason;
+use crate::trace::Ran;
 use crate::vmcs::once::Once;
 use crate::vmx::Field;
 use crate::vmx::exit::ExitReason;
@@ -31,25 +32,25 @@ pub fn run(cpu: &mut Cpu) -> KillReason {
             before_entry(cpu);
         }
         let nested = matches!(cpu.nested.operation, Operation::NonRoot { .. });
-        let launch = if nested { l3_exit::needs_launch(cpu) } else { !cpu.launched01 };
+        let launch = if nested { nested_exit::needs_launch(cpu) } else { !cpu.launched01 };
         let entered = vmenter::enter(&mut cpu.vmx, &mut cpu.regs, launch);
         let handled = match entered {
             Entered::Exit => {
                 let reason = ExitReason(cpu.vmx.read(Field::VM_EXIT_REASON) as u32);
                 if nested {
-                    cpu.vmx.counters.exit(true, reason);
-                    this.note_exit_of_l3(reason);
-                    l3_exit::handle(cpu, reason)
+                    cpu.vmx.counters.exit(Ran::Nested, reason);
+                    this.note_nested_exit(reason);
+                    nested_exit::handle(cpu, reason)
                 } else {
-                    cpu.vmx.counters.exit(false, reason);
-                    this.note_exit_of_l2(reason);
+                    cpu.vmx.counters.exit(Ran::Guest, reason);
+                    this.note_guest_exit(reason);
                     if !reason.is_entry_failure() {
                         cpu.launched01 = true;
                         if !cpu.once01.is_empty() {
                             loaded_once(cpu);
                         }
                     }
-                    l2_exit::handle(cpu, reason)
+                    guest_exit::handle(cpu, reason)
                 }
             }
             Entered::Nmi => {

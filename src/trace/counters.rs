@@ -6,6 +6,15 @@ use l2_protocol::abi::{Counter, EXITS_OF_L2, EXITS_OF_L3, REASONS};
 
 const NAMED: usize = Counter::ALL.len();
 
+/// Who ran before nvmx did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ran {
+    /// L2
+    Guest,
+    /// L3
+    Nested,
+}
+
 /// All counters, the snapshot that L2 reads, and the last exits for the epitaph.
 pub struct Counters {
     live: Values,
@@ -17,8 +26,8 @@ pub struct Counters {
 #[derive(Clone)]
 struct Values {
     named: [u64; NAMED],
-    exits_l2: [u64; REASONS],
-    exits_l3: [u64; REASONS],
+    guest_exits: [u64; REASONS],
+    nested_exits: [u64; REASONS],
 }
 
 const RECENT: usize = 16;
@@ -27,25 +36,25 @@ const RECENT: usize = 16;
 #[derive(Clone, Copy)]
 struct Recent {
     reason: u16,
-    l3: bool,
+    ran: Ran,
 }
 
 impl Values {
     const fn new() -> Self {
-        Values { named: [0; NAMED], exits_l2: [0; REASONS], exits_l3: [0; REASONS] }
+        Values { named: [0; NAMED], guest_exits: [0; REASONS], nested_exits: [0; REASONS] }
     }
 
     /// All, in the order of [`Totals`].
     fn all(&self) -> impl Iterator<Item = u64> + '_ {
-        self.named.iter().chain(&self.exits_l2).chain(&self.exits_l3).copied()
+        self.named.iter().chain(&self.guest_exits).chain(&self.nested_exits).copied()
     }
 
     fn get(&self, index: u32) -> Option<u64> {
         let at = |base: u32| index.checked_sub(base).map(|i| i as usize);
         self.named
             .get(index as usize)
-            .or_else(|| at(EXITS_OF_L2).and_then(|i| self.exits_l2.get(i)))
-            .or_else(|| at(EXITS_OF_L3).and_then(|i| self.exits_l3.get(i)))
+            .or_else(|| at(EXITS_OF_L2).and_then(|i| self.guest_exits.get(i)))
+            .or_else(|| at(EXITS_OF_L3).and_then(|i| self.nested_exits.get(i)))
             .copied()
     }
 }
@@ -65,11 +74,11 @@ impl Totals {
     /// A sum by the index of the CPUID interface.
     pub fn get(&self, index: u32) -> Option<u64> {
         let index = index as usize;
-        let (l2, l3) = (EXITS_OF_L2 as usize, EXITS_OF_L3 as usize);
+        let (guest, nested) = (EXITS_OF_L2 as usize, EXITS_OF_L3 as usize);
         let place = match index {
             _ if index < NAMED => index,
-            _ if (l2..l2 + REASONS).contains(&index) => NAMED + index - l2,
-            _ if (l3..l3 + REASONS).contains(&index) => NAMED + REASONS + index - l3,
+            _ if (guest..guest + REASONS).contains(&index) => NAMED + index - guest,
+            _ if (nested..nested + REASONS).contains(&index) => NAMED + REASONS + index - nested,
             _ => return None,
         };
         self.0.get(place).map(|sum| sum.load(Ordering::Relaxed))
@@ -100,7 +109,7 @@ impl Counters {
         Counters {
             live: Values::new(),
             snapshot: Values::new(),
-            recent: [Recent { reason: 0xFFFF, l3: false }; RECENT],
+            recent: [Recent { reason: 0xFFFF, ran: Ran::Guest }; RECENT],
             next: 0,
         }
     }
@@ -130,31 +139,34 @@ impl Counters {
 
     /// Counts a hardware exit of L2 or L3.
     #[inline(always)]
-    pub fn exit(&mut self, from_l3: bool, reason: ExitReason) {
+    pub fn exit(&mut self, ran: Ran, reason: ExitReason) {
         let slot = (reason.basic().0 as usize).min(REASONS - 1);
         self.bump(Counter::HwExits);
-        if from_l3 {
-            self.bump(Counter::ExitsL3);
-            self.live.exits_l3[slot] += 1;
-        } else {
-            self.bump(Counter::ExitsL2);
-            self.live.exits_l2[slot] += 1;
+        match ran {
+            Ran::Nested => {
+                self.bump(Counter::ExitsL3);
+                self.live.nested_exits[slot] += 1;
+            }
+            Ran::Guest => {
+                self.bump(Counter::ExitsL2);
+                self.live.guest_exits[slot] += 1;
+            }
         }
-        self.recent[self.next % RECENT] = Recent { reason: reason.basic().0, l3: from_l3 };
+        self.recent[self.next % RECENT] = Recent { reason: reason.basic().0, ran };
         self.next = self.next.wrapping_add(1);
     }
 
     /// Was L3 running before nvmx was?
-    pub fn last_exit_was_of_l3(&self) -> bool {
-        self.recent[self.next.wrapping_sub(1) % RECENT].l3
+    pub fn last_exit_was_nested(&self) -> bool {
+        self.recent[self.next.wrapping_sub(1) % RECENT].ran == Ran::Nested
     }
 
     /// Takes back the count of the exit just counted: it was for reading the counters.
-    pub fn forget_exit_of_l2(&mut self, reason: ExitReason) {
+    pub fn forget_guest_exit(&mut self, reason: ExitReason) {
         let slot = (reason.basic().0 as usize).min(REASONS - 1);
         self.live.named[Counter::HwExits as usize] -= 1;
         self.live.named[Counter::ExitsL2 as usize] -= 1;
-        self.live.exits_l2[slot] -= 1;
+        self.live.guest_exits[slot] -= 1;
     }
 
     /// Copies the live values to the snapshot, and adds to the sums over all CPUs what came since the last one.
@@ -168,12 +180,12 @@ impl Counters {
         self.snapshot.get(index)
     }
 
-    /// The last exits, oldest first: (basic reason, of L3).
-    pub fn recent(&self) -> impl Iterator<Item = (ExitReason, bool)> + '_ {
+    /// The last exits, oldest first: the reason, and who ran.
+    pub fn recent(&self) -> impl Iterator<Item = (ExitReason, Ran)> + '_ {
         (0..RECENT)
             .map(move |i| self.recent[(self.next.wrapping_add(i)) % RECENT])
             .filter(|r| r.reason != 0xFFFF)
-            .map(|r| (ExitReason(r.reason as u32), r.l3))
+            .map(|r| (ExitReason(r.reason as u32), r.ran))
     }
 }
 
@@ -185,9 +197,9 @@ mod tests {
     fn an_exit_for_reading_counters_leaves_no_trace() {
         let mut c = Counters::new();
         let cpuid = ExitReason(10);
-        c.exit(true, cpuid);
-        c.exit(false, cpuid);
-        c.forget_exit_of_l2(cpuid);
+        c.exit(Ran::Nested, cpuid);
+        c.exit(Ran::Guest, cpuid);
+        c.forget_guest_exit(cpuid);
         c.take_snapshot(&Totals::new());
         assert_eq!(c.snapshot_value(Counter::HwExits as u32), Some(1));
         assert_eq!(c.snapshot_value(EXITS_OF_L3 + 10), Some(1));
@@ -200,9 +212,9 @@ mod tests {
         // Reasons beyond the last slot share it.
         let (mut c, known) = (Counters::new(), REASONS as u32 - 1);
         for reason in (0..=known + 5).chain([0xFFFF]) {
-            c.exit(true, ExitReason(reason));
-            c.exit(true, ExitReason(1 << 31 | reason));
-            c.exit(false, ExitReason(reason));
+            c.exit(Ran::Nested, ExitReason(reason));
+            c.exit(Ran::Nested, ExitReason(1 << 31 | reason));
+            c.exit(Ran::Guest, ExitReason(reason));
         }
         c.take_snapshot(&Totals::new());
         for reason in 0..known {
@@ -253,7 +265,7 @@ mod tests {
             for (i, c) in (1..).zip(cpus.iter_mut()) {
                 c.add(Counter::Vmread, i * 10);
                 c.set(Counter::L1Ticks, round * i);
-                c.exit(true, ExitReason(10));
+                c.exit(Ran::Nested, ExitReason(10));
                 c.take_snapshot(&totals);
                 // Counted, but not yet told.
                 c.bump(Counter::Vmwrite);
@@ -273,17 +285,17 @@ mod tests {
     fn recent_exits_tell_whose_they_were() {
         let mut c = Counters::new();
         assert_eq!(c.recent().count(), 0);
-        c.exit(true, ExitReason(10));
-        c.exit(false, ExitReason(24));
-        let seen: Vec<_> = c.recent().map(|(reason, l3)| (reason.basic().0, l3)).collect();
-        assert_eq!(seen, [(10, true), (24, false)]);
+        c.exit(Ran::Nested, ExitReason(10));
+        c.exit(Ran::Guest, ExitReason(24));
+        let seen: Vec<_> = c.recent().map(|(reason, ran)| (reason.basic().0, ran)).collect();
+        assert_eq!(seen, [(10, Ran::Nested), (24, Ran::Guest)]);
     }
 
     #[test]
     fn recent_exits_come_oldest_first() {
         let mut c = Counters::new();
         for reason in 0..20 {
-            c.exit(false, ExitReason(reason));
+            c.exit(Ran::Guest, ExitReason(reason));
         }
         let first = c.recent().next().map(|(r, _)| r.basic().0);
         assert_eq!(first, Some(4));

@@ -23,6 +23,19 @@ pub enum KillReason {
     },
     /// An exit that nvmx does not know how to handle for L2.
     UnexpectedExit(u32),
+    /// A fault of nvmx: something that its own code makes sure of does not hold. One byte, so that the whole is returned in registers.
+    Broken(Promise),
+}
+
+/// What nvmx's own code makes sure of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Promise {
+    /// An entry has its controls prepared.
+    ControlsPrepared,
+    /// An entry on vmcs02 is one in VMX non-root operation.
+    NonRootOnVmcs02,
+    /// An entry that fails late has a current vmcs12.
+    CurrentVmcs12,
 }
 
 impl fmt::Display for KillReason {
@@ -39,6 +52,7 @@ impl fmt::Display for KillReason {
             KillReason::UnexpectedExit(reason) => {
                 write!(f, "VM exit {:?} that nvmx does not handle", ExitReason(reason))
             }
+            KillReason::Broken(promise) => write!(f, "a fault of nvmx: {promise:?} does not hold"),
         }
     }
 }

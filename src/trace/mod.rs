@@ -3,5 +3,5 @@
 pub mod counters;
 mod kill;
 
-pub use counters::{Counters, Totals};
-pub use kill::KillReason;
+pub use counters::{Counters, Ran, Totals};
+pub use kill::{KillReason, Promise};

@@ -91,7 +91,7 @@ impl Inherited {
 
     /// Before the entry, vmcs01 current: what L2 leaves in the processor.
     #[inline(always)]
-    pub fn leave_l2(&mut self, vmx: &mut Vmx) {
+    pub fn leave_guest(&mut self, vmx: &mut Vmx) {
         if self.loaded == ALL {
             return;
         }
@@ -102,8 +102,8 @@ impl Inherited {
 
     /// Before the entry, vmcs02 current and holding L2's values.
     #[inline(always)]
-    pub fn enter_l3(&mut self, vmx: &mut Vmx, vmcs12: &Vmcs12, pat02: &mut Kept, l2: &Tracked) {
-        pat02.put(vmx, if self.loads_pat { vmcs12.get(Field::GUEST_IA32_PAT) } else { l2.pat() });
+    pub fn enter_nested(&mut self, vmx: &mut Vmx, vmcs12: &Vmcs12, pat02: &mut Kept, guest: &Tracked) {
+        pat02.put(vmx, if self.loads_pat { vmcs12.get(Field::GUEST_IA32_PAT) } else { guest.pat() });
         if self.loaded & self.saved == ALL {
             return;
         }
@@ -121,7 +121,7 @@ impl Inherited {
 
     /// After an exit of L3 that goes to L2, vmcs02 current.
     #[inline(always)]
-    pub fn leave_l3(&mut self, vmx: &mut Vmx, vmcs12: &mut Vmcs12, pat02: &mut Kept) {
+    pub fn leave_nested(&mut self, vmx: &mut Vmx, vmcs12: &mut Vmcs12, pat02: &mut Kept) {
         self.live_pat = pat02.get(vmx);
         if self.saves_pat {
             vmcs12.set(Field::GUEST_IA32_PAT, self.live_pat);
@@ -138,13 +138,13 @@ impl Inherited {
 
     /// After an entry that failed late, vmcs02 current: what L2 finds in the processor. The guest state was loaded only if
     /// the entry came as far as its MSR area.
-    pub fn leave_failed_entry(&mut self, vmx: &mut Vmx, pat02: &mut Kept, l2: &Tracked, guest_state_loaded: bool) {
+    pub fn leave_failed_entry(&mut self, vmx: &mut Vmx, pat02: &mut Kept, guest: &Tracked, guest_state_loaded: bool) {
         if guest_state_loaded {
             self.live_pat = pat02.get(vmx);
             self.live[EFER] = vmx.read(Field::GUEST_IA32_EFER);
         } else {
-            self.live_pat = l2.pat();
-            self.live[EFER] = l2.efer();
+            self.live_pat = guest.pat();
+            self.live[EFER] = guest.efer();
         }
         self.undo(vmx);
     }
@@ -165,7 +165,7 @@ impl Inherited {
 
     /// The exit of L3 gives L2 these values; what it does not load goes on as L3 left it.
     #[inline(always)]
-    pub fn leave_to_l2(&self, host: &mut HostValues) {
+    pub fn leave_to_guest(&self, host: &mut HostValues) {
         if !self.host_efer {
             *host.value(Item::Efer) = long_mode(self.live[EFER], self.long_mode_host);
         }
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn lme_of_a_guest_without_paging_stays_l2_s() {
+    fn lme_of_a_guest_without_paging_stays_the_guest_s() {
         for old in [0, 0x801, efer::LME, EFER_LONG_MODE, 0xD01] {
             let others = old & !EFER_LONG_MODE;
             assert_eq!(entered(old, true, true), others | EFER_LONG_MODE);

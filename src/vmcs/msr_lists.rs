@@ -80,7 +80,7 @@ impl MsrLists {
         for i in 0..count.min(MAX_ENTRIES) {
             let entry = Gpa::new(at).checked_add(16 * i).ok_or(KillReason::VmxAbort(ABORT_SAVING))?;
             let index = memory.read_u64(entry).unwrap_or(REFUSED);
-            let value = (index >> 32 == 0).then(|| read_of_l3(vmx, &own, index as u32)).flatten();
+            let value = (index >> 32 == 0).then(|| read_of_nested(vmx, &own, index as u32)).flatten();
             let value = value.ok_or(KillReason::VmxAbort(ABORT_SAVING))?;
             // Memory that L2 does not own takes no write, like an address without memory behind it.
             let _ = entry.checked_add(8).map(|to| memory.write_u64(to, value));
@@ -119,7 +119,7 @@ fn loaded(phys: &impl PhysMem, list: Hpa, failed: u64, msr: u32) -> Option<u64> 
 
 /// The value an MSR has for L3: nvmx's answer, from vmcs02 where VM exits switch it, else from the processor. As RDMSR of L2
 /// but for the MSRs of L3's own.
-fn read_of_l3(vmx: &mut impl FieldAccess, own: &impl Fn(u32) -> Option<u64>, index: u32) -> Option<u64> {
+fn read_of_nested(vmx: &mut impl FieldAccess, own: &impl Fn(u32) -> Option<u64>, index: u32) -> Option<u64> {
     /// x2APIC registers and IA32_SMBASE may not be in the list (SDM, "Saving MSRs").
     const X2APIC: core::ops::RangeInclusive<u32> = 0x800..=0x8FF;
     const SMBASE: u32 = 0x9E;
@@ -212,7 +212,7 @@ mod tests {
         let mut vmcs02 = Vmcs02::default();
         vmcs02.0.insert(Field::GUEST_IA32_PAT, 0x77);
         let own = |index| (index != 0x491).then_some(u64::from(index) + 1);
-        let mut read = |index| read_of_l3(&mut vmcs02, &own, index);
+        let mut read = |index| read_of_nested(&mut vmcs02, &own, index);
         assert_eq!([0x3A, 0x480, 0x491, 0x277].map(&mut read), [Some(0x3B), Some(0x481), None, Some(0x77)]);
         assert_eq!([0x800, 0x8FF, 0x9E].map(read), [None; 3]);
     }

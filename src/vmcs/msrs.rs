@@ -27,9 +27,9 @@ const PERF_PEBS: u64 = 1 << 6 | 1 << 7 | 0xF << 8 | 1 << 14 | 1 << 16 | 1 << 17;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum By {
     /// The guest hypervisor's
-    L2,
+    Guest,
     /// Its guest's, where L2's bitmap lets the access pass
-    L3,
+    Nested,
 }
 
 /// The verdict on an access.
@@ -53,7 +53,7 @@ pub fn exits(index: u32, access: Access, by: By) -> bool {
 fn switched_exits(index: u32, by: By) -> bool {
     Item::of_msr(index).is_some_and(|item| match item.row().exits {
         Exits::Never => false,
-        Exits::ForL2 => by == By::L2,
+        Exits::ForGuest => by == By::Guest,
         Exits::ForBoth => true,
     })
 }
@@ -68,7 +68,7 @@ pub fn is_own(index: u32, access: Access) -> bool {
 pub fn bitmap01_word(word: usize, has_trace_states: bool) -> u64 {
     let open = |bit: &u16| !has_trace_states && usize::from(bit / 64) == word;
     let xss = MsrBitmap::index(hw::IA32_XSS, Access::Write).filter(open).map_or(0, |bit| 1 << (bit % 64));
-    bitmap_word(word, By::L2) & !xss
+    bitmap_word(word, By::Guest) & !xss
 }
 
 /// A word of what nvmx must see: of the MSR bitmap of vmcs01, or of its part of that of vmcs02. A page of them would be much
@@ -232,13 +232,14 @@ mod tests {
     #[test]
     fn bitmaps_instructions_and_areas_agree() {
         let bitmap = |by| MsrBitmap(BitmapPage(std::array::from_fn(|word| bitmap_word(word, by))));
-        let bitmaps = [By::L2, By::L3].map(|by| (by, bitmap(by)));
+        let bitmaps = [By::Guest, By::Nested].map(|by| (by, bitmap(by)));
         let memory = GuestMemory::new((), NVMX, WIDTH);
         for (index, access) in every_msr().flat_map(|index| BOTH.map(|access| (index, access))) {
             let verdict = verdict(index, access);
             let exits = Item::of_msr(index).map_or(Exits::Never, |item| item.row().exits);
-            let noted =
-                |by| access == Access::Write && (exits == Exits::ForBoth || exits == Exits::ForL2 && by == By::L2);
+            let noted = |by| {
+                access == Access::Write && (exits == Exits::ForBoth || exits == Exits::ForGuest && by == By::Guest)
+            };
             let own = matches!(verdict, Verdict::Answered | Verdict::Refused);
             assert_eq!(is_own(index, access), own, "{index:#x} {access:?}");
             for (by, bitmap) in &bitmaps {
@@ -255,7 +256,7 @@ mod tests {
 
     #[test]
     fn writes_of_ia32_xss_pass_where_the_processor_refuses_what_nvmx_would() {
-        let all = MsrBitmap(BitmapPage(std::array::from_fn(|word| bitmap_word(word, By::L2))));
+        let all = MsrBitmap(BitmapPage(std::array::from_fn(|word| bitmap_word(word, By::Guest))));
         for traces in [true, false] {
             let bitmap = MsrBitmap(BitmapPage(std::array::from_fn(|word| bitmap01_word(word, traces))));
             for (index, access) in every_msr().flat_map(|index| BOTH.map(|access| (index, access))) {

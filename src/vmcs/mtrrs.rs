@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn l2_starts_with_firmware_s_and_reads_back_what_it_writes() {
+    fn the_guest_starts_with_firmware_s_and_reads_back_what_it_writes() {
         let mut own = own();
         assert_eq!((own.get(DEF_TYPE), own.get(0x200), own.get(0x203)), (Some(0xC06), Some(6), Some(0)));
         for (index, value) in

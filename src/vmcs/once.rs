@@ -85,7 +85,7 @@ mod tests {
         switched::resident_loaded_by(ExitControls::all()).map(|row| row.guest)
     }
 
-    fn exit_of_l3(exit: ExitControls) -> (Vmcs01, Once) {
+    fn nested_exit(exit: ExitControls) -> (Vmcs01, Once) {
         let mut vmcs12 = Vmcs12::new();
         let host = [Field::HOST_S_CET, Field::HOST_SSP, Field::HOST_INTR_SSP_TABLE, Field::HOST_IA32_PKRS];
         for (field, value) in host.into_iter().zip(1u64..) {
@@ -103,8 +103,8 @@ mod tests {
     }
 
     #[test]
-    fn what_l2_does_not_ask_for_costs_nothing_and_stays() {
-        let (mut vmcs01, once) = exit_of_l3(ExitControls::all() - switched::RESIDENT_EXIT);
+    fn what_the_guest_does_not_ask_for_costs_nothing_and_stays() {
+        let (mut vmcs01, once) = nested_exit(ExitControls::all() - switched::RESIDENT_EXIT);
         assert_eq!(once, Once::empty());
         assert_eq!(vmcs01.read(Field::VM_ENTRY_CONTROLS), OWN);
         assert_eq!(vmcs01.read(Field::GUEST_S_CET), 0x77);
@@ -125,7 +125,7 @@ mod tests {
             (1 << 29, 1 << 22, &[(Field::GUEST_IA32_PKRS, 4 << 12)]),
             (1 << 27, 1 << 19, &[(Field::GUEST_UINV, 0)]),
         ] {
-            let (mut vmcs01, mut once) = exit_of_l3(ExitControls::from_bits_retain(exit));
+            let (mut vmcs01, mut once) = nested_exit(ExitControls::from_bits_retain(exit));
             assert_eq!(vmcs01.read(Field::VM_ENTRY_CONTROLS), OWN | entry);
             for field in resident() {
                 let loaded = values.iter().find(|(loaded, _)| *loaded == field).map_or(0x77, |(_, value)| *value);

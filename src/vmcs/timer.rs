@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_entry_of_l2_starts_it_anew() {
+    fn a_new_entry_of_the_guest_starts_it_anew() {
         let mut timer = Timer::default();
         let mut go_on = |start: bool, left: u64, exit: u64, now: u64| {
             if start {

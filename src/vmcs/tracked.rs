@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn what_l2_writes_is_known_and_what_it_may_not_write_changes_nothing() {
+    fn what_the_guest_writes_is_known_and_what_it_may_not_write_changes_nothing() {
         let (mut tracked, mut vmcs01) = (Tracked::default(), Vmcs01::default());
         tracked.load(&mut vmcs01, &HOST);
         vmcs01.values.insert(Field::GUEST_CR0, 1 << 31);

@@ -105,12 +105,12 @@ pub fn own_control_bits(vmx: &mut Vmx, config: &Config, vmx_operation: bool) {
 }
 
 /// CR0 as L2 sees it; vmcs01 is current.
-pub fn cr0_of_l2(vmx: &mut Vmx) -> u64 {
+pub fn guest_cr0(vmx: &mut Vmx) -> u64 {
     seen(vmx, Field::GUEST_CR0, Field::CR0_READ_SHADOW, Field::CR0_GUEST_HOST_MASK)
 }
 
 /// CR4 as L2 sees it; vmcs01 is current.
-pub fn cr4_of_l2(vmx: &mut Vmx) -> u64 {
+pub fn guest_cr4(vmx: &mut Vmx) -> u64 {
     seen(vmx, Field::GUEST_CR4, Field::CR4_READ_SHADOW, Field::CR4_GUEST_HOST_MASK)
 }
 
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn l2_keeps_its_interrupts_timers_ports_and_registers() {
+    fn the_guest_keeps_its_interrupts_timers_ports_and_registers() {
         let (pin, primary) = (pin(&machine()), primary(&machine()));
         assert_eq!(pin.bits(), PinControls::DEFAULT1, "no interrupt, NMI or timer exits");
         let exiting = PrimaryControls::USE_MSR_BITMAPS | PrimaryControls::ACTIVATE_SECONDARY_CONTROLS;
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn secondary_controls_confine_l2_and_enable_instructions_only() {
+    fn secondary_controls_confine_the_guest_and_enable_instructions_only() {
         let confining =
             SecondaryControls::ENABLE_EPT | SecondaryControls::ENABLE_VPID | SecondaryControls::UNRESTRICTED_GUEST;
         let enabling = secondary(&machine()) - confining;
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nvmx_must_not_share_with_l2_is_switched_both_ways() {
+    fn what_nvmx_must_not_share_with_the_guest_is_switched_both_ways() {
         let (exit, entry) = (exit(&machine()), entry(&machine()));
         assert!(
             exit.contains(ExitControls::SAVE_EFER | ExitControls::LOAD_EFER)

@@ -1,29 +1,31 @@
 //! CR0 and CR4.
 //!
-//! Source: Intel SDM vol. 3A, "Control Registers".
+//! Source: Intel SDM vol. 3A, "Control Registers". The bits are those of the crate `x86_64`, LA57, LASS and FRED beside them. Its
+//! types do not serve: they drop or refuse bits that they do not know, and a guest's value has those too.
 
 use bitflags::bitflags;
+use x86_64::registers::control::{Cr0Flags, Cr4Flags};
 
 bitflags! {
     /// Bits of CR0 that nvmx names.
     #[derive(Clone, Copy, PartialEq, Eq, Debug)]
     pub struct Cr0: u64 {
         /// Protection enable
-        const PE = 1 << 0;
+        const PE = Cr0Flags::PROTECTED_MODE_ENABLE.bits();
         /// Task switched
-        const TS = 1 << 3;
+        const TS = Cr0Flags::TASK_SWITCHED.bits();
         /// Extension type: always 1
-        const ET = 1 << 4;
+        const ET = Cr0Flags::EXTENSION_TYPE.bits();
         /// Numeric error
-        const NE = 1 << 5;
+        const NE = Cr0Flags::NUMERIC_ERROR.bits();
         /// Write protect
-        const WP = 1 << 16;
+        const WP = Cr0Flags::WRITE_PROTECT.bits();
         /// Not write-through
-        const NW = 1 << 29;
+        const NW = Cr0Flags::NOT_WRITE_THROUGH.bits();
         /// Cache disable
-        const CD = 1 << 30;
+        const CD = Cr0Flags::CACHE_DISABLE.bits();
         /// Paging
-        const PG = 1 << 31;
+        const PG = Cr0Flags::PAGING.bits();
         const _ = !0;
     }
 }
@@ -33,31 +35,31 @@ bitflags! {
     #[derive(Clone, Copy, PartialEq, Eq, Debug)]
     pub struct Cr4: u64 {
         /// Page size extensions
-        const PSE = 1 << 4;
+        const PSE = Cr4Flags::PAGE_SIZE_EXTENSION.bits();
         /// Physical address extension
-        const PAE = 1 << 5;
+        const PAE = Cr4Flags::PHYSICAL_ADDRESS_EXTENSION.bits();
         /// Machine checks
-        const MCE = 1 << 6;
+        const MCE = Cr4Flags::MACHINE_CHECK_EXCEPTION.bits();
         /// Global pages
-        const PGE = 1 << 7;
+        const PGE = Cr4Flags::PAGE_GLOBAL.bits();
         /// 57-bit linear addresses
         const LA57 = 1 << 12;
         /// VMX enable
-        const VMXE = 1 << 13;
+        const VMXE = Cr4Flags::VIRTUAL_MACHINE_EXTENSIONS.bits();
         /// PCIDs
-        const PCIDE = 1 << 17;
+        const PCIDE = Cr4Flags::PCID.bits();
         /// XSAVE and XGETBV enable
-        const OSXSAVE = 1 << 18;
+        const OSXSAVE = Cr4Flags::OSXSAVE.bits();
         /// Supervisor-mode execution prevention
-        const SMEP = 1 << 20;
+        const SMEP = Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION.bits();
         /// Supervisor-mode access prevention
-        const SMAP = 1 << 21;
+        const SMAP = Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION.bits();
         /// Protection keys
-        const PKE = 1 << 22;
+        const PKE = Cr4Flags::PROTECTION_KEY_USER.bits();
         /// Control-flow enforcement
-        const CET = 1 << 23;
+        const CET = Cr4Flags::CONTROL_FLOW_ENFORCEMENT.bits();
         /// Protection keys of supervisor-mode pages
-        const PKS = 1 << 24;
+        const PKS = Cr4Flags::PROTECTION_KEY_SUPERVISOR.bits();
         /// Linear-address-space separation
         const LASS = 1 << 27;
         /// Flexible return and event delivery

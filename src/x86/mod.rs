@@ -5,6 +5,8 @@ pub mod debug;
 pub mod efer;
 mod fault;
 pub mod msr;
+pub mod rflags;
 
 pub use cr::{Cr0, Cr4};
 pub use fault::Fault;
+pub use rflags::RFlags;

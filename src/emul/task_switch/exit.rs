@@ -12,6 +12,7 @@ use crate::vmx::Field;
 use crate::vmx::event::{After, EventInfo, EventKind, vector};
 use crate::vmx::field::PDPTES;
 use crate::vmx::segment::Segment;
+use x86_64::registers::debug::Dr7Flags;
 
 const SEGMENTS: [Segment; 6] = [Segment::Es, Segment::Cs, Segment::Ss, Segment::Ds, Segment::Fs, Segment::Gs];
 const BLOCKING_BY_STI_OR_MOV_SS: u64 = 0b11;
@@ -23,7 +24,7 @@ const PENDING_BREAKPOINTS: u64 = 0b1111;
 /// DR6: breakpoints, enabled breakpoint, task switch.
 const DR6_CAUSES: u64 = 0x900F;
 const DR6_BT: u64 = 1 << 15;
-const DR7_GD: u64 = 1 << 13;
+const DR7_GD: u64 = Dr7Flags::GENERAL_DETECT_ENABLE.bits();
 /// IA32_DEBUGCTL: LBR and BTF, which a debug exception clears; the other bits stay (SDM vol. 3B, "Monitoring Branches,
 /// Exceptions, and Interrupts", "Single-Stepping on Branches").
 const DEBUGCTL_LBR_BTF: u64 = 0b11;

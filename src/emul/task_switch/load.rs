@@ -9,9 +9,11 @@ use crate::mm::linear::{fetch_pdptes, pdptes_are_valid};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::vmx::event::vector;
 use crate::vmx::segment::AccessRights;
+use crate::x86::Cr0;
+use crate::x86::Cr4;
 
-const CR0_PG: u64 = 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
+const CR0_PG: u64 = Cr0::PG.bits();
+const CR4_PAE: u64 = Cr4::PAE.bits();
 /// EFLAGS: CF PF AF ZF SF TF IF DF OF IOPL NT RF VM AC VIF VIP ID
 const FLAGS: u32 = 0x3F_7FD5;
 const ALWAYS_ONE: u32 = 1 << 1;

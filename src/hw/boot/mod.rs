@@ -13,6 +13,7 @@ use core::{arch::asm, fmt};
 
 use raw_cpuid::CpuId;
 
+use crate::x86::{Cr4, efer};
 use crate::{
     addr::Hpa,
     boot::{
@@ -41,8 +42,8 @@ const DIRECT_MAP_MAX: u64 = 1 << 46;
 const GIB: u64 = 1 << 30;
 
 const IA32_EFER: u32 = 0xC000_0080;
-const EFER_NXE: u64 = 1 << 11;
-const CR4_OSXSAVE: u64 = 1 << 18;
+const EFER_NXE: u64 = efer::NXE;
+const CR4_OSXSAVE: u64 = Cr4::OSXSAVE.bits();
 
 /// Names the function that runs after the entry code: `fn(Handover) -> !`.
 #[macro_export]

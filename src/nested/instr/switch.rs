@@ -11,20 +11,21 @@ use crate::vmcs::vmcs01;
 use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::region::REVISION;
 use crate::vmx::{Field, VmxError, VmxResult};
+use crate::x86::RFlags;
 use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX};
 use crate::x86::{Cr4, Fault};
 
 /// VMXON
 pub fn vmxon(cpu: &mut Cpu) -> Result<Next, Stop> {
     // The real CR4.VMXE is always set, so this #UD is nvmx's to raise.
-    if vmcs01::cr4_of_l2(&mut cpu.vmx) & Cr4::VMXE.bits() == 0 {
+    if vmcs01::guest_cr4(&mut cpu.vmx) & Cr4::VMXE.bits() == 0 {
         return Err(Fault::InvalidOpcode.into());
     }
     require_cpl0(cpu)?;
     if cpu.nested.operation != Operation::Off {
         return done(cpu, VmxResult::FailValid(VmxError::VmxonInVmxRootOperation));
     }
-    let (cr0, cr4) = (vmcs01::cr0_of_l2(&mut cpu.vmx), vmcs01::cr4_of_l2(&mut cpu.vmx));
+    let (cr0, cr4) = (vmcs01::guest_cr0(&mut cpu.vmx), vmcs01::guest_cr4(&mut cpu.vmx));
     let allowed = FEATURE_LOCK | FEATURE_VMX;
     if !cpu.config.offered.cr0_ok(cr0)
         || !cpu.config.offered.cr4_ok(cr4)
@@ -69,7 +70,7 @@ pub fn vmxoff(cpu: &mut Cpu) -> Result<Next, Stop> {
 /// The one VMX instruction that exits before the processor looks at the mode.
 pub fn vmcall(cpu: &mut Cpu) -> Result<Next, Stop> {
     const CS_LONG: u64 = 1 << 13;
-    const RFLAGS_VM: u64 = 1 << 17;
+    const RFLAGS_VM: u64 = RFlags::VIRTUAL_8086_MODE.bits();
     let compatibility = operand::in_64_bit_mode(cpu) && cpu.vmx.read(Field::GUEST_CS_AR_BYTES) & CS_LONG == 0;
     if compatibility || cpu.vmx.read(Field::GUEST_RFLAGS) & RFLAGS_VM != 0 {
         return Err(Fault::InvalidOpcode.into());

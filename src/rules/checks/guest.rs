@@ -4,14 +4,16 @@
 
 use crate::addr::Gpa;
 use crate::rules::checks::view::{
-    CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, EFER_DEFINED, EFER_LMA, EFER_LME, View, implies, is_pat,
-    is_s_cet,
+    CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, View, implies, is_pat, is_s_cet,
 };
 use crate::rules::checks::{CheckId, GuestFailure, first_failure, segments, state};
 use crate::vmx::controls::{EntryControls, SecondaryControls};
 use crate::vmx::event::EventKind;
 use crate::vmx::qualification::EntryFailure;
 use crate::vmx::{Capabilities, Field, Fields};
+use crate::x86::RFlags;
+use crate::x86::efer;
+use crate::x86::rflags;
 
 /// L2's memory, as far as these rules look into it.
 pub trait GuestMemory {
@@ -180,15 +182,15 @@ fn with_efer(v: &View<impl Fields>, rule: impl Fn(u64) -> bool) -> bool {
 }
 
 fn efer_reserved(v: &View<impl Fields>) -> bool {
-    with_efer(v, |efer| efer & !EFER_DEFINED == 0)
+    with_efer(v, |efer| efer & !efer::DEFINED == 0)
 }
 
 fn efer_lma(v: &View<impl Fields>) -> bool {
-    with_efer(v, |efer| (efer & EFER_LMA != 0) == is_ia32e(v))
+    with_efer(v, |efer| (efer & efer::LMA != 0) == is_ia32e(v))
 }
 
 fn efer_lme(v: &View<impl Fields>) -> bool {
-    with_efer(v, |efer| implies(cr0_has(v, CR0_PG), (efer & EFER_LMA != 0) == (efer & EFER_LME != 0)))
+    with_efer(v, |efer| implies(cr0_has(v, CR0_PG), (efer & efer::LMA != 0) == (efer & efer::LME != 0)))
 }
 
 fn loads_cet(v: &View<impl Fields>) -> bool {
@@ -214,13 +216,11 @@ fn uinv(v: &View<impl Fields>) -> bool {
 // RIP, RFLAGS and SSP
 
 /// RFLAGS.TF
-pub(super) const RFLAGS_TF: u64 = 1 << 8;
+pub(super) const RFLAGS_TF: u64 = RFlags::TRAP_FLAG.bits();
 /// RFLAGS.IF
-pub(super) const RFLAGS_IF: u64 = 1 << 9;
+pub(super) const RFLAGS_IF: u64 = RFlags::INTERRUPT_FLAG.bits();
 /// RFLAGS.VM
-pub(super) const RFLAGS_VM: u64 = 1 << 17;
-const RFLAGS_RESERVED: u64 = !0x3F_FFFF | 1 << 15 | 1 << 5 | 1 << 3;
-const RFLAGS_FIXED: u64 = 1 << 1;
+pub(super) const RFLAGS_VM: u64 = RFlags::VIRTUAL_8086_MODE.bits();
 /// L in the access rights of CS.
 const AR_L: u64 = 1 << 13;
 
@@ -236,7 +236,7 @@ fn rip(v: &View<impl Fields>) -> bool {
 }
 
 fn rflags_reserved(v: &View<impl Fields>) -> bool {
-    v.get(Field::GUEST_RFLAGS) & (RFLAGS_RESERVED | RFLAGS_FIXED) == RFLAGS_FIXED
+    v.get(Field::GUEST_RFLAGS) & (rflags::RESERVED | rflags::FIXED) == rflags::FIXED
 }
 
 fn rflags_vm(v: &View<impl Fields>) -> bool {

@@ -3,12 +3,11 @@
 //! Source: Intel SDM vol. 3C (December 2024), "Checks on Host Control Registers, MSRs, and SSP", "Checks on Host Segment and
 //! Descriptor-Table Registers", "Checks Related to Address-Space Size" of the chapter "VM Entries".
 
-use crate::rules::checks::view::{
-    CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, EFER_DEFINED, EFER_LMA, EFER_LME, View, implies, is_pat, is_s_cet,
-};
+use crate::rules::checks::view::{CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, View, implies, is_pat, is_s_cet};
 use crate::rules::checks::{Failure, first_failure};
 use crate::vmx::controls::{EntryControls, ExitControls};
 use crate::vmx::{Capabilities, Field, Fields, VmxError};
+use crate::x86::efer;
 
 /// Checks all rules on the host-state area; `long_mode` is L2's IA32_EFER.LMA at the time of the entry.
 ///
@@ -88,13 +87,13 @@ fn pat(v: &View<impl Fields>) -> bool {
 }
 
 fn efer_reserved(v: &View<impl Fields>) -> bool {
-    implies(v.exit().contains(ExitControls::LOAD_EFER), v.get(Field::HOST_IA32_EFER) & !EFER_DEFINED == 0)
+    implies(v.exit().contains(ExitControls::LOAD_EFER), v.get(Field::HOST_IA32_EFER) & !efer::DEFINED == 0)
 }
 
 fn efer_mode(v: &View<impl Fields>) -> bool {
     let efer = v.get(Field::HOST_IA32_EFER);
     let agrees = |bit| (efer & bit != 0) == is_64_bit(v);
-    implies(v.exit().contains(ExitControls::LOAD_EFER), agrees(EFER_LMA) && agrees(EFER_LME))
+    implies(v.exit().contains(ExitControls::LOAD_EFER), agrees(efer::LMA) && agrees(efer::LME))
 }
 
 fn loads_cet(v: &View<impl Fields>) -> bool {

@@ -3,25 +3,20 @@
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::event::EventInfo;
 use crate::vmx::{Capabilities, Field, Fields};
+use crate::x86::{Cr0, Cr4};
 
 /// CR0.PE
-pub const CR0_PE: u64 = 1 << 0;
+pub const CR0_PE: u64 = Cr0::PE.bits();
 /// CR0.WP
-pub const CR0_WP: u64 = 1 << 16;
+pub const CR0_WP: u64 = Cr0::WP.bits();
 /// CR0.PG
-pub const CR0_PG: u64 = 1 << 31;
+pub const CR0_PG: u64 = Cr0::PG.bits();
 /// CR4.PAE
-pub const CR4_PAE: u64 = 1 << 5;
+pub const CR4_PAE: u64 = Cr4::PAE.bits();
 /// CR4.PCIDE
-pub const CR4_PCIDE: u64 = 1 << 17;
+pub const CR4_PCIDE: u64 = Cr4::PCIDE.bits();
 /// CR4.CET
-pub const CR4_CET: u64 = 1 << 23;
-/// IA32_EFER.LME
-pub const EFER_LME: u64 = 1 << 8;
-/// IA32_EFER.LMA
-pub const EFER_LMA: u64 = 1 << 10;
-/// The defined bits of IA32_EFER: SCE, LME, LMA, NXE.
-pub const EFER_DEFINED: u64 = 1 | EFER_LME | EFER_LMA | 1 << 11;
+pub const CR4_CET: u64 = Cr4::CET.bits();
 
 /// A vmcs12 and the machine it is to run on.
 pub struct View<'a, F> {

@@ -11,7 +11,7 @@ use nvmx::addr::Hpa;
 use nvmx::boot::extras::Extras;
 use nvmx::boot::info::{BootInfo, CommandLine, Module, Modules};
 use nvmx::boot::options::Options;
-use nvmx::boot::{acpi, l2_image, multiboot1, multiboot2, pvh};
+use nvmx::boot::{acpi, guest_image, multiboot1, multiboot2, pvh};
 use nvmx::mm::map::RangeKind;
 use nvmx::mm::phys::{PhysMem, VecMem};
 use nvmx::mm::{GuestMemory, MemoryMap, Span};
@@ -45,7 +45,7 @@ fn load(input: &mut Input<'_>) {
     let Ok(command_line) = CommandLine::from(line) else { return };
     modules.insert(0, Module { span, command_line });
     let guest = GuestMemory::new(&memory, OWN, 36);
-    if let Ok(start) = l2_image::load(&guest, &map, &modules, None, &Extras::default()) {
+    if let Ok(start) = guest_image::load(&guest, &map, &modules, None, &Extras::default()) {
         assert!(guest.translate(start.entry).is_ok() || start.entry.get() >= MEMORY, "it starts in nvmx");
     }
     assert!(memory.bytes(OWN.start(), OWN.len() as usize).iter().all(|byte| *byte == 0), "nvmx's memory was written");

@@ -5,7 +5,7 @@ use crate::processor::{Core, Entry, Fail, Root, Storage};
 use crate::second::core_support::{rich, rich_msr};
 use l2_protocol::abi::Strategy;
 use nvmx::addr::{Gpa, Hpa};
-use nvmx::boot::l2_image::{Protocol, Start};
+use nvmx::boot::guest_image::{Protocol, Start};
 use nvmx::boot::options::Vmcs;
 use nvmx::boot::requirements::Processor as About;
 use nvmx::boot::{CpuList, Options};
@@ -230,7 +230,7 @@ impl World {
         let machine = Machine {
             options: Options { vmcs: if in_memory { Vmcs::Memory } else { Vmcs::Instructions }, ..Options::default() },
             memory: map.clone(),
-            l2_memory: map,
+            guest_memory: map,
             own: OWN,
             // All of them are the CPU's.
             frames: FramePool::new(Span::new(0, 0)),
@@ -240,7 +240,7 @@ impl World {
             mtrrs: Mtrrs::none(),
             processor: About {
                 brand: Default::default(),
-                l0: "bare",
+                below: "bare",
                 apic_id: index,
                 max_phys_addr: 39,
                 gib_pages: true,

@@ -4,9 +4,9 @@
 
 use crate::addr::Gpa;
 use crate::boot::extras::{APM_SIZE, Extras, Framebuffer, MAX_COLOURS, MAX_DRIVES, MAX_TAGS, VBE_BLOCKS};
+use crate::boot::guest_image::plan::INFO_SIZE;
+use crate::boot::guest_image::{LoadError, Protocol};
 use crate::boot::info::{MAX_COMMAND_LINE, MAX_MODULES, Module, Rsdp};
-use crate::boot::l2_image::plan::INFO_SIZE;
-use crate::boot::l2_image::{LoadError, Protocol};
 use crate::boot::multiboot::{layout, tag};
 use crate::mm::map::MAX_RANGES;
 use crate::mm::{GuestMemory, MemoryMap, PhysMem, Span};

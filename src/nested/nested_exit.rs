@@ -52,7 +52,7 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
         BasicReason::CR_ACCESS => qualification = cpu.vmx.read(Field::EXIT_QUALIFICATION),
         BasicReason::INIT_SIGNAL => others::stop_if_over(),
         BasicReason::EXCEPTION_OR_NMI => event = EventInfo(cpu.vmx.read(Field::VM_EXIT_INTR_INFO) as u32),
-        BasicReason::MONITOR_TRAP_FLAG if super::events::stopped_l3(cpu, current)? => return Ok(()),
+        BasicReason::MONITOR_TRAP_FLAG if super::events::stopped_nested(cpu, current)? => return Ok(()),
         BasicReason::VMREAD | BasicReason::VMWRITE if cpu.nested.slots[current].has_duty(Duties::LINK_SHADOW_VMCS) => {
             encoding = shadow::encoding(cpu);
         }
@@ -78,11 +78,11 @@ fn keep(cpu: &mut Cpu, id: SlotId, reason: ExitReason) -> Result<(), KillReason>
         // L3's NMIs are its own, and nvmx has one for it.
         BasicReason::NMI_WINDOW => events::window_opened(cpu),
         BasicReason::EXCEPTION_OR_NMI => events::note_nmi(cpu),
-        BasicReason::VMREAD => shadow::of_l3(cpu, id, Access::Read)?,
-        BasicReason::VMWRITE => shadow::of_l3(cpu, id, Access::Write)?,
-        BasicReason::RDMSR => msr_of_l3(cpu, id, Access::Read, msr::read)?,
-        BasicReason::WRMSR if cpu.regs.gpr[1] as u32 == IA32_PAT => pat_of_l3(cpu, id)?,
-        BasicReason::WRMSR => msr_of_l3(cpu, id, Access::Write, msr::write)?,
+        BasicReason::VMREAD => shadow::of_nested(cpu, id, Access::Read)?,
+        BasicReason::VMWRITE => shadow::of_nested(cpu, id, Access::Write)?,
+        BasicReason::RDMSR => nested_msr(cpu, id, Access::Read, msr::read)?,
+        BasicReason::WRMSR if cpu.regs.gpr[1] as u32 == IA32_PAT => nested_pat(cpu, id)?,
+        BasicReason::WRMSR => nested_msr(cpu, id, Access::Write, msr::write)?,
         _ => return Err(KillReason::UnexpectedExit(reason.0)),
     }
     goes_on(cpu, id);
@@ -103,7 +103,7 @@ fn goes_on(cpu: &mut Cpu, id: SlotId) {
 }
 
 /// L3 writes IA32_PAT, which L2 lets it do.
-fn pat_of_l3(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
+fn nested_pat(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
     let (_, value) = msr::written(cpu);
     if !is_pat(value) {
         return completion::refused(cpu, id, Fault::GeneralProtection(0));
@@ -113,7 +113,7 @@ fn pat_of_l3(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
 }
 
 /// An MSR that only nvmx intercepts: L3 sees what L2 would.
-fn msr_of_l3(
+fn nested_msr(
     cpu: &mut Cpu,
     id: SlotId,
     access: Access,
@@ -122,7 +122,7 @@ fn msr_of_l3(
     if !msrs::is_own(cpu.regs.gpr[1] as u32, access) {
         // Nobody wants to see it: the word was closed, or L2's bitmap has lost the bit since the entry.
         if let Some(bit) = MsrBitmap::index(cpu.regs.gpr[1] as u32, access) {
-            cpu.nested.slots[id].msr_bitmap.open(&cpu.phys, bit, |word| msrs::bitmap_word(word, By::L3));
+            cpu.nested.slots[id].msr_bitmap.open(&cpu.phys, bit, |word| msrs::bitmap_word(word, By::Nested));
         }
         inject::set_resume_flag(&mut cpu.vmx);
         return Ok(());

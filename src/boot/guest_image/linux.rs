@@ -5,11 +5,11 @@
 //! "Zero Page".
 
 use crate::addr::{Gpa, Hpa, PAGE_SIZE};
-use crate::boot::l2_image::file::File;
-use crate::boot::l2_image::header::{Image, Segment, Segments};
-use crate::boot::l2_image::info::Told;
-use crate::boot::l2_image::plan::PLACES;
-use crate::boot::l2_image::{LoadError, Protocol};
+use crate::boot::guest_image::file::File;
+use crate::boot::guest_image::header::{Image, Segment, Segments};
+use crate::boot::guest_image::info::Told;
+use crate::boot::guest_image::plan::PLACES;
+use crate::boot::guest_image::{LoadError, Protocol};
 use crate::mm::map::RangeKind;
 use crate::mm::{GuestMemory, MemoryMap, PhysMem, Span};
 
@@ -194,10 +194,10 @@ pub mod tests {
 
     use super::*;
     use crate::boot::extras::Extras;
+    use crate::boot::guest_image::Start;
+    use crate::boot::guest_image::load;
+    use crate::boot::guest_image::tests::{MEMORY, MIB, OWN, machine, memory_map};
     use crate::boot::info::Rsdp;
-    use crate::boot::l2_image::Start;
-    use crate::boot::l2_image::load;
-    use crate::boot::l2_image::tests::{MEMORY, MIB, OWN, machine, memory_map};
 
     const LINE: &str = "console=ttyS0 quiet";
 

@@ -52,7 +52,7 @@ fn dispatch(cpu: &mut Cpu, reason: ExitReason) -> Result<Next, Stop> {
         BasicReason::INVEPT => instr::invalidate::invept(cpu),
         BasicReason::INVVPID => instr::invalidate::invvpid(cpu),
         BasicReason::RDMSR => Ok(emul::msr::read(cpu).map(done)?),
-        BasicReason::WRMSR => Ok(emul::msr::write_of_l2(cpu).map(done)?),
+        BasicReason::WRMSR => Ok(emul::msr::guest_write(cpu).map(done)?),
         BasicReason::CR_ACCESS => emul::cr_exit::handle(cpu),
         BasicReason::XSETBV => Ok(emul::xsetbv::emulate(cpu).map(done)?),
         BasicReason::INVD => {

@@ -1,8 +1,8 @@
 //! ELF headers: which pieces of the file go where.
 
-use crate::boot::l2_image::LoadError;
-use crate::boot::l2_image::file::File;
-use crate::boot::l2_image::header::{Segment, Segments};
+use crate::boot::guest_image::LoadError;
+use crate::boot::guest_image::file::File;
+use crate::boot::guest_image::header::{Segment, Segments};
 use crate::mm::{PhysMem, Span};
 
 const PT_LOAD: u32 = 1;

@@ -2,9 +2,9 @@
 
 use proptest::prelude::*;
 
-use crate::boot::l2_image::header::{Segment, Segments};
-use crate::boot::l2_image::plan::{INFO_SIZE, plan};
-use crate::boot::l2_image::*;
+use crate::boot::guest_image::header::{Segment, Segments};
+use crate::boot::guest_image::plan::{INFO_SIZE, plan};
+use crate::boot::guest_image::*;
 use crate::{
     boot::{
         BootInfo,

@@ -4,8 +4,8 @@
 //! file included. Those are copied out of the way first, to places that nothing else uses: no order of copying can then
 //! destroy a source.
 
-use crate::boot::l2_image::LoadError;
-use crate::boot::l2_image::header::Image;
+use crate::boot::guest_image::LoadError;
+use crate::boot::guest_image::header::Image;
 use crate::{
     boot::info::Modules,
     mm::{MemoryMap, Span, map::RangeKind},

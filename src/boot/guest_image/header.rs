@@ -5,9 +5,9 @@
 
 use arrayvec::ArrayVec;
 
-use crate::boot::l2_image::file::File;
-use crate::boot::l2_image::plan::PLACES;
-use crate::boot::l2_image::{LoadError, Protocol, elf};
+use crate::boot::guest_image::file::File;
+use crate::boot::guest_image::plan::PLACES;
+use crate::boot::guest_image::{LoadError, Protocol, elf};
 use crate::{
     boot::{extras::Extras, multiboot::tag},
     mm::{PhysMem, Span},

@@ -1,0 +1,64 @@
+//! Words in `src/`: in code digits are roles (`vmcs12`, `ept02`), and L0 to L3 stand in what people read. A flag of the processor
+//! has one place.
+
+mod source;
+
+use source::{File, files};
+
+/// Names that are not ours: the crate of records and the counters in it, whose names people read, and names of the SDM.
+const GIVEN: [&str; 8] =
+    ["l2_protocol", "EXITS_OF_L2", "EXITS_OF_L3", "ExitsL2", "ExitsL3", "L1Ticks", "L1", "IA32_L3_QOS_CFG"];
+
+/// The identifiers of a file.
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty())
+}
+
+/// Whether a part of an identifier, `l2` of `exit_of_l2` or `L2` of `L2Wants`, is a level.
+fn says_level(word: &str) -> bool {
+    let bytes = word.as_bytes();
+    (0..bytes.len().saturating_sub(1)).any(|at| {
+        let begins = at == 0 || bytes[at - 1] == b'_' || bytes[at] == b'L' && bytes[at - 1].is_ascii_lowercase();
+        let ends = bytes.get(at + 2).is_none_or(|next| *next == b'_' || next.is_ascii_uppercase() || *next == b's');
+        begins && bytes[at].eq_ignore_ascii_case(&b'L') && (b'0'..=b'3').contains(&bytes[at + 1]) && ends
+    })
+}
+
+fn named_for_a_level(file: &File) -> impl Iterator<Item = String> {
+    let found = words(&file.text).filter(|word| says_level(word) && !GIVEN.contains(word));
+    found.map(|word| format!("{}: {word}", file.module.join("::")))
+}
+
+#[test]
+fn no_identifier_says_a_level() {
+    let files = files("src");
+    assert!(files.len() > 100);
+    let wrong: Vec<String> = files.iter().flat_map(named_for_a_level).collect();
+    assert!(wrong.is_empty(), "roles in code, levels in what people read:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_level_is_found_in_every_place_of_an_identifier() {
+    for word in ["l2", "L2", "l3_exit", "exit_of_l2", "ForL2", "L2Wants", "of_l3_too", "LEAST_FOR_L2", "l2s"] {
+        assert!(says_level(word), "{word}");
+    }
+    for word in ["vmcs12", "CTL2", "ctl2", "IA32_PM_CTL1", "pml4", "null2", "l10", "L2x", "SSL3v"] {
+        assert!(!says_level(word), "{word}");
+    }
+}
+
+/// A flag of a register (`EFER_LMA`, `CR0_PE`, `RFLAGS_AC`) has its number in `x86/` or in the crate `x86_64`, and nowhere else.
+#[test]
+fn no_flag_of_a_register_is_a_number_outside_of_x86() {
+    let registers = ["EFER_", "CR0_", "CR4_", "RFLAGS_", "DR7_"];
+    let mut wrong = Vec::new();
+    for file in files("src").iter().filter(|file| file.module.first().is_none_or(|top| top != "x86")) {
+        for item in file.text.split("const ").skip(1) {
+            let value = item.split(';').next().unwrap().split_once('=').map_or("", |(_, value)| value);
+            if registers.iter().any(|register| item.starts_with(register)) && value.contains("<<") {
+                wrong.push(format!("{}: {}", file.module.join("::"), item.split(';').next().unwrap()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "flags by number:\n{}", wrong.join("\n"));
+}
