@@ -8,6 +8,7 @@ use crate::cpu::{Cpu, others};
 use crate::guest::operand;
 use crate::hw::cpu::this as this_cpu;
 use crate::hw::cpuid::cpuid_count;
+use crate::hw::cr::cpuid_with_key_locker;
 use crate::rules::hidden::Register::{Eax, Ebx, Ecx, Edx};
 use crate::rules::hidden::{EMPTY, shown};
 use crate::vmx::Field;
@@ -24,6 +25,8 @@ const LEAF1_ECX_VMX: u32 = 1 << 5;
 const LEAF1_ECX_OSXSAVE: u32 = 1 << 27;
 const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF7_ECX_OSPKE: u32 = 1 << 4;
+/// EBX bit 0 says that CR4.KL is 1 and firmware has activated Key Locker.
+const LEAF_KEY_LOCKER: u32 = 0x19;
 const LEAF_EXTENDED: u32 = 0x8000_0001;
 const LEAF_EXTENDED_EDX_SYSCALL: u32 = 1 << 11;
 /// Version of architectural performance monitoring: the last one whose counters have no address of their own.
@@ -34,6 +37,7 @@ const STATE_LBR: u32 = 15;
 const NOTHING: CpuidResult = CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 };
 const CR4_OSXSAVE: u64 = Cr4::OSXSAVE.bits();
 const CR4_PKE: u64 = Cr4::PKE.bits();
+const CR4_KL: u64 = Cr4::KL.bits();
 /// Access rights of SS: the privilege level.
 const SS_DPL: u64 = 0b11 << 5;
 
@@ -44,10 +48,13 @@ pub fn emulate(cpu: &mut Cpu) {
     let answer = if HYPERVISOR_LEAVES.contains(&leaf) {
         hypervisor_leaf(cpu, leaf, subleaf)
     } else {
-        let mut answer =
-            as_guest_sees_it(leaf, subleaf, cpuid_count(leaf, subleaf), cpu.config.offered.physical_width, || {
-                cpu.vmx.read(Field::GUEST_CR4)
-            });
+        let of_processor = match leaf {
+            LEAF_KEY_LOCKER if cpu.vmx.read(Field::GUEST_CR4) & CR4_KL != 0 => cpuid_with_key_locker(leaf, subleaf),
+            _ => cpuid_count(leaf, subleaf),
+        };
+        let mut answer = as_guest_sees_it(leaf, subleaf, of_processor, cpu.config.offered.physical_width, || {
+            cpu.vmx.read(Field::GUEST_CR4)
+        });
         // The processor tells of SYSCALL in 64-bit mode alone, in which nvmx always is.
         if leaf == LEAF_EXTENDED && !operand::is_64_bit_code(cpu) {
             answer.edx &= !LEAF_EXTENDED_EDX_SYSCALL;

@@ -3,6 +3,7 @@
 use crate::hw::processor::{Processor, Register};
 use crate::hw::this_processor;
 use crate::x86::{Cr4, Fault};
+use raw_cpuid::CpuIdResult;
 
 macro_rules! control_register {
     ($name:ident, $read:ident, $write:ident) => {
@@ -51,6 +52,17 @@ pub fn pkru() -> u32 {
     // SAFETY: it was the value before.
     unsafe { set_cr4(own) };
     value
+}
+
+/// CPUID with CR4.KL set, which the guest has set on this processor: the answer says whether firmware has activated Key Locker.
+pub fn cpuid_with_key_locker(leaf: u32, subleaf: u32) -> CpuIdResult {
+    let own = cr4();
+    // SAFETY: the guest runs with the bit, so the processor has it; it enables instructions that nvmx does not use.
+    unsafe { set_cr4(own | Cr4::KL.bits()) };
+    let answer = this_processor().cpuid(leaf, subleaf);
+    // SAFETY: it was the value before.
+    unsafe { set_cr4(own) };
+    answer
 }
 
 const ADDRESSES: [Register; 4] = [Register::Dr0, Register::Dr1, Register::Dr2, Register::Dr3];

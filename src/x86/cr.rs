@@ -50,6 +50,8 @@ bitflags! {
         const PCIDE = Cr4Flags::PCID.bits();
         /// XSAVE and XGETBV enable
         const OSXSAVE = Cr4Flags::OSXSAVE.bits();
+        /// Key Locker
+        const KL = Cr4Flags::KEY_LOCKER.bits();
         /// Supervisor-mode execution prevention
         const SMEP = Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION.bits();
         /// Supervisor-mode access prevention

@@ -145,6 +145,17 @@ fn cpuid_shows_vmx_counters_and_the_last_refusal() {
 }
 
 #[test]
+fn cpuid_mirrors_cr4_of_l2() {
+    const KL: u64 = 1 << 19;
+    everywhere(|g| async move {
+        for (cr4, shown) in [(0x2020, 0), (0x2020 | KL, 1), (0x2020, 0)] {
+            g.run(Op::MovToCr4(cr4)).await;
+            assert_eq!(cpuid(&g, 0x19, 0).await, [1, shown, 0, 0], "{cr4:#x}");
+        }
+    });
+}
+
+#[test]
 fn instructions_that_always_exit() {
     everywhere(|g| async move {
         g.run(Op::Invd).await;

@@ -39,7 +39,7 @@ pub fn rich_msr(index: u32) -> u64 {
         msr::IA32_VMX_CR0_FIXED0 => 0x8000_0021,
         msr::IA32_VMX_CR0_FIXED1 => 0xFFFF_FFFF,
         msr::IA32_VMX_CR4_FIXED0 => 0x2000,
-        msr::IA32_VMX_CR4_FIXED1 => 0x08F7_7FFF,
+        msr::IA32_VMX_CR4_FIXED1 => 0x08FF_7FFF,
         msr::IA32_VMX_VMCS_ENUM => 0x2A,
         msr::IA32_VMX_EPT_VPID_CAP => u64::MAX,
         msr::IA32_VMX_VMFUNC => 3,

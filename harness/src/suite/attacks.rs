@@ -14,6 +14,8 @@ const ATTACKS: u64 = 730;
 const TRIES: u64 = 1_470;
 /// Parts in which CPUs race.
 const RACES: &str = "part=races,roles,inits";
+/// Machines with so many CPUs get the storms of messages alone, beside the one with three that gets all.
+const STORMED: [u32; 2] = [2, 8];
 
 /// Adds the boots and cases.
 pub fn add(suite: &mut Suite, session: &Session) {
@@ -32,6 +34,11 @@ pub fn add(suite: &mut Suite, session: &Session) {
     boot("attacks-trapped", 1, session.nested("attacks", &one, Fields::Trapped));
     boot("attacks-3-bare", 3, session.bare("attacks", &several));
     boot("attacks-3", 3, session.nested("attacks", &several, Fields::Auto));
+    for cpus in STORMED {
+        let args = format!("inside={inside:#x} part=inits rounds=1");
+        boot(&format!("inits-{cpus}-bare"), cpus, session.bare("attacks", &args));
+        boot(&format!("inits-{cpus}"), cpus, session.nested("attacks", &args, Fields::Auto));
+    }
     let stale = |guest: &str, args: &str| {
         let spec = session.nested(guest, args, Fields::Auto);
         spec.map(|mut spec| {
@@ -56,6 +63,11 @@ pub fn add(suite: &mut Suite, session: &Session) {
     }
     let name = "what several CPUs try against nvmx at once gets nowhere and is answered as on the bare machine";
     case(name, &["attacks-3-bare", "attacks-3"], Box::new(|o| compare::agree(o[0], o[1])));
+    for cpus in STORMED {
+        let name = format!("storms of INITs, start-up messages and NMIs on {cpus} CPUs get nowhere");
+        let boots = [format!("inits-{cpus}-bare"), format!("inits-{cpus}")];
+        case(&name, &boots.each_ref().map(String::as_str), Box::new(|o| compare::agree(o[0], o[1])));
+    }
     let name = "an L2 that leaves out INVEPTs is told of with stale=warn, and one that does not is not";
     case(name, &["stale-roles", "stale-none"], Box::new(|o| told(o[0], o[1])));
 }

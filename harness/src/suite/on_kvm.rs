@@ -44,11 +44,9 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     // - orderings: it keeps the preemption timer itself and looks at it last (waiver kvm-timer), so most of them are KVM's;
     // - halted: it ends the HLT state of its guest before the exit saves it, and delivers what comes to itself first;
     // - shadow: goes through all fields, of which KVM lacks some (kvm-fields);
-    // - msrs, areas: most MSRs are KVM's; it does not move the APIC over memory, and refuses MSRs in areas that it ignores in
-    //   WRMSR;
-    // - debugctl: it takes writes of LBR and BTF to IA32_DEBUGCTL and forgets them;
-    // - tasks, hardware: not tried there.
-    const ARGS: &str = "skip=orderings,shadow,tasks,msrs,areas,halted,hardware,debugctl";
+    // - msrs: most MSRs are KVM's, and it does not move the APIC over memory;
+    // - debugctl: it takes writes of LBR and BTF to IA32_DEBUGCTL and forgets them.
+    const ARGS: &str = "skip=orderings,shadow,msrs,halted,debugctl";
     boot("vmxtest-nvmx-kvm", Some(kvm), session.nested("vmxtest", ARGS, Fields::Auto));
     boot("vmxtest-bare-like-kvm", None, session.bare("vmxtest", ARGS));
     suite.clamps.insert("vmxtest-bare-like-kvm".into(), "vmxtest-nvmx-kvm".into());

@@ -1,9 +1,10 @@
-//! INIT and start-up messages at any moment, to one CPU and to all others, whatever they do: nothing of it reaches the hypervisor
-//! below, and each CPU can be started afterwards and runs a guest.
+//! INITs, start-up messages and NMIs at any moment, to one CPU and to all others, whatever they do: nothing of it reaches the
+//! hypervisor below, and each CPU can be started afterwards and runs a guest.
 
 use crate::{
     guest::{self, Exit, Extra, Guest},
     lab::{Lab, Seen, Told},
+    liveness::unblock_nmis,
 };
 use core::{
     arch::asm,
@@ -14,8 +15,9 @@ use l2_kit::{
     apic::{self, message},
     arrayvec::ArrayVec,
     cpu, fields as f, log, report,
-    setup::{self, Kind, primary},
+    setup::{self, Kind, pin, primary},
     smp::{self, MAX_CPUS},
+    trap,
     vmx::{self, reason as r},
 };
 
@@ -128,17 +130,24 @@ pub fn all(lab: &mut Lab) {
     }
     // SAFETY: see `SPIN`.
     unsafe { (SPIN as *mut [u8; 2]).write_volatile(JMP_SELF) };
+    let hook = trap::hook(trap::NMI, Some(|_| true));
     for (state, job) in STATES {
         let control = if *state == "a stepped guest" { primary::TRAP_FLAG } else { 0 };
-        if setup::allowed_one(Kind::Primary, control) {
-            lab.attack(format_args!("INITs while others are in {state}"), Told::Answered, |lab| storm(lab, &ids, *job));
+        if !setup::allowed_one(Kind::Primary, control) {
+            continue;
+        }
+        for (messages, kinds) in [("INITs", 8), ("INITs and NMIs", 12)] {
+            lab.attack(format_args!("{messages} while others are in {state}"), Told::Answered, |lab| {
+                storm(lab, &ids, *job, kinds)
+            });
         }
     }
+    trap::hook(trap::NMI, hook);
     log!("{} guests were taken out by INIT", TAKEN_OUT.load(Ordering::Relaxed));
 }
 
-/// Messages at random, while this CPU runs a guest of its own; then all come back.
-fn storm(lab: &mut Lab, ids: &ArrayVec<u32, MAX_CPUS>, job: fn(usize)) -> Seen {
+/// Messages at random, of the first `kinds` kinds, while this CPU runs a guest of its own; then all come back.
+fn storm(lab: &mut Lab, ids: &ArrayVec<u32, MAX_CPUS>, job: fn(usize), kinds: u64) -> Seen {
     let startup = message::startup((SPIN >> 12) as u8);
     STOP.store(false, Ordering::Release);
     (1..ids.len()).for_each(|index| smp::give(index, job));
@@ -147,13 +156,17 @@ fn storm(lab: &mut Lab, ids: &ArrayVec<u32, MAX_CPUS>, job: fn(usize)) -> Seen {
         let all = lab.random.one_in(4);
         let id = ids[1 + lab.random.below(ids.len() as u64 - 1) as usize];
         let send = |message: u32| if all { apic::send(0, message | OTHERS) } else { apic::send(id, message) };
-        let messages: &[u32] = match lab.random.below(8) {
+        let messages: &[u32] = match lab.random.below(kinds) {
             0..3 => &[message::INIT],
             3 => &[startup],
             4 => &[message::INIT, startup],
             5 => &[message::INIT, message::INIT],
             6 => &[message::INIT, startup, message::INIT],
-            _ => &[startup, message::INIT, startup, startup],
+            7 => &[startup, message::INIT, startup, startup],
+            8 => &[message::NMI],
+            9 => &[message::NMI, message::NMI, message::NMI],
+            10 => &[message::NMI, message::INIT, message::NMI, startup, message::NMI],
+            _ => &[message::INIT, message::NMI],
         };
         messages.iter().for_each(|message| send(*message));
         if lab.random.one_in(3) && lab.execute(guest::nothing, 9) != Exit::Done(9) {
@@ -230,15 +243,17 @@ fn in_vmx(index: usize, f: impl FnOnce(&mut Own)) {
 /// With a guest, until the storm is over; `f` enters it, and is told whether it has before.
 fn in_guest(index: usize, controls: u32, mut f: impl FnMut(&mut Own, bool)) {
     in_vmx(index, |own| {
-        if own.guest.fresh(Extra { primary: controls, ..Extra::default() }).is_err() {
+        if own.guest.fresh(Extra { pin: pin::NMI, primary: controls, ..Extra::default() }).is_err() {
             return;
         }
         let mut began = false;
         until_stopped(|| {
             f(own, began);
             began = true;
-            if vmx::read(f::EXIT_REASON) as u32 == INIT_SIGNAL {
-                TAKEN_OUT.fetch_add(1, Ordering::Relaxed);
+            match vmx::read(f::EXIT_REASON) as u32 {
+                INIT_SIGNAL => _ = TAKEN_OUT.fetch_add(1, Ordering::Relaxed),
+                r::EXCEPTION_OR_NMI => unblock_nmis(),
+                _ => {}
             }
         });
     });

@@ -300,6 +300,25 @@ fn entries(lab: &mut Lab) {
             Seen::of((0..MANY).filter(|_| offered || refused(lab)).count())
         });
     }
+    // Each sleeps until the timer ends it, at once or a little later.
+    for (name, state) in [("HLT", 1u64), ("shutdown", 2)] {
+        let offered = caps::own_or_0(VMX_MISC) >> (5 + state) & 1 == 1;
+        if !offered || !setup::allowed_one(Kind::Pin, pin::PREEMPTION_TIMER) {
+            continue;
+        }
+        lab.attack(format_args!("storm of entries into the {name} state"), Told::Same, |lab| {
+            lab.with(Extra { pin: pin::PREEMPTION_TIMER, ..NONE });
+            let mut ended = 0;
+            for turn in 0..MANY {
+                lab.guest.start(guest::nothing, 1);
+                vmx::write(f::GUEST_ACTIVITY, state);
+                vmx::write(f::PREEMPTION_TIMER, if turn % 2 == 0 { 0 } else { lab.random.below(40) });
+                let exit = lab.run();
+                ended += u64::from(exit == Exit::Reason(r::PREEMPTION_TIMER) && vmx::read(f::GUEST_ACTIVITY) == state);
+            }
+            Seen::of(ended)
+        });
+    }
     lab.attack(format_args!("storm of VMPTRLD and VMCLEAR of many VMCSs"), Told::Same, |lab| {
         let mut good = 0;
         for turn in 0..MANY {
@@ -375,7 +394,7 @@ fn messages(lab: &mut Lab) {
 }
 
 /// An IRET unblocks the NMIs that the exits by NMI have blocked.
-fn unblock_nmis() {
+pub fn unblock_nmis() {
     // SAFETY: comes back to the next instruction with the same stack.
     unsafe {
         core::arch::asm!(

@@ -114,8 +114,14 @@ const HIGH: u64 = 1 << 40;
 const NE: u64 = 1 << 5;
 const VMXE: u64 = 1 << 13;
 const SMXE: u64 = 1 << 14;
+const ET: u64 = 1 << 4;
+const AM: u64 = 1 << 18;
+const NW: u64 = 1 << 29;
+/// PE and TS, of what LMSW takes
+const LMSW: u64 = 0x9;
 const GUEST_RIP: u64 = 0x681E;
 const HOST_RIP: u64 = 0x6C16;
+const EXIT_REASON: u64 = 0x4402;
 const NO_FIELD: u64 = 0x6FFE;
 const NOTHING: [u64; 4] = [0; 4];
 
@@ -124,6 +130,11 @@ const LEAF_1: [u64; 4] = [u64::MAX, u64::MAX, 1 << 27, !(1 << 21)];
 /// CPUID leaf 7 without what nvmx does not show: docs/msrs.md.
 const LEAF_7: [u64; 4] =
     [u64::MAX, !(1 << 2 | 1 << 14 | 1 << 25), !(1 << 13 | 1 << 30), !(1 << 18 | 1 << 19 | 1 << 30)];
+
+/// CPUID leaf 6 without what nvmx does not show: docs/msrs.md.
+const LEAF_6: [u64; 4] = [!(1 << 19 | 1 << 23), u64::MAX, !0xFF00, 0];
+/// CPUID leaf 7, subleaf 1, likewise.
+const LEAF_7_1: [u64; 4] = [!(1 << 8 | 1 << 17 | 1 << 27), u64::MAX, u64::MAX, !(1 << 15)];
 
 /// Outside of VMX operation.
 pub const OUTSIDE: &[Instruction] = &[
@@ -143,6 +154,30 @@ pub const OUTSIDE: &[Instruction] = &[
     plain("vmxoff", &[0x0F, 0x01, 0xC4]),
     vmx("vmread", &[0x0F, 0x78, 0xF0], GUEST_RIP, Operand::None),
     vmx("vmptrld", &[0x0F, 0xC7, 0x37], 0, Operand::Region),
+    vmx("vmptrst", &[0x0F, 0xC7, 0x3F], 0, Operand::Untouched),
+    vmx("vmxon of no region", &[0xF3, 0x0F, 0xC7, 0x37], 0, Operand::Number(8, 0x123)),
+    vmx("invvpid", &[0x66, 0x0F, 0x38, 0x81, 0x37], 2, Operand::Untouched),
+    plain("vmcall", &[0x0F, 0x01, 0xC1]),
+    plain("vmlaunch", &[0x0F, 0x01, 0xC2]),
+    plain("getsec", &[0x0F, 0x37]),
+    cpuid("cpuid 6", 6, 0, LEAF_6),
+    cpuid("cpuid 7.1", 7, 1, LEAF_7_1),
+    cpuid("cpuid 0xd.2", 0xD, 2, ALL),
+    cpuid("cpuid 0x19", 0x19, 0, ALL),
+    cpuid("cpuid 0x80000000", 0x8000_0000, 0, ALL),
+    Instruction { compared: NOTHING, ..plain("rdtsc", &[0x0F, 0x31]) },
+    rdmsr("rdmsr 0x480", 0x480, NOTHING),
+    wrmsr("wrmsr pat, bad", 0x277, Value::Is(2)),
+    control("xsetbv", &[0x0F, 0x01, 0xD1], Value::Xcr0),
+    control("xsetbv, bad", &[0x0F, 0x01, 0xD1], Value::Is(0)),
+    Instruction { rcx: 1, ..control("xsetbv of no register", &[0x0F, 0x01, 0xD1], Value::Xcr0) },
+    plain("clts", &[0x0F, 0x06]),
+    plain("smsw", &[0x0F, 0x01, 0xE0]),
+    control("lmsw", &[0x0F, 0x01, 0xF0], Value::Is(LMSW)),
+    control("lmsw of nothing", &[0x0F, 0x01, 0xF0], Value::Is(0)),
+    control("mov cr0 with NW", &[0x0F, 0x22, 0xC0], Value::Cr0(NW)),
+    control("mov cr0 with AM, ET and a reserved bit", &[0x0F, 0x22, 0xC0], Value::Cr0(AM | ET | 1 << 12)),
+    control("mov cr4 with bit 31", &[0x0F, 0x22, 0xE0], Value::Cr4(VMXE | 1 << 31)),
 ];
 
 /// In VMX root operation.
@@ -179,6 +214,22 @@ pub const INSIDE: &[Instruction] = &[
     plain("vmlaunch", &[0x0F, 0x01, 0xC2]),
     plain("vmresume", &[0x0F, 0x01, 0xC3]),
     plain("vmcall", &[0x0F, 0x01, 0xC1]),
+    // nvmx shows no BTS and no PEBS there.
+    Instruction { compared: NOTHING, ..wrmsr("wrmsr misc_enable", 0x1A0, Value::Msr(0x1A0)) },
+    wrmsr("wrmsr mtrr_def_type", 0x2FF, Value::Msr(0x2FF)),
+    wrmsr("wrmsr mtrr_def_type, bad", 0x2FF, Value::Is(2)),
+    wrmsr("wrmsr apic_base", 0x1B, Value::Msr(0x1B)),
+    wrmsr("wrmsr apic_base, bad", 0x1B, Value::Is(1)),
+    Instruction { rcx: 1, ..control("xsetbv of no register", &[0x0F, 0x01, 0xD1], Value::Xcr0) },
+    control("lmsw", &[0x0F, 0x01, 0xF0], Value::Is(LMSW)),
+    control("mov cr0 with NW", &[0x0F, 0x22, 0xC0], Value::Cr0(NW)),
+    control("mov cr4 with SMXE", &[0x0F, 0x22, 0xE0], Value::Cr4(SMXE)),
+    vmx("vmclear of no region", &[0x66, 0x0F, 0xC7, 0x37], 0, Operand::Number(8, 0x123)),
+    vmx("vmptrld of no region", &[0x0F, 0xC7, 0x37], 0, Operand::Number(8, 0x123)),
+    vmx("vmptrld of no revision", &[0x0F, 0xC7, 0x37], 0, Operand::Number(8, 0)),
+    vmx("vmwrite of a read-only field", &[0x0F, 0x79, 0xF0], EXIT_REASON, Operand::None),
+    vmx("invvpid with reserved bits", &[0x66, 0x0F, 0x38, 0x81, 0x37], 1, Operand::Number(16, 1 << 16)),
+    vmx("invept of no pointer", &[0x66, 0x0F, 0x38, 0x80, 0x37], 1, Operand::Number(16, 1 << 63)),
     vmx("invept", &[0x66, 0x0F, 0x38, 0x80, 0x37], 2, Operand::Number(16, 0)),
     vmx("invept of no type", &[0x66, 0x0F, 0x38, 0x80, 0x37], 7, Operand::Number(16, 0)),
     vmx("invvpid", &[0x66, 0x0F, 0x38, 0x81, 0x37], 2, Operand::Number(16, 0)),
@@ -199,4 +250,18 @@ pub const OF_A_GUEST: &[Instruction] = &[
     vmx("vmwrite from memory", &[0x0F, 0x79, 0x37], GUEST_RIP, Operand::Number(8, 0x1234)),
     vmx("vmwrite from memory, host_rip", &[0x0F, 0x79, 0x37], HOST_RIP, Operand::Number(8, 0x1234)),
     plain("vmfunc", &[0x0F, 0x01, 0xD4]),
+    Instruction { rcx: 1, ..plain("vmfunc, no function", &[0x0F, 0x01, 0xD4]) },
+    cpuid("cpuid", 0, 0, NOTHING),
+    plain("invd", &[0x0F, 0x08]),
+    control("xsetbv", &[0x0F, 0x01, 0xD1], Value::Xcr0),
+    rdmsr("rdmsr of no msr", 0x2000, ALL),
+    wrmsr("wrmsr efer, bad", 0xC000_0080, Value::Is(2)),
+    // nvmx shows no BTS and no PEBS there.
+    Instruction { compared: NOTHING, ..wrmsr("wrmsr misc_enable", 0x1A0, Value::Msr(0x1A0)) },
+    wrmsr("wrmsr mtrr_def_type", 0x2FF, Value::Msr(0x2FF)),
+    wrmsr("wrmsr apic_base", 0x1B, Value::Msr(0x1B)),
+    wrmsr("wrmsr apic_base, bad", 0x1B, Value::Is(1)),
+    vmx("vmptrst", &[0x0F, 0xC7, 0x3F], 0, Operand::Untouched),
+    vmx("vmread of a read-only field", &[0x0F, 0x78, 0xF0], EXIT_REASON, Operand::None),
+    vmx("vmwrite of a read-only field", &[0x0F, 0x79, 0xF0], EXIT_REASON, Operand::None),
 ];

@@ -165,6 +165,7 @@ fn run(chosen: impl Fn(&str) -> bool) -> Result<(), Missing> {
     vmxon::unlocked();
     setup::prepare_vmx()?;
     modes::outside("with CR4.VMXE");
+    registers::each_bit("outside of VMX operation");
     let region = vmxon::errors();
     vmxon::enter(region);
     for (name, part) in PARTS.iter().filter(|(name, _)| chosen(name)) {

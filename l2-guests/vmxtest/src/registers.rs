@@ -3,6 +3,7 @@
 use crate::expect::{GP, Got, SUCCEED, expect, got};
 use l2_kit::{
     Check,
+    arrayvec::ArrayString,
     cpu::{self, CR0_AM, CR0_NE, CR0_PE, CR0_PG, CR4_PAE, CR4_TSD, CR4_VMXE},
     serial::Serial,
     setup,
@@ -12,6 +13,7 @@ use l2_kit::{
 /// All of it.
 pub fn all() {
     control_registers();
+    each_bit("in VMX operation");
     capability_msrs();
 }
 
@@ -49,6 +51,35 @@ fn control_registers() {
         .expect("cr4_changed", seen.1, CR4_TSD)
         .expect("vmxe", cr4 & CR4_VMXE != 0, true)
         .end();
+}
+
+/// Each bit of CR0 and of CR4 changed alone: `+` if it changes, `=` if it does not, `#` where that is #GP(0), `?` if another bit
+/// changes too or something else comes; bit 0 first.
+pub fn each_bit(when: &str) {
+    let (cr0, cr4) = (cpu::cr0(), cpu::cr4());
+    let report = |name: &str, seen: &str| {
+        Check::new(&mut Serial, format_args!("each bit of {name} {when}"))
+            .fact("low", &seen[..32])
+            .fact("high", &seen[32..])
+            .end();
+    };
+    let bits = |set: fn(u64) -> Got, read: fn() -> u64, own: u64| {
+        let mut seen = ArrayString::<64>::new();
+        for bit in 0..64 {
+            let got = set(own ^ 1 << bit);
+            let changed = read() ^ own;
+            let _ = set(own);
+            seen.push(match got {
+                SUCCEED if changed == 1 << bit => '+',
+                SUCCEED if changed == 0 => '=',
+                GP if changed == 0 => '#',
+                _ => '?',
+            });
+        }
+        seen
+    };
+    report("CR0", &bits(try_cr0, cpu::cr0, cr0));
+    report("CR4", &bits(try_cr4, cpu::cr4, cr4));
 }
 
 /// Each capability MSR that the others say exists can be read; none can be written.

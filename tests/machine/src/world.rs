@@ -473,6 +473,8 @@ impl Processor for Under {
             // The answer that the model of a guest on the bare machine gets.
             0x8000_0000 => CpuIdResult { eax: 0x8000_0008, ebx: 0, ecx: 0, edx: 0 },
             1 => CpuIdResult { eax: 0x806C1, ebx: 0, ecx: 1 << 5, edx: 0 },
+            // Key Locker: it is activated, and EBX mirrors CR4.KL.
+            0x19 => CpuIdResult { eax: 1, ebx: self.read(Register::Cr4) as u32 >> 19 & 1, ecx: 0, edx: 0 },
             _ => CpuIdResult { eax: 1, ebx: 2, ecx: 3, edx: 4 },
         }
     }

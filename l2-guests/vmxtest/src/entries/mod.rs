@@ -3,6 +3,7 @@
 //!
 //! Sources: SDM "Checks on VMX Controls and Host-State Area", "Checking and Loading Guest State", "Loading MSRs".
 
+mod bits;
 mod controls;
 mod events;
 mod guest_state;
@@ -57,6 +58,7 @@ pub fn all() -> Result<(), Missing> {
     guest_state::registers(&mut guest);
     events::all(&mut guest);
     msr_lists::all(&mut guest);
+    bits::all(&mut guest);
     ok(&mut guest, "entry after all this");
     Ok(())
 }
