@@ -46,7 +46,7 @@ fn main(handover: Handover) -> ! {
         warn!("the loader's memory map has too many ranges: {} KiB in small pieces stay unused", info.given_up >> 10);
     }
 
-    let home = handover.settle(&info).unwrap_or_else(|e| give_up(e));
+    let home = handover.settle(&info, &options).unwrap_or_else(|e| give_up(e));
     cpu::run_on_main_stack((home, info, options), |(home, info, options)| {
         let processor = examine_processor(options.stop);
         start(assemble(home, &info, options, processor))
@@ -90,7 +90,8 @@ fn processors_unknown(error: AcpiError, by: LoadedBy, options: &Options, process
 
 /// Puts the machine together: processors, memory types, L2's memory and image.
 fn assemble(home: Home, info: &BootInfo, options: Options, processor: Processor) -> Machine {
-    let Home { own, frames, tables, phys } = home;
+    let Home { layout, frames, tables, phys } = home;
+    let own = layout.own;
     info!("nvmx lies at {own}, {} of {} frames free", frames.available(), frames.total());
     let strategy = identity::strategy(options.fields, &processor.vmx).unwrap_or_else(|e| give_up(e));
 
@@ -115,7 +116,7 @@ fn assemble(home: Home, info: &BootInfo, options: Options, processor: Processor)
         options,
         memory: info.memory.clone(),
         guest_memory,
-        own,
+        layout,
         frames,
         phys,
         guest,
@@ -144,7 +145,8 @@ fn stop(mut machine: Machine) -> ! {
     machine.guest_memory.iter().for_each(|range| info!("memory of L2: {} {:?}", range.span, range.kind));
     let listed =
         machine.rsdp.as_ref().and_then(|rsdp| acpi::cpus(rsdp, &machine.phys).ok()).map_or(0, |cpus| cpus.len());
-    let Machine { memory, own, frames, cpus, .. } = &machine;
+    let Machine { memory, layout, frames, cpus, .. } = &machine;
+    let own = layout.own;
     serial::record(Kind::Check, |record| {
         record.add("name", &"machine");
         record.add("cpus", &cpus.len());
@@ -157,6 +159,7 @@ fn stop(mut machine: Machine) -> ! {
         record.add("own", &Hex(own.start()));
         record.add("own_mib", &(own.len() >> 20));
         record.add("frames", &frames.total());
+        record.add("others_kib", &(layout.others.len() >> 10));
         record.add("free", &frames.available());
         record.add("entry", &Hex(machine.start.entry.get()));
     });

@@ -107,6 +107,8 @@ pub struct Options {
     pub vmcs: Vmcs,
     /// `cpus=`: how many processors run L2 at most; the rest is parked.
     pub cpus: Option<u32>,
+    /// `frames=`: MiB of nvmx's own memory for VMCSs and tables, of all processors together.
+    pub frames: Option<u32>,
     /// `ept02=`: how many tables the composed EPTs of a processor may have beyond their reserve.
     pub ept02: Option<u32>,
     /// `ept12=`
@@ -132,6 +134,7 @@ impl Default for Options {
             fields: Fields::Auto,
             vmcs: Vmcs::Auto,
             cpus: None,
+            frames: None,
             ept02: None,
             ept12: Ept12::Watch,
             counters: Counters::Kernel,
@@ -198,6 +201,7 @@ const LOG: &str = "off|error|warn|info|debug|trace";
 const FIELDS: &str = "auto|zero-copy|trapped";
 const VMCS: &str = "auto|instructions|memory";
 const CPUS: &str = "all|1|2|3|...";
+const FRAMES: &str = "auto|1|2|3|...";
 const EPT02: &str = "auto|0|1|2|...";
 const EPT12: &str = "watch|compare";
 const COUNTERS: &str = "kernel|all";
@@ -206,11 +210,12 @@ const STALE: &str = "off|warn";
 const SERIAL: &str = "com1|com2|0x2f8|0x3f8,9600|...|none";
 const EXIT: &str = "auto|none|ports";
 const STOP: &str = "never|cpus";
-const ACCEPTED: [(&str, &str); 12] = [
+const ACCEPTED: [(&str, &str); 13] = [
     ("log", LOG),
     ("fields", FIELDS),
     ("vmcs", VMCS),
     ("cpus", CPUS),
+    ("frames", FRAMES),
     ("ept02", EPT02),
     ("ept12", EPT12),
     ("counters", COUNTERS),
@@ -251,6 +256,12 @@ impl Options {
                     options.cpus = match value {
                         "all" => None,
                         _ => Some(value.parse().ok().filter(|n| *n > 0).ok_or_else(|| bad("cpus", CPUS))?),
+                    }
+                }
+                "frames" => {
+                    options.frames = match value {
+                        "auto" => None,
+                        _ => Some(value.parse().ok().filter(|n| *n > 0).ok_or_else(|| bad("frames", FRAMES))?),
                     }
                 }
                 "ept02" => {
@@ -340,7 +351,7 @@ mod tests {
             }
         }
         let (all, unknown) = Options::parse(
-            "log=trace fields=trapped vmcs=memory cpus=3 ept02=7 ept12=compare counters=all explain=off stale=warn serial=com2 exit=none stop=cpus",
+            "log=trace fields=trapped vmcs=memory cpus=3 frames=5 ept02=7 ept12=compare counters=all explain=off stale=warn serial=com2 exit=none stop=cpus",
         )
         .unwrap();
         assert_eq!(unknown, UnknownWords::default());
@@ -351,6 +362,7 @@ mod tests {
                 fields: Fields::Trapped,
                 vmcs: Vmcs::Memory,
                 cpus: Some(3),
+                frames: Some(5),
                 ept02: Some(7),
                 ept12: Ept12::Compare,
                 counters: Counters::All,
@@ -370,8 +382,8 @@ mod tests {
         assert_eq!(
             unknown.to_string(),
             "unknown options are passed over: 'quiet' 'colour=red'; nvmx accepts log=off|error|warn|info|debug|trace, \
-             fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, cpus=all|1|2|3|..., ept02=auto|0|1|2|..., \
-             ept12=watch|compare, counters=kernel|all, explain=on|off, stale=off|warn, serial=com1|com2|0x2f8|0x3f8,9600|...|none, \
+             fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, cpus=all|1|2|3|..., frames=auto|1|2|3|..., \
+             ept02=auto|0|1|2|..., ept12=watch|compare, counters=kernel|all, explain=on|off, stale=off|warn, serial=com1|com2|0x2f8|0x3f8,9600|...|none, \
              exit=auto|none|ports, stop=never|cpus"
         );
         let (_, many) = Options::parse("a b c d e f g h i j").unwrap();

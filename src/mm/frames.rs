@@ -127,21 +127,6 @@ impl FramePool {
         Some(hpa)
     }
 
-    /// Makes the last `frames` frames a pool of their own; `None` if one of them is in use.
-    pub fn split_off(&mut self, frames: usize) -> Option<FramePool> {
-        let left = self.frames.checked_sub(frames)?;
-        if (left..self.frames).any(|index| self.is_used(index)) {
-            return None;
-        }
-        let pool = FramePool::new(Span::new(self.hpa(left).get(), self.hpa(self.frames).get()));
-        for index in left..self.frames {
-            *self.used.get_mut(index / 64)? |= 1 << (index % 64);
-        }
-        self.frames = left;
-        self.free -= frames;
-        Some(pool)
-    }
-
     /// Takes a frame back. A frame of another pool is ignored.
     pub fn free(&mut self, frame: Frame) {
         self.free_at(frame.into_hpa());
@@ -212,21 +197,14 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_that_is_split_off_shares_no_frame() {
-        let (mut pool, memory) = pool(150);
-        let first = pool.alloc(&memory).unwrap();
-        assert!(pool.split_off(150).is_none(), "one of them is in use");
-        let mut other = pool.split_off(70).unwrap();
-        assert_eq!((pool.total(), pool.available(), other.total()), (80, 79, 70));
-        let mut seen = HashSet::from([first.hpa()]);
-        for pool in [&mut pool, &mut other] {
-            while let Some(frame) = pool.alloc(&memory) {
-                assert!(seen.insert(frame.hpa()));
-            }
-        }
-        assert_eq!(seen.len(), 150);
-        other.free(first);
-        assert_eq!(other.available(), 0, "a frame of the other pool");
+    fn a_frame_of_another_pool_is_not_taken_back() {
+        let (mut pool, memory) = pool(3);
+        let mut other = FramePool::new(Span::new(0x4000, 0x6000));
+        other.free(pool.alloc(&memory).unwrap());
+        assert_eq!((pool.available(), other.available()), (2, 2));
+        let frame = pool.alloc(&memory).unwrap().into_hpa();
+        other.free_at(frame);
+        assert_eq!(other.available(), 2);
     }
 
     proptest! {

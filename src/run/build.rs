@@ -72,7 +72,7 @@ impl Common {
             stops: machine.options.stop == Stop::Cpus,
             mtrrs: machine.mtrrs.clone(),
             has_mtrrs: machine.processor.mtrrs,
-            own: machine.own,
+            own: machine.layout.own,
             end_of_memory: Gpa::new(machine.memory.end_of_memory().max(4 << 30)),
             phys: machine.phys,
             guest: machine.guest,

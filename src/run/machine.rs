@@ -2,11 +2,12 @@
 
 use crate::boot::guest_image::Start;
 use crate::boot::info::Rsdp;
+use crate::boot::layout::Layout;
 use crate::boot::{CpuList, Options, Processor};
 use crate::hw::phys::DirectMap;
 use crate::mm::mtrr::Mtrrs;
 use crate::mm::paging::PageTables;
-use crate::mm::{FramePool, GuestMemory, MemoryMap, Span};
+use crate::mm::{FramePool, GuestMemory, MemoryMap};
 use l2_protocol::abi::Strategy;
 
 /// The machine as boot leaves it: nvmx sits in its own range under its own page tables, L2 is loaded and has not started.
@@ -18,9 +19,9 @@ pub struct Machine {
     pub memory: MemoryMap,
     /// The map that L2 was given: nvmx's range is reserved in it.
     pub guest_memory: MemoryMap,
-    /// nvmx's own range: image, stacks, frames. Starts and ends at multiples of 2 MiB.
-    pub own: Span,
-    /// Frames in nvmx's range that are still free.
+    /// nvmx's own range: image, stacks, frames, by processors.
+    pub layout: Layout,
+    /// Frames of the processor that booted, as far as they are free.
     pub frames: FramePool,
     /// Physical memory by host-physical address.
     pub phys: DirectMap,

@@ -12,7 +12,7 @@ use crate::cpu::{Cpu, others};
 use crate::emul::init;
 use crate::hw::apic::LocalApic;
 use crate::hw::boot::ap::Trampoline;
-use crate::hw::cpu::{self, Idle};
+use crate::hw::cpu;
 use crate::hw::epitaph::{self, Status};
 use crate::hw::halt::halt;
 use crate::hw::msr;
@@ -21,16 +21,10 @@ use crate::run::Machine;
 use crate::run::build::{self, Common};
 use crate::run::end::{run_to_the_end, too_little_memory};
 use crate::sync::start::Start;
-use arrayvec::ArrayVec;
 use core::fmt::Display;
 use core::sync::atomic::{AtomicU32, Ordering};
 use raw_cpuid::CpuId;
 use spin::{Mutex, Once};
-
-/// Frames that a CPU needs to be useful: its VMCSs and EPT tables, and as many again to compose in (2 MiB).
-const LEAST_FRAMES: usize = 512;
-/// Frames of a parked one: its VMXON region.
-const PARKED_FRAMES: usize = 1;
 
 /// What the others build themselves from.
 static COMMON: Once<Common> = Once::new();
@@ -52,28 +46,21 @@ pub fn start_others(machine: &mut Machine) -> u32 {
     let Some(apic) = LocalApic::find(&machine.guest) else {
         give_up("the local APIC is off: no processor can be started")
     };
-    let mut idle: ArrayVec<Idle, { crate::boot::machine::MAX_CPUS }> = ArrayVec::new();
-    for index in 1..=others.len() as u32 {
-        let Machine { frames, tables, phys, .. } = machine;
-        // nvmx requires execute-disable.
-        match cpu::prepare(index, cpu::this().idt(), true, frames, tables, *phys) {
-            Ok(one) => idle.push(one),
-            Err(_) => too_little_memory(),
-        }
-    }
     let Some(trampoline) = Trampoline::new(&machine.memory, &machine.tables, &mut machine.frames, machine.phys) else {
         give_up("no page below 640 KiB is free to start processors in")
     };
 
-    let free = machine.frames.available().saturating_sub(others.len() * PARKED_FRAMES);
-    let used = used(machine, 1 + others.len(), free);
-    let share = free / used;
+    let all = 1 + others.len();
+    let used = used(machine, &others);
     others::set_used_cpus(used as u32);
     hide(machine, |id| id == own_id || others.iter().take(used - 1).any(|other| *other == id));
     COMMON.call_once(|| Common::new(machine));
-    for (i, (other, idle)) in others.iter().zip(idle).enumerate() {
-        let frames = if 1 + i < used { share } else { PARKED_FRAMES };
-        let Some(pool) = machine.frames.split_off(frames) else { too_little_memory() };
+    for (i, other) in others.iter().enumerate() {
+        let mut pool = FramePool::new(machine.layout.share(1 + i, used, all));
+        // nvmx requires execute-disable.
+        let Machine { tables, phys, .. } = machine;
+        let idle = cpu::prepare(1 + i as u32, cpu::this().idt(), true, &mut pool, tables, *phys);
+        let Ok(idle) = idle else { too_little_memory() };
         *FRAMES.lock() = Some(pool);
         let arrived = || START.arrived() as usize == 1 + i;
         if !apic.reaches(*other) || !trampoline.start(apic, *other, idle, begin, arrived) {
@@ -94,18 +81,19 @@ fn hide(machine: &Machine, keep: impl Fn(u32) -> bool) {
     }
 }
 
-/// How many of `all` processors run L2.
-fn used(machine: &Machine, all: usize, free: usize) -> usize {
+/// How many processors run L2: the one that booted, and as many of the others, from the first on.
+fn used(machine: &Machine, others: &[u32]) -> usize {
     if !machine.processor.vmx.misc.activity_wait_for_sipi() && machine.options.stop == Stop::Never {
         log::warn!(
             "this CPU lacks activity state wait-for-SIPI (IA32_VMX_MISC bit 8): L2 has one CPU, the rest is parked"
         );
         return 1;
     }
+    let all = 1 + others.len();
     let wanted = machine.options.cpus.map_or(all, |cpus| all.min(cpus as usize));
-    let used = wanted.min(free / LEAST_FRAMES).max(1);
-    if used < wanted {
-        log::warn!("too little memory for {wanted} CPUs: L2 has {used}, the rest is parked");
+    let used = wanted.min(machine.layout.used);
+    if let Some(without) = others.get(used - 1..wanted - 1).filter(|ids| !ids.is_empty()) {
+        log::warn!("too little memory for {wanted} CPUs: L2 has {used}, and not those with APIC ids {without:?}");
     }
     used
 }

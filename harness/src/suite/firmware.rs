@@ -46,9 +46,10 @@ const PC: Row = Row {
 };
 
 #[rustfmt::skip]
-const ROWS: [Row; 11] = [
+const ROWS: [Row; 12] = [
     PC,
     Row { name: "by QEMU's multiboot on a q35 with 64 CPUs and 8 GiB", board: Board::Q35, cpus: 64, memory: 8192, ..PC },
+    Row { name: "by QEMU's multiboot on a pc with 16 CPUs and 256 MiB", cpus: 16, memory: 256, ..PC },
     Row { name: "by QEMU's multiboot on a microvm with 5 CPUs", board: Board::Microvm, cpus: 5, ..PC },
     Row { name: "by PVH on a pc with 4 CPUs and 5 GiB", protocol: Protocol::Pvh, cpus: 4, memory: 5120, ..PC },
     Row { name: "by PVH on a microvm with 2 CPUs", board: Board::Microvm, protocol: Protocol::Pvh, cpus: 2, ..PC },
@@ -130,6 +131,9 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     add(&consent, name.into(), Box::new(|o| found(o[0], 1, 1024)));
     let fewer = Row { cpus: 4, options: "cpus=2", ..PC };
     add(&fewer, "L2 finds CPUs that it does not get disabled in the MADT".into(), Box::new(|o| listed(o[0], 4, 2)));
+    let crowded = Row { cpus: 16, memory: 256, options: "frames=24", ..PC };
+    let name = "CPUs that memory does not suffice for are named, and the others run L2";
+    add(&crowded, name.into(), Box::new(|o| crowd(o[0], 16)));
     let odd = Row { options: "wibble colour=red", ..PC };
     add(&odd, "words that nvmx does not know are a warning".into(), Box::new(|o| warned(o[0])));
     Ok(())
@@ -155,7 +159,7 @@ fn number(record: &OwnedRecord, key: &str) -> Result<u64, String> {
     parsed.map_err(|_| format!("{key}={text} is no number"))
 }
 
-/// All CPUs were found and started, and all memory but what firmware keeps; nvmx lies below 4 GiB in it.
+/// All CPUs were found and started, L2 gets all, and all memory but what firmware keeps; nvmx lies below 4 GiB in it.
 fn found(outcome: &Outcome, cpus: u32, memory: u32) -> Result<(), String> {
     let said = machine(outcome)?;
     let (cpus, memory) = (u64::from(cpus), u64::from(memory));
@@ -172,7 +176,7 @@ fn found(outcome: &Outcome, cpus: u32, memory: u32) -> Result<(), String> {
         return Err(format!("nvmx lies at {start:#x}, {size:#x} bytes"));
     }
     let (frames, used) = (number(said, "frames")?, number(said, "used")?);
-    if frames == 0 || !(1..=cpus).contains(&used) || number(said, "entry")? == 0 {
+    if frames == 0 || used != cpus || number(said, "entry")? == 0 {
         return Err(format!("{frames} frames, {used} CPUs for L2, entry {:?}", said.get("entry")));
     }
     Ok(())
@@ -194,6 +198,18 @@ fn listed(outcome: &Outcome, cpus: u64, left: u64) -> Result<(), String> {
         [Ok(started), Ok(used), Ok(madt)] if (started, used, madt) == (cpus, left, left) => Ok(()),
         _ => Err(format!("{said}")),
     }
+}
+
+/// L2 gets some of the CPUs, and one line names the others.
+fn crowd(outcome: &Outcome, cpus: u64) -> Result<(), String> {
+    let said = machine(outcome)?;
+    let (started, used) = (number(said, "started")?, number(said, "used")?);
+    if started != cpus || !(2..cpus).contains(&used) {
+        return Err(format!("{started} of {cpus} CPUs started, {used} run L2"));
+    }
+    let ids: Vec<u64> = (used..cpus).collect();
+    let line = format!("too little memory for {cpus} CPUs: L2 has {used}, and not those with APIC ids {ids:?}");
+    outcome.transcript.a_line_has(&["WARN", &line]).then_some(()).ok_or(format!("no line has \"{line}\""))
 }
 
 fn warned(outcome: &Outcome) -> Result<(), String> {

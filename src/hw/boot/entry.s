@@ -191,8 +191,10 @@ boot_long:
 .global boot_pml4
 boot_pml4:
     .zero 7 * 4096
+.global boot_stack_end
+boot_stack_end:
 .global boot_stack_top
-    .zero 0x20000
+    .zero 0x40000
 boot_stack_top:
 
 .text

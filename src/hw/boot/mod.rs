@@ -15,11 +15,11 @@ use raw_cpuid::CpuId;
 
 use crate::x86::{Cr4, efer};
 use crate::{
-    addr::Hpa,
+    addr::{Hpa, PAGE_SIZE},
     boot::{
-        BootInfo, acpi,
+        BootInfo, Options, acpi,
         info::{InfoError, Rsdp},
-        layout::{self, TooLittleMemory},
+        layout::{self, Layout, Need, TooLittleMemory},
     },
     hw::{
         cpu, cr, early, idt,
@@ -71,6 +71,7 @@ unsafe extern "C" {
     static image_rodata_end: u8;
     static image_data_start: u8;
     static image_end: u8;
+    static boot_stack_end_low: u8;
 }
 
 #[cfg_attr(not(target_os = "none"), allow(dead_code))]
@@ -88,9 +89,9 @@ pub struct Handover {
 /// nvmx in its own range.
 #[derive(Debug)]
 pub struct Home {
-    /// nvmx's own range.
-    pub own: Span,
-    /// Its free frames.
+    /// Where it is, and the frames of the other processors.
+    pub layout: Layout,
+    /// Free frames of this one.
     pub frames: FramePool,
     /// Its page tables, which are active.
     pub tables: PageTables,
@@ -103,6 +104,8 @@ pub struct Home {
 pub enum SettleError {
     /// There is no room.
     TooLittleMemory(TooLittleMemory),
+    /// The stack of the entry code, below which its page tables lie, was used to its last page.
+    DeepStack,
     /// Memory is so large that nvmx's frames do not even suffice for its page tables.
     OutOfFrames,
 }
@@ -111,6 +114,7 @@ impl fmt::Display for SettleError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TooLittleMemory(error) => error.fmt(f),
+            Self::DeepStack => f.write_str("nvmx's stack is too small for its start"),
             Self::OutOfFrames => f.write_str("too little memory: nvmx's frames do not suffice for its page tables"),
         }
     }
@@ -143,7 +147,7 @@ impl Handover {
     /// was below is free afterwards: the old image is wiped.
     ///
     /// MSRs that may not exist can be read from then on.
-    pub fn settle(self, info: &BootInfo) -> Result<Home, SettleError> {
+    pub fn settle(self, info: &BootInfo, options: &Options) -> Result<Home, SettleError> {
         let cpuid = CpuId::new();
         let extended = cpuid.get_extended_processor_and_feature_identifiers();
         let no_execute = extended.as_ref().is_some_and(|e| e.has_execute_disable());
@@ -151,10 +155,24 @@ impl Handover {
         let loaded = Span::new(address(&raw const boot_load_start), address(&raw const boot_bss_end));
         let image = Span::new(address(&raw const image_start), address(&raw const image_end));
         let occupied = info.modules.iter().map(|module| module.span).chain([loaded]);
-        let own = layout::choose(&info.memory, occupied, image.len())?;
-
         let early = early_map();
-        let mut frames = FramePool::new(Span::new(own.start() + image.len(), own.end()));
+        let end_of_stack = Hpa::new(address(&raw const boot_stack_end_low));
+        if early.zeros(end_of_stack, PAGE_SIZE as usize / 8) < PAGE_SIZE as usize / 8 {
+            return Err(SettleError::DeepStack);
+        }
+        let rsdp = info.rsdp.clone().or_else(|| self.find_rsdp());
+        // Without a list nvmx ends, or there is one.
+        let cpus = rsdp.and_then(|rsdp| acpi::cpus(&rsdp, &early).ok()).map_or(1, |cpus| cpus.len());
+        let need = Need {
+            image: image.len(),
+            cpus,
+            wanted: options.cpus.map_or(cpus, |wanted| wanted as usize),
+            gib_pages,
+            frames: options.frames,
+        };
+        let layout = layout::choose(&info.memory, occupied, &need)?;
+        let own = layout.own;
+        let mut frames = FramePool::new(layout.first);
         let largest = if gib_pages { PageSize::Huge } else { PageSize::Large };
         let mut tables = PageTables::new(&mut frames, &early, largest)?;
         let end = info.memory.end_of_memory().clamp(EARLY_END, DIRECT_MAP_MAX).next_multiple_of(GIB);
@@ -187,7 +205,7 @@ impl Handover {
         cpu::install(cpu::prepare(0, idt, no_execute, &mut frames, &mut tables, phys)?);
         // Nothing of nvmx may be left where L2 can read it (invariant I9).
         phys.zero(Hpa::new(loaded.start()), loaded.len());
-        Ok(Home { own, frames, tables, phys })
+        Ok(Home { layout, frames, tables, phys })
     }
 }
 

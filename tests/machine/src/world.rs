@@ -6,6 +6,7 @@ use crate::second::core_support::{rich, rich_msr};
 use l2_protocol::abi::Strategy;
 use nvmx::addr::{Gpa, Hpa};
 use nvmx::boot::guest_image::{Protocol, Start};
+use nvmx::boot::layout::Layout;
 use nvmx::boot::options::Vmcs;
 use nvmx::boot::requirements::Processor as About;
 use nvmx::boot::{CpuList, Options};
@@ -231,7 +232,7 @@ impl World {
             options: Options { vmcs: if in_memory { Vmcs::Memory } else { Vmcs::Instructions }, ..Options::default() },
             memory: map.clone(),
             guest_memory: map,
-            own: OWN,
+            layout: Layout { own: OWN, first: OWN, others: Span::new(OWN.end(), OWN.end()), used: 1 },
             // All of them are the CPU's.
             frames: FramePool::new(Span::new(0, 0)),
             phys,
