@@ -44,6 +44,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::boot::info::{MAX_COMMAND_LINE, MAX_MODULES};
     use crate::mm::{Span, map::RangeKind, phys::VecMem};
 
     /// Memory with 32-bit words at addresses, and bytes at others.
@@ -186,6 +187,25 @@ mod tests {
         assert_eq!(info.modules[0].span, Span::new(0x20_0000, 0x20_1000));
         let kinds: Vec<_> = info.memory.iter().map(|r| r.kind).collect();
         assert_eq!(kinds, [RangeKind::Usable, RangeKind::Reserved]);
+    }
+
+    /// Information with so many modules, each with a command line of so many bytes.
+    fn with_modules(count: u32, bytes: usize) -> Result<BootInfo, InfoError> {
+        let mut fixed = [0u32; 22];
+        fixed[0] = 1 << 0 | 1 << 3;
+        (fixed[1], fixed[2], fixed[5], fixed[6]) = (640, 1024, count, 0x3000);
+        let list: Vec<u32> =
+            (0..count).flat_map(|n| [0x20_0000 + n * 0x1000, 0x20_0800 + n * 0x1000, 0x5000, 0]).collect();
+        let memory = memory(&[(0x1000, &fixed), (0x3000, &list)], &[(0x5000, &"x".repeat(bytes))]);
+        BootInfo::read(multiboot1::BOOT_MAGIC, Hpa::new(0x1000), &memory)
+    }
+
+    #[test]
+    fn more_modules_and_longer_command_lines_than_nvmx_takes_are_refused_and_never_cut() {
+        let most = with_modules(MAX_MODULES as u32, MAX_COMMAND_LINE).unwrap();
+        assert_eq!(most.modules.len(), MAX_MODULES);
+        assert_eq!(with_modules(MAX_MODULES as u32 + 1, 10).unwrap_err(), InfoError::TooManyModules);
+        assert_eq!(with_modules(1, MAX_COMMAND_LINE + 1).unwrap_err(), InfoError::CommandLineTooLong);
     }
 
     #[test]

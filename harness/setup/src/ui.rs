@@ -6,7 +6,9 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use owo_colors::{OwoColorize, Style};
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// The terminal. Cheap to clone; all clones draw on the same screen.
@@ -20,6 +22,8 @@ pub struct Ui {
     /// What VMX refused is shown for programs
     pub json_refusals: bool,
     stdout: Arc<Stdout>,
+    /// When the last line came
+    spoke: Arc<Mutex<Instant>>,
 }
 
 /// What became of standard output.
@@ -31,8 +35,8 @@ struct Stdout {
     failed: OnceLock<String>,
 }
 
-/// Plain lines remind the reader of a long step this often.
-const REMINDER: Duration = Duration::from_secs(30);
+/// Without a terminal that shows a step under way, a line says after so much silence that it still goes on.
+const SILENCE: Duration = Duration::from_secs(3);
 
 impl Ui {
     /// Looks at the terminal: colour only on one, and never with `NO_COLOR`.
@@ -46,6 +50,7 @@ impl Ui {
             verbose,
             json_refusals: false,
             stdout: Arc::default(),
+            spoke: Arc::new(Mutex::new(Instant::now())),
         }
     }
 
@@ -60,6 +65,7 @@ impl Ui {
         if self.stdout.reserved.load(Ordering::Relaxed) {
             return self.note(text);
         }
+        *held(&self.spoke) = Instant::now();
         self.bars.suspend(|| {
             let mut out = std::io::stdout().lock();
             // The work goes on, since it may have other results; in the end it counts.
@@ -83,6 +89,7 @@ impl Ui {
 
     /// A remark, on stderr.
     pub fn note(&self, text: &str) {
+        *held(&self.spoke) = Instant::now();
         self.bars.suspend(|| {
             let _ = writeln!(std::io::stderr(), "{text}");
         });
@@ -110,10 +117,61 @@ impl Ui {
             bar.enable_steady_tick(Duration::from_millis(120));
             bar
         });
-        if bar.is_none() {
+        let beat = bar.is_none().then(|| {
             self.note(&format!("{what} ..."));
+            Beat::start(self.clone(), what.to_string())
+        });
+        Step { ui: self.clone(), bar, beat, start: Instant::now() }
+    }
+
+    /// Says that `what` goes on, and where it is, if nothing was said for long; how long it may stay silent from now on.
+    fn beat(&self, what: &str, start: Instant, at: &str) -> Duration {
+        let silent = held(&self.spoke).elapsed();
+        if silent < SILENCE {
+            return SILENCE.saturating_sub(silent);
         }
-        Step { ui: self.clone(), bar, what: what.to_string(), start: Instant::now(), reminded: Instant::now() }
+        if !proc::interrupted() {
+            let colon = if at.is_empty() { "" } else { ": " };
+            self.note(&format!("{what} ... {} s{colon}{at}", start.elapsed().as_secs()));
+        }
+        SILENCE
+    }
+}
+
+/// What a thread left behind that ended early is as good as any.
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Speaks up for a step that is silent for long, until it is dropped.
+struct Beat {
+    at: Arc<Mutex<String>>,
+    end: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Beat {
+    fn start(ui: Ui, what: String) -> Self {
+        let at: Arc<Mutex<String>> = Arc::default();
+        let (end, ended) = mpsc::channel();
+        let (now, start) = (at.clone(), Instant::now());
+        let thread = std::thread::spawn(move || {
+            let mut wait = SILENCE;
+            while ended.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) {
+                let at = held(&now).clone();
+                wait = ui.beat(&what, start, &at);
+            }
+        });
+        Beat { at, end: Some(end), thread: Some(thread) }
+    }
+}
+
+impl Drop for Beat {
+    fn drop(&mut self) {
+        self.end = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
@@ -121,21 +179,18 @@ impl Ui {
 pub struct Step {
     ui: Ui,
     bar: Option<ProgressBar>,
-    what: String,
+    beat: Option<Beat>,
     start: Instant,
-    reminded: Instant,
 }
 
 impl Step {
     /// Shows what the step is at.
     pub fn at(&mut self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.set_message(text.trim().to_string()),
-            None if self.reminded.elapsed() > REMINDER && !proc::interrupted() => {
-                self.reminded = Instant::now();
-                self.ui.note(&format!("{} ... {} s: {}", self.what, self.start.elapsed().as_secs(), text.trim()));
-            }
-            None => {}
+        if let Some(bar) = &self.bar {
+            bar.set_message(text.trim().to_string());
+        }
+        if let Some(beat) = &self.beat {
+            *held(&beat.at) = text.trim().to_string();
         }
     }
 
@@ -157,5 +212,37 @@ impl Drop for Step {
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_speaks_up_only_after_silence() {
+        let ui = Ui::new(false);
+        let start = Instant::now();
+        assert!(ui.beat("x", start, "") > Duration::ZERO);
+        let long_ago = start.checked_sub(2 * SILENCE).unwrap();
+        *held(&ui.spoke) = long_ago;
+        let silent_since = *held(&ui.spoke);
+        assert_eq!(ui.beat("x", start, "y"), SILENCE);
+        assert!(*held(&ui.spoke) > silent_since, "it said something");
+    }
+
+    #[test]
+    fn a_line_of_somebody_else_is_as_good() {
+        let ui = Ui::new(false);
+        *held(&ui.spoke) = Instant::now().checked_sub(2 * SILENCE).unwrap();
+        ui.clone().note("a remark");
+        assert!(held(&ui.spoke).elapsed() < SILENCE);
+    }
+
+    #[test]
+    fn a_step_ends_at_once() {
+        let start = Instant::now();
+        drop(Beat::start(Ui::new(false), "x".into()));
+        assert!(start.elapsed() < SILENCE);
     }
 }

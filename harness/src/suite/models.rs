@@ -49,7 +49,7 @@ pub fn add(suite: &mut Suite, session: &Session) {
 }
 
 /// Machines with so much memory, in MiB: a hole below 4 GiB, and memory above it.
-const SIZES: [u32; 4] = [3072, 4096, 5120, 8192];
+const SIZES: [u32; 5] = [3072, 4096, 5120, 8192, 16384];
 /// With all that the guest hands to VMX above 4 GiB: VMXON and VMCS regions, EPT tables, bitmaps, pages of the APIC, MSR areas.
 const HIGH: u32 = 6144;
 /// All parts of vmxtest that are short and hand addresses to VMX; guests without paging (part unrestricted) reach 4 GiB, and part
