@@ -94,7 +94,7 @@ mod tests {
                 Some(_) if handled.contains(&reason) => {
                     assert!(matches!(outcome, HANDLED | Unasked::InvalidOpcode), "{reason}");
                 }
-                Some(_) => assert_ne!(outcome, HANDLED, "{reason} has no line in l2_exit"),
+                Some(_) => assert_ne!(outcome, HANDLED, "{reason} has no line in guest_exit"),
             }
         }
     }
