@@ -38,8 +38,10 @@ const FIELDS: &[Field] = &[
 /// Bits that are left out: they end the hypervisor's own mode, make the guest wait for an event that does not come, or step it.
 fn is_left_out(field: u32, bit: u32) -> bool {
     match field {
-        // SMEP, SMAP
-        f::HOST_CR4 => matches!(bit, 20 | 21),
+        // LA57, which MOV to CR4 cannot change back in 64-bit mode; SMEP, SMAP and LASS, under which this program faults
+        f::HOST_CR4 => matches!(bit, 12 | 20 | 21 | 27),
+        // LASS: each fetch at a low address faults, that of the fault's handler too, without end
+        f::GUEST_CR4 => bit == 27,
         f::GUEST_ACTIVITY => bit < 2,
         // TF, and its pending exception
         f::GUEST_RFLAGS => bit == 8,
