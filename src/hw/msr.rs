@@ -67,11 +67,14 @@ pub fn is_xss_harmless(value: u64) -> bool {
     value & XSS_TRACES == 0
 }
 
-/// True if this processor has a state that [`is_xss_harmless`] is about. Without, its own WRMSR refuses the same values, since
-/// CPUID leaf 0DH, subleaf 1 tells which bits of IA32_XSS can be set (SDM vol. 1, "Enumeration of CPU Support for XSAVE Instructions and
-/// XSAVE-Supported Features").
-pub fn has_trace_states() -> bool {
-    u64::from(cpuid_count(0xD, 1).ecx) & XSS_TRACES != 0
+/// True if this processor refuses by itself the values that [`is_xss_harmless`] is about: it has IA32_XSS and neither state. CPUID leaf
+/// 0DH, subleaf 1 tells (SDM vol. 1, "Enumeration of CPU Support for XSAVE Instructions and XSAVE-Supported Features"). Where there
+/// is no such MSR, nvmx refuses: emulators ignore a write.
+pub fn refuses_trace_states() -> bool {
+    const LEAF: u32 = 0xD;
+    const XSAVES: u32 = 1 << 3;
+    let features = cpuid_count(LEAF, 1);
+    cpuid_count(0, 0).eax >= LEAF && features.eax & XSAVES != 0 && u64::from(features.ecx) & XSS_TRACES == 0
 }
 
 /// Writes IA32_XSS.

@@ -104,8 +104,8 @@ impl Common {
         let revision = hardware.basic.revision();
         let budget = self.ept02_budget.min(frames.available() as u32 / 2);
         let vmcs01 = region(&mut frames, phys, revision)?;
-        let has_trace_states = hw_msr::has_trace_states();
-        let msr_bitmap01 = words(&mut frames, phys, |word| msrs::bitmap01_word(word, has_trace_states))?;
+        let refuses = hw_msr::refuses_trace_states();
+        let msr_bitmap01 = words(&mut frames, phys, |word| msrs::bitmap01_word(word, refuses))?;
         let void = page(&mut frames, phys, &BitmapPage::SET)?;
         let mut shadow_bitmaps = [[Hpa::new(0); 2]; 2];
         let mut bitmaps = [BitmapPage::SET, BitmapPage::SET];

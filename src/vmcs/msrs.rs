@@ -64,9 +64,9 @@ pub fn is_own(index: u32, access: Access) -> bool {
 }
 
 /// A word of the MSR bitmap of vmcs01 on this processor. A hypervisor writes IA32_XSS with each entry and exit whose guest has another
-/// value: where no value can do harm, that does not exit.
-pub fn bitmap01_word(word: usize, has_trace_states: bool) -> u64 {
-    let open = |bit: &u16| !has_trace_states && usize::from(bit / 64) == word;
+/// value: where the processor itself refuses those that do harm, that does not exit.
+pub fn bitmap01_word(word: usize, refuses_trace_states: bool) -> u64 {
+    let open = |bit: &u16| refuses_trace_states && usize::from(bit / 64) == word;
     let xss = MsrBitmap::index(hw::IA32_XSS, Access::Write).filter(open).map_or(0, |bit| 1 << (bit % 64));
     bitmap_word(word, By::Guest) & !xss
 }
@@ -257,10 +257,10 @@ mod tests {
     #[test]
     fn writes_of_ia32_xss_pass_where_the_processor_refuses_what_nvmx_would() {
         let all = MsrBitmap(BitmapPage(std::array::from_fn(|word| bitmap_word(word, By::Guest))));
-        for traces in [true, false] {
-            let bitmap = MsrBitmap(BitmapPage(std::array::from_fn(|word| bitmap01_word(word, traces))));
+        for refuses in [true, false] {
+            let bitmap = MsrBitmap(BitmapPage(std::array::from_fn(|word| bitmap01_word(word, refuses))));
             for (index, access) in every_msr().flat_map(|index| BOTH.map(|access| (index, access))) {
-                let passes = !traces && (index, access) == (hw::IA32_XSS, Access::Write);
+                let passes = refuses && (index, access) == (hw::IA32_XSS, Access::Write);
                 assert_eq!(bitmap.exits(index, access), all.exits(index, access) && !passes, "{index:#x} {access:?}");
             }
         }
