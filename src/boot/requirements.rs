@@ -142,7 +142,7 @@ fn brand<R: CpuIdReader>(cpuid: &CpuId<R>) -> ArrayString<48> {
     }
 }
 
-/// What [`Processor::l0`] says of KVM.
+/// What [`Processor::below`] says of KVM.
 pub const KVM: &str = "KVM";
 
 /// CPUID shows a hypervisor.

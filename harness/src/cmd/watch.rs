@@ -32,7 +32,7 @@ fn folders(session: &Session, l2: &L2) -> Vec<PathBuf> {
 /// mend it.
 ///
 /// # Errors
-/// [`Stop::Interrupted`], or if files cannot be watched.
+/// [`nvmx_setup::error::Stop::Interrupted`], or if files cannot be watched.
 pub fn run(
     ui: &Ui,
     args: &RunArgs,
