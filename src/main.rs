@@ -176,8 +176,8 @@ fn announce(processor: &Processor, decided: &Decided) {
         record.add("version", &env!("CARGO_PKG_VERSION"));
         record.add("cpu", &processor.brand.as_str());
         record.add("cpus", &decided.cpus);
-        record.add("strategy", &decided.strategy.name());
-        record.add("vmcs", &if decided.vmcs_in_memory { "memory" } else { "instructions" });
+        record.add("strategy", &decided.access.strategy.name());
+        record.add("vmcs", &decided.access.vmcs.name());
         record.add("l0", &processor.below);
         record.add("features", &identity::features(&processor.vmx).as_str());
     });

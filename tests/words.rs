@@ -62,3 +62,40 @@ fn no_flag_of_a_register_is_a_number_outside_of_x86() {
     }
     assert!(wrong.is_empty(), "flags by number:\n{}", wrong.join("\n"));
 }
+
+/// Which strategy of field access runs is chosen in `boot::identity`, and known in `vmcs::access` alone: everybody else calls a method
+/// or takes what it gives. A third strategy is one file.
+#[test]
+fn nobody_asks_which_strategy_of_field_access_runs() {
+    // What names a strategy, and who may: the choice, and what is told of it (in words, and to programs).
+    let names = [
+        ("Strategy::", &["boot::identity"][..]),
+        ("Reached::", &[]),
+        ("Way::", &[]),
+        (".description()", &["run::start", "emul::cpuid"]),
+    ];
+    let mut wrong = Vec::new();
+    let files = files("src");
+    for file in files.iter().filter(|file| !file.module.starts_with(&["vmcs".into(), "access".into()])) {
+        let module = file.module.join("::");
+        for (name, may) in names.iter().filter(|(name, _)| file.text.contains(name)) {
+            if !may.contains(&module.as_str()) {
+                wrong.push(format!("{module}: {name} ({may:?} may)"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "which strategy runs:\n{}", wrong.join("\n"));
+
+    // And no method of the interface answers a yes or no but the one about the processor's fields.
+    let interface = files.iter().find(|file| file.module == ["vmcs", "access"]).unwrap();
+    let answers: Vec<&str> = interface
+        .text
+        .split("pub fn ")
+        .skip(1)
+        .filter_map(|function| {
+            let head = function.split('{').next().unwrap();
+            head.contains("-> bool").then(|| head.split('(').next().unwrap())
+        })
+        .collect();
+    assert_eq!(answers, ["has"]);
+}

@@ -10,7 +10,6 @@ use crate::hw::vmx::{Region, Vmx};
 use crate::mm::{FramePool, GuestMemory};
 use crate::vmcs::Config;
 use crate::vmcs::access::{MachineParts, VmcsAccess};
-use crate::vmcs::kept::Kept;
 use crate::vmcs::msrs::OwnMsrs;
 use crate::vmcs::once::Once;
 use crate::vmcs::slot::Slot;
@@ -32,10 +31,6 @@ pub struct Cpu {
     pub launched01: bool,
     /// What vmcs01 loads with the next entry, and only then.
     pub once01: Once,
-    /// VMREAD and VMWRITE bitmap: what VMCS shadowing lets L2 reach, without and with what it is lent.
-    pub shadow_bitmaps: [[Hpa; 2]; 2],
-    /// Those that vmcs01 has.
-    pub shadowing01: [Kept; 2],
     /// MSR bitmap of vmcs01: what nvmx itself must see.
     pub msr_bitmap01: Hpa,
     /// What L3 may reach of a shadow VMCS by VMREAD and VMWRITE, to be merged with L2's bitmaps.
@@ -86,9 +81,9 @@ impl Cpu {
 
     /// A slot, how its fields are reached, and the machine to do it with.
     #[inline(always)]
-    pub fn reach(&mut self, id: SlotId) -> (&mut Slot, &VmcsAccess, MachineParts<'_>) {
+    pub fn reach(&mut self, id: SlotId) -> (&mut Slot, &mut VmcsAccess, MachineParts<'_>) {
         let on = MachineParts { vmx: &mut self.vmx, phys: &self.phys, vmcs01: self.vmcs01 };
-        (&mut self.nested.slots[id], &self.config.access, on)
+        (&mut self.nested.slots[id], &mut self.config.access, on)
     }
 
     /// Makes the vmcs02 of a slot the current VMCS, with all that L2 wrote.

@@ -11,6 +11,7 @@ use crate::hw::cpuid::cpuid_count;
 use crate::hw::cr::cpuid_with_key_locker;
 use crate::rules::hidden::Register::{Eax, Ebx, Ecx, Edx};
 use crate::rules::hidden::{EMPTY, shown};
+use crate::vmcs::access::Description;
 use crate::vmx::Field;
 use crate::x86::Cr4;
 use l2_protocol::abi::{
@@ -123,12 +124,15 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
     }
     match leaf {
         LEAF_SIGNATURE => CpuidResult { eax: last, ..own_signature() },
-        LEAF_INTERFACE => CpuidResult {
-            eax: INTERFACE_VERSION,
-            ebx: Counter::ALL.len() as u32,
-            ecx: cpu.config.access.strategy() as u32,
-            edx: cpu.config.access.is_in_memory() as u32,
-        },
+        LEAF_INTERFACE => {
+            let Description { strategy, vmcs } = cpu.config.access.description();
+            CpuidResult {
+                eax: INTERFACE_VERSION,
+                ebx: Counter::ALL.len() as u32,
+                ecx: strategy as u32,
+                edx: vmcs as u32,
+            }
+        }
         LEAF_COUNTERS => {
             cpu.vmx
                 .counters

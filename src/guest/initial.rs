@@ -6,6 +6,7 @@
 use crate::boot::guest_image::Start;
 use crate::cpu::Cpu;
 use crate::mm::Span;
+use crate::vmcs::access::VmxOperation;
 use crate::vmcs::vmcs01;
 use crate::vmx::Field;
 use crate::vmx::segment::Segment;
@@ -95,5 +96,5 @@ fn write_rest(cpu: &mut Cpu, cr0: Cr0, rip: u64) {
     ] {
         cpu.vmx.write(field, value);
     }
-    vmcs01::own_control_bits(&mut cpu.vmx, &cpu.config, false);
+    vmcs01::confine(&mut cpu.vmx, &cpu.config, VmxOperation::Off);
 }

@@ -11,6 +11,7 @@ use crate::hw::phys::DirectMap;
 use crate::hw::{cr, msr};
 use crate::mm::linear::{Keys, Paging};
 use crate::rules::merge::Duties;
+use crate::vmcs::access::InfoFrom;
 use crate::vmcs::slots::SlotId;
 use crate::vmx::Field;
 use crate::vmx::field::{Fields, PDPTES};
@@ -210,11 +211,9 @@ fn nested_view(cpu: &mut Cpu, id: SlotId) -> View<'_, DirectMap> {
 }
 
 /// The instruction information of VMREAD or VMWRITE.
-///
-/// A hypervisor below that emulates VMX may not shadow that field; then the instruction's own bytes are cheaper.
 pub fn field_access_info(cpu: &mut Cpu) -> InstructionInfo {
     let of_guest = !matches!(cpu.nested.operation, Operation::NonRoot { .. });
-    if of_guest && cpu.config.access.is_in_memory() && in_64_bit_mode(cpu) {
+    if of_guest && cpu.config.access.info_from() == InfoFrom::Code && in_64_bit_mode(cpu) {
         let rip = cpu.vmx.read(Field::GUEST_RIP);
         let mut bytes = [0; 5];
         let len = bytes.len().min(cpu.vmx.read(Field::VM_EXIT_INSTRUCTION_LEN) as usize);

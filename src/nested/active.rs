@@ -5,30 +5,17 @@ use crate::cpu::{Cpu, Operation};
 use crate::vmcs::access::MachineParts;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::vmcs12::Vmcs12;
-use crate::vmx::Field;
-use crate::vmx::region::NO_LINK;
 
-/// Makes a slot current, or none, and links the shadow VMCS.
+/// Makes a slot current, or none.
 pub fn make_current(cpu: &mut Cpu, id: Option<SlotId>) {
     if let Operation::Root { vmxon_ptr, .. } = cpu.nested.operation {
         cpu.nested.operation = Operation::Root { vmxon_ptr, current: id };
     }
-    let link = id.map_or(NO_LINK, |id| {
+    let slot = id.map(|id| {
         cpu.nested.touch(id);
-        cpu.nested.slots[id].vmcs02.region().at().get()
+        &cpu.nested.slots[id]
     });
-    if cpu.config.access.vmcs01_links() {
-        cpu.vmx.write(Field::VMCS_LINK_POINTER, link);
-        open_bitmaps(cpu, id.is_some_and(|id| cpu.nested.slots[id].lends));
-    }
-}
-
-/// L2 reaches HOST_RSP of the linked vmcs02, or does not; vmcs01 is current.
-pub fn open_bitmaps(cpu: &mut Cpu, lent: bool) {
-    let pages = cpu.shadow_bitmaps[usize::from(lent)];
-    for (cell, page) in cpu.shadowing01.iter_mut().zip(pages) {
-        cell.put(&mut cpu.vmx, page.get());
-    }
+    cpu.config.access.link(&mut cpu.vmx, slot);
 }
 
 /// Makes the vmcs12 at `at` active; returns its slot. vmcs01 is current.

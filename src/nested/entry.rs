@@ -169,7 +169,6 @@ fn live_controls_failure(cpu: &mut Cpu, id: SlotId) -> Option<checks::Failure> {
 
 /// Merges the controls anew, which were checked.
 fn merge_controls(cpu: &mut Cpu, id: SlotId, checked: ControlsChecked) {
-    let by_hardware = shadow::by_hardware(cpu);
     let slot = &cpu.nested.slots[id];
     let primary = PrimaryControls::from_bits_retain(slot.vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32);
     let io = |field| cpu.guest.translate(Gpa::new(slot.vmcs12.get(field))).ok();
@@ -185,7 +184,7 @@ fn merge_controls(cpu: &mut Cpu, id: SlotId, checked: ControlsChecked) {
     let to = Translated {
         io_bitmaps,
         msr_bitmap: msr_bitmap.map(|_| slot.msr_bitmap.frame()),
-        shadow_bitmaps: by_hardware.then_some(slot.shadow_bitmaps),
+        shadow_bitmaps: cpu.config.access.nested_bitmaps(slot),
         apic,
     };
     let merged = merge::merge(&NvmxNeeds::new(&cpu.config.hardware), &slot.vmcs12, checked, &to);

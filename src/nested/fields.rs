@@ -1,6 +1,5 @@
 //! VMREAD and VMWRITE that nvmx completes, on the vmcs12 in a slot.
 
-use super::active;
 use super::result::done;
 use crate::cpu::{Cpu, Operation};
 use crate::guest::{Next, Stop, operand};
@@ -82,13 +81,14 @@ fn write_field(cpu: &mut Cpu, id: SlotId, field: Field, value: u64) {
 /// No rule is about HOST_RSP, so that L2 can have it to itself: a vmcs12 in use whose HOST_RSP is written will see that again
 /// ([ADR 0021](../../docs/adr/0021-host-rsp-is-lent.md)).
 fn write_host_rsp(cpu: &mut Cpu, id: SlotId, value: u64) {
-    let learn = cpu.nested.operation.is_root_with(id) && cpu.nested.slots[id].vmcs12.launched;
+    let often = cpu.nested.operation.is_root_with(id) && cpu.nested.slots[id].vmcs12.launched;
     let current = current_vmcs(cpu);
     let (slot, access, on) = cpu.reach(id);
     slot.vmcs12.set(Field::HOST_RSP, value);
-    if access.write_host_rsp(on, slot, current, learn) {
-        active::open_bitmaps(cpu, true);
+    if often {
+        access.lend(on.vmx, slot);
     }
+    access.write_host_rsp(on, slot, current);
 }
 
 /// The VMCS of the guest that runs.

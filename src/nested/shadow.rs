@@ -98,8 +98,3 @@ pub fn of_nested(cpu: &mut Cpu, id: SlotId, access: Access) -> Result<(), KillRe
         }
     }
 }
-
-/// Can the hardware do it? Where VMCSs are reached in memory nvmx does it alone.
-pub fn by_hardware(cpu: &Cpu) -> bool {
-    cpu.config.access.vmcs02_links()
-}

@@ -13,12 +13,10 @@ use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::{Region, Vmx};
 use crate::mm::mtrr::Mtrrs;
 use crate::mm::{FramePool, GuestMemory, PhysMem, Span};
-use crate::nested::active;
 use crate::rules::caps;
 use crate::run::Machine;
-use crate::vmcs::access::VmcsAccess;
+use crate::vmcs::access::{Links, VmcsAccess};
 use crate::vmcs::image::Layout;
-use crate::vmcs::kept::Kept;
 use crate::vmcs::msrs::{self, OwnMsrs};
 use crate::vmcs::once::Once;
 use crate::vmcs::slots::Slots;
@@ -26,8 +24,8 @@ use crate::vmcs::tracked::Tracked;
 use crate::vmcs::vmcs01::{self, Points};
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmcs::{Config, probe};
+use crate::vmx::Capabilities;
 use crate::vmx::bitmap::{self, Access, BitmapPage, Words, shadow_bitmap};
-use crate::vmx::{Capabilities, Field};
 use l2_protocol::abi::Strategy;
 
 /// Tables that ept02 may hold beyond its reserve unless the command line says how many; half of a CPU's frames at most.
@@ -107,14 +105,14 @@ impl Common {
         let refuses = hw_msr::refuses_trace_states();
         let msr_bitmap01 = words(&mut frames, phys, |word| msrs::bitmap01_word(word, refuses))?;
         let void = page(&mut frames, phys, &BitmapPage::SET)?;
-        let mut shadow_bitmaps = [[Hpa::new(0); 2]; 2];
+        let (mut closed, mut lent) = ([Hpa::new(0); 2], [Hpa::new(0); 2]);
         let mut bitmaps = [BitmapPage::SET, BitmapPage::SET];
         for (i, access) in [Access::Read, Access::Write].into_iter().enumerate() {
             shadow_bitmap(&mut bitmaps[i], access, &offered);
-            shadow_bitmaps[0][i] = page(&mut frames, phys, &bitmaps[i])?;
+            closed[i] = page(&mut frames, phys, &bitmaps[i])?;
             let mut with_lent = bitmaps[i].clone();
             bitmap::open_lent(&mut with_lent);
-            shadow_bitmaps[1][i] = page(&mut frames, phys, &with_lent)?;
+            lent[i] = page(&mut frames, phys, &with_lent)?;
         }
         let slots = Slots::new(&mut frames, phys, revision)?;
         let mut tables = Cpu::tables(&mut frames, phys);
@@ -148,8 +146,6 @@ impl Common {
             msr_bitmap01,
             void,
             shadow_words: bitmaps.each_ref().map(|bitmap| Words::that_differ(bitmap, u64::MAX)),
-            shadow_bitmaps,
-            shadowing01: [Field::VMREAD_BITMAP, Field::VMWRITE_BITMAP].map(Kept::new),
             msrs: OwnMsrs::of_this_processor(self.has_mtrrs, offered.physical_width),
             tracked: Tracked::default(),
             nested: Nested::new(slots),
@@ -165,7 +161,7 @@ impl Common {
             config: Config {
                 hardware,
                 offered,
-                access: VmcsAccess::new(self.strategy, layout, exists, revision),
+                access: VmcsAccess::new(self.strategy, layout, Links::new(closed, lent), exists, revision),
                 user_counters: self.user_counters,
                 mtrrs: self.mtrrs.clone(),
             },
@@ -224,7 +220,5 @@ pub fn set_up(cpu: &mut Cpu, write_guest_state: impl FnOnce(&mut Cpu)) {
     vmcs01::set_up(&mut cpu.vmx, &cpu.config.hardware, &mut cpu.regs, &to);
     write_guest_state(cpu);
     cpu.tracked.refresh(&mut cpu.vmx);
-    if cpu.config.access.vmcs01_links() {
-        active::open_bitmaps(cpu, false);
-    }
+    cpu.config.access.link(&mut cpu.vmx, None);
 }

@@ -6,14 +6,12 @@ use crate::boot::Processor;
 use crate::guest::initial;
 use crate::run::Machine;
 use crate::run::build::{self, Common};
-use l2_protocol::abi::Strategy;
+use crate::vmcs::access::Description;
 
 /// What was decided at start, for the banner.
 pub struct Decided {
     /// How L2's VMREAD and VMWRITE reach vmcs12.
-    pub strategy: Strategy,
-    /// VMCSs that are not current are edited in memory.
-    pub vmcs_in_memory: bool,
+    pub access: Description,
     /// Processors that run L2.
     pub cpus: u32,
 }
@@ -23,10 +21,10 @@ pub struct Decided {
 pub fn start(mut machine: Machine, announce: fn(&Processor, &Decided)) -> ! {
     let cpus = smp::start_others(&mut machine);
     let common = Common::new(&machine);
-    let Machine { frames, processor, strategy, start, .. } = machine;
+    let Machine { frames, processor, start, .. } = machine;
     let Some(mut cpu) = common.build(frames) else { too_little_memory() };
     smp::wait_for_others();
-    announce(&processor, &Decided { strategy, vmcs_in_memory: cpu.config.access.is_in_memory(), cpus });
+    announce(&processor, &Decided { access: cpu.config.access.description(), cpus });
     build::set_up(&mut cpu, |cpu| initial::write_boot_state(cpu, &start));
     run_to_the_end(&mut cpu)
 }

@@ -5,6 +5,7 @@
 //! Source: SDM vol. 3C, "VM-Execution Control Fields", "VM-Exit Control Fields", "VM-Entry Control Fields".
 
 use super::Config;
+use super::access::VmxOperation;
 use crate::addr::Hpa;
 use crate::hw::host_area;
 use crate::hw::vmenter::GuestRegs;
@@ -88,20 +89,19 @@ pub fn set_up(vmx: &mut Vmx, caps: &Capabilities, regs: &mut GuestRegs, to: &Poi
     }
 }
 
-/// Sets which bits of CR0 and CR4 nvmx owns; vmcs01 is current.
-pub fn own_control_bits(vmx: &mut Vmx, config: &Config, vmx_operation: bool) {
-    let mode = if vmx_operation { Cr0::PE | Cr0::PG } else { Cr0::empty() };
+/// Sets which bits of CR0 and CR4 nvmx owns, and what L2 reaches by VMCS shadowing; vmcs01 is current.
+pub fn confine(vmx: &mut Vmx, config: &Config, operation: VmxOperation) {
+    let mode = match operation {
+        VmxOperation::On => Cr0::PE | Cr0::PG,
+        VmxOperation::Off => Cr0::empty(),
+    };
     vmx.write(Field::CR0_GUEST_HOST_MASK, (Cr0::NE | mode).bits());
-    if vmx_operation {
+    if operation == VmxOperation::On {
         // VMXON was refused unless they are set.
         vmx.write(Field::CR0_READ_SHADOW, (Cr0::NE | Cr0::PE | Cr0::PG).bits());
     }
     vmx.write(Field::CR4_GUEST_HOST_MASK, (Cr4::VMXE | Cr4::FRED).bits());
-    if config.access.vmcs01_links() {
-        let shadowing = if vmx_operation { SecondaryControls::VMCS_SHADOWING } else { SecondaryControls::empty() };
-        let controls = secondary(&config.hardware) | shadowing;
-        vmx.write(Field::SECONDARY_VM_EXEC_CONTROL, controls.bits() as u64);
-    }
+    config.access.confine(vmx, operation, secondary(&config.hardware));
 }
 
 /// CR0 as L2 sees it; vmcs01 is current.

@@ -7,6 +7,7 @@ use crate::guest::{Next, Stop};
 use crate::hw::vmx::Invalidate;
 use crate::nested::active::{make_current, write_back};
 use crate::nested::result::done;
+use crate::vmcs::access::VmxOperation;
 use crate::vmcs::vmcs01;
 use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::region::REVISION;
@@ -38,7 +39,7 @@ pub fn vmxon(cpu: &mut Cpu) -> Result<Next, Stop> {
         return done(cpu, VmxResult::FailInvalid);
     }
     cpu.nested.operation = Operation::Root { vmxon_ptr: at, current: None };
-    vmcs01::own_control_bits(&mut cpu.vmx, &cpu.config, true);
+    vmcs01::confine(&mut cpu.vmx, &cpu.config, VmxOperation::On);
     // IA32_EFER.LMA can change without a write; from here on CR0.PG cannot.
     cpu.tracked.refresh(&mut cpu.vmx);
     done(cpu, VmxResult::Succeed)
@@ -61,7 +62,7 @@ pub fn vmxoff(cpu: &mut Cpu) -> Result<Next, Stop> {
     if cpu.ept01.join(&mut tables) {
         cpu.vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
     }
-    vmcs01::own_control_bits(&mut cpu.vmx, &cpu.config, false);
+    vmcs01::confine(&mut cpu.vmx, &cpu.config, VmxOperation::Off);
     done(cpu, VmxResult::Succeed)
 }
 

@@ -1,29 +1,52 @@
 //! Under a hypervisor that keeps VMCSs in memory: those that are not current are edited there, with VMCS shadowing for L2 or
 //! without ([ADR 0008](../../../docs/adr/0008-vmcs-in-memory.md)).
 
-use super::strategy::{Common, HostState, MachineParts, Report, Strategy};
-use crate::hw::vmx::Region;
+use super::links::Links;
+use super::strategy::{
+    Common, Description, HostState, InfoFrom, MachineParts, Reached, Report, Strategy, VmxOperation,
+};
+use crate::hw::vmx::{Region, Vmx};
 use crate::vmcs::image::{Image, Layout};
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
+use crate::vmx::controls::SecondaryControls;
 use crate::vmx::{Field, FieldAccess};
+use l2_protocol::abi;
 
 pub(super) struct InMemory {
     layout: Layout,
-    shadowed: bool,
+    /// With VMCS shadowing for L2.
+    links: Option<Links>,
 }
 
 impl InMemory {
-    pub(super) fn new(layout: Layout, shadowed: bool) -> Self {
-        Self { layout, shadowed }
-    }
-
-    pub(super) fn is_shadowed(&self) -> bool {
-        self.shadowed
+    pub(super) fn new(layout: Layout, links: Option<Links>) -> Self {
+        Self { layout, links }
     }
 }
 
 impl Strategy for InMemory {
+    fn description(&self) -> Description {
+        let strategy = if self.links.is_some() { abi::Strategy::ZeroCopy } else { abi::Strategy::Trapped };
+        Description { strategy, vmcs: Reached::InMemory }
+    }
+
+    fn link(&mut self, vmx: &mut Vmx, slot: Option<&Slot>) {
+        if let Some(links) = &mut self.links {
+            links.link(vmx, slot);
+        }
+    }
+
+    fn confine(&self, vmx: &mut Vmx, operation: VmxOperation, others: SecondaryControls) {
+        if let Some(links) = &self.links {
+            links.confine(vmx, operation, others);
+        }
+    }
+
+    fn info_from(&self) -> InfoFrom {
+        InfoFrom::Code
+    }
+
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, _: Region, field: Field) -> u64 {
         self.layout.read(on.phys, slot.vmcs02.region().at(), field)
     }
@@ -40,7 +63,7 @@ impl Strategy for InMemory {
         }
         slot.vmcs12.dirty = FieldSet::EMPTY;
         slot.vmcs12.valid = FieldSet::CACHED;
-        if self.shadowed {
+        if self.links.is_some() {
             slot.vmcs02.become_shadow_in_memory(on.phys, common.revision);
         }
     }
@@ -55,8 +78,9 @@ impl Strategy for InMemory {
     }
 
     fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
-        slot.vmcs12
-            .write_dirty(on.vmx, |field| common.exists.contains(field) && (self.shadowed || !field.is_read_only()));
+        slot.vmcs12.write_dirty(on.vmx, |field| {
+            common.exists.contains(field) && (self.links.is_some() || !field.is_read_only())
+        });
         slot.vmcs12.valid = FieldSet::CACHED;
     }
 
@@ -66,7 +90,7 @@ impl Strategy for InMemory {
 
     fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
         on.vmx.ptrld(on.vmcs01);
-        if self.shadowed {
+        if self.links.is_some() {
             slot.vmcs02.become_shadow_in_memory(on.phys, common.revision);
         }
     }
@@ -81,7 +105,7 @@ impl Strategy for InMemory {
         mut to: impl HostState,
     ) {
         let image = |region: Region| Image { layout: &self.layout, phys: on.phys, region: region.at() };
-        if !self.shadowed {
+        if self.links.is_none() {
             slot.vmcs12.valid = FieldSet::CACHED;
             if let Some(report) = report {
                 report.fields(|field, value| slot.vmcs12.fetched(field, value));
@@ -89,7 +113,7 @@ impl Strategy for InMemory {
         }
         to.load(&mut image(on.vmcs01), slot);
         on.vmx.ptrld(on.vmcs01);
-        if self.shadowed {
+        if self.links.is_some() {
             if let Some(report) = report {
                 let mut vmcs02 = image(slot.vmcs02.region());
                 report.fields(|field, value| vmcs02.write(field, value));

@@ -1,14 +1,51 @@
 //! Zero-copy: vmcs02 is the shadow VMCS to which vmcs01 links while L2 runs, so that L2's accesses reach it without an exit.
 
-use super::strategy::{Common, HostState, MachineParts, Report, Strategy, on_vmcs02};
-use crate::hw::vmx::Region;
+use super::links::Links;
+use super::strategy::{
+    Common, Description, HostState, MachineParts, Reached, Report, Strategy, VmxOperation, on_vmcs02,
+};
+use crate::addr::Hpa;
+use crate::hw::vmx::{Region, Vmx};
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmx::Field;
+use crate::vmx::controls::SecondaryControls;
+use l2_protocol::abi;
 
-pub(super) struct Shadowed;
+pub(super) struct Shadowed {
+    links: Links,
+}
+
+impl Shadowed {
+    pub(super) fn new(links: Links) -> Self {
+        Self { links }
+    }
+}
 
 impl Strategy for Shadowed {
+    fn description(&self) -> Description {
+        Description { strategy: abi::Strategy::ZeroCopy, vmcs: Reached::ByInstructions }
+    }
+
+    fn link(&mut self, vmx: &mut Vmx, slot: Option<&Slot>) {
+        self.links.link(vmx, slot);
+    }
+
+    fn confine(&self, vmx: &mut Vmx, operation: VmxOperation, others: SecondaryControls) {
+        self.links.confine(vmx, operation, others);
+    }
+
+    fn nested_bitmaps(&self, slot: &Slot) -> Option<(Hpa, Hpa)> {
+        Some(slot.shadow_bitmaps)
+    }
+
+    fn lend(&mut self, vmx: &mut Vmx, slot: &mut Slot) {
+        if !slot.lends {
+            slot.lends = true;
+            self.links.open_lent(vmx);
+        }
+    }
+
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field) -> u64 {
         // A shadow VMCS changes without an exit, so that its values are never kept.
         on_vmcs02(on.vmx, slot, current, |vmx| vmx.read(field))

@@ -1,11 +1,14 @@
 //! What a strategy is asked for, and with what.
 
+use crate::addr::Hpa;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
+use crate::vmx::controls::SecondaryControls;
 use crate::vmx::exit::ExitReason;
 use crate::vmx::{Field, FieldAccess};
+use l2_protocol::abi;
 
 /// What a reflected exit tells L2 in place of what the processor said.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,8 +57,77 @@ pub struct MachineParts<'a> {
     pub vmcs01: Region,
 }
 
+/// Whether L2 is in VMX operation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum VmxOperation {
+    /// Behind VMXON.
+    On,
+    /// Before VMXON, and behind VMXOFF.
+    Off,
+}
+
+/// Where the processor's answer about an instruction of L2 is cheapest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum InfoFrom {
+    /// In the field for it.
+    Field,
+    /// In the bytes of the instruction: a hypervisor below that emulates VMX may not shadow the field.
+    Code,
+}
+
+/// Where VMCSs are that are not current.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Reached {
+    /// In the processor: VMX instructions reach them.
+    ByInstructions = 0,
+    /// In memory, where nvmx edits them.
+    InMemory = 1,
+}
+
+impl Reached {
+    /// The word on the command line and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Reached::ByInstructions => "instructions",
+            Reached::InMemory => "memory",
+        }
+    }
+}
+
+/// What people and programs are told of the strategy.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Description {
+    /// How L2's VMREAD and VMWRITE reach vmcs12.
+    pub strategy: abi::Strategy,
+    /// How nvmx reaches a VMCS that is not current.
+    pub vmcs: Reached,
+}
+
 /// One strategy. `slot` is that of the vmcs12; vmcs01 is current before and after, except where a method says something else.
 pub(super) trait Strategy {
+    /// What is told of it.
+    fn description(&self) -> Description;
+
+    /// A slot became the current one of L2, or none is any more.
+    fn link(&mut self, _: &mut Vmx, _slot: Option<&Slot>) {}
+
+    /// L2 enters or leaves VMX operation; `others` are the secondary controls of vmcs01 that this does not touch.
+    fn confine(&self, _: &mut Vmx, _operation: VmxOperation, _others: SecondaryControls) {}
+
+    /// VMREAD and VMWRITE bitmap by which L3 reaches its shadow VMCS, in the vmcs02 of a slot; `None` where each access exits.
+    fn nested_bitmaps(&self, _: &Slot) -> Option<(Hpa, Hpa)> {
+        None
+    }
+
+    /// Where to look for what the processor says of a VMREAD or VMWRITE of L2.
+    fn info_from(&self) -> InfoFrom {
+        InfoFrom::Field
+    }
+
+    /// An L2 that writes HOST_RSP often may have it to itself in the vmcs02 of this slot, from now on. vmcs01 is current.
+    fn lend(&mut self, _: &mut Vmx, _slot: &mut Slot) {}
+
     /// VMREAD of a field that is not in the copy. The VMCS at `current` is current.
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field) -> u64;
 

@@ -1,10 +1,11 @@
 //! Each access of L2 exits: the copy answers what it has, and keeps what L2 writes until the next entry.
 
-use super::strategy::{Common, HostState, MachineParts, Report, Strategy, on_vmcs02};
+use super::strategy::{Common, Description, HostState, MachineParts, Reached, Report, Strategy, on_vmcs02};
 use crate::hw::vmx::Region;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmx::Field;
+use l2_protocol::abi;
 
 pub(super) struct Trapped;
 
@@ -25,6 +26,10 @@ const HOT: [Field; 12] = [
 ];
 
 impl Strategy for Trapped {
+    fn description(&self) -> Description {
+        Description { strategy: abi::Strategy::Trapped, vmcs: Reached::ByInstructions }
+    }
+
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field) -> u64 {
         let value = on_vmcs02(on.vmx, slot, current, |vmx| vmx.read(field));
         slot.vmcs12.fetched(field, value);
