@@ -27,6 +27,8 @@ pub struct HostFacts {
     pub device: Device,
     /// The `nested` parameter of kvm_intel, if the module is there
     pub nested: Option<String>,
+    /// Parameter `enable_apicv` of kvm_intel, which is what came of it: N where the CPU has no APICv
+    pub apicv: Option<String>,
 }
 
 /// The state of /dev/kvm.
@@ -56,12 +58,16 @@ impl HostFacts {
         } else {
             Device::Denied
         };
-        let nested = std::fs::read_to_string("/sys/module/kvm_intel/parameters/nested").ok();
+        let parameter = |name: &str| {
+            let text = std::fs::read_to_string(format!("/sys/module/kvm_intel/parameters/{name}"));
+            text.ok().map(|text| text.trim().to_string())
+        };
         HostFacts {
             cpu: value("model name").to_string(),
             vmx: value("vendor_id") == "GenuineIntel" && value("flags").split(' ').any(|f| f == "vmx"),
             device,
-            nested: nested.map(|t| t.trim().to_string()),
+            nested: parameter("nested"),
+            apicv: parameter("enable_apicv"),
         }
     }
 
@@ -116,7 +122,7 @@ mod tests {
     use super::*;
 
     fn facts(vmx: bool, device: Device, nested: Option<&str>) -> HostFacts {
-        HostFacts { cpu: "x".into(), vmx, device, nested: nested.map(str::to_string) }
+        HostFacts { cpu: "x".into(), vmx, device, nested: nested.map(str::to_string), apicv: None }
     }
 
     #[test]

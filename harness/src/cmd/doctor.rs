@@ -155,6 +155,10 @@ fn l0(doctor: &mut Doctor<'_>, args: &DoctorArgs, facts: &HostFacts) -> bool {
     if let Some(nested) = &facts.nested {
         doctor.say(State::Info, "nesting", &format!("kvm_intel nested={nested}"));
     }
+    if facts.apicv.as_deref() == Some("N") {
+        let late = "KVM runs without it: an interrupt may take L3 out late (docs/running.md, KVM on Bochs)";
+        doctor.say(State::Info, "APICv", late);
+    }
     let own = args.bochs.is_some() && args.l0 != host::L0::KvmInBochs;
     let wish = if own { host::L0::Bochs } else { args.l0 };
     match host::choose(wish, facts) {

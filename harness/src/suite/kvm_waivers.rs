@@ -65,7 +65,12 @@ pub const WAIVERS: &[Waiver] = &[
     },
     Waiver {
         id: "kvm-halted",
-        checks: &["a pending trap flag in the HLT state*"],
+        checks: &[
+            "a pending trap flag in the HLT state*",
+            "halted at entry, *",
+            "halted, posted interrupt, interrupts off",
+            "ordering *; halted",
+        ],
         why: "KVM ends the HLT state of its guest before an exit saves it",
     },
     Waiver {
@@ -75,8 +80,29 @@ pub const WAIVERS: &[Waiver] = &[
             "preemption timer of 30000 over exits of the hypervisor below",
             "preemption timer of 100000 over exits of the hypervisor below",
             "preemption timer of 1000000 over exits of the hypervisor below",
+            "ordering *; exiting, windows, timer; plain",
+            "ordering *; exiting, windows, timer; if0",
+            "ordering *; exiting, windows, timer; sti",
+            "ordering *; exiting, windows, timer; mov_ss",
+            "ordering *; exiting, windows, timer; nmi_blocked",
+            "ordering *; exiting, windows, timer; step",
         ],
-        why: "KVM keeps the preemption timer by a clock of its own: a guest that ends soon is not stopped by it, others late",
+        why: "KVM keeps the preemption timer by a clock of its own: a guest that ends soon is not stopped by it, others late, behind the \
+              windows",
+    },
+    Waiver {
+        id: "kvm-injection",
+        checks: &["ordering *; inject int1", "ordering *; inject mtf"],
+        why: "KVM loses an INT1 and a pending MTF exit that are injected",
+    },
+    Waiver {
+        id: "kvm-nmi",
+        checks: &[
+            "ordering NMI; *",
+            "ordering interrupt and NMI; *",
+            "ordering *; exiting, interrupt window; inject nmi",
+        ],
+        why: "KVM keeps blocking by NMI for each level: an NMI that waits while L2 has NMIs blocked comes to nvmx, or when KVM next looks",
     },
     Waiver {
         id: "kvm-last-branches",
