@@ -297,6 +297,21 @@ fn error_code_of_an_exception_is_free_where_the_processor_says_so() {
 }
 
 #[test]
+fn cr3_has_the_flags_of_linear_address_masking_where_the_processor_has_that() {
+    let masks = Capabilities { cr3_flags: 1 << 61 | 1 << 62, ..caps() };
+    for (field, check) in [(GUEST_CR3, CheckId::GuestCr3), (HOST_CR3, CheckId::HostCr3)] {
+        for bit in 39..64 {
+            let mut v = valid_vmcs12(&caps());
+            v.set(field, v.get(field) | 1 << bit);
+            let none = Memory([].into());
+            assert_eq!(run(&v, &none, &caps()), expected(check), "{field:?} {bit}");
+            let wanted = if matches!(bit, 61 | 62) { Verdict::Passed } else { expected(check) };
+            assert_eq!(run(&v, &none, &masks), wanted, "{field:?} {bit}");
+        }
+    }
+}
+
+#[test]
 fn link_pointer_to_an_ordinary_vmcs_is_accepted_and_to_a_shadow_is_not() {
     let mut v = valid_vmcs12(&caps());
     v.set(VMCS_LINK_POINTER, 0x5000);

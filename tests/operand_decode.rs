@@ -6,7 +6,8 @@ use core_support::Vmcs;
 use nvmx::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, behind};
 use nvmx::vmx::segment::Segment;
 use nvmx::vmx::{Field, Fields};
-use nvmx::x86::Fault;
+use nvmx::x86::lam::{CR3_U57, Masking};
+use nvmx::x86::{Cr4, Fault};
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -154,7 +155,7 @@ proptest! {
         let first = (u128::from(base) + u128::from(operand.offset(&gprs))) % (1 << 64);
         let good = canonical(first) && canonical((first + u128::from(bytes) - 1) % (1 << 64));
         let expected = if good { Ok(first as u64) } else { Err(fault(operand.segment)) };
-        let mode = CpuMode::Long64 { linear_width: 48 };
+        let mode = CpuMode::Long64 { linear_width: 48, masking: Masking::OFF };
         let actual = operand.memory(bytes, direction).linear_address(mode, |r| gprs[usize::from(r)], &state);
         prop_assert_eq!(actual, expected);
     }
@@ -213,7 +214,7 @@ fn an_address_relative_to_rip_has_neither_base_nor_index() {
     let operand = Operand { size: 64, segment: 3, base: None, index: None, scale: 0, displacement: 0, undefined: 0 };
     let memory = MemoryOperand { displacement: 0xFFFF_8000_1234_5678, ..operand.memory(8, Direction::Load) };
     let untouched = |r: u8| -> u64 { panic!("register {r}") };
-    let mode = CpuMode::Long64 { linear_width: 48 };
+    let mode = CpuMode::Long64 { linear_width: 48, masking: Masking::OFF };
     assert_eq!(memory.linear_address(mode, untouched, &Vmcs::default()), Ok(0xFFFF_8000_1234_5678));
 }
 
@@ -223,7 +224,8 @@ fn a_segment_number_that_no_processor_reports_is_a_fault() {
         let operand =
             Operand { size: 64, segment: number, base: None, index: None, scale: 0, displacement: 0, undefined: 0 };
         let memory = operand.memory(8, Direction::Load);
-        let result = memory.linear_address(CpuMode::Long64 { linear_width: 48 }, |_| 0, &Vmcs::default());
+        let result =
+            memory.linear_address(CpuMode::Long64 { linear_width: 48, masking: Masking::OFF }, |_| 0, &Vmcs::default());
         assert_eq!(result, Err(Fault::GeneralProtection(0)));
     }
 }
@@ -232,13 +234,31 @@ fn a_segment_number_that_no_processor_reports_is_a_fault() {
 fn linear_width_of_57_bits_widens_what_is_canonical() {
     let operand = Operand { size: 64, segment: 3, base: Some(0), index: None, scale: 0, displacement: 0, undefined: 0 };
     let at = |address, linear_width| {
-        let mode = CpuMode::Long64 { linear_width };
+        let mode = CpuMode::Long64 { linear_width, masking: Masking::OFF };
         operand.memory(8, Direction::Load).linear_address(mode, |_| address, &Vmcs::default()).is_ok()
     };
     assert!(!at(1 << 47, 48) && at(1 << 47, 57));
     assert!(!at(1 << 56, 57) && at(0xFF00_0000_0000_0000, 57));
     assert!(!at((1 << 47) - 7, 48) && at((1 << 47) - 8, 48));
     assert!(at(u64::MAX - 6, 48), "the lower half follows the upper one");
+}
+
+#[test]
+fn a_tag_is_dropped_before_the_address_is_judged() {
+    let operand = Operand { size: 64, segment: 4, base: Some(0), index: None, scale: 0, displacement: 0, undefined: 0 };
+    let mut state = Vmcs::default();
+    // The tag may come from the segment's base as well.
+    state.set(Field::GUEST_FS_BASE, 0x0200_0000_0000_0000);
+    let at = |pointer, cr3, cr4| {
+        let mode = CpuMode::Long64 { linear_width: 48, masking: Masking { cr3, cr4 } };
+        operand.memory(8, Direction::Load).linear_address(mode, |_| pointer, &state)
+    };
+    assert_eq!(at(0x1234_5678, CR3_U57, Cr4::empty()), Ok(0x1234_5678));
+    assert_eq!(at(0x1234_5678, 0, Cr4::LAM_SUP), Err(Fault::GeneralProtection(0)));
+    assert_eq!(at(0xAD00_8000_0000_0000, CR3_U57, Cr4::LAM_SUP), Ok(0xFFFF_8000_0000_0000));
+    assert_eq!(at(0xAD00_8000_0000_0000, CR3_U57, Cr4::empty()), Err(Fault::GeneralProtection(0)));
+    // 57 bits are kept, of which 48 can be canonical here.
+    assert_eq!(at(0x0001_0000_0000_0000, CR3_U57, Cr4::empty()), Err(Fault::GeneralProtection(0)));
 }
 
 #[test]
@@ -250,7 +270,7 @@ fn no_more_fields_are_read_than_the_mode_needs() {
             0
         }
     }
-    let mode = CpuMode::Long64 { linear_width: 48 };
+    let mode = CpuMode::Long64 { linear_width: 48, masking: Masking::OFF };
     for segment in 0..6 {
         let operand = Operand { size: 64, segment, base: None, index: None, scale: 0, displacement: 0, undefined: 0 };
         let seen = RefCell::new(Vec::new());

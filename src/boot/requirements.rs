@@ -8,6 +8,7 @@ use arrayvec::{ArrayString, ArrayVec};
 use raw_cpuid::{CpuId, CpuIdReader, Hypervisor};
 
 use crate::vmx::caps::Capabilities;
+use crate::x86::lam;
 use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX, IA32_FEATURE_CONTROL};
 
 const IA32_TME_ACTIVATE: u32 = 0x982;
@@ -89,7 +90,11 @@ impl Processor {
         let max_phys_addr = sizes.as_ref().map_or(36, |s| s.physical_address_bits()).saturating_sub(key_bits);
         let linear = sizes.as_ref().map_or(48, |s| s.linear_address_bits());
         let capability = |index| if has_vmx { rdmsr(index) } else { 0 };
-        let vmx = Capabilities::read(capability, max_phys_addr.into(), linear.into());
+        let has_lam = cpuid.get_extended_feature_info().is_some_and(|f| f.has_lam());
+        let vmx = Capabilities {
+            cr3_flags: if has_lam { lam::CR3_FLAGS } else { 0 },
+            ..Capabilities::read(capability, max_phys_addr.into(), linear.into())
+        };
         // Without VMX nothing else needs to be named.
         for what in vmx.missing_requirements().filter(|_| has_vmx) {
             if missing.try_push(Missing::Capability(what)).is_err() {
@@ -115,6 +120,7 @@ impl Processor {
         let others = [
             ("the width of physical addresses", self.max_phys_addr != other.max_phys_addr),
             ("the width of linear addresses", self.vmx.linear_width != other.vmx.linear_width),
+            ("linear-address masking", self.vmx.cr3_flags != other.vmx.cr3_flags),
             ("pages of 1 GiB", self.gib_pages != other.gib_pages),
             ("MTRRs", self.mtrrs != other.mtrrs),
         ];
@@ -267,6 +273,19 @@ mod tests {
         assert_eq!(width(true, 6 << 32 | 0b11), 40);
         // Three of the six are TDX's: they are among the six.
         assert_eq!(width(true, 3 << 36 | 6 << 32 | 0b11), 40);
+    }
+
+    #[test]
+    fn cr3_has_flags_where_cpuid_has_linear_address_masking() {
+        for (eax, flags) in [(0, 0), (1 << 26, 3 << 61), (!(1 << 26), 0)] {
+            let leaves = move |leaf: u32, subleaf: u32| match (leaf, subleaf) {
+                (0, _) => CpuIdResult { eax: 7, ebx: 0, ecx: 0, edx: 0 },
+                (7, 1) => CpuIdResult { eax, ebx: 0, ecx: 0, edx: 0 },
+                _ => CpuIdResult { eax: 0, ebx: 0, ecx: 0, edx: 0 },
+            };
+            let (processor, _) = Processor::examine(&CpuId::with_cpuid_reader(leaves), |_| 0);
+            assert_eq!(processor.vmx.cr3_flags, flags, "{eax:#x}");
+        }
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::vmx::field::{Fields, PDPTES};
 use crate::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, decode_field_access};
 use crate::vmx::segment::Segment;
 use crate::x86::RFlags;
+use crate::x86::lam::Masking;
 use crate::x86::msr::IA32_PKRS;
 use crate::x86::{Cr4, Fault, debug, efer};
 
@@ -93,7 +94,7 @@ pub fn linear(cpu: &mut Cpu, bytes: u32, direction: Direction) -> Result<u64, Fa
     let long = in_64_bit_mode(cpu);
     let unusual = if long { unusual_addresses(cpu) } else { Cr4::empty() };
     let linear_width = if unusual.contains(Cr4::LA57) { 57 } else { 48 };
-    let mode = if long { CpuMode::Long64 { linear_width } } else { CpuMode::Protected };
+    let mode = if long { CpuMode::Long64 { linear_width, masking: masking(cpu) } } else { CpuMode::Protected };
     let segment = info.segment().unwrap_or(Segment::Ds);
     let fields = [segment.base(), segment.limit(), segment.rights()];
     let state = OneSegment(fields.map(|field| (field, cpu.vmx.read(field))));
@@ -104,6 +105,16 @@ pub fn linear(cpu: &mut Cpu, bytes: u32, direction: Direction) -> Result<u64, Fa
         separate(cpu, at, bytes, segment)?;
     }
     Ok(at)
+}
+
+/// Which pointers the guest tags; a processor without LAM is not asked.
+#[inline(always)]
+fn masking(cpu: &mut Cpu) -> Masking {
+    if cpu.config.offered.cr3_flags == 0 {
+        return Masking::OFF;
+    }
+    let [cr3, cr4] = [Field::GUEST_CR3, Field::GUEST_CR4].map(|field| cpu.vmx.read(field));
+    Masking { cr3, cr4: Cr4::from_bits_retain(cr4) }
 }
 
 /// The bits of CR4 that change which linear addresses there are.

@@ -257,6 +257,7 @@ pub fn offered(hardware: &Capabilities) -> Capabilities {
         vmfunc,
         physical_width: hardware.physical_width,
         linear_width: hardware.linear_width,
+        cr3_flags: hardware.cr3_flags,
     };
     offered.vmcs_enum = offered.vmcs_enum_of_fields();
     offered

@@ -70,6 +70,9 @@ pub struct Capabilities {
     pub physical_width: u32,
     /// Linear-address width (CPUID 80000008H: EAX bits 15:8).
     pub linear_width: u32,
+    /// Bits of CR3 that are flags above the physical-address width: [`crate::x86::lam::CR3_FLAGS`] where the processor has LAM, else 0.
+    /// [`Self::read`] says 0: CPUID tells.
+    pub cr3_flags: u64,
 }
 
 impl Capabilities {
@@ -145,6 +148,7 @@ impl Capabilities {
             vmfunc,
             physical_width,
             linear_width,
+            cr3_flags: 0,
         }
     }
 
@@ -215,6 +219,11 @@ impl Capabilities {
     pub fn is_physical(&self, address: u64) -> bool {
         let width = if self.basic.addresses_limited_to_32_bits() { 32 } else { self.physical_width };
         width >= 64 || address >> width == 0
+    }
+
+    /// True if CR3 may hold `value`: an address, and the flags of LAM.
+    pub fn is_cr3(&self, value: u64) -> bool {
+        self.physical_width >= 64 || (value & !self.cr3_flags) >> self.physical_width == 0
     }
 
     /// True if `address` is canonical on this machine.

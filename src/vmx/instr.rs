@@ -7,6 +7,7 @@
 use super::field::Fields;
 use super::segment::{AccessRights, Segment};
 use crate::x86::Fault;
+use crate::x86::lam::Masking;
 
 /// The VM-exit instruction-information field. One layout serves all VMX instructions; what an instruction does not use is
 /// undefined.
@@ -110,6 +111,8 @@ pub enum CpuMode {
     Long64 {
         /// 48 or 57.
         linear_width: u32,
+        /// What pointers to data do not say.
+        masking: Masking,
     },
 }
 
@@ -144,12 +147,12 @@ impl MemoryOperand {
         };
         let offset = self.info.offset(self.displacement, gpr);
         match mode {
-            CpuMode::Long64 { linear_width } => {
+            CpuMode::Long64 { linear_width, masking } => {
                 let base = match segment {
                     Segment::Fs | Segment::Gs => state.get(segment.base()),
                     _ => 0,
                 };
-                self.in_64_bit_mode(base.wrapping_add(offset), linear_width).ok_or(fault)
+                self.in_64_bit_mode(masking.address(base.wrapping_add(offset)), linear_width).ok_or(fault)
             }
             CpuMode::Protected => {
                 let base = state.get(segment.base());

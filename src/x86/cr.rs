@@ -1,6 +1,6 @@
 //! CR0 and CR4.
 //!
-//! Source: Intel SDM vol. 3A, "Control Registers". The bits are those of the crate `x86_64`, LA57, LASS and FRED beside them. Its
+//! Source: Intel SDM vol. 3A, "Control Registers". The bits are those of the crate `x86_64`, LA57, LASS, LAM_SUP and FRED beside them. Its
 //! types do not serve: they drop or refuse bits that they do not know, and a guest's value has those too.
 
 use bitflags::bitflags;
@@ -64,6 +64,8 @@ bitflags! {
         const PKS = Cr4Flags::PROTECTION_KEY_SUPERVISOR.bits();
         /// Linear-address-space separation
         const LASS = 1 << 27;
+        /// Linear-address masking of the supervisor's pointers
+        const LAM_SUP = 1 << 28;
         /// Flexible return and event delivery
         const FRED = 1 << 32;
         const _ = !0;

@@ -1,9 +1,10 @@
-//! The processor's words, without state: control registers, MSRs, debug registers, exceptions.
+//! The processor's words, without state: control registers, masked pointers, MSRs, debug registers, exceptions.
 
 pub mod cr;
 pub mod debug;
 pub mod efer;
 mod fault;
+pub mod lam;
 pub mod msr;
 pub mod rflags;
 

@@ -112,7 +112,7 @@ fn registers(v: &impl Fields, caps: &Capabilities, demand: Demand<'_>) {
     } else {
         demand("GuestPcideNeedsIa32e", !bit(cr4, 17));
     }
-    demand("GuestCr3", none_of(get(v, GUEST_CR3), caps.physical_width..64));
+    demand("GuestCr3", none_of(get(v, GUEST_CR3), (caps.physical_width..64).filter(|i| !bit(caps.cr3_flags, *i))));
     if bit(entry, 2) {
         demand("GuestDebugctl", none_of(get(v, GUEST_IA32_DEBUGCTL), (3..6).chain(16..64)));
         demand("GuestDr7", get(v, GUEST_DR7) < 1 << 32);

@@ -22,7 +22,7 @@ pub fn violations(v: &impl Fields, caps: &Capabilities, long_mode: bool) -> Viol
     if bit(cr4, 23) {
         demand("HostCetNeedsWp", bit(cr0, 16));
     }
-    demand("HostCr3", none_of(get(v, HOST_CR3), caps.physical_width..64));
+    demand("HostCr3", none_of(get(v, HOST_CR3), (caps.physical_width..64).filter(|i| !bit(caps.cr3_flags, *i))));
     let canonical = |field| canonical(get(v, field), caps.linear_width);
     demand("HostSysenter", canonical(HOST_IA32_SYSENTER_ESP) && canonical(HOST_IA32_SYSENTER_EIP));
     if bit(exit, 19) {

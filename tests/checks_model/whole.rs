@@ -10,6 +10,7 @@ use nvmx::vmx::caps::Misc;
 use nvmx::vmx::field::Area;
 use nvmx::vmx::region::REVISION;
 use nvmx::vmx::{Capabilities, Field, Field::*, Fields};
+use nvmx::x86::lam::CR3_FLAGS;
 use std::collections::BTreeMap;
 
 /// xorshift64*
@@ -146,6 +147,7 @@ fn machine(numbers: &mut Numbers) -> Capabilities {
         // All activity states, as on hardware, and other odds.
         caps.misc = Misc(caps.misc.0 | 7 << 6);
         caps.basic.0 |= (numbers.draw() & 1) << 56;
+        caps.cr3_flags = (numbers.draw() & 1) * CR3_FLAGS;
     }
     caps
 }

@@ -162,7 +162,7 @@ fn pcide_needs_ia32e(v: &View<impl Fields>) -> bool {
 }
 
 fn cr3(v: &View<impl Fields>) -> bool {
-    v.within_physical_width(Field::GUEST_CR3)
+    v.is_cr3(Field::GUEST_CR3)
 }
 
 fn dr7(v: &View<impl Fields>) -> bool {

@@ -50,7 +50,7 @@ pub fn check_host(fields: &impl Fields, caps: &Capabilities, long_mode: bool) ->
 pub fn host_field_holds(field: Field, value: u64, caps: &Capabilities) -> bool {
     match field {
         Field::HOST_RSP => true,
-        Field::HOST_CR3 => caps.physical_width >= 64 || value >> caps.physical_width == 0,
+        Field::HOST_CR3 => caps.is_cr3(value),
         Field::HOST_FS_BASE | Field::HOST_GS_BASE | Field::HOST_TR_BASE => caps.is_canonical(value),
         _ => false,
     }
@@ -75,7 +75,7 @@ fn cet_needs_wp(v: &View<impl Fields>) -> bool {
 }
 
 fn cr3(v: &View<impl Fields>) -> bool {
-    v.within_physical_width(Field::HOST_CR3)
+    v.is_cr3(Field::HOST_CR3)
 }
 
 fn sysenter(v: &View<impl Fields>) -> bool {

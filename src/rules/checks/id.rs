@@ -157,7 +157,7 @@ checks! {
         HostCr0 = "host CR0 has the bits that VMX operation fixes" [HOST_CR0];
         HostCr4 = "host CR4 has the bits that VMX operation fixes" [HOST_CR4];
         HostCetNeedsWp = "host CR4.CET needs CR0.WP" [HOST_CR4 HOST_CR0];
-        HostCr3 = "host CR3 is within the physical-address width" [HOST_CR3];
+        HostCr3 = "host CR3 is within the physical-address width, but for the flags of linear-address masking" [HOST_CR3];
         HostSysenter = "host IA32_SYSENTER_ESP and IA32_SYSENTER_EIP are canonical" [
             HOST_IA32_SYSENTER_ESP HOST_IA32_SYSENTER_EIP
         ];
@@ -201,7 +201,7 @@ checks! {
             GUEST_CR0 GUEST_CR4 VM_ENTRY_CONTROLS
         ];
         GuestPcideNeedsIa32e = "guest CR4.PCIDE needs IA-32e mode" [GUEST_CR4 VM_ENTRY_CONTROLS];
-        GuestCr3 = "guest CR3 is within the physical-address width" [GUEST_CR3];
+        GuestCr3 = "guest CR3 is within the physical-address width, but for the flags of linear-address masking" [GUEST_CR3];
         GuestDr7 = "bits 63:32 of guest DR7 are 0" [GUEST_DR7];
         GuestSysenter = "guest IA32_SYSENTER_ESP and IA32_SYSENTER_EIP are canonical" [
             GUEST_SYSENTER_ESP GUEST_SYSENTER_EIP

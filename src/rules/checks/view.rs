@@ -81,6 +81,11 @@ impl<F: Fields> View<'_, F> {
         self.caps.physical_width >= 64 || self.get(field) >> self.caps.physical_width == 0
     }
 
+    /// True if the field, a value of CR3, has no bit beyond the physical-address width but those of LAM.
+    pub fn is_cr3(&self, field: Field) -> bool {
+        self.caps.is_cr3(self.get(field))
+    }
+
     /// True if the field is a pointer to a page of a VMX structure.
     pub fn is_page_pointer(&self, field: Field) -> bool {
         let address = self.get(field);

@@ -13,6 +13,7 @@ use nvmx::mm::phys::{PhysMem, VecMem};
 use nvmx::mm::{GuestMemory, Span};
 use nvmx::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, decode_field_access};
 use nvmx::vmx::{Field, Fields};
+use nvmx::x86::lam::Masking;
 
 const PAGES: u64 = 16;
 const OWN: Span = Span::new(0xD000, 0xE000);
@@ -47,8 +48,8 @@ fuzz_target!(|data: &[u8]| {
     let segment = Segments([input.word(), input.word(), input.word()]);
     let mode = match input.u8() % 3 {
         0 => CpuMode::Protected,
-        1 => CpuMode::Long64 { linear_width: 48 },
-        _ => CpuMode::Long64 { linear_width: 57 },
+        1 => CpuMode::Long64 { linear_width: 48, masking: Masking::OFF },
+        _ => CpuMode::Long64 { linear_width: 57, masking: Masking::OFF },
     };
     let direction = if input.u8() % 2 == 0 { Direction::Load } else { Direction::Store };
     let bytes = input.pick(&[4, 8, 16]);
