@@ -5,7 +5,7 @@
 
 use nvmx::addr::{Hpa, Ngpa};
 use nvmx::ept::{Ept02, EptRules, Eptp, Outcome, PoolFrames, Qualification};
-use nvmx::mm::{FramePool, GuestMemory, PhysMem, Span};
+use nvmx::mm::{FramePool, GuestMemory, PhysMem, Place, Span};
 use std::cell::Cell;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -23,27 +23,27 @@ impl PhysMem for &Words {
         self.0.get((at.get() / 8) as usize).map_or(u64::MAX, Cell::get)
     }
     #[inline]
-    fn write_u64(&self, at: Hpa, value: u64) {
-        if let Some(word) = self.0.get((at.get() / 8) as usize) {
+    fn write_u64(&self, at: Place<'_>, value: u64) {
+        if let Some(word) = self.0.get((at.hpa().get() / 8) as usize) {
             word.set(value);
         }
     }
-    fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool {
-        let same = self.read_u64(at) == old;
+    fn compare_exchange(&self, at: Place<'_>, old: u64, new: u64) -> bool {
+        let same = self.read_u64(at.hpa()) == old;
         if same {
             self.write_u64(at, new);
         }
         same
     }
-    fn compare_exchange_u32(&self, at: Hpa, old: u32, new: u32) -> bool {
-        let same = self.read_u32(at) == old;
+    fn compare_exchange_u32(&self, at: Place<'_>, old: u32, new: u32) -> bool {
+        let same = self.read_u32(at.hpa()) == old;
         if same {
             self.write_bytes(at, &new.to_le_bytes());
         }
         same
     }
-    fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
-        let old = self.read_u64(at);
+    fn take_bits(&self, at: Place<'_>, bits: u64) -> u64 {
+        let old = self.read_u64(at.hpa());
         self.write_u64(at, old & !bits);
         old & bits
     }
@@ -53,9 +53,9 @@ impl PhysMem for &Words {
             *byte = self.read_u64(Hpa::new(at & !7)).to_le_bytes()[at as usize % 8];
         }
     }
-    fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
+    fn write_bytes(&self, at: Place<'_>, bytes: &[u8]) {
         assert!(bytes.len() % 8 == 0 && bytes.iter().all(|byte| *byte == 0), "only used to clear frames");
-        let first = at.get() as usize / 8;
+        let first = at.hpa().get() as usize / 8;
         self.0[first..first + bytes.len() / 8].iter().for_each(|word| word.set(0));
     }
 }
@@ -66,10 +66,10 @@ const EPTP: Eptp = Eptp::new(0x101e);
 
 fn machine<'a>(words: &'a Words, pool: &'a mut FramePool) -> Machine<'a> {
     for (table, index, entry) in [(0x1000, 0, 0x2007), (0x2000, 0, 0x3007), (0x3000, 0, 0x4007)] {
-        words.write_u64(Hpa::new(table + index * 8), entry);
+        words.write_u64(Place::anywhere(Hpa::new(table + index * 8)), entry);
     }
     for page in 0..PAGES {
-        words.write_u64(Hpa::new(0x4000 + page * 8), (page << 12) | 6 << 3 | 7);
+        words.write_u64(Place::anywhere(Hpa::new(0x4000 + page * 8)), (page << 12) | 6 << 3 | 7);
     }
     let guest = GuestMemory::new(words, OWN, 39);
     let mut frames = PoolFrames { pool, memory: words };

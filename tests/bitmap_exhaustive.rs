@@ -4,8 +4,8 @@ mod core_support;
 
 use core_support::rich;
 use nvmx::addr::Hpa;
-use nvmx::mm::PhysMem;
 use nvmx::mm::phys::VecMem;
+use nvmx::mm::{FramePool, PhysMem, Place, Span};
 use nvmx::rules::caps::offered;
 use nvmx::vmcs::msr_bitmap::{MsrBitmap02, OPEN};
 use nvmx::vmcs::msrs::{By, bitmap_word};
@@ -84,8 +84,8 @@ const MERGED: u64 = 0x2000;
 impl Merged {
     fn new(ours: &BitmapPage) -> Self {
         let memory = VecMem::new(0x3000);
-        THEIRS.iter().for_each(|page| memory.write_words(Hpa::new(*page), &BitmapPage::SET.0));
-        let mut bitmap = MsrBitmap02::new(Hpa::new(MERGED), &memory);
+        THEIRS.iter().for_each(|page| memory.write_words(Place::anywhere(Hpa::new(*page)), &BitmapPage::SET.0));
+        let mut bitmap = MsrBitmap02::new(FramePool::new(Span::sized(MERGED, 0x1000)).alloc(&memory).unwrap(), &memory);
         bitmap.follow(&memory, Some(Hpa::new(THEIRS[0])));
         Self { memory, ours: ours.clone(), bitmap }
     }
@@ -179,7 +179,7 @@ fn own() -> MsrBitmap {
 fn a_word_in_use_is_what_nvmx_s_own_msr_bitmap_is_when_l2_intercepts_nothing() {
     let ours = own();
     let mut m = Merged::new(&ours.0);
-    m.memory.write_words(Hpa::new(THEIRS[0]), &BitmapPage::CLEAR.0);
+    m.memory.write_words(Place::anywhere(Hpa::new(THEIRS[0])), &BitmapPage::CLEAR.0);
     for word in 0..512u16 {
         assert_eq!(m.merged().0.0[usize::from(word)], u64::MAX, "closed until it is used");
         m.open(word * 64);

@@ -549,7 +549,7 @@ fn an_access_that_ept01_refuses_is_forbidden() {
 #[test]
 fn the_machines_pool_and_memory_serve_too() {
     use nvmx::ept::PoolFrames;
-    use nvmx::mm::{FramePool, GuestMemory, PhysMem, Span, phys::VecMem};
+    use nvmx::mm::{FramePool, GuestMemory, Span, phys::VecMem};
     let memory = VecMem::new(0x20_0000);
     let own = Span::new(0x18_0000, 0x20_0000);
     let guest = GuestMemory::new(&memory, own, WIDTH as u8);

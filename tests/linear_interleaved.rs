@@ -4,7 +4,7 @@
 use nvmx::addr::{Gpa, Hpa};
 use nvmx::mm::linear::{AccessError, DataAccess, Keys, Paging, WALKS};
 use nvmx::mm::phys::VecMem;
-use nvmx::mm::{GuestMemory, PhysMem, Span};
+use nvmx::mm::{GuestMemory, PhysMem, Place, Span};
 use nvmx::x86::Fault;
 use std::cell::RefCell;
 
@@ -28,22 +28,22 @@ impl<F: Fn(u32, &VecMem)> PhysMem for Raced<F> {
     fn read_u64(&self, at: Hpa) -> u64 {
         self.step().read_u64(at)
     }
-    fn write_u64(&self, at: Hpa, value: u64) {
-        self.step().write_u64(at, value);
+    fn write_u64(&self, at: Place<'_>, value: u64) {
+        self.step().write_u64(at.hpa(), value);
     }
     fn read_bytes(&self, at: Hpa, into: &mut [u8]) {
         self.step().read_bytes(at, into);
     }
-    fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
-        self.step().write_bytes(at, bytes);
+    fn write_bytes(&self, at: Place<'_>, bytes: &[u8]) {
+        self.step().write_bytes(at.hpa(), bytes);
     }
-    fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
+    fn take_bits(&self, at: Place<'_>, bits: u64) -> u64 {
         self.step().take_bits(at, bits)
     }
-    fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool {
+    fn compare_exchange(&self, at: Place<'_>, old: u64, new: u64) -> bool {
         self.step().compare_exchange(at, old, new)
     }
-    fn compare_exchange_u32(&self, at: Hpa, old: u32, new: u32) -> bool {
+    fn compare_exchange_u32(&self, at: Place<'_>, old: u32, new: u32) -> bool {
         self.step().compare_exchange_u32(at, old, new)
     }
 }

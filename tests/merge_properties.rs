@@ -5,7 +5,6 @@ mod core_support;
 use core_support::{APIC_PAGES, Vmcs, rich, rich_msr, valid_vmcs12};
 use nvmx::addr::Hpa;
 use nvmx::hw::phys::DirectMap;
-use nvmx::hw::vmx::Region;
 use nvmx::mm::{FramePool, Span};
 use nvmx::rules::caps::offered;
 use nvmx::rules::checks::{ControlsChecked, check_cached_controls};
@@ -103,14 +102,14 @@ fn intercepts(primary: PrimaryControls) -> PrimaryControls {
     primary - PrimaryControls::USE_IO_BITMAPS - PrimaryControls::USE_MSR_BITMAPS
 }
 
-/// Any region.
-fn region() -> Region {
+/// A vmcs02 anywhere.
+fn vmcs02() -> Vmcs02 {
     thread_local! {
         static MEMORY: DirectMap = DirectMap::of_host(Hpa::new(0x1_0000));
     }
     let phys = MEMORY.with(|memory| *memory);
     let frame = FramePool::new(Span::new(0x1000, 0x2000)).alloc(&phys).expect("a frame");
-    Region::new(frame, &phys, 1)
+    Vmcs02::new(frame, &phys, 1)
 }
 
 /// A VMCS that counts what is written to it.
@@ -164,7 +163,7 @@ proptest! {
     #[test]
     fn vmcs02_gets_what_was_merged(steps in prop::collection::vec((any::<[u32; 5]>(), 0u8..4), 1..12)) {
         let hw = rich();
-        let (mut vmcs02, mut written) = (Vmcs02::new(region()), Written::default());
+        let (mut vmcs02, mut written) = (vmcs02(), Written::default());
         let mut now: Option<Vmcs02Controls> = None;
         for (controls, step) in steps {
             let mut stale = Stale::WINDOWS;

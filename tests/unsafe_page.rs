@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+mod source;
+
 const PAGE: &str = include_str!("../docs/unsafe.md");
 
 /// How often a line of code has this text; comments do not count.
@@ -79,4 +81,34 @@ fn a_head_is_found_in_whichever_form() {
     ] {
         assert_eq!(head(line), name, "{line}");
     }
+}
+
+/// Powers that a type alone cannot keep to their owner: what has them in the name, and who may use it. Below are docs/unsafe.md's
+/// words for the same.
+#[test]
+fn what_leads_to_tables_is_used_where_tables_are_built_alone() {
+    let powers = [
+        (".alloc_table(", &["ept::machine"][..]),
+        (".free_table(", &["ept::machine"]),
+        (".entry(", &["ept::machine"]),
+        ("Place::anywhere", &[]),
+        ("Place::new", &["mm::frames", "mm::guest", "mm::paging"]),
+    ];
+    let mut wrong = Vec::new();
+    let mut used = vec![false; powers.len()];
+    for file in source::files("src") {
+        let module = file.module.join("::");
+        for (power, used) in powers.iter().zip(&mut used).filter(|((name, _), _)| file.text.contains(name)) {
+            *used = true;
+            if !power.1.contains(&module.as_str()) {
+                wrong.push(format!("{module}: {}", power.0));
+            }
+        }
+        // The same by the trait through which the EPT code has them.
+        if file.text.contains("TableFrames") && file.module.first().is_none_or(|top| top != "ept") {
+            wrong.push(format!("{module}: TableFrames"));
+        }
+    }
+    assert!(wrong.is_empty(), "a power that is another's:\n{}", wrong.join("\n"));
+    assert_eq!(used, [true, true, true, false, true]);
 }

@@ -9,12 +9,12 @@
 use core::fmt;
 
 use crate::{
-    addr::Hpa,
+    addr::{Gpa, Hpa},
     boot::{
         info::Rsdp,
         machine::{CpuList, MAX_CPUS},
     },
-    mm::PhysMem,
+    mm::{GuestMemory, PhysMem},
 };
 
 /// The list of processors cannot be had.
@@ -30,6 +30,8 @@ pub enum AcpiError {
     NoMadt,
     /// It lists more processors than nvmx can hold.
     TooManyCpus,
+    /// It lies where nvmx lies.
+    InOwnRange,
 }
 
 impl fmt::Display for AcpiError {
@@ -41,6 +43,7 @@ impl fmt::Display for AcpiError {
             Self::NoRsdp => f.write_str("no ACPI tables"),
             Self::BadLength(signature) => name(f, "length", signature),
             Self::BadChecksum(signature) => name(f, "checksum", signature),
+            Self::InOwnRange => f.write_str("an ACPI table lies in nvmx's own memory"),
             Self::NoMadt => f.write_str("ACPI lists no interrupt controllers (MADT)"),
             Self::TooManyCpus => {
                 write!(f, "ACPI lists more than {MAX_CPUS} processors, which is the most that nvmx can hold")
@@ -94,21 +97,23 @@ pub fn cpus(rsdp: &Rsdp, memory: &impl PhysMem) -> Result<CpuList, AcpiError> {
 
 /// Marks all processors but those that `keep` names as not to be started, now or later, in the table where it lies; returns
 /// how many are left.
-pub fn disable(rsdp: &Rsdp, memory: &impl PhysMem, keep: impl Fn(u32) -> bool) -> Result<usize, AcpiError> {
+pub fn disable(rsdp: &Rsdp, guest: &GuestMemory<impl PhysMem>, keep: impl Fn(u32) -> bool) -> Result<usize, AcpiError> {
+    let memory = guest.phys();
+    let put = |at: Hpa, bytes: &[u8]| guest.write_bytes(Gpa::new(at.get()), bytes).map_err(|_| AcpiError::InOwnRange);
     let madt = find_madt(rsdp, memory)?;
     let mut left = 0;
     for_each_cpu(&madt, memory, |cpu| {
         if cpu.flags & ENABLED != 0 && keep(cpu.apic_id) {
             left += 1;
         } else if cpu.flags & (ENABLED | ONLINE_CAPABLE) != 0 {
-            memory.write_bytes(cpu.flags_at, &(cpu.flags & !(ENABLED | ONLINE_CAPABLE)).to_le_bytes());
+            put(cpu.flags_at, &(cpu.flags & !(ENABLED | ONLINE_CAPABLE)).to_le_bytes())?;
         }
         Ok(())
     })?;
     let at = Hpa::new(madt.at + CHECKSUM);
-    let mut old = [0];
+    let mut old = [0u8];
     memory.read_bytes(at, &mut old);
-    memory.write_bytes(at, &[old[0].wrapping_sub(total(madt.at, madt.length, memory))]);
+    put(at, &[old[0].wrapping_sub(total(madt.at, madt.length, memory))])?;
     Ok(left)
 }
 
@@ -214,7 +219,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::mm::phys::VecMem;
+    use crate::mm::{Span, phys::VecMem};
 
     fn with_checksum(mut bytes: Vec<u8>, at: usize) -> Vec<u8> {
         bytes[at] = bytes[at].wrapping_sub(sum(&bytes));
@@ -320,11 +325,11 @@ mod tests {
         for revision in [0, 2] {
             let memory = machine(revision);
             let rsdp = find_rsdp(&memory).unwrap();
-            assert_eq!(disable(&rsdp, &memory, |id| id == 2), Ok(1));
+            assert_eq!(disable(&rsdp, &GuestMemory::new(&memory, Span::new(0, 0), 52), |id| id == 2), Ok(1));
             assert_eq!(cpus(&rsdp, &memory).unwrap().as_slice(), [2]);
         }
         let (memory, rsdp) = with_entries(&[x2apic(1, 1), x2apic(2, 2), x2apic(3, 3), x2apic(4, 0x80)].concat());
-        assert_eq!(disable(&rsdp, &memory, |id| id == 1), Ok(1));
+        assert_eq!(disable(&rsdp, &GuestMemory::new(&memory, Span::new(0, 0), 52), |id| id == 1), Ok(1));
         let madt = find_madt(&rsdp, &memory).unwrap_or_else(|e| panic!("{e}"));
         let mut flags = Vec::new();
         for_each_cpu(&madt, &memory, |cpu| {

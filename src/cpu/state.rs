@@ -1,13 +1,12 @@
 //! The state of one virtual CPU.
 
 use super::{Startup, Waiting};
-use crate::addr::Hpa;
 use crate::cpu::{Events, Nested};
 use crate::ept::{Ept01, Ept02, PoolFrames, StaleLeaf};
 use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::{Region, Vmx};
-use crate::mm::{FramePool, GuestMemory};
+use crate::mm::{Frame, FramePool, GuestMemory};
 use crate::vmcs::Config;
 use crate::vmcs::access::{MachineParts, VmcsAccess};
 use crate::vmcs::msrs::OwnMsrs;
@@ -32,11 +31,11 @@ pub struct Cpu {
     /// What vmcs01 loads with the next entry, and only then.
     pub once01: Once,
     /// MSR bitmap of vmcs01: what nvmx itself must see.
-    pub msr_bitmap01: Hpa,
+    pub msr_bitmap01: Frame,
     /// What L3 may reach of a shadow VMCS by VMREAD and VMWRITE, to be merged with L2's bitmaps.
     pub shadow_words: [Words; 2],
     /// Stands for memory that is not there: a frame of nvmx.
-    pub void: Hpa,
+    pub void: Frame,
     /// MSRs as L2 sees them, where nvmx keeps them for it.
     pub msrs: OwnMsrs,
     /// MSRs of L2 whose values nvmx knows.

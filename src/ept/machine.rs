@@ -3,7 +3,7 @@
 use super::entry::{Level, Rights};
 use super::{Block, GuestView, NotOwned, TableFrames};
 use crate::addr::{Gpa, Hpa, PAGE_SIZE};
-use crate::mm::{Frame, FramePool, GuestMemory, PhysMem};
+use crate::mm::{FramePool, GuestMemory, PhysMem};
 
 impl<P: PhysMem> GuestView for GuestMemory<P> {
     #[inline]
@@ -23,7 +23,7 @@ impl<P: PhysMem> GuestView for GuestMemory<P> {
     }
 
     fn set_flags(&self, at: Gpa, entry: u64, flags: u64) -> bool {
-        self.translate(at).is_ok_and(|at| self.phys().compare_exchange(at, entry, entry | flags))
+        self.place(at).is_ok_and(|at| self.phys().compare_exchange(at, entry, entry | flags))
     }
 
     fn write_word(&self, at: Gpa, value: u64) {
@@ -55,15 +55,15 @@ pub struct PoolFrames<'a, P> {
 impl<P: PhysMem> TableFrames for PoolFrames<'_, P> {
     #[inline]
     fn alloc(&mut self) -> Option<Hpa> {
-        self.pool.alloc(&self.memory).map(Frame::into_hpa)
+        self.pool.alloc_table(&self.memory)
     }
     #[inline]
     fn free(&mut self, table: Hpa) {
-        self.pool.free_at(table);
+        self.pool.free_table(table);
     }
     #[inline]
     fn clear(&mut self, table: Hpa) {
-        self.memory.zero_page(table);
+        self.memory.zero_page(self.pool.entry(table));
     }
     #[inline]
     fn read(&self, entry: Hpa) -> u64 {
@@ -79,10 +79,10 @@ impl<P: PhysMem> TableFrames for PoolFrames<'_, P> {
     }
     #[inline]
     fn write(&mut self, entry: Hpa, value: u64) {
-        self.memory.write_u64(entry, value);
+        self.memory.write_u64(self.pool.entry(entry), value);
     }
     #[inline]
     fn take_bits(&mut self, entry: Hpa, bits: u64) -> u64 {
-        self.memory.take_bits(entry, bits)
+        self.memory.take_bits(self.pool.entry(entry), bits)
     }
 }

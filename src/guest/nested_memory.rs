@@ -7,7 +7,7 @@ use crate::addr::{Gpa, Hpa};
 use crate::ept::walk::{GuestTables, Walk, walk};
 use crate::ept::{EptRules, Eptp, Qualification, Rights};
 use crate::mm::linear::{AccessError, DataAccess, Paging, Privilege};
-use crate::mm::{GuestMemory, PhysMem, Span};
+use crate::mm::{GuestMemory, PhysMem, Place, Span};
 use core::cell::Cell;
 
 const ACCESSED: u64 = 1 << 8;
@@ -144,8 +144,8 @@ impl<P: PhysMem> PhysMem for Physical<'_, P> {
         gpa.and_then(|gpa| self.view.guest.read_u64(gpa).ok()).unwrap_or(u64::MAX)
     }
 
-    fn write_u64(&self, at: Hpa, value: u64) {
-        if let Some(gpa) = self.gpa(at, Rights::READ | Rights::WRITE, false) {
+    fn write_u64(&self, at: Place<'_>, value: u64) {
+        if let Some(gpa) = self.gpa(at.hpa(), Rights::READ | Rights::WRITE, false) {
             let _ = self.view.guest.write_u64(gpa, value);
         }
     }
@@ -157,25 +157,25 @@ impl<P: PhysMem> PhysMem for Physical<'_, P> {
         }
     }
 
-    fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
-        if let Some(gpa) = self.gpa(at, Rights::WRITE, true) {
+    fn write_bytes(&self, at: Place<'_>, bytes: &[u8]) {
+        if let Some(gpa) = self.gpa(at.hpa(), Rights::WRITE, true) {
             let _ = self.view.guest.write_bytes(gpa, bytes);
         }
     }
 
-    fn take_bits(&self, _: Hpa, _: u64) -> u64 {
+    fn take_bits(&self, _: Place<'_>, _: u64) -> u64 {
         // No walk of linear addresses takes flags back.
         0
     }
 
-    fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool {
+    fn compare_exchange(&self, at: Place<'_>, old: u64, new: u64) -> bool {
         // After a miss nothing more happens, and the walk is not repeated.
-        self.gpa(at, Rights::READ | Rights::WRITE, false)
+        self.gpa(at.hpa(), Rights::READ | Rights::WRITE, false)
             .is_none_or(|gpa| self.view.guest.compare_exchange_u64(gpa, old, new).unwrap_or(true))
     }
 
-    fn compare_exchange_u32(&self, at: Hpa, old: u32, new: u32) -> bool {
-        self.gpa(at, Rights::READ | Rights::WRITE, false)
+    fn compare_exchange_u32(&self, at: Place<'_>, old: u32, new: u32) -> bool {
+        self.gpa(at.hpa(), Rights::READ | Rights::WRITE, false)
             .is_none_or(|gpa| self.view.guest.compare_exchange_u32(gpa, old, new).unwrap_or(true))
     }
 }

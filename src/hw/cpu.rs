@@ -22,7 +22,7 @@ use crate::{
     addr::{Hpa, PAGE_SIZE},
     hw::{early, phys::DirectMap},
     mm::{
-        FramePool, PhysMem,
+        FramePool,
         paging::{OutOfFrames, PageTables, Rights, window_entry},
     },
     vmx::ExitReason,
@@ -161,7 +161,7 @@ impl PerCpu {
     /// page until this is called again.
     pub fn window(&self, phys: &DirectMap, at: Hpa) -> *mut u8 {
         let (linear, entry) = self.window;
-        phys.write_u64(entry, window_entry(at));
+        phys.poke_u64(entry, window_entry(at));
         // SAFETY: dropping a cached translation is always allowed. Only this processor uses the window.
         unsafe { asm!("invlpg [{}]", in(reg) linear, options(nostack, preserves_flags)) };
         linear as *mut u8
@@ -354,8 +354,8 @@ pub fn prepare(
     let rights = if no_execute { Rights::WRITE | Rights::NO_EXECUTE } else { Rights::WRITE };
     let mut stack = |number: u64, size: u64| -> Result<u64, OutOfFrames> {
         let top = STACKS + (u64::from(index) * SLOTS_PER_CPU + number + 1) * STACK_SLOT;
-        let frames = pool.alloc_contiguous(&phys, (size / PAGE_SIZE) as usize).ok_or(OutOfFrames)?;
-        tables.map(pool, &phys, top - size, frames, size, rights)?;
+        let frames = pool.alloc_run(&phys, (size / PAGE_SIZE) as usize).ok_or(OutOfFrames)?;
+        tables.map(pool, &phys, top - size, frames.hpa(), size, rights)?;
         Ok(top)
     };
     let main_stack_top = stack(0, MAIN_STACK)?;

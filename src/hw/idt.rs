@@ -11,7 +11,7 @@ use core::arch::global_asm;
 use core::slice;
 
 use crate::{
-    addr::{Hpa, PAGE_SIZE},
+    addr::PAGE_SIZE,
     hw::{
         cpu::{self, Idt},
         cr,
@@ -35,9 +35,9 @@ pub fn build(pool: &mut FramePool, phys: DirectMap) -> Result<Idt, OutOfFrames> 
     let base = phys.linear(frame.hpa(), PAGE_SIZE).ok_or(OutOfFrames)? as u64;
     for vector in 0..VECTORS {
         let gate = gate(&raw const exception_stubs as u64 + vector as u64 * 16, ist(vector));
-        let at = frame.hpa().get() + vector as u64 * 16;
-        phys.write_u64(Hpa::new(at), gate[0]);
-        phys.write_u64(Hpa::new(at + 8), gate[1]);
+        let at = vector as u64 * 16;
+        phys.write_u64(frame.at(at), gate[0]);
+        phys.write_u64(frame.at(at + 8), gate[1]);
     }
     Ok(Idt::at(base))
 }

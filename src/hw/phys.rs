@@ -6,7 +6,7 @@ use core::{
 };
 
 use crate::addr::{Hpa, PAGE_SIZE};
-use crate::mm::PhysMem;
+use crate::mm::{PhysMem, Place};
 
 /// Linear address of physical address 0. Present from the first Rust instruction on, in the tables of the entry code as
 /// well as in nvmx's own.
@@ -33,8 +33,8 @@ impl DirectMap {
     ///
     /// 1. The active page tables map `DIRECT_MAP .. DIRECT_MAP + end` to physical `0 .. end`, writable, for as long as
     ///    the value or a copy of it is used.
-    /// 2. No Rust object that is reached otherwise (nvmx's image, stacks, per-CPU blocks) is written through it by safe
-    ///    code: callers pass frames of their own pool, or addresses from `mm::guest`, which refuses nvmx's range.
+    /// 2. No Rust object that is reached otherwise (nvmx's image, stacks, per-CPU blocks) is written through it: a [`Place`] is
+    ///    an own frame or L2's memory, and what `hw` writes without one is neither image nor stack.
     pub const unsafe fn new(end: Hpa) -> Self {
         Self {
             #[cfg(not(target_os = "none"))]
@@ -107,6 +107,34 @@ impl DirectMap {
     }
 }
 
+/// Writes at an address that needs no owner: for `hw`, which has the registers and pages of the machine, and for [`Place`]s.
+impl DirectMap {
+    #[inline(always)]
+    pub(in crate::hw) fn poke_u64(&self, at: Hpa, value: u64) {
+        let Some(pointer) = self.word(at) else { return };
+        // SAFETY: 1. the eight bytes are mapped and writable. 2. They are no Rust object (condition 2 of `new`).
+        unsafe { asm!("mov [{}], {}", in(reg) pointer, in(reg) value, options(nostack, preserves_flags)) };
+    }
+
+    pub(in crate::hw) fn poke_bytes(&self, at: Hpa, bytes: &[u8]) {
+        let Some(pointer) = self.linear(at, bytes.len() as u64) else { return };
+        // SAFETY: 1. the destination is mapped and writable and no Rust object. 2. The source is a Rust slice.
+        unsafe { copy_bytes(bytes.as_ptr(), pointer, bytes.len()) };
+    }
+
+    /// Fills with zeros.
+    pub(in crate::hw) fn wipe(&self, at: Hpa, len: u64) {
+        let Some(pointer) = self.linear(at, len) else { return };
+        // SAFETY: the destination is mapped, writable and no Rust object. Direction flag is clear in Rust code.
+        unsafe {
+            asm!("rep stosq", inout("rcx") len / 8 => _, inout("rdi") pointer => _, in("rax") 0u64,
+                options(nostack, preserves_flags));
+            asm!("rep stosb", inout("rcx") len % 8 => _, inout("rdi") pointer.add((len & !7) as usize) => _,
+                in("al") 0u8, options(nostack, preserves_flags));
+        }
+    }
+}
+
 /// On a host a test can let one access of nvmx to memory outside of its own range find nothing there.
 #[cfg(not(target_os = "none"))]
 pub mod silence {
@@ -161,7 +189,7 @@ pub mod silence {
 fn or_missing(phys: &DirectMap, from: Hpa, to: Hpa, words: &[(u16, u64)]) {
     for (number, bits) in words {
         let offset = 8 * u64::from(number % 512);
-        phys.write_u64(Hpa::new(to.get() + offset), bits | phys.read_u64(Hpa::new(from.get() + offset)));
+        phys.poke_u64(Hpa::new(to.get() + offset), bits | phys.read_u64(Hpa::new(from.get() + offset)));
     }
 }
 
@@ -176,17 +204,15 @@ impl PhysMem for DirectMap {
     }
 
     #[inline]
-    fn write_u64(&self, at: Hpa, value: u64) {
-        let Some(pointer) = self.word(at) else { return };
-        // SAFETY: 1. the eight bytes are mapped and writable. 2. They are no Rust object (condition 2 of `new`).
-        unsafe { asm!("mov [{}], {}", in(reg) pointer, in(reg) value, options(nostack, preserves_flags)) };
+    fn write_u64(&self, at: Place<'_>, value: u64) {
+        self.poke_u64(at.hpa(), value);
     }
 
     #[inline(always)]
-    fn or_words(&self, from: Hpa, to: Hpa, words: &[(u16, u64)]) {
-        let (Some(from), Some(to)) = (self.linear(from, PAGE_SIZE), self.linear(to, PAGE_SIZE)) else {
+    fn or_words(&self, from: Hpa, to: Place<'_>, words: &[(u16, u64)]) {
+        let (Some(from), Some(to)) = (self.linear(from, PAGE_SIZE), self.linear(to.hpa(), PAGE_SIZE)) else {
             // What is not there reads as all ones.
-            return or_missing(self, from, to, words);
+            return or_missing(self, from, to.hpa(), words);
         };
         for (number, bits) in words {
             // SAFETY: 1. both pages are mapped, and the word lies within them. 2. They are no Rust objects (condition 2 of
@@ -221,15 +247,13 @@ impl PhysMem for DirectMap {
         unsafe { copy_bytes(pointer, into.as_mut_ptr().cast(), len) };
     }
 
-    fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
-        let Some(pointer) = self.linear(at, bytes.len() as u64) else { return };
-        // SAFETY: 1. the destination is mapped and writable and no Rust object. 2. The source is a Rust slice.
-        unsafe { copy_bytes(bytes.as_ptr(), pointer, bytes.len()) };
+    fn write_bytes(&self, at: Place<'_>, bytes: &[u8]) {
+        self.poke_bytes(at.hpa(), bytes);
     }
 
-    fn write_words(&self, at: Hpa, words: &[u64]) {
+    fn write_words(&self, at: Place<'_>, words: &[u64]) {
         let len = size_of_val(words);
-        let Some(pointer) = self.linear(at, len as u64) else { return };
+        let Some(pointer) = self.linear(at.hpa(), len as u64) else { return };
         // SAFETY: 1. the destination is mapped and writable and no Rust object. 2. The source is a Rust slice.
         unsafe { copy_bytes(words.as_ptr().cast(), pointer, len) };
     }
@@ -274,37 +298,30 @@ impl PhysMem for DirectMap {
         most - left - usize::from(other)
     }
 
-    fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
-        self.atomic(at).map_or(0, |word| word.fetch_and(!bits, Ordering::AcqRel) & bits)
+    fn take_bits(&self, at: Place<'_>, bits: u64) -> u64 {
+        self.atomic(at.hpa()).map_or(0, |word| word.fetch_and(!bits, Ordering::AcqRel) & bits)
     }
 
-    fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool {
+    fn compare_exchange(&self, at: Place<'_>, old: u64, new: u64) -> bool {
         // Where nothing answers, reads give all ones and writes are lost.
-        self.atomic(at).map_or(old == u64::MAX, |word| {
+        self.atomic(at.hpa()).map_or(old == u64::MAX, |word| {
             word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         })
     }
 
-    fn compare_exchange_u32(&self, at: Hpa, old: u32, new: u32) -> bool {
-        let Some(pointer) = self.linear(at, 4).filter(|_| at.is_aligned(4)) else { return old == u32::MAX };
+    fn compare_exchange_u32(&self, at: Place<'_>, old: u32, new: u32) -> bool {
+        let Some(pointer) = self.linear(at.hpa(), 4).filter(|_| at.hpa().is_aligned(4)) else { return old == u32::MAX };
         // SAFETY: as in `atomic`, with four bytes.
         let word = unsafe { AtomicU32::from_ptr(pointer.cast()) };
         word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
-    fn zero(&self, at: Hpa, len: u64) {
-        let Some(pointer) = self.linear(at, len) else { return };
-        // SAFETY: the destination is mapped, writable and no Rust object. Direction flag is clear in Rust code.
-        unsafe {
-            asm!("rep stosq", inout("rcx") len / 8 => _, inout("rdi") pointer => _, in("rax") 0u64,
-                options(nostack, preserves_flags));
-            asm!("rep stosb", inout("rcx") len % 8 => _, inout("rdi") pointer.add((len & !7) as usize) => _,
-                in("al") 0u8, options(nostack, preserves_flags));
-        }
+    fn zero(&self, at: Place<'_>, len: u64) {
+        self.wipe(at.hpa(), len);
     }
 
-    fn copy(&self, from: Hpa, to: Hpa, len: u64) {
-        let (Some(from), Some(to)) = (self.linear(from, len), self.linear(to, len)) else { return };
+    fn copy(&self, from: Hpa, to: Place<'_>, len: u64) {
+        let (Some(from), Some(to)) = (self.linear(from, len), self.linear(to.hpa(), len)) else { return };
         // SAFETY: both are mapped, the destination is writable and no Rust object.
         unsafe { copy_bytes(from, to, len as usize) };
     }

@@ -7,10 +7,11 @@ pub use super::processor::Invalidate;
 use super::processor::Processor;
 use super::this_processor;
 use super::{cr, msr};
-use crate::addr::Hpa;
+use crate::addr::{Hpa, PAGE_SIZE};
 use crate::hw::phys::DirectMap;
-use crate::mm::{Frame, PhysMem};
+use crate::mm::Frame;
 use crate::trace::counters::Counters;
+use crate::vmx::field::Width;
 use crate::vmx::{Capabilities, Field, FieldAccess};
 use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX, IA32_FEATURE_CONTROL};
 use crate::x86::{Cr0, Cr4};
@@ -28,10 +29,21 @@ pub struct Region(Hpa);
 
 impl Region {
     /// Makes one of a frame of nvmx's, with the revision identifier.
-    pub fn new(frame: Frame, phys: &DirectMap, revision: u32) -> Self {
-        let region = Region(frame.into_hpa());
+    pub fn new(frame: &Frame, phys: &DirectMap, revision: u32) -> Self {
+        let region = Region(frame.hpa());
         region.mark(phys, revision);
         region
+    }
+
+    /// Writes a value of this width to it, `offset` bytes in: to a field of a VMCS that the hypervisor below keeps in memory.
+    #[inline]
+    pub fn write(self, phys: &DirectMap, offset: u64, width: Width, value: u64) {
+        let at = Hpa::new(self.0.get() + offset.min(PAGE_SIZE - 8));
+        match width {
+            Width::W64 | Width::Natural => phys.poke_u64(at, value),
+            Width::W32 => phys.poke_bytes(at, &(value as u32).to_le_bytes()),
+            Width::W16 => phys.poke_bytes(at, &(value as u16).to_le_bytes()),
+        }
     }
 
     /// Where it is.
@@ -44,7 +56,7 @@ impl Region {
     /// hypervisor below keeps it in memory.
     #[inline(always)]
     pub fn mark(self, phys: &DirectMap, word: u32) {
-        phys.write_u64(self.0, word.into());
+        phys.poke_u64(self.0, word.into());
     }
 }
 

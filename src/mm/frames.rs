@@ -2,7 +2,7 @@
 
 use crate::{
     addr::{Hpa, PAGE_SIZE},
-    mm::{PhysMem, Span},
+    mm::{PhysMem, Place, Span},
 };
 
 /// Most frames a pool can hold (64 MiB).
@@ -16,17 +16,43 @@ const WORDS: usize = MAX_FRAMES / 64;
 pub struct Frame(Hpa);
 
 impl Frame {
-    /// Gives up ownership for a bare address: the frame is then what an entry of a page table says it is. [`FramePool::free_at`] takes
-    /// it back.
-    #[inline]
-    pub const fn into_hpa(self) -> Hpa {
+    /// Where the frame starts; 4 KiB aligned.
+    #[inline(always)]
+    pub const fn hpa(&self) -> Hpa {
         self.0
     }
 
-    /// Where the frame starts; 4 KiB aligned.
-    #[inline]
+    /// The right to write to it, from this offset on.
+    #[inline(always)]
+    pub const fn at(&self, offset: u64) -> Place<'_> {
+        Place::new(Hpa::new(self.0.get() | offset % PAGE_SIZE))
+    }
+}
+
+/// Frames in a row, owned like one.
+#[must_use]
+#[derive(PartialEq, Eq, Debug)]
+pub struct Run {
+    first: Hpa,
+    frames: usize,
+}
+
+impl Run {
+    /// Where the first frame starts.
+    #[inline(always)]
     pub const fn hpa(&self) -> Hpa {
-        self.0
+        self.first
+    }
+
+    /// The right to write to them, from this offset on.
+    #[inline]
+    pub const fn at(&self, offset: u64) -> Place<'_> {
+        Place::new(Hpa::new(self.first.get() + offset % (self.frames as u64 * PAGE_SIZE)))
+    }
+
+    /// Its frames, one by one.
+    pub fn into_frames(self) -> impl Iterator<Item = Frame> {
+        (0..self.frames as u64).map(move |n| Frame(Hpa::new(self.first.get() + n * PAGE_SIZE)))
     }
 }
 
@@ -42,6 +68,9 @@ pub struct FramePool {
     /// On a host a test counts allocations down, and the one at 0 fails.
     #[cfg(not(target_os = "none"))]
     fails: Option<u64>,
+    /// In debug builds there each access to a table is checked to be one.
+    #[cfg(all(debug_assertions, not(target_os = "none")))]
+    tables: std::collections::HashSet<Hpa>,
 }
 
 impl FramePool {
@@ -65,6 +94,8 @@ impl FramePool {
             used,
             #[cfg(not(target_os = "none"))]
             fails: None,
+            #[cfg(all(debug_assertions, not(target_os = "none")))]
+            tables: Default::default(),
         }
     }
 
@@ -105,15 +136,16 @@ impl FramePool {
                 self.hint = index;
                 self.free -= 1;
                 let hpa = self.hpa(index * 64 + bit as usize);
-                memory.zero_page(hpa);
-                return Some(Frame(hpa));
+                let frame = Frame(hpa);
+                memory.zero_page(frame.at(0));
+                return Some(frame);
             }
         }
         None
     }
 
-    /// Takes `count` frames in a row, zeroed; the address of the first. They go back one by one, if at all.
-    pub fn alloc_contiguous(&mut self, memory: &impl PhysMem, count: usize) -> Option<Hpa> {
+    /// Takes `count` frames in a row, zeroed.
+    pub fn alloc_run(&mut self, memory: &impl PhysMem, count: usize) -> Option<Run> {
         if count == 0 || count > self.free || self.is_to_fail() {
             return None;
         }
@@ -122,20 +154,14 @@ impl FramePool {
             *self.used.get_mut(index / 64)? |= 1 << (index % 64);
         }
         self.free -= count;
-        let hpa = self.hpa(first);
-        memory.zero(hpa, count as u64 * PAGE_SIZE);
-        Some(hpa)
+        let run = Run { first: self.hpa(first), frames: count };
+        memory.zero(run.at(0), count as u64 * PAGE_SIZE);
+        Some(run)
     }
 
     /// Takes a frame back. A frame of another pool is ignored.
     pub fn free(&mut self, frame: Frame) {
-        self.free_at(frame.into_hpa());
-    }
-
-    /// Takes back a frame that [`Frame::into_hpa`] gave up, or one of several in a row: whoever knew it by its address forgets it.
-    /// What is not of this pool, or not in use, is ignored.
-    pub fn free_at(&mut self, at: Hpa) {
-        let Some(index) = at.get().checked_sub(self.base).map(|offset| (offset / PAGE_SIZE) as usize) else {
+        let Some(index) = frame.0.get().checked_sub(self.base).map(|offset| (offset / PAGE_SIZE) as usize) else {
             return;
         };
         if index < self.frames && self.is_used(index) {
@@ -144,6 +170,32 @@ impl FramePool {
                 self.free += 1;
             }
         }
+    }
+
+    /// Takes a frame for a table that other tables lead to: from here on its address, which stands in an entry, is the frame. Only
+    /// the code that builds such tables may ask for this and the next two (`tests/unsafe_page.rs`).
+    #[inline]
+    pub fn alloc_table(&mut self, memory: &impl PhysMem) -> Option<Hpa> {
+        let frame = self.alloc(memory)?;
+        #[cfg(all(debug_assertions, not(target_os = "none")))]
+        self.tables.insert(frame.0);
+        Some(frame.0)
+    }
+
+    /// Takes a table back to which no entry leads any more.
+    #[inline]
+    pub fn free_table(&mut self, table: Hpa) {
+        #[cfg(all(debug_assertions, not(target_os = "none")))]
+        assert!(self.tables.remove(&table), "{table} is no table");
+        self.free(Frame(table));
+    }
+
+    /// The right to write to an entry of a table.
+    #[inline(always)]
+    pub fn entry(&self, entry: Hpa) -> Place<'_> {
+        #[cfg(all(debug_assertions, not(target_os = "none")))]
+        assert!(self.tables.contains(&Hpa::new(entry.get() & !(PAGE_SIZE - 1))), "{entry} is in no table");
+        Place::new(entry)
     }
 
     /// Frames in all.
@@ -182,7 +234,7 @@ mod tests {
     fn a_frame_comes_zeroed_even_after_use() {
         let (mut pool, memory) = pool(1);
         let frame = pool.alloc(&memory).unwrap();
-        memory.write_u64(frame.hpa(), 0x1234);
+        PhysMem::write_u64(&memory, frame.at(0), 0x1234);
         pool.free(frame);
         assert_eq!(memory.read_u64(pool.alloc(&memory).unwrap().hpa()), 0);
         assert_eq!(pool.alloc(&memory), None);
@@ -202,9 +254,31 @@ mod tests {
         let mut other = FramePool::new(Span::new(0x4000, 0x6000));
         other.free(pool.alloc(&memory).unwrap());
         assert_eq!((pool.available(), other.available()), (2, 2));
-        let frame = pool.alloc(&memory).unwrap().into_hpa();
-        other.free_at(frame);
-        assert_eq!(other.available(), 2);
+        let run = pool.alloc_run(&memory, 2).unwrap();
+        run.into_frames().for_each(|frame| other.free(frame));
+        assert_eq!((pool.available(), other.available()), (0, 2));
+    }
+
+    #[test]
+    fn the_right_to_write_ends_with_the_frames() {
+        let (mut pool, memory) = pool(3);
+        let (frame, run) = (pool.alloc(&memory).unwrap(), pool.alloc_run(&memory, 2).unwrap());
+        for offset in [0, 8, 4095, 4096, 8191, 8192, u64::MAX] {
+            let of = |start: Hpa, bytes| start.get()..start.get() + bytes;
+            assert!(of(frame.hpa(), PAGE_SIZE).contains(&frame.at(offset).hpa().get()), "{offset}");
+            assert!(of(run.hpa(), 2 * PAGE_SIZE).contains(&run.at(offset).hpa().get()), "{offset}");
+        }
+        assert_eq!(run.at(4104).hpa().get() - run.hpa().get(), 4104);
+        assert_eq!(run.into_frames().count(), 2);
+    }
+
+    #[cfg(debug_assertions)]
+    #[test]
+    #[should_panic(expected = "is in no table")]
+    fn a_frame_that_is_no_table_has_no_entries() {
+        let (mut pool, memory) = pool(1);
+        let frame = pool.alloc(&memory).unwrap();
+        let _ = pool.entry(frame.hpa());
     }
 
     proptest! {
@@ -226,9 +300,9 @@ mod tests {
                         taken.remove(&frame.hpa().get());
                         pool.free(frame);
                     },
-                    _ => if let Some(first) = pool.alloc_contiguous(&memory, n) {
+                    _ => if let Some(run) = pool.alloc_run(&memory, n) {
                         for i in 0..n as u64 {
-                            prop_assert!(taken.insert(first.get() + i * PAGE_SIZE));
+                            prop_assert!(taken.insert(run.hpa().get() + i * PAGE_SIZE));
                         }
                     },
                 }

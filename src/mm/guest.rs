@@ -5,7 +5,7 @@
 
 use crate::{
     addr::{Gpa, Hpa, PAGE_SIZE},
-    mm::{PhysMem, Span},
+    mm::{PhysMem, Place, Span},
 };
 
 /// The address is nvmx's own memory or beyond the processor's physical-address width: L2 has no memory there.
@@ -52,6 +52,15 @@ impl<P> GuestMemory<P> {
         Ok(Hpa::new(at))
     }
 
+    /// The right to write to what is behind `gpa`, as far as its page goes.
+    #[inline]
+    pub const fn place(&self, gpa: Gpa) -> Result<Place<'_>, NotOwned> {
+        match self.translate(gpa) {
+            Ok(at) => Ok(Place::new(at)),
+            Err(error) => Err(error),
+        }
+    }
+
     /// nvmx's own range, which L2 does not have.
     pub fn own(&self) -> Span {
         Span::new(self.own_start, self.own_start.saturating_add(self.own_len))
@@ -86,7 +95,7 @@ impl<P: PhysMem> GuestMemory<P> {
     #[inline]
     pub fn write_u64(&self, gpa: Gpa, value: u64) -> Result<(), NotOwned> {
         if gpa.page_offset() <= PAGE_SIZE - 8 {
-            let at = self.translate(gpa)?;
+            let at = self.place(gpa)?;
             self.mark(at);
             self.phys.write_u64(at, value);
             return Ok(());
@@ -96,14 +105,14 @@ impl<P: PhysMem> GuestMemory<P> {
 
     /// Replaces eight aligned bytes by `new` in one atomic step if they are `old`; tells whether they were.
     pub fn compare_exchange_u64(&self, gpa: Gpa, old: u64, new: u64) -> Result<bool, NotOwned> {
-        let at = self.translate(gpa)?;
+        let at = self.place(gpa)?;
         self.mark(at);
         Ok(self.phys.compare_exchange(at, old, new))
     }
 
     /// Replaces four aligned bytes by `new` in one atomic step if they are `old`; tells whether they were.
     pub fn compare_exchange_u32(&self, gpa: Gpa, old: u32, new: u32) -> Result<bool, NotOwned> {
-        let at = self.translate(gpa)?;
+        let at = self.place(gpa)?;
         self.mark(at);
         Ok(self.phys.compare_exchange_u32(at, old, new))
     }
@@ -121,29 +130,29 @@ impl<P: PhysMem> GuestMemory<P> {
     fn change_byte(&self, gpa: Gpa, change: impl Fn(u8) -> u8) -> Result<(), NotOwned> {
         /// As often as the bytes around it may change meanwhile.
         const TRIES: u32 = 64;
-        let at = self.translate(gpa)?;
+        let (at, word) = (self.place(gpa)?, self.place(Gpa::new(gpa.get() & !3))?);
         self.mark(at);
-        let (word_at, place) = (Hpa::new(at.get() & !3), (at.get() & 3) as usize);
+        let place = (gpa.get() & 3) as usize;
         for _ in 0..TRIES {
-            let old = self.phys.read_u32(word_at);
+            let old = self.phys.read_u32(word.hpa());
             let mut bytes = old.to_le_bytes();
             bytes[place] = change(bytes[place]);
-            if self.phys.compare_exchange_u32(word_at, old, u32::from_le_bytes(bytes)) {
+            if self.phys.compare_exchange_u32(word, old, u32::from_le_bytes(bytes)) {
                 return Ok(());
             }
         }
         // Who writes there all the time without a lock loses the bit to a processor as well.
         let mut byte = [0];
-        self.phys.read_bytes(at, &mut byte);
+        self.phys.read_bytes(at.hpa(), &mut byte);
         self.phys.write_bytes(at, &byte.map(change));
         Ok(())
     }
 
     /// nvmx writes to the page of `at`: who watches it in ept01 is to see that.
     #[inline]
-    fn mark(&self, at: Hpa) {
+    fn mark(&self, at: Place<'_>) {
         if self.marks != 0 {
-            self.set_dirty(at);
+            self.set_dirty(at.hpa());
         }
     }
 
@@ -162,7 +171,7 @@ impl<P: PhysMem> GuestMemory<P> {
                 return;
             }
             if shift == 12 && entry & DIRTY == 0 {
-                self.phys.write_u64(entry_at, entry | DIRTY);
+                self.phys.write_u64(Place::new(entry_at), entry | DIRTY);
             }
             table = entry & ADDRESS;
         }
@@ -196,7 +205,7 @@ impl<P: PhysMem> GuestMemory<P> {
         let mut rest = bytes;
         while !rest.is_empty() {
             let (part, tail) = rest.split_at(in_this_page(at, rest.len()));
-            let place = self.translate(at)?;
+            let place = self.place(at)?;
             self.mark(place);
             self.phys.write_bytes(place, part);
             at = Gpa::new(at.get().wrapping_add(part.len() as u64));
@@ -208,9 +217,27 @@ impl<P: PhysMem> GuestMemory<P> {
     /// Writes `words` from `gpa` on, which lie in one page.
     pub fn write_words(&self, gpa: Gpa, words: &[u64]) -> Result<(), NotOwned> {
         self.owns(gpa, size_of_val(words) as u64)?;
-        let at = self.translate(gpa)?;
+        let at = self.place(gpa)?;
         self.mark(at);
         self.phys.write_words(at, words);
+        Ok(())
+    }
+
+    /// Writes zeros to all of `to`.
+    pub fn zero(&self, to: Span) -> Result<(), NotOwned> {
+        self.owns(Gpa::new(to.start()), to.len())?;
+        if !to.is_empty() {
+            self.phys.zero(self.place(Gpa::new(to.start()))?, to.len());
+        }
+        Ok(())
+    }
+
+    /// Copies what lies at `from` to all of `to`, which is as long and does not overlap.
+    pub fn copy(&self, from: Hpa, to: Span) -> Result<(), NotOwned> {
+        self.owns(Gpa::new(to.start()), to.len())?;
+        if !to.is_empty() {
+            self.phys.copy(from, self.place(Gpa::new(to.start()))?, to.len());
+        }
         Ok(())
     }
 

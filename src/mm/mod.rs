@@ -3,6 +3,7 @@
 //! * [`map`] is the machine's memory map and what L2 gets to see of it, [`mtrr`] the memory types behind it.
 //! * [`frames`] hands out nvmx's own frames, [`paging`] builds nvmx's own page tables from them.
 //! * [`phys`] is the interface to physical memory; the real one is `hw::phys`, tests use a vector.
+//! * [`Place`] is the right to write there: only who owns the memory makes one.
 //! * [`guest`] is the one place where a guest-physical address becomes a host-physical one (invariant I5).
 
 pub mod frames;
@@ -12,8 +13,10 @@ pub mod map;
 pub mod mtrr;
 pub mod paging;
 pub mod phys;
+mod place;
 
-pub use frames::{Frame, FramePool};
+pub use frames::{Frame, FramePool, Run};
 pub use guest::{GuestMemory, NotOwned};
 pub use map::{MemoryMap, Span};
 pub use phys::PhysMem;
+pub use place::Place;

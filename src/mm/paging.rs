@@ -6,7 +6,7 @@ use bitflags::bitflags;
 
 use crate::{
     addr::{Hpa, PAGE_SIZE},
-    mm::{FramePool, PhysMem},
+    mm::{FramePool, PhysMem, Place},
 };
 
 bitflags! {
@@ -119,14 +119,14 @@ impl PageTables {
             } else {
                 let below = pool.alloc(memory).ok_or(OutOfFrames)?.hpa().get();
                 // Rights are decided at the leaf: upper levels allow everything.
-                memory.write_u64(slot, below | PRESENT | WRITABLE);
+                memory.write_u64(Place::new(slot), below | PRESENT | WRITABLE);
                 below
             };
             shift -= 9;
         }
         let large = if size == PageSize::Small { 0 } else { LARGE };
         memory.write_u64(
-            slot(table, linear, shift),
+            Place::new(slot(table, linear, shift)),
             physical & ADDRESS | PRESENT | large | ACCESSED_DIRTY | rights.bits(),
         );
         Ok(())

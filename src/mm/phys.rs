@@ -1,20 +1,22 @@
 //! Physical memory as an interface, so that everything above it runs under `cargo test`.
 
+use super::Place;
 use crate::addr::{Hpa, PAGE_SIZE};
 
 /// Physical memory of the machine.
 ///
 /// Every call is one access: what is read is fetched exactly once (invariant I8), a write is never torn into a read and
-/// a write. An address with nothing behind it reads as all ones and swallows writes, as on a bus.
+/// a write. An address with nothing behind it reads as all ones and swallows writes, as on a bus. Any address may be read;
+/// writing takes a [`Place`].
 pub trait PhysMem {
     /// Reads eight bytes, at any alignment.
     fn read_u64(&self, at: Hpa) -> u64;
     /// Writes eight bytes, at any alignment.
-    fn write_u64(&self, at: Hpa, value: u64);
+    fn write_u64(&self, at: Place<'_>, value: u64);
     /// Fills `into` with the bytes from `at` on.
     fn read_bytes(&self, at: Hpa, into: &mut [u8]);
     /// Writes `bytes` from `at` on.
-    fn write_bytes(&self, at: Hpa, bytes: &[u8]);
+    fn write_bytes(&self, at: Place<'_>, bytes: &[u8]);
 
     /// Reads eight bytes each, from `at` on, which is aligned to eight; no word is torn.
     #[inline]
@@ -25,8 +27,8 @@ pub trait PhysMem {
     }
 
     /// Writes `words` from `at` on.
-    fn write_words(&self, at: Hpa, words: &[u64]) {
-        (0..).zip(words).for_each(|(i, word)| self.write_u64(Hpa::new(at.get() + 8 * i), *word));
+    fn write_words(&self, at: Place<'_>, words: &[u64]) {
+        (0..).zip(words).for_each(|(i, word)| self.write_u64(at.behind(8 * i), *word));
     }
 
     /// True if `words` stand from `at` on; each is read once at most.
@@ -48,22 +50,22 @@ pub trait PhysMem {
 
     /// Makes words of the page at `to` the OR of those of the page at `from` and the bits given, by their numbers in the page.
     #[inline]
-    fn or_words(&self, from: Hpa, to: Hpa, words: &[(u16, u64)]) {
+    fn or_words(&self, from: Hpa, to: Place<'_>, words: &[(u16, u64)]) {
         for (number, bits) in words {
             let offset = 8 * u64::from(number % 512);
-            self.write_u64(Hpa::new(to.get() + offset), bits | self.read_u64(Hpa::new(from.get() + offset)));
+            self.write_u64(to.behind(offset), bits | self.read_u64(Hpa::new(from.get() + offset)));
         }
     }
 
     /// Clears `bits` of the eight aligned bytes at `at` in one atomic step, since a processor may set flags in an entry
     /// at the same time, and tells which of them were set.
-    fn take_bits(&self, at: Hpa, bits: u64) -> u64;
+    fn take_bits(&self, at: Place<'_>, bits: u64) -> u64;
 
     /// Replaces the eight aligned bytes at `at` by `new` in one atomic step if they are `old`; tells whether they were.
-    fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool;
+    fn compare_exchange(&self, at: Place<'_>, old: u64, new: u64) -> bool;
 
     /// The same with four aligned bytes.
-    fn compare_exchange_u32(&self, at: Hpa, old: u32, new: u32) -> bool;
+    fn compare_exchange_u32(&self, at: Place<'_>, old: u32, new: u32) -> bool;
 
     /// Reads a little-endian 32-bit value, at any alignment.
     #[inline]
@@ -74,38 +76,38 @@ pub trait PhysMem {
     }
 
     /// Writes `len` zero bytes from `at` on.
-    fn zero(&self, at: Hpa, len: u64) {
+    fn zero(&self, at: Place<'_>, len: u64) {
         const ZEROS: [u8; 512] = [0; 512];
         let mut done = 0;
         while done < len {
             let part = (len - done).min(ZEROS.len() as u64);
-            self.write_bytes(Hpa::new(at.get().wrapping_add(done)), &ZEROS[..part as usize]);
+            self.write_bytes(at.behind(done), &ZEROS[..part as usize]);
             done += part;
         }
     }
 
     /// Writes zeros to the 4 KiB frame that starts at `at`.
     #[inline]
-    fn zero_page(&self, at: Hpa) {
+    fn zero_page(&self, at: Place<'_>) {
         self.zero(at, PAGE_SIZE);
     }
 
     /// Copies `len` bytes between two places that do not overlap.
-    fn copy(&self, from: Hpa, to: Hpa, len: u64) {
+    fn copy(&self, from: Hpa, to: Place<'_>, len: u64) {
         let mut buffer = [0; 512];
         let mut done = 0;
         while done < len {
             let part = (len - done).min(buffer.len() as u64);
             let chunk = &mut buffer[..part as usize];
             self.read_bytes(Hpa::new(from.get().wrapping_add(done)), chunk);
-            self.write_bytes(Hpa::new(to.get().wrapping_add(done)), chunk);
+            self.write_bytes(to.behind(done), chunk);
             done += part;
         }
     }
 }
 
 impl<M: PhysMem + ?Sized> PhysMem for &M {
-    fn write_words(&self, at: Hpa, words: &[u64]) {
+    fn write_words(&self, at: Place<'_>, words: &[u64]) {
         (**self).write_words(at, words);
     }
     fn holds_words(&self, at: Hpa, words: &[u64]) -> bool {
@@ -118,7 +120,7 @@ impl<M: PhysMem + ?Sized> PhysMem for &M {
         (**self).equal_words(a, b, most)
     }
     #[inline]
-    fn or_words(&self, from: Hpa, to: Hpa, words: &[(u16, u64)]) {
+    fn or_words(&self, from: Hpa, to: Place<'_>, words: &[(u16, u64)]) {
         (**self).or_words(from, to, words);
     }
     #[inline]
@@ -126,7 +128,7 @@ impl<M: PhysMem + ?Sized> PhysMem for &M {
         (**self).read_u64(at)
     }
     #[inline]
-    fn write_u64(&self, at: Hpa, value: u64) {
+    fn write_u64(&self, at: Place<'_>, value: u64) {
         (**self).write_u64(at, value);
     }
     fn read_bytes(&self, at: Hpa, into: &mut [u8]) {
@@ -136,22 +138,22 @@ impl<M: PhysMem + ?Sized> PhysMem for &M {
     fn read_words(&self, at: Hpa, into: &mut [u64]) {
         (**self).read_words(at, into);
     }
-    fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
+    fn write_bytes(&self, at: Place<'_>, bytes: &[u8]) {
         (**self).write_bytes(at, bytes);
     }
     #[inline]
-    fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
+    fn take_bits(&self, at: Place<'_>, bits: u64) -> u64 {
         (**self).take_bits(at, bits)
     }
     #[inline]
-    fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool {
+    fn compare_exchange(&self, at: Place<'_>, old: u64, new: u64) -> bool {
         (**self).compare_exchange(at, old, new)
     }
     #[inline]
-    fn compare_exchange_u32(&self, at: Hpa, old: u32, new: u32) -> bool {
+    fn compare_exchange_u32(&self, at: Place<'_>, old: u32, new: u32) -> bool {
         (**self).compare_exchange_u32(at, old, new)
     }
-    fn zero(&self, at: Hpa, len: u64) {
+    fn zero(&self, at: Place<'_>, len: u64) {
         (**self).zero(at, len);
     }
 }
@@ -179,6 +181,19 @@ impl VecMem {
         self.read_bytes(Hpa::new(at), &mut bytes);
         bytes
     }
+
+    /// Writes eight bytes anywhere.
+    pub fn write_u64(&self, at: Hpa, value: u64) {
+        self.write_bytes(at, &value.to_le_bytes());
+    }
+
+    /// Writes bytes anywhere.
+    pub fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
+        let mut memory = self.0.borrow_mut();
+        let there = usize::try_from(at.get()).ok().and_then(|at| memory.get_mut(at..)).unwrap_or_default();
+        let known = there.len().min(bytes.len());
+        there[..known].copy_from_slice(&bytes[..known]);
+    }
 }
 
 #[cfg(not(target_os = "none"))]
@@ -189,8 +204,8 @@ impl PhysMem for VecMem {
         u64::from_le_bytes(bytes)
     }
 
-    fn write_u64(&self, at: Hpa, value: u64) {
-        self.write_bytes(at, &value.to_le_bytes());
+    fn write_u64(&self, at: Place<'_>, value: u64) {
+        VecMem::write_u64(self, at.hpa(), value);
     }
 
     fn read_bytes(&self, at: Hpa, into: &mut [u8]) {
@@ -201,32 +216,29 @@ impl PhysMem for VecMem {
         beyond.fill(0xFF);
     }
 
-    fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
-        let mut memory = self.0.borrow_mut();
-        let there = usize::try_from(at.get()).ok().and_then(|at| memory.get_mut(at..)).unwrap_or_default();
-        let known = there.len().min(bytes.len());
-        there[..known].copy_from_slice(&bytes[..known]);
+    fn write_bytes(&self, at: Place<'_>, bytes: &[u8]) {
+        VecMem::write_bytes(self, at.hpa(), bytes);
     }
 
     /// No processor shares the vector, so two steps are as good as one.
-    fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
-        let old = self.read_u64(at);
-        self.write_u64(at, old & !bits);
+    fn take_bits(&self, at: Place<'_>, bits: u64) -> u64 {
+        let old = self.read_u64(at.hpa());
+        self.write_u64(at.hpa(), old & !bits);
         old & bits
     }
 
-    fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool {
-        let same = self.read_u64(at) == old;
+    fn compare_exchange(&self, at: Place<'_>, old: u64, new: u64) -> bool {
+        let same = self.read_u64(at.hpa()) == old;
         if same {
-            self.write_u64(at, new);
+            self.write_u64(at.hpa(), new);
         }
         same
     }
 
-    fn compare_exchange_u32(&self, at: Hpa, old: u32, new: u32) -> bool {
-        let same = self.read_u32(at) == old;
+    fn compare_exchange_u32(&self, at: Place<'_>, old: u32, new: u32) -> bool {
+        let same = self.read_u32(at.hpa()) == old;
         if same {
-            self.write_bytes(at, &new.to_le_bytes());
+            self.write_bytes(at.hpa(), &new.to_le_bytes());
         }
         same
     }

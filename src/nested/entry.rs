@@ -183,7 +183,7 @@ fn merge_controls(cpu: &mut Cpu, id: SlotId, checked: ControlsChecked) {
     slot.msr_bitmap.follow(&cpu.phys, msr_bitmap);
     let to = Translated {
         io_bitmaps,
-        msr_bitmap: msr_bitmap.map(|_| slot.msr_bitmap.frame()),
+        msr_bitmap: msr_bitmap.map(|_| slot.msr_bitmap.at()),
         shadow_bitmaps: cpu.config.access.nested_bitmaps(slot),
         apic,
     };

@@ -42,10 +42,9 @@ pub fn link(cpu: &mut Cpu, id: SlotId) -> u64 {
         return NO_LINK;
     }
     let bitmaps = slot.merged.and_then(|m| m.shadow_bitmaps);
-    if let Some((read, write)) = bitmaps {
-        for (field, to, ours) in
-            [(Field::VMREAD_BITMAP, read, &cpu.shadow_words[0]), (Field::VMWRITE_BITMAP, write, &cpu.shadow_words[1])]
-        {
+    if bitmaps.is_some() {
+        let fields = [Field::VMREAD_BITMAP, Field::VMWRITE_BITMAP];
+        for ((field, to), ours) in fields.into_iter().zip(&slot.shadow_bitmaps).zip(&cpu.shadow_words) {
             merge::shadow_bitmap(&cpu.phys, ours, &cpu.guest, Gpa::new(slot.vmcs12.get(field)), to);
         }
     }

@@ -32,9 +32,9 @@ pub(super) fn pages(cpu: &Cpu, vmcs12: &impl Fields) -> ApicPages {
 fn page(cpu: &Cpu, at: Gpa) -> Hpa {
     cpu.guest.translate(at).unwrap_or_else(|_| {
         for offset in (0..PAGE_SIZE).step_by(8) {
-            cpu.phys.write_u64(Hpa::new(cpu.void.get() + offset), u64::MAX);
+            cpu.phys.write_u64(cpu.void.at(offset), u64::MAX);
         }
-        cpu.void
+        cpu.void.hpa()
     })
 }
 

@@ -7,7 +7,7 @@
 //! values live in vmcs02 and nvmx adds none of its own.
 
 use crate::addr::{Gpa, Hpa};
-use crate::mm::{GuestMemory, PhysMem};
+use crate::mm::{Frame, GuestMemory, PhysMem};
 use crate::rules::checks::ControlsChecked;
 use crate::rules::switched;
 use crate::vmx::bitmap::Words;
@@ -253,10 +253,10 @@ fn duties(secondary12: SecondaryControls) -> Duties {
 
 /// Makes the bitmap in the frame `to`, which is all ones elsewhere, the union of nvmx's VMREAD or VMWRITE bitmap and L2's at
 /// `theirs`: `ours` are the words of nvmx's in which a field is open. A page that L2 does not own reads as all ones.
-pub fn shadow_bitmap<P: PhysMem>(phys: &P, ours: &Words, guest: &GuestMemory<P>, theirs: Gpa, to: Hpa) {
+pub fn shadow_bitmap<P: PhysMem>(phys: &P, ours: &Words, guest: &GuestMemory<P>, theirs: Gpa, to: &Frame) {
     let theirs = guest.translate(theirs.page()).ok();
     for (offset, word) in ours.iter() {
         let theirs = theirs.map_or(u64::MAX, |page| phys.read_u64(Hpa::new(page.get() + offset)));
-        phys.write_u64(Hpa::new(to.get() + offset), word | theirs);
+        phys.write_u64(to.at(offset), word | theirs);
     }
 }

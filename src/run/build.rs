@@ -12,7 +12,7 @@ use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::{Region, Vmx};
 use crate::mm::mtrr::Mtrrs;
-use crate::mm::{FramePool, GuestMemory, PhysMem, Span};
+use crate::mm::{Frame, FramePool, GuestMemory, PhysMem, Span};
 use crate::rules::caps;
 use crate::run::Machine;
 use crate::vmcs::access::{Links, VmcsAccess};
@@ -109,10 +109,10 @@ impl Common {
         let mut bitmaps = [BitmapPage::SET, BitmapPage::SET];
         for (i, access) in [Access::Read, Access::Write].into_iter().enumerate() {
             shadow_bitmap(&mut bitmaps[i], access, &offered);
-            closed[i] = page(&mut frames, phys, &bitmaps[i])?;
+            closed[i] = page(&mut frames, phys, &bitmaps[i])?.hpa();
             let mut with_lent = bitmaps[i].clone();
             bitmap::open_lent(&mut with_lent);
-            lent[i] = page(&mut frames, phys, &with_lent)?;
+            lent[i] = page(&mut frames, phys, &with_lent)?.hpa();
         }
         let slots = Slots::new(&mut frames, phys, revision)?;
         let mut tables = Cpu::tables(&mut frames, phys);
@@ -190,23 +190,23 @@ impl Common {
     }
 }
 
-/// A VMCS or VMXON region.
+/// A VMCS or VMXON region, for good: the frame never goes back.
 fn region(frames: &mut FramePool, phys: &DirectMap, revision: u32) -> Option<Region> {
-    Some(Region::new(frames.alloc(phys)?, phys, revision))
+    Some(Region::new(&frames.alloc(phys)?, phys, revision))
 }
 
 /// A frame with this content.
-fn page(frames: &mut FramePool, phys: &DirectMap, content: &BitmapPage) -> Option<Hpa> {
+fn page(frames: &mut FramePool, phys: &DirectMap, content: &BitmapPage) -> Option<Frame> {
     words(frames, phys, |i| content.0[i])
 }
 
 /// A frame with these words.
-fn words(frames: &mut FramePool, phys: &DirectMap, word: impl Fn(usize) -> u64) -> Option<Hpa> {
-    let at = frames.alloc(phys)?.into_hpa();
+fn words(frames: &mut FramePool, phys: &DirectMap, word: impl Fn(usize) -> u64) -> Option<Frame> {
+    let frame = frames.alloc(phys)?;
     for i in 0..(PAGE_SIZE / 8) as usize {
-        phys.write_u64(Hpa::new(at.get() + 8 * i as u64), word(i));
+        phys.write_u64(frame.at(8 * i as u64), word(i));
     }
-    Some(at)
+    Some(frame)
 }
 
 /// Writes the constant parts of every VMCS, and vmcs01, whose guest state is the caller's. `cpu` does not move from here on.
@@ -216,7 +216,7 @@ pub fn set_up(cpu: &mut Cpu, write_guest_state: impl FnOnce(&mut Cpu)) {
     }
     cpu.vmx.clear(cpu.vmcs01);
     cpu.vmx.ptrld(cpu.vmcs01);
-    let to = Points { msr_bitmap: cpu.msr_bitmap01, eptp: cpu.ept01.eptp().get() };
+    let to = Points { msr_bitmap: cpu.msr_bitmap01.hpa(), eptp: cpu.ept01.eptp().get() };
     vmcs01::set_up(&mut cpu.vmx, &cpu.config.hardware, &mut cpu.regs, &to);
     write_guest_state(cpu);
     cpu.tracked.refresh(&mut cpu.vmx);

@@ -76,7 +76,7 @@ pub fn start_others(machine: &mut Machine) -> u32 {
 
 /// L2 finds the processors that it does not get disabled in firmware's list, and does not wait for them.
 fn hide(machine: &Machine, keep: impl Fn(u32) -> bool) {
-    if let Some(Err(error)) = machine.rsdp.as_ref().map(|rsdp| acpi::disable(rsdp, &machine.phys, keep)) {
+    if let Some(Err(error)) = machine.rsdp.as_ref().map(|rsdp| acpi::disable(rsdp, &machine.guest, keep)) {
         log::warn!("{error}: L2 finds processors in the list that it does not get");
     }
 }

@@ -11,6 +11,8 @@
 //! only if all fields it needs are known, and if what it writes there is what VMREAD gives afterwards.
 
 use crate::addr::{Hpa, PAGE_SIZE};
+use crate::hw::phys::DirectMap;
+use crate::hw::vmx::Region;
 use crate::mm::PhysMem;
 use crate::vmx::FieldAccess;
 use crate::vmx::field::{Field, Width};
@@ -72,40 +74,34 @@ impl Layout {
 
     /// Reads a field of a VMCS that is not current.
     #[inline]
-    pub fn read(&self, phys: &impl PhysMem, region: Hpa, field: Field) -> u64 {
-        phys.read_u64(self.place(region, field)) & field.mask()
+    pub fn read(&self, phys: &DirectMap, region: Region, field: Field) -> u64 {
+        phys.read_u64(Hpa::new(region.at().get() + self.offset(field))) & field.mask()
     }
 
     /// Writes a field of a VMCS that is not current.
     #[inline]
-    pub fn write(&self, phys: &impl PhysMem, region: Hpa, field: Field, value: u64) {
-        let at = self.place(region, field);
-        match field.width() {
-            Width::W64 | Width::Natural => phys.write_u64(at, value),
-            Width::W32 => phys.write_bytes(at, &(value as u32).to_le_bytes()),
-            Width::W16 => phys.write_bytes(at, &(value as u16).to_le_bytes()),
-        }
+    pub fn write(&self, phys: &DirectMap, region: Region, field: Field, value: u64) {
+        region.write(phys, self.offset(field), field.width(), value);
     }
 
     /// A field that is not known lies, harmlessly, in the last bytes of the region.
     #[inline]
-    fn place(&self, region: Hpa, field: Field) -> Hpa {
-        let offset = (self.offsets[field.index()] as u64).min(PAGE_SIZE - 8);
-        Hpa::new(region.get() + offset)
+    fn offset(&self, field: Field) -> u64 {
+        u64::from(self.offsets[field.index()]).min(PAGE_SIZE - 8)
     }
 }
 
 /// The image of one VMCS that is not current.
-pub struct Image<'a, P> {
+pub struct Image<'a> {
     /// Where fields lie.
     pub layout: &'a Layout,
     /// How memory is reached.
-    pub phys: &'a P,
+    pub phys: &'a DirectMap,
     /// The VMCS region.
-    pub region: Hpa,
+    pub region: Region,
 }
 
-impl<P: PhysMem> FieldAccess for Image<'_, P> {
+impl FieldAccess for Image<'_> {
     fn read(&mut self, field: Field) -> u64 {
         self.layout.read(self.phys, self.region, field)
     }
@@ -131,7 +127,7 @@ fn find(content: &[u8; BYTES], field: Field, round: Round) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mm::phys::VecMem;
+    use crate::mm::{FramePool, Span};
 
     /// A region that packs the fields one after the other behind a header, in table order from `rotate` on.
     fn pack(round: Round, rotate: usize, skip: Option<Field>) -> [u8; BYTES] {
@@ -182,13 +178,18 @@ mod tests {
     #[test]
     fn a_write_changes_its_field_alone() {
         let layout = Layout::learn(&pack(Round::First, 0, None), &pack(Round::Second, 0, None));
-        let memory = VecMem::from_bytes(pack(Round::First, 0, None).to_vec());
-        let region = Hpa::new(0);
+        let memory = DirectMap::of_host(Hpa::new(0x3000));
+        let frame = FramePool::new(Span::new(0x1000, 0x2000)).alloc(&memory).unwrap();
+        let content = pack(Round::First, 0, None);
+        memory.write_bytes(frame.at(0), &content);
+        let region = Region::new(&frame, &memory, 0);
         for field in Field::ALL {
             layout.write(&memory, region, *field, 0x1122_3344_5566_7788);
             assert_eq!(layout.read(&memory, region, *field), 0x1122_3344_5566_7788 & field.mask());
             layout.write(&memory, region, *field, probe(*field, Round::First));
         }
-        assert_eq!(memory.bytes(0, BYTES), pack(Round::First, 0, None).to_vec());
+        let mut after = [0; BYTES];
+        memory.read_bytes(frame.hpa(), &mut after);
+        assert_eq!(after, content);
     }
 }

@@ -8,7 +8,7 @@
 //! Source: Intel SDM vol. 3C (December 2024), "MSR-Bitmap Address".
 
 use crate::addr::Hpa;
-use crate::mm::PhysMem;
+use crate::mm::{Frame, PhysMem};
 use crate::vmx::bitmap::BitmapPage;
 use arrayvec::ArrayVec;
 
@@ -19,7 +19,7 @@ pub const OPEN: usize = 16;
 #[derive(Debug)]
 pub struct MsrBitmap02 {
     /// A frame of nvmx.
-    frame: Hpa,
+    frame: Frame,
     /// L2's page, if it uses one that lies in its memory.
     theirs: Option<Hpa>,
     /// Open words: number and nvmx's part of each.
@@ -30,13 +30,18 @@ pub struct MsrBitmap02 {
 
 impl MsrBitmap02 {
     /// In this frame of nvmx's, with all words closed.
-    pub fn new<P: PhysMem>(frame: Hpa, phys: &P) -> Self {
-        phys.write_words(frame, &BitmapPage::SET.0);
+    pub fn new<P: PhysMem>(frame: Frame, phys: &P) -> Self {
+        phys.write_words(frame.at(0), &BitmapPage::SET.0);
         Self { frame, theirs: None, open: ArrayVec::new(), oldest: 0 }
     }
 
     /// Where it lies.
-    pub const fn frame(&self) -> Hpa {
+    pub const fn at(&self) -> Hpa {
+        self.frame.hpa()
+    }
+
+    /// The frame, which is free again.
+    pub fn into_frame(self) -> Frame {
         self.frame
     }
 
@@ -44,7 +49,7 @@ impl MsrBitmap02 {
     pub fn follow<P: PhysMem>(&mut self, phys: &P, theirs: Option<Hpa>) {
         if self.theirs != theirs {
             self.theirs = theirs;
-            self.open.drain(..).for_each(|(word, _)| close(self.frame, word, phys));
+            self.open.drain(..).for_each(|(word, _)| close(&self.frame, word, phys));
         }
     }
 
@@ -57,7 +62,7 @@ impl MsrBitmap02 {
     #[inline(always)]
     pub fn refresh<P: PhysMem>(&self, phys: &P) {
         if let Some(theirs) = self.theirs.filter(|_| !self.open.is_empty()) {
-            phys.or_words(theirs, self.frame, &self.open);
+            phys.or_words(theirs, self.frame.at(0), &self.open);
         }
     }
 
@@ -69,7 +74,7 @@ impl MsrBitmap02 {
             let new = (word, ours(word.into()));
             if self.open.is_full() {
                 let (old, _) = core::mem::replace(&mut self.open[self.oldest], new);
-                close(self.frame, old, phys);
+                close(&self.frame, old, phys);
                 self.oldest = (self.oldest + 1) % OPEN;
             } else {
                 self.open.push(new);
@@ -79,6 +84,6 @@ impl MsrBitmap02 {
     }
 }
 
-fn close<P: PhysMem>(frame: Hpa, word: u16, phys: &P) {
-    phys.write_u64(Hpa::new(frame.get() + 8 * u64::from(word)), u64::MAX);
+fn close<P: PhysMem>(frame: &Frame, word: u16, phys: &P) {
+    phys.write_u64(frame.at(8 * u64::from(word)), u64::MAX);
 }

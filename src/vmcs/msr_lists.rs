@@ -9,8 +9,8 @@ use crate::addr::{Gpa, Hpa, PAGE_SIZE};
 use crate::hw::msr as hw_msr;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::Vmx;
-use crate::mm::PhysMem;
 use crate::mm::guest::GuestMemory;
+use crate::mm::{Frame, PhysMem, Run};
 use crate::rules::checks::REFUSED;
 use crate::rules::switched::Item;
 use crate::trace::KillReason;
@@ -30,20 +30,19 @@ pub const ABORT_LOADING: u32 = 4;
 
 /// nvmx's copies: each `AREA_FRAMES` contiguous frames.
 pub struct MsrLists {
-    entry_load: Hpa,
-    exit_load: Hpa,
+    entry_load: Run,
+    exit_load: Run,
 }
 
 impl MsrLists {
     /// On frames that nothing else uses.
-    pub fn new(entry_load: Hpa, exit_load: Hpa) -> Self {
+    pub fn new(entry_load: Run, exit_load: Run) -> Self {
         MsrLists { entry_load, exit_load }
     }
 
-    /// The frames of both copies.
-    pub fn frames(&self) -> impl Iterator<Item = Hpa> + use<> {
-        let of = |first: Hpa| (0..AREA_FRAMES as u64).map(move |n| Hpa::new(first.get() + n * PAGE_SIZE));
-        of(self.entry_load).chain(of(self.exit_load))
+    /// The frames of both copies, which are free again.
+    pub fn into_frames(self) -> impl Iterator<Item = Frame> {
+        self.entry_load.into_frames().chain(self.exit_load.into_frames())
     }
 
     /// Copies the VM-entry MSR-load area of vmcs12; where the copy is, and how many entries it has.
@@ -54,18 +53,18 @@ impl MsrLists {
         at: u64,
         count: u64,
     ) -> (Hpa, u64) {
-        (self.entry_load, copy_area(phys, memory, Gpa::new(at), count, self.entry_load))
+        (self.entry_load.hpa(), copy_area(phys, memory, Gpa::new(at), count, &self.entry_load))
     }
 
     /// The first word of the entry with this number, counted from 1, as the processor saw it.
     pub fn index_of_entry(&self, phys: &impl PhysMem, number: u64) -> u64 {
         let place = number.clamp(1, MAX_ENTRIES) - 1;
-        phys.read_u64(Hpa::new(self.entry_load.get() + 16 * place))
+        phys.read_u64(Hpa::new(self.entry_load.hpa().get() + 16 * place))
     }
 
     /// The value that the entry loaded into an MSR before it failed at the entry with this number, if it did.
     pub fn loaded_by_entry(&self, phys: &impl PhysMem, failed: u64, msr: u32) -> Option<u64> {
-        loaded(phys, self.entry_load, failed, msr)
+        loaded(phys, self.entry_load.hpa(), failed, msr)
     }
 
     /// Stores MSRs to the VM-exit MSR-store area of vmcs12; vmcs02 is current. `own` is what RDMSR of L2 yields for an MSR
@@ -90,22 +89,22 @@ impl MsrLists {
 
     /// Has vmcs01, which is current, load the VM-exit MSR-load area of vmcs12 with the next entry.
     pub fn arm_exit(&self, vmx: &mut Vmx, phys: &DirectMap, memory: &GuestMemory<impl PhysMem>, at: u64, count: u64) {
-        let count = copy_area(phys, memory, Gpa::new(at), count, self.exit_load);
-        vmx.write(Field::VM_ENTRY_MSR_LOAD_ADDR, self.exit_load.get());
+        let count = copy_area(phys, memory, Gpa::new(at), count, &self.exit_load);
+        vmx.write(Field::VM_ENTRY_MSR_LOAD_ADDR, self.exit_load.hpa().get());
         vmx.write(Field::VM_ENTRY_MSR_LOAD_COUNT, count);
     }
 }
 
 /// Copies `count` entries once, or as many as fit, and tells how many. What nvmx would not let L2 write becomes an entry that
 /// the processor refuses.
-fn copy_area(phys: &impl PhysMem, memory: &GuestMemory<impl PhysMem>, at: Gpa, count: u64, to: Hpa) -> u64 {
+fn copy_area(phys: &impl PhysMem, memory: &GuestMemory<impl PhysMem>, at: Gpa, count: u64, to: &Run) -> u64 {
     let count = count.min(MAX_ENTRIES);
     for offset in (0..count).map(|i| 16 * i) {
         let word = |further| at.checked_add(offset + further).and_then(|e| memory.read_u64(e).ok());
         let (index, value) = (word(0).unwrap_or(REFUSED), word(8).unwrap_or(0));
         let refused = index >> 32 == 0 && !msrs::may_load(index as u32, value, memory);
-        phys.write_u64(Hpa::new(to.get() + offset), if refused { REFUSED } else { index });
-        phys.write_u64(Hpa::new(to.get() + offset + 8), value);
+        phys.write_u64(to.at(offset), if refused { REFUSED } else { index });
+        phys.write_u64(to.at(offset + 8), value);
     }
     count
 }
@@ -138,8 +137,8 @@ fn read_of_nested(vmx: &mut impl FieldAccess, own: &impl Fn(u32) -> Option<u64>,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mm::Span;
     use crate::mm::phys::VecMem;
+    use crate::mm::{FramePool, Span};
     use proptest::prelude::*;
 
     const COPY: Hpa = Hpa::new(0x4000);
@@ -153,7 +152,8 @@ mod tests {
             memory.write_u64(Hpa::new(at + 16 * i as u64 + 8), *value);
         }
         let guest = GuestMemory::new(&memory, OWN, 36);
-        copy_area(&memory, &guest, Gpa::new(at), count, COPY);
+        let copy = FramePool::new(Span::sized(COPY.get(), 2 * PAGE_SIZE)).alloc_run(&memory, AREA_FRAMES).unwrap();
+        copy_area(&memory, &guest, Gpa::new(at), count, &copy);
         let word = |at| memory.read_u64(Hpa::new(COPY.get() + at));
         (0..count).map(|i| (word(16 * i), word(16 * i + 8))).collect()
     }

@@ -34,7 +34,7 @@ pub fn layout(vmx: &mut Vmx, phys: &DirectMap, [a, b]: [Region; 2], exists: &Fie
         phys.read_bytes(a.at(), content);
     }
     let layout = Layout::learn(&content[0], &content[1]);
-    fields().for_each(|field| layout.write(phys, a.at(), field, probe(field, Round::First)));
+    fields().for_each(|field| layout.write(phys, a, field, probe(field, Round::First)));
     vmx.ptrld(a);
     let mut good = true;
     for field in fields() {

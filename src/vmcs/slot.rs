@@ -1,8 +1,9 @@
 //! One active vmcs12: nvmx's copy, its vmcs02, and what was made of the one for the other.
 
-use crate::addr::{Gpa, Hpa, Ngpa};
+use crate::addr::{Gpa, Ngpa};
 use crate::ept::{Eptp, Qualification};
-use crate::hw::vmx::{Region, Vmx};
+use crate::hw::vmx::Vmx;
+use crate::mm::{Frame, FramePool};
 use crate::rules::checks::host_field_holds;
 use crate::rules::merge::{Duties, Vmcs02Controls};
 use crate::vmcs::inherit::Inherited;
@@ -37,7 +38,7 @@ pub struct Slot {
     /// The MSR bitmap of vmcs02.
     pub msr_bitmap: MsrBitmap02,
     /// VMREAD and VMWRITE bitmap for vmcs02, merged: frames of nvmx, all ones but where nvmx opens fields.
-    pub shadow_bitmaps: (Hpa, Hpa),
+    pub shadow_bitmaps: [Frame; 2],
     /// The slot of the shadow VMCS that L3 reaches.
     pub linked: Option<SlotId>,
     /// nvmx's copies of the MSR areas.
@@ -52,13 +53,13 @@ pub struct Slot {
 
 impl Slot {
     /// A free slot on frames of its own.
-    pub fn new(vmcs02: Region, msr_bitmap: MsrBitmap02, shadow_bitmaps: (Hpa, Hpa), msr_lists: MsrLists) -> Self {
+    pub fn new(vmcs02: Vmcs02, msr_bitmap: MsrBitmap02, shadow_bitmaps: [Frame; 2], msr_lists: MsrLists) -> Self {
         Slot {
             vmptr: None,
             active: false,
             shadow12: false,
             vmcs12: Vmcs12::new(),
-            vmcs02: Vmcs02::new(vmcs02),
+            vmcs02,
             lends: false,
             stale: Stale::all(),
             merged: None,
@@ -72,10 +73,10 @@ impl Slot {
         }
     }
 
-    /// Every frame that the slot owns besides the one that it lies in.
-    pub fn frames(&self) -> impl Iterator<Item = Hpa> {
-        let (read, write) = self.shadow_bitmaps;
-        [self.vmcs02.region().at(), self.msr_bitmap.frame(), read, write].into_iter().chain(self.msr_lists.frames())
+    /// Ends, and gives every frame back that it owns besides the one that it lies in.
+    pub fn give_back(self, frames: &mut FramePool) {
+        let single = [self.vmcs02.into_frame(), self.msr_bitmap.into_frame()].into_iter().chain(self.shadow_bitmaps);
+        single.chain(self.msr_lists.into_frames()).for_each(|frame| frames.free(frame));
     }
 
     /// This is left to do around an entry.

@@ -4,14 +4,14 @@
 //! vmcs12s active, and given back when it leaves VMX operation. Only when there are [`SLOTS`], or no frame is left, does
 //! the least recently used vmcs12 go back to its page in L2's memory, which costs a read of every field.
 
-use crate::addr::Hpa;
 use crate::hw::held::Held;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::Region;
-use crate::mm::{FramePool, PhysMem};
+use crate::mm::{Frame, FramePool, PhysMem, Run};
 use crate::vmcs::msr_bitmap::MsrBitmap02;
 use crate::vmcs::msr_lists::{AREA_FRAMES, MsrLists};
 use crate::vmcs::slot::Slot;
+use crate::vmcs::vmcs02::Vmcs02;
 use crate::vmx::bitmap::BitmapPage;
 use arrayvec::ArrayVec;
 use core::ops::{Index, IndexMut};
@@ -88,14 +88,8 @@ impl Slots {
         if self.0.is_full() || frames.available() < enough {
             return None;
         }
-        // One that is refused gives back what it has.
-        let mut taken: ArrayVec<Hpa, SLOT_FRAMES> = ArrayVec::new();
-        let slot = make(frames, phys, revision, &mut taken)
-            .and_then(|slot| Held::new(slot, frames, phys).ok())
-            .or_else(|| {
-                taken.iter().for_each(|frame| frames.free_at(*frame));
-                None
-            })?;
+        let slot = make(frames, phys, revision)?;
+        let slot = Held::new(slot, frames, phys).map_err(|slot| slot.give_back(frames)).ok()?;
         self.0.push(slot);
         Some(Self::id(self.0.len() - 1))
     }
@@ -106,35 +100,34 @@ impl Slots {
         while self.0.len() > FIRST_SLOTS {
             let Some(slot) = self.0.pop() else { return };
             clear(slot.vmcs02.region());
-            let slot = slot.free(frames);
-            slot.frames().for_each(|frame| frames.free_at(frame));
+            slot.free(frames).give_back(frames);
         }
     }
 }
 
-/// A free slot on frames of its own, which `taken` lists.
-fn make(
-    frames: &mut FramePool,
-    phys: &DirectMap,
-    revision: u32,
-    taken: &mut ArrayVec<Hpa, SLOT_FRAMES>,
-) -> Option<Slot> {
-    let vmcs02 = frames.alloc(phys)?;
-    taken.push(vmcs02.hpa());
-    let mut some = |count: usize| {
-        let first = frames.alloc_contiguous(phys, count)?;
-        taken.extend((0..count as u64).map(|n| Hpa::new(first.get() + n * crate::addr::PAGE_SIZE)));
-        Some(first)
+/// A free slot on frames of its own; one that is refused gives back what it has.
+fn make(frames: &mut FramePool, phys: &DirectMap, revision: u32) -> Option<Slot> {
+    let mut single: ArrayVec<Frame, 4> = ArrayVec::new();
+    let mut areas: ArrayVec<Run, 2> = ArrayVec::new();
+    single.extend((0..4).map_while(|_| frames.alloc(phys)));
+    areas.extend((0..2).map_while(|_| frames.alloc_run(phys, AREA_FRAMES)));
+    let (single, areas) = match (single.into_inner(), areas.into_inner()) {
+        (Ok(single), Ok(areas)) => (single, areas),
+        (single, areas) => {
+            let single = single.map_or_else(|few| few, ArrayVec::from);
+            let areas = areas.map_or_else(|few| few, ArrayVec::from).into_iter().flat_map(Run::into_frames);
+            single.into_iter().chain(areas).for_each(|frame| frames.free(frame));
+            return None;
+        }
     };
-    let msr_bitmap = some(1)?;
-    let shadow_bitmaps = (some(1)?, some(1)?);
-    let lists = MsrLists::new(some(AREA_FRAMES)?, some(AREA_FRAMES)?);
+    let ([vmcs02, msr_bitmap, read, write], [entry_load, exit_load]) = (single, areas);
     // Merging writes only what is not all ones.
-    for bitmap in [shadow_bitmaps.0, shadow_bitmaps.1] {
-        phys.write_words(bitmap, &BitmapPage::SET.0);
+    for bitmap in [&read, &write] {
+        phys.write_words(bitmap.at(0), &BitmapPage::SET.0);
     }
-    let vmcs02 = Region::new(vmcs02, phys, revision);
-    Some(Slot::new(vmcs02, MsrBitmap02::new(msr_bitmap, phys), shadow_bitmaps, lists))
+    let vmcs02 = Vmcs02::new(vmcs02, phys, revision);
+    let msr_bitmap = MsrBitmap02::new(msr_bitmap, phys);
+    Some(Slot::new(vmcs02, msr_bitmap, [read, write], MsrLists::new(entry_load, exit_load)))
 }
 
 impl Index<SlotId> for Slots {

@@ -9,6 +9,7 @@ use crate::hw::host_area::{self, Lent};
 use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::{Invalidate, Region, Vmx};
+use crate::mm::Frame;
 use crate::rules::merge::Vmcs02Controls;
 use crate::vmcs::kept::Kept;
 use crate::vmcs::stale::Stale;
@@ -40,6 +41,7 @@ enum Form {
 
 /// The VMCS that runs L3.
 pub struct Vmcs02 {
+    frame: Frame,
     region: Region,
     form: Form,
     eptp: Kept,
@@ -62,10 +64,11 @@ pub struct Vmcs02 {
 }
 
 impl Vmcs02 {
-    /// In a region of its own.
-    pub fn new(region: Region) -> Self {
+    /// In a frame of its own.
+    pub fn new(frame: Frame, phys: &DirectMap, revision: u32) -> Self {
         Vmcs02 {
-            region,
+            region: Region::new(&frame, phys, revision),
+            frame,
             form: Form::Ordinary { launched: false },
             eptp: Kept::new(Field::EPT_POINTER),
             vpid: Kept::new(Field::VIRTUAL_PROCESSOR_ID),
@@ -96,6 +99,11 @@ impl Vmcs02 {
             vmx.write(Field::VM_FUNCTION_CONTROLS, 0);
         }
         vmx.clear(self.region);
+    }
+
+    /// The frame, which is free again. It is clear, and nobody keeps its region.
+    pub fn into_frame(self) -> Frame {
+        self.frame
     }
 
     /// Its region; under the zero-copy strategy vmcs01 links to it.

@@ -2,8 +2,8 @@
 
 use nvmx::addr::Hpa;
 use nvmx::ept::TableFrames;
-use nvmx::mm::PhysMem;
 use nvmx::mm::phys::VecMem;
+use nvmx::mm::{PhysMem, Place};
 use std::cell::{Cell, RefCell};
 
 /// Memory that counts accesses. To the one with number `fail` nothing answers: it reads all ones, it writes nothing.
@@ -33,27 +33,27 @@ impl PhysMem for Failing {
     fn read_u64(&self, at: Hpa) -> u64 {
         if self.answers(at) { self.memory.read_u64(at) } else { u64::MAX }
     }
-    fn write_u64(&self, at: Hpa, value: u64) {
-        if self.answers(at) {
-            self.memory.write_u64(at, value);
+    fn write_u64(&self, at: Place<'_>, value: u64) {
+        if self.answers(at.hpa()) {
+            self.memory.write_u64(at.hpa(), value);
         }
     }
     fn read_bytes(&self, at: Hpa, into: &mut [u8]) {
         if self.answers(at) { self.memory.read_bytes(at, into) } else { into.fill(0xFF) }
     }
-    fn write_bytes(&self, at: Hpa, bytes: &[u8]) {
-        if self.answers(at) {
-            self.memory.write_bytes(at, bytes);
+    fn write_bytes(&self, at: Place<'_>, bytes: &[u8]) {
+        if self.answers(at.hpa()) {
+            self.memory.write_bytes(at.hpa(), bytes);
         }
     }
-    fn take_bits(&self, at: Hpa, bits: u64) -> u64 {
-        if self.answers(at) { self.memory.take_bits(at, bits) } else { 0 }
+    fn take_bits(&self, at: Place<'_>, bits: u64) -> u64 {
+        if self.answers(at.hpa()) { self.memory.take_bits(at, bits) } else { 0 }
     }
-    fn compare_exchange(&self, at: Hpa, old: u64, new: u64) -> bool {
-        self.answers(at) && self.memory.compare_exchange(at, old, new)
+    fn compare_exchange(&self, at: Place<'_>, old: u64, new: u64) -> bool {
+        self.answers(at.hpa()) && self.memory.compare_exchange(at, old, new)
     }
-    fn compare_exchange_u32(&self, at: Hpa, old: u32, new: u32) -> bool {
-        self.answers(at) && self.memory.compare_exchange_u32(at, old, new)
+    fn compare_exchange_u32(&self, at: Place<'_>, old: u32, new: u32) -> bool {
+        self.answers(at.hpa()) && self.memory.compare_exchange_u32(at, old, new)
     }
 }
 

@@ -128,8 +128,7 @@ pub fn write<P: PhysMem>(
     }
     let no_room = |_| LoadError::NoRoom { bytes: at.len() };
     let put = |offset: u64, bytes: &[u8]| guest.write_bytes(Gpa::new(at.start() + offset), bytes).map_err(no_room);
-    let page = guest.translate(Gpa::new(at.start())).map_err(no_room)?;
-    guest.phys().zero(page, at.len());
+    guest.zero(at).map_err(no_room)?;
 
     // The header ends where the jump at its start leads to.
     let end = file.bytes::<1>(setup::JUMP).map_or(0, |[jump]| setup::MAGIC + u64::from(jump));

@@ -19,7 +19,7 @@ use crate::{
         extras::Extras,
         info::{Modules, Rsdp},
     },
-    mm::{GuestMemory, MemoryMap, PhysMem, Span},
+    mm::{GuestMemory, MemoryMap, NotOwned, PhysMem, Span},
 };
 
 /// The protocol by which L2 is started.
@@ -94,7 +94,7 @@ pub fn load<P: PhysMem>(
         let to = segment.to.start();
         copy(guest, Span::sized(plan.file.start() + segment.offset, content), Span::sized(to, content))?;
         if segment.zeroed {
-            guest.phys().zero(place(guest, Span::sized(to + content, zeros))?, zeros);
+            owned(guest, Span::sized(to + content, zeros), |to| guest.zero(to))?;
         }
     }
     let told = info::Told { command_line: &first.command_line, modules: &plan.modules, memory, rsdp, extras };
@@ -113,15 +113,16 @@ pub fn load<P: PhysMem>(
 /// Copies within L2's memory, unless it already lies there.
 fn copy<P: PhysMem>(guest: &GuestMemory<P>, from: Span, to: Span) -> Result<(), LoadError> {
     if from != to {
-        guest.phys().copy(Hpa::new(from.start()), place(guest, to)?, to.len());
+        owned(guest, to, |to| guest.copy(Hpa::new(from.start()), to))?;
     }
     Ok(())
 }
 
-/// L2's memory at `to`, all of it.
-fn place<P: PhysMem>(guest: &GuestMemory<P>, to: Span) -> Result<Hpa, LoadError> {
-    let start = Gpa::new(to.start());
-    let owned =
-        guest.owns(start, to.len()).and_then(|()| if to.is_empty() { Ok(Hpa::new(0)) } else { guest.translate(start) });
-    owned.map_err(|_| LoadError::OverlapsNvmx { wanted: to, own: guest.own() })
+/// Does it with L2's memory at `to`, if all of it is L2's.
+fn owned<P: PhysMem>(
+    guest: &GuestMemory<P>,
+    to: Span,
+    write: impl FnOnce(Span) -> Result<(), NotOwned>,
+) -> Result<(), LoadError> {
+    write(to).map_err(|_| LoadError::OverlapsNvmx { wanted: to, own: guest.own() })
 }

@@ -64,11 +64,11 @@ impl Trampoline {
         let mut frame = || pool.alloc(&phys);
         let [pml4, pdpt, directory] = [frame()?, frame()?, frame()?];
         // The first 2 MiB, executable; nvmx's own map of memory is not.
-        phys.write_u64(directory.hpa(), LARGE);
-        phys.write_u64(pdpt.hpa(), directory.hpa().get() | TABLE);
+        phys.write_u64(directory.at(0), LARGE);
+        phys.write_u64(pdpt.at(0), directory.hpa().get() | TABLE);
         let (root, half) = (tables.root(), PAGE_SIZE / 2);
-        phys.copy(Hpa::new(root.get() + half), Hpa::new(pml4.hpa().get() + half), half);
-        phys.write_u64(pml4.hpa(), pdpt.hpa().get() | TABLE);
+        phys.copy(Hpa::new(root.get() + half), pml4.at(half), half);
+        phys.write_u64(pml4.at(0), pdpt.hpa().get() | TABLE);
 
         let mut before = [0; PAGE_SIZE as usize];
         phys.read_bytes(page, &mut before);
@@ -82,17 +82,17 @@ impl Trampoline {
         for at in (begin..address(&raw const ap_end)).step_by(8) {
             // SAFETY: the code lies in the image's read-only data, which goes on behind it.
             let word = unsafe { (at as *const u64).read_unaligned() };
-            self.phys.write_u64(Hpa::new(self.page.get() + at - begin), word);
+            self.phys.poke_u64(Hpa::new(self.page.get() + at - begin), word);
         }
         let page = self.page.get() as u32;
         for place in [&raw const ap_gdt_base, &raw const ap_far32, &raw const ap_far64] {
             let at = self.place(place);
             let offset = self.phys.read_u32(at);
-            self.phys.write_bytes(at, &(page + offset).to_le_bytes());
+            self.phys.poke_bytes(at, &(page + offset).to_le_bytes());
         }
-        self.phys.write_u64(self.place(&raw const ap_tables), self.tables[0].hpa().get());
-        self.phys.write_u64(self.place(&raw const ap_root), self.root.get());
-        self.phys.write_u64(self.place(&raw const ap_landing), landing as *const () as u64);
+        self.phys.poke_u64(self.place(&raw const ap_tables), self.tables[0].hpa().get());
+        self.phys.poke_u64(self.place(&raw const ap_root), self.root.get());
+        self.phys.poke_u64(self.place(&raw const ap_landing), landing as *const () as u64);
     }
 
     /// Where a label of the code lies in the page.
@@ -110,9 +110,9 @@ impl Trampoline {
         run: extern "C" fn() -> !,
         arrived: impl Fn() -> bool,
     ) -> bool {
-        self.phys.write_u64(self.place(&raw const ap_stack), idle.stack_top());
-        self.phys.write_u64(self.place(&raw const ap_block), idle.into_block() as u64);
-        self.phys.write_u64(self.place(&raw const ap_run), run as *const () as u64);
+        self.phys.poke_u64(self.place(&raw const ap_stack), idle.stack_top());
+        self.phys.poke_u64(self.place(&raw const ap_block), idle.into_block() as u64);
+        self.phys.poke_u64(self.place(&raw const ap_run), run as *const () as u64);
         let number = (self.page.get() / PAGE_SIZE) as u8;
         let arrives_within = |limit: u32, ticks: u64| {
             let start = tsc();
@@ -140,7 +140,7 @@ impl Trampoline {
 
     /// Gives the page back as it was. All processors that were started have left it.
     pub fn remove(self, pool: &mut FramePool) {
-        self.phys.write_bytes(self.page, &self.before);
+        self.phys.poke_bytes(self.page, &self.before);
         self.tables.into_iter().for_each(|frame| pool.free(frame));
     }
 }

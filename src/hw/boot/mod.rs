@@ -204,7 +204,7 @@ impl Handover {
         let idt = idt::build(&mut frames, phys)?;
         cpu::install(cpu::prepare(0, idt, no_execute, &mut frames, &mut tables, phys)?);
         // Nothing of nvmx may be left where L2 can read it (invariant I9).
-        phys.zero(Hpa::new(loaded.start()), loaded.len());
+        phys.wipe(Hpa::new(loaded.start()), loaded.len());
         Ok(Home { layout, frames, tables, phys })
     }
 }

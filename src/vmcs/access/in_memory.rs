@@ -48,18 +48,18 @@ impl Strategy for InMemory {
     }
 
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, _: Region, field: Field) -> u64 {
-        self.layout.read(on.phys, slot.vmcs02.region().at(), field)
+        self.layout.read(on.phys, slot.vmcs02.region(), field)
     }
 
     fn write(&self, on: MachineParts<'_>, slot: &mut Slot, _: Region, field: Field, value: u64) {
         // What nvmx reported in place of the processor, if it did, is overwritten.
         slot.vmcs12.valid.remove(field);
-        self.layout.write(on.phys, slot.vmcs02.region().at(), field, value);
+        self.layout.write(on.phys, slot.vmcs02.region(), field, value);
     }
 
     fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
         for field in slot.vmcs12.dirty.iter() {
-            self.layout.write(on.phys, slot.vmcs02.region().at(), field, slot.vmcs12.get(field));
+            self.layout.write(on.phys, slot.vmcs02.region(), field, slot.vmcs12.get(field));
         }
         slot.vmcs12.dirty = FieldSet::EMPTY;
         slot.vmcs12.valid = FieldSet::CACHED;
@@ -69,7 +69,7 @@ impl Strategy for InMemory {
     }
 
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
-        let (missing, vmcs02) = (common.exists.without(&slot.vmcs12.valid), slot.vmcs02.region().at());
+        let (missing, vmcs02) = (common.exists.without(&slot.vmcs12.valid), slot.vmcs02.region());
         slot.vmcs12.fetch(missing, |field| self.layout.read(on.phys, vmcs02, field));
     }
 
@@ -104,7 +104,7 @@ impl Strategy for InMemory {
         report: Option<Report>,
         mut to: impl HostState,
     ) {
-        let image = |region: Region| Image { layout: &self.layout, phys: on.phys, region: region.at() };
+        let image = |region: Region| Image { layout: &self.layout, phys: on.phys, region };
         if self.links.is_none() {
             slot.vmcs12.valid = FieldSet::CACHED;
             if let Some(report) = report {

@@ -36,7 +36,8 @@ impl Strategy for Shadowed {
     }
 
     fn nested_bitmaps(&self, slot: &Slot) -> Option<(Hpa, Hpa)> {
-        Some(slot.shadow_bitmaps)
+        let [read, write] = &slot.shadow_bitmaps;
+        Some((read.hpa(), write.hpa()))
     }
 
     fn lend(&mut self, vmx: &mut Vmx, slot: &mut Slot) {

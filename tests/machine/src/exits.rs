@@ -5,7 +5,7 @@
 use crate::memory::{READ, WRITE};
 use crate::processor::{Core, Delivered, Done, Entry, Exit, Fail, Root};
 use nvmx::addr::Hpa;
-use nvmx::mm::PhysMem;
+use nvmx::mm::{PhysMem, Place};
 use nvmx::vmx::{Field::*, Fields};
 
 /// Where guests put the memory operands of their VMX instructions.
@@ -120,7 +120,7 @@ impl Core {
 
     fn store(&mut self, at: u64, value: u64) -> Result<(), Exit> {
         let at = self.physical(at, READ | WRITE).map_err(|e| Exit { qualification: e.qualification & !READ, ..e })?;
-        self.memory.write_u64(Hpa::new(at), value);
+        self.memory.write_u64(Place::anywhere(Hpa::new(at)), value);
         Ok(())
     }
 
@@ -329,7 +329,7 @@ impl Core {
                 Err(exit) => return Ok(Step::Exit(exit)),
             },
             Op::Write(at, value) => match self.physical(at, WRITE) {
-                Ok(at) => self.memory.write_u64(Hpa::new(at), value),
+                Ok(at) => self.memory.write_u64(Place::anywhere(Hpa::new(at)), value),
                 Err(exit) => return Ok(Step::Exit(exit)),
             },
             Op::Raise(vector, error) => {
@@ -435,7 +435,7 @@ impl Core {
             Op::Vmclear(_) => self.vmclear(operand),
             Op::Vmptrld(_) => self.vmptrld(operand),
             Op::Vmptrst => {
-                self.memory.write_u64(Hpa::new(OPERAND), self.current.unwrap_or(u64::MAX));
+                self.memory.write_u64(Place::anywhere(Hpa::new(OPERAND)), self.current.unwrap_or(u64::MAX));
                 Ok(())
             }
             Op::Vmread(encoding) => self.vmread(encoding).map(|value| self.gprs[0] = value),

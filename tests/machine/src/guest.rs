@@ -6,7 +6,7 @@ pub use crate::exits::{OPERAND, Op};
 use crate::memory::WRITE;
 use crate::processor::{Core, Delivered, Exit, Level, Root, registers};
 use nvmx::addr::Hpa;
-use nvmx::mm::PhysMem;
+use nvmx::mm::{PhysMem, Place};
 use nvmx::vmx::{Field, Field::*, Fields};
 use std::cell::{Cell, RefCell, RefMut};
 use std::fmt::Write;
@@ -165,12 +165,12 @@ impl Guest {
 
     pub fn poke(&self, at: u64, value: u64) {
         self.mark_written(at);
-        self.core().memory.write_u64(Hpa::new(at), value);
+        self.core().memory.write_u64(Place::anywhere(Hpa::new(at)), value);
     }
 
     pub fn poke_u32(&self, at: u64, value: u32) {
         self.mark_written(at);
-        self.core().memory.write_bytes(Hpa::new(at), &value.to_le_bytes());
+        self.core().memory.write_bytes(Place::anywhere(Hpa::new(at)), &value.to_le_bytes());
     }
 
     /// A store of L2 leaves its mark in ept01. While L3 runs it is a store of nobody's, like that of a device.

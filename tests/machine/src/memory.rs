@@ -5,7 +5,7 @@
 
 use crate::processor::{Core, Exit};
 use nvmx::addr::Hpa;
-use nvmx::mm::PhysMem;
+use nvmx::mm::{PhysMem, Place};
 use nvmx::vmx::Field::EPT_POINTER;
 
 pub const READ: u64 = 1;
@@ -44,7 +44,7 @@ impl Core {
             if flags {
                 for (i, (place, entry)) in path.iter().enumerate() {
                     let dirty = if i + 1 == path.len() && access & WRITE != 0 { 1 << 9 } else { 0 };
-                    self.memory.write_u64(Hpa::new(*place), entry | 1 << 8 | dirty);
+                    self.memory.write_u64(Place::anywhere(Hpa::new(*place)), entry | 1 << 8 | dirty);
                 }
             }
             let offset = (1 << (12 + 9 * level)) - 1;

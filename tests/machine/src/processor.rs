@@ -9,7 +9,7 @@ use crate::second::guest::Place;
 use crate::second::{controls, guest as guest_rules, host};
 use nvmx::addr::{Gpa, Hpa};
 use nvmx::hw::phys::DirectMap;
-use nvmx::mm::PhysMem;
+use nvmx::mm::{self, PhysMem};
 use nvmx::rules::checks::{CheckId, GuestMemory};
 use nvmx::vmx::field::{Area, PDPTES};
 use nvmx::vmx::{Capabilities, Field, Field::*, Fields};
@@ -271,7 +271,7 @@ impl Core {
                 for field in Field::ALL {
                     let value = region.fields.get(*field).to_le_bytes();
                     let bytes = (64 - field.mask().leading_zeros() as usize).div_ceil(8);
-                    self.memory.write_bytes(Self::place(at, *field), &value[..bytes]);
+                    self.memory.write_bytes(mm::Place::anywhere(Self::place(at, *field)), &value[..bytes]);
                 }
             }
         }
@@ -869,7 +869,7 @@ impl Core {
             let index = self.word(list + 16 * i);
             let value = (index >> 32 == 0).then(|| self.msr(index as u32)).flatten();
             let Some(value) = value else { panic!("VMX abort: MSR {index:#x} of the VM-exit area is not stored") };
-            self.memory.write_u64(Hpa::new(list + 16 * i + 8), value);
+            self.memory.write_u64(mm::Place::anywhere(Hpa::new(list + 16 * i + 8)), value);
         }
     }
 }

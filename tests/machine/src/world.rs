@@ -19,7 +19,7 @@ use nvmx::hw::vmenter::GuestRegs;
 use nvmx::hw::{cpu, host};
 use nvmx::mm::mtrr::Mtrrs;
 use nvmx::mm::paging::{PageSize, PageTables};
-use nvmx::mm::{FramePool, GuestMemory, MemoryMap, PhysMem, Span};
+use nvmx::mm::{FramePool, GuestMemory, MemoryMap, PhysMem, Place, Span};
 use nvmx::rules::caps::offered;
 use nvmx::run::Machine;
 use nvmx::run::steps::{self, Common};
@@ -107,7 +107,7 @@ pub fn memory() -> DirectMap {
         static MEMORY: DirectMap = DirectMap::of_host(Hpa::new(END));
     }
     let memory = MEMORY.with(|memory| *memory);
-    memory.zero(Hpa::new(0), END);
+    memory.zero(Place::anywhere(Hpa::new(0)), END);
     memory
 }
 
