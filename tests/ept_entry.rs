@@ -121,7 +121,7 @@ fn what_is_encoded_decodes_again() {
     for level in [Level::Pt, Level::Pd, Level::Pdpt] {
         for memory_type in types {
             for ignore_pat in [false, true] {
-                let caching = Caching::new(memory_type, ignore_pat);
+                let caching = Caching::with_pat(memory_type).set_ignore_pat(ignore_pat);
                 for rights in [Rights::READ, Rights::EXECUTE, Rights::READ | Rights::WRITE, Rights::all()] {
                     let entry = leaf_entry(Hpa::new(0x12_4000_0000), level, rights, caching);
                     let meaning = Meaning::Leaf { address: 0x12_4000_0000, caching };

@@ -90,7 +90,7 @@ fn what_leads_to_tables_is_used_where_tables_are_built_alone() {
     let powers = [
         (".alloc_table(", &["ept::machine"][..]),
         (".free_table(", &["ept::machine"]),
-        (".entry(", &["ept::machine"]),
+        (".table_entry(", &["ept::machine"]),
         ("Place::anywhere", &[]),
         ("Place::new", &["mm::frames", "mm::guest", "mm::paging"]),
     ];

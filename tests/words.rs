@@ -99,3 +99,65 @@ fn nobody_asks_which_strategy_of_field_access_runs() {
         .collect();
     assert_eq!(answers, ["has"]);
 }
+
+/// The function that a literal at `at` is an argument of, if it is one.
+fn called_with(text: &str, at: usize, literal: &str) -> Option<String> {
+    let (before, behind) = (text[..at].trim_end(), text[at + literal.len()..].trim_start());
+    if !before.ends_with([',', '(']) || !behind.starts_with([',', ')']) {
+        return None;
+    }
+    let mut depth = 0;
+    let open = before.char_indices().rev().find(|(_, c)| {
+        match c {
+            ')' | ']' | '}' => depth += 1,
+            '(' | '[' | '{' if depth == 0 => return true,
+            '(' | '[' | '{' => depth -= 1,
+            _ => {}
+        }
+        false
+    })?;
+    let head = before[..open.0].trim_end();
+    let name = head.rsplit(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':')).next()?;
+    (open.1 == '(' && !name.is_empty()).then(|| name.to_string())
+}
+
+/// Functions to which a bare `true` or `false` says enough: setters, and what stores or replaces a value.
+fn takes_a_bare_bool(function: &str) -> bool {
+    let last = function.rsplit("::").next().unwrap_or_default();
+    ["set", "put", "store", "swap", "unwrap_or", "map_or"].iter().any(|word| last.starts_with(word))
+        || last.starts_with(char::is_uppercase)
+        || ["AtomicBool::new", "Cell::new", "in", "match", "if"].contains(&function)
+}
+
+/// Where a word would tell more than `true`, there is an enum, or another name.
+#[test]
+fn no_call_says_true_or_false_where_a_word_would_tell() {
+    let mut wrong = Vec::new();
+    for file in files("src") {
+        for literal in ["true", "false"] {
+            let calls = file.text.match_indices(literal).filter_map(|(at, _)| called_with(&file.text, at, literal));
+            wrong.extend(
+                calls
+                    .filter(|name| !takes_a_bare_bool(name))
+                    .map(|name| format!("{}: {name}(.. {literal} ..)", file.module.join("::"))),
+            );
+        }
+    }
+    assert!(wrong.is_empty(), "a word instead of a bool:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_bool_is_found_among_arguments_alone() {
+    let found = |text: &str| {
+        let at = text.find("true").unwrap();
+        called_with(text, at, "true").filter(|name| !takes_a_bare_bool(name))
+    };
+    assert_eq!(found("f(a, g(b), true)").as_deref(), Some("f"));
+    assert_eq!(found("x.walk(\n    true,\n    b,\n)").as_deref(), Some("walk"));
+    assert_eq!(found("a::Kind::of(true)").as_deref(), Some("a::Kind::of"));
+    for text in
+        ["(a, true) = b", "match (x, true) { .. }", "set_x(true)", "[true, false]", "S { a: true }", "Some(true)"]
+    {
+        assert_eq!(found(text), None, "{text}");
+    }
+}

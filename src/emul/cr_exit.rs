@@ -14,9 +14,9 @@ use crate::vmx::controls::EntryControls;
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::field::PDPTES;
 use crate::vmx::qualification::CrAccess;
+use crate::vmx::segment::AccessRights;
 use crate::x86::{Cr0, Fault, efer};
 
-const CS_LONG: u64 = 1 << 13;
 /// Of the type of a TSS: 32 or 64 bits.
 const TSS_WIDE: u64 = 1 << 3;
 const CR0_FIXED_BY_VMX: u64 = Cr0::NE.bits();
@@ -29,7 +29,7 @@ pub fn handle(cpu: &mut Cpu) -> Result<Next, Stop> {
         cr4: vmcs01::guest_cr4(&mut cpu.vmx),
         cr3: cpu.vmx.read(Field::GUEST_CR3),
         efer: cpu.vmx.read(Field::GUEST_IA32_EFER),
-        cs_long: cpu.vmx.read(Field::GUEST_CS_AR_BYTES) & CS_LONG != 0,
+        cs_long: AccessRights(cpu.vmx.read(Field::GUEST_CS_AR_BYTES) as u32).is_64_bit_code(),
         tss_16: cpu.vmx.read(Field::GUEST_TR_AR_BYTES) & TSS_WIDE == 0,
         vmx_operation: cpu.nested.operation != Operation::Off,
     };

@@ -112,9 +112,14 @@ impl Caching {
     /// Bit n is set for the memory types that exist: 0, 1, 4, 5, 6.
     const TYPES: u8 = 0b0111_0011;
 
-    /// A memory type, and whether the guest's PAT is ignored.
-    pub const fn new(memory_type: MemoryType, ignore_pat: bool) -> Self {
-        Self((memory_type as u8) << 3 | (ignore_pat as u8) << 6)
+    /// A memory type, which the guest's PAT may weaken.
+    pub const fn with_pat(memory_type: MemoryType) -> Self {
+        Self((memory_type as u8) << 3)
+    }
+
+    /// The same, and whether the guest's PAT is ignored.
+    pub const fn set_ignore_pat(self, ignore: bool) -> Self {
+        Self(self.0 & !(IGNORE_PAT as u8) | (ignore as u8) << 6)
     }
 
     /// The memory type.

@@ -227,8 +227,7 @@ impl Ept01 {
         if entry::is_present(old) && entry::is_leaf(old, level) {
             return Ok(());
         }
-        let page =
-            |memory_type| entry::leaf_entry(Hpa::new(start), level, Rights::RWX, Caching::new(memory_type, false));
+        let page = |memory_type| entry::leaf_entry(Hpa::new(start), level, Rights::RWX, Caching::with_pat(memory_type));
         let uniform = memory_type(Gpa::new(start), level.bytes());
         let Some(below) = level.below() else {
             frames.write(at, page(uniform.unwrap_or(MemoryType::Uncacheable)));

@@ -63,7 +63,7 @@ impl<P: PhysMem> TableFrames for PoolFrames<'_, P> {
     }
     #[inline]
     fn clear(&mut self, table: Hpa) {
-        self.memory.zero_page(self.pool.entry(table));
+        self.memory.zero_page(self.pool.table_entry(table));
     }
     #[inline]
     fn read(&self, entry: Hpa) -> u64 {
@@ -79,10 +79,10 @@ impl<P: PhysMem> TableFrames for PoolFrames<'_, P> {
     }
     #[inline]
     fn write(&mut self, entry: Hpa, value: u64) {
-        self.memory.write_u64(self.pool.entry(entry), value);
+        self.memory.write_u64(self.pool.table_entry(entry), value);
     }
     #[inline]
     fn take_bits(&mut self, entry: Hpa, bits: u64) -> u64 {
-        self.memory.take_bits(self.pool.entry(entry), bits)
+        self.memory.take_bits(self.pool.table_entry(entry), bits)
     }
 }

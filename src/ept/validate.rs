@@ -18,6 +18,15 @@ use crate::addr::{Gpa, Hpa};
 use arrayvec::ArrayVec;
 use core::slice::from_ref;
 
+/// When a table was looked at last.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Since {
+    /// In the round of watches that still runs.
+    SameRound,
+    /// In another, or never.
+    OtherRound,
+}
+
 impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     /// Holds the contents of a root against ept12: all of them, or with `ept01` those whose tables in ept12 were written. True
     /// if INVEPT is to be executed for ept01 before L2 runs.
@@ -135,7 +144,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
                     }
                 }
                 let record = self.owner.origins.number(place, self.frames);
-                if self.look_again(record, round(self) == known.0) {
+                if self.look_again(record, if round(self) == known.0 { Since::SameRound } else { Since::OtherRound }) {
                     changed.more |= changed.found.try_push((place, level)).is_err();
                 }
                 next = place.next(self.frames);
@@ -146,24 +155,24 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
 
     /// A table that a look at its watch did not clear: true if it must be looked at.
     #[cold]
-    fn look_again(&mut self, record: u16, same_round: bool) -> bool {
+    fn look_again(&mut self, record: u16, since: Since) -> bool {
         // Others than a table of ept12 are found by the table above.
         let Some(page) = self.owner.origins.origin(record, self.frames).page() else { return false };
-        let watch = self.owner.origins.watch(record, self.frames).filter(|_| same_round);
+        let watch = self.owner.origins.watch(record, self.frames).filter(|_| since == Since::SameRound);
         let is_clean = watch.is_some_and(|watch| watch.is_clean(self.frames));
         if is_clean && !self.exposed.contains(page.get(), self.frames) {
             return self.owner.origins.is_marked(record, self.frames);
         }
         self.owner.origins.mark(record, self.frames);
-        self.watch(record, same_round);
+        self.watch(record, since);
         true
     }
 
     /// Watches the origin of a table from now on, before it is read.
-    fn watch(&mut self, record: u16, same_round: bool) {
+    fn watch(&mut self, record: u16, since: Since) {
         let Some(ept01) = self.ept01.as_deref_mut() else { return };
         let Some(page) = self.owner.origins.origin(record, self.frames).page() else { return };
-        let old = self.owner.origins.watch(record, self.frames).filter(|_| same_round);
+        let old = self.owner.origins.watch(record, self.frames).filter(|_| since == Since::SameRound);
         let new = if self.exposed.contains(page.get(), self.frames) {
             None
         } else if let Some(old) = old {
@@ -454,7 +463,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
         if !same {
             self.owner.origins.unmark(record, self.frames);
             // Without a watch there is no round that it could be of.
-            self.watch(record, false);
+            self.watch(record, Since::OtherRound);
         }
         same
     }

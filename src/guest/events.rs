@@ -40,7 +40,7 @@ pub fn deliver_again(cpu: &mut Cpu, vectoring: EventInfo) {
     let again = Redelivery::of(vectoring, error, length);
     // An NMI blocks NMIs by its own delivery, and may be injected only if they are not blocked.
     if again.info.is(EventKind::Nmi) {
-        block_nmis(&mut cpu.vmx, false);
+        set_nmi_blocking(&mut cpu.vmx, false);
     }
     inject(cpu, again.info, again.error, again.length);
 }
@@ -52,11 +52,11 @@ pub fn iret_again(cpu: &mut Cpu) {
     if !pin12(cpu)
         .is_some_and(|pin| pin & (PinControls::NMI_EXITING | PinControls::VIRTUAL_NMIS) == PinControls::NMI_EXITING)
     {
-        block_nmis(&mut cpu.vmx, true);
+        set_nmi_blocking(&mut cpu.vmx, true);
     }
 }
 
-fn block_nmis(vmx: &mut Vmx, blocked: bool) {
+fn set_nmi_blocking(vmx: &mut Vmx, blocked: bool) {
     let others = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & !BLOCKING_BY_NMI;
     vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, others | if blocked { BLOCKING_BY_NMI } else { 0 });
 }

@@ -9,13 +9,13 @@ use crate::mm::Span;
 use crate::vmcs::access::VmxOperation;
 use crate::vmcs::vmcs01;
 use crate::vmx::Field;
-use crate::vmx::segment::Segment;
+use crate::vmx::segment::{AccessRights, Segment};
 use crate::x86::{Cr0, Cr4};
 
 /// Selector, base, limit, access rights.
 type SegmentState = (u16, u64, u32, u64);
 
-const UNUSABLE: SegmentState = (0, 0, 0, 1 << 16);
+const UNUSABLE: SegmentState = (0, 0, 0, AccessRights::UNUSABLE as u64);
 const BUSY_TSS: u64 = 0x8B;
 const LDT: u64 = 0x82;
 /// CR0.ET, which is always 1.

@@ -97,6 +97,15 @@ impl<P: PhysMem> View<'_, P> {
     }
 }
 
+/// What of an access to a linear address reaches physical memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// The walk of L3's paging.
+    Walk,
+    /// The operand itself.
+    Operand,
+}
+
 /// L3's physical memory.
 struct Physical<'a, P> {
     view: &'a View<'a, P>,
@@ -105,7 +114,7 @@ struct Physical<'a, P> {
 
 impl<P: PhysMem> Physical<'_, P> {
     /// L2's address behind `at`, or `None` and a note of the miss. Once something is missing nothing more happens.
-    fn gpa(&self, at: Hpa, rights: Rights, operand: bool) -> Option<Gpa> {
+    fn gpa(&self, at: Hpa, rights: Rights, part: Part) -> Option<Gpa> {
         if self.missed.get().is_some() {
             return None;
         }
@@ -115,7 +124,7 @@ impl<P: PhysMem> Physical<'_, P> {
             let mut qualification = Qualification::LINEAR_VALID;
             qualification.set(Qualification::READ, rights.contains(Rights::READ));
             qualification.set(Qualification::WRITE, rights.contains(Rights::WRITE));
-            qualification.set(Qualification::LINEAR_TRANSLATED, operand);
+            qualification.set(Qualification::LINEAR_TRANSLATED, part == Part::Operand);
             self.missed.set(Some((at.get(), qualification)));
         }
         found
@@ -140,25 +149,25 @@ impl<P: PhysMem> Physical<'_, P> {
 
 impl<P: PhysMem> PhysMem for Physical<'_, P> {
     fn read_u64(&self, at: Hpa) -> u64 {
-        let gpa = self.gpa(at, Rights::READ, false);
+        let gpa = self.gpa(at, Rights::READ, Part::Walk);
         gpa.and_then(|gpa| self.view.guest.read_u64(gpa).ok()).unwrap_or(u64::MAX)
     }
 
     fn write_u64(&self, at: Place<'_>, value: u64) {
-        if let Some(gpa) = self.gpa(at.hpa(), Rights::READ | Rights::WRITE, false) {
+        if let Some(gpa) = self.gpa(at.hpa(), Rights::READ | Rights::WRITE, Part::Walk) {
             let _ = self.view.guest.write_u64(gpa, value);
         }
     }
 
     fn read_bytes(&self, at: Hpa, into: &mut [u8]) {
-        let gpa = self.gpa(at, Rights::READ, true);
+        let gpa = self.gpa(at, Rights::READ, Part::Operand);
         if gpa.is_none_or(|gpa| self.view.guest.read_bytes(gpa, into).is_err()) {
             into.fill(0xFF);
         }
     }
 
     fn write_bytes(&self, at: Place<'_>, bytes: &[u8]) {
-        if let Some(gpa) = self.gpa(at.hpa(), Rights::WRITE, true) {
+        if let Some(gpa) = self.gpa(at.hpa(), Rights::WRITE, Part::Operand) {
             let _ = self.view.guest.write_bytes(gpa, bytes);
         }
     }
@@ -170,12 +179,12 @@ impl<P: PhysMem> PhysMem for Physical<'_, P> {
 
     fn compare_exchange(&self, at: Place<'_>, old: u64, new: u64) -> bool {
         // After a miss nothing more happens, and the walk is not repeated.
-        self.gpa(at.hpa(), Rights::READ | Rights::WRITE, false)
+        self.gpa(at.hpa(), Rights::READ | Rights::WRITE, Part::Walk)
             .is_none_or(|gpa| self.view.guest.compare_exchange_u64(gpa, old, new).unwrap_or(true))
     }
 
     fn compare_exchange_u32(&self, at: Place<'_>, old: u32, new: u32) -> bool {
-        self.gpa(at.hpa(), Rights::READ | Rights::WRITE, false)
+        self.gpa(at.hpa(), Rights::READ | Rights::WRITE, Part::Walk)
             .is_none_or(|gpa| self.view.guest.compare_exchange_u32(gpa, old, new).unwrap_or(true))
     }
 }

@@ -16,14 +16,13 @@ use crate::vmcs::slots::SlotId;
 use crate::vmx::Field;
 use crate::vmx::field::{Fields, PDPTES};
 use crate::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, decode_field_access};
-use crate::vmx::segment::Segment;
+use crate::vmx::segment::{AccessRights, Segment};
 use crate::x86::RFlags;
 use crate::x86::lam::Masking;
 use crate::x86::msr::IA32_PKRS;
-use crate::x86::{Cr4, Fault, debug, efer};
+use crate::x86::{Cr4, DataAccess, Fault, debug, efer};
 
 const RSP: u8 = 4;
-const CS_LONG: u64 = 1 << 13;
 
 /// The encoding of the field that VMREAD or VMWRITE names in its register operand: 32 bits of it outside 64-bit mode.
 pub fn field_encoding(cpu: &mut Cpu, info: InstructionInfo) -> u64 {
@@ -39,7 +38,7 @@ pub fn in_64_bit_mode(cpu: &mut Cpu) -> bool {
 
 /// True in 64-bit mode, false in compatibility mode too.
 pub fn is_64_bit_code(cpu: &mut Cpu) -> bool {
-    in_64_bit_mode(cpu) && cpu.vmx.read(Field::GUEST_CS_AR_BYTES) & CS_LONG != 0
+    in_64_bit_mode(cpu) && AccessRights(cpu.vmx.read(Field::GUEST_CS_AR_BYTES) as u32).is_64_bit_code()
 }
 
 /// #GP(0) above CPL 0. The DPL of SS is the CPL.
@@ -182,7 +181,7 @@ pub fn read(cpu: &mut Cpu, linear: u64, into: &mut [u8]) -> Result<(), Stop> {
         Operation::NonRoot { current, .. } => nested_view(cpu, current).read(linear, into)?,
         _ => paging(cpu).read(&cpu.guest, linear, into)?,
     }
-    meet_breakpoints(cpu, linear, into.len(), false);
+    meet_breakpoints(cpu, linear, into.len(), DataAccess::Read);
     Ok(())
 }
 
@@ -192,19 +191,19 @@ pub fn write(cpu: &mut Cpu, linear: u64, bytes: &[u8]) -> Result<(), Stop> {
         Operation::NonRoot { current, .. } => nested_view(cpu, current).write(linear, bytes)?,
         _ => paging(cpu).write(&cpu.guest, linear, bytes)?,
     }
-    meet_breakpoints(cpu, linear, bytes.len(), true);
+    meet_breakpoints(cpu, linear, bytes.len(), DataAccess::Write);
     Ok(())
 }
 
 /// Data breakpoints on an operand that was accessed trap behind the instruction, which no longer faults. DR7 is in the VMCS,
 /// the addresses are in the processor.
-fn meet_breakpoints(cpu: &mut Cpu, linear: u64, bytes: usize, write: bool) {
+fn meet_breakpoints(cpu: &mut Cpu, linear: u64, bytes: usize, access: DataAccess) {
     let dr7 = cpu.vmx.read(Field::GUEST_DR7);
     if debug::any_enabled(dr7) {
         let paging = paging(cpu);
         let addresses = cr::breakpoint_addresses();
         let pieces = paging.pieces(linear, bytes);
-        let met = pieces.map(|(at, len)| debug::data_breakpoints(dr7, addresses, at, len as u64, write));
+        let met = pieces.map(|(at, len)| debug::data_breakpoints(dr7, addresses, at, len as u64, access));
         let [first, second] = met;
         if first | second != 0 {
             inject::pend_debug(&mut cpu.vmx, first | second);

@@ -341,21 +341,20 @@ pub fn install(idle: Idle) {
 
 /// Makes the block, the stacks and the tables of the processor with this number.
 ///
-/// `tables` must be the page tables that it will run on, with `phys` in them. `no_execute` says that the processor has
-/// execute-disable.
+/// `tables` must be the page tables that it will run on, with `phys` in them. `data` are the rights of nvmx's data, as far as
+/// the processor has execute-disable.
 pub fn prepare(
     index: u32,
     idt: Idt,
-    no_execute: bool,
+    data: Rights,
     pool: &mut FramePool,
     tables: &mut PageTables,
     phys: DirectMap,
 ) -> Result<Idle, OutOfFrames> {
-    let rights = if no_execute { Rights::WRITE | Rights::NO_EXECUTE } else { Rights::WRITE };
     let mut stack = |number: u64, size: u64| -> Result<u64, OutOfFrames> {
         let top = STACKS + (u64::from(index) * SLOTS_PER_CPU + number + 1) * STACK_SLOT;
         let frames = pool.alloc_run(&phys, (size / PAGE_SIZE) as usize).ok_or(OutOfFrames)?;
-        tables.map(pool, &phys, top - size, frames.hpa(), size, rights)?;
+        tables.map(pool, &phys, top - size, frames.hpa(), size, data)?;
         Ok(top)
     };
     let main_stack_top = stack(0, MAIN_STACK)?;
@@ -367,7 +366,7 @@ pub fn prepare(
     const { assert!(size_of::<PerCpu>() <= PAGE_SIZE as usize) };
     let window = STACKS + (u64::from(index) * SLOTS_PER_CPU + SLOTS_PER_CPU - 1) * STACK_SLOT;
     let frame = pool.alloc(&phys).ok_or(OutOfFrames)?;
-    tables.map(pool, &phys, window, frame.hpa(), PAGE_SIZE, rights)?;
+    tables.map(pool, &phys, window, frame.hpa(), PAGE_SIZE, data)?;
     let window = (window, tables.window(&phys, window).ok_or(OutOfFrames)?);
     let block = phys.linear(frame.hpa(), PAGE_SIZE).ok_or(OutOfFrames)?.cast::<PerCpu>();
     // SAFETY: 1. the frame is nvmx's own and never given back, so the block lives for good. 2. It is mapped writable and

@@ -192,7 +192,7 @@ impl FramePool {
 
     /// The right to write to an entry of a table.
     #[inline(always)]
-    pub fn entry(&self, entry: Hpa) -> Place<'_> {
+    pub fn table_entry(&self, entry: Hpa) -> Place<'_> {
         #[cfg(all(debug_assertions, not(target_os = "none")))]
         assert!(self.tables.contains(&Hpa::new(entry.get() & !(PAGE_SIZE - 1))), "{entry} is in no table");
         Place::new(entry)
@@ -278,7 +278,7 @@ mod tests {
     fn a_frame_that_is_no_table_has_no_entries() {
         let (mut pool, memory) = pool(1);
         let frame = pool.alloc(&memory).unwrap();
-        let _ = pool.entry(frame.hpa());
+        let _ = pool.table_entry(frame.hpa());
     }
 
     proptest! {

@@ -47,14 +47,7 @@ pub struct Paging {
     pub physical_width: u32,
 }
 
-/// A data access.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum DataAccess {
-    /// Load
-    Read,
-    /// Store
-    Write,
-}
+pub use crate::x86::DataAccess;
 
 /// Who makes an access.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -28,6 +28,11 @@ const LARGE: u64 = 1 << 7;
 const ACCESSED_DIRTY: u64 = 1 << 5 | 1 << 6;
 const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
 
+impl Rights {
+    /// nvmx's data.
+    pub const DATA: Self = Self::WRITE.union(Self::NO_EXECUTE);
+}
+
 /// Size of a page that a mapping may use.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum PageSize {
@@ -165,7 +170,7 @@ impl PageTables {
 
 /// The entry of a window onto the 4 KiB page at `physical`: data, strong uncacheable.
 pub fn window_entry(physical: Hpa) -> u64 {
-    let rights = Rights::WRITE | Rights::NO_EXECUTE | Rights::UNCACHEABLE;
+    let rights = Rights::DATA | Rights::UNCACHEABLE;
     physical.get() & ADDRESS | PRESENT | ACCESSED_DIRTY | rights.bits()
 }
 

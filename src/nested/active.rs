@@ -3,6 +3,7 @@
 use crate::addr::Gpa;
 use crate::cpu::{Cpu, Operation};
 use crate::vmcs::access::MachineParts;
+use crate::vmcs::slot::VmcsKind;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::vmcs12::Vmcs12;
 
@@ -19,7 +20,7 @@ pub fn make_current(cpu: &mut Cpu, id: Option<SlotId>) {
 }
 
 /// Makes the vmcs12 at `at` active; returns its slot. vmcs01 is current.
-pub fn activate(cpu: &mut Cpu, at: Gpa, shadow: bool) -> SlotId {
+pub fn activate(cpu: &mut Cpu, at: Gpa, kind: VmcsKind) -> SlotId {
     let found = cpu.nested.find(at);
     let id = found.unwrap_or_else(|| free_slot(cpu));
     let slot = &mut cpu.nested.slots[id];
@@ -30,7 +31,7 @@ pub fn activate(cpu: &mut Cpu, at: Gpa, shadow: bool) -> SlotId {
         load(cpu, id, at);
     }
     let slot = &mut cpu.nested.slots[id];
-    (slot.vmptr, slot.active, slot.shadow12) = (Some(at), true, shadow);
+    (slot.vmptr, slot.active, slot.kind) = (Some(at), true, kind);
     id
 }
 

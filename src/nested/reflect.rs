@@ -25,13 +25,14 @@ use crate::vmx::controls::{EntryControls, ExitControls, PinControls, SecondaryCo
 use crate::vmx::event::{EventInfo, EventKind};
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::field::PDPTES;
+use crate::vmx::segment::AccessRights;
 use crate::vmx::{Field, FieldAccess};
 use crate::x86::Cr4;
 use crate::x86::msr::{IA32_EFER, IA32_PAT};
 use l2_protocol::abi::Counter;
 
 const BLOCKING_BY_NMI: u64 = 1 << 3;
-const UNUSABLE: u64 = 1 << 16;
+const UNUSABLE: u64 = AccessRights::UNUSABLE as u64;
 
 /// Exit reason and qualification that nvmx reports in place of the processor's.
 pub type Info = (ExitReason, u64);

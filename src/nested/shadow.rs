@@ -15,6 +15,7 @@ use crate::guest::operand::{self, require_cpl0};
 use crate::guest::{Next, Stop, inject};
 use crate::rules::merge::{self, Duties};
 use crate::trace::KillReason;
+use crate::vmcs::slot::VmcsKind;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
 use crate::vmcs::vmcs12::Vmcs12;
@@ -53,7 +54,7 @@ pub fn link(cpu: &mut Cpu, id: SlotId) -> u64 {
     }
     // The current vmcs12 must not be the one that makes room.
     cpu.nested.touch(id);
-    let linked = active::activate(cpu, at, true);
+    let linked = active::activate(cpu, at, VmcsKind::Shadow);
     cpu.nested.touch(linked);
     let (target, access, on) = cpu.reach(linked);
     let link = bitmaps.map(|_| {

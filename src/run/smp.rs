@@ -17,6 +17,7 @@ use crate::hw::epitaph::{self, Status};
 use crate::hw::halt::halt;
 use crate::hw::msr;
 use crate::mm::FramePool;
+use crate::mm::paging::Rights;
 use crate::run::Machine;
 use crate::run::build::{self, Common};
 use crate::run::end::{run_to_the_end, too_little_memory};
@@ -59,7 +60,7 @@ pub fn start_others(machine: &mut Machine) -> u32 {
         let mut pool = FramePool::new(machine.layout.share(1 + i, used, all));
         // nvmx requires execute-disable.
         let Machine { tables, phys, .. } = machine;
-        let idle = cpu::prepare(1 + i as u32, cpu::this().idt(), true, &mut pool, tables, *phys);
+        let idle = cpu::prepare(1 + i as u32, cpu::this().idt(), Rights::DATA, &mut pool, tables, *phys);
         let Ok(idle) = idle else { too_little_memory() };
         *FRAMES.lock() = Some(pool);
         let arrived = || START.arrived() as usize == 1 + i;

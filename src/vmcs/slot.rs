@@ -16,6 +16,15 @@ use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::controls::{PrimaryControls, SecondaryControls};
 use crate::vmx::{Capabilities, Field};
 
+/// What the revision identifier of a VMCS says that it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum VmcsKind {
+    /// It can be entered.
+    Ordinary,
+    /// It is reached by the VMREAD and VMWRITE of a guest.
+    Shadow,
+}
+
 /// A slot.
 pub struct Slot {
     /// Address of the vmcs12 that this slot is for; free if none.
@@ -23,8 +32,8 @@ pub struct Slot {
     /// Loaded by VMPTRLD and not yet cleared. A vmcs12 that is not active is in L2's memory, and stays here as well: the next
     /// VMPTRLD finds it good if that memory has not changed.
     pub active: bool,
-    /// The region says that it is a shadow VMCS.
-    pub shadow12: bool,
+    /// What the region says that it is.
+    pub kind: VmcsKind,
     /// nvmx's copy.
     pub vmcs12: Vmcs12,
     /// The VMCS that runs L3.
@@ -57,7 +66,7 @@ impl Slot {
         Slot {
             vmptr: None,
             active: false,
-            shadow12: false,
+            kind: VmcsKind::Ordinary,
             vmcs12: Vmcs12::new(),
             vmcs02,
             lends: false,

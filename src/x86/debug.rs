@@ -3,6 +3,8 @@
 //! Source: Intel SDM vol. 3B (December 2024), "Debug Registers": "Debug Control Register (DR7)", "Breakpoint Field
 //! Recognition"; vol. 3C, table "Format of Pending-Debug-Exceptions".
 
+use super::DataAccess;
+
 /// Bit 14 of the pending debug exceptions: a single step.
 pub const PENDING_BS: u64 = 1 << 14;
 /// Bit 12 of the pending debug exceptions: a breakpoint that was met is enabled.
@@ -20,7 +22,7 @@ pub const fn any_enabled(dr7: u64) -> bool {
 /// address space.
 ///
 /// With an enabled breakpoint the disabled ones whose conditions are met too are reported, as the SDM allows.
-pub fn data_breakpoints(dr7: u64, addresses: [u64; 4], linear: u64, bytes: u64, write: bool) -> u64 {
+pub fn data_breakpoints(dr7: u64, addresses: [u64; 4], linear: u64, bytes: u64, access: DataAccess) -> u64 {
     const WRITES: u64 = 0b01;
     const READS_AND_WRITES: u64 = 0b11;
     let (mut met, mut enabled) = (0, false);
@@ -34,7 +36,7 @@ pub fn data_breakpoints(dr7: u64, addresses: [u64; 4], linear: u64, bytes: u64, 
         };
         let first = address & !(size - 1);
         let overlaps = bytes != 0 && linear.wrapping_sub(first) < size || first.wrapping_sub(linear) < bytes;
-        if overlaps && (kind == READS_AND_WRITES || kind == WRITES && write) {
+        if overlaps && (kind == READS_AND_WRITES || kind == WRITES && access == DataAccess::Write) {
             met |= 1 << number;
             enabled |= dr7 >> (2 * number) & 3 != 0;
         }
@@ -46,6 +48,10 @@ pub fn data_breakpoints(dr7: u64, addresses: [u64; 4], linear: u64, bytes: u64, 
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    fn access(write: bool) -> DataAccess {
+        if write { DataAccess::Write } else { DataAccess::Read }
+    }
 
     /// What the SDM says of one breakpoint, byte by byte: its address, R/W, LEN, enables.
     fn byte_meets(address: u64, rw: u64, len: u64, byte: u64, write: bool) -> bool {
@@ -77,7 +83,7 @@ mod tests {
             let enabled = met.iter().any(|n| enables >> (2 * n) & 3 != 0);
             let bits = met.iter().fold(1 << 12, |bits, n| bits | 1 << n);
             let expected = if enabled { bits } else { 0 };
-            prop_assert_eq!(data_breakpoints(dr7, addresses, linear, bytes, write), expected);
+            prop_assert_eq!(data_breakpoints(dr7, addresses, linear, bytes, access(write)), expected);
         }
     }
 
@@ -86,15 +92,15 @@ mod tests {
         // DR0: 8 bytes, reads and writes.
         let dr7 = 0b1011 << 16 | 1;
         let top = u64::MAX - 7;
-        assert_eq!(data_breakpoints(dr7, [top, 0, 0, 0], u64::MAX, 1, false), PENDING_ENABLED | 1);
-        assert_eq!(data_breakpoints(dr7, [top, 0, 0, 0], 0, 16, false), 0);
-        assert_eq!(data_breakpoints(dr7, [0; 4], top, 8, false), 0);
-        assert_eq!(data_breakpoints(dr7, [0; 4], 7, 1, false), PENDING_ENABLED | 1);
+        assert_eq!(data_breakpoints(dr7, [top, 0, 0, 0], u64::MAX, 1, DataAccess::Read), PENDING_ENABLED | 1);
+        assert_eq!(data_breakpoints(dr7, [top, 0, 0, 0], 0, 16, DataAccess::Read), 0);
+        assert_eq!(data_breakpoints(dr7, [0; 4], top, 8, DataAccess::Read), 0);
+        assert_eq!(data_breakpoints(dr7, [0; 4], 7, 1, DataAccess::Read), PENDING_ENABLED | 1);
     }
 
     #[test]
     fn without_an_enable_nothing_is_pending() {
-        assert_eq!(data_breakpoints(0xFFFF_0400, [0x1000; 4], 0x1000, 8, true), 0);
+        assert_eq!(data_breakpoints(0xFFFF_0400, [0x1000; 4], 0x1000, 8, DataAccess::Write), 0);
         assert!(!any_enabled(0xFFFF_0400));
         for bit in 0..8 {
             assert!(any_enabled(0x400 | 1 << bit));

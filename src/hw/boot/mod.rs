@@ -202,7 +202,7 @@ impl Handover {
             DirectMap::new(Hpa::new(end))
         };
         let idt = idt::build(&mut frames, phys)?;
-        cpu::install(cpu::prepare(0, idt, no_execute, &mut frames, &mut tables, phys)?);
+        cpu::install(cpu::prepare(0, idt, data, &mut frames, &mut tables, phys)?);
         // Nothing of nvmx may be left where L2 can read it (invariant I9).
         phys.wipe(Hpa::new(loaded.start()), loaded.len());
         Ok(Home { layout, frames, tables, phys })

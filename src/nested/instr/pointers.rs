@@ -6,6 +6,7 @@ use crate::cpu::Cpu;
 use crate::guest::{Next, Stop, operand};
 use crate::nested::active;
 use crate::nested::result::done;
+use crate::vmcs::slot::VmcsKind;
 use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::controls::SecondaryControls;
 use crate::vmx::instr::Direction;
@@ -24,12 +25,12 @@ pub fn vmptrld(cpu: &mut Cpu) -> Result<Next, Stop> {
     }
     // No memory there reads as all ones.
     let revision = Vmcs12::revision(&cpu.guest, at).unwrap_or(u32::MAX);
-    let shadow = revision & SHADOW_INDICATOR != 0;
+    let kind = if revision & SHADOW_INDICATOR != 0 { VmcsKind::Shadow } else { VmcsKind::Ordinary };
     let may_be_shadow = cpu.config.offered.secondary.allows(SecondaryControls::VMCS_SHADOWING);
-    if revision & !SHADOW_INDICATOR != REVISION || shadow && !may_be_shadow {
+    if revision & !SHADOW_INDICATOR != REVISION || kind == VmcsKind::Shadow && !may_be_shadow {
         return done(cpu, VmxResult::FailValid(VmxError::VmptrldIncorrectRevisionId));
     }
-    let id = active::activate(cpu, at, shadow);
+    let id = active::activate(cpu, at, kind);
     if cpu.nested.current() != Some(id) {
         active::make_current(cpu, Some(id));
     }

@@ -11,6 +11,7 @@ use crate::vmcs::access::VmxOperation;
 use crate::vmcs::vmcs01;
 use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::region::REVISION;
+use crate::vmx::segment::AccessRights;
 use crate::vmx::{Field, VmxError, VmxResult};
 use crate::x86::RFlags;
 use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX};
@@ -70,9 +71,9 @@ pub fn vmxoff(cpu: &mut Cpu) -> Result<Next, Stop> {
 ///
 /// The one VMX instruction that exits before the processor looks at the mode.
 pub fn vmcall(cpu: &mut Cpu) -> Result<Next, Stop> {
-    const CS_LONG: u64 = 1 << 13;
     const RFLAGS_VM: u64 = RFlags::VIRTUAL_8086_MODE.bits();
-    let compatibility = operand::in_64_bit_mode(cpu) && cpu.vmx.read(Field::GUEST_CS_AR_BYTES) & CS_LONG == 0;
+    let compatibility =
+        operand::in_64_bit_mode(cpu) && !AccessRights(cpu.vmx.read(Field::GUEST_CS_AR_BYTES) as u32).is_64_bit_code();
     if compatibility || cpu.vmx.read(Field::GUEST_RFLAGS) & RFLAGS_VM != 0 {
         return Err(Fault::InvalidOpcode.into());
     }
