@@ -25,7 +25,7 @@ impl Frame {
     /// The right to write to it, from this offset on.
     #[inline(always)]
     pub const fn at(&self, offset: u64) -> Place<'_> {
-        Place::new(Hpa::new(self.0.get() | offset % PAGE_SIZE))
+        Place::new(Hpa::new(self.0.get() + offset % PAGE_SIZE))
     }
 }
 
