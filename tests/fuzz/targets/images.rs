@@ -13,7 +13,7 @@ use nvmx::boot::info::{BootInfo, CommandLine, Module, Modules};
 use nvmx::boot::options::Options;
 use nvmx::boot::{acpi, guest_image, multiboot1, multiboot2, pvh};
 use nvmx::mm::map::RangeKind;
-use nvmx::mm::phys::{PhysMem, VecMem};
+use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, MemoryMap, Span};
 
 const MIB: u64 = 1 << 20;

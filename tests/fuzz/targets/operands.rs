@@ -9,7 +9,7 @@ use input::Input;
 use libfuzzer_sys::fuzz_target;
 use nvmx::addr::Hpa;
 use nvmx::mm::linear::{Keys, Paging};
-use nvmx::mm::phys::{PhysMem, VecMem};
+use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, Span};
 use nvmx::vmx::instr::{CpuMode, Direction, InstructionInfo, MemoryOperand, decode_field_access};
 use nvmx::vmx::{Field, Fields};
