@@ -139,9 +139,9 @@ fn rule(reason: u16) -> Rule {
         72 | 73 => Any(vec![secondary(21)]),
         74 => Any(vec![secondary(30)]),
         75 => Any(vec![secondary(31)]),
-        // SIPI, SMI, RSM, entry failures without bit 31, EPT (nvmx walks ept12 first), VMFUNC (nvmx looks at its operands
+        // SMI, RSM, entry failures without bit 31, EPT (nvmx walks ept12 first), VMFUNC (nvmx looks at its operands
         // first), tertiary controls.
-        4..=6 | 17 | 33 | 34 | 41 | 48 | 49 | 59 | 69 | 78 | 79 => Never,
+        5..=6 | 17 | 33 | 34 | 41 | 48 | 49 | 59 | 69 | 78 | 79 => Never,
         // TDX instructions and the unknown: L3 found something that exits on every machine.
         _ => Always,
     }

@@ -8,8 +8,10 @@ use super::phys::DirectMap;
 use super::vmenter::{self, GuestRegs};
 use super::vmx::{Region, Vmx};
 use super::{cpu, cr, msr};
+use crate::addr::Hpa;
 use crate::mm::PhysMem;
 use crate::vmx::Field;
+use crate::vmx::field::Width;
 use crate::vmx::region::SHADOW_INDICATOR;
 
 /// IA32_PAT with the value after reset: nvmx's own accesses are write-back whatever the guests choose.
@@ -45,6 +47,12 @@ pub fn write(vmx: &mut Vmx, regs: &mut GuestRegs) {
         vmx.write_host_state(field, value);
     }
     vmx.host_rsp = regs.host_rsp();
+}
+
+/// Writes HOST_RSP of the current VMCS in order to find it in memory. What else its host-state area needs comes later, by [`write`], and
+/// with it another HOST_RSP.
+pub fn try_host_rsp(vmx: &mut Vmx, value: u64) {
+    vmx.write_host_state(Field::HOST_RSP, value);
 }
 
 /// HOST_RSP of a VMCS is L2's: VMREAD and VMWRITE of L2 reach it there without an exit.
@@ -84,6 +92,29 @@ impl Lent {
         vmx.ptrld(self.0);
         let value = vmx.read(Field::HOST_RSP);
         vmx.write_host_state(Field::HOST_RSP, vmx.host_rsp);
+        value
+    }
+}
+
+/// [`Lent`] under a hypervisor that keeps VMCSs in memory: of a VMCS that is not current, without an instruction. It is where in the
+/// region HOST_RSP lies.
+#[derive(Debug)]
+#[must_use]
+pub struct LentInMemory(u64);
+
+impl LentInMemory {
+    /// Makes the VMCS in `region`, whose HOST_RSP lies `host_rsp` bytes in, a shadow VMCS with L2's value.
+    pub fn by_becoming_shadow(phys: &DirectMap, region: Region, host_rsp: u64, revision: u32, value: u64) -> Self {
+        region.mark(phys, revision | SHADOW_INDICATOR);
+        region.write(phys, host_rsp, Width::Natural, value);
+        Self(host_rsp)
+    }
+
+    /// Makes the VMCS, which is the one in `region`, an ordinary one again, with nvmx's own value; answers with the one that L2 left.
+    pub fn take_back(self, vmx: &Vmx, phys: &DirectMap, region: Region, revision: u32) -> u64 {
+        let value = phys.read_u64(Hpa::new(region.at().get() + self.0));
+        region.write(phys, self.0, Width::Natural, vmx.host_rsp);
+        region.mark(phys, revision);
         value
     }
 }

@@ -27,6 +27,7 @@ const BLOCKING_BY_NMI: u64 = 1 << 3;
 /// Activity states.
 const ACTIVE: u64 = 0;
 const SHUTDOWN: u64 = 2;
+const WAIT_FOR_SIPI: u64 = 3;
 
 /// Before the entry into the guest of the current VMCS, if anything waits; an INIT comes before an NMI.
 #[cold]
@@ -59,7 +60,7 @@ fn deliver_init(cpu: &mut Cpu) {
 /// Brings L3 to a stop where an INIT is taken: the entry has checked and loaded everything and delivered its event, and L3
 /// has executed nothing. An entry that fails, or an exit while the event is delivered, leaves the INIT waiting.
 fn stop_nested_for_init(cpu: &mut Cpu, id: SlotId) {
-    if cpu.events.stops_nested || !can_stop_nested(cpu) {
+    if cpu.events.stops_nested || waits_for_sipi(cpu) || !can_stop_nested(cpu) {
         return;
     }
     cpu.events.stops_nested = true;
@@ -71,6 +72,12 @@ fn stop_nested_for_init(cpu: &mut Cpu, id: SlotId) {
     } else if !event.is(EventKind::Other) && !steps(primary12) {
         set_controls(cpu, PinControls::empty(), PrimaryControls::MONITOR_TRAP_FLAG, true);
     }
+}
+
+/// L3 waits for a start-up message, of vmcs02, which is current: INIT and NMI are blocked (SDM vol. 3C, "Changes in the Guest's Activity
+/// State").
+fn waits_for_sipi(cpu: &mut Cpu) -> bool {
+    cpu.vmx.read(Field::GUEST_ACTIVITY_STATE) == WAIT_FOR_SIPI
 }
 
 /// The processor has the monitor trap flag.
@@ -112,7 +119,7 @@ fn stop_nested(cpu: &mut Cpu, pin: PinControls) {
     let window = PrimaryControls::from_bits_retain(primary12).contains(PrimaryControls::NMI_WINDOW_EXITING)
         && !nmis_blocked
         && !event.is(EventKind::Nmi);
-    if cpu.events.stops_nested || blocked || steps || timer || window || !can_stop_nested(cpu) {
+    if cpu.events.stops_nested || blocked || steps || timer || window || waits_for_sipi(cpu) || !can_stop_nested(cpu) {
         return;
     }
     cpu.events.stops_nested = true;

@@ -10,8 +10,8 @@ use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::{Capabilities, Field};
 use crate::x86::efer;
 
-/// Activity states: HLT, shutdown.
-const INACTIVE: core::ops::RangeInclusive<u64> = 1..=2;
+/// Activity states: HLT, shutdown, wait-for-SIPI.
+const INACTIVE: core::ops::RangeInclusive<u64> = 1..=3;
 
 /// A whole vmcs12, and what the rules need besides.
 pub struct Whole<'a> {

@@ -159,10 +159,10 @@ const EPT_BITS: u64 = 0xFFFF_FFFF;
 /// VM functions that nvmx implements: EPTP switching.
 pub const VMFUNC: u64 = 1 << 0;
 
-/// The bits of IA32_VMX_MISC that are taken from the hardware: timer rate, storing of LMA, activity states HLT and shutdown, injection
-/// with instruction length 0, VMWRITE to exit-information fields (nvmx believes them only after an exit, which writes them
-/// anew). Withheld: activity state wait-for-SIPI, Intel PT, SMM.
-pub const MISC: u64 = 0x1F | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 29 | 1 << 30;
+/// The bits of IA32_VMX_MISC that are taken from the hardware: timer rate, storing of LMA, activity states HLT, shutdown and
+/// wait-for-SIPI, injection with instruction length 0, VMWRITE to exit-information fields (nvmx believes them only after an exit, which
+/// writes them anew). Withheld: Intel PT, SMM.
+pub const MISC: u64 = 0x1F | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 29 | 1 << 30;
 const MISC_CR3_TARGETS_SHIFT: u32 = 16;
 /// CR3-target values in the field table.
 const MAX_CR3_TARGETS: u32 = 4;

@@ -68,7 +68,9 @@ fn guest_wants_exit(exit: &ExitInfo, guest: &impl GuestWants) -> bool {
 
     match exit.reason.basic() {
         // Always, in VMX non-root operation.
-        R::CPUID | R::GETSEC | R::INVD | R::XSETBV | R::TASK_SWITCH | R::TRIPLE_FAULT | R::INIT_SIGNAL => true,
+        R::CPUID | R::GETSEC | R::INVD | R::XSETBV | R::TASK_SWITCH | R::TRIPLE_FAULT | R::INIT_SIGNAL | R::SIPI => {
+            true
+        }
         R::VMCALL | R::VMCLEAR | R::VMLAUNCH | R::VMPTRLD | R::VMPTRST | R::VMRESUME => true,
         R::VMXOFF | R::VMXON | R::INVEPT | R::INVVPID => true,
 
@@ -122,8 +124,8 @@ fn guest_wants_exit(exit: &ExitInfo, guest: &impl GuestWants) -> bool {
         R::BUS_LOCK => secondary(S::BUS_LOCK_DETECTION),
         R::INSTRUCTION_TIMEOUT => secondary(S::INSTRUCTION_TIMEOUT),
 
-        // Exits only with the dual-monitor treatment of SMIs, in the wait-for-SIPI state, or with tertiary controls.
-        R::SIPI | R::IO_SMI | R::OTHER_SMI | R::RSM | R::LOADIWKEY | R::RDMSRLIST | R::WRMSRLIST => false,
+        // Exits only with the dual-monitor treatment of SMIs, or with tertiary controls.
+        R::IO_SMI | R::OTHER_SMI | R::RSM | R::LOADIWKEY | R::RDMSRLIST | R::WRMSRLIST => false,
         // Entry failures come with bit 31; without it these numbers mean nothing.
         R::ENTRY_INVALID_GUEST_STATE | R::ENTRY_MSR_LOADING | R::ENTRY_MACHINE_CHECK => false,
 

@@ -84,6 +84,11 @@ impl Layout {
         region.write(phys, self.offset(field), field.width(), value);
     }
 
+    /// Where in a region HOST_RSP lies, if that is known.
+    pub fn host_rsp(&self) -> Option<u64> {
+        self.knows(Field::HOST_RSP).then(|| self.offset(Field::HOST_RSP))
+    }
+
     /// A field that is not known lies, harmlessly, in the last bytes of the region.
     #[inline]
     fn offset(&self, field: Field) -> u64 {

@@ -1,6 +1,7 @@
 //! Tries where the hypervisor below keeps the fields of a VMCS that is not current (`vmcs::image`).
 
 use crate::addr::PAGE_SIZE;
+use crate::hw::host_area;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
 use crate::mm::PhysMem;
@@ -22,7 +23,8 @@ pub fn fields(vmx: &mut Vmx, region: Region, hardware: &Capabilities) -> FieldSe
 /// The layout, if every field that the processor has is found, and what is written to memory is what VMREAD gives. Uses two
 /// VMCS regions that nothing is in yet; both are clear afterwards, and no VMCS is current.
 pub fn layout(vmx: &mut Vmx, phys: &DirectMap, [a, b]: [Region; 2], exists: &FieldSet) -> Option<Layout> {
-    // The number of the last error is not L2's: nvmx keeps that itself. The host-state area is nvmx's, and never reached there.
+    // The number of the last error is not L2's: nvmx keeps that itself. The host-state area is nvmx's, and never reached there, but for
+    // HOST_RSP, which may be lent.
     let fields = || exists.iter().filter(|field| *field != Field::VM_INSTRUCTION_ERROR && !field.is_host_state());
     vmx.clear(a);
     vmx.clear(b);
@@ -30,10 +32,12 @@ pub fn layout(vmx: &mut Vmx, phys: &DirectMap, [a, b]: [Region; 2], exists: &Fie
     for (content, round) in content.iter_mut().zip([Round::First, Round::Second]) {
         vmx.ptrld(a);
         fields().for_each(|field| vmx.write(field, probe(field, round)));
+        host_area::try_host_rsp(vmx, probe(Field::HOST_RSP, round));
         vmx.ptrld(b);
         phys.read_bytes(a.at(), content);
     }
     let layout = Layout::learn(&content[0], &content[1]);
+    let fields = || fields().chain([Field::HOST_RSP]);
     fields().for_each(|field| layout.write(phys, a, field, probe(field, Round::First)));
     vmx.ptrld(a);
     let mut good = true;
@@ -43,7 +47,7 @@ pub fn layout(vmx: &mut Vmx, phys: &DirectMap, [a, b]: [Region; 2], exists: &Fie
             good = false;
         }
     }
-    fields().for_each(|field| vmx.write(field, 0));
+    fields().filter(|field| !field.is_host_state()).for_each(|field| vmx.write(field, 0));
     vmx.clear(a);
     vmx.clear(b);
     good.then_some(layout)

@@ -5,7 +5,7 @@
 
 use crate::addr::Hpa;
 use crate::ept::{Activation, Eptp};
-use crate::hw::host_area::{self, Lent};
+use crate::hw::host_area::{self, Lent, LentInMemory};
 use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::{Invalidate, Region, Vmx};
@@ -37,7 +37,17 @@ enum Form {
         /// VMRESUME instead of VMLAUNCH.
         launched: bool,
     },
+    /// The same, with HOST_RSP lent to L2.
+    LentInMemory {
+        /// L2's HOST_RSP in it.
+        lent: LentInMemory,
+        /// VMRESUME instead of VMLAUNCH.
+        launched: bool,
+    },
 }
+
+/// HOST_RSP to be lent in memory: where in the region it lies, and L2's value.
+pub(super) type HostRsp = (u64, u64);
 
 /// The VMCS that runs L3.
 pub struct Vmcs02 {
@@ -117,6 +127,7 @@ impl Vmcs02 {
     pub(super) fn load(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> Option<u64> {
         let launched = match self.form {
             Form::Lent(_) => return self.load_lent(vmx, phys, revision),
+            Form::LentInMemory { .. } => return self.load_lent_in_memory(vmx, phys, revision),
             Form::Shadow => {
                 // The processor may hold parts of a linked shadow VMCS: VMCLEAR brings them to memory before the indicator
                 // changes (SDM vol. 3C, "Shadow VMCSs": software should execute VMCLEAR before it modifies the indicator).
@@ -143,13 +154,46 @@ impl Vmcs02 {
         }
     }
 
-    /// It becomes the shadow VMCS by a write to memory: it is not current, so the hypervisor below has it there.
-    #[inline(always)]
-    pub(super) fn become_shadow_in_memory(&mut self, phys: &DirectMap, revision: u32) {
-        if let Form::Ordinary { launched } = self.form {
-            self.region.mark(phys, revision | SHADOW_INDICATOR);
-            self.form = Form::ShadowInMemory { launched };
+    #[cold]
+    fn load_lent_in_memory(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> Option<u64> {
+        let value = self.take_back_in_memory(vmx, phys, revision);
+        vmx.ptrld(self.region);
+        value
+    }
+
+    /// An ordinary VMCS in memory again, if HOST_RSP is lent in it: L2's value.
+    fn take_back_in_memory(&mut self, vmx: &Vmx, phys: &DirectMap, revision: u32) -> Option<u64> {
+        let Form::LentInMemory { launched, .. } = self.form else { return None };
+        match mem::replace(&mut self.form, Form::Ordinary { launched }) {
+            Form::LentInMemory { lent, .. } => Some(lent.take_back(vmx, phys, self.region, revision)),
+            _ => None,
         }
+    }
+
+    /// It becomes the shadow VMCS by a write to memory: it is not current, so the hypervisor below has it there. L2's HOST_RSP is lent
+    /// if it has a place.
+    #[inline(always)]
+    pub(super) fn become_shadow_in_memory(&mut self, phys: &DirectMap, revision: u32, lend: Option<HostRsp>) {
+        let Form::Ordinary { launched } = self.form else { return };
+        self.form = match lend {
+            Some((at, value)) => {
+                let lent = LentInMemory::by_becoming_shadow(phys, self.region, at, revision, value);
+                Form::LentInMemory { lent, launched }
+            }
+            None => {
+                self.region.mark(phys, revision | SHADOW_INDICATOR);
+                Form::ShadowInMemory { launched }
+            }
+        };
+    }
+
+    /// It is a shadow VMCS in memory: HOST_RSP in it is L2's from now on.
+    #[cold]
+    pub(super) fn lend_in_memory(&mut self, vmx: &Vmx, phys: &DirectMap, revision: u32, (at, value): HostRsp) {
+        let (Form::ShadowInMemory { launched } | Form::LentInMemory { launched, .. }) = self.form else { return };
+        self.take_back_in_memory(vmx, phys, revision);
+        self.form = Form::Ordinary { launched };
+        self.become_shadow_in_memory(phys, revision, Some((at, value)));
     }
 
     /// From the current VMCS it becomes the shadow VMCS that L2's VMREAD and VMWRITE reach, with L2's HOST_RSP if that is to be
@@ -168,7 +212,7 @@ impl Vmcs02 {
 
     /// Not current, it takes the form in which vmcs01 and other vmcs02s may link to it.
     pub(super) fn rest(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
-        if !matches!(self.form, Form::Shadow | Form::Lent(_)) {
+        if !matches!(self.form, Form::Shadow | Form::Lent(_) | Form::LentInMemory { .. }) {
             self.become_shadow(vmx, phys, revision, None);
         }
     }

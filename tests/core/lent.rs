@@ -2,9 +2,10 @@
 //! refuses each entry with another HOST_RSP than nvmx's own.
 
 use crate::kit::*;
-use l2_protocol::abi::Counter;
+use l2_protocol::abi::{Counter, Strategy};
 use nvmx::hw::host_area::Lent;
 use nvmx_machine::guest::{Guest, Op, Outcome};
+use nvmx_machine::processor::Storage;
 use nvmx_machine::world::{End, Setup, World, agree};
 
 /// Writes HOST_RSP, reads it back, and runs L3 until it exits, to a handler that starts with it.
@@ -126,23 +127,26 @@ fn trapped(world: &World) -> u64 {
 
 #[test]
 fn the_first_write_of_a_vmcs_in_use_exits_and_no_other_does() {
-    let mut world = World::new(Setup::all()[0]);
-    let end = world.boot(|g| async move {
-        hypervisor(&g, &[]).await;
-        launch(&g).await;
-        leave(&g).await;
-    });
-    assert!(matches!(end, End::Over));
-    let mut before = trapped(&world);
-    for (rounds, exits) in [(1, 1), (50, 0)] {
-        let end = world.run(|g| async move {
-            for n in 0..rounds {
-                round_without_a_look(&g, 0x7100 + n).await;
-            }
+    for storage in [Storage::OnChip, Storage::InMemory] {
+        let setup = Setup::all().into_iter().find(|s| s.storage == storage && s.strategy == Strategy::ZeroCopy);
+        let mut world = World::new(setup.expect("there is one"));
+        let end = world.boot(|g| async move {
+            hypervisor(&g, &[]).await;
+            launch(&g).await;
+            leave(&g).await;
         });
         assert!(matches!(end, End::Over));
-        assert_eq!(trapped(&world) - before, exits, "{rounds} rounds");
-        before = trapped(&world);
+        let mut before = trapped(&world);
+        for (rounds, exits) in [(1, 1), (50, 0)] {
+            let end = world.run(|g| async move {
+                for n in 0..rounds {
+                    round_without_a_look(&g, 0x7100 + n).await;
+                }
+            });
+            assert!(matches!(end, End::Over));
+            assert_eq!(trapped(&world) - before, exits, "{storage:?}: {rounds} rounds");
+            before = trapped(&world);
+        }
     }
 }
 

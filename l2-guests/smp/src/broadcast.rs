@@ -1,8 +1,8 @@
 //! Messages to all other CPUs at once: INIT and start-up, and, where the CPU has the activity state, a start-up message for
 //! guests that wait for one.
 
-use crate::{cpus, guest};
-use l2_kit::{Check, apic, caps, cpu, fields as f, identity, report, serial::Serial, setup::Controls, smp, vmx};
+use crate::{cpus, guest, messages};
+use l2_kit::{Check, apic, caps, cpu, fields as f, serial::Serial, setup::Controls, smp, vmx};
 
 /// All other CPUs, as destination shorthand.
 const OTHERS: u32 = 3 << 18;
@@ -15,6 +15,8 @@ const WAITS_FOR_SIPI: u64 = 3;
 /// Basic exit reason
 const STARTED: u64 = 4;
 const MISC: u32 = 0x485;
+/// What the message says
+const VECTOR: u8 = 0x42;
 
 pub fn all(ids: &[u32]) {
     leave_vmx();
@@ -35,9 +37,9 @@ pub fn all(ids: &[u32]) {
         .expect("came", came, cpus() - 1)
         .expect("back", back, cpus() - 1)
         .end();
-    // Not all hypervisors offer it, so that there is no record.
-    if identity::Slot::find() == identity::Slot::Bare && caps::own_or_0(MISC) & 1 << 8 != 0 {
-        guests_that_wait();
+    if caps::own_or_0(MISC) & 1 << 8 != 0 {
+        guests_that_wait(ids, "a start-up message to all guests that wait for one", true);
+        guests_that_wait(ids, "a start-up message to each guest that waits for one", false);
     }
 }
 
@@ -50,9 +52,10 @@ fn leave_vmx() {
     });
 }
 
-/// Each guest exits for the one message.
-fn guests_that_wait() {
-    for index in 1..cpus() {
+/// Each guest exits for the message, and for no INIT, NMI or interrupt before it.
+fn guests_that_wait(ids: &[u32], name: &str, broadcast: bool) {
+    messages::set_hooks();
+    for (index, id) in ids.iter().enumerate().skip(1) {
         smp::give(index, |index| {
             guest::enter_vmx();
             let guest = guest::Guest::make(index, index as u64, Controls::default());
@@ -62,18 +65,31 @@ fn guests_that_wait() {
             guest.run();
             smp::note(index, 1, vmx::read(f::EXIT_REASON));
             smp::note(index, 2, vmx::read(f::EXIT_QUALIFICATION));
+            smp::note(index, 3, vmx::read(f::GUEST_ACTIVITY));
         });
         smp::wait_for_note(index, 0);
+        smp::pause(100_000);
+        apic::send(*id, apic::message::NMI);
     }
     smp::pause(100_000);
-    apic::send(0, apic::message::startup(0x42) | OTHERS);
-    for index in 1..cpus() {
-        let came = smp::until(1_000_000, || smp::noted(index, 1) != 0);
-        let (reason, vector) = (smp::noted(index, 1), smp::noted(index, 2));
-        if !came || (reason, vector) != (STARTED, 0x42) {
-            report::fail(format_args!("a start-up for all: CPU {index}: reason {reason:#x}, vector {vector:#x}"));
-        }
+    let early = (1..cpus()).filter(|index| smp::noted(*index, 1) != 0).count();
+    if broadcast {
+        apic::send(0, apic::message::startup(VECTOR) | OTHERS);
     }
+    for (index, id) in ids.iter().enumerate().skip(1) {
+        if !broadcast {
+            apic::send(*id, apic::message::startup(VECTOR));
+        }
+        smp::until(1_000_000, || smp::noted(index, 1) != 0);
+    }
+    let came = |word, value| (1..cpus()).filter(|index| smp::noted(*index, word) == value).count();
+    let others = cpus() - 1;
+    Check::new(&mut Serial, name)
+        .expect("early", early, 0)
+        .expect("reasons", came(1, STARTED), others)
+        .expect("vectors", came(2, VECTOR.into()), others)
+        .fact("still_waiting", came(3, WAITS_FOR_SIPI))
+        .end();
     smp::clear_notes();
     leave_vmx();
 }

@@ -5,9 +5,11 @@ use super::links::Links;
 use super::strategy::{
     Common, Description, HostState, InfoFrom, MachineParts, Reached, Report, Strategy, VmxOperation,
 };
+use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
 use crate::vmcs::image::{Image, Layout};
 use crate::vmcs::slot::Slot;
+use crate::vmcs::vmcs02::HostRsp;
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmx::controls::SecondaryControls;
 use crate::vmx::{Field, FieldAccess};
@@ -22,6 +24,21 @@ pub(super) struct InMemory {
 impl InMemory {
     pub(super) fn new(layout: Layout, links: Option<Links>) -> Self {
         Self { layout, links }
+    }
+
+    /// vmcs02 is to become a shadow VMCS: where its HOST_RSP lies, and what L2 is lent there.
+    #[inline(always)]
+    fn to_lend(&self, slot: &mut Slot) -> Option<HostRsp> {
+        let value = slot.host_rsp_to_lend()?;
+        Some((self.layout.host_rsp()?, value))
+    }
+
+    #[inline(always)]
+    fn become_shadow(&self, phys: &DirectMap, slot: &mut Slot, common: &Common) {
+        if self.links.is_some() {
+            let lend = self.to_lend(slot);
+            slot.vmcs02.become_shadow_in_memory(phys, common.revision, lend);
+        }
     }
 }
 
@@ -47,6 +64,19 @@ impl Strategy for InMemory {
         InfoFrom::Code
     }
 
+    fn lend(&mut self, vmx: &mut Vmx, slot: &mut Slot) {
+        if let Some(links) = self.links.as_mut().filter(|_| !slot.lends && self.layout.knows(Field::HOST_RSP)) {
+            slot.lends = true;
+            links.open_lent(vmx);
+        }
+    }
+
+    fn write_host_rsp(&self, on: MachineParts<'_>, slot: &mut Slot, _: Region, common: &Common) {
+        if let Some(place) = self.to_lend(slot) {
+            slot.vmcs02.lend_in_memory(on.vmx, on.phys, common.revision, place);
+        }
+    }
+
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, _: Region, field: Field) -> u64 {
         self.layout.read(on.phys, slot.vmcs02.region(), field)
     }
@@ -63,9 +93,7 @@ impl Strategy for InMemory {
         }
         slot.vmcs12.dirty = FieldSet::EMPTY;
         slot.vmcs12.valid = FieldSet::CACHED;
-        if self.links.is_some() {
-            slot.vmcs02.become_shadow_in_memory(on.phys, common.revision);
-        }
+        self.become_shadow(on.phys, slot, common);
     }
 
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
@@ -75,6 +103,7 @@ impl Strategy for InMemory {
 
     fn stored(&self, slot: &mut Slot) {
         slot.vmcs12.valid = FieldSet::CACHED;
+        slot.lends = false;
     }
 
     fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
@@ -90,9 +119,7 @@ impl Strategy for InMemory {
 
     fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
         on.vmx.ptrld(on.vmcs01);
-        if self.links.is_some() {
-            slot.vmcs02.become_shadow_in_memory(on.phys, common.revision);
-        }
+        self.become_shadow(on.phys, slot, common);
     }
 
     #[inline(never)]
@@ -118,7 +145,7 @@ impl Strategy for InMemory {
                 let mut vmcs02 = image(slot.vmcs02.region());
                 report.fields(|field, value| vmcs02.write(field, value));
             }
-            slot.vmcs02.become_shadow_in_memory(on.phys, common.revision);
+            self.become_shadow(on.phys, slot, common);
         }
     }
 }

@@ -116,11 +116,7 @@ impl VmcsAccess {
     /// VMWRITE of HOST_RSP, which is in the copy already. The VMCS at `current` is current.
     #[cold]
     pub fn write_host_rsp(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region) {
-        if let Some(value) = slot.host_rsp_to_lend() {
-            on.vmx.ptrld(slot.vmcs02.region());
-            slot.vmcs02.lend(on.vmx, on.phys, value);
-            on.vmx.ptrld(current);
-        }
+        by!(&self.way, strategy => strategy.write_host_rsp(on, slot, current, &self.common));
     }
 
     /// The copy in a slot was loaded from L2's memory; vmcs01 is current.

@@ -47,6 +47,14 @@ impl Strategy for Shadowed {
         }
     }
 
+    fn write_host_rsp(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, _: &Common) {
+        if let Some(value) = slot.host_rsp_to_lend() {
+            on.vmx.ptrld(slot.vmcs02.region());
+            slot.vmcs02.lend(on.vmx, on.phys, value);
+            on.vmx.ptrld(current);
+        }
+    }
+
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field) -> u64 {
         // A shadow VMCS changes without an exit, so that its values are never kept.
         on_vmcs02(on.vmx, slot, current, |vmx| vmx.read(field))

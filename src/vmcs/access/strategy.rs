@@ -128,6 +128,9 @@ pub(super) trait Strategy {
     /// An L2 that writes HOST_RSP often may have it to itself in the vmcs02 of this slot, from now on. vmcs01 is current.
     fn lend(&mut self, _: &mut Vmx, _slot: &mut Slot) {}
 
+    /// VMWRITE of HOST_RSP, which is in the copy already: if it is lent, it goes to where L2 finds it. The VMCS at `current` is current.
+    fn write_host_rsp(&self, _: MachineParts<'_>, _slot: &mut Slot, _current: Region, _: &Common) {}
+
     /// VMREAD of a field that is not in the copy. The VMCS at `current` is current.
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field) -> u64;
 
