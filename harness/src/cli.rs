@@ -533,6 +533,10 @@ pub struct TestArgs {
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub jobs: u32,
 
+    /// What the boot tests run on: the emulated machine, or KVM, which has tests of its own, one after the other
+    #[arg(long, value_enum, default_value = "bochs")]
+    pub l0: L0,
+
     /// Use this Bochs instead of building one
     #[arg(long, value_name = "PATH")]
     pub bochs: Option<PathBuf>,

@@ -75,10 +75,6 @@ impl Session {
     /// # Errors
     /// As there.
     pub fn start_with(ui: &Ui, args: &L0Args, wanted: &Wanted) -> Result<Self> {
-        if args.l0 == host::L0::KvmInBochs && args.cpus > 1 {
-            let text = "--l0 kvm-in-bochs has one CPU: --cpus works with --l0 bochs and --l0 kvm";
-            return Err(Stop::Usage(text.into()).into());
-        }
         let paths = Paths::find()?;
         boot::clear_old(&paths);
         let lock = paths.lock(ui)?;
@@ -177,9 +173,6 @@ impl Session {
             let text = "--l1 kvm needs --l0 bochs or kvm-in-bochs: KVM then runs on the emulated machine";
             return Err(Stop::Usage(text.into()).into());
         }
-        if self.machine.cpus > 1 {
-            return Err(Stop::Usage("--l1 kvm works with one CPU only".into()).into());
-        }
         let depth = if args.l0 == host::L0::KvmInBochs { 2 } else { 1 };
         Ok(KvmInBochs { depth, ..self.kvm_on_bochs()? })
     }
@@ -191,7 +184,14 @@ impl Session {
     pub fn kvm_on_bochs(&self) -> Result<KvmInBochs> {
         if self.dry {
             let (linux, vmm) = (dry_linux(Kernel::Newest), PathBuf::new());
-            return Ok(KvmInBochs { bochs: dry_bochs(), linux, vmm, parameters: KVM_INTEL.into(), depth: 1 });
+            return Ok(KvmInBochs {
+                bochs: dry_bochs(),
+                linux,
+                vmm,
+                parameters: KVM_INTEL.into(),
+                depth: 1,
+                by_words: false,
+            });
         }
         let lock = self.paths.lock(&self.ui)?;
         let bochs = setup::bochs::set_up(&self.ui, &self.paths, self.bochs.as_deref())?;
@@ -359,7 +359,7 @@ fn set_up_l0(ui: &Ui, paths: &Paths, args: &L0Args) -> Result<(Box<dyn Backend>,
 fn kvm_in_bochs(ui: &Ui, paths: &Paths, bochs: setup::bochs::Bochs) -> Result<KvmInBochs> {
     let linux = setup::linux::set_up(ui, paths, Kernel::Newest)?;
     let vmm = setup::linux::build_vmm(ui, paths)?;
-    Ok(KvmInBochs { bochs, linux, vmm, parameters: KVM_INTEL.into(), depth: 1 })
+    Ok(KvmInBochs { bochs, linux, vmm, parameters: KVM_INTEL.into(), depth: 1, by_words: false })
 }
 
 fn choose_model(wish: Option<&str>, offered: &[String]) -> Result<String, Stop> {

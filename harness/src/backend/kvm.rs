@@ -1,5 +1,6 @@
 //! KVM as L0, by QEMU.
 
+use super::noise::{self, numbers};
 use super::{Backend, DEBUG_PORT, Machine, SERIAL, Spec, Unit};
 use anyhow::Result;
 use nvmx_setup::proc::Child;
@@ -45,6 +46,10 @@ impl Backend for Kvm {
         1
     }
 
+    fn noise(&self, machine: &Machine) -> Vec<String> {
+        noise::warnings(&chosen(machine.cpus).unwrap_or_default())
+    }
+
     fn start(&self, spec: &Spec, folder: &Path) -> Result<Child> {
         let serial = File::create(folder.join(SERIAL))?;
         let errors = File::create(folder.join("qemu.err"))?;
@@ -66,13 +71,9 @@ impl Backend for Kvm {
 /// QEMU on CPUs of the host that it stays on: as many as the machine has, and one for QEMU itself, those with the highest numbers
 /// that this process may use. Where there are not so many, or no `taskset`, it runs where it likes.
 fn pinned(qemu: &Path, cpus: u32) -> Command {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).map(numbers);
-    let mut allowed = allowed.unwrap_or_default();
-    let wanted = cpus as usize + 1;
-    match program("taskset") {
-        Some(taskset) if allowed.len() >= wanted => {
-            let chosen: Vec<String> = allowed.split_off(allowed.len() - wanted).iter().map(u32::to_string).collect();
+    match program("taskset").zip(chosen(cpus)) {
+        Some((taskset, chosen)) => {
+            let chosen: Vec<String> = chosen.iter().map(u32::to_string).collect();
             let mut command = Command::new(taskset);
             command.args(["-c", &chosen.join(",")]).arg(qemu);
             command
@@ -81,13 +82,11 @@ fn pinned(qemu: &Path, cpus: u32) -> Command {
     }
 }
 
-/// The numbers of a list like `0-3,8`.
-fn numbers(list: &str) -> Vec<u32> {
-    let range = |part: &str| {
-        let (first, last) = part.trim().split_once('-').unwrap_or((part.trim(), part.trim()));
-        Some(first.parse().ok()?..=last.parse().ok()?)
-    };
-    list.split(',').filter_map(range).flatten().collect()
+/// The CPUs of the host that a machine with so many stays on, if there are enough.
+fn chosen(cpus: u32) -> Option<Vec<u32>> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mut allowed = numbers(status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?);
+    Some(allowed.split_off(allowed.len().checked_sub(cpus as usize + 1)?))
 }
 
 fn arguments(spec: &Spec, folder: &Path) -> Vec<String> {
@@ -170,11 +169,5 @@ mod tests {
             line.contains("-chardev file,id=debug,path=/a,,b/debug.log -device isa-debugcon,iobase=0xe9,chardev=debug"),
             "{line}"
         );
-    }
-
-    #[test]
-    fn a_list_of_cpus_is_read() {
-        assert_eq!(numbers("\t0-2,7,9-10"), [0, 1, 2, 7, 9, 10]);
-        assert!(numbers("").is_empty());
     }
 }

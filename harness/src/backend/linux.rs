@@ -17,6 +17,7 @@ const MEMORY: u32 = 1024;
 const KERNEL: &str = "vmlinuz";
 const INNER: &str = "inner.initramfs";
 const HYPERVISOR: &str = "hypervisor";
+const AFTER: &str = "after.initramfs";
 
 /// How the machine ends while its guest works.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -25,7 +26,12 @@ pub enum End {
     Reset,
     /// It is switched off
     PowerOff,
+    /// Its kernel starts another one
+    Kexec,
 }
+
+/// All of them.
+const ENDS: [End; 3] = [End::Reset, End::PowerOff, End::Kexec];
 
 impl End {
     /// Its name in orders.
@@ -33,6 +39,7 @@ impl End {
         match self {
             End::Reset => "reset",
             End::PowerOff => "power-off",
+            End::Kexec => "kexec",
         }
     }
 }
@@ -54,6 +61,8 @@ pub struct Job {
     pub vcpus: Option<u32>,
     /// The guest works much: programs, memory, system calls, a pipe, a timer, interrupts between CPUs
     pub loads: bool,
+    /// CPUs of L2 go offline and come back before its guest starts
+    pub hotplug: bool,
     /// Parameters of the module kvm-intel
     pub parameters: String,
     /// The guest is no Linux but this guest hypervisor of `l2-guests/`, in our own VMM
@@ -61,11 +70,12 @@ pub struct Job {
 }
 
 /// The words of [`Job::parse`].
-const ORDERS: &str = "vmm=qemu|own, times=N, kill=MILLISECONDS, reload=on, vcpus=N, loads=on, end=reset|power-off";
+const ORDERS: &str =
+    "vmm=qemu|own, times=N, kill=MILLISECONDS, reload=on, vcpus=N, loads=on, hotplug=on, end=reset|power-off|kexec";
 
 impl Job {
     /// Reads the words of a command line: `vmm=qemu|own`, `times=N`, `kill=MILLISECONDS`, `reload=on`, `vcpus=N`,
-    /// `loads=on`, `end=reset|power-off`; the rest is for kvm-intel.
+    /// `loads=on`, `hotplug=on`, `end=reset|power-off|kexec`; the rest is for kvm-intel.
     ///
     /// # Errors
     /// The word that makes no sense.
@@ -78,6 +88,7 @@ impl Job {
             end: None,
             vcpus: None,
             loads: false,
+            hotplug: false,
             parameters: String::new(),
             hypervisor: None,
         };
@@ -93,17 +104,16 @@ impl Job {
                 ("kill", n) => job.kill = Some(n.parse().ok().ok_or_else(bad)?),
                 ("reload", "on") => job.reload = true,
                 ("loads", "on") => job.loads = true,
-                ("end", end) => {
-                    job.end = Some([End::Reset, End::PowerOff].into_iter().find(|e| e.word() == end).ok_or_else(bad)?)
-                }
-                ("vmm" | "reload" | "loads", _) => return Err(bad()),
+                ("hotplug", "on") => job.hotplug = true,
+                ("end", end) => job.end = Some(ENDS.into_iter().find(|e| e.word() == end).ok_or_else(bad)?),
+                ("vmm" | "reload" | "loads" | "hotplug", _) => return Err(bad()),
                 _ => parameters.push(word),
             }
         }
         job.parameters = parameters.join(" ");
-        // Our own VMM has one CPU, and no program that could be ended.
-        match !job.qemu && (job.end.is_some() || job.kill.is_some() || job.vcpus.is_some_and(|n| n > 1)) {
-            true => Err("`vmm=own` goes without `end=`, `kill=` and `vcpus=`: these are for QEMU".into()),
+        // Our own VMM is no program that could be ended.
+        match !job.qemu && (job.end.is_some() || job.kill.is_some()) {
+            true => Err("`vmm=own` goes without `end=` and `kill=`: these are for QEMU".into()),
             false => Ok(job),
         }
     }
@@ -151,6 +161,10 @@ impl LinuxKvm {
         if let Some(qemu) = self.qemu.as_ref().filter(|_| job.qemu) {
             qemu.add_to(&mut archive)?;
         }
+        if job.end == Some(End::Kexec) {
+            // What it is, and that it came so far, is all that the second kernel tells.
+            archive.add(AFTER, &only_init(&self.vmm, "role hypervisor\ntimes 0\nprogram none\n")?)?;
+        }
         archive.add("plan", plan(job, cpus).as_bytes())?;
         archive.finish()
     }
@@ -161,10 +175,15 @@ impl LinuxKvm {
 /// # Errors
 /// If the VMM cannot be read.
 pub fn workload(vmm: &Path, orders: &str) -> Result<Vec<u8>> {
+    only_init(vmm, &format!("role workload\n{orders}"))
+}
+
+/// An initial file system that has nothing but the VMM, with these orders.
+fn only_init(vmm: &Path, orders: &str) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     ["dev", "proc", "sys"].iter().try_for_each(|folder| archive.add_folder(folder))?;
     archive.add_file("init", vmm)?;
-    archive.add("plan", format!("role workload\n{orders}").as_bytes())?;
+    archive.add("plan", orders.as_bytes())?;
     archive.finish()
 }
 
@@ -190,6 +209,9 @@ fn plan(job: &Job, cpus: u32) -> String {
     if job.reload {
         text.push_str("reload on\n");
     }
+    if job.hotplug {
+        text.push_str("hotplug on\n");
+    }
     if let Some(end) = job.end {
         let _ = writeln!(text, "end {}", end.word());
     }
@@ -199,7 +221,8 @@ fn plan(job: &Job, cpus: u32) -> String {
         let line = Qemu::command_line(job.vcpus.unwrap_or(cpus), GUEST_MEMORY, KERNEL, INNER, COMMAND_LINE);
         let _ = writeln!(text, "program {line}");
     } else {
-        let _ = writeln!(text, "memory {GUEST_MEMORY}\nkernel /{KERNEL} {COMMAND_LINE}\npayload /{INNER}");
+        let cpus = job.vcpus.unwrap_or(cpus);
+        let _ = writeln!(text, "memory {GUEST_MEMORY}\ncpus {cpus}\nkernel /{KERNEL} {COMMAND_LINE}\npayload /{INNER}");
     }
     text
 }
@@ -232,7 +255,10 @@ mod tests {
             lines[2..7],
             ["module /irqbypass.ko", "module /kvm.ko", "module /kvm-intel.ko ept=0", "times 2", "reload on"]
         );
-        assert!(lines[8].starts_with("kernel /vmlinuz console=") && lines[9] == "payload /inner.initramfs");
+        assert_eq!(lines[8], "cpus 1");
+        assert!(lines[9].starts_with("kernel /vmlinuz console=") && lines[10] == "payload /inner.initramfs");
+        let own = plan(&Job::parse("vmm=own vcpus=2 hotplug=on").unwrap(), 4);
+        assert!(own.contains("\ncpus 2\n") && own.contains("\nhotplug on\n"));
         let qemu = plan(&Job::parse("vmm=qemu").unwrap(), 2);
         assert!(qemu.contains(" -smp 2 "));
         let nested = Job { hypervisor: Some(Payload::new("/c", "events=9")), ..Job::parse("").unwrap() };

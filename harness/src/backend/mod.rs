@@ -7,6 +7,7 @@ pub mod kvm;
 pub mod kvm_in_bochs;
 pub mod linux;
 pub mod memory;
+mod noise;
 mod recording;
 pub mod tcg;
 mod work;
@@ -131,6 +132,11 @@ pub trait Backend: Sync {
 
     /// What one tick of the TSC is.
     fn unit(&self) -> Unit;
+
+    /// What about the host makes time an uncertain measure of work, a line each.
+    fn noise(&self, _machine: &Machine) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Starts the machine; its serial line goes to [`SERIAL`] in `folder`.
     ///

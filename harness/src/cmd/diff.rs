@@ -37,6 +37,13 @@ pub fn run(ui: &Ui, args: &DiffArgs) -> Result<()> {
     if args.shard.is_some_and(|shard| shard.number > 1) {
         guests.retain(|guest| *guest == "vmxtest");
     }
+    if args.l2.is_none() && session.backend.below() > 0 {
+        // KVM halts vmxtest for good on one of the entries that must fail.
+        guests.retain(|guest| *guest != "vmxtest");
+        ui.note(
+            "vmxtest is left out: alone on KVM it does not come to its end; --l2 vmxtest --l2-args part=NAME chooses",
+        );
+    }
     let mut total = Comparison::default();
     let (mut problems, mut told) = (Vec::new(), Vec::new());
     for guest in guests {

@@ -1,10 +1,11 @@
 //! `doctor --report FILE`: one archive with what a maintainer needs to understand a machine, and nothing private.
 
+use crate::backend::Unit;
 use crate::cli::{DiffArgs, DoctorArgs, Fields, L0Args};
 use crate::cmd::diff;
-use crate::cmd::run::both;
+use crate::cmd::run::{MEDIANS, both};
 use crate::image::Wanted;
-use crate::report::{self, table};
+use crate::report::{self, spread, table};
 use crate::session::{LONG, Session};
 use crate::suite::compare::Comparison;
 use crate::transcript::Line;
@@ -97,17 +98,20 @@ pub fn write(ui: &Ui, args: &DoctorArgs, doctor: &str, works: bool, output: &Out
 fn boots(ui: &Ui, args: &DoctorArgs, put: &impl Fn(&str, &str) -> std::io::Result<()>) -> Result<()> {
     let l0 = L0Args { l0: args.l0, bochs: args.bochs.clone(), cpu_model: None, memory: 256, cpus: 1, timeout: None };
     let mut session = Session::start_with(ui, &l0, &Wanted::All)?;
-    let specs = [session.bare("cascade", "")?, session.nested("cascade", "", Fields::Auto)?];
+    let unit = session.backend.unit();
+    let measured = if unit == Unit::Cycles { MEDIANS } else { "" };
+    let specs = [session.bare("cascade", measured)?, session.nested("cascade", measured, Fields::Auto)?];
+    let noise = session.backend.noise(&session.machine);
     let (bare, nested) = both(&session, [&specs[0], &specs[1]], "cascade alone, and under nvmx")?;
     let events = report::events(Some(&bare.transcript), &nested.transcript);
-    let unit = session.backend.unit();
     let mut text = String::new();
     for level in stack::stack(session.l0(), &nested.transcript) {
         let _ = writeln!(text, "{} | {}", level.level, stack::banner_line(&level, None));
     }
     let _ =
         writeln!(text, "compiler: {}\n\n{}\n{}", session.toolchain.text, table::title(unit), table::render(&events));
-    table::footer(&events, unit).iter().for_each(|line| text += &format!("{line}\n"));
+    let told_below = table::footer(&events, unit).into_iter().chain(spread::lines(&events));
+    told_below.chain(noise).for_each(|line| text += &format!("{line}\n"));
     for outcome in [&bare, &nested] {
         let how = outcome.verdict().err().unwrap_or_else(|| "passed".into());
         let _ = writeln!(text, "{}: {how} ({:.1} s)", outcome.name, outcome.took.as_secs_f64());

@@ -1,6 +1,7 @@
 //! `run --l2 linux-kvm`: Debian's Linux with KVM as the guest hypervisor, and Linux as its guest: with KVM alone on the machine,
 //! under nvmx, and on request with KVM in nvmx's place.
 
+use crate::backend::host::L0;
 use crate::backend::linux::Job;
 use crate::backend::{Backend, Spec};
 use crate::boot::tell_failure;
@@ -10,6 +11,7 @@ use crate::cmd::files::Files;
 use crate::cmd::run::both;
 use crate::image::Wanted;
 use crate::l2::LINUX_KVM as NAME;
+use crate::report::added;
 use crate::report::json::{Run, stages};
 use crate::report::linux as report;
 use crate::session::{LONG, Session};
@@ -32,13 +34,13 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     }
     let files = Files::prepare(ui, args)?;
     let job = Job::parse(&args.l2_args).map_err(Stop::Usage)?;
-    let session = Session::start_with(ui, &args.l0, &Wanted::Nvmx)?.of_run(args)?;
+    let session = usual(Session::start_with(ui, &args.l0, &Wanted::Nvmx)?, args)?.of_run(args)?;
     let linux = session.linux(Kernel::Newest, job.qemu)?;
     let limit = args.l0.timeout.unwrap_or(LONG);
     let mut bare = linux.bare(&session.work("linux"), NAME, &job, &session.machine)?;
     bare.timeout = limit;
     let nested = session.under_nvmx(&bare, format!("{NAME}-nvmx"), &session.options_with_counters(args.fields));
-    let peer = if args.l1 == L1::Kvm { Some(session.kvm_in_place(&args.l0)?) } else { None };
+    let peer = if args.l1 == L1::Kvm { Some(session.kvm_in_place(&args.l0)?.usual()) } else { None };
     let heading = |text: &str| ui.line(&ui.paint(text, Style::new().bold()));
     heading(&format!("L0 | {}", stack::banner_line(&session.l0(), None)));
 
@@ -65,12 +67,24 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     ui.line(&report::render_nvmx(&under.transcript, &report::KVM));
     ui.line("");
     ui.line(&report::render_reasons(&under.transcript));
+    for line in added::lines(&alone.transcript, &under.transcript) {
+        ui.line(&line);
+    }
     let seconds = |o: &Outcome| format!("{:.1} s", o.took.as_secs_f64());
     ui.line(&format!("KVM alone: {}; under nvmx: {}.", seconds(&alone), seconds(&under)));
     let boots: Vec<&Outcome> = [&alone, &under].into_iter().chain(&in_place).collect();
     files.write(ui, &session, args, run_of(&session, &under, &boots), &under, &boots)?;
     let failed: Vec<String> = failed.into_iter().flatten().collect();
     if failed.is_empty() { Ok(()) } else { Err(Stop::Guest(failed.join("\n")).into()) }
+}
+
+/// A KVM below is as people have it.
+fn usual(session: Session, args: &RunArgs) -> Result<Session> {
+    if args.l0.l0 != L0::KvmInBochs {
+        return Ok(session);
+    }
+    let backend = Box::new(session.kvm_on_bochs()?.usual());
+    Ok(Session { backend, ..session })
 }
 
 /// The stages of these boots as a program reads them.

@@ -9,7 +9,7 @@ use crate::cmd::{depth, linux, own, xen};
 use crate::image::Wanted;
 use crate::l2::L2;
 use crate::report::json::Run;
-use crate::report::{self, table};
+use crate::report::{self, spread, table};
 use crate::session::{LONG, Session};
 use crate::suite::compare;
 use crate::transcript::stack;
@@ -45,11 +45,13 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
 fn table(ui: &Ui, args: &RunArgs) -> Result<()> {
     let files = Files::prepare(ui, args)?;
     let session = Session::start_with(ui, &args.l0, &Wanted::Guest(args.l2.clone()))?.of_run(args)?;
-    let l2_args = l2_args(args);
+    let unit = session.backend.unit();
+    let l2_args = l2_args(args, unit);
     let (bare, nested) = (session.bare(&args.l2, l2_args)?, session.nested(&args.l2, l2_args, args.fields)?);
     let peer = if args.l1 == L1::Kvm { Some(session.kvm_in_place(&args.l0)?) } else { None };
     let l0 = session.l0();
     ui.line(&ui.paint(&format!("L0 | {}", stack::banner_line(&l0, None)), Style::new().bold()));
+    session.backend.noise(&session.machine).iter().for_each(|line| ui.note(&format!("noise: {line}")));
     let (bare, nested) = both(&session, [&bare, &nested], &format!("{} alone, and under nvmx", args.l2))?;
     let mut failed = vec![tell_failure(ui, &bare), tell_failure(ui, &nested)];
     let mut events = report::events(Some(&bare.transcript), &nested.transcript);
@@ -65,7 +67,6 @@ fn table(ui: &Ui, args: &RunArgs) -> Result<()> {
         failed.push(tell_failure(ui, &peer).or_else(|| compare::agree(&nested, &peer).err().map(differs)));
         in_place = Some(peer);
     }
-    let unit = session.backend.unit();
     if unit == Unit::Instructions {
         report::add_cycles(&mut events);
     }
@@ -80,7 +81,7 @@ fn table(ui: &Ui, args: &RunArgs) -> Result<()> {
         if left_out > 0 {
             ui.line(&format!("{left_out} columns did not fit: a wider terminal, --json and --report show them."));
         }
-        for line in table::footer(&events, unit) {
+        for line in table::footer(&events, unit).into_iter().chain(spread::lines(&events)) {
             ui.line(&line);
         }
         ui.line(&format!("Alone: {:.1} s; under nvmx: {:.1} s.", bare.took.as_secs_f64(), nested.took.as_secs_f64()));
@@ -115,8 +116,16 @@ pub fn both(session: &Session, [bare, nested]: [&Spec; 2], what: &str) -> Result
     Ok((one?, two?))
 }
 
-/// The guest's command line. KVM in KVM pays so much for each event that cascade raises fewer, unless told how many.
-fn l2_args(args: &RunArgs) -> &str {
+/// What cascade is told where the TSC counts time: as many brackets as a median needs.
+pub const MEDIANS: &str = "events=100 brackets=31";
+
+/// The guest's command line, unless the user has one. KVM in KVM pays so much for each event that cascade raises fewer; where the TSC
+/// counts time it measures by many brackets.
+fn l2_args(args: &RunArgs, unit: Unit) -> &str {
     let deep = args.l1 == L1::Kvm && args.l0.l0 == L0::KvmInBochs;
-    if deep && args.l2 == "cascade" && args.l2_args.is_empty() { "events=100" } else { &args.l2_args }
+    match args.l2_args.as_str() {
+        "" if args.l2 == "cascade" && deep => "events=100",
+        "" if args.l2 == "cascade" && unit == Unit::Cycles => MEDIANS,
+        own => own,
+    }
 }

@@ -1,5 +1,6 @@
 //! `test`: host tests by cargo, then boots.
 
+use crate::backend::Unit;
 use crate::backend::host::L0;
 use crate::cli::{L0Args, TestArgs};
 use crate::report::json::{Document, Report, TestCase, Tests};
@@ -7,7 +8,7 @@ use crate::report::junit;
 use crate::report::provenance::{Place, Provenance};
 use crate::session::Session;
 use crate::suite::select::{Selection, topics};
-use crate::suite::{Suite, Verdict, cases, compare, kvm_waivers};
+use crate::suite::{Suite, Verdict, cases, compare, kvm_waivers, usual};
 use anyhow::Result;
 use nvmx_setup::error::Stop;
 use nvmx_setup::output::Output;
@@ -42,7 +43,7 @@ pub fn run(ui: &Ui, args: &TestArgs) -> Result<()> {
     let json = args.json.as_deref().map(Output::prepare).transpose()?;
     let junit = args.junit.as_deref().map(Output::prepare).transpose()?;
     ui.reserve_stdout(json.as_ref().or(junit.as_ref()));
-    let plan = plan(ui, &selection)?;
+    let plan = plan(ui, &selection, args.l0)?;
     if args.list {
         list(ui, &plan);
         return Ok(());
@@ -82,8 +83,9 @@ pub fn run(ui: &Ui, args: &TestArgs) -> Result<()> {
 }
 
 /// The cases that are selected, described without setting anything up.
-fn plan(ui: &Ui, selection: &Selection) -> Result<Suite> {
-    let mut suite = cases::all(&Session::dry(ui)?)?;
+fn plan(ui: &Ui, selection: &Selection, l0: L0) -> Result<Suite> {
+    let session = Session::dry(ui)?;
+    let mut suite = if l0 == L0::Bochs { cases::all(&session)? } else { usual::alone(&session)? };
     if let [name, ..] = selection.unknown(&suite).as_slice() {
         return Err(Stop::Usage(format!("no boot test is named `{name}`: ./nvmx test --list names them")).into());
     }
@@ -155,8 +157,8 @@ fn boot_tests(
         return Ok(Vec::new());
     }
     let l0 = L0Args {
-        // The suite names CPU models, which only an emulated machine has.
-        l0: L0::Bochs,
+        // The whole suite names CPU models, which only an emulated machine has.
+        l0: args.l0,
         bochs: args.bochs.clone(),
         cpu_model: None,
         memory: 256,
@@ -166,7 +168,12 @@ fn boot_tests(
     let session = Session::start(ui, &l0)?;
     *place = Some(Place::of(&session));
     let topics = topics(plan, &plan.topics);
-    let mut suite = cases::some(&session, |topic| topics.contains(topic))?;
+    let mut suite = match args.l0 {
+        L0::Bochs => cases::some(&session, |topic| topics.contains(topic))?,
+        _ => usual::alone(&session)?,
+    };
+    // Beside each other boots would disturb what is measured.
+    let jobs = if session.backend.unit() == Unit::Cycles { 1 } else { args.jobs as usize };
     let planned: BTreeSet<String> = plan.cases.iter().map(|case| case.name.clone()).collect();
     match selection.shard {
         // What cannot be had on one machine must not change the others' shares.
@@ -177,7 +184,7 @@ fn boot_tests(
     let done: Mutex<Vec<TestCase>> = Mutex::default();
     for attempt in 1..=args.retry + 1 {
         let step = ui.step(&format!("{} boots for {} boot tests", suite.boots.len(), suite.cases.len()));
-        suite.run(&session, args.jobs as usize, |verdict| {
+        suite.run(&session, jobs, |verdict| {
             tell(ui, verdict, attempt);
             note(&mut done.lock().unwrap_or_else(PoisonError::into_inner), verdict, attempt);
         })?;
@@ -234,7 +241,7 @@ mod tests {
     #[test]
     fn every_boot_test_is_described_without_a_machine_and_named_once() {
         let start = Instant::now();
-        let plan = plan(&Ui::new(false), &Selection::default()).unwrap();
+        let plan = plan(&Ui::new(false), &Selection::default(), L0::Bochs).unwrap();
         assert!(start.elapsed() < Duration::from_secs(1), "the list takes {:?}", start.elapsed());
         let names: BTreeSet<&str> = plan.cases.iter().map(|case| case.name.as_str()).collect();
         assert!(names.len() > 40 && names.len() == plan.cases.len());
@@ -245,8 +252,13 @@ mod tests {
         }
         let of = |topic| plan.topics.values().filter(|t| **t == topic).count();
         assert!(of("KVM") > 3 && of("Linux") > 3 && of("Xen") > 0);
+        let on_kvm = super::plan(&Ui::new(false), &Selection::default(), L0::Kvm).unwrap();
+        assert!(
+            !on_kvm.cases.is_empty()
+                && on_kvm.cases.iter().all(|case| names.contains(case.name.as_str()) || case.name.starts_with("KVM"))
+        );
         let exact = Selection { exact: vec!["no such test".into()], ..Selection::default() };
-        assert!(super::plan(&Ui::new(false), &exact).is_err());
+        assert!(super::plan(&Ui::new(false), &exact, L0::Bochs).is_err());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! From records to averages per event: one table for people, one JSON file for programs.
 
+pub mod added;
 pub mod budget;
 pub mod growth;
 pub mod json;
@@ -9,6 +10,7 @@ pub mod linux;
 pub mod model;
 pub mod page;
 pub mod provenance;
+pub mod spread;
 pub mod table;
 
 use crate::transcript::Transcript;
@@ -60,6 +62,10 @@ event! {
     one_level,
     /// Ticks under nvmx
     nested,
+    /// ... where brackets were many, of the bracket below which a tenth of them lies
+    nested_p10,
+    /// ... and below which nine tenths lie
+    nested_p90,
     /// Hardware exits, of all levels
     hw_exits,
     /// ... of L2
@@ -132,6 +138,8 @@ fn row(name: &str, bare: Option<&Transcript>, nested: &Transcript) -> Event {
         native: bare_of("native").or(own),
         one_level: bare_of("l3"),
         nested: of("ticks"),
+        nested_p10: of("ticks_p10"),
+        nested_p90: of("ticks_p90"),
         hw_exits: of("hw_exits"),
         exits_l2: of("exits_l2"),
         exits_l3: of("exits_l3"),
@@ -205,7 +213,10 @@ fn kvm_exits(transcript: &Transcript, record: &OwnedRecord, scope: &str, key: &s
 fn average(transcript: &Transcript, record: &OwnedRecord, scope: &str, key: &str) -> Option<f64> {
     let total = record.number(key).ok()? as f64;
     let count = record.number("count").ok().filter(|&n| n > 0)? as f64;
-    let empty = bracket(transcript, CALIBRATION, scope).and_then(|r| r.number(key).ok()).unwrap_or(0) as f64;
+    let of_empty = |key| bracket(transcript, CALIBRATION, scope).and_then(|r| r.number(key).ok());
+    // Of many brackets round nothing the least is what a bracket takes: all else is noise.
+    let least = key.starts_with("ticks").then(|| of_empty("ticks_least")).flatten();
+    let empty = least.or_else(|| of_empty(key)).unwrap_or(0) as f64;
     // Zero is not written as -0.
     Some((((total - empty) / count * 1000.0).round() / 1000.0) + 0.0)
 }
@@ -259,6 +270,16 @@ pub mod tests {
             "@L2 event name=l2_cpuid handled_by=nvmx scope=l2 count=100 ticks=20000 hw_exits=100",
         ]);
         events(Some(&bare), &nested)
+    }
+
+    #[test]
+    fn of_many_brackets_the_least_of_the_empty_one_is_taken_off() {
+        let said = transcript(&[
+            "@L2 event name=empty scope=l3 count=1 ticks=90 ticks_p10=60 ticks_p90=200 ticks_least=50 brackets=31",
+            "@L2 event name=cpuid handled_by=L2 scope=l3 count=10 ticks=1050 ticks_p10=950 ticks_p90=1250 ticks_least=900",
+        ]);
+        let event = events(None, &said).remove(0);
+        assert_eq!((event.nested, event.nested_p10, event.nested_p90), (Some(100.0), Some(90.0), Some(120.0)));
     }
 
     #[test]

@@ -25,7 +25,9 @@ const HEAD: [&str; 13] = [
 type Figure = fn(&Event) -> Option<f64>;
 
 /// Columns that only some stacks have.
-const EXTRA: [(&str, Figure); 5] = [
+const EXTRA: [(&str, Figure); 7] = [
+    ("a tenth\nbelow", |e| e.nested_p10),
+    ("a tenth\nabove", |e| e.nested_p90),
     ("cycles\n(model)", |e| e.cycles.map(|range| range.mid)),
     ("exits\nto KVM", |e| e.l0_exits),
     ("KVM\ninstead", |e| e.under_kvm),

@@ -3,7 +3,7 @@
 use super::{
     Case, Judge, Suite, all_pass, attacks, bench, compare, firmware,
     fixtures::{Fixtures, inside_nvmx},
-    growth, lab, linux, loaders, messages, models, msrs, native, on_kvm, refused, smp, trace, xen,
+    growth, lab, linux, loaders, messages, models, msrs, native, on_kvm, refused, smp, trace, usual, xen,
 };
 use crate::backend::{Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
@@ -83,12 +83,13 @@ pub fn some(session: &Session, wants: impl Fn(&str) -> bool) -> Result<Suite> {
     models::add(&mut b.suite, session);
     lab::add(&mut b.suite, session);
     bench::add(&mut b.suite, session);
-    const DEAR: [(&str, Add); 6] = [
+    const DEAR: [(&str, Add); 7] = [
         ("QEMU", firmware::add),
         ("templates", bench::add_templates),
         ("the lab with KVM", lab::add_with_linux),
         ("KVM", on_kvm::add),
         ("Linux", linux::add),
+        ("the usual stack", usual::add),
         ("Xen", xen::add),
     ];
     for (topic, add) in DEAR.into_iter().filter(|(topic, _)| wants(topic)) {

@@ -36,7 +36,8 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     for (name, job, cpus) in [
         ("linux", job("")?, 1),
         ("linux-2", job("loads=on")?, 2),
-        ("linux-4", job("vcpus=2")?, 4),
+        ("linux-4", job("vcpus=2 hotplug=on")?, 4),
+        ("linux-kexec", job("end=kexec hotplug=on")?, 2),
         ("linux-again", job("end=reset times=2 kill=400 reload=on")?, 1),
         ("linux-off", job("end=power-off")?, 1),
         ("linux-ept0", job("vmm=own ept=0")?, 1),
@@ -54,8 +55,11 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let name =
         "Linux with KVM on 2 CPUs boots Linux with 2 CPUs, which works much, and both see what they see with KVM alone";
     case(name, pair("linux-2"), same());
-    let name = "Linux with KVM on 4 CPUs boots Linux with 2 CPUs, and both see what they see with KVM alone";
+    let name = "Linux with KVM on 4 CPUs, which go offline and come back, boots Linux with 2 CPUs, and both see what they see with KVM alone";
     case(name, pair("linux-4"), same());
+    let name =
+        "Linux with KVM on 2 CPUs that starts another kernel while its guest works sees what it sees with KVM alone";
+    case(name, pair("linux-kexec"), same());
     let fast: Judge = Box::new(|o| boots_as_fast(o[0], o[1]));
     case("Linux takes under nvmx to its init what it takes alone", pair("linux"), fast);
     let name =

@@ -19,6 +19,7 @@ pub mod on_kvm;
 pub mod select;
 pub mod smp;
 pub mod trace;
+pub mod usual;
 pub mod xen;
 
 use crate::backend::{Backend, Spec};

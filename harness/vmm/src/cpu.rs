@@ -13,24 +13,13 @@ const IA32_MTRR_DEF_TYPE: u32 = 0x2FF;
 /// MTRRs on, everything write-back.
 const ALL_WRITE_BACK: u64 = 1 << 11 | 6;
 
-/// Prepares the vCPU.
+/// Prepares one of so many vCPUs, by the id of its local APIC. The first one is what starts; the others wait for its message.
 ///
 /// # Errors
 /// What KVM refuses.
-pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, start: Start) -> Result<()> {
+pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, id: u32, cpus: u32, start: Start) -> Result<()> {
     let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM names no CPUID leaves")?;
-    for entry in cpuid.as_mut_slice() {
-        match entry.function {
-            // One CPU, its local APIC has id 0.
-            1 => {
-                entry.ebx = entry.ebx & 0xFFFF | 1 << 16;
-                // KVM leaves it to the VMM to tell the guest that there is a hypervisor.
-                entry.ecx |= 1 << 31;
-            }
-            0xB | 0x1F => entry.edx = 0,
-            _ => {}
-        }
-    }
+    cpuid.as_mut_slice().iter_mut().for_each(|entry| place(entry, id, cpus));
     // KVM does not name the CPU's brand.
     for function in 0x8000_0002..=0x8000_0004 {
         let leaf = raw_cpuid::native_cpuid::cpuid_count(function, 0);
@@ -47,6 +36,13 @@ pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, start: Start) -> Result<()> {
         }
     }
     vcpu.set_cpuid2(&cpuid).context("KVM does not take its own CPUID leaves")?;
+
+    let entry = kvm_msr_entry { index: IA32_MTRR_DEF_TYPE, data: ALL_WRITE_BACK, ..Default::default() };
+    let msrs = Msrs::from_entries(&[entry]).context("a list of one MSR is too long")?;
+    ensure!(vcpu.set_msrs(&msrs)? == 1, "KVM refuses memory types");
+    if id != 0 {
+        return Ok(());
+    }
 
     let flat = |kind: u8| kvm_segment {
         limit: u32::MAX,
@@ -74,9 +70,56 @@ pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, start: Start) -> Result<()> {
         rflags: 2,
         ..Default::default()
     })?;
-
-    let entry = kvm_msr_entry { index: IA32_MTRR_DEF_TYPE, data: ALL_WRITE_BACK, ..Default::default() };
-    let msrs = Msrs::from_entries(&[entry]).context("a list of one MSR is too long")?;
-    ensure!(vcpu.set_msrs(&msrs)? == 1, "KVM refuses memory types");
     Ok(())
+}
+
+/// A leaf as this CPU has it: one package of so many cores, of which it is the one with this id.
+///
+/// Source: Intel SDM vol. 2A, CPUID, leaves 1, 4, 0BH, 1FH.
+fn place(entry: &mut kvm_cpuid_entry2, id: u32, cpus: u32) {
+    const HYPERVISOR: u32 = 1 << 31;
+    const SEVERAL: u32 = 1 << 28;
+    match entry.function {
+        1 => {
+            entry.ebx = entry.ebx & 0xFFFF | cpus << 16 | id << 24;
+            // KVM leaves it to the VMM to tell the guest that there is a hypervisor.
+            entry.ecx |= HYPERVISOR;
+            entry.edx = if cpus > 1 { entry.edx | SEVERAL } else { entry.edx & !SEVERAL };
+        }
+        // Each cache is said to be one core's own.
+        4 if cpus > 1 => entry.eax = entry.eax & 0x3FFF | (cpus.next_power_of_two() - 1) << 26,
+        0xB | 0x1F => {
+            entry.edx = id;
+            if cpus > 1 {
+                // Threads of a core, cores of the package: bits of the id below the next level, and how many there are.
+                (entry.eax, entry.ebx) = match entry.index {
+                    0 => (0, 1),
+                    1 => (cpus.next_power_of_two().trailing_zeros(), cpus),
+                    _ => (0, 0),
+                };
+            }
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_cpu_finds_itself_among_the_others() {
+        let placed = |function, index, id, cpus| {
+            let mut entry = kvm_cpuid_entry2 { function, index, ebx: 0x1234, ..Default::default() };
+            place(&mut entry, id, cpus);
+            entry
+        };
+        let one = placed(1, 0, 0, 1);
+        assert_eq!((one.ebx, one.ecx, one.edx), (0x0001_1234, 1 << 31, 0));
+        let third = placed(1, 0, 2, 3);
+        assert_eq!((third.ebx, third.edx), (0x0203_1234, 1 << 28));
+        let cores = placed(0xB, 1, 2, 3);
+        assert_eq!((cores.eax, cores.ebx, cores.edx), (2, 3, 2));
+        assert_eq!((placed(0xB, 0, 2, 3).ebx, placed(4, 0, 0, 3).eax), (1, 3 << 26));
+    }
 }

@@ -3,8 +3,11 @@
 use crate::console::{Console, inb, outb};
 use crate::facts;
 use crate::plan::Ending;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use l2_protocol::{Kind, Level};
+use std::ffi::CString;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 
 /// CMOS memory: index and data. It outlasts a reset, and nothing on a PC uses its last bytes.
 const CMOS: u16 = 0x70;
@@ -31,10 +34,38 @@ pub fn end(ending: Ending, console: &mut Console) -> Result<()> {
             facts::record(console, Level::L2, Kind::End, &[("status", "pass"), ("failed", "0")]);
             libc::RB_POWER_OFF
         }
+        Ending::Kexec => {
+            console.log("INFO", "starting another kernel while the guest of this one works");
+            load_kernel()?;
+            libc::LINUX_REBOOT_CMD_KEXEC
+        }
     };
     // SAFETY: reboot has no memory arguments here.
     unsafe { libc::reboot(how) };
     bail!("the machine does not end: {}", std::io::Error::last_os_error())
+}
+
+/// Loads the kernel that is started next, with this one's command line.
+///
+/// Source: Linux manual pages, kexec_file_load(2).
+fn load_kernel() -> Result<()> {
+    let (kernel, initramfs) = (File::open("/vmlinuz")?, File::open("/after.initramfs")?);
+    let line = std::fs::read_to_string("/proc/cmdline").context("no command line")?;
+    let line = CString::new(line.trim())?;
+    let (length, flags) = (line.as_bytes_with_nul().len(), 0);
+    // SAFETY: the descriptors are open, and the text of this length lives until the call returns.
+    let failed = unsafe {
+        libc::syscall(
+            libc::SYS_kexec_file_load,
+            kernel.as_raw_fd(),
+            initramfs.as_raw_fd(),
+            length,
+            line.as_ptr(),
+            flags as libc::c_ulong,
+        )
+    };
+    ensure!(failed == 0, "the kernel loads no other one: {}", std::io::Error::last_os_error());
+    Ok(())
 }
 
 /// Whether the mark is there; it is not afterwards.

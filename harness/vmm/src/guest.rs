@@ -1,8 +1,8 @@
 //! The guest's memory.
 
-use crate::linux;
 use crate::multiboot::{self, File, Start};
 use crate::plan::{Item, Plan};
+use crate::{acpi, linux};
 use anyhow::{Context, Result};
 use memmap2::MmapMut;
 
@@ -32,6 +32,7 @@ impl Guest {
             true => linux::load(&mut memory, &file, &modules)?,
             false => multiboot::load(&mut memory, &file, &modules)?,
         };
+        multiboot::put(&mut memory, acpi::PLACE as usize, &acpi::tables(plan.cpus.try_into()?))?;
         Ok(Guest { memory, start })
     }
 }

@@ -3,8 +3,8 @@
 //! Source: Linux documentation, "The Linux/x86 Boot Protocol": "The Real-Mode Kernel Header", "32-bit Boot Protocol"; "Zero
 //! Page".
 
+use crate::multiboot;
 use crate::multiboot::{File, Start, put};
-use crate::{acpi, multiboot};
 use anyhow::{Context, Result, ensure};
 
 /// Where the zero page goes, and the command line behind it.
@@ -57,7 +57,6 @@ pub fn load(memory: &mut [u8], kernel: &File<'_>, modules: &[File<'_>]) -> Resul
         put(memory, ZERO_PAGE + INITRD, &(at as u32).to_le_bytes())?;
         put(memory, ZERO_PAGE + INITRD_SIZE, &(initrd.data.len() as u32).to_le_bytes())?;
     }
-    put(memory, acpi::PLACE as usize, &acpi::tables())?;
     let ranges = multiboot::ranges(memory.len() as u64);
     put(memory, ZERO_PAGE + E820_COUNT, &[ranges.len() as u8])?;
     for (i, (base, length, kind)) in ranges.iter().enumerate() {

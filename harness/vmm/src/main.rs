@@ -15,6 +15,7 @@ mod cpu;
 mod ending;
 mod facts;
 mod guest;
+mod hotplug;
 mod init;
 mod linux;
 mod loads;
@@ -108,6 +109,9 @@ fn machines(plan: &Plan, console: &mut Console) -> Result<End> {
     for turn in 0..plan.times {
         if turn == 0 || plan.reload {
             prepare(plan, console)?;
+        }
+        if turn == 0 && plan.hotplug {
+            hotplug::run(console)?;
         }
         let end = machine(plan, turn, console)?;
         if end != End::Itself {

@@ -2,7 +2,6 @@
 //!
 //! Source: Multiboot Specification 0.6.96, "OS image format", "Machine state", "Boot information format".
 
-use crate::acpi;
 use anyhow::{Context, Result, ensure};
 
 /// What EAX holds when the image starts.
@@ -61,7 +60,7 @@ impl Header {
     }
 }
 
-/// Loads everything: image, modules behind it, boot information, ACPI tables.
+/// Loads image, modules behind it, boot information.
 ///
 /// # Errors
 /// What does not fit, or that the image is none.
@@ -85,7 +84,6 @@ pub fn load(memory: &mut [u8], kernel: &File<'_>, modules: &[File<'_>]) -> Resul
         places.push((at as u32, (at + module.data.len()) as u32));
         at = (at + module.data.len()).next_multiple_of(PAGE);
     }
-    put(memory, acpi::PLACE as usize, &acpi::tables())?;
     write_info(memory, kernel.line, modules, &places)?;
     Ok(Start { entry: header.entry, info: INFO as u32 })
 }

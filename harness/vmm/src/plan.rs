@@ -5,6 +5,7 @@
 //! module /kvm-intel.ko nested=1
 //! nested on                   KVM must offer VMX to its guest (the default; `off` for a guest without)
 //! memory 256                  MiB
+//! cpus 2                      CPUs of the guest (one where nothing is said)
 //! kernel /nvmx log=warn       a multiboot image and its command line
 //! payload /cascade            its modules, in order
 //! service /xenstored          a program that runs to its end before the first machine; what is to stay detaches itself
@@ -12,7 +13,9 @@
 //! kill 400                    end the program of every second turn by a signal after so many milliseconds
 //! times 20                    so many such machines, one after the other
 //! reload on                   with KVM unloaded and loaded again in between
+//! hotplug on                  take CPUs offline and back before the first machine
 //! end reset                   reset the machine while the first program's guest works, once (or `power-off`)
+//! end kexec                   start another kernel then, /vmlinuz with the initial file system /after.initramfs
 //! role hypervisor             say in records what this Linux is, and end the log (the default is `host`: neither)
 //! role dom0                   the same as the control domain of Xen, whose tools start the machine: no KVM
 //! role workload               no machine at all: do a little of everything, as the innermost Linux
@@ -20,6 +23,9 @@
 //! ```
 
 use anyhow::{Context, Result, bail, ensure};
+
+/// What the guest's ACPI tables have room for, and no machine of the tests needs.
+const MOST_CPUS: u32 = 32;
 
 /// A file with its command line or parameters.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -50,6 +56,8 @@ pub enum Ending {
     Reset,
     /// It is switched off
     PowerOff,
+    /// The kernel starts another one
+    Kexec,
 }
 
 /// The orders.
@@ -61,6 +69,8 @@ pub struct Plan {
     pub nested: bool,
     /// Memory of the guest in MiB
     pub memory: u32,
+    /// CPUs of the guest
+    pub cpus: u32,
     /// The image
     pub kernel: Item,
     /// Its modules
@@ -77,6 +87,8 @@ pub struct Plan {
     pub reload: bool,
     /// The machine ends in the midst of the first one
     pub end: Option<Ending>,
+    /// CPUs go offline and come back before the first machine
+    pub hotplug: bool,
     /// What this Linux is
     pub role: Role,
     /// The workload is followed by loads
@@ -94,6 +106,7 @@ impl Plan {
             modules: Vec::new(),
             nested: true,
             memory: 0,
+            cpus: 1,
             kernel: Item { path: String::new(), args: String::new() },
             payloads: Vec::new(),
             services: Vec::new(),
@@ -102,6 +115,7 @@ impl Plan {
             times: 1,
             reload: false,
             end: None,
+            hotplug: false,
             role: Role::Host,
             loads: false,
         };
@@ -115,6 +129,7 @@ impl Plan {
                 "module" => plan.modules.push(item()),
                 "nested" => plan.nested = rest == "on",
                 "memory" => plan.memory = rest.parse().with_context(|| format!("plan: memory {rest}"))?,
+                "cpus" => plan.cpus = rest.parse().with_context(|| format!("plan: cpus {rest}"))?,
                 "kernel" => kernel = Some(item()),
                 "payload" => plan.payloads.push(item()),
                 "service" => plan.services.push(item()),
@@ -122,11 +137,13 @@ impl Plan {
                 "kill" => plan.kill = Some(rest.parse().with_context(|| format!("plan: kill {rest}"))?),
                 "times" => plan.times = rest.parse().with_context(|| format!("plan: times {rest}"))?,
                 "reload" => plan.reload = rest == "on",
+                "hotplug" => plan.hotplug = rest == "on",
                 "loads" => plan.loads = rest == "on",
                 "end" => {
                     plan.end = match rest {
                         "reset" => Some(Ending::Reset),
                         "power-off" => Some(Ending::PowerOff),
+                        "kexec" => Some(Ending::Kexec),
                         _ => bail!("plan: unknown end `{rest}`"),
                     }
                 }
@@ -148,6 +165,7 @@ impl Plan {
         plan.kernel = kernel.context("plan: no kernel")?;
         // Above, the devices of a PC begin.
         ensure!((4..=3072).contains(&plan.memory), "plan: memory must be 4 to 3072 MiB, not {}", plan.memory);
+        ensure!((1..=MOST_CPUS).contains(&plan.cpus), "plan: cpus must be 1 to {MOST_CPUS}, not {}", plan.cpus);
         Ok(plan)
     }
 }
@@ -165,6 +183,8 @@ mod tests {
         let error = |text: &str| Plan::parse(text).unwrap_err().to_string();
         assert_eq!(error("memory 64"), "plan: no kernel");
         assert_eq!(error("kernel /k\nmemory 5000"), "plan: memory must be 4 to 3072 MiB, not 5000");
+        assert_eq!(error("kernel /k\nmemory 64\ncpus 0"), "plan: cpus must be 1 to 32, not 0");
+        assert_eq!(Plan::parse("kernel /k\nmemory 64\ncpus 4").unwrap().cpus, 4);
         assert_eq!(error("frobnicate /k"), "plan: unknown order `frobnicate`");
         let dom0 = Plan::parse("role dom0\nservice /s -x\nservice /t\nprogram /xl create").unwrap();
         assert_eq!((dom0.role, dom0.services.len(), dom0.services[0].args.as_str()), (Role::Dom0, 2, "-x"));
@@ -174,6 +194,7 @@ mod tests {
         assert_eq!(program.kill, Some(2));
         assert_eq!((program.program.unwrap().args.as_str(), program.times, program.reload), ("-a b", 3, true));
         assert_eq!(Plan::parse("program /q\nend power-off").unwrap().end, Some(Ending::PowerOff));
+        assert_eq!(Plan::parse("program /q\nend kexec\nhotplug on").unwrap().end, Some(Ending::Kexec));
         assert_eq!(error("end x"), "plan: unknown end `x`");
         assert_eq!(error("role x"), "plan: unknown role `x`");
         assert!(!Plan::parse("kernel /k\nmemory 64\nnested off").unwrap().nested);

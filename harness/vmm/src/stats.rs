@@ -14,10 +14,10 @@ const KVM_GET_STATS_FD: libc::c_ulong = 0xAECE;
 pub const NAMES: [(&str, &str); 4] =
     [("exits", "l0_exits"), ("nested_run", "l0_nested_runs"), ("io_exits", "l0_io_exits"), ("pf_taken", "l0_faults")];
 
-/// The open counters of one vCPU.
+/// The open counters of a machine's vCPUs.
 pub struct Stats {
-    file: File,
-    /// Where each of [`NAMES`] is in the file; a KVM that does not count it has `None`
+    files: Vec<File>,
+    /// Where each of [`NAMES`] is in each file; a KVM that does not count it has `None`
     offsets: [Option<u64>; NAMES.len()],
 }
 
@@ -25,30 +25,27 @@ pub struct Stats {
 pub type Snapshot = [u64; NAMES.len()];
 
 impl Stats {
-    /// Opens the counters of a vCPU.
+    /// Opens the counters of all vCPUs.
     ///
     /// # Errors
     /// If this KVM has none.
-    pub fn open(vcpu: &impl AsRawFd) -> Result<Self> {
-        // SAFETY: the request takes no argument and returns a new descriptor.
-        let fd = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_STATS_FD) };
-        ensure!(fd >= 0, "this KVM has no counters to read: {}", std::io::Error::last_os_error());
-        // SAFETY: the descriptor is new and nobody else's.
-        let file = unsafe { File::from_raw_fd(fd) };
+    pub fn open(vcpus: &[impl AsRawFd]) -> Result<Self> {
+        let files = vcpus.iter().map(open).collect::<Result<Vec<_>>>()?;
+        let first = files.first().context("a machine without a CPU")?;
         let mut header = [0; 24];
-        file.read_exact_at(&mut header, 0).context("KVM's counters have no header")?;
-        let offsets = offsets(&header, |buffer, at| file.read_exact_at(buffer, at).is_ok())?;
-        Ok(Stats { file, offsets })
+        first.read_exact_at(&mut header, 0).context("KVM's counters have no header")?;
+        // A KVM has one order for all.
+        let offsets = offsets(&header, |buffer, at| first.read_exact_at(buffer, at).is_ok())?;
+        Ok(Stats { files, offsets })
     }
 
-    /// Reads all counters. One that cannot be read is 0.
+    /// Reads all counters, those of all vCPUs together. One that cannot be read is 0.
     pub fn snapshot(&self) -> Snapshot {
         self.offsets.map(|offset| {
+            let Some(at) = offset else { return 0 };
             let mut value = [0; 8];
-            match offset {
-                Some(at) if self.file.read_exact_at(&mut value, at).is_ok() => u64::from_le_bytes(value),
-                _ => 0,
-            }
+            let read = |file: &File| file.read_exact_at(&mut value, at).map_or(0, |()| u64::from_le_bytes(value));
+            self.files.iter().map(read).sum()
         })
     }
 
@@ -62,6 +59,14 @@ impl Stats {
         }
         text
     }
+}
+
+fn open(vcpu: &impl AsRawFd) -> Result<File> {
+    // SAFETY: the request takes no argument and returns a new descriptor.
+    let fd = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_STATS_FD) };
+    ensure!(fd >= 0, "this KVM has no counters to read: {}", std::io::Error::last_os_error());
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { File::from_raw_fd(fd) })
 }
 
 /// Finds the counters: header {flags, name size, count, id offset, descriptor offset, data offset}; a descriptor is

@@ -6,7 +6,7 @@ use core::arch::asm;
 pub const NOTHING: u64 = 0;
 /// Prints RCX bytes of text at RBX.
 pub const SAY: u64 = 1;
-/// Event RBX comes next: set the machine up for it, observe its first exit.
+/// Event RBX comes next, for the time RCX: set the machine up for it, observe its first exit of all.
 pub const PREPARE: u64 = 2;
 /// The bracket of event RBX begins.
 pub const BEGIN: u64 = 3;

@@ -1,7 +1,10 @@
 //! The events: what is counted, who handles it, how often.
 
 use crate::payload::{self as p, Loop};
-use l2_kit::Global;
+use l2_kit::{
+    Global,
+    pages::{LARGE, PAGE},
+};
 
 /// Which of the guests raises an event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -58,10 +61,28 @@ pub fn limit(most: u64) {
     MOST.set(most);
 }
 
+/// At most so many brackets an event has.
+pub const MOST_BRACKETS: usize = 99;
+
+/// Brackets of each event.
+static BRACKETS: Global<usize> = Global::new(1);
+
+/// Asks for so many brackets of each event: `brackets=` on the command line, where the TSC counts time.
+pub fn set_brackets(count: usize) {
+    BRACKETS.set(count);
+}
+
+/// Brackets of each event.
+pub fn brackets() -> usize {
+    BRACKETS.get()
+}
+
 impl Event {
     /// How many are in the bracket.
     pub fn count(&self) -> u64 {
-        self.count.min(MOST.get())
+        // Those that take pages share what is set aside for them.
+        let room = if self.count == PAGES { LARGE / PAGE / brackets() as u64 - WARM_UP } else { u64::MAX };
+        self.count.min(MOST.get()).min(room)
     }
 }
 

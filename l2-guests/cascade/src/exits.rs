@@ -205,7 +205,7 @@ fn call(hypervisor: &mut Hypervisor) -> Result<Next, Stop> {
             hypervisor.switch_to(PARTNER - hypervisor.current);
             return Ok(Next::Resume);
         }
-        calls::PREPARE => prepare(hypervisor, b as usize),
+        calls::PREPARE => prepare(hypervisor, b as usize, c == 0),
         calls::BEGIN => {
             advance();
             begin(hypervisor, b as usize);
@@ -217,7 +217,7 @@ fn call(hypervisor: &mut Hypervisor) -> Result<Next, Stop> {
         _ => return Err(Stop::BadCall(number)),
     }
     if number == calls::END {
-        measure::print(&hypervisor.bracket, b as usize);
+        measure::print(&mut hypervisor.bracket, b as usize);
     }
     advance();
     Ok(Next::Resume)
@@ -230,8 +230,8 @@ fn arm_timer(hypervisor: &mut Hypervisor, event: usize, count: u64) {
     }
 }
 
-fn prepare(hypervisor: &mut Hypervisor, event: usize) {
-    hypervisor.observed = Some(event);
+fn prepare(hypervisor: &mut Hypervisor, event: usize, first: bool) {
+    hypervisor.observed = first.then_some(event);
     if EVENTS[event].name == TIMER {
         vmx::write(f::PIN_CONTROLS, vmx::read(f::PIN_CONTROLS) | u64::from(pin::PREEMPTION_TIMER));
     }

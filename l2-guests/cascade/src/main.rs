@@ -2,7 +2,8 @@
 //!
 //! It prints, for each event of [`events::EVENTS`], what the event costs without any VMX (`scope=native`) and when its guest
 //! raises it (`scope=l3`), and what it saw of the exit (`check`). Alone on a machine it is one hypervisor, under nvmx the
-//! second: the same image, the same records. `events=N` limits how many events are in a bracket.
+//! second: the same image, the same records. `events=N` limits how many events are in a bracket, `brackets=N` measures each event so
+//! often and tells the median, where the TSC counts time.
 #![no_std]
 #![no_main]
 
@@ -38,7 +39,7 @@ fn main(info: &BootInfo) {
             ("features", &guest::features().as_str()),
         ],
     );
-    if !info.knows(&["events"]) {
+    if !info.knows(&["events", "brackets"]) {
         return;
     }
     report::say("Hello from the guest hypervisor: first my own work, then my guest's.");
@@ -48,6 +49,15 @@ fn main(info: &BootInfo) {
             Ok(most) if most >= 2 && most % 2 == 0 => events::limit(most),
             _ => {
                 report::fail(format_args!("events={text}: an even number above 0 is expected"));
+                return;
+            }
+        }
+    }
+    if let Some(text) = info.option("brackets") {
+        match text.parse() {
+            Ok(count) if (1..=events::MOST_BRACKETS).contains(&count) => events::set_brackets(count),
+            _ => {
+                report::fail(format_args!("brackets={text}: a number from 1 to {} is expected", events::MOST_BRACKETS));
                 return;
             }
         }

@@ -216,11 +216,13 @@ pub fn take_turns(count: u64) {
 pub extern "C" fn raise_events(greeting: &'static &'static str, who: u64) -> ! {
     call(calls::SAY, greeting.as_ptr() as u64, greeting.len() as u64);
     for (number, event) in (0u64..).zip(EVENTS).filter(|(n, e)| e.who as u64 == who && events::possible(*n)) {
-        call(calls::PREPARE, number, 0);
-        (event.run)(WARM_UP);
-        call(calls::BEGIN, number, 0);
-        (event.run)(event.count());
-        call(calls::END, number, 0);
+        for turn in 0..events::brackets() {
+            call(calls::PREPARE, number, turn as u64);
+            (event.run)(WARM_UP);
+            call(calls::BEGIN, number, 0);
+            (event.run)(event.count());
+            call(calls::END, number, 0);
+        }
     }
     call(calls::DONE, 0, 0);
     unreachable!("the hypervisor does not come back to a guest that is done")

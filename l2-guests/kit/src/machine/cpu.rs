@@ -129,6 +129,17 @@ pub fn rdtsc() -> u64 {
     u64::from(low) | u64::from(high) << 32
 }
 
+/// The time-stamp counter between fences: all that comes before is done, and nothing behind has begun.
+///
+/// Source: Intel SDM vol. 2B, "RDTSC—Read Time-Stamp Counter".
+#[inline(always)]
+pub fn rdtsc_fenced() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: a CPU in long mode has a TSC, and LFENCE.
+    unsafe { asm!("lfence", "rdtsc", "lfence", out("eax") low, out("edx") high, options(nostack, preserves_flags)) };
+    u64::from(low) | u64::from(high) << 32
+}
+
 /// OUT of a byte.
 #[inline(always)]
 pub fn out8(port: u16, value: u8) {

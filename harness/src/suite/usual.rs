@@ -1,0 +1,181 @@
+//! The boot tests of the stack that people rent: KVM, nvmx, and above it guest hypervisors of ours or Linux with KVM and Linux. In
+//! the suite that KVM runs on the emulated machine; with `--l0 kvm` it is the host's, and the same cases are all there are.
+
+use super::linux::same_but_for_the_machine;
+use super::{Case, Judge, Suite, compare};
+use crate::backend::linux::Job;
+use crate::backend::{Backend, Spec, Unit};
+use crate::boot::Outcome;
+use crate::cli::Fields;
+use crate::report::linux::named;
+use crate::report::spread;
+use crate::session::{LONG, Session};
+use anyhow::Result;
+use l2_protocol::{Kind, OwnedRecord};
+use nvmx_setup::linux::Kernel;
+use std::sync::Arc;
+
+/// What APICv is made of, as `/proc/cpuinfo` calls it: KVM below offers it, and nvmx hands it on.
+const APICV: [&str; 4] = ["vapic_reg", "vid", "posted_intr", "apicv"];
+/// What nvmx may add to the boot of L3: a share of what the boot takes with one KVM less.
+const MOST_ADDED: f64 = 0.25;
+/// Few events in each bracket, and as many brackets as a median needs.
+const MEDIANS: &str = "events=4 brackets=31";
+const STACK: &str = "KVM, nvmx, Linux with KVM, Linux";
+
+/// Adds the boots and cases on the emulated machine.
+///
+/// # Errors
+/// [`nvmx_setup::error::Stop::Environment`] if Linux or the VMM cannot be had.
+pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
+    let below: Arc<dyn Backend + Send> = Arc::new(session.kvm_on_bochs()?.usual());
+    add_on(suite, session, Some(&below))
+}
+
+/// All cases of a machine whose L0 is a KVM.
+///
+/// # Errors
+/// As [`add`].
+pub fn alone(session: &Session) -> Result<Suite> {
+    let mut suite = Suite::default();
+    add_on(&mut suite, session, None)?;
+    Ok(suite)
+}
+
+fn add_on(suite: &mut Suite, session: &Session, below: Option<&Arc<dyn Backend + Send>>) -> Result<()> {
+    let mut boot = |name: String, cpus: u32, spec: Result<Spec>| {
+        let with_cpus = |mut spec: Spec| {
+            spec.machine.cpus = cpus;
+            Spec { name: name.clone(), timeout: LONG, ..spec }
+        };
+        suite.boots.insert(name.clone(), spec.map(with_cpus).map_err(|e| format!("{e:#}")));
+        if let Some(below) = below {
+            suite.backends.insert(name.clone(), Arc::clone(below));
+        }
+        name
+    };
+    let mut cases: Vec<(String, Vec<String>, Judge)> = Vec::new();
+    let medians = boot("usual-cascade".into(), 1, session.nested("cascade", MEDIANS, Fields::Auto));
+    let alone = boot("usual-cascade-bare".into(), 1, session.bare("cascade", MEDIANS));
+    let judge: Judge = Box::new(|o| compare::agree(o[0], o[1]).and_then(|()| has_medians(o[1])));
+    cases.push((
+        "KVM, nvmx, cascade: records are those with one KVM less, and costs are medians of brackets".into(),
+        vec![alone, medians],
+        judge,
+    ));
+    let linux = session.linux(Kernel::Newest, false)?;
+    let job = Job::parse("vmm=own").map_err(anyhow::Error::msg)?;
+    for (cpus, name, words) in [(1, "usual", ""), (2, "usual-2", " on 2 CPUs")] {
+        let mut machine = session.machine.clone();
+        machine.cpus = cpus;
+        let bare = linux.bare(&session.work("linux"), name, &job, &machine)?;
+        let nested = session.under_nvmx(&bare, String::new(), &session.options_with_counters(Fields::Auto));
+        let boots = vec![boot(format!("{name}-bare"), cpus, Ok(bare)), boot(format!("{name}-nvmx"), cpus, Ok(nested))];
+        let judge: Judge = Box::new(|o| same_but_for_the_machine(o[0], o[1]).and_then(|()| has_apicv(o[0], o[1])));
+        cases.push((format!("{STACK}{words}: all see what they see with one KVM less"), boots.clone(), judge));
+        if cpus == 1 && session.backend.unit() == Unit::Instructions {
+            let judge: Judge = Box::new(|o| adds_little(o[0], o[1]));
+            cases.push((format!("{STACK}: nvmx adds no more than a quarter to the boot"), boots, judge));
+        }
+    }
+    suite.cases.extend(cases.into_iter().map(|(name, boots, judge)| Case { name, boots, judge }));
+    Ok(())
+}
+
+/// Each event was measured by so many brackets, and its figures are in order.
+fn has_medians(under: &Outcome) -> Result<(), String> {
+    let mut events = 0;
+    for record in under.transcript.of_kind(Kind::Event).filter(|r| r.get("scope") == Some("l3")) {
+        let name = record.get("name").unwrap_or("?");
+        let key = |key: &str| record.number(key).map_err(|_| format!("{name}: no {key}"));
+        let (least, low, middle, high) = (key("ticks_least")?, key("ticks_p10")?, key("ticks")?, key("ticks_p90")?);
+        if key("brackets")? < spread::FEWEST || !(least <= low && low <= middle && middle <= high) {
+            return Err(format!("{name}: {least}, {low}, {middle}, {high} of too few brackets, or out of order"));
+        }
+        events += 1;
+    }
+    if events > 10 { Ok(()) } else { Err(format!("{}: only {events} events were measured", under.name)) }
+}
+
+/// Where the KVM below offers APICv, L2 finds it under nvmx too.
+fn has_apicv(alone: &Outcome, under: &Outcome) -> Result<(), String> {
+    let flags = |o: &Outcome| -> Result<Vec<String>, String> {
+        let cpu = named(&o.transcript, "cpu").next().ok_or("the kernel did not tell of the CPU")?;
+        Ok(cpu.get("vmx_flags").unwrap_or_default().split(' ').map(str::to_string).collect())
+    };
+    let (alone, found) = (flags(alone)?, flags(under)?);
+    let missing = |flag: &&&str| alone.iter().any(|f| f == **flag) && !found.iter().any(|f| f == **flag);
+    match APICV.iter().find(missing) {
+        Some(missing) => Err(format!("{}: /proc/cpuinfo does not show {missing}", under.name)),
+        None => Ok(()),
+    }
+}
+
+fn adds_little(alone: &Outcome, under: &Outcome) -> Result<(), String> {
+    let ticks = |o: &Outcome| -> Result<f64, String> {
+        let record: Option<OwnedRecord> = named(&o.transcript, "l3_boot").next().cloned();
+        let ticks = record.and_then(|r| r.number("ticks").ok());
+        ticks.map(|n| n as f64).ok_or(format!("{}: L3 did not boot", o.name))
+    };
+    let (alone, under) = (ticks(alone)?, ticks(under)?);
+    match under <= alone * (1.0 + MOST_ADDED) {
+        true => Ok(()),
+        false => Err(format!("L3 boots in {under} instructions, with one KVM less in {alone}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::Ended;
+    use crate::report::tests::transcript;
+    use std::time::Duration;
+
+    fn outcome(lines: &[&str]) -> Outcome {
+        Outcome {
+            name: "x".into(),
+            transcript: transcript(lines),
+            ended: Ended::Itself,
+            machine: Vec::new(),
+            took: Duration::ZERO,
+            used: None,
+            status: None,
+            trace: None,
+            l2: None,
+            folder: "/".into(),
+        }
+    }
+
+    #[test]
+    fn a_stack_that_loses_apicv_fails() {
+        let flags = |flags: &str| outcome(&[&*format!("@L2 event name=cpu vmx_flags=\"{flags}\"")]);
+        let all = flags("ept vapic_reg vid posted_intr apicv");
+        assert_eq!(has_apicv(&all, &all), Ok(()));
+        assert!(has_apicv(&all, &flags("ept vapic_reg vid")).unwrap_err().contains("posted_intr"));
+        assert_eq!(has_apicv(&flags("ept"), &flags("ept")), Ok(()));
+        assert!(has_apicv(&all, &outcome(&[])).is_err());
+    }
+
+    #[test]
+    fn a_quarter_more_is_the_limit() {
+        let boot = |ticks: u64| outcome(&[&*format!("@L3 event name=l3_boot ticks={ticks}")]);
+        assert_eq!(adds_little(&boot(100), &boot(125)), Ok(()));
+        assert!(adds_little(&boot(100), &boot(126)).is_err());
+        assert!(adds_little(&boot(100), &outcome(&[])).is_err());
+    }
+
+    #[test]
+    fn figures_of_one_bracket_or_out_of_order_are_found() {
+        let line = |ticks: u64, brackets: u64| {
+            format!(
+                "@L2 event name=x scope=l3 count=10 ticks={ticks} brackets={brackets} ticks_least=1 ticks_p10=2 ticks_p90=9"
+            )
+        };
+        let all = |line: &str| outcome(&[line; 11]);
+        assert_eq!(has_medians(&all(&line(5, 31))), Ok(()));
+        assert!(has_medians(&all(&line(5, 29))).is_err());
+        assert!(has_medians(&all(&line(10, 31))).is_err());
+        assert!(has_medians(&all("@L2 event name=x scope=l3 count=10 ticks=5")).is_err());
+        assert!(has_medians(&outcome(&[&*line(5, 31)])).is_err());
+    }
+}
