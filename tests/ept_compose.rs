@@ -272,13 +272,65 @@ fn in_a_run() -> Small {
 #[test]
 fn the_next_pages_of_a_run_cost_one_fetch_and_nothing_to_activate() {
     let mut m = in_a_run();
-    for index in [6, 7, 9] {
+    for index in [7, 6, 9] {
         assert!(m.refill(EPTP, index << 12 | 0x123, WRITE));
         assert_eq!(m.l2.fetched.take().into_iter().collect::<Vec<_>>(), [(PT + index * 8, 1)]);
     }
     let page = |index: u64| (index << 12, KIB4, (0x77_2000 + (index << 12)) | WB | 7);
     assert_eq!(m.activate(EPTP), ([5, 6, 7, 9].map(page).to_vec(), false));
     assert_eq!(m.ept.stats().fills, 4);
+}
+
+#[test]
+fn where_l3_goes_from_page_to_page_those_ahead_are_filled_with_it() {
+    let mut m = machine();
+    let present = 5..500;
+    for index in present.clone() {
+        m.l2.set(PT, index, (0x77_2000 + (index << 12)) | WB | 7);
+    }
+    let mut faults = vec![];
+    for index in present {
+        let there = m.activate(EPTP).0.iter().any(|leaf| leaf.0 == index << 12);
+        if there {
+            continue;
+        }
+        faults.push(index);
+        m.l2.fetched.take();
+        if !m.refill(EPTP, index << 12, READ) {
+            assert_eq!(m.fault(EPTP, index << 12, READ), Outcome::Filled);
+        }
+        assert_eq!(m.l2.most_fetches(), 1, "each entry is fetched once");
+    }
+    // Two, four, eight and sixteen further ones; behind the last entry that is there nothing is filled.
+    assert_eq!(faults[..6], [5, 6, 8, 11, 16, 25]);
+    assert!(faults[6..].windows(2).all(|pair| pair[1] - pair[0] == 17), "{faults:?}");
+    let page = |index: u64| (index << 12, KIB4, (0x77_2000 + (index << 12)) | WB | 7);
+    assert_eq!(m.activate(EPTP), ((5..500).map(page).collect(), false));
+}
+
+#[test]
+fn what_is_ahead_is_filled_as_it_stands_in_ept12_and_ends_where_it_may_not() {
+    for (what, entry, filled) in [
+        ("readable only", 0x77_9000 | WB | R, true),
+        ("not there", 0, false),
+        ("writable only", 0x77_9000 | WB | W, false),
+        ("nvmx's memory", OWN.0 | WB | 7, false),
+        ("beyond the address width", 1 << WIDTH | WB | 7, false),
+    ] {
+        let mut m = in_a_run();
+        m.l2.set(PT, 7, entry);
+        assert!(m.refill(EPTP, 0x6000, WRITE), "{what}");
+        let leaf = (0x7000, KIB4, entry);
+        assert_eq!(m.activate(EPTP).0.contains(&leaf), filled, "{what}");
+        assert_eq!(m.activate(EPTP).0.len(), if filled { 3 } else { 2 }, "{what}");
+    }
+    // What is there already is left as it is.
+    let mut m = in_a_run();
+    m.l2.set(PT, 7, 0x77_9000 | WB | R);
+    assert!(m.refill(EPTP, 0x7000, READ) && m.refill(EPTP, 0x6000, READ));
+    m.l2.set(PT, 7, 0x77_9000 | WB | 7);
+    assert!(m.refill(EPTP, 0x8000, READ));
+    assert_eq!(m.activate(EPTP).0[2], (0x7000, KIB4, 0x77_9000 | WB | R));
 }
 
 #[test]
@@ -337,7 +389,7 @@ fn a_run_survives_a_switch() {
     let mut m = in_a_run();
     assert!(m.activate(Eptp::new(OTHER | 0x1e)).0.is_empty());
     let _ = m.activate(EPTP);
-    assert!(m.refill(EPTP, 0x6000, READ));
+    assert!(m.refill(EPTP, 0x7000, READ));
     assert_eq!(m.activate(EPTP).0.len(), 2);
 }
 

@@ -303,9 +303,10 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         };
         let hardware = Qualification::from_bits_retain(access | lacking << 3 | 3 << 7);
         let fills = self.ept.stats().fills;
+        let leaves = self.frames.leaves(root);
         if self.ept.refill(Eptp::new(self.role), Ngpa::new(ngpa), hardware, &self.l2, &mut self.frames) {
             prop_assert!(self.l2.most_fetches() == 1, "one entry, fetched once");
-            return self.refilled(root, ngpa, access);
+            return self.refilled(root, &leaves, ngpa, access);
         }
         prop_assert!(self.l2.most_fetches() <= 1);
         prop_assert_eq!(self.ept.stats().fills, fills);
@@ -421,20 +422,28 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         Ok(())
     }
 
-    /// After a fill that did not walk ept12 from its root: it went a way that may still be known, and L3 gets on as it was.
-    fn refilled(&mut self, root: u64, ngpa: u64, access: u64) -> Result<(), TestCaseError> {
+    /// After a fill that did not walk ept12 from its root: it went a way that may still be known, for the page and for those that it
+    /// filled ahead of L3, and L3 gets on as it was.
+    fn refilled(&mut self, root: u64, before: &[(u64, u64, u64)], ngpa: u64, access: u64) -> Result<(), TestCaseError> {
         let leaves = self.frames.leaves(root);
-        let written = leaves.iter().find(|leaf| leaf.0 == ngpa & !0xfff && leaf.1 == KIB4).copied();
-        let known = self.ways.get(&(self.role, ngpa >> 21)).into_iter().flatten();
-        let mut possible =
-            known.filter_map(|(table, rights)| match reference_from(&self.l2, 3, *table, *rights, ngpa, true) {
-                Said::Page(page, size, rights, types) if rights & access == access => {
-                    composed(page, size, rights, types, ngpa)
+        let new: Vec<_> = leaves.into_iter().filter(|leaf| !before.contains(leaf)).collect();
+        prop_assert!(new.iter().any(|leaf| leaf.0 == ngpa & !0xfff && leaf.1 == KIB4));
+        let ways = self.ways.get(&(self.role, ngpa >> 21)).cloned().unwrap_or_default();
+        for leaf in new {
+            let ahead = leaf.0.wrapping_sub(ngpa & !0xfff) >> 12;
+            prop_assert!(leaf.1 == KIB4 && leaf.0 >> 21 == ngpa >> 21 && ahead <= 16, "{:x?} for {:#x}", leaf, ngpa);
+            let access = if ahead == 0 { access } else { 0 };
+            let mut possible = ways.iter().filter_map(|(table, rights)| {
+                match reference_from(&self.l2, 3, *table, *rights, leaf.0, true) {
+                    Said::Page(page, size, rights, types) if rights & access == access => {
+                        composed(page, size, rights, types, leaf.0)
+                    }
+                    _ => None,
                 }
-                _ => None,
             });
-        prop_assert!(possible.any(|leaf| Some(leaf) == written), "no way that L2 must expect leads there");
-        self.filled.entry(self.role).or_default().extend(written);
+            prop_assert!(possible.any(|possible| possible == leaf), "no way that L2 must expect leads there");
+            self.filled.entry(self.role).or_default().push(leaf);
+        }
         let again = self.ept.activate(Eptp::new(self.role), &self.l2, None, &mut self.frames);
         prop_assert_eq!((again.eptp02.ep4ta(), again.invept), (root, false), "nothing to activate");
         self.enter()?;

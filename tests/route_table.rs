@@ -2,7 +2,7 @@
 
 mod core_support;
 
-use nvmx::rules::route::{ExitInfo, GuestWants, Route, route};
+use nvmx::rules::route::{ExitInfo, GuestWants, Route, is_always_reflected, route};
 use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap};
 use nvmx::vmx::event::{EventInfo, EventKind};
 use nvmx::vmx::{BasicReason, ExitReason, PinControls, PrimaryControls, SecondaryControls};
@@ -144,6 +144,15 @@ fn rule(reason: u16) -> Rule {
         5..=6 | 17 | 33 | 34 | 41 | 48 | 49 | 59 | 69 | 78 | 79 => Never,
         // TDX instructions and the unknown: L3 found something that exits on every machine.
         _ => Always,
+    }
+}
+
+#[test]
+fn what_is_l2_s_at_the_first_look_is_always_l2_s() {
+    for reason in (0..=u16::MAX).map(u32::from).chain([1 << 31 | 10, 1 << 31 | 33, 1 << 16 | 10, u32::MAX]) {
+        let expected = matches!(reason, 9..=11 | 13 | 18..=22 | 24 | 26 | 27 | 50 | 53 | 55);
+        assert_eq!(is_always_reflected(ExitReason(reason)), expected, "{reason:#x}");
+        assert!(!expected || matches!(rule(reason as u16), Rule::Always), "{reason}");
     }
 }
 

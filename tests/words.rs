@@ -126,7 +126,7 @@ fn takes_a_bare_bool(function: &str) -> bool {
     let last = function.rsplit("::").next().unwrap_or_default();
     ["set", "put", "store", "swap", "unwrap_or", "map_or"].iter().any(|word| last.starts_with(word))
         || last.starts_with(char::is_uppercase)
-        || ["AtomicBool::new", "Cell::new", "in", "match", "if"].contains(&function)
+        || ["AtomicBool::new", "Cell::new", "in", "match", "if", "let"].contains(&function)
 }
 
 /// Where a word would tell more than `true`, there is an enum, or another name.

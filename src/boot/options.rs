@@ -115,6 +115,8 @@ pub struct Options {
     pub ept12: Ept12,
     /// `counters=`
     pub counters: Counters,
+    /// `measure=`: whether exits are counted by reason, and nvmx's own time is.
+    pub measure: bool,
     /// `explain=`: whether what VMX refuses is told on the serial line.
     pub explain: bool,
     /// `stale=`: whether L3's use of translations that lack an INVEPT of L2 is told. For debugging: dear.
@@ -138,6 +140,7 @@ impl Default for Options {
             ept02: None,
             ept12: Ept12::Watch,
             counters: Counters::Kernel,
+            measure: true,
             explain: true,
             stale: false,
             serial: Serial::COM1,
@@ -205,12 +208,13 @@ const FRAMES: &str = "auto|1|2|3|...";
 const EPT02: &str = "auto|0|1|2|...";
 const EPT12: &str = "watch|compare";
 const COUNTERS: &str = "kernel|all";
+const MEASURE: &str = "on|off";
 const EXPLAIN: &str = "on|off";
 const STALE: &str = "off|warn";
 const SERIAL: &str = "com1|com2|0x2f8|0x3f8,9600|...|none";
 const EXIT: &str = "auto|none|ports";
 const STOP: &str = "never|cpus";
-const ACCEPTED: [(&str, &str); 13] = [
+const ACCEPTED: [(&str, &str); 14] = [
     ("log", LOG),
     ("fields", FIELDS),
     ("vmcs", VMCS),
@@ -219,6 +223,7 @@ const ACCEPTED: [(&str, &str); 13] = [
     ("ept02", EPT02),
     ("ept12", EPT12),
     ("counters", COUNTERS),
+    ("measure", MEASURE),
     ("explain", EXPLAIN),
     ("stale", STALE),
     ("serial", SERIAL),
@@ -282,6 +287,13 @@ impl Options {
                         "kernel" => Counters::Kernel,
                         "all" => Counters::All,
                         _ => return Err(bad("counters", COUNTERS)),
+                    }
+                }
+                "measure" => {
+                    options.measure = match value {
+                        "on" => true,
+                        "off" => false,
+                        _ => return Err(bad("measure", MEASURE)),
                     }
                 }
                 "explain" => {
@@ -351,7 +363,7 @@ mod tests {
             }
         }
         let (all, unknown) = Options::parse(
-            "log=trace fields=trapped vmcs=memory cpus=3 frames=5 ept02=7 ept12=compare counters=all explain=off stale=warn serial=com2 exit=none stop=cpus",
+            "log=trace fields=trapped vmcs=memory cpus=3 frames=5 ept02=7 ept12=compare counters=all measure=off explain=off stale=warn serial=com2 exit=none stop=cpus",
         )
         .unwrap();
         assert_eq!(unknown, UnknownWords::default());
@@ -366,6 +378,7 @@ mod tests {
                 ept02: Some(7),
                 ept12: Ept12::Compare,
                 counters: Counters::All,
+                measure: false,
                 explain: false,
                 stale: true,
                 serial: Serial { port: Some(0x2F8), divisor: 1 },
@@ -383,7 +396,7 @@ mod tests {
             unknown.to_string(),
             "unknown options are passed over: 'quiet' 'colour=red'; nvmx accepts log=off|error|warn|info|debug|trace, \
              fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, cpus=all|1|2|3|..., frames=auto|1|2|3|..., \
-             ept02=auto|0|1|2|..., ept12=watch|compare, counters=kernel|all, explain=on|off, stale=off|warn, serial=com1|com2|0x2f8|0x3f8,9600|...|none, \
+             ept02=auto|0|1|2|..., ept12=watch|compare, counters=kernel|all, measure=on|off, explain=on|off, stale=off|warn, serial=com1|com2|0x2f8|0x3f8,9600|...|none, \
              exit=auto|none|ports, stop=never|cpus"
         );
         let (_, many) = Options::parse("a b c d e f g h i j").unwrap();

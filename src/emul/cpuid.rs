@@ -43,7 +43,7 @@ const CR4_KL: u64 = Cr4::KL.bits();
 const SS_DPL: u64 = 0b11 << 5;
 
 /// Handles a CPUID exit of L2.
-#[inline]
+#[inline(always)]
 pub fn emulate(cpu: &mut Cpu) {
     let (leaf, subleaf) = (cpu.regs.gpr[0] as u32, cpu.regs.gpr[1] as u32);
     let answer = if HYPERVISOR_LEAVES.contains(&leaf) {
@@ -138,6 +138,7 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
                 .counters
                 .forget_guest_exit(crate::vmx::exit::ExitReason::exit(crate::vmx::exit::BasicReason::CPUID));
             if subleaf == SNAPSHOT {
+                cpu.vmx.counters.set(Counter::L1Ticks, cpu.regs.ticks);
                 cpu.vmx.counters.take_snapshot(others::totals());
                 return CpuidResult { eax: 0, ebx: 1, ecx: 0, edx: 0 };
             }

@@ -53,6 +53,8 @@ pub struct Stats {
 pub(super) struct Root {
     pub(super) role: Option<Eptp>,
     pub(super) table: Hpa,
+    /// What vmcs02 runs on, for the role.
+    eptp02: Eptp,
     /// Tables below the root table.
     pub(super) tables: Tables,
     /// The record of the root table; 0 if there is none.
@@ -72,6 +74,7 @@ impl Root {
         Self {
             role: None,
             table,
+            eptp02: Eptp::new(0),
             tables: Tables::new(),
             record: 0,
             known: (0, 0),
@@ -194,12 +197,18 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         ept01: Option<&mut Ept01>,
         frames: &mut F,
     ) -> Activation {
-        let root = self.root(self.current);
-        if root.role == Some(eptp12) && !root.stale && !root.invept {
-            let eptp02 = Eptp::for_root(root.table, eptp12.accessed_dirty());
+        if let Some(eptp02) = self.ready(eptp12) {
             return Activation { eptp02, invept: false, invept01: false };
         }
         self.settle(eptp12, guest, ept01, frames)
+    }
+
+    /// What [`Ept02::activate`] would answer, if it has nothing to do.
+    #[inline(always)]
+    pub fn ready(&self, eptp12: Eptp) -> Option<Eptp> {
+        let root = self.current();
+        let ready = root.role == Some(eptp12) && !(root.stale | root.invept);
+        ready.then_some(root.eptp02)
     }
 
     #[cold]
@@ -219,7 +228,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         };
         let root = self.root(index);
         let invept = core::mem::take(&mut root.invept);
-        let eptp02 = Eptp::for_root(root.table, eptp12.accessed_dirty());
+        let eptp02 = root.eptp02;
         self.stats.invepts += u64::from(invept);
         Activation { eptp02, invept, invept01 }
     }
@@ -342,7 +351,9 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         if first && self.splits > 0 && self.exposed.start(frames) {
             self.origins.start();
         }
-        if let Some(old) = self.root(index).role.replace(role) {
+        let root = self.root(index);
+        root.eptp02 = Eptp::for_root(root.table, role.accessed_dirty());
+        if let Some(old) = root.role.replace(role) {
             self.unchain(index, old);
         }
         let chain = &mut self.chains[chain(role)];

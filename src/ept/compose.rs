@@ -230,7 +230,8 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
                 None => self.install_with_room(index, ngpa, Level::Pt, composed, origin, frames),
             };
             // A run asks for the rights of plain entries.
-            self.run = table.filter(|_| !eptp12.mode_based()).map(|table| Run::new(eptp12, ngpa, &leaf, table));
+            let plain = table.filter(|_| !eptp12.mode_based());
+            self.run = plain.map(|table| Run::new(eptp12, ngpa, &leaf, table, self.run.as_ref()));
         } else {
             if rights.contains(Rights::WRITE) {
                 self.exposed.add(block.hpa.get(), block.level.bytes(), frames);

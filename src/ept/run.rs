@@ -1,6 +1,10 @@
 //! Runs of faults: pages of 4 KiB that lie next to each other fault one after the other, in one page table of ept12
 //! and one of ept02. Whoever knows both need not walk to them.
 //!
+//! Where L3 goes from page to page the run goes ahead: pages behind the one that faulted are filled with it, two, four, up to [`MOST_AHEAD`], as
+//! long as they are there in ept12 and no flag would have to be set for them
+//! ([ADR 0022](../../docs/adr/0022-filled-before-it-faults.md)).
+//!
 //! A run is the counterpart of a processor's paging-structure cache: it remembers the way to a page table of ept12, not
 //! what stands in it, and only as long as a processor may. L2's INVEPT ends it, and so does each violation that it does
 //! not resolve, before ept12 is walked from its root.
@@ -16,7 +20,10 @@ use super::origin::Origin;
 use super::violation::Qualification;
 use super::walk::Leaf;
 use super::{GuestView, TableFrames};
-use crate::addr::{Gpa, Hpa, Ngpa};
+use crate::addr::{Gpa, Hpa, Ngpa, PAGE_SIZE};
+
+/// Pages that are filled beside the one that faulted, at most.
+const MOST_AHEAD: u64 = 16;
 
 /// Where the last fill was.
 #[derive(Debug)]
@@ -32,13 +39,28 @@ pub(super) struct Run {
     /// The page table of ept02, and what it is composed of.
     table02: Hpa,
     origin: Origin,
+    /// The page behind the last one that was filled: its number among all pages.
+    next: u64,
+    /// Pages that were filled ahead of the last fault; more if the next one is at `next`.
+    ahead: u64,
 }
 
 impl Run {
-    /// Starts at a leaf of ept12 for a 4 KiB page whose counterpart stands in `table02`.
-    pub(super) const fn new(eptp12: Eptp, ngpa: Ngpa, leaf: &Leaf<Gpa>, table02: Hpa) -> Self {
+    /// Starts at a leaf of ept12 for a 4 KiB page whose counterpart stands in `table02`; it goes on where the one `before` came to its end.
+    pub(super) fn new(eptp12: Eptp, ngpa: Ngpa, leaf: &Leaf<Gpa>, table02: Hpa, before: Option<&Self>) -> Self {
         let origin = Origin::table(leaf.entry, leaf.upper);
-        Self { eptp12, region: ngpa.get() >> 21, table12: leaf.entry.page(), rights: leaf.upper, table02, origin }
+        let page = ngpa.get() >> 12;
+        let goes_on = |run: &&Self| run.eptp12 == eptp12 && run.next == page;
+        Self {
+            eptp12,
+            region: ngpa.get() >> 21,
+            table12: leaf.entry.page(),
+            rights: leaf.upper,
+            table02,
+            origin,
+            next: page + 1,
+            ahead: before.filter(goes_on).map_or(0, |run| run.ahead),
+        }
     }
 
     /// The page table of ept02 for an address, if this is it and it is still composed of the same.
@@ -76,8 +98,38 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         if !run.serves(eptp12, ngpa) {
             return false;
         }
-        let table02 = run.table02;
+        let page = ngpa.get() >> 12;
+        let (goes_on, ahead) = (run.next == page, run.ahead);
         let offset = Level::Pt.entry_offset(ngpa.get());
+        if !self.fill_in_run(offset, access, guest, frames) {
+            return false;
+        }
+        self.stats.fills += 1;
+        let more = if goes_on { self.fill_ahead((2 * ahead).clamp(1, MOST_AHEAD), offset, guest, frames) } else { 0 };
+        if let Some(run) = &mut self.run {
+            (run.next, run.ahead) = (page + 1 + more, more);
+        }
+        true
+    }
+
+    /// Fills at most so many pages behind the one at `offset`, within its table; answers how many.
+    #[inline(never)]
+    fn fill_ahead<G: GuestView, F: TableFrames>(&mut self, most: u64, offset: u64, guest: &G, frames: &mut F) -> u64 {
+        let left = (PAGE_SIZE - 8 - offset) / 8;
+        let most = most.min(left);
+        (1..=most).find(|n| !self.fill_in_run(offset + 8 * n, Rights::empty(), guest, frames)).map_or(most, |n| n - 1)
+    }
+
+    /// Composes the leaf at `offset` in the page tables of the run, if it allows the access. False if nothing was written.
+    #[inline(always)]
+    fn fill_in_run<G: GuestView, F: TableFrames>(
+        &mut self,
+        offset: u64,
+        access: Rights,
+        guest: &G,
+        frames: &mut F,
+    ) -> bool {
+        let Some(run) = &self.run else { return false };
         let Ok(entry12) = guest.read_entry(Gpa::new(run.table12.get() | offset)) else { return false };
         let Meaning::Leaf { address, caching } = entry::decode(entry12, Level::Pt, &self.rules) else { return false };
         let Ok(block) = guest.block(Gpa::new(address), Level::Pt) else { return false };
@@ -86,19 +138,19 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         if run.eptp12.accessed_dirty() && entry12 & (ACCESSED | DIRTY) != ACCESSED | DIRTY {
             return false;
         }
-        if !rights.contains(access) {
+        if !rights.contains(access) || rights.is_empty() {
             return false;
         }
-        let entry02 = Hpa::new(table02.get() | offset);
+        let entry02 = Hpa::new(run.table02.get() | offset);
         let (old, new) = (frames.read(entry02), entry::leaf_entry(block.hpa, Level::Pt, rights, caching));
-        if entry::is_present(old) && !entry::is_upgrade(old, new) {
+        // What is there already ends what is filled ahead.
+        if entry::is_present(old) && (access.is_empty() || !entry::is_upgrade(old, new)) {
             return false;
         }
         if rights.contains(Rights::WRITE) {
             self.exposed.add_page(block.hpa.get(), frames);
         }
         frames.write(entry02, new);
-        self.stats.fills += 1;
         true
     }
 }

@@ -10,6 +10,7 @@ use crate::addr::Hpa;
 use crate::hw::cpu::PerCpu;
 use crate::hw::phys::DirectMap;
 use crate::hw::processor::{Entered, Invalidate, Processor, Register};
+use crate::hw::region::Region;
 use crate::hw::regs::GuestRegs;
 use crate::vmx::Field;
 use crate::x86::Fault;
@@ -76,6 +77,10 @@ impl Processor for Installed {
 
     fn vmclear(&mut self, region: Hpa) -> bool {
         self.model().borrow_mut().vmclear(region)
+    }
+
+    fn exchange(&mut self, phys: &DirectMap, from: &Region, word: u32, to: &Region) -> bool {
+        self.model().borrow_mut().exchange(phys, from, word, to)
     }
 
     fn invept(&mut self, kind: Invalidate, eptp: u64) -> bool {

@@ -64,13 +64,19 @@ pub fn try_host_rsp(vmx: &mut Vmx, value: u64) {
 pub struct Lent(Region);
 
 impl Lent {
-    /// Makes the current VMCS, which is the one in `region`, a shadow VMCS with L2's value; it is not current afterwards.
+    /// Makes the current VMCS, which is the one in `region`, a shadow VMCS with L2's value; `next` is current afterwards.
     #[inline(always)]
-    pub fn by_becoming_shadow(vmx: &mut Vmx, phys: &DirectMap, region: Region, revision: u32, value: u64) -> Self {
+    pub fn by_becoming_shadow(
+        vmx: &mut Vmx,
+        phys: &DirectMap,
+        region: &Region,
+        revision: u32,
+        value: u64,
+        next: &Region,
+    ) -> Self {
         vmx.write_host_state(Field::HOST_RSP, value);
-        vmx.clear(region);
-        region.mark(phys, revision | SHADOW_INDICATOR);
-        Self(region)
+        vmx.exchange(phys, region, revision | SHADOW_INDICATOR, next);
+        Self(*region)
     }
 
     /// Puts L2's value into the shadow VMCS in `region`, which is current.
@@ -87,9 +93,7 @@ impl Lent {
     /// Makes the VMCS an ordinary one again, and current, with nvmx's own value; answers with the one that L2 left.
     #[inline(always)]
     pub fn take_back(self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> u64 {
-        vmx.clear(self.0);
-        self.0.mark(phys, revision);
-        vmx.ptrld(self.0);
+        vmx.exchange(phys, &self.0, revision, &self.0);
         let value = vmx.read(Field::HOST_RSP);
         vmx.write_host_state(Field::HOST_RSP, vmx.host_rsp);
         value

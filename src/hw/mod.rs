@@ -22,6 +22,7 @@ mod port;
 pub mod processor;
 #[cfg(target_os = "none")]
 mod real;
+mod region;
 mod regs;
 pub mod serial;
 #[cfg(target_os = "none")]

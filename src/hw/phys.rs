@@ -210,7 +210,10 @@ impl PhysMem for DirectMap {
 
     #[inline(always)]
     fn or_words(&self, from: Hpa, to: Place<'_>, words: &[(u16, u64)]) {
-        let (Some(from), Some(to)) = (self.linear(from, PAGE_SIZE), self.linear(to.hpa(), PAGE_SIZE)) else {
+        // A page is mapped if its last word is.
+        const LAST: u64 = PAGE_SIZE - 8;
+        let page = |at: Hpa| self.word(Hpa::new(at.page().get() | LAST)).map(|last| last.wrapping_sub(LAST as usize));
+        let (Some(from), Some(to)) = (page(from), page(to.hpa())) else {
             // What is not there reads as all ones.
             return or_missing(self, from, to.hpa(), words);
         };

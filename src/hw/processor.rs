@@ -8,6 +8,7 @@
 
 use crate::addr::Hpa;
 use crate::hw::phys::DirectMap;
+use crate::hw::region::Region;
 use crate::hw::regs::GuestRegs;
 use crate::vmx::Field;
 use crate::x86::Fault;
@@ -74,12 +75,21 @@ pub trait Processor {
     fn vmptrld(&mut self, region: Hpa) -> bool;
     /// VMCLEAR.
     fn vmclear(&mut self, region: Hpa) -> bool;
+    /// VMCLEAR of `from`, the first word of which becomes `word`, and VMPTRLD of `to`, which may be the same: what makes one VMCS
+    /// another kind, and the next one current.
+    fn exchange(&mut self, phys: &DirectMap, from: &Region, word: u32, to: &Region) -> bool {
+        let cleared = self.vmclear(from.at());
+        from.mark(phys, word);
+        cleared & self.vmptrld(to.at())
+    }
     /// INVEPT.
     fn invept(&mut self, kind: Invalidate, eptp: u64) -> bool;
     /// INVVPID.
     fn invvpid(&mut self, kind: Invalidate, vpid: u16, linear: u64) -> bool;
     /// VMLAUNCH or VMRESUME with the guest's registers, until the guest exits. Nothing happens if an NMI is pending.
     fn enter(&mut self, regs: &mut GuestRegs, launch: bool) -> Entered;
+    /// Entries and exits do not book nvmx's own time from now on: to be said before [`Processor::exit_path`] is asked.
+    fn without_clock(&mut self) {}
     /// The linear address at which VM exits land.
     fn exit_path(&self) -> u64;
 

@@ -6,8 +6,9 @@ use raw_cpuid::CpuIdResult;
 
 use crate::addr::Hpa;
 use crate::hw::cpu;
-use crate::hw::phys::DirectMap;
+use crate::hw::phys::{DIRECT_MAP, DirectMap};
 use crate::hw::processor::{Entered, Invalidate, Processor, Register};
+use crate::hw::region::Region;
 use crate::hw::regs::GuestRegs;
 use crate::hw::switch;
 use crate::vmx::Field;
@@ -54,8 +55,10 @@ impl Processor for Real {
     #[inline(always)]
     fn vmread(&mut self, field: Field) -> u64 {
         let value: u64;
-        // SAFETY: VMREAD has no effect but on its destination and RFLAGS.
-        unsafe { asm!("vmread {v}, {f}", v = out(reg) value, f = in(reg) field.encoding() as u64, options(nostack)) };
+        // SAFETY: VMREAD has no effect but on its destination and RFLAGS. `nomem`: no Rust object lies in a VMCS region.
+        unsafe {
+            asm!("vmread {v}, {f}", v = out(reg) value, f = in(reg) field.encoding() as u64, options(nomem, nostack))
+        };
         value
     }
 
@@ -83,7 +86,7 @@ impl Processor for Real {
         // SAFETY: as above.
         #[cfg(not(debug_assertions))]
         unsafe {
-            asm!("vmwrite {f}, {v}", v = in(reg) value, f = in(reg) field.encoding() as u64, options(nostack))
+            asm!("vmwrite {f}, {v}", v = in(reg) value, f = in(reg) field.encoding() as u64, options(nomem, nostack))
         };
     }
 
@@ -101,6 +104,19 @@ impl Processor for Real {
         // SAFETY: callers pass VMCS regions out of nvmx's own frames.
         unsafe { asm!("vmclear [{p}]", "setbe {f}", p = in(reg) &region.get(), f = out(reg_byte) failed) };
         failed == 0
+    }
+
+    #[inline(always)]
+    fn exchange(&mut self, _: &DirectMap, from: &Region, word: u32, to: &Region) -> bool {
+        let (failed, also): (u8, u8);
+        // SAFETY: 1. as for `vmclear` and `vmptrld`. 2. A region is a frame of nvmx's: mapped and writable through the direct map (condition 1 of
+        // `DirectMap::new`), and no Rust object lies in it.
+        unsafe {
+            asm!("vmclear [{f}]", "setbe {x}", "mov [{base} + {at}], {word}", "vmptrld [{t}]", "setbe {y}",
+                f = in(reg) from.operand(), t = in(reg) to.operand(), base = in(reg) DIRECT_MAP, at = in(reg) from.at().get(),
+                word = in(reg) u64::from(word), x = out(reg_byte) failed, y = out(reg_byte) also, options(nostack));
+        }
+        failed | also == 0
     }
 
     #[inline]
@@ -128,6 +144,10 @@ impl Processor for Real {
     #[inline(always)]
     fn enter(&mut self, regs: &mut GuestRegs, launch: bool) -> Entered {
         switch::by_instruction(regs, launch)
+    }
+
+    fn without_clock(&mut self) {
+        switch::without_clock();
     }
 
     fn exit_path(&self) -> u64 {

@@ -8,24 +8,46 @@
 use super::cpu::PerCpu;
 use super::processor::Entered;
 use super::regs::GuestRegs;
-use core::{arch::global_asm, mem::offset_of};
+use core::{
+    arch::{asm, global_asm},
+    mem::offset_of,
+    sync::atomic::{AtomicPtr, Ordering},
+};
 
 unsafe extern "C" {
     fn nvmx_vmexit();
-    fn nvmx_vmenter(regs: *mut GuestRegs, launch: u64) -> u64;
+    fn nvmx_vmexit_untimed();
+    fn nvmx_vmenter();
+    fn nvmx_vmenter_untimed();
 }
+
+/// The way in and the way out.
+static ENTER: AtomicPtr<()> = AtomicPtr::new(nvmx_vmenter as *mut ());
+static EXIT: AtomicPtr<()> = AtomicPtr::new(nvmx_vmexit as *mut ());
 
 /// Where VM exits land.
 pub fn exit_path() -> u64 {
-    nvmx_vmexit as *const () as u64
+    EXIT.load(Ordering::Relaxed) as u64
+}
+
+/// Neither way books time from now on.
+pub fn without_clock() {
+    ENTER.store(nvmx_vmenter_untimed as *mut (), Ordering::Relaxed);
+    EXIT.store(nvmx_vmexit_untimed as *mut (), Ordering::Relaxed);
 }
 
 /// VMLAUNCH or VMRESUME.
 #[inline(always)]
 pub fn by_instruction(regs: &mut GuestRegs, launch: bool) -> Entered {
+    let code: u64;
     // SAFETY: 1. the current VMCS is one of nvmx's and its host area was written by hw::host_area (HOST_RIP, HOST_RSP of these
-    // registers). 2. the asm restores all callee-saved registers. 3. `regs` is exclusively borrowed.
-    let code = unsafe { nvmx_vmenter(regs, launch as u64) };
+    // registers). 2. `ENTER` is one of two ways that restore RBX, RBP and RSP, and all else is named here: so no more is saved than the caller
+    // uses. 3. `regs` is exclusively borrowed. 4. The image has no SSE.
+    unsafe {
+        asm!("call qword ptr [rip + {enter}]", enter = sym ENTER, inout("rdi") regs => _, inout("rsi") u64::from(launch) => _,
+            lateout("rax") code, out("rcx") _, out("rdx") _, out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+            out("r12") _, out("r13") _, out("r14") _, out("r15") _);
+    }
     if code == 0 { Entered::Exit } else { not_entered(code) }
 }
 
@@ -39,15 +61,17 @@ fn not_entered(code: u64) -> Entered {
 // The window between the look at the NMI flag and the entry must not lose an NMI: the NMI handler sees that it interrupted
 // the window and returns to nvmx_entry_window_bail instead. RSP is nvmx's own all through it.
 global_asm!(
-    ".global nvmx_vmenter, nvmx_vmexit, nvmx_entry_window_start, nvmx_entry_window_end, nvmx_entry_window_bail",
-    "nvmx_vmenter:",
-    // 1. Save what the C ABI wants kept, and where the stack is.
+    ".global nvmx_vmenter, nvmx_vmexit, nvmx_vmenter_untimed, nvmx_vmexit_untimed, nvmx_entry_window_start, nvmx_entry_window_end, nvmx_entry_window_bail",
+    "nvmx_vmenter_untimed:",
     "push rbx",
     "push rbp",
-    "push r12",
-    "push r13",
-    "push r14",
-    "push r15",
+    "push rdi",
+    "mov [rdi + {host_rsp}], rsp",
+    "jmp nvmx_entry_window_start",
+    "nvmx_vmenter:",
+    // 1. Save what the caller wants kept, and where the stack is.
+    "push rbx",
+    "push rbp",
     "push rdi",
     "mov [rdi + {host_rsp}], rsp",
     // 2. Book the time spent since the last exit.
@@ -100,7 +124,7 @@ global_asm!(
     "mov [rdi + {exit_tsc}], rax",
     "mov eax, r8d",
     "jmp 5f",
-    // 7. A VM exit lands here with RSP = &regs.gpr[16].
+    // 7. A VM exit lands here with RSP = &regs.gpr[16], or without a clock behind it.
     "nvmx_vmexit:",
     "push r15",
     "push r14",
@@ -123,17 +147,33 @@ global_asm!(
     "shl rdx, 32",
     "or rax, rdx",
     "mov [rdi + {exit_tsc}], rax",
+    "6:",
     "mov rsp, [rdi + {host_rsp}]",
     "xor eax, eax",
     "5:",
     "pop rdi",
-    "pop r15",
-    "pop r14",
-    "pop r13",
-    "pop r12",
     "pop rbp",
     "pop rbx",
     "ret",
+    "nvmx_vmexit_untimed:",
+    "push r15",
+    "push r14",
+    "push r13",
+    "push r12",
+    "push r11",
+    "push r10",
+    "push r9",
+    "push r8",
+    "push rdi",
+    "push rsi",
+    "push rbp",
+    "push rbp",
+    "push rbx",
+    "push rdx",
+    "push rcx",
+    "push rax",
+    "mov rdi, rsp",
+    "jmp 6b",
     host_rsp = const offset_of!(GuestRegs, host_rsp),
     exit_tsc = const offset_of!(GuestRegs, exit_tsc),
     ticks = const offset_of!(GuestRegs, ticks),

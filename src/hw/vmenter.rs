@@ -5,25 +5,32 @@ pub use super::regs::GuestRegs;
 
 use super::processor::Processor;
 use super::this_processor;
-use super::vmx::Vmx;
-use l2_protocol::abi::Counter;
 
 /// Address of the exit path, for HOST_RIP.
 pub fn host_rip() -> u64 {
     this_processor().exit_path()
 }
 
+/// No time is booked from now on: before a host-state area is written.
+pub fn without_clock() {
+    this_processor().without_clock();
+}
+
 /// Enters the guest of the current VMCS and returns after its next exit.
 #[inline(always)]
-pub fn enter(vmx: &mut Vmx, regs: &mut GuestRegs, launch: bool) -> Entered {
-    let entered = this_processor().enter(regs, launch);
-    vmx.counters.set(Counter::L1Ticks, regs.ticks);
-    entered
+pub fn enter(regs: &mut GuestRegs, launch: bool) -> Entered {
+    this_processor().enter(regs, launch)
 }
 
 /// TSC.
 pub fn now() -> u64 {
     this_processor().tsc()
+}
+
+/// The guest exited a moment ago: for where exits do not note it.
+#[inline(always)]
+pub fn note_exit(regs: &mut GuestRegs) {
+    regs.exited_at(now());
 }
 
 /// Starts the clock of nvmx's own time. Entries follow, for which the registers stay where they are: borrowed as they are here.

@@ -3,15 +3,13 @@
 //! Source: Intel SDM vol. 3C, "VMX Instruction Reference" (December 2024).
 
 pub use super::processor::Invalidate;
+pub use super::region::Region;
 
 use super::processor::Processor;
 use super::this_processor;
 use super::{cr, msr};
-use crate::addr::{Hpa, PAGE_SIZE};
 use crate::hw::phys::DirectMap;
-use crate::mm::Frame;
 use crate::trace::counters::Counters;
-use crate::vmx::field::Width;
 use crate::vmx::{Capabilities, Field, FieldAccess};
 use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX, IA32_FEATURE_CONTROL};
 use crate::x86::{Cr0, Cr4};
@@ -21,44 +19,6 @@ use l2_protocol::abi::Counter;
 // their revision written, EPTPs are made by `ept`, VPIDs by `vmcs::vpid`, INVEPT and INVVPID types are those that the
 // requirements or the capabilities offered to L2 include. The one operand of L2's, the linear address of an INVVPID, is
 // checked to be canonical (`nested::instr::invalidate`).
-
-/// A frame that holds a VMCS, or the VMXON region, and nothing else for as long as it is in use. The address is copied; the frame
-/// goes back to its pool only once the VMCS is clear and nobody keeps the region.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Region(Hpa);
-
-impl Region {
-    /// Makes one of a frame of nvmx's, with the revision identifier.
-    pub fn new(frame: &Frame, phys: &DirectMap, revision: u32) -> Self {
-        let region = Region(frame.hpa());
-        region.mark(phys, revision);
-        region
-    }
-
-    /// Writes a value of this width to it, `offset` bytes in: to a field of a VMCS that the hypervisor below keeps in memory.
-    #[inline]
-    pub fn write(self, phys: &DirectMap, offset: u64, width: Width, value: u64) {
-        let at = Hpa::new(self.0.get() + offset.min(PAGE_SIZE - 8));
-        match width {
-            Width::W64 | Width::Natural => phys.poke_u64(at, value),
-            Width::W32 => phys.poke_bytes(at, &(value as u32).to_le_bytes()),
-            Width::W16 => phys.poke_bytes(at, &(value as u16).to_le_bytes()),
-        }
-    }
-
-    /// Where it is.
-    #[inline(always)]
-    pub const fn at(self) -> Hpa {
-        self.0
-    }
-
-    /// Writes its first word: the revision identifier, with the shadow-VMCS indicator or without. The VMCS is not active, or the
-    /// hypervisor below keeps it in memory.
-    #[inline(always)]
-    pub fn mark(self, phys: &DirectMap, word: u32) {
-        phys.poke_u64(self.0, word.into());
-    }
-}
 
 /// The right to execute VMX instructions on this CPU: it exists once VMXON succeeded. Counts what it executes.
 pub struct Vmx {
@@ -134,6 +94,7 @@ impl Vmx {
     }
 
     /// Writes a field of the host-state area: for `host_area` alone.
+    #[inline(always)]
     pub(super) fn write_host_state(&mut self, field: Field, value: u64) {
         self.counters.bump(Counter::Vmwrite);
         this_processor().vmwrite(field, value);
@@ -153,6 +114,16 @@ impl Vmx {
         self.counters.bump(Counter::Vmclear);
         let done = this_processor().vmclear(vmcs.at());
         assert!(done, "VMCLEAR of nvmx's own failed");
+    }
+
+    /// Makes `from` inactive and clear, writes its first word ([`Region::mark`]), and makes `to`, which may be the same, current and
+    /// active.
+    #[inline(always)]
+    pub fn exchange(&mut self, phys: &DirectMap, from: &Region, word: u32, to: &Region) {
+        self.counters.bump(Counter::Vmclear);
+        self.counters.bump(Counter::Vmptrld);
+        let done = this_processor().exchange(phys, from, word, to);
+        assert!(done, "VMCLEAR or VMPTRLD of nvmx's own failed");
     }
 
     /// INVEPT; `eptp` is ignored for all contexts.

@@ -5,6 +5,7 @@ use crate::cpu::{Cpu, Operation};
 use crate::vmcs::access::MachineParts;
 use crate::vmcs::slot::VmcsKind;
 use crate::vmcs::slots::SlotId;
+use crate::vmcs::stale::Stale;
 use crate::vmcs::vmcs12::Vmcs12;
 
 /// Makes a slot current, or none.
@@ -32,6 +33,7 @@ pub fn activate(cpu: &mut Cpu, at: Gpa, kind: VmcsKind) -> SlotId {
     }
     let slot = &mut cpu.nested.slots[id];
     (slot.vmptr, slot.active, slot.kind) = (Some(at), true, kind);
+    slot.stale |= Stale::WAY;
     id
 }
 

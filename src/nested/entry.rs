@@ -5,7 +5,7 @@
 
 use super::result::vmx_result;
 use super::tell::refuse;
-use super::{judge, reflect, shadow, violation, virtual_apic};
+use super::{judge, reflect, shadow, usual, violation, virtual_apic};
 use crate::addr::Gpa;
 use crate::cpu::{Cpu, Operation, others};
 use crate::ept::Activation;
@@ -16,10 +16,11 @@ use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::checks::{self, CheckId, ControlsChecked};
 use crate::rules::explain::Refusal;
 use crate::rules::merge::{self, Duties, NvmxNeeds, Translated};
-use crate::trace::{KillReason, Promise};
+use crate::trace::{KillReason, Promise, Ran};
 use crate::vmcs::access::MachineParts;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
+use crate::vmcs::tracked::Version;
 use crate::vmcs::vpid::VPID01;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::exit::{BasicReason, ExitReason};
@@ -101,7 +102,10 @@ pub fn enter(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
             vmx.invept(Invalidate::Single, cpu.ept01.eptp().get());
         }
     }
-    if slot.stale.contains(Stale::GUEST) {
+    if slot.stale.contains(Stale::WAY) {
+        usual::settle(cpu, id);
+    }
+    if cpu.nested.slots[id].stale.contains(Stale::GUEST) {
         return check_guest_state(cpu, id);
     }
     Ok(Next::Stay)
@@ -192,8 +196,9 @@ fn merge_controls(cpu: &mut Cpu, id: SlotId, checked: ControlsChecked) {
     let exit12 = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
     let unrestricted = merged.secondary.contains(SecondaryControls::UNRESTRICTED_GUEST);
     slot.inherited.plan(entry12, exit12, unrestricted);
+    slot.host_msrs = Version::NONE;
     slot.merged = Some(merged);
-    slot.stale |= Stale::UNWRITTEN;
+    slot.stale |= Stale::UNWRITTEN | Stale::WAY;
     // Here the processor writes without regard to ept01.
     for page in [merged.virtual_apic, merged.posted_descriptor].into_iter().flatten() {
         cpu.ept02.expose(Gpa::new(page.get()), &mut Cpu::tables(&mut cpu.frames, &cpu.phys));
@@ -229,9 +234,9 @@ fn check_guest_state(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
     }
 }
 
-/// The processor refused vmcs02 at VMLAUNCH or VMRESUME: of the rules on controls, those on fields that live in vmcs02.
+/// The processor refused vmcs02 at VMLAUNCH or VMRESUME, after an exit of the guest that ran before: of the rules on controls, those on fields that live in vmcs02.
 #[cold]
-pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
+pub fn refused_by_processor(cpu: &mut Cpu, before: Ran) -> Result<(), KillReason> {
     let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation else {
         return Err(KillReason::Broken(Promise::NonRootOnVmcs02));
     };
@@ -240,7 +245,7 @@ pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
         return Err(KillReason::EntryFailed { reason: error, qualification: 0 });
     }
     let check = judge::whole(cpu, current, |whole| whole.live_controls().err().map(|failure| failure.check));
-    if check == Some(CheckId::TprThresholdFitsVtpr) && cpu.vmx.counters.last_exit_was_nested() {
+    if check == Some(CheckId::TprThresholdFitsVtpr) && before == Ran::Nested {
         return virtual_apic::below_threshold(cpu, current);
     }
     refuse(cpu, Refusal::Controls(check));

@@ -17,6 +17,7 @@ pub mod reflect;
 pub mod result;
 pub mod shadow;
 pub mod tell;
+pub mod usual;
 pub mod ve;
 pub mod violation;
 pub mod virtual_apic;

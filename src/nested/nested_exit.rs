@@ -1,7 +1,7 @@
 //! Exits of L3: whose they are, and those that nvmx handles itself. vmcs02 is current.
 
 use super::wants::Wants;
-use super::{completion, entry, reflect, violation, vmfunc};
+use super::{completion, entry, reflect, usual, violation, vmfunc};
 use crate::cpu::{Cpu, Operation, others};
 use crate::emul::msr;
 use crate::guest::{events, inject};
@@ -12,11 +12,12 @@ use crate::rules::route::{ExitInfo, Route, route};
 use crate::trace::KillReason;
 use crate::vmcs::msrs::{self, By};
 use crate::vmcs::slots::SlotId;
+use crate::vmcs::stale::Stale;
 use crate::vmcs::tracked::is_pat;
 use crate::vmx::Field;
 use crate::vmx::bitmap::{Access, MsrBitmap};
 use crate::vmx::controls::PinControls;
-use crate::vmx::event::EventInfo;
+use crate::vmx::event::{EventInfo, EventKind};
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::x86::Fault;
 use crate::x86::msr::IA32_PAT;
@@ -31,7 +32,7 @@ pub fn needs_launch(cpu: &Cpu) -> bool {
 }
 
 /// Handles an exit of L3. On return L2 or L3 is ready to run.
-#[inline]
+#[inline(always)]
 pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
     let Operation::NonRoot { current, .. } = cpu.nested.operation else {
         return Err(KillReason::UnexpectedExit(reason.0));
@@ -61,6 +62,7 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
     let slot = &cpu.nested.slots[current];
     let info = ExitInfo { reason, qualification, event, ecx: cpu.regs.gpr[1] as u32, encoding };
     match route(&info, &Wants { slot, guest: &cpu.guest }) {
+        Route::Reflect if !event.is(EventKind::Nmi) && usual::reflected(cpu) => Ok(()),
         Route::Reflect => reflect::reflect(cpu, current, None),
         Route::Nvmx => keep(cpu, current, reason),
     }
@@ -108,7 +110,11 @@ fn nested_pat(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
     if !is_pat(value) {
         return completion::refused(cpu, id, Fault::GeneralProtection(0));
     }
-    cpu.nested.slots[id].vmcs02.pat.put(&mut cpu.vmx, value);
+    let slot = &mut cpu.nested.slots[id];
+    slot.vmcs02.pat.put(&mut cpu.vmx, value);
+    // It goes on its way with the next exit, and another one may come with the next entry.
+    slot.usual = false;
+    slot.stale |= Stale::WAY;
     completion::completed(cpu, id)
 }
 

@@ -21,7 +21,7 @@ use crate::vmcs::stale::Stale;
 use crate::vmcs::tracked::{HostValues, Tracked};
 use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmcs::vpid::VPID01;
-use crate::vmx::controls::{EntryControls, ExitControls, PinControls, SecondaryControls};
+use crate::vmx::controls::{EntryControls, ExitControls, PinControls};
 use crate::vmx::event::{EventInfo, EventKind};
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::field::PDPTES;
@@ -48,18 +48,9 @@ pub fn reflect(cpu: &mut Cpu, id: SlotId, info: Option<Info>) -> Result<(), Kill
 fn report(cpu: &mut Cpu, id: SlotId, report: Option<Report>) -> Result<(), KillReason> {
     cpu.vmx.counters.bump(Counter::Reflected);
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[id]);
-    let pin = PinControls::from_bits_retain(slot.vmcs12.get(Field::PIN_BASED_VM_EXEC_CONTROL) as u32);
+    let pin = slot.pin12();
     let exit = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
-    let secondary = slot.merged.map_or(SecondaryControls::empty(), |m| m.secondary);
-    // L3 can leave or enter IA-32e mode on its own only as an unrestricted guest; the processor keeps the control in step.
-    if secondary.contains(SecondaryControls::UNRESTRICTED_GUEST) {
-        let entry = slot.vmcs12.get(Field::VM_ENTRY_CONTROLS);
-        let changed = (entry ^ vmx.read(Field::VM_ENTRY_CONTROLS)) & EntryControls::IA32E_MODE_GUEST.bits() as u64;
-        if changed != 0 {
-            slot.vmcs12.set(Field::VM_ENTRY_CONTROLS, entry ^ changed);
-            slot.stale |= Stale::of(Field::VM_ENTRY_CONTROLS);
-        }
-    }
+    keep_mode(vmx, slot);
     if pin.contains(PinControls::PREEMPTION_TIMER) && !exit.contains(ExitControls::SAVE_PREEMPTION_TIMER) {
         slot.vmcs02.timer.give_back(vmx);
     }
@@ -70,6 +61,20 @@ fn report(cpu: &mut Cpu, id: SlotId, report: Option<Report>) -> Result<(), KillR
     slot.inherited.leave_nested(vmx, &mut slot.vmcs12, &mut slot.vmcs02.pat);
     slot.vmcs12.launched = true;
     leave_vmcs02(cpu, id, nmi_blocked, report)
+}
+
+/// L3 can leave or enter IA-32e mode on its own only as an unrestricted guest; the processor keeps the control in step, and so
+/// does vmcs12. vmcs02 is current.
+#[inline(always)]
+pub fn keep_mode(vmx: &mut Vmx, slot: &mut Slot) {
+    if slot.inherited.is_unrestricted() {
+        let entry = slot.vmcs12.get(Field::VM_ENTRY_CONTROLS);
+        let changed = (entry ^ vmx.read(Field::VM_ENTRY_CONTROLS)) & EntryControls::IA32E_MODE_GUEST.bits() as u64;
+        if changed != 0 {
+            slot.vmcs12.set(Field::VM_ENTRY_CONTROLS, entry ^ changed);
+            slot.stale |= Stale::of(Field::VM_ENTRY_CONTROLS);
+        }
+    }
 }
 
 #[cold]
@@ -135,11 +140,20 @@ fn nmi_blocked(vmx: &mut Vmx, pin: PinControls, report: Option<Report>) -> bool 
                     && EventInfo(vmx.read(Field::VM_EXIT_INTR_INFO) as u32).is(EventKind::Nmi)
             }
         };
-        if by_nmi || pin.contains(PinControls::VIRTUAL_NMIS) {
-            return by_nmi;
+        if by_nmi {
+            return true;
         }
     }
-    vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & BLOCKING_BY_NMI != 0
+    blocked_in_guest(vmx, pin) != 0
+}
+
+/// Blocking by NMI that L3 leaves in the processor, as interruptibility state; vmcs02 is current.
+#[inline(always)]
+pub fn blocked_in_guest(vmx: &mut Vmx, pin: PinControls) -> u64 {
+    if pin.contains(PinControls::NMI_EXITING | PinControls::VIRTUAL_NMIS) {
+        return 0;
+    }
+    vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & BLOCKING_BY_NMI
 }
 
 #[inline(always)]
@@ -149,6 +163,7 @@ fn leave_vmcs02(cpu: &mut Cpu, id: SlotId, nmi_blocked: bool, report: Option<Rep
     let blocking = (cpu.nested.blocking01 != blocking).then_some(blocking);
     let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
     cpu.config.access.exit(on, slot, report, Guest { tracked: &mut cpu.tracked, once: &mut cpu.once01, blocking });
+    slot.host_msrs = cpu.tracked.version();
     if slot.vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 == 0 {
         load_guest_pdptes(vmx, &cpu.guest, &slot.vmcs12)?;
     }
@@ -178,7 +193,8 @@ struct Guest<'a> {
 impl HostState for Guest<'_> {
     #[inline(always)]
     fn load(&mut self, vmcs01: &mut impl FieldAccess, slot: &Slot) {
-        load_vmcs12_host_state(vmcs01, &slot.vmcs12);
+        let exit = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
+        load_vmcs12_host_state(vmcs01, &slot.vmcs12, exit & ExitControls::HOST_ADDRESS_SPACE_SIZE);
         let mut values = HostValues::of(|field| slot.vmcs12.get(field));
         slot.inherited.leave_to_guest(&mut values);
         self.tracked.load(vmcs01, &values);
@@ -189,13 +205,13 @@ impl HostState for Guest<'_> {
     }
 }
 
-/// L2's state after a VM exit, written to vmcs01.
+/// L2's state after a VM exit, written to vmcs01; `size` is the control for a 64-bit host, if vmcs12 has it.
 ///
 /// vmcs01 still holds L2's state at its VMRESUME, and most of that is what the host area asks for. All of it is written all the same: to
 /// ask what is there costs as much as to write it.
 #[inline(always)]
-fn load_vmcs12_host_state(vmx: &mut impl FieldAccess, vmcs12: &Vmcs12) {
-    let long = vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 != 0;
+pub fn load_vmcs12_host_state(vmx: &mut impl FieldAccess, vmcs12: &Vmcs12, size: ExitControls) {
+    let long = size.contains(ExitControls::HOST_ADDRESS_SPACE_SIZE);
     vmx.write(Field::GUEST_RIP, vmcs12.get(Field::HOST_RIP));
     vmx.write(Field::GUEST_RSP, vmcs12.get(Field::HOST_RSP));
     vmx.write(Field::GUEST_RFLAGS, 2);

@@ -13,6 +13,7 @@ use crate::rules::route::GuestWants;
 use crate::trace::KillReason;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::slots::SlotId;
+use crate::vmcs::stale::Stale;
 use crate::vmx::Field;
 use crate::vmx::controls::SecondaryControls;
 use crate::vmx::exit::{BasicReason, ExitReason};
@@ -59,7 +60,9 @@ pub fn violation(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
                 return Ok(());
             }
             let reason = ExitReason::exit(BasicReason::EPT_VIOLATION);
-            cpu.nested.slots[id].violated = Some((Ngpa::new(at), qualification));
+            let slot = &mut cpu.nested.slots[id];
+            slot.violated = Some((Ngpa::new(at), qualification));
+            slot.stale |= Stale::WAY;
             reflect::reflect(cpu, id, Some((reason, qualification.bits())))
         }
         Outcome::ReflectMisconfig => {

@@ -52,6 +52,38 @@ pub trait GuestWants {
     fn shadow_bitmap(&self, bit: u16, access: Access) -> bool;
 }
 
+/// L2 sees an exit for this reason whatever its controls say.
+#[inline(always)]
+pub const fn is_always_reflected(reason: ExitReason) -> bool {
+    use BasicReason as R;
+    const ALWAYS: [BasicReason; 15] = [
+        R::CPUID,
+        R::GETSEC,
+        R::INVD,
+        R::XSETBV,
+        R::TASK_SWITCH,
+        R::VMCALL,
+        R::VMCLEAR,
+        R::VMLAUNCH,
+        R::VMPTRLD,
+        R::VMPTRST,
+        R::VMRESUME,
+        R::VMXOFF,
+        R::VMXON,
+        R::INVEPT,
+        R::INVVPID,
+    ];
+    const SET: u64 = {
+        let (mut set, mut i) = (0, 0);
+        while i < ALWAYS.len() {
+            set |= 1 << ALWAYS[i].0;
+            i += 1;
+        }
+        set
+    };
+    reason.0 < u64::BITS && SET >> reason.0 & 1 != 0
+}
+
 /// Decides. An entry that failed late failed on L2's guest state or L2's MSR list.
 #[inline]
 pub fn route(exit: &ExitInfo, guest: &impl GuestWants) -> Route {

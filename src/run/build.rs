@@ -9,7 +9,7 @@ use crate::ept::{Ept01, Ept02, EptRules};
 use crate::hw::epitaph::{self, Status};
 use crate::hw::msr as hw_msr;
 use crate::hw::phys::DirectMap;
-use crate::hw::vmenter::GuestRegs;
+use crate::hw::vmenter::{self, GuestRegs};
 use crate::hw::vmx::{Region, Vmx};
 use crate::mm::mtrr::Mtrrs;
 use crate::mm::{Frame, FramePool, GuestMemory, PhysMem, Span};
@@ -41,6 +41,7 @@ pub struct Common {
     ept02_budget: u32,
     watches_ept12: bool,
     user_counters: bool,
+    measures: bool,
     stale: bool,
     on_kvm: bool,
     stops: bool,
@@ -65,6 +66,7 @@ impl Common {
             ept02_budget: machine.options.ept02.unwrap_or(EPT02_BUDGET),
             watches_ept12: machine.options.ept12 == Ept12::Watch,
             user_counters: machine.options.counters == Counters::All,
+            measures: machine.options.measure,
             stale: machine.options.stale,
             on_kvm: machine.processor.below == KVM,
             stops: machine.options.stop == Stop::Cpus,
@@ -99,6 +101,10 @@ impl Common {
     pub fn build(&self, mut frames: FramePool) -> Option<Cpu> {
         let (hardware, offered, phys) = (self.hardware, self.offered, &self.phys);
         let mut vmx = self.enter_vmx(&mut frames)?;
+        if !self.measures {
+            vmx.counters.leave_out();
+            vmenter::without_clock();
+        }
         let revision = hardware.basic.revision();
         let budget = self.ept02_budget.min(frames.available() as u32 / 2);
         let vmcs01 = region(&mut frames, phys, revision)?;

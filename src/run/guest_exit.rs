@@ -14,7 +14,7 @@ use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::x86::Fault;
 
 /// Handles an exit of L2; vmcs01 is current. On return L2 or L3 is ready to run.
-#[inline]
+#[inline(always)]
 pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
     match dispatch(cpu, reason) {
         Ok(Next::Advance) => inject::advance(cpu),

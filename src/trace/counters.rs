@@ -1,4 +1,5 @@
-//! Counters of one CPU: always on, a plain increment each.
+//! Counters of one CPU: a plain increment each. Exits by reason, the list of the last exits and nvmx's own time can be left out
+//! (`measure=off`); the rest, VMX instructions among it, is always on.
 
 use crate::vmx::exit::ExitReason;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +22,7 @@ pub struct Counters {
     snapshot: Values,
     recent: [Recent; RECENT],
     next: usize,
+    measures: bool,
 }
 
 #[derive(Clone)]
@@ -42,6 +44,16 @@ struct Recent {
 impl Values {
     const fn new() -> Self {
         Values { named: [0; NAMED], guest_exits: [0; REASONS], nested_exits: [0; REASONS] }
+    }
+
+    /// What follows from the exits by reason.
+    fn sum_up(&mut self) {
+        let [guest, nested] = [&self.guest_exits, &self.nested_exits].map(|exits| exits.iter().sum::<u64>());
+        for (counter, sum) in
+            [(Counter::ExitsL2, guest), (Counter::ExitsL3, nested), (Counter::HwExits, guest + nested)]
+        {
+            self.named[counter as usize] = sum;
+        }
     }
 
     /// All, in the order of [`Totals`].
@@ -111,10 +123,11 @@ impl Counters {
             snapshot: Values::new(),
             recent: [Recent { reason: 0xFFFF, ran: Ran::Guest }; RECENT],
             next: 0,
+            measures: true,
         }
     }
 
-    /// The value now.
+    /// The value now, of a counter that is no sum over exits.
     pub const fn get(&self, counter: Counter) -> u64 {
         self.live.named[counter as usize]
     }
@@ -137,40 +150,41 @@ impl Counters {
         self.live.named[counter as usize] = value;
     }
 
-    /// Counts a hardware exit of L2 or L3.
+    /// Leaves out what is not always on.
+    pub const fn leave_out(&mut self) {
+        self.measures = false;
+    }
+
+    /// Nothing is left out.
+    #[inline(always)]
+    pub const fn measures(&self) -> bool {
+        self.measures
+    }
+
+    /// Counts a hardware exit of L2 or L3, if that is not left out.
     #[inline(always)]
     pub fn exit(&mut self, ran: Ran, reason: ExitReason) {
+        if !self.measures {
+            return;
+        }
         let slot = (reason.basic().0 as usize).min(REASONS - 1);
-        self.bump(Counter::HwExits);
         match ran {
-            Ran::Nested => {
-                self.bump(Counter::ExitsL3);
-                self.live.nested_exits[slot] += 1;
-            }
-            Ran::Guest => {
-                self.bump(Counter::ExitsL2);
-                self.live.guest_exits[slot] += 1;
-            }
+            Ran::Nested => self.live.nested_exits[slot] += 1,
+            Ran::Guest => self.live.guest_exits[slot] += 1,
         }
         self.recent[self.next % RECENT] = Recent { reason: reason.basic().0, ran };
         self.next = self.next.wrapping_add(1);
     }
 
-    /// Was L3 running before nvmx was?
-    pub fn last_exit_was_nested(&self) -> bool {
-        self.recent[self.next.wrapping_sub(1) % RECENT].ran == Ran::Nested
-    }
-
     /// Takes back the count of the exit just counted: it was for reading the counters.
     pub fn forget_guest_exit(&mut self, reason: ExitReason) {
         let slot = (reason.basic().0 as usize).min(REASONS - 1);
-        self.live.named[Counter::HwExits as usize] -= 1;
-        self.live.named[Counter::ExitsL2 as usize] -= 1;
-        self.live.guest_exits[slot] -= 1;
+        self.live.guest_exits[slot] -= u64::from(self.measures);
     }
 
     /// Copies the live values to the snapshot, and adds to the sums over all CPUs what came since the last one.
     pub fn take_snapshot(&mut self, totals: &Totals) {
+        self.live.sum_up();
         totals.add(&self.snapshot, &self.live);
         self.snapshot = self.live.clone();
     }
@@ -208,6 +222,25 @@ mod tests {
     }
 
     #[test]
+    fn what_is_left_out_stays_zero_and_the_rest_counts() {
+        let mut c = Counters::new();
+        c.leave_out();
+        let cpuid = ExitReason(10);
+        c.exit(Ran::Nested, cpuid);
+        c.exit(Ran::Guest, cpuid);
+        c.forget_guest_exit(cpuid);
+        c.bump(Counter::Vmread);
+        c.take_snapshot(&Totals::new());
+        for counter in Counter::ALL.iter().copied() {
+            assert_eq!(c.snapshot_value(counter as u32), Some(u64::from(counter == Counter::Vmread)), "{counter:?}");
+        }
+        for index in [EXITS_OF_L2 + 10, EXITS_OF_L3 + 10] {
+            assert_eq!(c.snapshot_value(index), Some(0));
+        }
+        assert_eq!(c.recent().count(), 0);
+    }
+
+    #[test]
     fn every_exit_is_counted_by_level_and_by_reason() {
         // Reasons beyond the last slot share it.
         let (mut c, known) = (Counters::new(), REASONS as u32 - 1);
@@ -241,19 +274,25 @@ mod tests {
         }
     }
 
+    /// The counters that are no sums.
+    fn kept() -> impl Iterator<Item = (usize, &'static Counter)> {
+        let sums = [Counter::HwExits, Counter::ExitsL2, Counter::ExitsL3];
+        Counter::ALL.iter().enumerate().filter(move |(_, counter)| !sums.contains(counter))
+    }
+
     #[test]
     fn a_snapshot_stays_while_counting_goes_on() {
         let mut c = Counters::new();
-        for (i, counter) in Counter::ALL.iter().enumerate() {
+        for (i, counter) in kept() {
             c.add(*counter, 10 + i as u64);
         }
         c.take_snapshot(&Totals::new());
-        for (i, counter) in Counter::ALL.iter().enumerate() {
+        for (i, counter) in kept() {
             c.bump(*counter);
             assert_eq!(c.snapshot_value(*counter as u32), Some(10 + i as u64), "{counter:?}");
         }
         c.take_snapshot(&Totals::new());
-        for (i, counter) in Counter::ALL.iter().enumerate() {
+        for (i, counter) in kept() {
             assert_eq!(c.snapshot_value(*counter as u32), Some(11 + i as u64), "{counter:?}");
         }
     }

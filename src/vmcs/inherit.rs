@@ -85,6 +85,18 @@ impl Inherited {
         self.long_mode_host = exit.contains(ExitControls::HOST_ADDRESS_SPACE_SIZE);
     }
 
+    /// Nothing is carried but IA32_PAT, which a guest that does not write it finds and leaves as the entry before did.
+    pub const fn is_usual(&self) -> bool {
+        let quiet = if self.loads_pat { self.host_pat } else { !self.saves_pat && !self.host_pat };
+        self.loaded & self.saved == ALL && self.host_efer && self.long_mode_host && quiet
+    }
+
+    /// The guest may change its mode, and the processor the control that goes with it.
+    #[inline(always)]
+    pub const fn is_unrestricted(&self) -> bool {
+        self.unrestricted
+    }
+
     fn items(bits: u8) -> impl Iterator<Item = usize> {
         (0..FIELDS.len()).filter(move |i| bits >> i & 1 == 1)
     }

@@ -27,6 +27,12 @@ impl Kept {
         }
     }
 
+    /// The VMCS is known to have this value.
+    #[inline(always)]
+    pub fn holds(&self, value: u64) -> bool {
+        self.value == Some(value)
+    }
+
     /// What is in the VMCS, which is current: read if it is not known.
     #[inline(always)]
     pub fn get(&mut self, vmcs: &mut impl FieldAccess) -> u64 {

@@ -11,9 +11,10 @@ use crate::vmcs::msr_bitmap::MsrBitmap02;
 use crate::vmcs::msr_lists::MsrLists;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
+use crate::vmcs::tracked::{Version, is_host_field};
 use crate::vmcs::vmcs02::Vmcs02;
 use crate::vmcs::vmcs12::Vmcs12;
-use crate::vmx::controls::{PrimaryControls, SecondaryControls};
+use crate::vmx::controls::{PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::{Capabilities, Field};
 
 /// What the revision identifier of a VMCS says that it is.
@@ -56,6 +57,10 @@ pub struct Slot {
     pub inherited: Inherited,
     /// The violation of L3 that L2 saw since the last entry: where, and by what access.
     pub violated: Option<(Ngpa, Qualification)>,
+    /// Entries and exits of this vmcs12 do nothing but what all do: settled by each entry that finds [`Stale::WAY`].
+    pub usual: bool,
+    /// L2's MSRs are those of vmcs12's host-state area as long as they have this version.
+    pub host_msrs: Version,
     /// Order of use.
     pub used: u64,
 }
@@ -78,6 +83,8 @@ impl Slot {
             msr_lists,
             inherited: Inherited::default(),
             violated: None,
+            usual: false,
+            host_msrs: Version::NONE,
             used: 0,
         }
     }
@@ -86,6 +93,12 @@ impl Slot {
     pub fn give_back(self, frames: &mut FramePool) {
         let single = [self.vmcs02.into_frame(), self.msr_bitmap.into_frame()].into_iter().chain(self.shadow_bitmaps);
         single.chain(self.msr_lists.into_frames()).for_each(|frame| frames.free(frame));
+    }
+
+    /// L2's pin-based controls.
+    #[inline(always)]
+    pub fn pin12(&self) -> PinControls {
+        PinControls::from_bits_retain(self.vmcs12.get(Field::PIN_BASED_VM_EXEC_CONTROL) as u32)
     }
 
     /// This is left to do around an entry.
@@ -124,6 +137,9 @@ impl Slot {
     /// L2 has changed a field of the copy. True if nothing has to be judged or merged again for it.
     pub fn stays_good(&mut self, field: Field, old: u64, new: u64, offered: &Capabilities) -> bool {
         if field != Field::CPU_BASED_VM_EXEC_CONTROL {
+            if is_host_field(field) {
+                self.host_msrs = Version::NONE;
+            }
             return host_field_holds(field, new, offered);
         }
         let primary = |value| PrimaryControls::from_bits_retain(value as u32);
@@ -150,6 +166,8 @@ impl Slot {
         self.vmcs12 = Vmcs12::new();
         self.lends = false;
         self.violated = None;
+        self.usual = false;
+        self.host_msrs = Version::NONE;
         self.msr_bitmap.forget();
         self.stale = Stale::all();
         self.merged = None;

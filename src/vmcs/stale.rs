@@ -21,6 +21,8 @@ bitflags! {
         const WINDOWS = 1 << 3;
         /// All controls of vmcs02.
         const UNWRITTEN = 1 << 4;
+        /// What an entry takes beyond the usual ([`Slot::usual`](crate::vmcs::slot::Slot::usual)).
+        const WAY = 1 << 5;
     }
 }
 
@@ -34,8 +36,9 @@ impl Stale {
     pub const fn of(field: Field) -> Stale {
         match field {
             // Taken from the copy at every entry or exit, without a rule on their value.
-            Field::EXECUTIVE_VMCS_POINTER | Field::EPTP_INDEX | Field::GUEST_IA32_PAT => Stale::empty(),
-            Field::VMCS_LINK_POINTER => Stale::GUEST,
+            Field::EXECUTIVE_VMCS_POINTER | Field::EPTP_INDEX => Stale::empty(),
+            Field::GUEST_IA32_PAT => Stale::WAY,
+            Field::VMCS_LINK_POINTER => Stale::GUEST.union(Stale::WAY),
             // The modes of host and guest are among them.
             Field::VM_EXIT_CONTROLS | Field::VM_ENTRY_CONTROLS => Stale::CONTROLS.union(Stale::HOST),
             _ => match (field.home(), field.area()) {

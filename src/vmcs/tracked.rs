@@ -10,7 +10,19 @@ use crate::x86::{Cr0, Fault, efer};
 
 /// The values, by item.
 #[derive(Clone, Copy, Default)]
-pub struct Tracked([u64; TRACKED]);
+pub struct Tracked {
+    values: [u64; TRACKED],
+    version: u64,
+}
+
+/// Stands for the values as they were at some time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Version(u64);
+
+impl Version {
+    /// They never were like that.
+    pub const NONE: Version = Version(u64::MAX);
+}
 
 /// What a reflected exit gives L2, by item.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,31 +56,51 @@ impl HostValues {
     }
 }
 
+/// An exit of L3 loads one of these MSRs from this field.
+pub const fn is_host_field(field: Field) -> bool {
+    matches!(
+        field,
+        Field::HOST_IA32_SYSENTER_CS
+            | Field::HOST_IA32_SYSENTER_ESP
+            | Field::HOST_IA32_SYSENTER_EIP
+            | Field::HOST_IA32_PAT
+            | Field::HOST_IA32_EFER
+    )
+}
+
 impl Tracked {
     /// Reads all values from vmcs01, which is current.
     pub fn refresh(&mut self, vmcs01: &mut impl FieldAccess) {
-        for (value, row) in self.0.iter_mut().zip(TABLE) {
+        for (value, row) in self.values.iter_mut().zip(TABLE) {
             *value = vmcs01.read(row.guest);
         }
+        self.version += 1;
     }
 
     /// L2's IA32_PAT.
     #[inline(always)]
     pub fn pat(&self) -> u64 {
-        self.0[Item::Pat as usize]
+        self.values[Item::Pat as usize]
     }
 
     /// L2's IA32_EFER, in VMX operation.
     pub fn efer(&self) -> u64 {
-        self.0[Item::Efer as usize]
+        self.values[Item::Efer as usize]
+    }
+
+    /// Another one whenever a value may have changed.
+    #[inline(always)]
+    pub const fn version(&self) -> Version {
+        Version(self.version)
     }
 
     /// Writes what differs to vmcs01.
     #[inline(always)]
     pub fn load(&mut self, vmcs01: &mut impl FieldAccess, host: &HostValues) {
         for (i, value) in host.0.into_iter().enumerate() {
-            if self.0[i] != value {
-                self.0[i] = value;
+            if self.values[i] != value {
+                self.values[i] = value;
+                self.version += 1;
                 vmcs01.write(TABLE[i].guest, value);
             }
         }
@@ -94,7 +126,8 @@ impl Tracked {
             Takes::Unseen => return None,
         };
         Some(value.map(|value| {
-            self.0[item as usize] = value;
+            self.values[item as usize] = value;
+            self.version += 1;
             vmcs01.write(item.row().guest, value);
         }))
     }
@@ -157,8 +190,33 @@ mod tests {
         tracked.load(&mut vmcs01, &HOST);
         tracked.load(&mut vmcs01, &HostValues([8, 0x1000, 0x2008, 0x0007_0406_0007_0406, 0x501]));
         assert_eq!(vmcs01.writes[5..], [Field::GUEST_SYSENTER_EIP, Field::GUEST_IA32_EFER]);
-        assert_eq!(tracked.0.map(Some), FIELDS.map(|field| vmcs01.values.get(&field).copied()));
+        assert_eq!(tracked.values.map(Some), FIELDS.map(|field| vmcs01.values.get(&field).copied()));
         assert_eq!((tracked.pat(), tracked.efer()), (0x0007_0406_0007_0406, 0x501));
+    }
+
+    #[test]
+    fn a_version_stands_for_the_values() {
+        let (mut tracked, mut vmcs01) = (Tracked::default(), Vmcs01::default());
+        tracked.load(&mut vmcs01, &HOST);
+        let version = tracked.version();
+        tracked.load(&mut vmcs01, &HOST);
+        assert_eq!(tracked.version(), version);
+        for (i, row) in TABLE.iter().enumerate().take(TRACKED) {
+            let (before, mut host) = (tracked.version(), HOST);
+            host.0[i] += 1;
+            tracked.load(&mut vmcs01, &host);
+            assert_ne!(tracked.version(), before, "{}", row.name);
+        }
+        let before = tracked.version();
+        assert_eq!(tracked.wrmsr(&mut vmcs01, 0x174, 16, true), Some(Ok(())));
+        assert!(tracked.version() != before && before != Version::NONE);
+        let before = tracked.version();
+        tracked.refresh(&mut vmcs01);
+        assert_ne!(tracked.version(), before, "an exit has loaded what nobody saw");
+        for field in Field::ALL {
+            let tracked = TABLE.iter().take(TRACKED).any(|row| row.host == Host::Field(*field));
+            assert_eq!(is_host_field(*field), tracked, "{field}");
+        }
     }
 
     #[test]
@@ -176,10 +234,10 @@ mod tests {
 
         assert_eq!(tracked.wrmsr(&mut vmcs01, 0x174, 0xFFFF_0000_0008, false), Some(Ok(())), "32 bits count");
         assert_eq!(tracked.wrmsr(&mut vmcs01, 0x176, 0x3000, true), Some(Ok(())));
-        assert_eq!(tracked.0[..3], [8, 0x1000, 0x3000]);
+        assert_eq!(tracked.values[..3], [8, 0x1000, 0x3000]);
         let mut read_again = Tracked::default();
         read_again.refresh(&mut vmcs01);
-        assert_eq!(read_again.0, tracked.0);
+        assert_eq!(read_again.values, tracked.values);
     }
 
     #[test]

@@ -125,15 +125,17 @@ impl Vmcs02 {
     /// Makes it the current VMCS. Answers with L2's HOST_RSP, if that was lent.
     #[inline(always)]
     pub(super) fn load(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> Option<u64> {
-        let launched = match self.form {
-            Form::Lent(_) => return self.load_lent(vmx, phys, revision),
-            Form::LentInMemory { .. } => return self.load_lent_in_memory(vmx, phys, revision),
+        // The processor may hold parts of a linked shadow VMCS: VMCLEAR brings them to memory before the indicator
+        // changes (SDM vol. 3C, "Shadow VMCSs": software should execute VMCLEAR before it modifies the indicator).
+        let launched = match mem::replace(&mut self.form, Form::Ordinary { launched: false }) {
+            Form::Lent(lent) => return Some(lent.take_back(vmx, phys, revision)),
+            lent @ Form::LentInMemory { .. } => {
+                self.form = lent;
+                return self.load_lent_in_memory(vmx, phys, revision);
+            }
             Form::Shadow => {
-                // The processor may hold parts of a linked shadow VMCS: VMCLEAR brings them to memory before the indicator
-                // changes (SDM vol. 3C, "Shadow VMCSs": software should execute VMCLEAR before it modifies the indicator).
-                vmx.clear(self.region);
-                self.region.mark(phys, revision);
-                false
+                vmx.exchange(phys, &self.region, revision, &self.region);
+                return None;
             }
             Form::ShadowInMemory { launched } => {
                 self.region.mark(phys, revision);
@@ -144,14 +146,6 @@ impl Vmcs02 {
         self.form = Form::Ordinary { launched };
         vmx.ptrld(self.region);
         None
-    }
-
-    #[inline(never)]
-    fn load_lent(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> Option<u64> {
-        match mem::replace(&mut self.form, Form::Ordinary { launched: false }) {
-            Form::Lent(lent) => Some(lent.take_back(vmx, phys, revision)),
-            _ => None,
-        }
     }
 
     #[cold]
@@ -197,14 +191,20 @@ impl Vmcs02 {
     }
 
     /// From the current VMCS it becomes the shadow VMCS that L2's VMREAD and VMWRITE reach, with L2's HOST_RSP if that is to be
-    /// lent.
+    /// lent; `next` becomes current.
     #[inline(always)]
-    pub(super) fn become_shadow(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32, host_rsp: Option<u64>) {
+    pub(super) fn become_shadow(
+        &mut self,
+        vmx: &mut Vmx,
+        phys: &DirectMap,
+        revision: u32,
+        host_rsp: Option<u64>,
+        next: &Region,
+    ) {
         self.form = match host_rsp {
-            Some(value) => Form::Lent(Lent::by_becoming_shadow(vmx, phys, self.region, revision, value)),
+            Some(value) => Form::Lent(Lent::by_becoming_shadow(vmx, phys, &self.region, revision, value, next)),
             None => {
-                vmx.clear(self.region);
-                self.region.mark(phys, revision | SHADOW_INDICATOR);
+                vmx.exchange(phys, &self.region, revision | SHADOW_INDICATOR, next);
                 Form::Shadow
             }
         };
@@ -213,7 +213,9 @@ impl Vmcs02 {
     /// Not current, it takes the form in which vmcs01 and other vmcs02s may link to it.
     pub(super) fn rest(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
         if !matches!(self.form, Form::Shadow | Form::Lent(_) | Form::LentInMemory { .. }) {
-            self.become_shadow(vmx, phys, revision, None);
+            vmx.clear(self.region);
+            self.region.mark(phys, revision | SHADOW_INDICATOR);
+            self.form = Form::Shadow;
         }
     }
 
@@ -235,6 +237,18 @@ impl Vmcs02 {
     #[inline(always)]
     pub fn mark_launched(&mut self) {
         self.form = Form::Ordinary { launched: true };
+    }
+
+    /// It runs on this ept02 already.
+    #[inline(always)]
+    pub fn is_on(&self, eptp02: Eptp) -> bool {
+        self.eptp.holds(eptp02.get())
+    }
+
+    /// It runs with this VPID already.
+    #[inline(always)]
+    pub fn has_vpid(&self, vpid02: u16) -> bool {
+        self.vpid.holds(vpid02.into())
     }
 
     /// Current, it runs on this ept02.

@@ -63,7 +63,7 @@ impl FieldSet {
     /// True when no field is in.
     #[inline(always)]
     pub fn is_empty(&self) -> bool {
-        self.0.iter().all(|w| *w == 0)
+        self.0.iter().fold(0, |all, word| all | word) == 0
     }
 
     /// The fields that are in this set and not in `others`.

@@ -10,3 +10,4 @@ mod memory;
 mod own;
 mod random;
 mod transitions;
+mod usual;

@@ -22,7 +22,7 @@ use l2_protocol::abi;
 pub use links::Links;
 use shadowed::Shadowed;
 use strategy::{Common, Strategy};
-pub use strategy::{Description, HostState, InfoFrom, MachineParts, Reached, Report, VmxOperation};
+pub use strategy::{Description, ExitTakes, HostState, InfoFrom, MachineParts, Reached, Report, VmxOperation};
 use trapped::Trapped;
 
 #[expect(clippy::large_enum_variant, reason = "each processor has one, and there is no heap")]
@@ -136,12 +136,12 @@ impl VmcsAccess {
 
     /// Makes vmcs02 the current VMCS, with all that L2 wrote.
     #[inline(always)]
-    pub fn enter(&self, on: MachineParts<'_>, slot: &mut Slot) {
-        if let Some(host_rsp) = slot.vmcs02.load(on.vmx, on.phys, self.common.revision) {
+    pub fn enter(&self, MachineParts { vmx, phys, vmcs01 }: MachineParts<'_>, slot: &mut Slot) {
+        if let Some(host_rsp) = slot.vmcs02.load(vmx, phys, self.common.revision) {
             slot.host_rsp_is_back(host_rsp);
         }
         if !slot.vmcs12.dirty.is_empty() {
-            self.write_dirty(on, slot);
+            self.write_dirty(MachineParts { vmx, phys, vmcs01 }, slot);
         }
     }
 
@@ -168,6 +168,19 @@ impl VmcsAccess {
     #[inline(always)]
     pub fn exit(&self, on: MachineParts<'_>, slot: &mut Slot, report: Option<Report>, to: impl HostState) {
         by!(&self.way, strategy => strategy.exit(on, slot, &self.common, report, to));
+    }
+
+    /// What an exit of L3 takes that reports nothing of nvmx's own.
+    pub fn exit_takes(&self) -> ExitTakes {
+        by!(&self.way, strategy => strategy.exit_takes())
+    }
+
+    /// From vmcs02, which is current, to vmcs01, where an exit takes [`ExitTakes::Leaving`].
+    #[inline(always)]
+    pub fn leave_by_exit(&self, on: MachineParts<'_>, slot: &mut Slot) {
+        if let Way::Shadowed(strategy) = &self.way {
+            strategy.leave(on, slot, &self.common);
+        }
     }
 
     /// vmcs02, which is not current, takes the form in which vmcs01 and other vmcs02s may link to it.

@@ -2,7 +2,7 @@
 
 use super::links::Links;
 use super::strategy::{
-    Common, Description, HostState, MachineParts, Reached, Report, Strategy, VmxOperation, on_vmcs02,
+    Common, Description, ExitTakes, HostState, MachineParts, Reached, Report, Strategy, VmxOperation, on_vmcs02,
 };
 use crate::addr::Hpa;
 use crate::hw::vmx::{Region, Vmx};
@@ -92,10 +92,14 @@ impl Strategy for Shadowed {
         slot.vmcs12.valid = FieldSet::CACHED;
     }
 
+    fn exit_takes(&self) -> ExitTakes {
+        ExitTakes::Leaving
+    }
+
+    #[inline(always)]
     fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
         let host_rsp = slot.host_rsp_to_lend();
-        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision, host_rsp);
-        on.vmx.ptrld(on.vmcs01);
+        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision, host_rsp, &on.vmcs01);
     }
 
     #[inline(always)]
@@ -111,8 +115,7 @@ impl Strategy for Shadowed {
             report.fields(|field, value| on.vmx.write(field, value));
         }
         let host_rsp = slot.host_rsp_to_lend();
-        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision, host_rsp);
-        on.vmx.ptrld(on.vmcs01);
+        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision, host_rsp, &on.vmcs01);
         to.load(&mut on.vmx.batch(), slot);
     }
 }

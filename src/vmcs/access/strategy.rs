@@ -104,6 +104,15 @@ pub struct Description {
     pub vmcs: Reached,
 }
 
+/// What an exit of L3 takes besides L2's state in vmcs01, if nvmx reports nothing in place of the processor.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ExitTakes {
+    /// To leave vmcs02, no more.
+    Leaving,
+    /// More than that.
+    More,
+}
+
 /// One strategy. `slot` is that of the vmcs12; vmcs01 is current before and after, except where a method says something else.
 pub(super) trait Strategy {
     /// What is told of it.
@@ -123,6 +132,11 @@ pub(super) trait Strategy {
     /// Where to look for what the processor says of a VMREAD or VMWRITE of L2.
     fn info_from(&self) -> InfoFrom {
         InfoFrom::Field
+    }
+
+    /// What an exit of L3 takes.
+    fn exit_takes(&self) -> ExitTakes {
+        ExitTakes::More
     }
 
     /// An L2 that writes HOST_RSP often may have it to itself in the vmcs02 of this slot, from now on. vmcs01 is current.

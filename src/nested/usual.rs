@@ -1,0 +1,108 @@
+//! The usual way: an exit of L3 that goes to L2, and the VMRESUME with which L2 answers it, while nothing is special.
+//!
+//! Nearly every exit is like that, and what may be special about one is known beforehand: it follows from controls
+//! ([`settle`]), or it happens rarely and is noted where it does ([`Stale::WAY`]). So a few looks tell, and what is done then is
+//! what `reflect` and `entry` do as well, in the same order, without asking at each step whether there is more to it.
+//! [ADR 0026](../../docs/adr/0026-the-usual-way.md).
+
+use super::reflect;
+use crate::addr::Gpa;
+use crate::cpu::{Cpu, Operation};
+use crate::ept::Eptp;
+use crate::rules::route::is_always_reflected;
+use crate::rules::switched;
+use crate::vmcs::access::{ExitTakes, MachineParts};
+use crate::vmcs::slots::SlotId;
+use crate::vmcs::stale::Stale;
+use crate::vmx::Field;
+use crate::vmx::controls::{ExitControls, PinControls, SecondaryControls};
+use crate::vmx::exit::ExitReason;
+use crate::vmx::region::NO_LINK;
+use l2_protocol::abi::Counter;
+
+const BLOCKING_BY_MOV_SS: u64 = 1 << 1;
+/// Access rights of SS: the privilege level.
+const SS_DPL: u64 = 0b11 << 5;
+
+/// Finds out whether entries and exits of a vmcs12 take more than the usual. Its vmcs02 is current and ready to be entered.
+#[cold]
+pub fn settle(cpu: &mut Cpu, id: SlotId) {
+    let slot = &mut cpu.nested.slots[id];
+    let get = |field| slot.vmcs12.get(field);
+    let lists = [Field::VM_ENTRY_MSR_LOAD_COUNT, Field::VM_EXIT_MSR_LOAD_COUNT, Field::VM_EXIT_MSR_STORE_COUNT];
+    let exit = ExitControls::from_bits_retain(get(Field::VM_EXIT_CONTROLS) as u32);
+    slot.usual = slot.merged.is_some_and(|merged| {
+        merged.duties.is_empty()
+            && !merged.pin.contains(PinControls::PREEMPTION_TIMER)
+            && !merged.secondary.contains(SecondaryControls::MODE_BASED_EXECUTE_CONTROL)
+    }) && lists.into_iter().all(|count| get(count) == 0)
+        && get(Field::VMCS_LINK_POINTER) == NO_LINK
+        && slot.inherited.is_usual()
+        && !exit.intersects(switched::RESIDENT_EXIT)
+        && cpu.config.access.exit_takes() == ExitTakes::Leaving;
+    slot.stale -= Stale::WAY;
+}
+
+/// An exit of L3; vmcs02 is current. True if L2 has it and vmcs01 is current; else nothing happened.
+#[inline(always)]
+pub fn exit(cpu: &mut Cpu, reason: ExitReason) -> bool {
+    let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation else { return false };
+    let slot = &cpu.nested.slots[current];
+    if !is_always_reflected(reason) || !slot.usual || slot.host_msrs != cpu.tracked.version() {
+        return false;
+    }
+    leave(cpu, current, vmxon_ptr);
+    true
+}
+
+/// An exit of L3 that was found to be L2's, by no NMI, and whose information stands in vmcs02, which is current. True if L2 has it
+/// and vmcs01 is current; else nothing happened.
+#[inline(never)]
+pub fn reflected(cpu: &mut Cpu) -> bool {
+    let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation else { return false };
+    let slot = &cpu.nested.slots[current];
+    if !slot.usual || slot.host_msrs != cpu.tracked.version() {
+        return false;
+    }
+    leave(cpu, current, vmxon_ptr);
+    true
+}
+
+#[inline(always)]
+fn leave(cpu: &mut Cpu, current: SlotId, vmxon_ptr: Gpa) {
+    let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[current]);
+    vmx.counters.bump(Counter::Reflected);
+    reflect::keep_mode(vmx, slot);
+    let blocking = reflect::blocked_in_guest(vmx, slot.pin12());
+    slot.vmcs12.launched = true;
+    let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
+    cpu.config.access.leave_by_exit(on, slot);
+    reflect::load_vmcs12_host_state(&mut vmx.batch(), &slot.vmcs12, ExitControls::HOST_ADDRESS_SPACE_SIZE);
+    if cpu.nested.blocking01 != blocking {
+        vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking);
+    }
+    cpu.nested.operation = Operation::Root { vmxon_ptr, current: Some(current) };
+}
+
+/// VMRESUME of L2; vmcs01 is current. True if L3 is ready to run; else nothing happened.
+#[inline(always)]
+pub fn resume(cpu: &mut Cpu) -> bool {
+    let Operation::Root { vmxon_ptr, current: Some(id) } = cpu.nested.operation else { return false };
+    let slot = &mut cpu.nested.slots[id];
+    if !slot.usual || !slot.stale.is_empty() || !slot.vmcs12.launched || slot.host_msrs != cpu.tracked.version() {
+        return false;
+    }
+    let (eptp12, vpid12) = (slot.vmcs12.get(Field::EPT_POINTER), slot.vmcs12.get(Field::VIRTUAL_PROCESSOR_ID) as u16);
+    let ready = cpu.ept02.ready(Eptp::new(eptp12)).is_some_and(|eptp02| slot.vmcs02.is_on(eptp02))
+        && cpu.nested.vpids.lookup(vpid12).is_some_and(|vpid02| slot.vmcs02.has_vpid(vpid02));
+    let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
+    if !ready || blocking & BLOCKING_BY_MOV_SS != 0 || cpu.vmx.read(Field::GUEST_SS_AR_BYTES) & SS_DPL != 0 {
+        return false;
+    }
+    cpu.nested.blocking01 = blocking;
+    slot.msr_bitmap.refresh(&cpu.phys);
+    let on = MachineParts { vmx: &mut cpu.vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
+    cpu.config.access.enter(on, slot);
+    cpu.nested.operation = Operation::NonRoot { vmxon_ptr, current: id };
+    true
+}
