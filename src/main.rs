@@ -10,10 +10,10 @@ use l2_protocol::{Hex, Kind};
 use log::{LevelFilter, error, info, warn};
 use nvmx::boot::acpi::{self, AcpiError};
 use nvmx::boot::info::{InfoError, LoadedBy};
-use nvmx::boot::options::{Exit, Serial, Stop};
+use nvmx::boot::options::{Exit, Serial, StopOption};
 use nvmx::boot::requirements::{self, Missing};
-use nvmx::boot::{BootInfo, CpuList, Options, Processor, guest_image, identity, int15};
-use nvmx::hw::boot::{Handover, Home};
+use nvmx::boot::{BootInfo, CpuList, FoundProcessor, Options, guest_image, identity, int15};
+use nvmx::hw::boot::{Handover, Settled};
 use nvmx::hw::epitaph::{self, Status};
 use nvmx::hw::{self, cpu, msr, serial};
 use nvmx::mm::GuestMemory;
@@ -54,14 +54,14 @@ fn main(handover: Handover) -> ! {
 }
 
 /// What the processor is; if it lacks something that is needed, all that it lacks, and the end.
-fn examine_processor(stop: Stop) -> Processor {
-    let (processor, missing) = Processor::examine(&CpuId::new(), rdmsr);
+fn examine_processor(stop: StopOption) -> FoundProcessor {
+    let (processor, missing) = FoundProcessor::examine(&CpuId::new(), rdmsr);
     match stop {
-        Stop::Cpus => missing.iter().for_each(|what| warn!("{what}")),
-        Stop::Never => missing.iter().for_each(|what| error!("{what}")),
+        StopOption::Cpus => missing.iter().for_each(|what| warn!("{what}")),
+        StopOption::Never => missing.iter().for_each(|what| error!("{what}")),
     }
     // Page tables need execute-disable in any case.
-    let needed = missing.iter().any(|what| stop == Stop::Never || *what == Missing::NoExecute);
+    let needed = missing.iter().any(|what| stop == StopOption::Never || *what == Missing::NoExecute);
     if needed { epitaph::end(Status::Fail) } else { processor }
 }
 
@@ -72,7 +72,7 @@ fn rdmsr(index: u32) -> u64 {
 
 /// There is no list of processors. L2 could start one that nvmx does not know, so that it would run there without nvmx: only
 /// the user can say that there is none.
-fn processors_unknown(error: AcpiError, by: LoadedBy, options: &Options, processor: &Processor) -> CpuList {
+fn processors_unknown(error: AcpiError, by: LoadedBy, options: &Options, processor: &FoundProcessor) -> CpuList {
     if options.cpus == Some(1) && error != AcpiError::TooManyCpus {
         warn!("{error}: cpus=1 says that there is no processor but the one that booted");
         return CpuList::from_iter([processor.apic_id]);
@@ -89,8 +89,8 @@ fn processors_unknown(error: AcpiError, by: LoadedBy, options: &Options, process
 }
 
 /// Puts the machine together: processors, memory types, L2's memory and image.
-fn assemble(home: Home, info: &BootInfo, options: Options, processor: Processor) -> Machine {
-    let Home { layout, frames, tables, phys } = home;
+fn assemble(home: Settled, info: &BootInfo, options: Options, processor: FoundProcessor) -> Machine {
+    let Settled { layout, frames, tables, phys } = home;
     let own = layout.own;
     info!("nvmx lies at {own}, {} of {} frames free", frames.available(), frames.total());
     let strategy = identity::strategy(options.fields, &processor.vmx).unwrap_or_else(|e| give_up(e));
@@ -134,8 +134,8 @@ fn assemble(home: Home, info: &BootInfo, options: Options, processor: Processor)
 fn start(machine: Machine) -> ! {
     info!("L2 starts at {} by {:?}", machine.start.entry, machine.start.protocol);
     match machine.options.stop {
-        Stop::Never => run::start(machine, announce),
-        Stop::Cpus => stop(machine),
+        StopOption::Never => run::start(machine, announce),
+        StopOption::Cpus => stop(machine),
     }
 }
 
@@ -171,7 +171,7 @@ fn stop(mut machine: Machine) -> ! {
 }
 
 /// Says what runs.
-fn announce(processor: &Processor, decided: &Decided) {
+fn announce(processor: &FoundProcessor, decided: &Decided) {
     serial::record(Kind::Hello, |record| {
         record.add("version", &env!("CARGO_PKG_VERSION"));
         record.add("cpu", &processor.brand.as_str());

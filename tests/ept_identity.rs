@@ -4,7 +4,7 @@ mod ept_model;
 
 use ept_model::{ACCESSED, Frames, GIB1, KIB4, LARGE, MIB2, Watcher, Written};
 use nvmx::addr::Gpa;
-use nvmx::ept::{Ept01, EptRules, MemoryType, Missing, TableFrames, WatchError};
+use nvmx::ept::{Ept01, EptRules, MemoryType, Resolved, TableFrames, WatchError};
 use nvmx::mm::Span;
 use proptest::prelude::*;
 
@@ -91,13 +91,13 @@ fn what_is_missing_is_mapped_when_it_is_touched() {
     let own = Span::new(GIB1 - MIB2, GIB1);
     let mut ept = Ept01::new(rules(), true, Gpa::new(GIB1), own, pc, &mut frames).unwrap();
     let mut touch = |ept: &mut Ept01, at| ept.map_missing(Gpa::new(at), pc, &mut frames).unwrap();
-    assert_eq!(touch(&mut ept, 0x80_0000_1234), Missing::Mapped);
-    assert_eq!(touch(&mut ept, 0x80_0000_1234), Missing::Present);
-    assert_eq!(touch(&mut ept, 3 * GIB1 + 5), Missing::Mapped);
-    assert_eq!(touch(&mut ept, own.start()), Missing::Forbidden);
-    assert_eq!(touch(&mut ept, own.end() - 1), Missing::Forbidden);
-    assert_eq!(touch(&mut ept, 1 << 40), Missing::BeyondPhysical);
-    assert_eq!(touch(&mut ept, u64::MAX), Missing::BeyondPhysical);
+    assert_eq!(touch(&mut ept, 0x80_0000_1234), Resolved::Mapped);
+    assert_eq!(touch(&mut ept, 0x80_0000_1234), Resolved::Present);
+    assert_eq!(touch(&mut ept, 3 * GIB1 + 5), Resolved::Mapped);
+    assert_eq!(touch(&mut ept, own.start()), Resolved::Forbidden);
+    assert_eq!(touch(&mut ept, own.end() - 1), Resolved::Forbidden);
+    assert_eq!(touch(&mut ept, 1 << 40), Resolved::BeyondPhysical);
+    assert_eq!(touch(&mut ept, u64::MAX), Resolved::BeyondPhysical);
     assert_eq!(
         leaf_at(&ept, &frames, 0x80_0000_1234),
         Some((0x80_0000_0000, GIB1, 0x80_0000_0000 | LARGE | 6 << 3 | 7))
@@ -111,7 +111,7 @@ fn an_address_of_more_than_48_bits_is_beyond_a_walk_of_four_levels() {
     let mut frames = Frames::new(4);
     let wide = EptRules::new(52, true, true, true);
     let mut ept = Ept01::new(wide, true, Gpa::new(0), Span::new(0, 0), write_back, &mut frames).unwrap();
-    assert_eq!(ept.map_missing(Gpa::new(1 << 48), write_back, &mut frames), Ok(Missing::BeyondPhysical));
+    assert_eq!(ept.map_missing(Gpa::new(1 << 48), write_back, &mut frames), Ok(Resolved::BeyondPhysical));
 }
 
 #[test]
@@ -126,7 +126,7 @@ fn mapping_goes_on_where_it_ran_out_of_frames() {
     }
     // Out of frames after part of it was there; the part stayed, none was lost.
     assert!(rounds > 0);
-    assert_eq!(ept.map_missing(Gpa::new(GIB1 - 1), pc, &mut frames), Ok(Missing::Mapped));
+    assert_eq!(ept.map_missing(Gpa::new(GIB1 - 1), pc, &mut frames), Ok(Resolved::Mapped));
     assert_eq!(frames.used.len() as u32, ept.tables());
     let mut whole = Frames::new(16);
     let other = Ept01::new(rules(), true, Gpa::new(1), own, pc, &mut whole).unwrap();
@@ -273,7 +273,7 @@ fn a_watch_outlives_mapping_that_goes_on_around_it() {
     processor_writes(&ept, &mut frames, KIB4);
     processor_writes(&ept, &mut frames, MIB2);
     frames.free.push(0x71_0000_1000);
-    assert_eq!(ept.map_missing(Gpa::new(GIB1 - MIB2), write_back, &mut frames), Ok(Missing::Mapped));
+    assert_eq!(ept.map_missing(Gpa::new(GIB1 - MIB2), write_back, &mut frames), Ok(Resolved::Mapped));
     assert_eq!(watch.ask(&mut ept, &mut frames), YES, "the mark is still there");
     processor_writes(&ept, &mut frames, KIB4);
     assert_eq!(watch.ask(&mut ept, &mut frames), YES, "and the leaf is still in use");

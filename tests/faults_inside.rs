@@ -11,9 +11,9 @@ use nvmx::addr::{Gpa, Hpa, Ngpa};
 use nvmx::boot::extras::Extras;
 use nvmx::boot::info::{CommandLine, Module, Modules};
 use nvmx::boot::{BootInfo, guest_image};
-use nvmx::emul::task_switch::{Failure, SegmentState, Source, State, switch};
+use nvmx::emul::task_switch::{SegmentState, Source, State, SwitchFailure, switch};
 use nvmx::ept::{Ept01, Ept02, Eptp, MemoryType, Outcome, Qualification};
-use nvmx::guest::nested_memory::{Failed, View};
+use nvmx::guest::nested_memory::{Failed, NestedView};
 use nvmx::mm::linear::{AccessError, DataAccess, Keys, Paging};
 use nvmx::mm::map::RangeKind;
 use nvmx::mm::phys::VecMem;
@@ -103,7 +103,7 @@ fn operands_of_l3() {
     }
     for eptp12 in [None, Some(Eptp::new(0x1_0000 | 0x1E)), Some(Eptp::new(0x1_0000 | 0x5E))] {
         each_access(&memory, |guest, whole| {
-            let view = View { guest, eptp12, rules: rules(), paging };
+            let view = NestedView { guest, eptp12, rules: rules(), paging };
             let mut bytes = [0; 8];
             for result in [view.read(0xFFC, &mut bytes), view.write(0xFFC, &[1; 8])] {
                 match result {
@@ -171,7 +171,7 @@ fn task_switches() {
                 let [_, cs, ss, ..] = switched.state.segments;
                 assert!(cs.rights & 1 << 16 == 0 && cs.rights >> 5 & 3 <= ss.rights >> 5 & 3, "{cs:x?} {ss:x?}");
             }
-            Err(Failure::Exception(_) | Failure::NotOwned(_) | Failure::Again) => assert!(!whole),
+            Err(SwitchFailure::Exception(_) | SwitchFailure::NotOwned(_) | SwitchFailure::Again) => assert!(!whole),
         });
     }
 }

@@ -2,14 +2,14 @@
 
 use bitflags::Flags;
 use nvmx::rules::caps::{ENTRY, EXIT, Offer, PIN, PRIMARY, SECONDARY, TERTIARY};
-use nvmx::rules::refused::{self, Refusal};
+use nvmx::rules::refused::{self, Refused};
 use std::fmt::Write;
 
 const PAGE: &str = include_str!("../docs/support.md");
 const BEGIN: &str = "<!-- controls of src/rules/caps.rs: begin -->\n";
 const END: &str = "<!-- controls of src/rules/caps.rs: end -->\n";
 
-fn rows<C: Flags<Bits: PartialEq>>(out: &mut String, title: &str, offers: &[Offer<C>], refusals: &[Refusal<C>]) {
+fn rows<C: Flags<Bits: PartialEq>>(out: &mut String, title: &str, offers: &[Offer<C>], refusals: &[Refused<C>]) {
     write!(out, "\n### {title}\n\n| control | state | how, or why not |\n|---|---|---|\n").unwrap();
     for flag in C::FLAGS {
         let bits = flag.value().bits();

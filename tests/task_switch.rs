@@ -4,7 +4,7 @@
 //! SDM vol. 3A, "Task Switching", table "Exception Conditions Checked During a Task Switch".
 
 use nvmx::addr::Gpa;
-use nvmx::emul::task_switch::{CS, Failure, NT, SegmentState, Source, State, Switched, switch};
+use nvmx::emul::task_switch::{CS, NT, SegmentState, Source, State, SwitchFailure, TaskSwitched, switch};
 use nvmx::mm::linear::{Keys, Paging};
 use nvmx::mm::phys::VecMem;
 use nvmx::mm::{GuestMemory, Span};
@@ -213,9 +213,9 @@ fn state(old_long: bool, eflags: u32, old_limit: u32) -> State {
     }
 }
 
-fn end(result: &Result<Switched, Failure>) -> End {
+fn end(result: &Result<TaskSwitched, SwitchFailure>) -> End {
     match result {
-        Err(Failure::Exception(e)) => End::Old(e.vector, e.error),
+        Err(SwitchFailure::Exception(e)) => End::Old(e.vector, e.error),
         Ok(switched) => {
             let s = &switched.state;
             End::New {
@@ -293,7 +293,7 @@ proptest! {
         let wanted = model(&mut m, &state, to, source);
         prop_assert_eq!(end(&result), wanted);
         prop_assert!(guest.phys().bytes(0, m.len()) == m, "memory differs");
-        if let Ok(Switched { state: new, .. }) = result {
+        if let Ok(TaskSwitched { state: new, .. }) = result {
             prop_assert_eq!((new.dr7, new.paging.cr0), (0x7FF & !0x155, 0x19));
             prop_assert_eq!((new.tr.base, new.tr.rights & 0xF), (NEW, if new_long { 11 } else { 3 }));
             enters(&new);
@@ -352,7 +352,7 @@ fn a_page_fault_in_the_old_task_changes_nothing() {
             let result = switch(&guest, &state, NEW_TR, source);
             let reads_only = write_only && page == NEW && source == Source::Jump;
             match result {
-                Err(Failure::Exception(e)) => {
+                Err(SwitchFailure::Exception(e)) => {
                     assert_eq!((e.vector, e.error & 1), (14, u32::from(write_only)), "{page:#x}");
                     assert_eq!(e.linear.map(|at| at as u32 & !0xFFF), Some(page));
                     assert!(guest.phys().bytes(0, m.len()) == m, "{page:#x}: memory changed");

@@ -4,6 +4,7 @@
 mod source;
 
 use source::{File, files};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Names that are not ours: the crate of records and the counters in it, whose names people read, and names of the SDM.
 const GIVEN: [&str; 8] =
@@ -160,4 +161,52 @@ fn a_bool_is_found_among_arguments_alone() {
     {
         assert_eq!(found(text), None, "{text}");
     }
+}
+
+/// Whole words behind `word` at the beginning of an item, with the text up to `end`.
+fn items<'a>(text: &'a str, word: &'a str, end: char) -> impl Iterator<Item = (&'a str, &'a str)> {
+    let starts = text.match_indices(word).filter(|(at, _)| {
+        let before = text[..*at].chars().next_back();
+        before.is_none_or(|c| !c.is_alphanumeric() && c != '_')
+    });
+    starts.filter_map(move |(at, _)| {
+        let item = text[at + word.len()..].split(end).next()?;
+        let name = words(item).next()?;
+        item.starts_with(name).then_some((name, item))
+    })
+}
+
+/// One name, one type: a reader who meets it knows which.
+#[test]
+fn no_two_types_have_one_name() {
+    let mut found: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for file in files("src") {
+        for word in ["struct ", "enum ", "trait ", "union "] {
+            for (name, _) in items(&file.text, word, '\n') {
+                found.entry(name.to_string()).or_default().insert(file.module.join("::"));
+            }
+        }
+    }
+    assert!(found.len() > 150, "only {} types were found", found.len());
+    let twice: Vec<String> = found.iter().filter(|(_, at)| at.len() > 1).map(|t| format!("{t:?}")).collect();
+    assert!(twice.is_empty(), "types of one name:\n{}", twice.join("\n"));
+}
+
+/// A bit, an address or a number of the machine has one place. The same name with the same number elsewhere is a copy.
+#[test]
+fn no_number_of_the_machine_is_written_twice() {
+    let mut found: BTreeMap<(String, String), BTreeSet<String>> = BTreeMap::new();
+    for file in files("src") {
+        for (name, item) in items(&file.text, "const ", ';') {
+            let value = item.split_once('=').map_or("", |(_, value)| value.trim());
+            let plain = value.chars().all(|c| c.is_ascii_hexdigit() || " x_<>|&!()+-*".contains(c));
+            if plain && (value.contains("<<") || value.contains("0x")) {
+                let value = value.replace('_', "").to_lowercase();
+                found.entry((name.to_string(), value)).or_default().insert(file.module.join("::"));
+            }
+        }
+    }
+    assert!(found.len() > 100, "only {} constants were found", found.len());
+    let twice: Vec<String> = found.iter().filter(|(_, at)| at.len() > 1).map(|t| format!("{t:?}")).collect();
+    assert!(twice.is_empty(), "numbers that are written twice:\n{}", twice.join("\n"));
 }

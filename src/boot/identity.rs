@@ -3,7 +3,7 @@
 use arrayvec::ArrayString;
 use l2_protocol::abi::Strategy;
 
-use crate::{boot::options::Fields, vmx::caps::Capabilities, vmx::controls::SecondaryControls};
+use crate::{boot::options::FieldsOption, vmx::caps::Capabilities, vmx::controls::SecondaryControls};
 
 /// `fields=zero-copy` on a processor that cannot do it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,13 +19,13 @@ impl core::fmt::Display for NoShadowing {
 }
 
 /// How L2 reaches the fields of its VMCSs: the wish of the command line on this processor.
-pub fn strategy(fields: Fields, vmx: &Capabilities) -> Result<Strategy, NoShadowing> {
+pub fn strategy(fields: FieldsOption, vmx: &Capabilities) -> Result<Strategy, NoShadowing> {
     let shadowing = has(vmx, SecondaryControls::VMCS_SHADOWING) && vmx.misc.vmwrite_any_field();
     match fields {
-        Fields::Trapped => Ok(Strategy::Trapped),
-        Fields::Auto if !shadowing => Ok(Strategy::Trapped),
-        Fields::ZeroCopy if !shadowing => Err(NoShadowing),
-        Fields::Auto | Fields::ZeroCopy => Ok(Strategy::ZeroCopy),
+        FieldsOption::Trapped => Ok(Strategy::Trapped),
+        FieldsOption::Auto if !shadowing => Ok(Strategy::Trapped),
+        FieldsOption::ZeroCopy if !shadowing => Err(NoShadowing),
+        FieldsOption::Auto | FieldsOption::ZeroCopy => Ok(Strategy::ZeroCopy),
     }
 }
 
@@ -70,10 +70,10 @@ mod tests {
     #[test]
     fn zero_copy_needs_shadowing_and_auto_takes_the_best() {
         let (with, without) = (processor(u64::MAX), processor(0));
-        assert_eq!(strategy(Fields::Auto, &with), Ok(Strategy::ZeroCopy));
-        assert_eq!(strategy(Fields::ZeroCopy, &with), Ok(Strategy::ZeroCopy));
-        assert_eq!(strategy(Fields::Trapped, &with), Ok(Strategy::Trapped));
-        assert_eq!(strategy(Fields::Auto, &without), Ok(Strategy::Trapped));
-        assert_eq!(strategy(Fields::ZeroCopy, &without), Err(NoShadowing));
+        assert_eq!(strategy(FieldsOption::Auto, &with), Ok(Strategy::ZeroCopy));
+        assert_eq!(strategy(FieldsOption::ZeroCopy, &with), Ok(Strategy::ZeroCopy));
+        assert_eq!(strategy(FieldsOption::Trapped, &with), Ok(Strategy::Trapped));
+        assert_eq!(strategy(FieldsOption::Auto, &without), Ok(Strategy::Trapped));
+        assert_eq!(strategy(FieldsOption::ZeroCopy, &without), Err(NoShadowing));
     }
 }

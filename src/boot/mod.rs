@@ -22,4 +22,4 @@ pub mod requirements;
 pub use info::BootInfo;
 pub use machine::CpuList;
 pub use options::Options;
-pub use requirements::Processor;
+pub use requirements::FoundProcessor;

@@ -7,7 +7,7 @@ use log::LevelFilter;
 
 /// `fields=`: how L2's VMREAD and VMWRITE reach vmcs12.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Fields {
+pub enum FieldsOption {
     /// The best that the processor can do.
     Auto,
     /// VMCS shadowing, or nvmx refuses to start.
@@ -38,7 +38,7 @@ pub enum Ept12 {
 
 /// `counters=`: who may read nvmx's counters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Counters {
+pub enum CountersOption {
     /// L2 in ring 0: programs would see what other programs and other guests do.
     Kernel,
     /// Programs of L2, too.
@@ -89,7 +89,7 @@ pub enum Exit {
 
 /// `stop=`: whether nvmx ends before L2 runs, to show that a loader, firmware and the start of the processors work.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Stop {
+pub enum StopOption {
     /// L2 runs.
     Never,
     /// nvmx ends when L2 is loaded and all processors have started, and says what it found. Needs no VMX.
@@ -102,7 +102,7 @@ pub struct Options {
     /// `log=`: the least severe level that is printed.
     pub log: LevelFilter,
     /// `fields=`
-    pub fields: Fields,
+    pub fields: FieldsOption,
     /// `vmcs=`
     pub vmcs: Vmcs,
     /// `cpus=`: how many processors run L2 at most; the rest is parked.
@@ -114,7 +114,7 @@ pub struct Options {
     /// `ept12=`
     pub ept12: Ept12,
     /// `counters=`
-    pub counters: Counters,
+    pub counters: CountersOption,
     /// `measure=`: whether exits are counted by reason, and nvmx's own time is.
     pub measure: bool,
     /// `explain=`: whether what VMX refuses is told on the serial line.
@@ -126,26 +126,26 @@ pub struct Options {
     /// `exit=`
     pub exit: Exit,
     /// `stop=`
-    pub stop: Stop,
+    pub stop: StopOption,
 }
 
 impl Default for Options {
     fn default() -> Self {
         Self {
             log: LevelFilter::Info,
-            fields: Fields::Auto,
+            fields: FieldsOption::Auto,
             vmcs: Vmcs::Auto,
             cpus: None,
             frames: None,
             ept02: None,
             ept12: Ept12::Watch,
-            counters: Counters::Kernel,
+            counters: CountersOption::Kernel,
             measure: true,
             explain: true,
             stale: false,
             serial: Serial::COM1,
             exit: Exit::Auto,
-            stop: Stop::Never,
+            stop: StopOption::Never,
         }
     }
 }
@@ -243,9 +243,9 @@ impl Options {
                 "log" => options.log = value.parse().map_err(|_| bad("log", LOG))?,
                 "fields" => {
                     options.fields = match value {
-                        "auto" => Fields::Auto,
-                        "zero-copy" => Fields::ZeroCopy,
-                        "trapped" => Fields::Trapped,
+                        "auto" => FieldsOption::Auto,
+                        "zero-copy" => FieldsOption::ZeroCopy,
+                        "trapped" => FieldsOption::Trapped,
                         _ => return Err(bad("fields", FIELDS)),
                     }
                 }
@@ -284,8 +284,8 @@ impl Options {
                 }
                 "counters" => {
                     options.counters = match value {
-                        "kernel" => Counters::Kernel,
-                        "all" => Counters::All,
+                        "kernel" => CountersOption::Kernel,
+                        "all" => CountersOption::All,
                         _ => return Err(bad("counters", COUNTERS)),
                     }
                 }
@@ -321,8 +321,8 @@ impl Options {
                 }
                 "stop" => {
                     options.stop = match value {
-                        "never" => Stop::Never,
-                        "cpus" => Stop::Cpus,
+                        "never" => StopOption::Never,
+                        "cpus" => StopOption::Cpus,
                         _ => return Err(bad("stop", STOP)),
                     }
                 }
@@ -371,19 +371,19 @@ mod tests {
             all,
             Options {
                 log: LevelFilter::Trace,
-                fields: Fields::Trapped,
+                fields: FieldsOption::Trapped,
                 vmcs: Vmcs::Memory,
                 cpus: Some(3),
                 frames: Some(5),
                 ept02: Some(7),
                 ept12: Ept12::Compare,
-                counters: Counters::All,
+                counters: CountersOption::All,
                 measure: false,
                 explain: false,
                 stale: true,
                 serial: Serial { port: Some(0x2F8), divisor: 1 },
                 exit: Exit::None,
-                stop: Stop::Cpus
+                stop: StopOption::Cpus
             }
         );
     }

@@ -47,7 +47,7 @@ impl fmt::Display for Missing {
 
 /// What is known of the processor.
 #[derive(Clone, Debug)]
-pub struct Processor {
+pub struct FoundProcessor {
     /// Its name, as CPUID has it.
     pub brand: ArrayString<48>,
     /// What runs below nvmx: `bare`, or a hypervisor's name.
@@ -68,7 +68,7 @@ pub struct Processor {
 /// All requirements that are not met, at least one.
 pub type MissingList = ArrayVec<Missing, 32>;
 
-impl Processor {
+impl FoundProcessor {
     /// Examines this processor, and lists what it lacks: then only what does not need VMX is to be done on it. MSRs are read
     /// only when CPUID says that they exist.
     pub fn examine<R: CpuIdReader>(cpuid: &CpuId<R>, mut rdmsr: impl FnMut(u32) -> u64) -> (Self, MissingList) {
@@ -186,7 +186,7 @@ mod tests {
     const VMX: u32 = 1 << 5;
     const NX: u32 = 1 << 20;
 
-    fn examine(ecx: u32, edx: u32, feature_control: u64, msr: u64) -> (Processor, MissingList) {
+    fn examine(ecx: u32, edx: u32, feature_control: u64, msr: u64) -> (FoundProcessor, MissingList) {
         let leaves = move |leaf: u32, _: u32| {
             let (eax, ebx, ecx, edx) = match leaf {
                 0 => (0x16, u32::from_le_bytes(*b"Genu"), u32::from_le_bytes(*b"ntel"), u32::from_le_bytes(*b"ineI")),
@@ -208,10 +208,10 @@ mod tests {
             assert!(ecx & VMX != 0, "no MSR of VMX may be read without VMX");
             if index == IA32_FEATURE_CONTROL { feature_control } else { msr }
         };
-        Processor::examine(&CpuId::with_cpuid_reader(leaves), rdmsr)
+        FoundProcessor::examine(&CpuId::with_cpuid_reader(leaves), rdmsr)
     }
 
-    fn texts((_, missing): (Processor, MissingList)) -> Vec<String> {
+    fn texts((_, missing): (FoundProcessor, MissingList)) -> Vec<String> {
         missing.iter().map(Missing::to_string).collect()
     }
 
@@ -256,7 +256,7 @@ mod tests {
             0x48C => u64::MAX,
             _ => 0,
         };
-        let (processor, missing) = Processor::examine(&CpuId::with_cpuid_reader(leaves), rdmsr);
+        let (processor, missing) = FoundProcessor::examine(&CpuId::with_cpuid_reader(leaves), rdmsr);
         assert!(missing.is_empty(), "{missing:?}");
         let width = processor.max_phys_addr;
         assert_eq!(processor.vmx.physical_width, u32::from(width), "addresses in a VMCS go by it too");
@@ -296,7 +296,7 @@ mod tests {
         let mut vmx = without.vmx;
         vmx.misc.0 ^= 1 << 8;
         vmx.vmfunc = 0;
-        let other = Processor { vmx, gib_pages: !without.gib_pages, ..without };
+        let other = FoundProcessor { vmx, gib_pages: !without.gib_pages, ..without };
         let said: Vec<_> = first.differences(&other).collect();
         assert_eq!(said, ["pages of 1 GiB", "IA32_VMX_MISC", "IA32_VMX_VMFUNC"]);
         // All words of the capability MSRs: none is passed over.

@@ -55,7 +55,7 @@ pub struct Cpu {
     /// Events that nvmx holds back.
     pub waiting: Waiting,
     /// What was told of stale translations.
-    pub stale: Stale,
+    pub stale: StaleTold,
     /// Where L2 is on its way from an INIT to its first instruction.
     pub start: Startup,
     /// What nvmx has changed in vmcs02 for events of its own.
@@ -64,7 +64,7 @@ pub struct Cpu {
 
 /// What was told of stale translations: the last one, and how many.
 #[derive(Default)]
-pub struct Stale {
+pub struct StaleTold {
     /// The last one.
     pub last: Option<StaleLeaf>,
     /// How many.

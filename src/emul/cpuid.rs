@@ -9,11 +9,11 @@ use crate::guest::operand;
 use crate::hw::cpu::this as this_cpu;
 use crate::hw::cpuid::cpuid_count;
 use crate::hw::cr::cpuid_with_key_locker;
-use crate::rules::hidden::Register::{Eax, Ebx, Ecx, Edx};
+use crate::rules::hidden::CpuidRegister::{Eax, Ebx, Ecx, Edx};
 use crate::rules::hidden::{EMPTY, shown};
 use crate::vmcs::access::Description;
 use crate::vmx::Field;
-use crate::x86::Cr4;
+use crate::x86::{Cr4, cpuid};
 use l2_protocol::abi::{
     BELOW, Counter, FRAMES_FREE, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_CPUS, LEAF_INTERFACE, LEAF_MAX, LEAF_REFUSAL,
     LEAF_SIGNATURE, OF_ALL_CPUS, SIGNATURE, SNAPSHOT, STACK_USED,
@@ -22,14 +22,9 @@ use raw_cpuid::CpuIdResult as CpuidResult;
 
 const HYPERVISOR_LEAVES: core::ops::RangeInclusive<u32> = 0x4000_0000..=0x4FFF_FFFF;
 
-const LEAF1_ECX_VMX: u32 = 1 << 5;
-const LEAF1_ECX_OSXSAVE: u32 = 1 << 27;
-const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
-const LEAF7_ECX_OSPKE: u32 = 1 << 4;
 /// EBX bit 0 says that CR4.KL is 1 and firmware has activated Key Locker.
 const LEAF_KEY_LOCKER: u32 = 0x19;
 const LEAF_EXTENDED: u32 = 0x8000_0001;
-const LEAF_EXTENDED_EDX_SYSCALL: u32 = 1 << 11;
 /// Version of architectural performance monitoring: the last one whose counters have no address of their own.
 const PERFMON: u32 = 5;
 /// States that XSAVES does not have for L2.
@@ -58,7 +53,7 @@ pub fn emulate(cpu: &mut Cpu) {
         });
         // The processor tells of SYSCALL in 64-bit mode alone, in which nvmx always is.
         if leaf == LEAF_EXTENDED && !operand::is_64_bit_code(cpu) {
-            answer.edx &= !LEAF_EXTENDED_EDX_SYSCALL;
+            answer.edx &= !cpuid::SYSCALL;
         }
         answer
     };
@@ -81,8 +76,8 @@ fn as_guest_sees_it(
     match (leaf, subleaf) {
         (1, _) => {
             let on = cr4() & CR4_OSXSAVE != 0;
-            answer.ecx &= const { shown((1, 0), Ecx) } & !LEAF1_ECX_OSXSAVE;
-            answer.ecx |= LEAF1_ECX_VMX | LEAF1_ECX_HYPERVISOR | if on { LEAF1_ECX_OSXSAVE } else { 0 };
+            answer.ecx &= const { shown((1, 0), Ecx) } & !cpuid::OSXSAVE;
+            answer.ecx |= cpuid::VMX | cpuid::HYPERVISOR | if on { cpuid::OSXSAVE } else { 0 };
             answer.edx &= const { shown((1, 0), Edx) };
         }
         (6, _) => {
@@ -93,8 +88,8 @@ fn as_guest_sees_it(
         (7, 0) => {
             let on = cr4() & CR4_PKE != 0;
             answer.ebx &= const { shown((7, 0), Ebx) };
-            answer.ecx &= const { shown((7, 0), Ecx) } & !LEAF7_ECX_OSPKE;
-            answer.ecx |= if on { LEAF7_ECX_OSPKE } else { 0 };
+            answer.ecx &= const { shown((7, 0), Ecx) } & !cpuid::OSPKE;
+            answer.ecx |= if on { cpuid::OSPKE } else { 0 };
             answer.edx &= const { shown((7, 0), Edx) };
         }
         (7, 1) => {

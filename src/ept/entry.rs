@@ -7,17 +7,10 @@
 use crate::addr::Hpa;
 use crate::mm::mtrr::MemoryType;
 use crate::vmx::caps::Capabilities;
+pub use crate::vmx::ept_entry::{ACCESSED, ADDRESS, DIRTY, LARGE};
 use bitflags::bitflags;
 use core::fmt;
 
-/// Bits 51:12: the physical address of a table or a page, before the address width is looked at.
-pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-/// Bit 7: the entry of a page directory or page-directory-pointer table maps a page.
-pub const LARGE: u64 = 1 << 7;
-/// Bit 8: accessed.
-pub const ACCESSED: u64 = 1 << 8;
-/// Bit 9: dirty (leaves only).
-pub const DIRTY: u64 = 1 << 9;
 const IGNORE_PAT: u64 = 1 << 6;
 /// Bit 63 of an entry that maps a page or is not present: its violations are not converted to #VE.
 pub const SUPPRESS_VE: u64 = 1 << 63;

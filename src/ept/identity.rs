@@ -17,7 +17,7 @@ use crate::mm::mtrr::MemoryType;
 /// What [`Ept01::map_missing`] found.
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Missing {
+pub enum Resolved {
     /// It is mapped now.
     Mapped,
     /// It was mapped already.
@@ -82,18 +82,18 @@ impl Ept01 {
         gpa: Gpa,
         memory_type: impl Fn(Gpa, u64) -> Option<MemoryType>,
         frames: &mut F,
-    ) -> Result<Missing, OutOfFrames> {
+    ) -> Result<Resolved, OutOfFrames> {
         if !self.rules.allows_address(gpa.get()) || gpa.get() >> 48 != 0 {
-            return Ok(Missing::BeyondPhysical);
+            return Ok(Resolved::BeyondPhysical);
         }
         if self.forbidden.overlaps(Span::sized(gpa.get(), 1)) {
-            return Ok(Missing::Forbidden);
+            return Ok(Resolved::Forbidden);
         }
         if self.leaf(gpa, frames).is_some() {
-            return Ok(Missing::Present);
+            return Ok(Resolved::Present);
         }
         self.map_gib(gpa.get() - Level::Pdpt.offset(gpa.get()), &memory_type, frames)?;
-        Ok(Missing::Mapped)
+        Ok(Resolved::Mapped)
     }
 
     /// Maps `gpa`, if L2 may have it, by a 4 KiB page from now on. No INVEPT is done.

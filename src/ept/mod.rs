@@ -39,15 +39,13 @@ pub use compose::Outcome;
 pub use entry::{EptRules, Level, Rights};
 pub use eptp::Eptp;
 pub use flags::PageLog;
-pub use identity::{Ept01, Missing};
+pub use identity::{Ept01, Resolved};
 pub use machine::PoolFrames;
 pub use stale::StaleLeaf;
 pub use violation::Qualification;
 pub use watch::{Watch, WatchError};
 
-/// The pool of frames is empty.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct OutOfFrames;
+pub use crate::mm::paging::OutOfFrames;
 
 /// A piece of L2's memory that is contiguous in host-physical memory: what ept01 contributes to an ept02 leaf.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

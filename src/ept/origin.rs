@@ -41,9 +41,9 @@ const NO_WATCH: u64 = 2;
 
 /// Where a record lies: whoever goes through a list does without numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Place(u64);
+pub(super) struct FirstRecord(u64);
 
-impl Place {
+impl FirstRecord {
     /// The watch, if there is one and the table is not marked.
     #[inline(always)]
     pub(super) fn unmarked_watch<F: TableFrames>(self, frames: &F) -> Option<Watch> {
@@ -111,8 +111,8 @@ impl Tables {
     }
 
     /// The first record of a level.
-    pub(super) const fn first(&self, level: Level) -> Option<Place> {
-        Place::from_raw(self.places[level as usize - 1])
+    pub(super) const fn first(&self, level: Level) -> Option<FirstRecord> {
+        FirstRecord::from_raw(self.places[level as usize - 1])
     }
 
     fn set_first(&mut self, level: Level, number: u16, place: u64) {
@@ -315,7 +315,7 @@ impl Origins {
     }
 
     /// The number of the record at a place.
-    pub(super) fn number<F: TableFrames>(&self, place: Place, frames: &F) -> u16 {
+    pub(super) fn number<F: TableFrames>(&self, place: FirstRecord, frames: &F) -> u16 {
         (frames.read(Hpa::new(place.0 + LINKS)) >> 48) as u16
     }
 

@@ -12,7 +12,7 @@ use super::cache::{Ept02, Owner};
 use super::entry::{self, ACCESSED, Caching, DIRTY, EptRules, LARGE, Level, Meaning, Rights};
 use super::exposed::Exposed;
 use super::identity::Ept01;
-use super::origin::{Origin, Place};
+use super::origin::{FirstRecord, Origin};
 use super::{GuestView, TableFrames};
 use crate::addr::{Gpa, Hpa};
 use arrayvec::ArrayVec;
@@ -58,7 +58,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             invept01: false,
         };
         if check.ept01.is_none() {
-            check.table(root.table, Level::Pml4, 0, Source::Table(role.guest_root(), rules.all_rights()));
+            check.table(root.table, Level::Pml4, 0, TableSource::Table(role.guest_root(), rules.all_rights()));
         } else {
             let mut changed = Changed::default();
             check.find_changed(&mut root.known, &mut changed);
@@ -70,7 +70,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
 
 /// What a table of ept02 was composed of.
 #[derive(Clone, Copy)]
-enum Source {
+enum TableSource {
     /// A table of ept12 of the same level, and the rights that the entries above it grant.
     Table(Gpa, Rights),
     /// A page of ept12, which nvmx's own memory cuts in pieces.
@@ -104,7 +104,7 @@ struct Check<'a, G, F, const N: usize> {
 
 /// From `place` on, the first record of the list whose watch does not say that nothing was written.
 #[inline(always)]
-fn first_unclean<F: TableFrames>(place: Place, frames: &F) -> Option<Place> {
+fn first_unclean<F: TableFrames>(place: FirstRecord, frames: &F) -> Option<FirstRecord> {
     let mut place = place;
     while place.unmarked_watch(frames).is_some_and(|watch| watch.is_clean(frames)) {
         place = place.next(frames)?;
@@ -115,7 +115,7 @@ fn first_unclean<F: TableFrames>(place: Place, frames: &F) -> Option<Place> {
 /// Tables that must be looked at, those above before those below; or too many to say.
 #[derive(Default)]
 struct Changed {
-    found: ArrayVec<(Place, Level), 64>,
+    found: ArrayVec<(FirstRecord, Level), 64>,
     more: bool,
 }
 
@@ -225,7 +225,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
         origins.unmark(record, self.frames);
         let (base, entry) = (origins.base(record, self.frames), origins.entry(record, self.frames));
         let table = entry.map_or(root, |entry| Hpa::new(self.frames.read(entry) & entry::ADDRESS));
-        if !self.table(table, level, base, Source::Table(page, origin.rights())) {
+        if !self.table(table, level, base, TableSource::Table(page, origin.rights())) {
             self.take_empty(record);
         }
     }
@@ -248,7 +248,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
     }
 
     /// Compares a table of ept02 for the addresses from `base` on, and tells whether anything is left in it.
-    fn table(&mut self, table: Hpa, level: Level, base: u64, source: Source) -> bool {
+    fn table(&mut self, table: Hpa, level: Level, base: u64, source: TableSource) -> bool {
         // The level is a constant in each.
         match level {
             Level::Pt => self.scan(table, Level::Pt, base, source),
@@ -299,11 +299,11 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
     }
 
     #[inline(always)]
-    fn scan(&mut self, table: Hpa, level: Level, base: u64, source: Source) -> bool {
+    fn scan(&mut self, table: Hpa, level: Level, base: u64, source: TableSource) -> bool {
         // Tables of pages are full, those above them nearly empty.
         let chunk = if level == Level::Pt { CHUNK } else { GROUP };
         let (mut left, mut next) = (false, 0);
-        if let (Source::Table(table12, rights), Level::Pt, false) = (source, level, self.flags) {
+        if let (TableSource::Table(table12, rights), Level::Pt, false) = (source, level, self.flags) {
             if rights == self.rules.all_rights() {
                 (next, left) = self.scan_equal(table, base, table12);
                 if next >= ENTRIES {
@@ -322,14 +322,14 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
             let offset = 8 * (next - next % chunk) as u64;
             next += chunk - next % chunk;
             self.frames.read_all(Hpa::new(table.get() | offset), entries02);
-            if let Source::Table(table12, _) = source {
+            if let TableSource::Table(table12, _) = source {
                 if self.guest.read_entries(Gpa::new(table12.get() | offset), entries12).is_err() {
                     entries12.fill(0);
                 }
             }
             let groups = entries02.chunks_exact(GROUP).zip(entries12.chunks_exact(GROUP));
             for (offset, (group02, group12)) in (offset..).step_by(8 * GROUP).zip(groups) {
-                if let Source::Table(_, rights) = source {
+                if let TableSource::Table(_, rights) = source {
                     if self.is_unchanged(group02, group12, rights, level) {
                         left = left || group02.iter().any(|entry| entry::is_present(*entry));
                         continue;
@@ -341,13 +341,13 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
                     }
                     let (at, ngpa) = (Hpa::new(table.get() | within), base + (within >> 3) * level.bytes());
                     left |= match source {
-                        Source::Table(_, rights)
+                        TableSource::Table(_, rights)
                             if self.is_unchanged(from_ref(old), from_ref(entry12), rights, level) =>
                         {
                             true
                         }
-                        Source::Table(_, rights) => self.entry(at, *old, *entry12, rights, level, ngpa),
-                        Source::Page(page) => self.piece(at, *old, &page, level, ngpa),
+                        TableSource::Table(_, rights) => self.entry(at, *old, *entry12, rights, level, ngpa),
+                        TableSource::Page(page) => self.piece(at, *old, &page, level, ngpa),
                     };
                 }
             }
@@ -395,7 +395,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
                 self.piece(at, old, &Page { at: Gpa::new(address), level, rights, caching }, level, ngpa)
             }
             Meaning::Table(next) if !entry::is_leaf(old, level) => {
-                self.subtree(at, old, level, ngpa, Source::Table(Gpa::new(next), rights))
+                self.subtree(at, old, level, ngpa, TableSource::Table(Gpa::new(next), rights))
             }
             _ => self.drop(at, old, level),
         }
@@ -405,7 +405,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
     #[inline(always)]
     fn piece(&mut self, at: Hpa, old: u64, page: &Page, level: Level, ngpa: u64) -> bool {
         if !entry::is_leaf(old, level) {
-            return self.subtree(at, old, level, ngpa, Source::Page(*page));
+            return self.subtree(at, old, level, ngpa, TableSource::Page(*page));
         }
         let gpa = Gpa::new(page.at.get() | page.level.offset(ngpa));
         let Ok(block) = self.guest.block(gpa, page.level) else { return self.drop(at, old, level) };
@@ -427,7 +427,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
     }
 
     /// Compares a table below; one that is empty afterwards goes.
-    fn subtree(&mut self, at: Hpa, old: u64, level: Level, ngpa: u64, source: Source) -> bool {
+    fn subtree(&mut self, at: Hpa, old: u64, level: Level, ngpa: u64, source: TableSource) -> bool {
         let record = entry::number(old);
         if record != 0 && self.is_still(record, source) {
             return true;
@@ -448,10 +448,10 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
     }
 
     /// True if the origin of a table is what its record says, and the record is enough; else it is noted.
-    fn is_still(&mut self, record: u16, source: Source) -> bool {
+    fn is_still(&mut self, record: u16, source: TableSource) -> bool {
         let origin = match source {
-            Source::Table(table, rights) => Origin::table(table, rights),
-            Source::Page(_) => Origin::PIECES,
+            TableSource::Table(table, rights) => Origin::table(table, rights),
+            TableSource::Page(_) => Origin::PIECES,
         };
         let same = self.owner.origins.origin(record, self.frames) == origin;
         if !same {

@@ -9,9 +9,7 @@ use crate::vmcs::stale::Stale;
 use crate::vmx::Field;
 use crate::vmx::controls::{PinControls, PrimaryControls};
 use crate::vmx::event::{EventInfo, EventKind, Redelivery, vector};
-
-const BLOCKING_BY_STI: u64 = 1 << 0;
-const BLOCKING_BY_NMI: u64 = 1 << 3;
+use crate::vmx::state::interruptibility;
 
 /// Gives an event to the guest of the current VMCS with the next entry.
 #[cold]
@@ -57,8 +55,8 @@ pub fn iret_again(cpu: &mut Cpu) {
 }
 
 fn set_nmi_blocking(vmx: &mut Vmx, blocked: bool) {
-    let others = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & !BLOCKING_BY_NMI;
-    vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, others | if blocked { BLOCKING_BY_NMI } else { 0 });
+    let others = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & !interruptibility::NMI;
+    vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, others | if blocked { interruptibility::NMI } else { 0 });
 }
 
 /// L2's pin-based controls for L3, if L3 is the guest of the current VMCS.
@@ -99,9 +97,9 @@ pub fn window_opened(cpu: &mut Cpu) {
     if cpu.waiting.contains(Waiting::NMI) {
         cpu.waiting -= Waiting::NMI;
         let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
-        if blocking & BLOCKING_BY_STI != 0 {
+        if blocking & interruptibility::STI != 0 {
             // A processor may open the window here, and refuse the injection nevertheless.
-            cpu.vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking & !BLOCKING_BY_STI);
+            cpu.vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking & !interruptibility::STI);
         }
         inject(cpu, EventInfo::new(EventKind::Nmi, vector::NMI), None, None);
     }

@@ -13,18 +13,18 @@ use crate::vmx::segment::{AccessRights, Segment};
 use crate::x86::{Cr0, Cr4};
 
 /// Selector, base, limit, access rights.
-type SegmentState = (u16, u64, u32, u64);
+type SegmentValues = (u16, u64, u32, u64);
 
-const UNUSABLE: SegmentState = (0, 0, 0, AccessRights::UNUSABLE as u64);
-const BUSY_TSS: u64 = 0x8B;
-const LDT: u64 = 0x82;
+const UNUSABLE: SegmentValues = (0, 0, 0, AccessRights::UNUSABLE as u64);
+const BUSY_TSS: u64 = AccessRights::BUSY_TSS.0 as u64;
+const LDT: u64 = AccessRights::LOCAL_TABLE.0 as u64;
 /// CR0.ET, which is always 1.
 const CR0_ET: Cr0 = Cr0::ET;
 
 /// 32-bit protected mode without paging, flat segments: the machine state of the boot protocols.
 pub fn write_boot_state(cpu: &mut Cpu, start: &Start) {
-    let code = (0x10, 0, u32::MAX, 0xC09B);
-    let data = (0x18, 0, u32::MAX, 0xC093);
+    let code = (0x10, 0, u32::MAX, AccessRights::CODE_32.0.into());
+    let data = (0x18, 0, u32::MAX, AccessRights::DATA_32.0.into());
     write_segments(cpu, code, data, UNUSABLE, (0, 0, 0x67, BUSY_TSS));
     write_rest(cpu, Cr0::PE | Cr0::NE | CR0_ET, start.entry.get());
     cpu.vmx.write(Field::GUEST_GDTR_BASE, start.gdt.map_or(0, Span::start));
@@ -39,7 +39,7 @@ pub fn write_boot_state(cpu: &mut Cpu, start: &Start) {
 /// The state after an INIT but for what is not in vmcs01. SYSENTER's MSRs and IA32_PAT keep their values. `signature` is
 /// that of the processor, for EDX.
 pub fn write_init_state(cpu: &mut Cpu, signature: u32) {
-    const PRESENT_DATA: u64 = 0x93;
+    const PRESENT_DATA: u64 = AccessRights::DATA_16.0 as u64;
     let code = (0xF000, 0xFFFF_0000, 0xFFFF, PRESENT_DATA);
     let data = (0, 0, 0xFFFF, PRESENT_DATA);
     write_segments(cpu, code, data, (0, 0, 0xFFFF, LDT), (0, 0, 0xFFFF, BUSY_TSS));
@@ -51,7 +51,7 @@ pub fn write_init_state(cpu: &mut Cpu, signature: u32) {
     cpu.regs.gpr[2] = u64::from(signature);
 }
 
-fn write_segments(cpu: &mut Cpu, cs: SegmentState, data: SegmentState, ldtr: SegmentState, tr: SegmentState) {
+fn write_segments(cpu: &mut Cpu, cs: SegmentValues, data: SegmentValues, ldtr: SegmentValues, tr: SegmentValues) {
     let vmx = &mut cpu.vmx;
     for (segment, (selector, base, limit, rights)) in [
         (Segment::Cs, cs),

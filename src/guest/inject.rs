@@ -12,14 +12,13 @@ use crate::hw::vmx::Vmx;
 use crate::vmx::Field;
 use crate::vmx::event::Exception;
 use crate::vmx::instr::behind;
+use crate::vmx::state::interruptibility;
 use crate::x86::RFlags;
-use crate::x86::debug::PENDING_BS;
+use crate::x86::debug::{DEBUGCTL_BTF, PENDING_BS};
 use crate::x86::{Cr0, Fault};
 
 const RFLAGS_TF: u64 = RFlags::TRAP_FLAG.bits();
 const RFLAGS_RF: u64 = RFlags::RESUME_FLAG.bits();
-const BLOCKING_BY_STI_OR_MOV_SS: u64 = 0b11;
-const DEBUGCTL_BTF: u64 = 1 << 1;
 
 /// Moves the guest behind the instruction that exited.
 #[inline(always)]
@@ -29,8 +28,8 @@ pub fn advance(cpu: &mut Cpu) {
     let vmx = &mut cpu.vmx;
     vmx.write(Field::GUEST_RIP, next);
     let blocking = vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
-    if blocking & BLOCKING_BY_STI_OR_MOV_SS != 0 {
-        vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking & !BLOCKING_BY_STI_OR_MOV_SS);
+    if blocking & interruptibility::STI_OR_MOV_SS != 0 {
+        vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking & !interruptibility::STI_OR_MOV_SS);
     }
     let flags = vmx.read(Field::GUEST_RFLAGS);
     if flags & (RFLAGS_TF | RFLAGS_RF) != 0 {

@@ -3,7 +3,7 @@
 use super::events;
 use crate::addr::Gpa;
 use crate::cpu::Cpu;
-use crate::ept::{Missing, Qualification};
+use crate::ept::{Qualification, Resolved};
 use crate::trace::KillReason;
 use crate::vmx::Field;
 use crate::vmx::event::EventInfo;
@@ -19,12 +19,12 @@ pub fn map_missing(cpu: &mut Cpu, at: Gpa) -> Result<Option<Fault>, KillReason> 
     let mtrrs = &cpu.config.mtrrs;
     let memory_type = |start: Gpa, bytes| mtrrs.type_of(start.get(), bytes);
     match cpu.ept01.map_missing(at, memory_type, &mut Cpu::tables(&mut cpu.frames, &cpu.phys)) {
-        Ok(Missing::Mapped | Missing::Present) => {
+        Ok(Resolved::Mapped | Resolved::Present) => {
             redeliver(cpu, qualification);
             Ok(None)
         }
         _ if !qualification.contains(Qualification::LINEAR_VALID) => Ok(Some(Fault::GeneralProtection(0))),
-        Ok(Missing::Forbidden | Missing::BeyondPhysical) | Err(_) => Err(KillReason::ForbiddenMemory(at)),
+        Ok(Resolved::Forbidden | Resolved::BeyondPhysical) | Err(_) => Err(KillReason::ForbiddenMemory(at)),
     }
 }
 

@@ -8,10 +8,8 @@ use crate::ept::walk::{GuestTables, Walk, walk};
 use crate::ept::{EptRules, Eptp, Qualification, Rights};
 use crate::mm::linear::{AccessError, DataAccess, Paging, Privilege};
 use crate::mm::{GuestMemory, PhysMem, Place, Span};
+use crate::vmx::ept_entry::{ACCESSED, DIRTY};
 use core::cell::Cell;
-
-const ACCESSED: u64 = 1 << 8;
-const DIRTY: u64 = 1 << 9;
 
 /// An access that ept12 does not serve.
 #[must_use]
@@ -37,7 +35,7 @@ pub enum Failed {
 
 /// How L3's physical addresses become L2's.
 #[derive(Clone, Copy)]
-pub struct View<'a, P> {
+pub struct NestedView<'a, P> {
     /// L2's memory.
     pub guest: &'a GuestMemory<P>,
     /// L2's EPT, if it uses one for this guest.
@@ -48,7 +46,7 @@ pub struct View<'a, P> {
     pub paging: Paging,
 }
 
-impl<P: PhysMem> View<'_, P> {
+impl<P: PhysMem> NestedView<'_, P> {
     /// Reads an operand.
     pub fn read(&self, linear: u64, into: &mut [u8]) -> Result<(), Failed> {
         let memory = self.memory();
@@ -108,7 +106,7 @@ enum Part {
 
 /// L3's physical memory.
 struct Physical<'a, P> {
-    view: &'a View<'a, P>,
+    view: &'a NestedView<'a, P>,
     missed: Cell<Option<(u64, Qualification)>>,
 }
 

@@ -5,7 +5,7 @@
 
 use crate::cpu::{Cpu, Operation};
 use crate::ept::{EptRules, Eptp};
-use crate::guest::nested_memory::View;
+use crate::guest::nested_memory::NestedView;
 use crate::guest::{Stop, inject};
 use crate::hw::phys::DirectMap;
 use crate::hw::{cr, msr};
@@ -212,12 +212,12 @@ fn meet_breakpoints(cpu: &mut Cpu, linear: u64, bytes: usize, access: DataAccess
 }
 
 /// L3's memory; vmcs02 is current.
-fn nested_view(cpu: &mut Cpu, id: SlotId) -> View<'_, DirectMap> {
+fn nested_view(cpu: &mut Cpu, id: SlotId) -> NestedView<'_, DirectMap> {
     let paging = paging(cpu);
     let slot = &cpu.nested.slots[id];
     let has_ept = slot.merged.is_some_and(|m| !m.duties.contains(Duties::LOAD_PDPTES));
     let eptp12 = has_ept.then(|| Eptp::new(slot.vmcs12.get(Field::EPT_POINTER)));
-    View { guest: &cpu.guest, eptp12, rules: EptRules::of(&cpu.config.offered), paging }
+    NestedView { guest: &cpu.guest, eptp12, rules: EptRules::of(&cpu.config.offered), paging }
 }
 
 /// The instruction information of VMREAD or VMWRITE.

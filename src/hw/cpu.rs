@@ -23,9 +23,10 @@ use crate::{
     hw::{early, phys::DirectMap},
     mm::{
         FramePool,
-        paging::{OutOfFrames, PageTables, Rights, window_entry},
+        paging::{OutOfFrames, PageRights, PageTables, window_entry},
     },
     vmx::ExitReason,
+    x86::{descriptor, msr::IA32_GS_BASE},
 };
 
 /// Stacks lie here, one slot each; what a stack does not use of its slot is not mapped, so an overflow faults. The last
@@ -69,8 +70,6 @@ pub mod selector {
     /// The TSS; takes two entries
     pub const TSS: u16 = 0x18;
 }
-
-const IA32_GS_BASE: u32 = 0xC000_0101;
 
 /// The block of one processor; GS base points to it for as long as nvmx runs.
 #[repr(C, align(64))]
@@ -346,7 +345,7 @@ pub fn install(idle: Idle) {
 pub fn prepare(
     index: u32,
     idt: Idt,
-    data: Rights,
+    data: PageRights,
     pool: &mut FramePool,
     tables: &mut PageTables,
     phys: DirectMap,
@@ -393,13 +392,10 @@ pub fn prepare(
     Ok(Idle(block))
 }
 
-/// Null, 64-bit code, data, and the 16-byte descriptor of an available TSS at `tss_base`.
-///
-/// Source: Intel SDM vol. 3A, "Segment Descriptors" and figure "Format of TSS and LDT Descriptors in 64-bit Mode".
+/// Null, 64-bit code, data, and an available TSS at `tss_base`.
 fn gdt(tss_base: u64) -> [u64; 5] {
-    let limit = size_of::<TaskStateSegment>() as u64 - 1;
-    let low = limit | (tss_base & 0xFF_FFFF) << 16 | 0x89 << 40 | (tss_base >> 24 & 0xFF) << 56;
-    [0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, low, tss_base >> 32]
+    let [low, high] = descriptor::tss(tss_base, size_of::<TaskStateSegment>() as u16 - 1);
+    [0, descriptor::CODE_64, descriptor::DATA, low, high]
 }
 
 /// Loads GDTR, the segment registers, TR, IDTR and GS base.

@@ -10,6 +10,7 @@
 use core::arch::global_asm;
 use core::slice;
 
+use crate::x86::descriptor::interrupt_gate;
 use crate::{
     addr::PAGE_SIZE,
     hw::{
@@ -34,7 +35,8 @@ pub fn build(pool: &mut FramePool, phys: DirectMap) -> Result<Idt, OutOfFrames> 
     let frame = pool.alloc(&phys).ok_or(OutOfFrames)?;
     let base = phys.linear(frame.hpa(), PAGE_SIZE).ok_or(OutOfFrames)? as u64;
     for vector in 0..VECTORS {
-        let gate = gate(&raw const exception_stubs as u64 + vector as u64 * 16, ist(vector));
+        let gate =
+            interrupt_gate(cpu::selector::CODE, &raw const exception_stubs as u64 + vector as u64 * 16, ist(vector));
         let at = vector as u64 * 16;
         phys.write_u64(frame.at(at), gate[0]);
         phys.write_u64(frame.at(at + 8), gate[1]);
@@ -52,16 +54,9 @@ const fn ist(vector: usize) -> u64 {
     }
 }
 
-/// A present 64-bit interrupt gate to nvmx's code segment.
-const fn gate(offset: u64, ist: u64) -> [u64; 2] {
-    let selector = (cpu::selector::CODE as u64) << 16;
-    let low = offset & 0xFFFF | selector | ist << 32 | 0x8E << 40 | (offset >> 16 & 0xFFFF) << 48;
-    [low, offset >> 32]
-}
-
 /// What the stubs leave on the stack, lowest address first.
 #[repr(C)]
-struct Frame {
+struct TrapFrame {
     /// R15 … RAX: nothing reads them by name.
     registers: [u64; 15],
     vector: u64,
@@ -153,7 +148,7 @@ fn fixup(rip: u64) -> Option<u64> {
 }
 
 #[cfg_attr(not(target_os = "none"), allow(dead_code))]
-extern "C" fn exception(frame: &mut Frame) {
+extern "C" fn exception(frame: &mut TrapFrame) {
     match frame.vector {
         NMI => nmi(frame),
         INVALID_OPCODE | GENERAL_PROTECTION | PAGE_FAULT => match fixup(frame.rip) {
@@ -166,7 +161,7 @@ extern "C" fn exception(frame: &mut Frame) {
 
 /// The NMI was meant for the guest: the run loop passes it on. One that arrives after the run loop's last look restarts
 /// that look.
-fn nmi(frame: &mut Frame) {
+fn nmi(frame: &mut TrapFrame) {
     cpu::this().set_nmi();
     // SAFETY: a constant table, defined above.
     let [start, end, bail] = unsafe { entry_window };
@@ -176,7 +171,7 @@ fn nmi(frame: &mut Frame) {
 }
 
 #[cold]
-fn unexpected(frame: &Frame) -> ! {
+fn unexpected(frame: &TrapFrame) -> ! {
     serial::dying();
     let name = usize::try_from(frame.vector).ok().and_then(|v| NAMES.get(v)).copied().unwrap_or("exception");
     let (rip, rsp, error) = (frame.rip, frame.rsp, frame.error_code);

@@ -1,9 +1,10 @@
 //! Model-specific registers.
 
-use crate::hw::cpuid::cpuid_count;
+use crate::hw::cpuid::{cpuid_count, decoded};
 use crate::hw::processor::Processor;
 use crate::hw::this_processor;
 use crate::x86::Fault;
+use crate::x86::msr::IA32_EFER;
 
 /// Reads any MSR; `Err(#GP(0))` when the processor refuses.
 ///
@@ -28,7 +29,6 @@ pub unsafe fn wrmsr_safe(index: u32, value: u64) -> Result<(), Fault> {
 
 /// IA32_EFER as nvmx runs with it.
 pub fn efer() -> u64 {
-    const IA32_EFER: u32 = 0xC000_0080;
     // Every 64-bit processor has it.
     rdmsr_safe(IA32_EFER).unwrap_or(0)
 }
@@ -71,10 +71,9 @@ pub fn is_xss_harmless(value: u64) -> bool {
 /// 0DH, subleaf 1 tells (SDM vol. 1, "Enumeration of CPU Support for XSAVE Instructions and XSAVE-Supported Features"). Where there
 /// is no such MSR, nvmx refuses: emulators ignore a write.
 pub fn refuses_trace_states() -> bool {
-    const LEAF: u32 = 0xD;
-    const XSAVES: u32 = 1 << 3;
-    let features = cpuid_count(LEAF, 1);
-    cpuid_count(0, 0).eax >= LEAF && features.eax & XSAVES != 0 && u64::from(features.ecx) & XSS_TRACES == 0
+    let has = decoded().get_extended_state_info().is_some_and(|states| states.has_xsaves_xrstors());
+    // raw-cpuid knows one of the two states alone.
+    has && u64::from(cpuid_count(0xD, 1).ecx) & XSS_TRACES == 0
 }
 
 /// Writes IA32_XSS.
@@ -88,13 +87,12 @@ pub fn set_xss(value: u64) -> Result<(), Fault> {
 
 /// Stops what a loader may have left on and L2 cannot reach: Intel PT, PEBS, architectural LBRs.
 pub fn stop_traces() {
-    const DEBUG_STORE: u32 = 1 << 21;
-    const TRACE: u32 = 1 << 25;
+    /// Leaf 7, EDX: architectural LBRs, which raw-cpuid does not know.
     const LBR: u32 = 1 << 19;
-    let (basic, features) = (this_processor().cpuid(1, 0), this_processor().cpuid(7, 0));
-    for (index, present) in
-        [(0x570, features.ebx & TRACE != 0), (0x3F1, basic.edx & DEBUG_STORE != 0), (0x14CE, features.edx & LBR != 0)]
-    {
+    let (cpuid, features) = (decoded(), cpuid_count(7, 0));
+    let traces = cpuid.get_extended_feature_info().is_some_and(|features| features.has_processor_trace());
+    let stores = cpuid.get_feature_info().is_some_and(|features| features.has_ds());
+    for (index, present) in [(0x570, traces), (0x3F1, stores), (0x14CE, features.edx & LBR != 0)] {
         if present && rdmsr_safe(index).is_ok_and(|value| value != 0) {
             // SAFETY: nvmx needs none of them. A value that the processor refuses changes nothing.
             let _ = unsafe { wrmsr_safe(index, 0) };

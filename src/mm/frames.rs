@@ -32,12 +32,12 @@ impl Frame {
 /// Frames in a row, owned like one.
 #[must_use]
 #[derive(PartialEq, Eq, Debug)]
-pub struct Run {
+pub struct FrameRun {
     first: Hpa,
     frames: usize,
 }
 
-impl Run {
+impl FrameRun {
     /// Where the first frame starts.
     #[inline(always)]
     pub const fn hpa(&self) -> Hpa {
@@ -145,7 +145,7 @@ impl FramePool {
     }
 
     /// Takes `count` frames in a row, zeroed.
-    pub fn alloc_run(&mut self, memory: &impl PhysMem, count: usize) -> Option<Run> {
+    pub fn alloc_run(&mut self, memory: &impl PhysMem, count: usize) -> Option<FrameRun> {
         if count == 0 || count > self.free || self.is_to_fail() {
             return None;
         }
@@ -154,7 +154,7 @@ impl FramePool {
             *self.used.get_mut(index / 64)? |= 1 << (index % 64);
         }
         self.free -= count;
-        let run = Run { first: self.hpa(first), frames: count };
+        let run = FrameRun { first: self.hpa(first), frames: count };
         memory.zero(run.at(0), count as u64 * PAGE_SIZE);
         Some(run)
     }

@@ -6,6 +6,7 @@
 use crate::{
     addr::{Gpa, Hpa, PAGE_SIZE},
     mm::{PhysMem, Place, Span},
+    vmx::ept_entry::{ADDRESS, DIRTY, LARGE},
 };
 
 /// The address is nvmx's own memory or beyond the processor's physical-address width: L2 has no memory there.
@@ -159,10 +160,7 @@ impl<P: PhysMem> GuestMemory<P> {
     /// SDM vol. 3C, "EPT Translation Mechanism": four levels, present if any right is granted, and bit 7 maps a large page.
     #[inline(never)]
     fn set_dirty(&self, at: Hpa) {
-        const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
         const RIGHTS: u64 = 7;
-        const LARGE: u64 = 1 << 7;
-        const DIRTY: u64 = 1 << 9;
         let mut table = self.marks;
         for shift in [39, 30, 21, 12] {
             let entry_at = Hpa::new(table | (at.get() >> shift & 511) << 3);

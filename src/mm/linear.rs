@@ -9,6 +9,7 @@
 use crate::addr::Gpa;
 use crate::mm::PhysMem;
 use crate::mm::guest::{GuestMemory, NotOwned};
+use crate::x86::paging::{ACCESSED, DIRTY, LARGE, NO_EXECUTE, PRESENT, USER, WRITABLE, error};
 use crate::x86::{Cr0, Cr4, Fault, RFlags, efer};
 
 /// Access-rights registers of protection keys: bit 2i refuses key i's data, bit 2i + 1 writes to it. They count where CR4.PKE and
@@ -90,20 +91,6 @@ impl From<NotOwned> for AccessError {
     }
 }
 
-const PRESENT: u64 = 1 << 0;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const ACCESSED: u64 = 1 << 5;
-const DIRTY: u64 = 1 << 6;
-const PAGE_SIZE_BIT: u64 = 1 << 7;
-const NX: u64 = 1 << 63;
-
-const ERROR_PRESENT: u32 = 1 << 0;
-const ERROR_WRITE: u32 = 1 << 1;
-const ERROR_USER: u32 = 1 << 2;
-const ERROR_RESERVED: u32 = 1 << 3;
-const ERROR_KEY: u32 = 1 << 5;
-
 /// How entries look: bytes of an entry and index bits of a level.
 #[derive(Clone, Copy)]
 struct Format {
@@ -170,7 +157,7 @@ impl Paging {
         }
         let mask = self.address_mask();
         let usual = PRESENT | ACCESSED;
-        let no_nx = if self.efer & efer::NXE == 0 { NX } else { 0 };
+        let no_nx = if self.efer & efer::NXE == 0 { NO_EXECUTE } else { 0 };
         let judged = usual | no_nx | !mask & 0x000F_FFFF_FFFF_F000;
         let (mut table, mut all, mut any) = (self.cr3 & mask, WRITABLE | USER, 0);
         for shift in [39, 30, 21, 12] {
@@ -181,12 +168,13 @@ impl Paging {
             }
             all &= entry;
             any |= entry;
-            if shift == 12 || entry & PAGE_SIZE_BIT != 0 {
+            if shift == 12 || entry & LARGE != 0 {
                 let page = (1u64 << shift) - 1;
                 if shift == 39 || all & USER != 0 || entry & page & mask & !0x1000 != 0 {
                     return None;
                 }
-                let kind = PageKind { user: false, writable: all & WRITABLE != 0, execute_disable: any & NX != 0 };
+                let kind =
+                    PageKind { user: false, writable: all & WRITABLE != 0, execute_disable: any & NO_EXECUTE != 0 };
                 return Some((Gpa::new(entry & mask & !page | linear & page), kind));
             }
             table = entry & mask;
@@ -205,8 +193,8 @@ impl Paging {
     ) -> Result<Option<(Gpa, PageKind)>, AccessError> {
         let is_user = privilege == Privilege::User;
         let fault = |code: u32| {
-            let write = if access == DataAccess::Write { ERROR_WRITE } else { 0 };
-            let by_user = if is_user { ERROR_USER } else { 0 };
+            let write = if access == DataAccess::Write { error::WRITE } else { 0 };
+            let by_user = if is_user { error::USER } else { 0 };
             AccessError::Fault(Fault::Page { error_code: code | write | by_user, linear })
         };
         let long = self.efer & efer::LMA != 0;
@@ -233,14 +221,14 @@ impl Paging {
             if entry & PRESENT == 0 {
                 return Err(fault(0));
             }
-            let large = entry & PAGE_SIZE_BIT != 0 && level > 1 && self.large_allowed(format, level);
+            let large = entry & LARGE != 0 && level > 1 && self.large_allowed(format, level);
             if self.reserved(format, entry, level, large) {
-                return Err(fault(ERROR_PRESENT | ERROR_RESERVED));
+                return Err(fault(error::PRESENT | error::RESERVED));
             }
             writable &= entry & WRITABLE != 0;
             user &= entry & USER != 0;
             // Without IA32_EFER.NXE the bit is reserved.
-            execute_disable |= format.entry_bytes == 8 && entry & NX != 0;
+            execute_disable |= format.entry_bytes == 8 && entry & NO_EXECUTE != 0;
             let leaf = large || level == 1;
             if leaf {
                 let protects = is_user || self.cr0 & Cr0::WP.bits() != 0;
@@ -251,7 +239,7 @@ impl Paging {
                     && self.rflags & RFlags::ALIGNMENT_CHECK.bits() == 0;
                 let by_key = self.refused_by_key(entry, user, access, protects);
                 if denied || smap || by_key {
-                    return Err(fault(ERROR_PRESENT | if by_key { ERROR_KEY } else { 0 }));
+                    return Err(fault(error::PRESENT | if by_key { error::KEY } else { 0 }));
                 }
             }
             let flags = ACCESSED | if leaf && access == DataAccess::Write { DIRTY } else { 0 };
@@ -304,12 +292,12 @@ impl Paging {
             return large && entry & reserved != 0;
         }
         let beyond = !self.address_mask() & 0x000F_FFFF_FFFF_F000;
-        let no_nx = if self.efer & efer::NXE == 0 { NX } else { 0 };
+        let no_nx = if self.efer & efer::NXE == 0 { NO_EXECUTE } else { 0 };
         // Without long mode bits 62:52 are reserved as well.
         let ignored = if self.efer & efer::LMA == 0 { 0x7FF0_0000_0000_0000 } else { 0 };
         let size = match (large, level) {
             (true, _) => ((1u64 << (12 + (level - 1) * 9)) - 1) & !0x1FFF,
-            (false, 4 | 5) => PAGE_SIZE_BIT,
+            (false, 4 | 5) => LARGE,
             (false, _) => 0,
         };
         entry & (beyond | no_nx | ignored | size) != 0

@@ -15,7 +15,7 @@ pub mod paging;
 pub mod phys;
 mod place;
 
-pub use frames::{Frame, FramePool, Run};
+pub use frames::{Frame, FramePool, FrameRun};
 pub use guest::{GuestMemory, NotOwned};
 pub use map::{MemoryMap, Span};
 pub use phys::PhysMem;

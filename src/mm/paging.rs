@@ -7,28 +7,25 @@ use bitflags::bitflags;
 use crate::{
     addr::{Hpa, PAGE_SIZE},
     mm::{FramePool, PhysMem, Place},
+    x86::paging::{ACCESSED, ADDRESS, DIRTY, LARGE, NO_EXECUTE, PRESENT, UNCACHEABLE, WRITABLE},
 };
 
 bitflags! {
     /// Rights of a mapping. Every mapping is present and for the supervisor only.
     #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-    pub struct Rights: u64 {
+    pub struct PageRights: u64 {
         /// R/W
-        const WRITE = 1 << 1;
+        const WRITE = WRITABLE;
         /// PCD and PWT: strong uncacheable, by the entry of IA32_PAT that they choose after reset
-        const UNCACHEABLE = 1 << 3 | 1 << 4;
+        const UNCACHEABLE = UNCACHEABLE;
         /// XD: no instruction fetch
-        const NO_EXECUTE = 1 << 63;
+        const NO_EXECUTE = NO_EXECUTE;
     }
 }
 
-const PRESENT: u64 = 1 << 0;
-const WRITABLE: u64 = 1 << 1;
-const LARGE: u64 = 1 << 7;
-const ACCESSED_DIRTY: u64 = 1 << 5 | 1 << 6;
-const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
+const ACCESSED_DIRTY: u64 = ACCESSED | DIRTY;
 
-impl Rights {
+impl PageRights {
     /// nvmx's data.
     pub const DATA: Self = Self::WRITE.union(Self::NO_EXECUTE);
 }
@@ -90,7 +87,7 @@ impl PageTables {
         linear: u64,
         physical: Hpa,
         len: u64,
-        rights: Rights,
+        rights: PageRights,
     ) -> Result<(), OutOfFrames> {
         let mut done = 0;
         while done < len {
@@ -112,7 +109,7 @@ impl PageTables {
         linear: u64,
         physical: u64,
         size: PageSize,
-        rights: Rights,
+        rights: PageRights,
     ) -> Result<(), OutOfFrames> {
         let mut table = self.root.get();
         let mut shift = 39;
@@ -138,11 +135,11 @@ impl PageTables {
     }
 
     /// What `linear` is mapped to, with which rights: a walk as the processor does it.
-    pub fn lookup(&self, memory: &impl PhysMem, linear: u64) -> Option<(Hpa, Rights)> {
+    pub fn lookup(&self, memory: &impl PhysMem, linear: u64) -> Option<(Hpa, PageRights)> {
         let (at, shift) = self.leaf(memory, linear)?;
         let entry = memory.read_u64(at);
         let within = (1 << shift) - 1;
-        Some((Hpa::new(entry & ADDRESS & !within | linear & within), Rights::from_bits_truncate(entry)))
+        Some((Hpa::new(entry & ADDRESS & !within | linear & within), PageRights::from_bits_truncate(entry)))
     }
 
     /// Where the entry lies that maps the 4 KiB page of `linear` alone: [`window_entry`] changes what the page shows.
@@ -170,7 +167,7 @@ impl PageTables {
 
 /// The entry of a window onto the 4 KiB page at `physical`: data, strong uncacheable.
 pub fn window_entry(physical: Hpa) -> u64 {
-    let rights = Rights::DATA | Rights::UNCACHEABLE;
+    let rights = PageRights::DATA | PageRights::UNCACHEABLE;
     physical.get() & ADDRESS | PRESENT | ACCESSED_DIRTY | rights.bits()
 }
 
@@ -199,11 +196,11 @@ mod tests {
             let mut tables = PageTables::new(&mut pool, &memory, largest).unwrap();
             let align = if aligned { !0x1FF } else { !0 };
             let (linear, physical) = (0xFFFF_8000_0000_0000 | (linear & align) << 12, (physical & align) << 12);
-            tables.map(&mut pool, &memory, linear, Hpa::new(physical), pages << 12, Rights::NO_EXECUTE).unwrap();
+            tables.map(&mut pool, &memory, linear, Hpa::new(physical), pages << 12, PageRights::NO_EXECUTE).unwrap();
             let at = 0xFFFF_8000_0000_0000 | probe << 12 | 0x123;
             let expected = (linear..linear + (pages << 12))
                 .contains(&at)
-                .then(|| (Hpa::new(at - linear + physical), Rights::NO_EXECUTE));
+                .then(|| (Hpa::new(at - linear + physical), PageRights::NO_EXECUTE));
             prop_assert_eq!(tables.lookup(&memory, at), expected);
         }
     }
@@ -214,12 +211,12 @@ mod tests {
         let mut pool = FramePool::new(Span::new(0, 64 * 4096));
         let mut tables = PageTables::new(&mut pool, &memory, PageSize::Huge).unwrap();
         let (window, behind) = (0xFFFF_C000_0000_3000, 0xFFFF_C000_0000_4000);
-        tables.map(&mut pool, &memory, window, Hpa::new(0x5000), 0x1000, Rights::NO_EXECUTE).unwrap();
-        tables.map(&mut pool, &memory, 0xFFFF_8000_0000_0000, Hpa::new(0), 1 << 30, Rights::WRITE).unwrap();
+        tables.map(&mut pool, &memory, window, Hpa::new(0x5000), 0x1000, PageRights::NO_EXECUTE).unwrap();
+        tables.map(&mut pool, &memory, 0xFFFF_8000_0000_0000, Hpa::new(0), 1 << 30, PageRights::WRITE).unwrap();
         let at = tables.window(&memory, window).unwrap();
         let shown = Hpa::new(0x7F_FFFF_F000);
         memory.write_u64(at, window_entry(shown));
-        let rights = Rights::WRITE | Rights::NO_EXECUTE | Rights::UNCACHEABLE;
+        let rights = PageRights::WRITE | PageRights::NO_EXECUTE | PageRights::UNCACHEABLE;
         assert_eq!(tables.lookup(&memory, window), Some((shown, rights)));
         assert_eq!(tables.window(&memory, behind), None, "not mapped");
         assert_eq!(tables.window(&memory, 0xFFFF_8000_0000_0000), None, "a large page");
@@ -230,7 +227,7 @@ mod tests {
         let memory = VecMem::new(16 * 4096);
         let mut pool = FramePool::new(Span::new(0, 16 * 4096));
         let mut tables = PageTables::new(&mut pool, &memory, PageSize::Huge).unwrap();
-        tables.map(&mut pool, &memory, 0xFFFF_8000_0000_0000, Hpa::new(0), 4 << 30, Rights::WRITE).unwrap();
+        tables.map(&mut pool, &memory, 0xFFFF_8000_0000_0000, Hpa::new(0), 4 << 30, PageRights::WRITE).unwrap();
         assert_eq!(pool.total() - pool.available(), 2);
     }
 }

@@ -5,7 +5,7 @@ use core::marker::PhantomData;
 
 /// Physical memory that whoever has this may write: from an address on, as much as its owner has there.
 ///
-/// Only owners make one, for as long as they own: a [`Frame`](super::Frame) or [`Run`](super::Run) of frames, the pool for the tables
+/// Only owners make one, for as long as they own: a [`Frame`](super::Frame) or [`FrameRun`](super::FrameRun) of frames, the pool for the tables
 /// that it gave away, and L2's memory for what is not nvmx's ([`GuestMemory::place`](super::GuestMemory::place)). So no address that
 /// merely turned up leads to a write.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

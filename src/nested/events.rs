@@ -21,13 +21,7 @@ use crate::vmx::Field;
 use crate::vmx::controls::{PinControls, PrimaryControls};
 use crate::vmx::event::{EventInfo, EventKind, vector};
 use crate::vmx::exit::{BasicReason, ExitReason};
-
-const BLOCKING_BY_STI_OR_MOV_SS: u64 = 0b11;
-const BLOCKING_BY_NMI: u64 = 1 << 3;
-/// Activity states.
-const ACTIVE: u64 = 0;
-const SHUTDOWN: u64 = 2;
-const WAIT_FOR_SIPI: u64 = 3;
+use crate::vmx::state::{activity, interruptibility};
 
 /// Before the entry into the guest of the current VMCS, if anything waits; an INIT comes before an NMI.
 #[cold]
@@ -77,7 +71,7 @@ fn stop_nested_for_init(cpu: &mut Cpu, id: SlotId) {
 /// L3 waits for a start-up message, of vmcs02, which is current: INIT and NMI are blocked (SDM vol. 3C, "Changes in the Guest's Activity
 /// State").
 fn waits_for_sipi(cpu: &mut Cpu) -> bool {
-    cpu.vmx.read(Field::GUEST_ACTIVITY_STATE) == WAIT_FOR_SIPI
+    cpu.vmx.read(Field::GUEST_ACTIVITY_STATE) == activity::WAIT_FOR_SIPI
 }
 
 /// The processor has the monitor trap flag.
@@ -111,7 +105,7 @@ fn stop_nested(cpu: &mut Cpu, pin: PinControls) {
     let primary12 = cpu.nested.slots[current].vmcs12.get(Field::CPU_BASED_VM_EXEC_CONTROL) as u32;
     let event = EventInfo(cpu.vmx.read(Field::VM_ENTRY_INTR_INFO_FIELD) as u32);
     let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
-    let nmis_blocked = blocking & BLOCKING_BY_NMI != 0;
+    let nmis_blocked = blocking & interruptibility::NMI != 0;
     let blocked = nmis_blocked && !pin.contains(PinControls::VIRTUAL_NMIS);
     // What comes before an NMI takes L3 to L2 by itself, and L2 then takes the NMI: a step, the timer, the NMI window.
     let steps = steps(primary12) || event.is(EventKind::Other);
@@ -124,7 +118,7 @@ fn stop_nested(cpu: &mut Cpu, pin: PinControls) {
     }
     cpu.events.stops_nested = true;
     cpu.waiting |= Waiting::OWN;
-    if event.is_valid() || blocking & BLOCKING_BY_STI_OR_MOV_SS != 0 {
+    if event.is_valid() || blocking & interruptibility::STI_OR_MOV_SS != 0 {
         set_controls(cpu, PinControls::empty(), PrimaryControls::MONITOR_TRAP_FLAG, true);
     } else {
         stop_at_once(cpu);
@@ -133,11 +127,11 @@ fn stop_nested(cpu: &mut Cpu, pin: PinControls) {
 
 /// L3 exits before it executes anything.
 fn stop_at_once(cpu: &mut Cpu) {
-    let activity = cpu.vmx.read(Field::GUEST_ACTIVITY_STATE);
-    cpu.events.activity = Some(activity);
+    let state = cpu.vmx.read(Field::GUEST_ACTIVITY_STATE);
+    cpu.events.activity = Some(state);
     // The processor takes no such event into a guest that is shut down.
-    if activity == SHUTDOWN {
-        cpu.vmx.write(Field::GUEST_ACTIVITY_STATE, ACTIVE);
+    if state == activity::SHUTDOWN {
+        cpu.vmx.write(Field::GUEST_ACTIVITY_STATE, activity::ACTIVE);
     }
     inject(cpu, EventInfo::new(EventKind::Other, 0), None, None);
 }

@@ -7,11 +7,12 @@ use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::checks::{self, CheckId, Failure, GuestContext, GuestFailure};
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::vmcs12::Vmcs12;
+use crate::vmx::state::activity;
 use crate::vmx::{Capabilities, Field};
 use crate::x86::efer;
 
 /// Activity states: HLT, shutdown, wait-for-SIPI.
-const INACTIVE: core::ops::RangeInclusive<u64> = 1..=3;
+const INACTIVE: core::ops::RangeInclusive<u64> = activity::HLT..=activity::WAIT_FOR_SIPI;
 
 /// A whole vmcs12, and what the rules need besides.
 pub struct Whole<'a> {
@@ -54,7 +55,7 @@ impl Whole<'_> {
 /// L2's memory for the checks.
 struct Pages<'a, P>(&'a GuestMemory<P>);
 
-impl<P: PhysMem> checks::GuestMemory for Pages<'_, P> {
+impl<P: PhysMem> checks::ReadsGuest for Pages<'_, P> {
     fn read_u32(&self, address: Gpa) -> Option<u32> {
         self.0.read_u32(address).ok()
     }

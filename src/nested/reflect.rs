@@ -26,12 +26,12 @@ use crate::vmx::event::{EventInfo, EventKind};
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::field::PDPTES;
 use crate::vmx::segment::AccessRights;
+use crate::vmx::state::interruptibility;
 use crate::vmx::{Field, FieldAccess};
 use crate::x86::Cr4;
 use crate::x86::msr::{IA32_EFER, IA32_PAT};
 use l2_protocol::abi::Counter;
 
-const BLOCKING_BY_NMI: u64 = 1 << 3;
 const UNUSABLE: u64 = AccessRights::UNUSABLE as u64;
 
 /// Exit reason and qualification that nvmx reports in place of the processor's.
@@ -120,7 +120,7 @@ pub fn entry_failure(cpu: &mut Cpu, basic: BasicReason, qualification: u64) -> R
         let loaded = |msr| slot.msr_lists.loaded_by_entry(&cpu.phys, qualification, msr);
         slot.inherited.msrs_loaded(loaded(IA32_PAT), loaded(IA32_EFER));
     }
-    let nmi_blocked = cpu.nested.blocking01 & BLOCKING_BY_NMI != 0;
+    let nmi_blocked = cpu.nested.blocking01 & interruptibility::NMI != 0;
     let report = Report::new(ExitReason::entry_failure(basic), qualification);
     leave_vmcs02(cpu, id, nmi_blocked, Some(report))
 }
@@ -153,13 +153,13 @@ pub fn blocked_in_guest(vmx: &mut Vmx, pin: PinControls) -> u64 {
     if pin.contains(PinControls::NMI_EXITING | PinControls::VIRTUAL_NMIS) {
         return 0;
     }
-    vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & BLOCKING_BY_NMI
+    vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & interruptibility::NMI
 }
 
 #[inline(always)]
 fn leave_vmcs02(cpu: &mut Cpu, id: SlotId, nmi_blocked: bool, report: Option<Report>) -> Result<(), KillReason> {
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[id]);
-    let blocking = if nmi_blocked { BLOCKING_BY_NMI } else { 0 };
+    let blocking = if nmi_blocked { interruptibility::NMI } else { 0 };
     let blocking = (cpu.nested.blocking01 != blocking).then_some(blocking);
     let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
     cpu.config.access.exit(on, slot, report, Guest { tracked: &mut cpu.tracked, once: &mut cpu.once01, blocking });
@@ -236,17 +236,13 @@ pub fn load_vmcs12_host_state(vmx: &mut impl FieldAccess, vmcs12: &Vmcs12, size:
 /// Segment registers (SDM vol. 3C, "Loading Host Segment and Descriptor-Table Registers").
 #[inline(always)]
 fn load_segments(vmx: &mut impl FieldAccess, vmcs12: &Vmcs12, long: bool) {
-    /// Type 11, S, P, G; L or D.
-    const CODE: u64 = 0x809B;
-    const LONG: u64 = 1 << 13;
-    const DEFAULT_32: u64 = 1 << 14;
-    /// Type 3, S, P, D/B, G.
-    const DATA: u64 = 0xC093;
-    /// Type 11, P.
-    const TSS: u64 = 0x8B;
+    const LONG: u64 = AccessRights::CODE_64.0 as u64;
+    const DEFAULT_32: u64 = AccessRights::CODE_32.0 as u64;
+    const DATA: u64 = AccessRights::DATA_32.0 as u64;
+    const TSS: u64 = AccessRights::BUSY_TSS.0 as u64;
     const FLAT: u64 = 0xFFFF_FFFF;
     vmx.write(Field::GUEST_CS_SELECTOR, vmcs12.get(Field::HOST_CS_SELECTOR));
-    vmx.write(Field::GUEST_CS_AR_BYTES, CODE | if long { LONG } else { DEFAULT_32 });
+    vmx.write(Field::GUEST_CS_AR_BYTES, if long { LONG } else { DEFAULT_32 });
     vmx.write(Field::GUEST_CS_BASE, 0);
     vmx.write(Field::GUEST_CS_LIMIT, FLAT);
     macro_rules! data {

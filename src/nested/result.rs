@@ -11,8 +11,13 @@ use crate::x86::RFlags;
 
 const RFLAGS_CF: u64 = RFlags::CARRY_FLAG.bits();
 const RFLAGS_ZF: u64 = RFlags::ZERO_FLAG.bits();
-/// CF, PF, AF, ZF, SF, OF
-const RFLAGS_ARITHMETIC: u64 = 0x8D5;
+const RFLAGS_ARITHMETIC: u64 = RFlags::CARRY_FLAG
+    .union(RFlags::PARITY_FLAG)
+    .union(RFlags::AUXILIARY_CARRY_FLAG)
+    .union(RFlags::ZERO_FLAG)
+    .union(RFlags::SIGN_FLAG)
+    .union(RFlags::OVERFLOW_FLAG)
+    .bits();
 
 /// Reports the result of a VMX instruction in RFLAGS and, if it failed with a current vmcs12, in its error field.
 pub fn vmx_result(cpu: &mut Cpu, result: VmxResult) {

@@ -13,7 +13,7 @@ use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::controls::{PrimaryControls, SecondaryControls};
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::{Capabilities, Field, Fields};
-use crate::x86::Cr0;
+use crate::x86::{Cr0, rflags};
 use arrayvec::ArrayVec;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -32,11 +32,11 @@ pub fn configure(on: bool) {
 const PLACES: usize = 256;
 
 /// What was told already, by all CPUs: L2's code is the same on each. Not on a stack of nvmx, which is small.
-static TOLD: Mutex<Told> = Mutex::new(Told { places: ArrayVec::new_const() });
+static TOLD: Mutex<ToldSpots> = Mutex::new(ToldSpots { places: ArrayVec::new_const() });
 
 /// A place in L2 and a reason.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Place {
+struct Spot {
     rip: u64,
     reason: Refusal,
     /// The encoding of a field, where the reason is one
@@ -44,13 +44,13 @@ struct Place {
 }
 
 /// Places and how often.
-struct Told {
-    places: ArrayVec<(Place, u64), PLACES>,
+struct ToldSpots {
+    places: ArrayVec<(Spot, u64), PLACES>,
 }
 
-impl Told {
+impl ToldSpots {
     /// How often it has happened now, if that is to be told.
-    fn count(&mut self, place: Place) -> Option<u64> {
+    fn count(&mut self, place: Spot) -> Option<u64> {
         if let Some((_, count)) = self.places.iter_mut().find(|(known, _)| *known == place) {
             *count = count.saturating_add(1);
             let count = *count;
@@ -77,7 +77,7 @@ pub fn refuse(cpu: &mut Cpu, refusal: Refusal) {
     let (rip, reason) = at_the_instruction(cpu);
     let operand = matches!(refusal, Refusal::Instruction(_)).then(|| field_operand(cpu, reason)).flatten();
     // Which rule is the first one matters, not which value broke it.
-    let place = Place { rip, reason: refusal, operand };
+    let place = Spot { rip, reason: refusal, operand };
     // Another CPU that tells something just now goes first, and this is not told.
     let Some(count) = TOLD.try_lock().and_then(|mut told| told.count(place)) else { return };
     let first = refusal.check();
@@ -125,7 +125,7 @@ fn field_operand(cpu: &mut Cpu, reason: BasicReason) -> Option<u64> {
 
 /// A record for each rule, or one where there is none.
 fn tell(
-    place: &Place,
+    place: &Spot,
     reason: BasicReason,
     count: u64,
     rules: &[CheckId],
@@ -198,15 +198,10 @@ fn required(rule: CheckId, fields: &impl Fields, caps: &Capabilities) -> Option<
         CheckId::GuestCr0 => (caps.cr0_fixed0 & !exempt, !(caps.cr0_fixed1 | exempt)),
         CheckId::HostCr0 => (caps.cr0_fixed0, !caps.cr0_fixed1),
         CheckId::GuestCr4 | CheckId::HostCr4 => (caps.cr4_fixed0, !caps.cr4_fixed1),
-        CheckId::GuestRflagsReserved => (RFLAGS_ONE, RFLAGS_ZERO),
+        CheckId::GuestRflagsReserved => (rflags::FIXED, rflags::RESERVED),
         _ => return None,
     })
 }
-
-/// RFLAGS bit 1
-const RFLAGS_ONE: u64 = 2;
-/// RFLAGS bits that are 0: 63:22, 15, 5, 3
-const RFLAGS_ZERO: u64 = !0x3F_FFFF | 0x8028;
 
 #[cfg(test)]
 mod tests {
@@ -214,18 +209,18 @@ mod tests {
 
     #[test]
     fn a_place_is_told_at_first_and_at_powers_of_ten() {
-        let mut told = Told { places: ArrayVec::new() };
-        let place = Place { rip: 1, reason: Refusal::Controls(Some(CheckId::PinControls)), operand: None };
+        let mut told = ToldSpots { places: ArrayVec::new() };
+        let place = Spot { rip: 1, reason: Refusal::Controls(Some(CheckId::PinControls)), operand: None };
         let counts: Vec<u64> = (0..1000).filter_map(|_| told.count(place)).collect();
         assert_eq!(counts, [1, 10, 100, 1000]);
-        assert_eq!(told.count(Place { rip: 2, ..place }), Some(1));
-        assert_eq!(told.count(Place { operand: Some(0x6c14), ..place }), Some(1));
+        assert_eq!(told.count(Spot { rip: 2, ..place }), Some(1));
+        assert_eq!(told.count(Spot { operand: Some(0x6c14), ..place }), Some(1));
     }
 
     #[test]
     fn more_places_than_are_remembered_are_not_told() {
-        let mut told = Told { places: ArrayVec::new() };
-        let place = |rip| Place { rip, reason: Refusal::Instruction(None), operand: None };
+        let mut told = ToldSpots { places: ArrayVec::new() };
+        let place = |rip| Spot { rip, reason: Refusal::Instruction(None), operand: None };
         assert!((0..PLACES as u64).all(|rip| told.count(place(rip)) == Some(1)));
         assert_eq!(told.count(place(PLACES as u64)), None);
         assert_eq!((0..9).filter_map(|_| told.count(place(0))).last(), Some(10));

@@ -5,13 +5,13 @@
 /// A register of CPUID's answer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[allow(missing_docs)]
-pub enum Register {
+pub enum CpuidRegister {
     Eax,
     Ebx,
     Ecx,
     Edx,
 }
-use Register::{Eax, Ebx, Ecx, Edx};
+use CpuidRegister::{Eax, Ebx, Ecx, Edx};
 
 /// Bits that read as 0.
 #[derive(Clone, Copy, Debug)]
@@ -19,7 +19,7 @@ pub struct Hidden {
     /// EAX and ECX of the CPUID.
     pub leaf: (u32, u32),
     /// The register.
-    pub register: Register,
+    pub register: CpuidRegister,
     /// The bits.
     pub bits: u32,
     /// What they announce.
@@ -28,7 +28,7 @@ pub struct Hidden {
     pub msr: Option<u32>,
 }
 
-const fn hide(leaf: (u32, u32), register: Register, bits: u32, name: &'static str, msr: Option<u32>) -> Hidden {
+const fn hide(leaf: (u32, u32), register: CpuidRegister, bits: u32, name: &'static str, msr: Option<u32>) -> Hidden {
     Hidden { leaf, register, bits, name, msr }
 }
 
@@ -67,7 +67,7 @@ pub const EMPTY: &[(u32, &str)] = &[
 ];
 
 /// The bits that a register of a leaf shows.
-pub const fn shown(leaf: (u32, u32), register: Register) -> u32 {
+pub const fn shown(leaf: (u32, u32), register: CpuidRegister) -> u32 {
     let (mut bits, mut i) = (u32::MAX, 0);
     while i < HIDDEN.len() {
         let row = &HIDDEN[i];

@@ -6,7 +6,7 @@ use crate::vmx::controls::{
 
 /// One control that is refused.
 #[derive(Clone, Copy)]
-pub struct Refusal<C> {
+pub struct Refused<C> {
     /// The bit.
     pub control: C,
     /// Why nvmx does not implement it.
@@ -16,7 +16,7 @@ pub struct Refusal<C> {
 macro_rules! refusals {
     ($(#[$doc:meta])* $table:ident: $control:ident { $( $bit:ident, $why:expr; )* }) => {
         $(#[$doc])*
-        pub const $table: &[Refusal<$control>] = &[ $( Refusal { control: $control::$bit, why: $why }, )* ];
+        pub const $table: &[Refused<$control>] = &[ $( Refused { control: $control::$bit, why: $why }, )* ];
     };
 }
 

@@ -1,8 +1,8 @@
 //! One [`Cpu`] out of its own share of frames: VMX operation, VMCSs, slots, bitmaps, EPT tables.
 
 use crate::addr::{Gpa, Hpa, PAGE_SIZE};
-use crate::boot::Processor;
-use crate::boot::options::{Counters, Ept12, Stop, Vmcs as VmcsOption};
+use crate::boot::FoundProcessor;
+use crate::boot::options::{CountersOption, Ept12, StopOption, Vmcs as VmcsOption};
 use crate::boot::requirements::KVM;
 use crate::cpu::{Cpu, Nested, Startup, Waiting};
 use crate::ept::{Ept01, Ept02, EptRules};
@@ -16,7 +16,7 @@ use crate::mm::{Frame, FramePool, GuestMemory, PhysMem, Span};
 use crate::rules::caps;
 use crate::run::Machine;
 use crate::vmcs::access::{Links, VmcsAccess};
-use crate::vmcs::image::Layout;
+use crate::vmcs::image::ImageLayout;
 use crate::vmcs::msrs::{self, OwnMsrs};
 use crate::vmcs::once::Once;
 use crate::vmcs::slots::Slots;
@@ -33,7 +33,7 @@ const EPT02_BUDGET: u32 = 2048;
 
 /// What every processor builds its [`Cpu`] from: the same for all, and never changed.
 pub struct Common {
-    processor: Processor,
+    processor: FoundProcessor,
     hardware: Capabilities,
     offered: Capabilities,
     strategy: Strategy,
@@ -65,11 +65,11 @@ impl Common {
             vmcs: machine.options.vmcs,
             ept02_budget: machine.options.ept02.unwrap_or(EPT02_BUDGET),
             watches_ept12: machine.options.ept12 == Ept12::Watch,
-            user_counters: machine.options.counters == Counters::All,
+            user_counters: machine.options.counters == CountersOption::All,
             measures: machine.options.measure,
             stale: machine.options.stale,
             on_kvm: machine.processor.below == KVM,
-            stops: machine.options.stop == Stop::Cpus,
+            stops: machine.options.stop == StopOption::Cpus,
             mtrrs: machine.mtrrs.clone(),
             has_mtrrs: machine.processor.mtrrs,
             own: machine.layout.own,
@@ -80,7 +80,7 @@ impl Common {
     }
 
     /// The processor that booted.
-    pub fn processor(&self) -> &Processor {
+    pub fn processor(&self) -> &FoundProcessor {
         &self.processor
     }
 
@@ -175,7 +175,7 @@ impl Common {
     }
 
     /// Where fields lie in memory, if they are to be reached there: under KVM, or when the command line says so.
-    fn learn_layout(&self, exists: &FieldSet, vmx: &mut Vmx, slots: &Slots) -> Option<Layout> {
+    fn learn_layout(&self, exists: &FieldSet, vmx: &mut Vmx, slots: &Slots) -> Option<ImageLayout> {
         let wanted = match self.vmcs {
             VmcsOption::Auto => self.on_kvm,
             VmcsOption::Instructions => false,

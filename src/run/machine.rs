@@ -3,7 +3,7 @@
 use crate::boot::guest_image::Start;
 use crate::boot::info::Rsdp;
 use crate::boot::layout::Layout;
-use crate::boot::{CpuList, Options, Processor};
+use crate::boot::{CpuList, FoundProcessor, Options};
 use crate::hw::phys::DirectMap;
 use crate::mm::mtrr::Mtrrs;
 use crate::mm::paging::PageTables;
@@ -32,7 +32,7 @@ pub struct Machine {
     /// Memory types of the machine.
     pub mtrrs: Mtrrs,
     /// What the processor is and what its VMX can do; the same for all processors.
-    pub processor: Processor,
+    pub processor: FoundProcessor,
     /// How L2's VMREAD and VMWRITE reach vmcs12: the options' wish on this processor.
     pub strategy: Strategy,
     /// All processors; the one with `processor.apic_id` runs.

@@ -6,8 +6,8 @@
 //!
 //! Nothing of this is shared afterwards (ADR 0010) but whether L2 runs on more than one of them.
 
-use crate::boot::options::Stop;
-use crate::boot::{CpuList, Processor, acpi};
+use crate::boot::options::StopOption;
+use crate::boot::{CpuList, FoundProcessor, acpi};
 use crate::cpu::{Cpu, others};
 use crate::emul::init;
 use crate::hw::apic::LocalApic;
@@ -17,7 +17,7 @@ use crate::hw::epitaph::{self, Status};
 use crate::hw::halt::halt;
 use crate::hw::msr;
 use crate::mm::FramePool;
-use crate::mm::paging::Rights;
+use crate::mm::paging::PageRights;
 use crate::run::Machine;
 use crate::run::build::{self, Common};
 use crate::run::end::{run_to_the_end, too_little_memory};
@@ -60,7 +60,7 @@ pub fn start_others(machine: &mut Machine) -> u32 {
         let mut pool = FramePool::new(machine.layout.share(1 + i, used, all));
         // nvmx requires execute-disable.
         let Machine { tables, phys, .. } = machine;
-        let idle = cpu::prepare(1 + i as u32, cpu::this().idt(), Rights::DATA, &mut pool, tables, *phys);
+        let idle = cpu::prepare(1 + i as u32, cpu::this().idt(), PageRights::DATA, &mut pool, tables, *phys);
         let Ok(idle) = idle else { too_little_memory() };
         *FRAMES.lock() = Some(pool);
         let arrived = || START.arrived() as usize == 1 + i;
@@ -84,7 +84,7 @@ fn hide(machine: &Machine, keep: impl Fn(u32) -> bool) {
 
 /// How many processors run L2: the one that booted, and as many of the others, from the first on.
 fn used(machine: &Machine, others: &[u32]) -> usize {
-    if !machine.processor.vmx.misc.activity_wait_for_sipi() && machine.options.stop == Stop::Never {
+    if !machine.processor.vmx.misc.activity_wait_for_sipi() && machine.options.stop == StopOption::Never {
         log::warn!(
             "this CPU lacks activity state wait-for-SIPI (IA32_VMX_MISC bit 8): L2 has one CPU, the rest is parked"
         );
@@ -119,7 +119,7 @@ extern "C" fn begin() -> ! {
 
 /// What nvmx decided by the processor that booted must hold on this one: a hybrid machine may have two kinds.
 fn same_as_the_first(common: &Common) {
-    let (own, _) = Processor::examine(&CpuId::new(), |index| msr::rdmsr_safe(index).unwrap_or(0));
+    let (own, _) = FoundProcessor::examine(&CpuId::new(), |index| msr::rdmsr_safe(index).unwrap_or(0));
     if let Some(what) = common.processor().differences(&own).next() {
         give_up(format_args!(
             "the processor with APIC id {} differs from the one that booted in {what}: nvmx needs them to be equal; switch one \

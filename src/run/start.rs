@@ -2,7 +2,7 @@
 
 use super::end::{run_to_the_end, too_little_memory};
 use super::smp;
-use crate::boot::Processor;
+use crate::boot::FoundProcessor;
 use crate::guest::initial;
 use crate::run::Machine;
 use crate::run::build::{self, Common};
@@ -18,7 +18,7 @@ pub struct Decided {
 
 /// Starts L2 on all CPUs; returns never. The processor was found to have all that nvmx needs. `announce` is called when all
 /// is decided.
-pub fn start(mut machine: Machine, announce: fn(&Processor, &Decided)) -> ! {
+pub fn start(mut machine: Machine, announce: fn(&FoundProcessor, &Decided)) -> ! {
     let cpus = smp::start_others(&mut machine);
     let common = Common::new(&machine);
     let Machine { frames, processor, start, .. } = machine;

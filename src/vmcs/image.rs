@@ -22,7 +22,7 @@ const BYTES: usize = PAGE_SIZE as usize;
 
 /// Where each field lies.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Layout {
+pub struct ImageLayout {
     /// Offset in the region; `UNKNOWN` if the field was not found.
     offsets: [u16; Field::COUNT],
 }
@@ -54,7 +54,7 @@ pub const fn probe(field: Field, round: Round) -> u64 {
 
 const _: () = assert!(Field::COUNT < 256, "a probe has room for 256 fields");
 
-impl Layout {
+impl ImageLayout {
     /// Looks for the probes of both rounds in the region's content after each of them.
     pub fn learn(first: &[u8; BYTES], second: &[u8; BYTES]) -> Self {
         let mut offsets = [UNKNOWN; Field::COUNT];
@@ -97,16 +97,16 @@ impl Layout {
 }
 
 /// The image of one VMCS that is not current.
-pub struct Image<'a> {
+pub struct VmcsImage<'a> {
     /// Where fields lie.
-    pub layout: &'a Layout,
+    pub layout: &'a ImageLayout,
     /// How memory is reached.
     pub phys: &'a DirectMap,
     /// The VMCS region.
     pub region: Region,
 }
 
-impl FieldAccess for Image<'_> {
+impl FieldAccess for VmcsImage<'_> {
     fn read(&mut self, field: Field) -> u64 {
         self.layout.read(self.phys, self.region, field)
     }
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn every_field_is_found_in_any_order() {
         for rotate in [0, 1, 57, 150] {
-            let layout = Layout::learn(&pack(Round::First, rotate, None), &pack(Round::Second, rotate, None));
+            let layout = ImageLayout::learn(&pack(Round::First, rotate, None), &pack(Round::Second, rotate, None));
             assert!(Field::ALL.iter().all(|f| layout.knows(*f)), "rotated by {rotate}");
         }
     }
@@ -164,9 +164,9 @@ mod tests {
     #[test]
     fn a_field_that_is_missing_or_moves_is_not_known() {
         let missing = Some(Field::GUEST_RIP);
-        let layout = Layout::learn(&pack(Round::First, 0, missing), &pack(Round::Second, 0, missing));
+        let layout = ImageLayout::learn(&pack(Round::First, 0, missing), &pack(Round::Second, 0, missing));
         assert!(!layout.knows(Field::GUEST_RIP) && layout.knows(Field::GUEST_RSP));
-        let layout = Layout::learn(&pack(Round::First, 0, None), &pack(Round::Second, 9, None));
+        let layout = ImageLayout::learn(&pack(Round::First, 0, None), &pack(Round::Second, 9, None));
         assert!(!layout.knows(Field::GUEST_RIP));
     }
 
@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn a_write_changes_its_field_alone() {
-        let layout = Layout::learn(&pack(Round::First, 0, None), &pack(Round::Second, 0, None));
+        let layout = ImageLayout::learn(&pack(Round::First, 0, None), &pack(Round::Second, 0, None));
         let memory = DirectMap::of_host(Hpa::new(0x3000));
         let frame = FramePool::new(Span::new(0x1000, 0x2000)).alloc(&memory).unwrap();
         let content = pack(Round::First, 0, None);

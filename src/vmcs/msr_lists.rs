@@ -10,7 +10,7 @@ use crate::hw::msr as hw_msr;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::Vmx;
 use crate::mm::guest::GuestMemory;
-use crate::mm::{Frame, PhysMem, Run};
+use crate::mm::{Frame, FrameRun, PhysMem};
 use crate::rules::checks::REFUSED;
 use crate::rules::switched::Item;
 use crate::trace::KillReason;
@@ -30,13 +30,13 @@ pub const ABORT_LOADING: u32 = 4;
 
 /// nvmx's copies: each `AREA_FRAMES` contiguous frames.
 pub struct MsrLists {
-    entry_load: Run,
-    exit_load: Run,
+    entry_load: FrameRun,
+    exit_load: FrameRun,
 }
 
 impl MsrLists {
     /// On frames that nothing else uses.
-    pub fn new(entry_load: Run, exit_load: Run) -> Self {
+    pub fn new(entry_load: FrameRun, exit_load: FrameRun) -> Self {
         MsrLists { entry_load, exit_load }
     }
 
@@ -97,7 +97,7 @@ impl MsrLists {
 
 /// Copies `count` entries once, or as many as fit, and tells how many. What nvmx would not let L2 write becomes an entry that
 /// the processor refuses.
-fn copy_area(phys: &impl PhysMem, memory: &GuestMemory<impl PhysMem>, at: Gpa, count: u64, to: &Run) -> u64 {
+fn copy_area(phys: &impl PhysMem, memory: &GuestMemory<impl PhysMem>, at: Gpa, count: u64, to: &FrameRun) -> u64 {
     let count = count.min(MAX_ENTRIES);
     for offset in (0..count).map(|i| 16 * i) {
         let word = |further| at.checked_add(offset + further).and_then(|e| memory.read_u64(e).ok());

@@ -5,7 +5,7 @@ use crate::hw::host_area;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
 use crate::mm::PhysMem;
-use crate::vmcs::image::{Layout, Round, probe};
+use crate::vmcs::image::{ImageLayout, Round, probe};
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmx::{Capabilities, Field};
 
@@ -22,7 +22,7 @@ pub fn fields(vmx: &mut Vmx, region: Region, hardware: &Capabilities) -> FieldSe
 
 /// The layout, if every field that the processor has is found, and what is written to memory is what VMREAD gives. Uses two
 /// VMCS regions that nothing is in yet; both are clear afterwards, and no VMCS is current.
-pub fn layout(vmx: &mut Vmx, phys: &DirectMap, [a, b]: [Region; 2], exists: &FieldSet) -> Option<Layout> {
+pub fn layout(vmx: &mut Vmx, phys: &DirectMap, [a, b]: [Region; 2], exists: &FieldSet) -> Option<ImageLayout> {
     // The number of the last error is not L2's: nvmx keeps that itself. The host-state area is nvmx's, and never reached there, but for
     // HOST_RSP, which may be lent.
     let fields = || exists.iter().filter(|field| *field != Field::VM_INSTRUCTION_ERROR && !field.is_host_state());
@@ -36,7 +36,7 @@ pub fn layout(vmx: &mut Vmx, phys: &DirectMap, [a, b]: [Region; 2], exists: &Fie
         vmx.ptrld(b);
         phys.read_bytes(a.at(), content);
     }
-    let layout = Layout::learn(&content[0], &content[1]);
+    let layout = ImageLayout::learn(&content[0], &content[1]);
     let fields = || fields().chain([Field::HOST_RSP]);
     fields().for_each(|field| layout.write(phys, a, field, probe(field, Round::First)));
     vmx.ptrld(a);

@@ -7,7 +7,7 @@
 use crate::hw::held::Held;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::Region;
-use crate::mm::{Frame, FramePool, PhysMem, Run};
+use crate::mm::{Frame, FramePool, FrameRun, PhysMem};
 use crate::vmcs::msr_bitmap::MsrBitmap02;
 use crate::vmcs::msr_lists::{AREA_FRAMES, MsrLists};
 use crate::vmcs::slot::Slot;
@@ -108,14 +108,14 @@ impl Slots {
 /// A free slot on frames of its own; one that is refused gives back what it has.
 fn make(frames: &mut FramePool, phys: &DirectMap, revision: u32) -> Option<Slot> {
     let mut single: ArrayVec<Frame, 4> = ArrayVec::new();
-    let mut areas: ArrayVec<Run, 2> = ArrayVec::new();
+    let mut areas: ArrayVec<FrameRun, 2> = ArrayVec::new();
     single.extend((0..4).map_while(|_| frames.alloc(phys)));
     areas.extend((0..2).map_while(|_| frames.alloc_run(phys, AREA_FRAMES)));
     let (single, areas) = match (single.into_inner(), areas.into_inner()) {
         (Ok(single), Ok(areas)) => (single, areas),
         (single, areas) => {
             let single = single.map_or_else(|few| few, ArrayVec::from);
-            let areas = areas.map_or_else(|few| few, ArrayVec::from).into_iter().flat_map(Run::into_frames);
+            let areas = areas.map_or_else(|few| few, ArrayVec::from).into_iter().flat_map(FrameRun::into_frames);
             single.into_iter().chain(areas).for_each(|frame| frames.free(frame));
             return None;
         }

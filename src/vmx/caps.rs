@@ -12,6 +12,7 @@ pub use words::{Allowed, Basic, EptVpid, Misc};
 
 use super::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls, TertiaryControls};
 use super::field::{Field, Needs};
+use crate::x86::canonical::is_canonical;
 
 /// Addresses of the capability MSRs.
 #[allow(missing_docs)]
@@ -228,11 +229,7 @@ impl Capabilities {
 
     /// True if `address` is canonical on this machine.
     pub fn is_canonical(&self, address: u64) -> bool {
-        let Some(unused) = 64u32.checked_sub(self.linear_width) else { return true };
-        if unused == 64 {
-            return false;
-        }
-        ((address << unused) as i64 >> unused) as u64 == address
+        is_canonical(address, self.linear_width)
     }
 
     /// True if CR0 may hold `value` in VMX operation.

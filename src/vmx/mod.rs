@@ -4,6 +4,7 @@ mod access;
 pub mod bitmap;
 pub mod caps;
 pub mod controls;
+pub mod ept_entry;
 pub mod error;
 pub mod event;
 pub mod exit;
@@ -13,6 +14,7 @@ pub mod qualification;
 pub mod region;
 pub mod requirements;
 pub mod segment;
+pub mod state;
 
 pub use access::FieldAccess;
 pub use caps::Capabilities;

@@ -3,6 +3,9 @@
 //! Source: Intel SDM vol. 3C (December 2024), "Guest Register State", table "Format of Access Rights".
 
 use super::field::Field;
+use crate::x86::descriptor::in_rights;
+use crate::x86::descriptor::type_byte::{BUSY, LDT, READABLE_CODE, TSS, WRITABLE_DATA};
+use x86_64::structures::gdt::DescriptorFlags as Flags;
 
 /// A segment register with four fields in the guest-state area.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,6 +80,18 @@ pub struct AccessRights(pub u32);
 impl AccessRights {
     /// Bit 16: the segment is unusable.
     pub const UNUSABLE: u32 = 1 << 16;
+    /// Data of 64 KiB, as after a reset.
+    pub const DATA_16: Self = Self(WRITABLE_DATA as u32);
+    /// Flat data.
+    pub const DATA_32: Self = Self(WRITABLE_DATA as u32 | in_rights(Flags::DEFAULT_SIZE.union(Flags::GRANULARITY)));
+    /// Flat 32-bit code.
+    pub const CODE_32: Self = Self(READABLE_CODE as u32 | in_rights(Flags::DEFAULT_SIZE.union(Flags::GRANULARITY)));
+    /// 64-bit code.
+    pub const CODE_64: Self = Self(READABLE_CODE as u32 | in_rights(Flags::LONG_MODE.union(Flags::GRANULARITY)));
+    /// A TSS that a task runs on.
+    pub const BUSY_TSS: Self = Self(TSS as u32 | BUSY as u32);
+    /// An LDT.
+    pub const LOCAL_TABLE: Self = Self(LDT as u32);
     const RESERVED: u32 = 0xF00 | 0xFFFE_0000;
 
     /// Type, bits 3:0.
@@ -85,7 +100,7 @@ impl AccessRights {
     }
     /// S: a code or data segment.
     pub const fn is_code_or_data(self) -> bool {
-        self.0 & 1 << 4 != 0
+        self.0 & in_rights(Flags::USER_SEGMENT) != 0
     }
     /// Descriptor privilege level, bits 6:5.
     pub const fn dpl(self) -> u8 {
@@ -93,19 +108,19 @@ impl AccessRights {
     }
     /// P
     pub const fn is_present(self) -> bool {
-        self.0 & 1 << 7 != 0
+        self.0 & in_rights(Flags::PRESENT) != 0
     }
     /// L: 64-bit code, in CS only.
     pub const fn is_64_bit_code(self) -> bool {
-        self.0 & 1 << 13 != 0
+        self.0 & in_rights(Flags::LONG_MODE) != 0
     }
     /// D/B: 32-bit operands and addresses, or a 32-bit upper bound of an expand-down segment.
     pub const fn is_32_bit(self) -> bool {
-        self.0 & 1 << 14 != 0
+        self.0 & in_rights(Flags::DEFAULT_SIZE) != 0
     }
     /// G: the limit counts pages.
     pub const fn granularity(self) -> bool {
-        self.0 & 1 << 15 != 0
+        self.0 & in_rights(Flags::GRANULARITY) != 0
     }
     /// The segment is unusable.
     pub const fn is_unusable(self) -> bool {

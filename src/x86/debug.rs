@@ -10,6 +10,11 @@ pub const PENDING_BS: u64 = 1 << 14;
 /// Bit 12 of the pending debug exceptions: a breakpoint that was met is enabled.
 pub const PENDING_ENABLED: u64 = 1 << 12;
 
+/// IA32_DEBUGCTL: last-branch records
+pub const DEBUGCTL_LBR: u64 = 1 << 0;
+/// IA32_DEBUGCTL: single steps stop at branches alone.
+pub const DEBUGCTL_BTF: u64 = 1 << 1;
+
 /// L0 to G3 of DR7.
 const ENABLES: u64 = 0xFF;
 

@@ -14,3 +14,7 @@ pub const IA32_PAT: u32 = 0x277;
 pub const IA32_PKRS: u32 = 0x6E1;
 /// IA32_EFER
 pub const IA32_EFER: u32 = 0xC000_0080;
+/// IA32_FS_BASE
+pub const IA32_FS_BASE: u32 = 0xC000_0100;
+/// IA32_GS_BASE
+pub const IA32_GS_BASE: u32 = 0xC000_0101;

@@ -3,7 +3,7 @@
 use super::core_support::{CONTEXT, Memory};
 use super::{Violations, bit, canonical, fixed, get, none_of, pat};
 use nvmx::addr::Gpa;
-use nvmx::rules::checks::GuestMemory;
+use nvmx::rules::checks::ReadsGuest;
 use nvmx::vmx::region::REVISION;
 use nvmx::vmx::{Capabilities, Field, Field::*, Fields};
 
@@ -64,7 +64,7 @@ pub fn violations(v: &impl Fields, caps: &Capabilities, memory: &Memory) -> Viol
 }
 
 /// The same for any VMCS.
-pub fn violations_at(v: &impl Fields, caps: &Capabilities, memory: &impl GuestMemory, place: Place) -> Violations {
+pub fn violations_at(v: &impl Fields, caps: &Capabilities, memory: &impl ReadsGuest, place: Place) -> Violations {
     let mut broken = Violations::new();
     registers(v, caps, &mut |name, holds| put(&mut broken, name, holds));
     segments(v, caps, &mut |name, holds| put(&mut broken, name, holds));
@@ -260,7 +260,7 @@ fn other(v: &impl Fields, caps: &Capabilities, demand: Demand<'_>) {
 }
 
 /// The link pointer and the PDPTEs.
-fn in_memory(v: &impl Fields, caps: &Capabilities, memory: &impl GuestMemory, place: Place, demand: Demand<'_>) {
+fn in_memory(v: &impl Fields, caps: &Capabilities, memory: &impl ReadsGuest, place: Place, demand: Demand<'_>) {
     let link = get(v, VMCS_LINK_POINTER);
     if link != !0 {
         let address = link % 4096 == 0 && none_of(link, caps.physical_width..64);

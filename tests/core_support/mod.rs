@@ -5,7 +5,7 @@ pub mod broken;
 pub mod failing;
 
 use nvmx::addr::{Gpa, Hpa};
-use nvmx::rules::checks::{GuestContext, GuestMemory};
+use nvmx::rules::checks::{GuestContext, ReadsGuest};
 use nvmx::rules::merge::ApicPages;
 use nvmx::vmx::caps::{Capabilities, msr};
 use nvmx::vmx::controls::Controls;
@@ -94,7 +94,7 @@ pub const CONTEXT: GuestContext = GuestContext { current_vmptr: CURRENT };
 #[derive(Clone, Default)]
 pub struct Memory(pub HashMap<u64, u64>);
 
-impl GuestMemory for Memory {
+impl ReadsGuest for Memory {
     fn read_u32(&self, address: Gpa) -> Option<u32> {
         self.read_u64(address).map(|value| value as u32)
     }

@@ -2,7 +2,7 @@
 
 use crate::boot::guest_image::LoadError;
 use crate::boot::guest_image::file::File;
-use crate::boot::guest_image::header::{Segment, Segments};
+use crate::boot::guest_image::header::{FileSegment, Segments};
 use crate::mm::{PhysMem, Span};
 
 const PT_LOAD: u32 = 1;
@@ -68,7 +68,7 @@ pub fn read<M: PhysMem>(file: &File<'_, M>) -> Result<(u64, Segments), LoadError
         }
         let to = Span::new(header.physical_address, end);
         segments
-            .try_push(Segment { offset: header.offset, in_file: header.in_file, to, zeroed: true })
+            .try_push(FileSegment { offset: header.offset, in_file: header.in_file, to, zeroed: true })
             .map_err(|_| LoadError::BrokenElf("it has too many segments"))?;
     }
     if segments.is_empty() {

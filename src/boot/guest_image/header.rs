@@ -18,7 +18,7 @@ pub const MAX_SEGMENTS: usize = 16;
 
 /// A piece of the file and where it belongs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Segment {
+pub struct FileSegment {
     /// Where it starts in the file.
     pub offset: u64,
     /// Bytes from the file.
@@ -30,7 +30,7 @@ pub struct Segment {
 }
 
 /// Segments of an image.
-pub type Segments = ArrayVec<Segment, MAX_SEGMENTS>;
+pub type Segments = ArrayVec<FileSegment, MAX_SEGMENTS>;
 
 /// What the file says about loading it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -211,7 +211,7 @@ fn flat_file<M: PhysMem>(
         end if end < load + in_file => return broken("its bss_end_addr is below the end of what is loaded"),
         end => end,
     };
-    Ok(Segments::from_iter([Segment { offset, in_file, to: Span::new(load, end), zeroed: true }]))
+    Ok(Segments::from_iter([FileSegment { offset, in_file, to: Span::new(load, end), zeroed: true }]))
 }
 
 fn find_multiboot1<M: PhysMem>(file: &File<'_, M>) -> Option<u64> {

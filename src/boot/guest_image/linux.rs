@@ -6,7 +6,7 @@
 
 use crate::addr::{Gpa, Hpa, PAGE_SIZE};
 use crate::boot::guest_image::file::File;
-use crate::boot::guest_image::header::{Image, Segment, Segments};
+use crate::boot::guest_image::header::{FileSegment, Image, Segments};
 use crate::boot::guest_image::info::Told;
 use crate::boot::guest_image::plan::PLACES;
 use crate::boot::guest_image::{LoadError, Protocol};
@@ -104,7 +104,7 @@ pub fn read<M: PhysMem>(file: &File<'_, M>, memory: &MemoryMap) -> Result<Image,
     Ok(Image {
         protocol: Protocol::Linux,
         entry: to.start(),
-        segments: Segments::from_iter([Segment { offset, in_file, to, zeroed: false }]),
+        segments: Segments::from_iter([FileSegment { offset, in_file, to, zeroed: false }]),
         modules_end,
     })
 }

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use crate::boot::guest_image::header::{Segment, Segments};
+use crate::boot::guest_image::header::{FileSegment, Segments};
 use crate::boot::guest_image::plan::{INFO_SIZE, plan};
 use crate::boot::guest_image::*;
 use crate::{
@@ -376,7 +376,7 @@ proptest! {
         to in prop::collection::vec(span(0x6000), 1..4),
         file in span(0x6000), modules in prop::collection::vec(span(0x6000), 0..5),
     ) {
-        let segments: Segments = to.iter().map(|to| Segment { offset: 0, in_file: 0, to: *to, zeroed: true }).collect();
+        let segments: Segments = to.iter().map(|to| FileSegment { offset: 0, in_file: 0, to: *to, zeroed: true }).collect();
         let image = Image { protocol: Protocol::Multiboot1, entry: 0, segments, modules_end: 1 << 32 };
         let modules: Modules =
             modules.iter().map(|span| Module { span: *span, command_line: CommandLine::new() }).collect();

@@ -1,6 +1,6 @@
 //! The exit: registers out of vmcs01, the switch, and registers and events back into it.
 
-use super::state::{Exception, Failure, RF, SegmentState, Source, State, Switched};
+use super::state::{RF, SegmentState, Source, State, SwitchFailure, TaskException, TaskSwitched};
 use super::switch;
 use crate::cpu::Cpu;
 use crate::guest::{Next, Stop, events, operand};
@@ -12,13 +12,11 @@ use crate::vmx::Field;
 use crate::vmx::event::{After, EventInfo, EventKind, vector};
 use crate::vmx::field::PDPTES;
 use crate::vmx::segment::Segment;
+use crate::vmx::state::interruptibility;
+use crate::x86::debug::{DEBUGCTL_BTF, DEBUGCTL_LBR, PENDING_BS};
 use x86_64::registers::debug::Dr7Flags;
 
 const SEGMENTS: [Segment; 6] = [Segment::Es, Segment::Cs, Segment::Ss, Segment::Ds, Segment::Fs, Segment::Gs];
-const BLOCKING_BY_STI_OR_MOV_SS: u64 = 0b11;
-const BLOCKING_BY_NMI: u64 = 1 << 3;
-/// A single step that is pending.
-const PENDING_BS: u64 = 1 << 14;
 /// The breakpoints that are pending, as in DR6.
 const PENDING_BREAKPOINTS: u64 = 0b1111;
 /// DR6: breakpoints, enabled breakpoint, task switch.
@@ -27,7 +25,7 @@ const DR6_BT: u64 = 1 << 15;
 const DR7_GD: u64 = Dr7Flags::GENERAL_DETECT_ENABLE.bits();
 /// IA32_DEBUGCTL: LBR and BTF, which a debug exception clears; the other bits stay (SDM vol. 3B, "Monitoring Branches,
 /// Exceptions, and Interrupts", "Single-Stepping on Branches").
-const DEBUGCTL_LBR_BTF: u64 = 0b11;
+const DEBUGCTL_LBR_BTF: u64 = DEBUGCTL_LBR | DEBUGCTL_BTF;
 
 /// L2 switches tasks; vmcs01 is current.
 #[cold]
@@ -46,7 +44,7 @@ pub fn handle(cpu: &mut Cpu) -> Result<Next, Stop> {
         old.eip = old.eip.wrapping_add(cpu.vmx.read(Field::VM_EXIT_INSTRUCTION_LEN) as u32);
     }
     let result = switch(&cpu.guest, &old, selector, source);
-    if !matches!(result, Err(Failure::Again)) {
+    if !matches!(result, Err(SwitchFailure::Again)) {
         block_nmis(cpu, source, event);
     }
     let exception = match result {
@@ -54,14 +52,14 @@ pub fn handle(cpu: &mut Cpu) -> Result<Next, Stop> {
             enter(cpu, &old, &switched);
             switched.exception
         }
-        Err(Failure::Exception(exception)) => Some(exception),
-        Err(Failure::NotOwned(at)) => return Err(KillReason::ForbiddenMemory(at.0).into()),
+        Err(SwitchFailure::Exception(exception)) => Some(exception),
+        Err(SwitchFailure::NotOwned(at)) => return Err(KillReason::ForbiddenMemory(at.0).into()),
         // The event that wanted the task is not lost.
-        Err(Failure::Again) if event.is_valid() => {
+        Err(SwitchFailure::Again) if event.is_valid() => {
             events::deliver_again(cpu, event);
             None
         }
-        Err(Failure::Again) => return Err(Stop::Again),
+        Err(SwitchFailure::Again) => return Err(Stop::Again),
     };
     if let Some(exception) = exception {
         raise(cpu, event, exception)?;
@@ -98,7 +96,7 @@ fn registers(cpu: &mut Cpu) -> State {
 }
 
 /// The new task is in vmcs01 from now on.
-fn enter(cpu: &mut Cpu, old: &State, switched: &Switched) {
+fn enter(cpu: &mut Cpu, old: &State, switched: &TaskSwitched) {
     let new = &switched.state;
     for (segment, state) in
         SEGMENTS.into_iter().zip(&new.segments).chain([(Segment::Ldtr, &new.ldtr), (Segment::Tr, &new.tr)])
@@ -109,7 +107,7 @@ fn enter(cpu: &mut Cpu, old: &State, switched: &Switched) {
         cpu.vmx.write(segment.rights(), state.rights.into());
     }
     cpu.regs.gpr.iter_mut().zip(new.gprs).for_each(|(to, from)| *to = from.into());
-    let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & !BLOCKING_BY_STI_OR_MOV_SS;
+    let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & !interruptibility::STI_OR_MOV_SS;
     // Steps belong to the task that is left.
     let pending = cpu.vmx.read(Field::GUEST_PENDING_DBG_EXCEPTIONS) & !PENDING_BS;
     for (field, value) in [
@@ -153,21 +151,21 @@ fn trap(cpu: &mut Cpu, pending: u64) {
 fn block_nmis(cpu: &mut Cpu, source: Source, event: EventInfo) {
     let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
     let new = match source {
-        Source::Iret => blocking & !BLOCKING_BY_NMI,
-        _ if event.is(EventKind::Nmi) => blocking | BLOCKING_BY_NMI,
+        Source::Iret => blocking & !interruptibility::NMI,
+        _ if event.is(EventKind::Nmi) => blocking | interruptibility::NMI,
         _ => return,
     };
     cpu.vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, new);
 }
 
 /// An exception that the switch met: alone, or during the delivery of `first`.
-fn raise(cpu: &mut Cpu, first: EventInfo, second: Exception) -> Result<(), KillReason> {
+fn raise(cpu: &mut Cpu, first: EventInfo, second: TaskException) -> Result<(), KillReason> {
     if let Some(linear) = second.linear {
         cr::set_cr2(linear);
     }
     let exception = match first.then(second.vector) {
         After::Itself => second,
-        After::DoubleFault => Exception::DOUBLE,
+        After::DoubleFault => TaskException::DOUBLE,
         After::Shutdown => return Err(KillReason::TripleFault),
     };
     // A fault: the frame has RF.

@@ -3,20 +3,20 @@
 
 use super::LOCAL_TABLE;
 use super::memory::{Descriptor, Memory};
-use super::state::{CS, DS, ES, Exception, FS, Failure, GS, NT, SS, SegmentState, Source, State, VM};
+use super::state::{CS, DS, ES, FS, GS, NT, SS, SegmentState, Source, State, SwitchFailure, TaskException, VM};
 use super::tss::{Kind, Loaded};
 use crate::mm::linear::{fetch_pdptes, pdptes_are_valid};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::vmx::event::vector;
 use crate::vmx::segment::AccessRights;
 use crate::x86::Cr0;
-use crate::x86::Cr4;
+use crate::x86::{Cr4, rflags};
 
 const CR0_PG: u64 = Cr0::PG.bits();
 const CR4_PAE: u64 = Cr4::PAE.bits();
-/// EFLAGS: CF PF AF ZF SF TF IF DF OF IOPL NT RF VM AC VIF VIP ID
-const FLAGS: u32 = 0x3F_7FD5;
-const ALWAYS_ONE: u32 = 1 << 1;
+/// The flags of EFLAGS that a task has.
+const FLAGS: u32 = !(rflags::RESERVED | rflags::FIXED) as u32;
+const ALWAYS_ONE: u32 = rflags::FIXED as u32;
 const LDT: u8 = 2;
 
 /// Loads what `loaded` has into `state`, whose TR is the new one already.
@@ -26,7 +26,7 @@ pub fn load<P: PhysMem>(
     loaded: &Loaded,
     kind: Kind,
     source: Source,
-) -> Result<(), Failure> {
+) -> Result<(), SwitchFailure> {
     state.eip = loaded.eip;
     state.gprs = loaded.gprs;
     state.eflags = loaded.eflags & FLAGS | ALWAYS_ONE | if source.nests() { NT } else { 0 };
@@ -55,7 +55,7 @@ pub fn load<P: PhysMem>(
     }
     if state.eip > state.segments[CS].limit {
         state.gprs[4] = esp;
-        return Err(Failure::Exception(Exception::of(vector::GP, 0, source)));
+        return Err(SwitchFailure::Exception(TaskException::of(vector::GP, 0, source)));
     }
     Ok(())
 }
@@ -78,7 +78,7 @@ fn load_cr3<P: PhysMem>(
     state: &mut State,
     cr3: Option<u32>,
     source: Source,
-) -> Result<(), Failure> {
+) -> Result<(), SwitchFailure> {
     let Some(cr3) = cr3.filter(|cr3| state.paging.cr0 & CR0_PG != 0 && u64::from(*cr3) != state.paging.cr3) else {
         return Ok(());
     };
@@ -87,7 +87,7 @@ fn load_cr3<P: PhysMem>(
         let pdptes = fetch_pdptes(guest, cr3.into());
         if !pdptes_are_valid(&pdptes, 1 << state.paging.physical_width) {
             state.paging.pdptes = [0; 4];
-            return Err(Failure::Exception(Exception::of(vector::TS, 0, source)));
+            return Err(SwitchFailure::Exception(TaskException::of(vector::TS, 0, source)));
         }
         state.paging.pdptes = pdptes;
     }
@@ -99,8 +99,8 @@ fn load_ldtr<P: PhysMem>(
     state: &mut State,
     selector: u16,
     source: Source,
-) -> Result<(), Failure> {
-    let invalid = Failure::Exception(Exception::of(vector::TS, selector, source));
+) -> Result<(), SwitchFailure> {
+    let invalid = SwitchFailure::Exception(TaskException::of(vector::TS, selector, source));
     if selector & LOCAL_TABLE != 0 {
         return Err(invalid);
     }
@@ -121,9 +121,9 @@ fn load_stack<P: PhysMem>(
     loaded: &Loaded,
     level: u8,
     source: Source,
-) -> Result<(), Failure> {
+) -> Result<(), SwitchFailure> {
     let selector = loaded.selectors[SS];
-    let fault = |vector| Failure::Exception(Exception::of(vector, selector, source));
+    let fault = |vector| SwitchFailure::Exception(TaskException::of(vector, selector, source));
     let (at, descriptor) = find(memory, state, selector)?.ok_or(fault(vector::TS))?;
     let rights = AccessRights(descriptor.rights());
     if !rights.is_code_or_data() || !rights.is_writable_data() {
@@ -149,11 +149,11 @@ fn load_data<P: PhysMem>(
     selector: u16,
     level: u8,
     source: Source,
-) -> Result<(), Failure> {
+) -> Result<(), SwitchFailure> {
     if selector & 0xFFFC == 0 {
         return Ok(());
     }
-    let fault = |vector| Failure::Exception(Exception::of(vector, selector, source));
+    let fault = |vector| SwitchFailure::Exception(TaskException::of(vector, selector, source));
     let (at, descriptor) = find(memory, state, selector)?.ok_or(fault(vector::TS))?;
     let rights = AccessRights(descriptor.rights());
     if !rights.is_code_or_data() || rights.is_code() && !rights.is_readable_code() {
@@ -176,8 +176,8 @@ fn load_code<P: PhysMem>(
     selector: u16,
     level: u8,
     source: Source,
-) -> Result<(), Failure> {
-    let fault = |vector| Failure::Exception(Exception::of(vector, selector, source));
+) -> Result<(), SwitchFailure> {
+    let fault = |vector| SwitchFailure::Exception(TaskException::of(vector, selector, source));
     let (at, descriptor) = find(memory, state, selector)?.ok_or(fault(vector::TS))?;
     let rights = AccessRights(descriptor.rights());
     if !rights.is_code_or_data() || !rights.is_code() {
@@ -205,7 +205,7 @@ fn find<P: PhysMem>(
     memory: &Memory<'_, P>,
     state: &State,
     selector: u16,
-) -> Result<Option<(u32, Descriptor)>, Failure> {
+) -> Result<Option<(u32, Descriptor)>, SwitchFailure> {
     if selector & 0xFFFC == 0 {
         return Ok(None);
     }
@@ -237,7 +237,7 @@ fn push<P: PhysMem>(
     kind: Kind,
     level: u8,
     source: Source,
-) -> Result<(), Failure> {
+) -> Result<(), SwitchFailure> {
     let stack = state.segments[SS];
     let rights = AccessRights(stack.rights);
     let bytes = code.to_le_bytes();
@@ -251,7 +251,7 @@ fn push<P: PhysMem>(
         false => last <= stack.limit,
     });
     if !fits {
-        return Err(Failure::Exception(Exception::of(vector::SS, 0, source)));
+        return Err(SwitchFailure::Exception(TaskException::of(vector::SS, 0, source)));
     }
     memory.push(stack.base.wrapping_add(offset), bytes, level, state.eflags)?;
     state.gprs[4] = esp & !mask | offset;

@@ -1,15 +1,12 @@
 //! The memory of a task switch: descriptor tables and TSSs by linear address, as the processor itself accesses them.
 
-use super::state::{Exception, Failure};
+use super::state::{SwitchFailure, TaskException};
 use crate::mm::linear::{AccessError, DataAccess, Paging, Privilege};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::vmx::event::vector;
 use crate::x86::Fault;
+use crate::x86::descriptor::type_byte::{ACCESSED, BUSY, CODE_OR_DATA, PRESENT};
 
-const PRESENT: u8 = 1 << 7;
-const CODE_OR_DATA: u8 = 1 << 4;
-const ACCESSED: u8 = 1 << 0;
-const BUSY: u8 = 1 << 1;
 /// The byte of a descriptor with its type.
 const TYPE_AT: u32 = 5;
 
@@ -68,29 +65,29 @@ impl<'a, P: PhysMem> Memory<'a, P> {
     }
 
     /// Sees that an access will not fault.
-    pub fn probe(&self, linear: u32, access: DataAccess) -> Result<(), Failure> {
+    pub fn probe(&self, linear: u32, access: DataAccess) -> Result<(), SwitchFailure> {
         Ok(self.paging.translate(self.guest, linear.into(), access).map(drop)?)
     }
 
     /// Reads at most a page.
-    pub fn read(&self, linear: u32, into: &mut [u8]) -> Result<(), Failure> {
+    pub fn read(&self, linear: u32, into: &mut [u8]) -> Result<(), SwitchFailure> {
         Ok(self.paging.read(self.guest, linear.into(), into)?)
     }
 
     /// Writes at most a page.
-    pub fn write(&self, linear: u32, bytes: &[u8]) -> Result<(), Failure> {
+    pub fn write(&self, linear: u32, bytes: &[u8]) -> Result<(), SwitchFailure> {
         Ok(self.paging.write(self.guest, linear.into(), bytes)?)
     }
 
     /// Pushes for a task of that level, whose EFLAGS count.
-    pub fn push(&self, linear: u32, bytes: &[u8], level: u8, eflags: u32) -> Result<(), Failure> {
+    pub fn push(&self, linear: u32, bytes: &[u8], level: u8, eflags: u32) -> Result<(), SwitchFailure> {
         let paging = Paging { rflags: eflags.into(), ..self.paging };
         let privilege = if level == 3 { Privilege::User } else { Privilege::Supervisor };
         Ok(paging.write_as(self.guest, linear.into(), bytes, privilege)?)
     }
 
     /// The descriptor that `selector` names in a table, and its address; `None` beyond the table's limit.
-    pub fn descriptor(&self, base: u32, limit: u32, selector: u16) -> Result<Option<(u32, Descriptor)>, Failure> {
+    pub fn descriptor(&self, base: u32, limit: u32, selector: u16) -> Result<Option<(u32, Descriptor)>, SwitchFailure> {
         let offset = u32::from(selector & 0xFFF8);
         if offset + 7 > limit {
             return Ok(None);
@@ -102,33 +99,33 @@ impl<'a, P: PhysMem> Memory<'a, P> {
     }
 
     /// Marks the descriptor of a code or data segment accessed.
-    pub fn touch(&self, at: u32, descriptor: Descriptor) -> Result<(), Failure> {
+    pub fn touch(&self, at: u32, descriptor: Descriptor) -> Result<(), SwitchFailure> {
         if descriptor.type_byte() & ACCESSED != 0 {
             return Ok(());
         }
         let gpa = self.paging.translate(self.guest, at.wrapping_add(TYPE_AT).into(), DataAccess::Write)?;
-        self.guest.set_bits(gpa, ACCESSED).map_err(Failure::NotOwned)
+        self.guest.set_bits(gpa, ACCESSED).map_err(SwitchFailure::NotOwned)
     }
 
     /// Sees that the busy flag of the TSS descriptor at `at` can be written.
-    pub fn probe_busy(&self, at: u32) -> Result<(), Failure> {
+    pub fn probe_busy(&self, at: u32) -> Result<(), SwitchFailure> {
         self.probe(at.wrapping_add(TYPE_AT), DataAccess::Write)
     }
 
     /// Sets or clears the busy flag of the TSS descriptor at `at`.
-    pub fn set_busy(&self, at: u32, busy: bool) -> Result<(), Failure> {
+    pub fn set_busy(&self, at: u32, busy: bool) -> Result<(), SwitchFailure> {
         let gpa = self.paging.translate(self.guest, at.wrapping_add(TYPE_AT).into(), DataAccess::Write)?;
         let changed = if busy { self.guest.set_bits(gpa, BUSY) } else { self.guest.clear_bits(gpa, BUSY) };
-        changed.map_err(Failure::NotOwned)
+        changed.map_err(SwitchFailure::NotOwned)
     }
 }
 
-impl From<AccessError> for Failure {
+impl From<AccessError> for SwitchFailure {
     fn from(error: AccessError) -> Self {
-        let of = |vector, error, linear| Failure::Exception(Exception { vector, error, linear });
+        let of = |vector, error, linear| SwitchFailure::Exception(TaskException { vector, error, linear });
         match error {
-            AccessError::NotOwned(at) => Failure::NotOwned(at),
-            AccessError::Again => Failure::Again,
+            AccessError::NotOwned(at) => SwitchFailure::NotOwned(at),
+            AccessError::Again => SwitchFailure::Again,
             AccessError::Fault(Fault::Page { error_code, linear }) => of(vector::PF, error_code, Some(linear)),
             // Paging raises nothing else.
             AccessError::Fault(_) => of(vector::GP, 0, None),

@@ -15,18 +15,20 @@ mod state;
 mod tss;
 
 pub use exit::handle;
-pub use state::{CS, DS, ES, Exception, FS, Failure, GS, NT, RF, SS, SegmentState, Source, State, Switched, VM};
+pub use state::{
+    CS, DS, ES, FS, GS, NT, RF, SS, SegmentState, Source, State, SwitchFailure, TaskException, TaskSwitched, VM,
+};
 
 use crate::mm::linear::DataAccess;
 use crate::mm::{GuestMemory, PhysMem};
 use crate::vmx::event::vector;
+use crate::x86::Cr0;
+use crate::x86::descriptor::type_byte::BUSY;
 use memory::{Descriptor, Memory};
 use tss::Kind;
 
 const LOCAL_TABLE: u16 = 1 << 2;
-const BUSY: u8 = 1 << 1;
-/// CR0.TS
-const TASK_SWITCHED: u64 = 1 << 3;
+const TASK_SWITCHED: u64 = Cr0::TS.bits();
 /// DR7: L0 to L3 and LE
 const LOCAL_ENABLES: u32 = 0x155;
 
@@ -36,14 +38,14 @@ pub fn switch<P: PhysMem>(
     old: &State,
     selector: u16,
     source: Source,
-) -> Result<Switched, Failure> {
+) -> Result<TaskSwitched, SwitchFailure> {
     let memory = Memory::new(guest, old.paging);
     let (descriptor_at, descriptor) = new_tss(&memory, old, selector, source)?;
     let (old_kind, new_kind) = (Kind::of(old.tr.rights as u8 & 0xF), Kind::of(descriptor.kind()));
     let (old_base, new_base) = (old.tr.base, descriptor.base());
     let (first, last) = old_kind.saved();
     if old.tr.limit < old_kind.least_old_limit() {
-        return Err(Failure::Exception(Exception::of(vector::TS, old.tr.selector, source)));
+        return Err(SwitchFailure::Exception(TaskException::of(vector::TS, old.tr.selector, source)));
     }
 
     // Nothing is written before everything is known to be there.
@@ -89,14 +91,14 @@ pub fn switch<P: PhysMem>(
     state.dr7 &= !LOCAL_ENABLES;
     let loaded = new_kind.load(&bytes);
     match load::load(guest, &mut state, &loaded, new_kind, source) {
-        Ok(()) => Ok(Switched { state, exception: None, trap: loaded.trap }),
-        Err(Failure::Exception(exception)) => Ok(Switched { state, exception: Some(exception), trap: false }),
+        Ok(()) => Ok(TaskSwitched { state, exception: None, trap: loaded.trap }),
+        Err(SwitchFailure::Exception(exception)) => Ok(TaskSwitched { state, exception: Some(exception), trap: false }),
         // The switch cannot be made anew. An entry that another CPU changes without end was not there at some moment.
-        Err(Failure::Again) => {
-            let exception = Exception { vector: vector::PF, error: 0, linear: Some(state.gdt_base.into()) };
-            Ok(Switched { state, exception: Some(exception), trap: false })
+        Err(SwitchFailure::Again) => {
+            let exception = TaskException { vector: vector::PF, error: 0, linear: Some(state.gdt_base.into()) };
+            Ok(TaskSwitched { state, exception: Some(exception), trap: false })
         }
-        Err(error @ Failure::NotOwned(_)) => Err(error),
+        Err(error @ SwitchFailure::NotOwned(_)) => Err(error),
     }
 }
 
@@ -106,9 +108,9 @@ fn new_tss<P: PhysMem>(
     old: &State,
     selector: u16,
     source: Source,
-) -> Result<(u32, Descriptor), Failure> {
+) -> Result<(u32, Descriptor), SwitchFailure> {
     let is_return = source == Source::Iret;
-    let fault = |vector| Failure::Exception(Exception::of(vector, selector, source));
+    let fault = |vector| SwitchFailure::Exception(TaskException::of(vector, selector, source));
     let wrong = fault(if is_return { vector::TS } else { vector::GP });
     if selector & LOCAL_TABLE != 0 || selector & 0xFFFC == 0 {
         return Err(wrong);

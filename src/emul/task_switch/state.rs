@@ -3,6 +3,7 @@
 use crate::mm::guest::NotOwned;
 use crate::mm::linear::Paging;
 use crate::vmx::event::vector;
+use crate::x86::RFlags;
 
 /// Indexes of [`State::segments`], as the VMCS orders them.
 pub const ES: usize = 0;
@@ -18,11 +19,11 @@ pub const FS: usize = 4;
 pub const GS: usize = 5;
 
 /// RFLAGS.NT
-pub const NT: u32 = 1 << 14;
+pub const NT: u32 = RFlags::NESTED_TASK.bits() as u32;
 /// RFLAGS.RF
-pub const RF: u32 = 1 << 16;
+pub const RF: u32 = RFlags::RESUME_FLAG.bits() as u32;
 /// RFLAGS.VM
-pub const VM: u32 = 1 << 17;
+pub const VM: u32 = RFlags::VIRTUAL_8086_MODE.bits() as u32;
 
 /// A segment register in the form of the VMCS.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -123,7 +124,7 @@ impl Source {
 /// An exception with an error code.
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Exception {
+pub struct TaskException {
     /// Vector
     pub vector: u8,
     /// Error code
@@ -132,7 +133,7 @@ pub struct Exception {
     pub linear: Option<u64>,
 }
 
-impl Exception {
+impl TaskException {
     /// One that is about a selector; `source` gives EXT.
     pub const fn of(vector: u8, selector: u16, source: Source) -> Self {
         Self { vector, error: selector as u32 & 0xFFFC | source.ext(), linear: None }
@@ -145,9 +146,9 @@ impl Exception {
 /// Why there is no switch.
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Failure {
+pub enum SwitchFailure {
     /// An exception in the old task; registers and memory are as they were.
-    Exception(Exception),
+    Exception(TaskException),
     /// A table or a TSS lies where L2 owns no memory.
     NotOwned(NotOwned),
     /// The instruction is to be executed anew.
@@ -156,11 +157,11 @@ pub enum Failure {
 
 /// A switch that was made.
 #[derive(Clone, Copy, Debug)]
-pub struct Switched {
+pub struct TaskSwitched {
     /// The registers of the new task.
     pub state: State,
     /// An exception in the new task, before its first instruction.
-    pub exception: Option<Exception>,
+    pub exception: Option<TaskException>,
     /// The T flag of the new TSS: a debug exception before the first instruction.
     pub trap: bool,
 }

@@ -15,6 +15,7 @@ use crate::{
         port,
     },
     mm::{Frame, FramePool, MemoryMap, PhysMem, Span, paging::PageTables},
+    x86::paging::{LARGE, PRESENT, WRITABLE},
 };
 
 #[cfg(target_os = "none")]
@@ -58,13 +59,12 @@ pub struct Trampoline {
 impl Trampoline {
     /// Borrows a page of `memory`, which nobody uses at this moment. `None` if there is no page below 640 KiB, or no frame.
     pub fn new(memory: &MemoryMap, tables: &PageTables, pool: &mut FramePool, phys: DirectMap) -> Option<Self> {
-        const TABLE: u64 = 0b11;
-        const LARGE: u64 = 1 << 7 | TABLE;
+        const TABLE: u64 = PRESENT | WRITABLE;
         let page = Hpa::new(memory.highest_free(PAGE_SIZE, PAGE_SIZE, LOW)?.start());
         let mut frame = || pool.alloc(&phys);
         let [pml4, pdpt, directory] = [frame()?, frame()?, frame()?];
         // The first 2 MiB, executable; nvmx's own map of memory is not.
-        phys.write_u64(directory.at(0), LARGE);
+        phys.write_u64(directory.at(0), LARGE | TABLE);
         phys.write_u64(pdpt.at(0), directory.hpa().get() | TABLE);
         let (root, half) = (tables.root(), PAGE_SIZE / 2);
         phys.copy(Hpa::new(root.get() + half), pml4.at(half), half);

@@ -13,6 +13,7 @@ use core::{arch::asm, fmt};
 
 use raw_cpuid::CpuId;
 
+use crate::x86::msr::IA32_EFER;
 use crate::x86::{Cr4, efer};
 use crate::{
     addr::{Hpa, PAGE_SIZE},
@@ -27,7 +28,7 @@ use crate::{
     },
     mm::{
         FramePool, PhysMem, Span,
-        paging::{OutOfFrames, PageSize, PageTables, Rights},
+        paging::{OutOfFrames, PageRights, PageSize, PageTables},
     },
 };
 
@@ -41,7 +42,6 @@ const EARLY_END: u64 = 4 << 30;
 const DIRECT_MAP_MAX: u64 = 1 << 46;
 const GIB: u64 = 1 << 30;
 
-const IA32_EFER: u32 = 0xC000_0080;
 const EFER_NXE: u64 = efer::NXE;
 const CR4_OSXSAVE: u64 = Cr4::OSXSAVE.bits();
 
@@ -88,7 +88,7 @@ pub struct Handover {
 
 /// nvmx in its own range.
 #[derive(Debug)]
-pub struct Home {
+pub struct Settled {
     /// Where it is, and the frames of the other processors.
     pub layout: Layout,
     /// Free frames of this one.
@@ -147,7 +147,7 @@ impl Handover {
     /// was below is free afterwards: the old image is wiped.
     ///
     /// MSRs that may not exist can be read from then on.
-    pub fn settle(self, info: &BootInfo, options: &Options) -> Result<Home, SettleError> {
+    pub fn settle(self, info: &BootInfo, options: &Options) -> Result<Settled, SettleError> {
         let cpuid = CpuId::new();
         let extended = cpuid.get_extended_processor_and_feature_identifiers();
         let no_execute = extended.as_ref().is_some_and(|e| e.has_execute_disable());
@@ -177,12 +177,12 @@ impl Handover {
         let mut tables = PageTables::new(&mut frames, &early, largest)?;
         let end = info.memory.end_of_memory().clamp(EARLY_END, DIRECT_MAP_MAX).next_multiple_of(GIB);
         // A processor without execute-disable is refused, but only once nvmx can tell.
-        let rights = |rights: Rights| if no_execute { rights } else { rights - Rights::NO_EXECUTE };
-        let data = rights(Rights::WRITE | Rights::NO_EXECUTE);
+        let rights = |rights: PageRights| if no_execute { rights } else { rights - PageRights::NO_EXECUTE };
+        let data = rights(PageRights::WRITE | PageRights::NO_EXECUTE);
         tables.map(&mut frames, &early, DIRECT_MAP, Hpa::new(0), end, data)?;
         for (start, end, rights) in [
-            (&raw const image_text_start, &raw const image_text_end, Rights::empty()),
-            (&raw const image_rodata_start, &raw const image_rodata_end, rights(Rights::NO_EXECUTE)),
+            (&raw const image_text_start, &raw const image_text_end, PageRights::empty()),
+            (&raw const image_rodata_start, &raw const image_rodata_end, rights(PageRights::NO_EXECUTE)),
             (&raw const image_data_start, &raw const image_end, data),
         ] {
             let to = Hpa::new(own.start() + (address(start) - image.start()));
@@ -205,7 +205,7 @@ impl Handover {
         cpu::install(cpu::prepare(0, idt, data, &mut frames, &mut tables, phys)?);
         // Nothing of nvmx may be left where L2 can read it (invariant I9).
         phys.wipe(Hpa::new(loaded.start()), loaded.len());
-        Ok(Home { layout, frames, tables, phys })
+        Ok(Settled { layout, frames, tables, phys })
     }
 }
 

@@ -6,9 +6,8 @@ use crate::guest::{Next, Stop};
 use crate::nested::entry;
 use crate::nested::result::done;
 use crate::vmcs::slot::VmcsKind;
+use crate::vmx::state::interruptibility;
 use crate::vmx::{Field, VmxError, VmxResult};
-
-const BLOCKING_BY_MOV_SS: u64 = 1 << 1;
 
 /// The launch state that an instruction wants of its VMCS.
 #[derive(Clone, Copy)]
@@ -37,7 +36,7 @@ fn vmentry(cpu: &mut Cpu, wanted: LaunchState) -> Result<Next, Stop> {
         return done(cpu, VmxResult::FailInvalid);
     }
     cpu.nested.blocking01 = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
-    if cpu.nested.blocking01 & BLOCKING_BY_MOV_SS != 0 {
+    if cpu.nested.blocking01 & interruptibility::MOV_SS != 0 {
         return done(cpu, VmxResult::FailValid(VmxError::EntryEventsBlockedByMovSs));
     }
     match (wanted, cpu.nested.slots[id].vmcs12.launched) {

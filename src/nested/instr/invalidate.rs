@@ -10,6 +10,7 @@ use crate::rules::checks::eptp_is_valid;
 use crate::vmx::instr::{Direction, InstructionInfo};
 use crate::vmx::{Capabilities, Field, VmxError, VmxResult};
 use crate::x86::Fault;
+use crate::x86::canonical::is_canonical_48;
 use l2_protocol::abi::Counter;
 
 const INVALID_OPERAND: VmxResult = VmxResult::FailValid(VmxError::InvalidOperandToInveptInvvpid);
@@ -109,10 +110,6 @@ fn decode_invvpid(offered: &Capabilities, kind: u64, word: u64, linear: u64) -> 
     let has_vpid = vpid12 != 0 || kind == Invalidate::All;
     let has_address = kind != Invalidate::Individual || offered.is_canonical(linear);
     (is_offered && has_vpid && has_address).then_some((kind, vpid12))
-}
-
-fn is_canonical_48(linear: u64) -> bool {
-    matches!(linear as i64 >> 47, 0 | -1)
 }
 
 #[cfg(test)]

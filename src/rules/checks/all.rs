@@ -1,7 +1,7 @@
 //! Every rule that an entry breaks, where the entry itself needs only the first: for whoever has to mend the VMCS.
 
 use crate::rules::checks::{
-    CheckId, GuestContext, GuestMemory, check_controls, check_guest, check_host, check_virtual_tpr,
+    CheckId, GuestContext, ReadsGuest, check_controls, check_guest, check_host, check_virtual_tpr,
 };
 use crate::vmx::{Capabilities, Field, Fields};
 use arrayvec::ArrayVec;
@@ -46,7 +46,7 @@ pub fn all_broken(
     caps: &Capabilities,
     long_mode: bool,
     context: &GuestContext,
-    memory: &impl GuestMemory,
+    memory: &impl ReadsGuest,
 ) -> ArrayVec<CheckId, MOST> {
     let noting = Noting { fields, broken: RefCell::default() };
     // Rules outside of the lists end the checks; they are the last of their group.

@@ -16,7 +16,7 @@ use crate::x86::efer;
 use crate::x86::rflags;
 
 /// L2's memory, as far as these rules look into it.
-pub trait GuestMemory {
+pub trait ReadsGuest {
     /// Four bytes at a 4-byte aligned address, or `None` if there is no memory of L2.
     fn read_u32(&self, address: Gpa) -> Option<u32>;
     /// Eight bytes at an 8-byte aligned address, or `None` if there is no memory of L2.
@@ -41,7 +41,7 @@ pub fn check_guest(
     fields: &impl Fields,
     caps: &Capabilities,
     context: &GuestContext,
-    memory: &impl GuestMemory,
+    memory: &impl ReadsGuest,
 ) -> Result<(), GuestFailure> {
     let v = &View { fields, caps };
     let registers = first_failure! { v;
@@ -86,7 +86,7 @@ pub fn check_guest_beyond_hardware(
     fields: &impl Fields,
     caps: &Capabilities,
     context: &GuestContext,
-    memory: &impl GuestMemory,
+    memory: &impl ReadsGuest,
 ) -> Result<(), GuestFailure> {
     let v = &View { fields, caps };
     conclude(state::activity_failure(v))?;

@@ -20,7 +20,7 @@ mod virtual_apic;
 
 pub use all::all_broken;
 pub use controls::{check_cached_controls, check_controls, check_live_controls, eptp_is_valid};
-pub use guest::{GuestContext, GuestMemory, check_guest, check_guest_beyond_hardware};
+pub use guest::{GuestContext, ReadsGuest, check_guest, check_guest_beyond_hardware};
 pub use host::{check_host, host_field_holds};
 pub use id::CheckId;
 pub use msr_load::{REFUSED, msr_load_failure};

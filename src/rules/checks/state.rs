@@ -4,7 +4,7 @@
 //! Pointer-Table Entries".
 
 use crate::addr::Gpa;
-use crate::rules::checks::guest::{GuestContext, GuestMemory, RFLAGS_IF, RFLAGS_TF, conclude, is_ia32e};
+use crate::rules::checks::guest::{GuestContext, RFLAGS_IF, RFLAGS_TF, ReadsGuest, conclude, is_ia32e};
 use crate::rules::checks::view::{CR0_PG, CR4_PAE, View, implies};
 use crate::rules::checks::{CheckId, GuestFailure};
 use crate::vmx::controls::{PinControls, SecondaryControls};
@@ -12,7 +12,9 @@ use crate::vmx::event::{EventKind, vector};
 use crate::vmx::field::PDPTES;
 use crate::vmx::region::REVISION;
 use crate::vmx::segment::AccessRights;
+use crate::vmx::state::activity::{ACTIVE, HLT, SHUTDOWN};
 use crate::vmx::{Field, Fields};
+use crate::x86::debug::{DEBUGCTL_BTF, PENDING_BS};
 
 /// The first rule that does not hold, link pointer and PDPTEs apart.
 pub(super) fn first_failure(v: &View<impl Fields>) -> Option<CheckId> {
@@ -50,10 +52,6 @@ pub(super) fn model_dependent_failure(v: &View<impl Fields>) -> Option<CheckId> 
 }
 
 // Activity state
-
-const ACTIVE: u64 = 0;
-const HLT: u64 = 1;
-const SHUTDOWN: u64 = 2;
 
 fn activity(v: &View<impl Fields>) -> bool {
     v.caps.misc.supports_activity(v.get(Field::GUEST_ACTIVITY_STATE))
@@ -138,11 +136,9 @@ fn blocking_enclave(v: &View<impl Fields>) -> bool {
 // Pending debug exceptions
 
 const PENDING_ENABLED_BREAKPOINT: u64 = 1 << 12;
-const PENDING_BS: u64 = 1 << 14;
 const PENDING_RTM: u64 = 1 << 16;
 /// Bits 10:4, 13, 15, 63:17; bit 11 (bus lock) is left to the processor.
 const PENDING_RESERVED: u64 = 0x7F0 | 1 << 13 | 1 << 15 | !0x1_FFFF;
-const DEBUGCTL_BTF: u64 = 1 << 1;
 
 fn pending_debug_reserved(v: &View<impl Fields>) -> bool {
     v.get(Field::GUEST_PENDING_DBG_EXCEPTIONS) & PENDING_RESERVED == 0
@@ -173,7 +169,7 @@ const SHADOW_VMCS: u32 = 1 << 31;
 pub(super) fn link_pointer(
     v: &View<impl Fields>,
     context: &GuestContext,
-    memory: &impl GuestMemory,
+    memory: &impl ReadsGuest,
 ) -> Result<(), GuestFailure> {
     let pointer = v.get(Field::VMCS_LINK_POINTER);
     if pointer == NO_LINK {
@@ -205,7 +201,7 @@ pub(super) fn uses_pae_paging(v: &View<impl Fields>) -> bool {
     paging && !is_ia32e(v)
 }
 
-pub(super) fn pdptes(v: &View<impl Fields>, memory: &impl GuestMemory) -> Result<(), GuestFailure> {
+pub(super) fn pdptes(v: &View<impl Fields>, memory: &impl ReadsGuest) -> Result<(), GuestFailure> {
     if !uses_pae_paging(v) {
         return Ok(());
     }

@@ -6,7 +6,7 @@
 use crate::addr::Gpa;
 use crate::rules::checks::controls::conclude;
 use crate::rules::checks::view::{View, implies};
-use crate::rules::checks::{CheckId, Failure, GuestMemory, first_failure};
+use crate::rules::checks::{CheckId, Failure, ReadsGuest, first_failure};
 use crate::vmx::controls::{ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::{Capabilities, Field, Fields};
 
@@ -100,7 +100,7 @@ fn tpr_threshold_reserved(v: &View<impl Fields>) -> bool {
 
 /// The rule that looks into the virtual-APIC page. With virtualized APIC accesses a task priority that is too low is no
 /// error: the entry is followed by an exit. The processor checks it on every entry; run this to explain its refusal.
-pub fn check_virtual_tpr(fields: &impl Fields, caps: &Capabilities, memory: &impl GuestMemory) -> Result<(), Failure> {
+pub fn check_virtual_tpr(fields: &impl Fields, caps: &Capabilities, memory: &impl ReadsGuest) -> Result<(), Failure> {
     let v = &View { fields, caps };
     let virtualizes_accesses = v.secondary().contains(SecondaryControls::VIRTUALIZE_APIC_ACCESSES);
     let fits = || {

@@ -2,12 +2,10 @@
 //! without ([ADR 0008](../../../docs/adr/0008-vmcs-in-memory.md)).
 
 use super::links::Links;
-use super::strategy::{
-    Common, Description, HostState, InfoFrom, MachineParts, Reached, Report, Strategy, VmxOperation,
-};
+use super::strategy::{Description, HostState, InfoFrom, Known, MachineParts, Reached, Report, Strategy, VmxOperation};
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
-use crate::vmcs::image::{Image, Layout};
+use crate::vmcs::image::{ImageLayout, VmcsImage};
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs02::HostRsp;
 use crate::vmcs::vmcs12::FieldSet;
@@ -16,13 +14,13 @@ use crate::vmx::{Field, FieldAccess};
 use l2_protocol::abi;
 
 pub(super) struct InMemory {
-    layout: Layout,
+    layout: ImageLayout,
     /// With VMCS shadowing for L2.
     links: Option<Links>,
 }
 
 impl InMemory {
-    pub(super) fn new(layout: Layout, links: Option<Links>) -> Self {
+    pub(super) fn new(layout: ImageLayout, links: Option<Links>) -> Self {
         Self { layout, links }
     }
 
@@ -34,7 +32,7 @@ impl InMemory {
     }
 
     #[inline(always)]
-    fn become_shadow(&self, phys: &DirectMap, slot: &mut Slot, common: &Common) {
+    fn become_shadow(&self, phys: &DirectMap, slot: &mut Slot, common: &Known) {
         if self.links.is_some() {
             let lend = self.to_lend(slot);
             slot.vmcs02.become_shadow_in_memory(phys, common.revision, lend);
@@ -71,7 +69,7 @@ impl Strategy for InMemory {
         }
     }
 
-    fn write_host_rsp(&self, on: MachineParts<'_>, slot: &mut Slot, _: Region, common: &Common) {
+    fn write_host_rsp(&self, on: MachineParts<'_>, slot: &mut Slot, _: Region, common: &Known) {
         if let Some(place) = self.to_lend(slot) {
             slot.vmcs02.lend_in_memory(on.vmx, on.phys, common.revision, place);
         }
@@ -87,7 +85,7 @@ impl Strategy for InMemory {
         self.layout.write(on.phys, slot.vmcs02.region(), field, value);
     }
 
-    fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+    fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         for field in slot.vmcs12.dirty.iter() {
             self.layout.write(on.phys, slot.vmcs02.region(), field, slot.vmcs12.get(field));
         }
@@ -96,7 +94,7 @@ impl Strategy for InMemory {
         self.become_shadow(on.phys, slot, common);
     }
 
-    fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+    fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         let (missing, vmcs02) = (common.exists.without(&slot.vmcs12.valid), slot.vmcs02.region());
         slot.vmcs12.fetch(missing, |field| self.layout.read(on.phys, vmcs02, field));
     }
@@ -106,7 +104,7 @@ impl Strategy for InMemory {
         slot.lends = false;
     }
 
-    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         slot.vmcs12.write_dirty(on.vmx, |field| {
             common.exists.contains(field) && (self.links.is_some() || !field.is_read_only())
         });
@@ -117,7 +115,7 @@ impl Strategy for InMemory {
         slot.vmcs12.valid = FieldSet::CACHED;
     }
 
-    fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+    fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         on.vmx.ptrld(on.vmcs01);
         self.become_shadow(on.phys, slot, common);
     }
@@ -127,11 +125,11 @@ impl Strategy for InMemory {
         &self,
         on: MachineParts<'_>,
         slot: &mut Slot,
-        common: &Common,
+        common: &Known,
         report: Option<Report>,
         mut to: impl HostState,
     ) {
-        let image = |region: Region| Image { layout: &self.layout, phys: on.phys, region };
+        let image = |region: Region| VmcsImage { layout: &self.layout, phys: on.phys, region };
         if self.links.is_none() {
             slot.vmcs12.valid = FieldSet::CACHED;
             if let Some(report) = report {

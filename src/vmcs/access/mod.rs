@@ -10,7 +10,7 @@ mod shadowed;
 mod strategy;
 mod trapped;
 
-use super::image::Layout;
+use super::image::ImageLayout;
 use super::slot::Slot;
 use super::vmcs12::{FieldSet, Vmcs12};
 use crate::addr::Hpa;
@@ -21,8 +21,8 @@ use in_memory::InMemory;
 use l2_protocol::abi;
 pub use links::Links;
 use shadowed::Shadowed;
-use strategy::{Common, Strategy};
 pub use strategy::{Description, ExitTakes, HostState, InfoFrom, MachineParts, Reached, Report, VmxOperation};
+use strategy::{Known, Strategy};
 use trapped::Trapped;
 
 #[expect(clippy::large_enum_variant, reason = "each processor has one, and there is no heap")]
@@ -35,7 +35,7 @@ enum Way {
 /// The strategy that was chosen at start.
 pub struct VmcsAccess {
     way: Way,
-    common: Common,
+    common: Known,
 }
 
 macro_rules! by {
@@ -51,7 +51,13 @@ macro_rules! by {
 impl VmcsAccess {
     /// As the machine has it: with a layout VMCSs that are not current are edited in memory. `links` is used if L2 is to reach
     /// fields by VMCS shadowing.
-    pub fn new(strategy: abi::Strategy, layout: Option<Layout>, links: Links, exists: FieldSet, revision: u32) -> Self {
+    pub fn new(
+        strategy: abi::Strategy,
+        layout: Option<ImageLayout>,
+        links: Links,
+        exists: FieldSet,
+        revision: u32,
+    ) -> Self {
         let links = match strategy {
             abi::Strategy::ZeroCopy => Some(links),
             abi::Strategy::Trapped => None,
@@ -61,7 +67,7 @@ impl VmcsAccess {
             (None, Some(links)) => Way::Shadowed(Shadowed::new(links)),
             (None, None) => Way::Trapped(Trapped),
         };
-        Self { way, common: Common { exists, revision } }
+        Self { way, common: Known { exists, revision } }
     }
 
     /// The processor has this field.

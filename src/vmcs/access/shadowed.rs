@@ -2,7 +2,7 @@
 
 use super::links::Links;
 use super::strategy::{
-    Common, Description, ExitTakes, HostState, MachineParts, Reached, Report, Strategy, VmxOperation, on_vmcs02,
+    Description, ExitTakes, HostState, Known, MachineParts, Reached, Report, Strategy, VmxOperation, on_vmcs02,
 };
 use crate::addr::Hpa;
 use crate::hw::vmx::{Region, Vmx};
@@ -47,7 +47,7 @@ impl Strategy for Shadowed {
         }
     }
 
-    fn write_host_rsp(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, _: &Common) {
+    fn write_host_rsp(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, _: &Known) {
         if let Some(value) = slot.host_rsp_to_lend() {
             on.vmx.ptrld(slot.vmcs02.region());
             slot.vmcs02.lend(on.vmx, on.phys, value);
@@ -64,7 +64,7 @@ impl Strategy for Shadowed {
         on_vmcs02(on.vmx, slot, current, |vmx| vmx.write(field, value & field.mask()));
     }
 
-    fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+    fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         slot.vmcs02.rest(on.vmx, on.phys, common.revision);
         on.vmx.ptrld(slot.vmcs02.region());
         slot.vmcs12.write_dirty(on.vmx, |field| common.exists.contains(field));
@@ -72,7 +72,7 @@ impl Strategy for Shadowed {
         on.vmx.ptrld(on.vmcs01);
     }
 
-    fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+    fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         on.vmx.ptrld(slot.vmcs02.region());
         slot.vmcs12.fetch_missing(on.vmx, &common.exists);
         on.vmx.ptrld(on.vmcs01);
@@ -83,7 +83,7 @@ impl Strategy for Shadowed {
         slot.lends = false;
     }
 
-    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         slot.vmcs12.write_dirty(on.vmx, |field| common.exists.contains(field));
         slot.vmcs12.valid = FieldSet::CACHED;
     }
@@ -97,7 +97,7 @@ impl Strategy for Shadowed {
     }
 
     #[inline(always)]
-    fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+    fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         let host_rsp = slot.host_rsp_to_lend();
         slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision, host_rsp, &on.vmcs01);
     }
@@ -107,7 +107,7 @@ impl Strategy for Shadowed {
         &self,
         on: MachineParts<'_>,
         slot: &mut Slot,
-        common: &Common,
+        common: &Known,
         report: Option<Report>,
         mut to: impl HostState,
     ) {

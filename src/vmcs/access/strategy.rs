@@ -143,7 +143,7 @@ pub(super) trait Strategy {
     fn lend(&mut self, _: &mut Vmx, _slot: &mut Slot) {}
 
     /// VMWRITE of HOST_RSP, which is in the copy already: if it is lent, it goes to where L2 finds it. The VMCS at `current` is current.
-    fn write_host_rsp(&self, _: MachineParts<'_>, _slot: &mut Slot, _current: Region, _: &Common) {}
+    fn write_host_rsp(&self, _: MachineParts<'_>, _slot: &mut Slot, _current: Region, _: &Known) {}
 
     /// VMREAD of a field that is not in the copy. The VMCS at `current` is current.
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field) -> u64;
@@ -152,29 +152,29 @@ pub(super) trait Strategy {
     fn write(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field, value: u64);
 
     /// The copy was loaded from L2's memory, all of it.
-    fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common);
+    fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
 
     /// The copy is to be stored to L2's memory, all of it.
-    fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common);
+    fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
 
     /// It was stored, and the vmcs12 is inactive.
     fn stored(&self, slot: &mut Slot);
 
     /// vmcs02, which is current now, gets what L2 wrote.
-    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common);
+    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
 
     /// The copy was filled with what only vmcs02 has, for a look at the whole: L2 may change that again without an exit.
     fn looked_at(&self, slot: &mut Slot);
 
     /// From vmcs02, which is current, back to vmcs01, without an exit of L3.
-    fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common);
+    fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
 
     /// An exit of L3 goes to L2: from vmcs02, which is current, to vmcs01, which gets L2's state.
-    fn exit(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common, report: Option<Report>, to: impl HostState);
+    fn exit(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known, report: Option<Report>, to: impl HostState);
 }
 
 /// What all strategies know.
-pub(super) struct Common {
+pub(super) struct Known {
     /// Fields that the processor has.
     pub(super) exists: FieldSet,
     /// Its revision identifier.

@@ -1,6 +1,6 @@
 //! Each access of L2 exits: the copy answers what it has, and keeps what L2 writes until the next entry.
 
-use super::strategy::{Common, Description, HostState, MachineParts, Reached, Report, Strategy, on_vmcs02};
+use super::strategy::{Description, HostState, Known, MachineParts, Reached, Report, Strategy, on_vmcs02};
 use crate::hw::vmx::Region;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
@@ -40,9 +40,9 @@ impl Strategy for Trapped {
         slot.vmcs12.written(field, value);
     }
 
-    fn load(&self, _: MachineParts<'_>, _: &mut Slot, _: &Common) {}
+    fn load(&self, _: MachineParts<'_>, _: &mut Slot, _: &Known) {}
 
-    fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+    fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         on.vmx.ptrld(slot.vmcs02.region());
         slot.vmcs12.fetch_missing(on.vmx, &common.exists);
         on.vmx.ptrld(on.vmcs01);
@@ -50,19 +50,19 @@ impl Strategy for Trapped {
 
     fn stored(&self, _: &mut Slot) {}
 
-    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Common) {
+    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         // Exit information stays in the copy: not every processor can VMWRITE it.
         slot.vmcs12.write_dirty(on.vmx, |field| common.exists.contains(field) && !field.is_read_only());
     }
 
     fn looked_at(&self, _: &mut Slot) {}
 
-    fn leave(&self, on: MachineParts<'_>, _: &mut Slot, _: &Common) {
+    fn leave(&self, on: MachineParts<'_>, _: &mut Slot, _: &Known) {
         on.vmx.ptrld(on.vmcs01);
     }
 
     #[inline(never)]
-    fn exit(&self, on: MachineParts<'_>, slot: &mut Slot, _: &Common, report: Option<Report>, mut to: impl HostState) {
+    fn exit(&self, on: MachineParts<'_>, slot: &mut Slot, _: &Known, report: Option<Report>, mut to: impl HostState) {
         slot.vmcs12.valid = FieldSet::CACHED;
         for field in HOT {
             let value = on.vmx.read(field);

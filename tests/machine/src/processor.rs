@@ -10,7 +10,7 @@ use crate::second::{controls, guest as guest_rules, host};
 use nvmx::addr::{Gpa, Hpa};
 use nvmx::hw::phys::DirectMap;
 use nvmx::mm::{self, PhysMem};
-use nvmx::rules::checks::{CheckId, GuestMemory};
+use nvmx::rules::checks::{CheckId, ReadsGuest};
 use nvmx::vmx::field::{Area, PDPTES};
 use nvmx::vmx::{Capabilities, Field, Field::*, Fields};
 use std::collections::BTreeMap;
@@ -172,7 +172,7 @@ pub fn registers() -> impl Iterator<Item = Field> {
 /// Physical memory for the rules.
 pub struct Physical<'a>(pub &'a DirectMap);
 
-impl GuestMemory for Physical<'_> {
+impl ReadsGuest for Physical<'_> {
     fn read_u32(&self, address: Gpa) -> Option<u32> {
         Some(self.0.read_u32(Hpa::new(address.get())))
     }

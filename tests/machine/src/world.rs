@@ -8,7 +8,7 @@ use nvmx::addr::{Gpa, Hpa};
 use nvmx::boot::guest_image::{Protocol, Start};
 use nvmx::boot::layout::Layout;
 use nvmx::boot::options::Vmcs;
-use nvmx::boot::requirements::Processor as About;
+use nvmx::boot::requirements::FoundProcessor as About;
 use nvmx::boot::{CpuList, Options};
 use nvmx::cpu::Cpu;
 use nvmx::guest::initial;
