@@ -8,6 +8,8 @@ use core::fmt;
 
 /// Bytes in a small page.
 pub const PAGE_SIZE: u64 = 4096;
+/// Bytes of a mebibyte.
+pub const MIB: u64 = 1 << 20;
 
 macro_rules! address {
     ($(#[$doc:meta])* $name:ident) => {

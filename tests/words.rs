@@ -156,9 +156,15 @@ fn a_bool_is_found_among_arguments_alone() {
     assert_eq!(found("f(a, g(b), true)").as_deref(), Some("f"));
     assert_eq!(found("x.walk(\n    true,\n    b,\n)").as_deref(), Some("walk"));
     assert_eq!(found("a::Kind::of(true)").as_deref(), Some("a::Kind::of"));
-    for text in
-        ["(a, true) = b", "match (x, true) { .. }", "set_x(true)", "[true, false]", "S { a: true }", "Some(true)"]
-    {
+    for text in [
+        "(a, true) = b",
+        "match (x, true) { .. }",
+        "if let (Some(a), true) = b",
+        "set_x(true)",
+        "[true, false]",
+        "S { a: true }",
+        "Some(true)",
+    ] {
         assert_eq!(found(text), None, "{text}");
     }
 }

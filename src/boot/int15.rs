@@ -6,11 +6,10 @@
 //! Source: ACPI specification, "System Address Map Interfaces" ("INT 15H, E820H"); E801h and 88h as firmware of PCs has them.
 
 use crate::{
-    addr::{Gpa, PAGE_SIZE},
+    addr::{Gpa, MIB, PAGE_SIZE},
     mm::{GuestMemory, MemoryMap, PhysMem, Span, map::MOST_TOLD, map::RangeKind},
 };
 
-const MIB: u64 = 1 << 20;
 /// The interrupt vector: offset and segment.
 const VECTOR: Gpa = Gpa::new(0x15 * 4);
 /// The BIOS data area's word: KiB of memory below 640 KiB.

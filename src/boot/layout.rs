@@ -5,11 +5,10 @@
 
 use core::fmt;
 
-use crate::addr::PAGE_SIZE;
+use crate::addr::{MIB, PAGE_SIZE};
 use crate::mm::frames::MAX_FRAMES;
 use crate::mm::{MemoryMap, Span, map::RangeKind};
 
-const MIB: u64 = 1 << 20;
 const ALIGN: u64 = 2 * MIB;
 /// Nothing of nvmx above it.
 const LIMIT: u64 = 1 << 32;

@@ -283,7 +283,7 @@ mod tests {
                 (7, 1) => CpuIdResult { eax, ebx: 0, ecx: 0, edx: 0 },
                 _ => CpuIdResult { eax: 0, ebx: 0, ecx: 0, edx: 0 },
             };
-            let (processor, _) = Processor::examine(&CpuId::with_cpuid_reader(leaves), |_| 0);
+            let (processor, _) = FoundProcessor::examine(&CpuId::with_cpuid_reader(leaves), |_| 0);
             assert_eq!(processor.vmx.cr3_flags, flags, "{eax:#x}");
         }
     }

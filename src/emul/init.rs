@@ -16,9 +16,7 @@ use crate::vmcs::once::Once;
 use crate::vmcs::vpid::VPID01;
 use crate::vmx::Field;
 use crate::vmx::segment::Segment;
-
-/// Activity state: wait-for-SIPI.
-const WAIT_FOR_SIPI: u64 = 3;
+use crate::vmx::state::activity::WAIT_FOR_SIPI;
 
 /// INIT exit of L2; vmcs01 is current.
 #[cold]

@@ -80,7 +80,7 @@ pub fn convert(cpu: &mut Cpu, id: SlotId, qualification: Qualification) -> Resul
         return Ok(true);
     }
     let unblocked = qualification.contains(Qualification::NMI_UNBLOCKING);
-    let info = event.0 | if unblocked { EventInfo::NMI_UNBLOCKING } else { 0 };
+    let info = event.0 | if unblocked { EventInfo::IRET_UNBLOCKED_NMIS } else { 0 };
     reflect::exception(cpu, id, info, None, 0)?;
     Ok(true)
 }

@@ -60,7 +60,7 @@ impl EventInfo {
     /// Bit 11: there is an error code, in a field of its own.
     pub const ERROR_CODE: u32 = 1 << 11;
     /// Bit 12 of the VM-exit field: an IRET had unblocked NMIs.
-    pub const NMI_UNBLOCKING: u32 = 1 << 12;
+    pub const IRET_UNBLOCKED_NMIS: u32 = 1 << 12;
     /// Bit 31: the field holds an event.
     pub const VALID: u32 = 1 << 31;
     /// Bits that must be 0 on VM entry.
