@@ -6,7 +6,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU32, Ordering};
 use loom::thread;
 use nvmx::sync::Word;
-use nvmx::sync::line_lock::{LineLock, Turn};
+use nvmx::sync::line_lock::{LineLock, LineTurn};
 use nvmx::sync::start::Start;
 
 struct Modelled(AtomicU32);
@@ -63,22 +63,22 @@ impl Line {
     /// A line of the log, as `hw::serial` writes it: false if this processor must stop.
     fn log(&self, me: u32) -> bool {
         match self.lock.lock(me, PATIENCE) {
-            Turn::Held => self.write(me),
-            Turn::Through => panic!("nobody dies here"),
-            Turn::Never => return false,
+            LineTurn::Held => self.write(me),
+            LineTurn::Through => panic!("nobody dies here"),
+            LineTurn::Never => return false,
         }
         true
     }
 
     /// Dies, as `hw::epitaph` does: true if the epitaph was written.
     fn die(&self, me: u32) -> bool {
-        if self.lock.die(me) == Turn::Never {
+        if self.lock.die(me) == LineTurn::Never {
             return false;
         }
         let turn = self.lock.lock(me, PATIENCE);
-        assert_ne!(turn, Turn::Never, "the one that dies stops before its epitaph");
+        assert_ne!(turn, LineTurn::Never, "the one that dies stops before its epitaph");
         self.epitaphs.fetch_add(1, Ordering::Relaxed);
-        if turn == Turn::Held {
+        if turn == LineTurn::Held {
             self.write(me);
         }
         true
@@ -144,14 +144,14 @@ fn a_holder_that_dies_in_mid_line_or_stops_for_good_holds_up_nobody() {
     let tried = model(3, || {
         let line = Line::new();
         // Processor 2 stops with the lock in its hand: hit by an exception after processor 1 began to die.
-        assert_eq!(line.lock.lock(2, PATIENCE), Turn::Held);
+        assert_eq!(line.lock.lock(2, PATIENCE), LineTurn::Held);
         let other = line.clone();
         let second = thread::spawn(move || other.lock.die(2));
         let first = line.lock.die(1);
         let second = second.join().unwrap();
-        assert!((first == Turn::Never) != (second == Turn::Never));
-        let dying = if first == Turn::Never { 2 } else { 1 };
-        assert_eq!(line.lock.lock(dying, PATIENCE), Turn::Through);
+        assert!((first == LineTurn::Never) != (second == LineTurn::Never));
+        let dying = if first == LineTurn::Never { 2 } else { 1 };
+        assert_eq!(line.lock.lock(dying, PATIENCE), LineTurn::Through);
     });
     assert!(tried > 1, "{tried}");
 }

@@ -13,6 +13,7 @@ use crate::rules::hidden::CpuidRegister::{Eax, Ebx, Ecx, Edx};
 use crate::rules::hidden::{EMPTY, shown};
 use crate::vmcs::access::Description;
 use crate::vmx::Field;
+use crate::vmx::segment::AccessRights;
 use crate::x86::{Cr4, cpuid};
 use l2_protocol::abi::{
     BELOW, Counter, FRAMES_FREE, INTERFACE_VERSION, LEAF_COUNTERS, LEAF_CPUS, LEAF_INTERFACE, LEAF_MAX, LEAF_REFUSAL,
@@ -35,7 +36,7 @@ const CR4_OSXSAVE: u64 = Cr4::OSXSAVE.bits();
 const CR4_PKE: u64 = Cr4::PKE.bits();
 const CR4_KL: u64 = Cr4::KL.bits();
 /// Access rights of SS: the privilege level.
-const SS_DPL: u64 = 0b11 << 5;
+const SS_DPL: u64 = AccessRights::DPL as u64;
 
 /// Handles a CPUID exit of L2.
 #[inline(always)]

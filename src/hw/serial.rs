@@ -19,7 +19,7 @@ use crate::{
         halt::halt,
         port::{inb, outb},
     },
-    sync::line_lock::{LineLock, Turn},
+    sync::line_lock::{LineLock, LineTurn},
 };
 
 /// Registers behind the data register.
@@ -158,7 +158,7 @@ pub fn drain() {
 
 /// nvmx is about to end, on this processor: the others write nothing any more. Does not return if another one was first.
 pub(crate) fn dying() {
-    if LINE.die(me()) == Turn::Never {
+    if LINE.die(me()) == LineTurn::Never {
         halt();
     }
 }
@@ -176,14 +176,14 @@ fn me() -> u32 {
 /// Runs `write` with the port to itself.
 fn line(write: impl FnOnce(&mut Port) -> fmt::Result) {
     let turn = LINE.lock(me(), PATIENCE);
-    if turn == Turn::Never {
+    if turn == LineTurn::Never {
         halt();
     }
     // The port itself never fails; a `Display` that does has already shown what it could.
     ready_to_send(|port| {
         let _ = write(port);
     });
-    if turn == Turn::Held {
+    if turn == LineTurn::Held {
         LINE.unlock();
     }
 }

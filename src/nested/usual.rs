@@ -18,11 +18,12 @@ use crate::vmx::Field;
 use crate::vmx::controls::{ExitControls, PinControls, SecondaryControls};
 use crate::vmx::exit::ExitReason;
 use crate::vmx::region::NO_LINK;
+use crate::vmx::segment::AccessRights;
+use crate::vmx::state::interruptibility;
 use l2_protocol::abi::Counter;
 
-const BLOCKING_BY_MOV_SS: u64 = 1 << 1;
 /// Access rights of SS: the privilege level.
-const SS_DPL: u64 = 0b11 << 5;
+const SS_DPL: u64 = AccessRights::DPL as u64;
 
 /// Finds out whether entries and exits of a vmcs12 take more than the usual. Its vmcs02 is current and ready to be entered.
 #[cold]
@@ -96,7 +97,7 @@ pub fn resume(cpu: &mut Cpu) -> bool {
     let ready = cpu.ept02.ready(Eptp::new(eptp12)).is_some_and(|eptp02| slot.vmcs02.is_on(eptp02))
         && cpu.nested.vpids.lookup(vpid12).is_some_and(|vpid02| slot.vmcs02.has_vpid(vpid02));
     let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
-    if !ready || blocking & BLOCKING_BY_MOV_SS != 0 || cpu.vmx.read(Field::GUEST_SS_AR_BYTES) & SS_DPL != 0 {
+    if !ready || blocking & interruptibility::MOV_SS != 0 || cpu.vmx.read(Field::GUEST_SS_AR_BYTES) & SS_DPL != 0 {
         return false;
     }
     cpu.nested.blocking01 = blocking;

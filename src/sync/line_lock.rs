@@ -21,7 +21,7 @@ pub struct LineLock<W> {
 /// What [`LineLock::lock`] and [`LineLock::die`] decided.
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Turn {
+pub enum LineTurn {
     /// The line is the caller's: to be given back by [`LineLock::unlock`].
     Held,
     /// The caller dies and did not get the lock: it writes without it.
@@ -37,17 +37,17 @@ impl<W: Word> LineLock<W> {
     }
 
     /// Waits for the line, as processor `me`; a dying one looks `patience` times.
-    pub fn lock(&self, me: u32, patience: u32) -> Turn {
+    pub fn lock(&self, me: u32, patience: u32) -> LineTurn {
         let mut left = patience;
         loop {
             let dying = self.dying.load();
             if dying != 0 && dying != me {
-                return Turn::Never;
+                return LineTurn::Never;
             }
             match self.holder.compare_exchange(0, me) {
                 // Somebody may have begun to die since: then this line is the last but the epitaph.
-                0 => return Turn::Held,
-                holder if dying == me && (holder == me || left == 0) => return Turn::Through,
+                0 => return LineTurn::Held,
+                holder if dying == me && (holder == me || left == 0) => return LineTurn::Through,
                 _ => {}
             }
             left = left.saturating_sub(1);
@@ -60,13 +60,13 @@ impl<W: Word> LineLock<W> {
         self.holder.store(0);
     }
 
-    /// Processor `me` begins to die: [`Turn::Through`] for the first one, which may write its epitaph, and
-    /// [`Turn::Never`] for one that comes later.
-    pub fn die(&self, me: u32) -> Turn {
+    /// Processor `me` begins to die: [`LineTurn::Through`] for the first one, which may write its epitaph, and
+    /// [`LineTurn::Never`] for one that comes later.
+    pub fn die(&self, me: u32) -> LineTurn {
         match self.dying.compare_exchange(0, me) {
-            0 => Turn::Through,
-            who if who == me => Turn::Through,
-            _ => Turn::Never,
+            0 => LineTurn::Through,
+            who if who == me => LineTurn::Through,
+            _ => LineTurn::Never,
         }
     }
 

@@ -80,6 +80,8 @@ pub struct AccessRights(pub u32);
 impl AccessRights {
     /// Bit 16: the segment is unusable.
     pub const UNUSABLE: u32 = 1 << 16;
+    /// Bits 6:5: the privilege level of the descriptor; of SS, the CPL.
+    pub const DPL: u32 = in_rights(Flags::DPL_RING_3);
     /// Data of 64 KiB, as after a reset.
     pub const DATA_16: Self = Self(WRITABLE_DATA as u32);
     /// Flat data.
