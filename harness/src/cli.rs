@@ -501,6 +501,10 @@ pub struct TestArgs {
     #[arg(long, value_name = "TEXT")]
     pub exclude: Vec<String>,
 
+    /// Also boot tests that take many minutes each; one that is named runs without it
+    #[arg(long)]
+    pub long: bool,
+
     /// Only a share of the boot tests: K of N, for N machines that together run each once
     #[arg(long, value_name = "K/N")]
     pub shard: Option<Shard>,

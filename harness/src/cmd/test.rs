@@ -38,6 +38,7 @@ pub fn run(ui: &Ui, args: &TestArgs) -> Result<()> {
         contains: args.filter.clone(),
         exact: args.exact.clone(),
         exclude: args.exclude.clone(),
+        long: args.long,
         shard: args.shard,
     };
     let json = args.json.as_deref().map(Output::prepare).transpose()?;

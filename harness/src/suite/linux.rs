@@ -60,6 +60,7 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let name =
         "Linux with KVM on 2 CPUs that starts another kernel while its guest works sees what it sees with KVM alone";
     case(name, pair("linux-kexec"), same());
+    suite.long.insert(name.into());
     let fast: Judge = Box::new(|o| boots_as_fast(o[0], o[1]));
     case("Linux takes under nvmx to its init what it takes alone", pair("linux"), fast);
     let name =

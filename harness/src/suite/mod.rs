@@ -29,7 +29,7 @@ use crate::session::Session;
 use crate::transcript::view::{Show, View};
 use anyhow::Result;
 use nvmx_setup::proc;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -57,6 +57,8 @@ pub struct Suite {
     pub backends: BTreeMap<String, Arc<dyn Backend + Send>>,
     /// In the order of the report
     pub cases: Vec<Case>,
+    /// Cases that run only if they are asked for, by name or all of them: they take longer than what they tell is worth each time
+    pub long: BTreeSet<String>,
     /// Of cases by name: what is set up for them beside the machine and the images
     pub topics: BTreeMap<String, &'static str>,
 }

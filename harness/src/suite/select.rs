@@ -13,6 +13,8 @@ pub struct Selection {
     pub exact: Vec<String>,
     /// Without any of these in the name
     pub exclude: Vec<String>,
+    /// Those that take long too
+    pub long: bool,
     /// Of those, a share
     pub shard: Option<Shard>,
 }
@@ -35,7 +37,10 @@ impl Selection {
 impl Suite {
     /// Keeps the cases that are selected, and their boots.
     pub fn select(&mut self, selection: &Selection) {
-        self.cases.retain(|case| selection.has(&case.name));
+        let named = !(selection.contains.is_empty() && selection.exact.is_empty());
+        let long = &self.long;
+        let wanted = |name: &str| selection.has(name) && (selection.long || named || !long.contains(name));
+        self.cases.retain(|case| wanted(&case.name));
         if let Some(shard) = selection.shard {
             let mine: BTreeSet<String> = shares(&self.cases, shard.of).swap_remove(shard.number - 1);
             self.cases.retain(|case| mine.contains(&case.name));
@@ -124,6 +129,18 @@ mod tests {
         assert_eq!(exact.unknown(&suite(&CASES)), ["pass"]);
         let but = Selection { contains: of(&["passes"]), exclude: of(&["a "]), ..Default::default() };
         assert_eq!(names(&but), ["c passes", "d passes"]);
+    }
+
+    #[test]
+    fn what_takes_long_runs_only_if_it_is_asked_for() {
+        let run = |selection: &Selection| {
+            let mut suite = suite(&CASES);
+            suite.long.insert("c passes".into());
+            suite.select(selection);
+            suite.cases.iter().any(|case| case.name == "c passes")
+        };
+        assert!(!run(&Selection::default()) && run(&Selection { long: true, ..Default::default() }));
+        assert!(run(&Selection { contains: vec!["c pass".into()], ..Default::default() }));
     }
 
     #[test]

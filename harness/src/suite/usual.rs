@@ -43,20 +43,17 @@ pub fn alone(session: &Session) -> Result<Suite> {
 }
 
 fn add_on(suite: &mut Suite, session: &Session, below: Option<&Arc<dyn Backend + Send>>) -> Result<()> {
-    let mut boot = |name: String, cpus: u32, spec: Result<Spec>| {
-        let with_cpus = |mut spec: Spec| {
-            spec.machine.cpus = cpus;
-            Spec { name: name.clone(), timeout: LONG, ..spec }
-        };
-        suite.boots.insert(name.clone(), spec.map(with_cpus).map_err(|e| format!("{e:#}")));
+    let mut boot = |name: String, spec: Result<Spec>| {
+        let named = |spec| Spec { name: name.clone(), timeout: LONG, ..spec };
+        suite.boots.insert(name.clone(), spec.map(named).map_err(|e| format!("{e:#}")));
         if let Some(below) = below {
             suite.backends.insert(name.clone(), Arc::clone(below));
         }
         name
     };
     let mut cases: Vec<(String, Vec<String>, Judge)> = Vec::new();
-    let medians = boot("usual-cascade".into(), 1, session.nested("cascade", MEDIANS, Fields::Auto));
-    let alone = boot("usual-cascade-bare".into(), 1, session.bare("cascade", MEDIANS));
+    let medians = boot("usual-cascade".into(), session.nested("cascade", MEDIANS, Fields::Auto));
+    let alone = boot("usual-cascade-bare".into(), session.bare("cascade", MEDIANS));
     let judge: Judge = Box::new(|o| compare::agree(o[0], o[1]).and_then(|()| has_medians(o[1])));
     cases.push((
         "KVM, nvmx, cascade: records are those with one KVM less, and costs are medians of brackets".into(),
@@ -65,18 +62,14 @@ fn add_on(suite: &mut Suite, session: &Session, below: Option<&Arc<dyn Backend +
     ));
     let linux = session.linux(Kernel::Newest, false)?;
     let job = Job::parse("vmm=own").map_err(anyhow::Error::msg)?;
-    for (cpus, name, words) in [(1, "usual", ""), (2, "usual-2", " on 2 CPUs")] {
-        let mut machine = session.machine.clone();
-        machine.cpus = cpus;
-        let bare = linux.bare(&session.work("linux"), name, &job, &machine)?;
-        let nested = session.under_nvmx(&bare, String::new(), &session.options_with_counters(Fields::Auto));
-        let boots = vec![boot(format!("{name}-bare"), cpus, Ok(bare)), boot(format!("{name}-nvmx"), cpus, Ok(nested))];
-        let judge: Judge = Box::new(|o| same_but_for_the_machine(o[0], o[1]).and_then(|()| has_apicv(o[0], o[1])));
-        cases.push((format!("{STACK}{words}: all see what they see with one KVM less"), boots.clone(), judge));
-        if cpus == 1 && session.backend.unit() == Unit::Instructions {
-            let judge: Judge = Box::new(|o| adds_little(o[0], o[1]));
-            cases.push((format!("{STACK}: nvmx adds no more than a quarter to the boot"), boots, judge));
-        }
+    let bare = linux.bare(&session.work("linux"), "usual", &job, &session.machine)?;
+    let nested = session.under_nvmx(&bare, String::new(), &session.options_with_counters(Fields::Auto));
+    let boots = vec![boot("usual-bare".into(), Ok(bare)), boot("usual-nvmx".into(), Ok(nested))];
+    let judge: Judge = Box::new(|o| same_but_for_the_machine(o[0], o[1]).and_then(|()| has_apicv(o[0], o[1])));
+    cases.push((format!("{STACK}: all see what they see with one KVM less"), boots.clone(), judge));
+    if session.backend.unit() == Unit::Instructions {
+        let judge: Judge = Box::new(|o| adds_little(o[0], o[1]));
+        cases.push((format!("{STACK}: nvmx adds no more than a quarter to the boot"), boots, judge));
     }
     suite.cases.extend(cases.into_iter().map(|(name, boots, judge)| Case { name, boots, judge }));
     Ok(())

@@ -95,7 +95,11 @@ fn place(entry: &mut kvm_cpuid_entry2, id: u32, cpus: u32) {
                 (entry.eax, entry.ebx) = match entry.index {
                     0 => (0, 1),
                     1 => (cpus.next_power_of_two().trailing_zeros(), cpus),
-                    _ => (0, 0),
+                    _ => {
+                        // No level: only the index stays.
+                        entry.ecx &= 0xFF;
+                        (0, 0)
+                    }
                 };
             }
         }
