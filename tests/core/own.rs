@@ -3,6 +3,7 @@
 use crate::kit::*;
 use l2_protocol::abi::{self, Counter};
 use nvmx::trace::KillReason;
+use nvmx_machine::exits::OPERAND;
 use nvmx_machine::guest::{Guest, Op, Outcome};
 use nvmx_machine::processor::Exit;
 use nvmx_machine::world::{End, OWN, agree};
@@ -318,5 +319,30 @@ fn a_protection_key_keeps_the_supervisor_off_an_operand() {
         g.set(GUEST_CR4, cr4);
         assert!(!matches!(g.run(Op::Vmptrst).await, Outcome::Event(_)), "keys are off");
         g.core().pkru = 0;
+    });
+}
+
+/// DR7 enables two breakpoints: 0 on writes of the operand's first byte, 1 on reads and writes of its upper half. The operand is in
+/// memory, nvmx accesses it, and the trap is L2's (SDM vol. 3B, "Debug Registers"; vol. 3C, "Format of Pending-Debug-Exceptions").
+#[test]
+fn data_breakpoints_on_an_operand_trap_behind_the_instruction() {
+    const ENABLED: u64 = 1 << 12;
+    everywhere(|g| async move {
+        hypervisor(&g, &[]).await;
+        g.core().dr[..2].copy_from_slice(&[OPERAND, OPERAND + 4]);
+        for (dr7, load, store) in [
+            (0x400, 0, 0),
+            (0x400 | 0b01 << 16 | 0b1111 << 20, 0, 0),
+            (0x400 | 0b101 | 0b01 << 16 | 0b1111 << 20, ENABLED | 0b10, ENABLED | 0b11),
+            (0x400 | 0b001 | 0b01 << 16 | 0b1111 << 20, 0, ENABLED | 0b11),
+        ] {
+            g.set(GUEST_DR7, dr7);
+            for (op, pending) in [(Op::Vmptrld(VMCS), load), (Op::Vmptrst, store)] {
+                g.set(GUEST_PENDING_DBG_EXCEPTIONS, 0);
+                g.run(op).await;
+                assert_eq!(g.get(GUEST_PENDING_DBG_EXCEPTIONS), pending, "{op:?} with DR7 {dr7:#x}");
+            }
+        }
+        g.set(GUEST_DR7, 0x400);
     });
 }
