@@ -44,7 +44,7 @@ pub fn by_instruction(regs: &mut GuestRegs, launch: bool) -> Entered {
     // registers). 2. `ENTER` is one of two ways that restore RBX, RBP and RSP, and all else is named here: so no more is saved than the caller
     // uses. 3. `regs` is exclusively borrowed. 4. The image has no SSE.
     unsafe {
-        asm!("call qword ptr [rip + {enter}]", enter = sym ENTER, inout("rdi") regs => _, inout("rsi") u64::from(launch) => _,
+        asm!("call qword ptr [rip + {enter}]", enter = sym ENTER, inout("rdi") regs => _, inout("rsi") u64::from(!launch) => _,
             lateout("rax") code, out("rcx") _, out("rdx") _, out("r8") _, out("r9") _, out("r10") _, out("r11") _,
             out("r12") _, out("r13") _, out("r14") _, out("r15") _);
     }
@@ -56,7 +56,7 @@ fn not_entered(code: u64) -> Entered {
     if code == 1 { Entered::VmFail } else { Entered::Nmi }
 }
 
-// rdi = &GuestRegs, rsi = launch. Returns 0 exit, 1 VMfail, 2 NMI pending.
+// rdi = &GuestRegs, rsi = 0 for VMLAUNCH, else VMRESUME. Returns 0 exit, 1 VMfail, 2 NMI pending.
 //
 // The window between the look at the NMI flag and the entry must not lose an NMI: the NMI handler sees that it interrupted
 // the window and returns to nvmx_entry_window_bail instead. RSP is nvmx's own all through it.
@@ -102,7 +102,7 @@ global_asm!(
     "mov r15, [rdi + 8*15]",
     "mov rdi, [rdi + 8*7]",
     // 5. Go.
-    "jnz 2f",
+    "jz 2f",
     "vmresume",
     "jmp 3f",
     "2:",

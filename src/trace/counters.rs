@@ -34,12 +34,13 @@ struct Values {
 
 const RECENT: usize = 16;
 
-/// One of the last exits.
-#[derive(Clone, Copy)]
-struct Recent {
-    reason: u16,
-    ran: Ran,
-}
+/// One of the last exits in one word: its basic reason, and [`BY_NESTED`].
+type Recent = u32;
+
+/// It was L3's.
+const BY_NESTED: Recent = 1 << 16;
+/// There was none.
+const NO_EXIT: Recent = u32::MAX;
 
 impl Values {
     const fn new() -> Self {
@@ -118,13 +119,7 @@ impl Default for Counters {
 impl Counters {
     /// All zero.
     pub const fn new() -> Self {
-        Counters {
-            live: Values::new(),
-            snapshot: Values::new(),
-            recent: [Recent { reason: 0xFFFF, ran: Ran::Guest }; RECENT],
-            next: 0,
-            measures: true,
-        }
+        Counters { live: Values::new(), snapshot: Values::new(), recent: [NO_EXIT; RECENT], next: 0, measures: true }
     }
 
     /// The value now, of a counter that is no sum over exits.
@@ -172,7 +167,8 @@ impl Counters {
             Ran::Nested => self.live.nested_exits[slot] += 1,
             Ran::Guest => self.live.guest_exits[slot] += 1,
         }
-        self.recent[self.next % RECENT] = Recent { reason: reason.basic().0, ran };
+        let by = if ran == Ran::Nested { BY_NESTED } else { 0 };
+        self.recent[self.next % RECENT] = Recent::from(reason.basic().0) | by;
         self.next = self.next.wrapping_add(1);
     }
 
@@ -196,10 +192,12 @@ impl Counters {
 
     /// The last exits, oldest first: the reason, and who ran.
     pub fn recent(&self) -> impl Iterator<Item = (ExitReason, Ran)> + '_ {
-        (0..RECENT)
-            .map(move |i| self.recent[(self.next.wrapping_add(i)) % RECENT])
-            .filter(|r| r.reason != 0xFFFF)
-            .map(|r| (ExitReason(r.reason as u32), r.ran))
+        (0..RECENT).map(move |i| self.recent[(self.next.wrapping_add(i)) % RECENT]).filter(|exit| *exit != NO_EXIT).map(
+            |exit| {
+                let ran = if exit & BY_NESTED == 0 { Ran::Guest } else { Ran::Nested };
+                (ExitReason(exit & (BY_NESTED - 1)), ran)
+            },
+        )
     }
 }
 
