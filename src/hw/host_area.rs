@@ -49,7 +49,7 @@ pub fn write(vmx: &mut Vmx, regs: &mut GuestRegs) {
     vmx.host_rsp = regs.host_rsp();
 }
 
-/// Writes HOST_RSP of the current VMCS in order to find it in memory. What else its host-state area needs comes later, by [`write`], and
+/// Writes HOST_RSP of the current VMCS in order to find it in memory. What else its host-state area needs comes later, by [`write()`], and
 /// with it another HOST_RSP.
 pub fn try_host_rsp(vmx: &mut Vmx, value: u64) {
     vmx.write_host_state(Field::HOST_RSP, value);
