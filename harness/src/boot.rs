@@ -88,7 +88,7 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
             transcript.lines.push(line);
         }
     };
-    let mut code = None;
+    let (mut code, mut seen) = (None, 0);
     let (ended, mut machine) = loop {
         let status = child.poll()?;
         take(&mut followers, &mut transcript, &mut look, false);
@@ -105,7 +105,10 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
             finish(backend, spec, &mut child, folder.path());
             break (Ended::Halted, Vec::new());
         }
-        if last_word.is_none() && transcript.is_over() {
+        // What nvmx tells of its trace comes behind the last word.
+        let tells = transcript.lines.last().is_some_and(is_trace) && transcript.lines.len() > seen;
+        seen = transcript.lines.len();
+        if transcript.is_over() && (last_word.is_none() || tells) {
             last_word = Some((Instant::now(), used(&mut clock)));
         }
         if last_word.is_some_and(|since| lingers(since, used(&mut clock))) {
@@ -131,7 +134,8 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
     let folder = folder.keep();
     let _ = std::fs::remove_file(folder.join("boot.iso"));
     let used = clock.read();
-    let trace = record::read(spec, backend, &folder)?;
+    let trace = record::read(spec, backend, &folder, transcript.records())?;
+    transcript.lines.retain(|line| !is_trace(line));
     Ok(Outcome {
         name: spec.name.clone(),
         transcript,
@@ -144,6 +148,11 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
         folder,
         trace,
     })
+}
+
+/// Whether a line is of nvmx's own trace.
+fn is_trace(line: &Line) -> bool {
+    matches!(line, Line::Record(record) if record.kind == Kind::Trace)
 }
 
 /// Ends the machine; one whose exits are recorded gets the time to write them.

@@ -3,6 +3,7 @@
 use crate::backend::host::L0;
 use crate::shard::Shard;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use nvmx_setup::error::Stop;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -173,9 +174,18 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 
-    /// Record every VM exit of the boots in this file, for `./nvmx trace`: on Bochs, at no cost for guests
+    /// Record every VM exit of the boots in this file, for `./nvmx trace`
     #[arg(long, value_name = "FILE", conflicts_with = "watch")]
     pub trace: Option<PathBuf>,
+
+    /// Who records
+    #[command(flatten)]
+    pub recorder: Recorder,
+
+    /// Serve gdb: one boot that waits for it, and stops where LEVEL is entered first [default: L2]; docs/debugging.md
+    #[arg(long, value_name = "LEVEL", num_args = 0..=1, default_missing_value = "L2", value_parser = level,
+        conflicts_with_all = ["watch", "json", "trace", "report", "depth", "l1"])]
+    pub gdb: Option<u8>,
 
     /// Write a report: FILE.html, one page for a browser that needs nothing else, FILE.md or FILE.csv
     #[arg(long, value_name = "FILE", conflicts_with = "watch")]
@@ -184,6 +194,38 @@ pub struct RunArgs {
     /// The machine
     #[command(flatten)]
     pub l0: L0Args,
+}
+
+impl RunArgs {
+    /// Whether nvmx's own trace can be had of this run.
+    ///
+    /// # Errors
+    /// [`Stop::Usage`] if not.
+    pub fn of_one_nvmx(&self) -> Result<(), Stop> {
+        let text = "nvmx's own trace (--trace-by nvmx) is that of one nvmx: it works without --bare and --depth";
+        if self.bare || self.depth > 1 { Err(Stop::Usage(text.into())) } else { Ok(()) }
+    }
+}
+
+/// Who records exits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RecordedBy {
+    /// The emulator, all of them, at no cost for guests: our build of Bochs
+    Emulator,
+    /// nvmx itself in its memory, the last ones of each CPU, on any L0
+    Nvmx,
+}
+
+/// How exits are recorded.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Recorder {
+    /// Who records VM exits [default: the emulator where it can, else nvmx]
+    #[arg(long, value_enum)]
+    pub trace_by: Option<RecordedBy>,
+
+    /// How many exits of each CPU nvmx keeps
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub trace_keep: u32,
 }
 
 /// The views of a trace.
@@ -289,6 +331,10 @@ pub struct StatArgs {
     /// Show the table again and again while L2 runs
     #[arg(long)]
     pub live: bool,
+
+    /// Who records
+    #[command(flatten)]
+    pub recorder: Recorder,
 
     /// How L2's VMREAD and VMWRITE reach nvmx
     #[arg(long, value_enum, default_value = "auto")]
@@ -520,6 +566,10 @@ pub struct TestArgs {
     /// Write the results as JSON (docs/run-schema.md); `-` is standard output, which then has nothing else
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+
+    /// Record every VM exit of the boots, each in a file NAME.trace of this folder, for `./nvmx trace`
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["list", "host_only"])]
+    pub trace: Option<PathBuf>,
 
     /// List the boot tests that are selected, and stop; sets nothing up
     #[arg(long)]

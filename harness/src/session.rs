@@ -8,7 +8,7 @@ use crate::backend::linux::LinuxKvm;
 use crate::backend::xen::XenLinux;
 use crate::backend::{Backend, Machine, Payload, Protocol, Spec, StopAt, Work};
 use crate::boot;
-use crate::cli::{Explain, Fields, L0Args, RunArgs};
+use crate::cli::{Explain, Fields, L0Args, RecordedBy, Recorder, RunArgs};
 use crate::image::{self, Images, Wanted};
 use crate::trace::record;
 use crate::transcript::stack::StackLevel;
@@ -33,7 +33,15 @@ const SHORT: Duration = Duration::from_secs(120);
 /// As [`SHORT`].
 pub const LONG: Duration = Duration::from_secs(600);
 /// The "model" of a machine that has the host's CPU.
-const HOST_MODEL: &str = "host";
+pub const HOST_MODEL: &str = "host";
+
+/// Who records the exits of a session's boots.
+pub enum Recordings {
+    /// The emulator, in logs in this folder
+    Logs(TempDir),
+    /// nvmx, which keeps so many of each CPU
+    Told(u32),
+}
 
 /// A machine on which boots can be made.
 pub struct Session {
@@ -55,8 +63,8 @@ pub struct Session {
     pub bochs: Option<PathBuf>,
     /// nvmx tells what it refuses
     pub explain: bool,
-    /// Every exit is recorded, in this folder
-    pub recording: Option<TempDir>,
+    /// Exits are recorded
+    pub recording: Option<Recordings>,
     /// Nothing is set up and nothing can boot: boots are only named
     pub dry: bool,
 }
@@ -145,23 +153,40 @@ impl Session {
     /// ... with what `run` asks for: explanations, records of exits.
     ///
     /// # Errors
-    /// [`Stop::Usage`] if L0 records no exits.
+    /// [`Stop::Usage`] if nobody can record exits.
     pub fn of_run(self, args: &RunArgs) -> Result<Self> {
-        // A report shows exits where they can be recorded.
-        let own = self.backend.records() && self.bochs.is_none();
-        self.explaining(args.explain).recording(args.trace.is_some() || args.report.is_some() && own)
+        // A report shows exits where they cost nothing.
+        let wanted = args.trace.is_some() || args.report.is_some() && self.emulator_records();
+        let session = self.explaining(args.explain).recording(wanted, Some(&args.recorder))?;
+        if matches!(session.recording, Some(Recordings::Told(_))) {
+            args.of_one_nvmx()?;
+        }
+        Ok(session)
     }
 
-    /// ... in which every exit of each boot is recorded, or not.
+    /// Whether L0 itself records exits.
+    fn emulator_records(&self) -> bool {
+        self.backend.records() && self.bochs.is_none()
+    }
+
+    /// ... in which the exits of each boot are recorded, or not; by the emulator where it can, unless the user says otherwise.
     ///
     /// # Errors
-    /// [`Stop::Usage`] if L0 records none.
-    pub fn recording(self, wanted: bool) -> Result<Self> {
-        if wanted {
-            record::possible(self.backend.as_ref())?;
-        }
-        let folder = if wanted { Some(record::folder(&self.paths)?) } else { None };
-        Ok(Session { recording: folder, ..self })
+    /// [`Stop::Usage`] if the emulator is to and cannot.
+    pub fn recording(self, wanted: bool, recorder: Option<&Recorder>) -> Result<Self> {
+        let keep = recorder.map_or(0, |recorder| recorder.trace_keep);
+        let recording = match recorder.and_then(|recorder| recorder.trace_by) {
+            _ if !wanted => None,
+            Some(RecordedBy::Nvmx) => Some(Recordings::Told(keep)),
+            None if keep > 0 && !self.emulator_records() => Some(Recordings::Told(keep)),
+            _ if self.emulator_records() => Some(Recordings::Logs(record::folder(&self.paths)?)),
+            _ => {
+                let name = self.backend.name();
+                let text = format!("{name} does not record exits: nvmx's own Bochs does (--l0 bochs, kvm-in-bochs)");
+                return Err(Stop::Usage(text).into());
+            }
+        };
+        Ok(Session { recording, ..self })
     }
 
     /// The session's machine with a Linux and its KVM on it: for KVM in nvmx's place.
@@ -225,7 +250,11 @@ impl Session {
     /// nvmx's command line.
     pub fn options(&self, fields: Fields) -> String {
         let (log, explain) = (if self.ui.verbose { "debug" } else { "warn" }, if self.explain { "on" } else { "off" });
-        format!("log={log} fields={} explain={explain}", fields.option())
+        let trace = match self.recording {
+            Some(Recordings::Told(keep)) => format!(" trace={keep}"),
+            _ => String::new(),
+        };
+        format!("log={log} fields={} explain={explain}{trace}", fields.option())
     }
 
     /// nvmx's command line for a Linux whose programs read its counters.
@@ -314,7 +343,12 @@ impl Session {
             debug_port: false,
             timeout,
             stop: StopAt::default(),
-            record: self.recording.as_ref().map(|folder| Recording::new(folder, &self.images.nvmx)),
+            record: self.recording.as_ref().map(|recording| match recording {
+                Recordings::Logs(folder) => Recording::new(folder, &self.images.nvmx),
+                Recordings::Told(_) => Recording::told(&self.images.nvmx),
+            }),
+            drive: None,
+            gdb: None,
         }
     }
 }

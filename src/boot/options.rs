@@ -121,6 +121,8 @@ pub struct Options {
     pub explain: bool,
     /// `stale=`: whether L3's use of translations that lack an INVEPT of L2 is told. For debugging: dear.
     pub stale: bool,
+    /// `trace=`: how many exits each processor keeps, to be told at the end; 0: none.
+    pub trace: u32,
     /// `serial=`
     pub serial: Serial,
     /// `exit=`
@@ -143,6 +145,7 @@ impl Default for Options {
             measure: true,
             explain: true,
             stale: false,
+            trace: 0,
             serial: Serial::COM1,
             exit: Exit::Auto,
             stop: StopOption::Never,
@@ -211,10 +214,11 @@ const COUNTERS: &str = "kernel|all";
 const MEASURE: &str = "on|off";
 const EXPLAIN: &str = "on|off";
 const STALE: &str = "off|warn";
+const TRACE: &str = "off|1|2|3|...";
 const SERIAL: &str = "com1|com2|0x2f8|0x3f8,9600|...|none";
 const EXIT: &str = "auto|none|ports";
 const STOP: &str = "never|cpus";
-const ACCEPTED: [(&str, &str); 14] = [
+const ACCEPTED: [(&str, &str); 15] = [
     ("log", LOG),
     ("fields", FIELDS),
     ("vmcs", VMCS),
@@ -226,6 +230,7 @@ const ACCEPTED: [(&str, &str); 14] = [
     ("measure", MEASURE),
     ("explain", EXPLAIN),
     ("stale", STALE),
+    ("trace", TRACE),
     ("serial", SERIAL),
     ("exit", EXIT),
     ("stop", STOP),
@@ -310,6 +315,12 @@ impl Options {
                         _ => return Err(bad("stale", STALE)),
                     }
                 }
+                "trace" => {
+                    options.trace = match value {
+                        "off" => 0,
+                        _ => value.parse().ok().filter(|n| *n > 0).ok_or_else(|| bad("trace", TRACE))?,
+                    }
+                }
                 "serial" => options.serial = Serial::parse(value).ok_or_else(|| bad("serial", SERIAL))?,
                 "exit" => {
                     options.exit = match value {
@@ -363,7 +374,7 @@ mod tests {
             }
         }
         let (all, unknown) = Options::parse(
-            "log=trace fields=trapped vmcs=memory cpus=3 frames=5 ept02=7 ept12=compare counters=all measure=off explain=off stale=warn serial=com2 exit=none stop=cpus",
+            "log=trace fields=trapped vmcs=memory cpus=3 frames=5 ept02=7 ept12=compare counters=all measure=off explain=off stale=warn trace=64 serial=com2 exit=none stop=cpus",
         )
         .unwrap();
         assert_eq!(unknown, UnknownWords::default());
@@ -381,6 +392,7 @@ mod tests {
                 measure: false,
                 explain: false,
                 stale: true,
+                trace: 64,
                 serial: Serial { port: Some(0x2F8), divisor: 1 },
                 exit: Exit::None,
                 stop: StopOption::Cpus
@@ -396,7 +408,7 @@ mod tests {
             unknown.to_string(),
             "unknown options are passed over: 'quiet' 'colour=red'; nvmx accepts log=off|error|warn|info|debug|trace, \
              fields=auto|zero-copy|trapped, vmcs=auto|instructions|memory, cpus=all|1|2|3|..., frames=auto|1|2|3|..., \
-             ept02=auto|0|1|2|..., ept12=watch|compare, counters=kernel|all, measure=on|off, explain=on|off, stale=off|warn, serial=com1|com2|0x2f8|0x3f8,9600|...|none, \
+             ept02=auto|0|1|2|..., ept12=watch|compare, counters=kernel|all, measure=on|off, explain=on|off, stale=off|warn, trace=off|1|2|3|..., serial=com1|com2|0x2f8|0x3f8,9600|...|none, \
              exit=auto|none|ports, stop=never|cpus"
         );
         let (_, many) = Options::parse("a b c d e f g h i j").unwrap();

@@ -16,6 +16,10 @@ bitflags! {
         const OWN = 1 << 2;
         /// None of these, and never over: L3's translations are looked at before each entry (`stale=warn`).
         const LOOK = 1 << 3;
+        /// None of these, and never over: what is entered goes into the trace (`trace=N`).
+        const TRACE = 1 << 4;
+        /// What is never over.
+        const ALWAYS = Self::LOOK.bits() | Self::TRACE.bits();
     }
 }
 

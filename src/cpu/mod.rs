@@ -8,4 +8,4 @@ mod state;
 
 pub use events::{Events, INJECTION, Startup, Waiting};
 pub use operation::{Nested, Operation};
-pub use state::Cpu;
+pub use state::{Cpu, Trace};

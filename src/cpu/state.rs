@@ -7,6 +7,7 @@ use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::{Region, Vmx};
 use crate::mm::{Frame, FramePool, GuestMemory};
+use crate::trace::ring::Ring;
 use crate::vmcs::Config;
 use crate::vmcs::access::{MachineParts, VmcsAccess};
 use crate::vmcs::msrs::OwnMsrs;
@@ -15,6 +16,7 @@ use crate::vmcs::slot::Slot;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::tracked::Tracked;
 use crate::vmx::bitmap::Words;
+use l2_protocol::trace::TracedExit;
 
 /// One virtual CPU. It never moves once it runs: HOST_RSP points into `regs`.
 pub struct Cpu {
@@ -60,6 +62,20 @@ pub struct Cpu {
     pub start: Startup,
     /// What nvmx has changed in vmcs02 for events of its own.
     pub events: Events,
+    /// Where its exits are traced, if they are.
+    pub trace: Option<Trace>,
+}
+
+/// The trace of a processor.
+pub struct Trace {
+    /// What is kept of it.
+    pub ring: Ring,
+    /// I/O bitmaps of vmcs01 with the ports by which L2 ends the machine: the trace is told before.
+    pub end_ports: [Frame; 2],
+    /// The last exit, as long as nothing was entered since.
+    pub open: Option<TracedExit>,
+    /// What was counted when it came.
+    pub counted: [u64; 6],
 }
 
 /// What was told of stale translations: the last one, and how many.

@@ -3,13 +3,14 @@
 //! Source: SDM vol. 3A, "Processor Initialization", table "IA-32 and Intel 64 Processor States Following Power-up, Reset,
 //! or INIT"; vol. 3C, "Checks on Guest Segment Registers" (the form in which an unusable or real-mode segment is entered).
 
-use crate::boot::guest_image::Start;
+use crate::boot::guest_image::{Protocol, Start};
 use crate::cpu::Cpu;
 use crate::mm::Span;
 use crate::vmcs::access::VmxOperation;
 use crate::vmcs::vmcs01;
 use crate::vmx::Field;
 use crate::vmx::segment::{AccessRights, Segment};
+use crate::x86::rflags::{self, RFlags};
 use crate::x86::{Cr0, Cr4};
 
 /// Selector, base, limit, access rights.
@@ -21,8 +22,11 @@ const LDT: u64 = AccessRights::LOCAL_TABLE.0 as u64;
 /// CR0.ET, which is always 1.
 const CR0_ET: Cr0 = Cr0::ET;
 
-/// 32-bit protected mode without paging, flat segments: the machine state of the boot protocols.
+/// 32-bit protected mode without paging, flat segments: the machine state of the boot protocols. A boot sector: real mode.
 pub fn write_boot_state(cpu: &mut Cpu, start: &Start) {
+    if start.protocol == Protocol::BootSector {
+        return write_sector_state(cpu, start);
+    }
     let code = (0x10, 0, u32::MAX, AccessRights::CODE_32.0.into());
     let data = (0x18, 0, u32::MAX, AccessRights::DATA_32.0.into());
     write_segments(cpu, code, data, UNUSABLE, (0, 0, 0x67, BUSY_TSS));
@@ -34,6 +38,21 @@ pub fn write_boot_state(cpu: &mut Cpu, start: &Start) {
     cpu.regs.gpr[0] = start.eax as u64;
     cpu.regs.gpr[3] = start.ebx.get();
     cpu.regs.gpr[6] = start.esi.get();
+}
+
+/// Real mode with interrupts on, as firmware jumps to a boot sector: segments and vectors at 0.
+fn write_sector_state(cpu: &mut Cpu, start: &Start) {
+    write_init_state(cpu, start.edx);
+    for (field, value) in [
+        (Segment::Cs.selector(), 0),
+        (Segment::Cs.base(), 0),
+        (Field::GUEST_IDTR_LIMIT, 0x3FF),
+        (Field::GUEST_RIP, start.entry.get()),
+        (Field::GUEST_RSP, start.esp.get()),
+        (Field::GUEST_RFLAGS, RFlags::INTERRUPT_FLAG.bits() | rflags::FIXED),
+    ] {
+        cpu.vmx.write(field, value);
+    }
 }
 
 /// The state after an INIT but for what is not in vmcs01. SYSENTER's MSRs and IA32_PAT keep their values. `signature` is

@@ -102,6 +102,10 @@ impl Processor for Installed {
         self.model().borrow().exit_path()
     }
 
+    fn trace_exits(&mut self) {
+        self.model().borrow_mut().trace_exits();
+    }
+
     fn rdmsr(&mut self, index: u32) -> Result<u64, Fault> {
         self.model().borrow_mut().rdmsr(index)
     }

@@ -55,6 +55,8 @@ pub enum Entered {
     VmFail,
     /// An NMI arrived before the entry: look at the pending flag first.
     Nmi,
+    /// As `Exit`, on a processor whose exits are traced.
+    TracedExit,
 }
 
 /// One processor, as nvmx's own code uses it. VMX results are `false` for VMfail of either kind.
@@ -92,6 +94,8 @@ pub trait Processor {
     fn without_clock(&mut self) {}
     /// The linear address at which VM exits land.
     fn exit_path(&self) -> u64;
+    /// VM exits are traced from now on: they land elsewhere, and are [`Entered::TracedExit`].
+    fn trace_exits(&mut self);
 
     /// RDMSR; `Err(#GP(0))` when the processor refuses.
     fn rdmsr(&mut self, index: u32) -> Result<u64, Fault>;

@@ -154,6 +154,10 @@ impl Processor for Real {
         switch::exit_path()
     }
 
+    fn trace_exits(&mut self) {
+        switch::trace_exits();
+    }
+
     #[inline]
     fn rdmsr(&mut self, index: u32) -> Result<u64, Fault> {
         let (low, high, failed): (u32, u32, u32);

@@ -17,6 +17,7 @@ use core::{
 unsafe extern "C" {
     fn nvmx_vmexit();
     fn nvmx_vmexit_untimed();
+    fn nvmx_vmexit_traced();
     fn nvmx_vmenter();
     fn nvmx_vmenter_untimed();
 }
@@ -36,6 +37,11 @@ pub fn without_clock() {
     EXIT.store(nvmx_vmexit_untimed as *mut (), Ordering::Relaxed);
 }
 
+/// Exits are traced from now on: they come back as such, on the caller's rare path, with their time.
+pub fn trace_exits() {
+    EXIT.store(nvmx_vmexit_traced as *mut (), Ordering::Relaxed);
+}
+
 /// VMLAUNCH or VMRESUME.
 #[inline(always)]
 pub fn by_instruction(regs: &mut GuestRegs, launch: bool) -> Entered {
@@ -53,15 +59,39 @@ pub fn by_instruction(regs: &mut GuestRegs, launch: bool) -> Entered {
 
 #[cold]
 fn not_entered(code: u64) -> Entered {
-    if code == 1 { Entered::VmFail } else { Entered::Nmi }
+    match code {
+        1 => Entered::VmFail,
+        2 => Entered::Nmi,
+        _ => Entered::TracedExit,
+    }
 }
 
-// rdi = &GuestRegs, rsi = 0 for VMLAUNCH, else VMRESUME. Returns 0 exit, 1 VMfail, 2 NMI pending.
+// rdi = &GuestRegs, rsi = 0 for VMLAUNCH, else VMRESUME. Returns 0 exit, 1 VMfail, 2 NMI pending, 3 an exit that is traced.
 //
 // The window between the look at the NMI flag and the entry must not lose an NMI: the NMI handler sees that it interrupted
 // the window and returns to nvmx_entry_window_bail instead. RSP is nvmx's own all through it.
 global_asm!(
-    ".global nvmx_vmenter, nvmx_vmexit, nvmx_vmenter_untimed, nvmx_vmexit_untimed, nvmx_entry_window_start, nvmx_entry_window_end, nvmx_entry_window_bail",
+    ".global nvmx_vmenter, nvmx_vmexit, nvmx_vmenter_untimed, nvmx_vmexit_untimed, nvmx_vmexit_traced, nvmx_entry_window_start, nvmx_entry_window_end, nvmx_entry_window_bail",
+    // The guest's registers to where they belong.
+    ".macro nvmx_guest_left",
+    "push r15",
+    "push r14",
+    "push r13",
+    "push r12",
+    "push r11",
+    "push r10",
+    "push r9",
+    "push r8",
+    "push rdi",
+    "push rsi",
+    "push rbp",
+    "push rbp",
+    "push rbx",
+    "push rdx",
+    "push rcx",
+    "push rax",
+    "mov rdi, rsp",
+    ".endm",
     "nvmx_vmenter_untimed:",
     "push rbx",
     "push rbp",
@@ -126,23 +156,7 @@ global_asm!(
     "jmp 5f",
     // 7. A VM exit lands here with RSP = &regs.gpr[16], or without a clock behind it.
     "nvmx_vmexit:",
-    "push r15",
-    "push r14",
-    "push r13",
-    "push r12",
-    "push r11",
-    "push r10",
-    "push r9",
-    "push r8",
-    "push rdi",
-    "push rsi",
-    "push rbp",
-    "push rbp",
-    "push rbx",
-    "push rdx",
-    "push rcx",
-    "push rax",
-    "mov rdi, rsp",
+    "nvmx_guest_left",
     "rdtsc",
     "shl rdx, 32",
     "or rax, rdx",
@@ -156,24 +170,18 @@ global_asm!(
     "pop rbx",
     "ret",
     "nvmx_vmexit_untimed:",
-    "push r15",
-    "push r14",
-    "push r13",
-    "push r12",
-    "push r11",
-    "push r10",
-    "push r9",
-    "push r8",
-    "push rdi",
-    "push rsi",
-    "push rbp",
-    "push rbp",
-    "push rbx",
-    "push rdx",
-    "push rcx",
-    "push rax",
-    "mov rdi, rsp",
+    "nvmx_guest_left",
     "jmp 6b",
+    // An exit that is traced: the same with the clock, told on the caller's rare path.
+    "nvmx_vmexit_traced:",
+    "nvmx_guest_left",
+    "rdtsc",
+    "shl rdx, 32",
+    "or rax, rdx",
+    "mov [rdi + {exit_tsc}], rax",
+    "mov rsp, [rdi + {host_rsp}]",
+    "mov eax, 3",
+    "jmp 5b",
     host_rsp = const offset_of!(GuestRegs, host_rsp),
     exit_tsc = const offset_of!(GuestRegs, exit_tsc),
     ticks = const offset_of!(GuestRegs, ticks),

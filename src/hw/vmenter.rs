@@ -16,6 +16,11 @@ pub fn without_clock() {
     this_processor().without_clock();
 }
 
+/// Exits are traced from now on ([`Entered::TracedExit`]): before a host-state area is written. The others pay nothing.
+pub fn trace_exits() {
+    this_processor().trace_exits();
+}
+
 /// Enters the guest of the current VMCS and returns after its next exit.
 #[inline(always)]
 pub fn enter(regs: &mut GuestRegs, launch: bool) -> Entered {

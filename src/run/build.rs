@@ -14,7 +14,7 @@ use crate::hw::vmx::{Region, Vmx};
 use crate::mm::mtrr::Mtrrs;
 use crate::mm::{Frame, FramePool, GuestMemory, PhysMem, Span};
 use crate::rules::caps;
-use crate::run::Machine;
+use crate::run::{Machine, tracing};
 use crate::vmcs::access::{Links, VmcsAccess};
 use crate::vmcs::image::ImageLayout;
 use crate::vmcs::msrs::{self, OwnMsrs};
@@ -43,6 +43,7 @@ pub struct Common {
     user_counters: bool,
     measures: bool,
     stale: bool,
+    trace: u32,
     on_kvm: bool,
     stops: bool,
     mtrrs: Mtrrs,
@@ -68,6 +69,7 @@ impl Common {
             user_counters: machine.options.counters == CountersOption::All,
             measures: machine.options.measure,
             stale: machine.options.stale,
+            trace: machine.options.trace,
             on_kvm: machine.processor.below == KVM,
             stops: machine.options.stop == StopOption::Cpus,
             mtrrs: machine.mtrrs.clone(),
@@ -141,6 +143,7 @@ impl Common {
                 ept02.watch_tables(budget.max(1));
             }
         }
+        let trace = if self.trace > 0 { Some(tracing::prepare(&mut frames, phys, self.trace)?) } else { None };
         let exists = probe::fields(&mut vmx, vmcs01, &hardware);
         let layout = self.learn_layout(&exists, &mut vmx, &slots);
         Some(Cpu {
@@ -160,10 +163,11 @@ impl Common {
             frames,
             phys: self.phys,
             guest,
-            waiting: if self.stale { Waiting::LOOK } else { Waiting::empty() },
+            waiting: waiting(self.stale, trace.is_some()),
             stale: Default::default(),
             events: Default::default(),
             start: Startup::Done,
+            trace,
             config: Config {
                 hardware,
                 offered,
@@ -194,6 +198,14 @@ impl Common {
         }
         layout
     }
+}
+
+/// What is to be done before each entry.
+fn waiting(stale: bool, trace: bool) -> Waiting {
+    let mut always = Waiting::empty();
+    always.set(Waiting::LOOK, stale);
+    always.set(Waiting::TRACE, trace);
+    always
 }
 
 /// A VMCS or VMXON region, for good: the frame never goes back.
@@ -227,4 +239,7 @@ pub fn set_up(cpu: &mut Cpu, write_guest_state: impl FnOnce(&mut Cpu)) {
     write_guest_state(cpu);
     cpu.tracked.refresh(&mut cpu.vmx);
     cpu.config.access.link(&mut cpu.vmx, None);
+    if cpu.trace.is_some() {
+        tracing::watch_the_end(cpu);
+    }
 }

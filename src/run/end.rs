@@ -1,6 +1,6 @@
 //! How it ends.
 
-use super::{run_loop, smp};
+use super::{run_loop, smp, tracing};
 use crate::cpu::Cpu;
 use crate::hw::epitaph::{self, Status, Who};
 use crate::hw::serial;
@@ -18,6 +18,7 @@ pub(super) fn run_to_the_end(cpu: &mut Cpu) -> ! {
     let reason = run_loop::run(cpu);
     serial::dying();
     smp::stop_others(cpu);
+    tracing::tell(cpu);
     for (reason, ran) in cpu.vmx.counters.recent() {
         log::info!("exit of {}: {reason}", if ran == Ran::Nested { "L3" } else { "L2" });
     }

@@ -7,6 +7,7 @@ use crate::emul::unasked::{self, Unasked};
 use crate::guest::{Next, Stop, events, inject, missing};
 use crate::hw::cache;
 use crate::nested::instr;
+use crate::run::tracing;
 use crate::trace::KillReason;
 use crate::vmcs::once::Once;
 use crate::vmx::Field;
@@ -74,6 +75,11 @@ fn dispatch(cpu: &mut Cpu, reason: ExitReason) -> Result<Next, Stop> {
         BasicReason::TRIPLE_FAULT => Err(KillReason::TripleFault.into()),
         BasicReason::INIT_SIGNAL => Ok(emul::init::init(cpu)),
         BasicReason::SIPI => Ok(emul::init::sipi(cpu)),
+        // L2 is about to end the machine.
+        BasicReason::IO_INSTRUCTION if cpu.trace.is_some() => {
+            tracing::tell_and_go_on(cpu);
+            Ok(Next::Stay)
+        }
         other => match unasked::outcome(other) {
             Unasked::InvalidOpcode => Err(Fault::InvalidOpcode.into()),
             Unasked::Impossible(_) => Err(KillReason::UnexpectedExit(reason.0).into()),

@@ -8,6 +8,7 @@ mod run_loop;
 pub mod smp;
 mod stale;
 mod start;
+mod tracing;
 
 pub use machine::Machine;
 pub use start::{Decided, start};

@@ -6,7 +6,7 @@ use crate::hw::cpu;
 use crate::hw::vmenter::{self, Entered};
 use crate::nested::events::deliver;
 use crate::nested::{entry, nested_exit, usual};
-use crate::run::{guest_exit, stale};
+use crate::run::{guest_exit, stale, tracing};
 use crate::trace::KillReason;
 use crate::trace::Ran;
 use crate::vmcs::once::Once;
@@ -19,6 +19,9 @@ fn before_entry(cpu: &mut Cpu) {
     deliver(cpu);
     if cpu.waiting.contains(Waiting::LOOK) && matches!(cpu.nested.operation, Operation::NonRoot { .. }) {
         stale::look(cpu);
+    }
+    if cpu.waiting.contains(Waiting::TRACE) {
+        tracing::goes_on(cpu);
     }
 }
 
@@ -59,6 +62,7 @@ pub fn run(cpu: &mut Cpu) -> KillReason {
         let handled = loop {
             match vmenter::enter(&mut cpu.regs, turn.launch) {
                 Entered::Exit => {}
+                Entered::TracedExit => tracing::left(cpu),
                 Entered::Nmi => {
                     events::take_nmi(cpu);
                     break Ok(());

@@ -9,5 +9,6 @@ mod lent;
 mod memory;
 mod own;
 mod random;
+mod trace;
 mod transitions;
 mod usual;

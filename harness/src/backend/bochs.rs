@@ -1,13 +1,13 @@
 //! Bochs as L0: a configuration file, a boot disk, and what its log tells afterwards.
 
-use super::{Backend, DEBUG_PORT, Machine, SERIAL, Spec, Unit, iso};
+use super::{Backend, DEBUG_PORT, Machine, Medium, Protocol, SERIAL, Spec, Unit, drive, iso};
 use crate::clock::{self, PER_SECOND};
 use anyhow::{Context, Result};
 use nvmx_setup::bochs::{BIOS, Bochs, Flavour, VGA_BIOS};
 use nvmx_setup::proc::Child;
 use rustix::process::Signal;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -43,15 +43,24 @@ impl Backend for Bochs {
         true
     }
 
+    fn cds(&self) -> u8 {
+        1
+    }
+
     fn unit(&self) -> Unit {
         Unit::Instructions
     }
 
     fn start(&self, spec: &Spec, folder: &Path) -> Result<Child> {
-        iso::make(spec, folder, iso::Platform::Bios)?;
+        if spec.protocol != Protocol::Firmware {
+            iso::make(spec, folder, iso::Platform::Bios)?;
+        }
+        if let Some(drive) = &spec.drive {
+            drive::put(drive, folder)?;
+        }
         let serial = Serial { file: SERIAL, debug_port: spec.debug_port };
         let out = if spec.debug_port { DEBUG_PORT } else { OUT };
-        start(self, &spec.machine, serial, out, spec.exit_log().as_deref(), folder)
+        start(self, &spec.machine, serial, out, &Wiring::of(spec), folder)
     }
 
     fn stop(&self, child: &mut Child, folder: &Path) -> Vec<String> {
@@ -74,8 +83,46 @@ impl Backend for Bochs {
     }
 }
 
-/// Starts the machine on the boot disk that is in the folder; `out` there gets what Bochs itself prints. Every exit is recorded
-/// where `record` says.
+/// What else a machine is connected with.
+#[derive(Clone, Debug, Default)]
+pub struct Wiring {
+    /// Where every exit is recorded
+    record: Option<PathBuf>,
+    /// A drive of L2's, which is in the folder, and whether firmware boots from it
+    drive: Option<(Medium, bool)>,
+    /// The port of a debugger
+    gdb: Option<u16>,
+}
+
+impl Wiring {
+    /// Of a boot.
+    pub fn of(spec: &Spec) -> Self {
+        let first = spec.protocol == Protocol::Firmware;
+        let drive = spec.drive.as_ref().map(|drive| (drive.medium, first));
+        Wiring { record: spec.exit_log(), drive, gdb: spec.gdb }
+    }
+
+    /// Lines of the configuration.
+    fn lines(&self) -> Vec<String> {
+        let own = "ata0-master: type=cdrom, path=boot.iso, status=inserted".to_string();
+        let of_l2 = |place: &str, medium: Medium| match medium {
+            Medium::Disk => format!("ata0-{place}: type=disk, path={}, mode=volatile", drive::NAME),
+            Medium::Cd => format!("ata0-{place}: type=cdrom, path={}, status=inserted", drive::NAME),
+        };
+        let mut lines = match self.drive {
+            None => vec![own, "boot: cdrom".into()],
+            Some((medium, false)) => vec![own, of_l2("slave", medium), "boot: cdrom".into()],
+            Some((medium, true)) => {
+                let boot = if medium == Medium::Disk { "boot: disk" } else { "boot: cdrom" };
+                vec![of_l2("master", medium), boot.into()]
+            }
+        };
+        lines.extend(self.gdb.map(|port| format!("gdbstub: enabled=1, port={port}")));
+        lines
+    }
+}
+
+/// Starts the machine on the boot disk that is in the folder; `out` there gets what Bochs itself prints.
 ///
 /// # Errors
 /// If a file cannot be written or Bochs does not start.
@@ -84,12 +131,12 @@ pub fn start(
     machine: &Machine,
     serial: Serial,
     out: &str,
-    record: Option<&Path>,
+    wiring: &Wiring,
     folder: &Path,
 ) -> Result<Child> {
     let bios = BIOS.find().context("the BIOS of Bochs is missing (package bochsbios)")?;
     let vga = VGA_BIOS.find().context("the VGA BIOS is missing (package vgabios)")?;
-    std::fs::write(folder.join("bochsrc"), rc(machine, bochs, serial, &bios, &vga))?;
+    std::fs::write(folder.join("bochsrc"), rc(machine, bochs, serial, wiring, &bios, &vga))?;
     let out = File::create(folder.join(out))?;
     let mut command = Command::new(&bochs.path);
     // Relative names throughout: a comma or a space in the checkout's path would end an option.
@@ -98,7 +145,7 @@ pub fn start(
     command.env("NVMX_TICKS", clock::TICKS);
     // Bochs shows local time.
     command.env("TZ", "UTC");
-    if let Some(log) = record {
+    if let Some(log) = &wiring.record {
         command.env("NVMX_EXIT_LOG", log);
     }
     if bochs.flavour == Flavour::Debugger {
@@ -108,7 +155,7 @@ pub fn start(
     Child::spawn(&mut command, out.try_clone()?, out)
 }
 
-fn rc(machine: &Machine, bochs: &Bochs, serial: Serial, bios: &Path, vga: &Path) -> String {
+fn rc(machine: &Machine, bochs: &Bochs, serial: Serial, wiring: &Wiring, bios: &Path, vga: &Path) -> String {
     let display = match bochs.flavour {
         Flavour::Plain => "nogui",
         Flavour::Debugger => "rfb, options=\"timeout=0\"",
@@ -119,8 +166,7 @@ fn rc(machine: &Machine, bochs: &Bochs, serial: Serial, bios: &Path, vga: &Path)
         format!("vgaromimage: file={}", vga.display()),
         cpu_line(machine),
         format!("clock: sync=none, time0={POWER_ON}"),
-        "ata0-master: type=cdrom, path=boot.iso, status=inserted".into(),
-        "boot: cdrom".into(),
+        wiring.lines().join("\n"),
         format!("com1: enabled=1, mode=file, dev={}", serial.file),
         format!("port_e9_hack: enabled={}", u8::from(serial.debug_port)),
         format!("log: {LOG}"),
@@ -175,7 +221,6 @@ fn message(line: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::PathBuf;
 
     fn rc_of(memory: u32, flavour: Flavour) -> String {
         let machine = Machine { memory, cpus: 2, model: "tigerlake".into() };
@@ -183,6 +228,7 @@ mod tests {
             &machine,
             &built(flavour, "3.0"),
             Serial { file: SERIAL, debug_port: false },
+            &Wiring::default(),
             &PathBuf::from("/b"),
             &PathBuf::from("/v"),
         )
@@ -203,6 +249,19 @@ mod tests {
         assert!(text.contains("cpu: model=tigerlake, count=2, ips=100000000, reset_on_triple_fault=0\n"));
         assert!(text.contains("com1: enabled=1, mode=file, dev=serial.log\n"));
         assert!(text.ends_with("display_library: nogui\n"));
+    }
+
+    #[test]
+    fn a_drive_of_l2s_comes_behind_the_boot_disk_or_is_booted_itself() {
+        let lines = |medium, first| Wiring { drive: Some((medium, first)), ..Wiring::default() }.lines();
+        let behind = lines(Medium::Disk, false);
+        assert!(behind[0].contains("master: type=cdrom, path=boot.iso") && behind[2] == "boot: cdrom", "{behind:?}");
+        assert_eq!(behind[1], "ata0-slave: type=disk, path=drive, mode=volatile");
+        assert_eq!(lines(Medium::Disk, true), ["ata0-master: type=disk, path=drive, mode=volatile", "boot: disk"]);
+        let cd = lines(Medium::Cd, true);
+        assert_eq!(cd, ["ata0-master: type=cdrom, path=drive, status=inserted", "boot: cdrom"]);
+        let served = Wiring { gdb: Some(1234), ..Wiring::default() }.lines();
+        assert_eq!(served[2], "gdbstub: enabled=1, port=1234");
     }
 
     #[test]

@@ -82,8 +82,8 @@ fn pack(tree: &Path, folder: &Path, platform: Platform) -> Result<PathBuf> {
 fn grub_cfg(protocol: Protocol, kernel: &str, modules: &[&str]) -> String {
     let (load, module) = match protocol {
         Protocol::Multiboot1 => ("multiboot", "module"),
-        // GRUB has no PVH.
-        Protocol::Multiboot2 | Protocol::Pvh => ("multiboot2", "module2"),
+        // GRUB has no PVH, and does not come between firmware and a drive.
+        Protocol::Multiboot2 | Protocol::Pvh | Protocol::Firmware => ("multiboot2", "module2"),
         Protocol::Linux => ("linux", "initrd"),
     };
     let mut text = format!("set timeout=0\nmenuentry nvmx {{\n  {load} /boot/kernel{}\n", words(kernel));

@@ -1,7 +1,7 @@
 //! KVM as L0, by QEMU.
 
 use super::noise::{self, numbers};
-use super::{Backend, DEBUG_PORT, Machine, SERIAL, Spec, Unit};
+use super::{Backend, DEBUG_PORT, Machine, Medium, Protocol, SERIAL, Spec, Unit};
 use anyhow::Result;
 use nvmx_setup::proc::Child;
 use nvmx_setup::{program, tcg};
@@ -121,7 +121,18 @@ fn arguments(spec: &Spec, folder: &Path) -> Vec<String> {
         );
         add("-device", "isa-debugcon,iobase=0xe9,chardev=debug".into());
     }
-    list.extend(kernel(spec));
+    if let Some(drive) = &spec.drive {
+        let media = if drive.medium == Medium::Cd { "cdrom" } else { "disk" };
+        let path = drive.path.display().to_string().replace(',', ",,");
+        add("-drive", format!("file={path},format=raw,if=ide,media={media},snapshot=on"));
+    }
+    if let Some(port) = spec.gdb {
+        add("-gdb", format!("tcp:127.0.0.1:{port}"));
+        list.push("-S".into());
+    }
+    if spec.protocol != Protocol::Firmware {
+        list.extend(kernel(spec));
+    }
     list
 }
 
@@ -143,7 +154,7 @@ pub(super) fn kernel(spec: &Spec) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Payload, Protocol};
+    use super::super::{Drive, Payload};
     use super::*;
     use std::time::Duration;
 
@@ -159,10 +170,19 @@ mod tests {
             timeout: Duration::from_secs(1),
             stop: Default::default(),
             record: None,
+            drive: None,
+            gdb: None,
         };
         let line = arguments(&spec, Path::new("/f")).join(" ");
         assert!(line.contains("-m 256 -smp 4 -kernel /k -append log=warn -initrd /m a=1,,b=2,/n"), "{line}");
         assert!(line.contains("-accel kvm") && !line.contains("debugcon"), "{line}");
+        let drive = Some(Drive { path: "/d,e".into(), medium: Medium::Disk });
+        let line =
+            arguments(&Spec { drive: drive.clone(), gdb: Some(1234), ..spec.clone() }, Path::new("/f")).join(" ");
+        let disk = "-drive file=/d,,e,format=raw,if=ide,media=disk,snapshot=on";
+        assert!(line.contains(&format!("{disk} -gdb tcp:127.0.0.1:1234 -S -kernel /k")), "{line}");
+        let alone = Spec { drive, protocol: Protocol::Firmware, ..spec.clone() };
+        assert!(arguments(&alone, Path::new("/f")).join(" ").ends_with(disk));
         // A Linux speaks there.
         let line = arguments(&Spec { debug_port: true, ..spec }, Path::new("/a,b")).join(" ");
         assert!(

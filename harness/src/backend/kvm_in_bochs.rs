@@ -51,6 +51,10 @@ impl Backend for KvmInBochs {
         self.bochs.cpu(machine)
     }
 
+    fn has_drives(&self) -> bool {
+        false
+    }
+
     fn below(&self) -> u8 {
         u8::try_from(self.depth.max(1)).unwrap_or(u8::MAX)
     }
@@ -90,7 +94,7 @@ impl Backend for KvmInBochs {
         let machine = Machine { memory, ..spec.machine.clone() };
         // The VMM writes to the debug port, which Bochs shows on its standard output.
         let serial = Serial { file: CONSOLE, debug_port: true };
-        bochs::start(&self.bochs, &machine, serial, SERIAL, spec.exit_log().as_deref(), folder)
+        bochs::start(&self.bochs, &machine, serial, SERIAL, &bochs::Wiring::of(spec), folder)
     }
 
     fn stop(&self, child: &mut Child, folder: &Path) -> Vec<String> {
@@ -183,6 +187,8 @@ mod tests {
             timeout: Duration::from_secs(1),
             stop: Default::default(),
             record: None,
+            drive: None,
+            gdb: None,
         };
         let text = plan(&spec, KVM_INTEL);
         let lines: Vec<&str> = text.lines().collect();

@@ -1,6 +1,7 @@
 //! What can be L0: an emulated machine (Bochs) or KVM. Both boot the same images and write the same serial log.
 
 pub mod bochs;
+pub mod drive;
 pub mod host;
 pub mod iso;
 pub mod kvm;
@@ -46,6 +47,8 @@ pub enum Protocol {
     Multiboot2,
     /// The Linux boot protocol; the module is the initial file system
     Linux,
+    /// Firmware's: the drive's boot sector
+    Firmware,
     /// PVH, which GRUB does not have: QEMU loads the image itself
     Pvh,
 }
@@ -82,12 +85,34 @@ pub struct Spec {
     pub stop: StopAt,
     /// Where every exit is recorded, if it is
     pub record: Option<Recording>,
+    /// A drive that is L2's
+    pub drive: Option<Drive>,
+    /// The port at which a debugger is served, before the machine runs
+    pub gdb: Option<u16>,
+}
+
+/// A drive of the machine, with an image whose file stays as it is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Drive {
+    /// The image
+    pub path: PathBuf,
+    /// What it is an image of
+    pub medium: Medium,
+}
+
+/// What a drive reads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Medium {
+    /// A disk
+    Disk,
+    /// A CD
+    Cd,
 }
 
 impl Spec {
     /// Where the emulator records exits, if it does.
     pub fn exit_log(&self) -> Option<PathBuf> {
-        self.record.as_ref().map(|record| record.log(&self.name))
+        self.record.as_ref().and_then(|record| record.log(&self.name))
     }
 
     /// The image that is L2: the first module that is another file than nvmx, else the kernel.
@@ -123,6 +148,16 @@ pub trait Backend: Sync {
     /// How many KVM are below the image that is booted.
     fn below(&self) -> u8 {
         0
+    }
+
+    /// How many CD drives come before L2's where nvmx is booted.
+    fn cds(&self) -> u8 {
+        0
+    }
+
+    /// Whether L2 can have a drive.
+    fn has_drives(&self) -> bool {
+        true
     }
 
     /// Whether L0 itself can record every exit.

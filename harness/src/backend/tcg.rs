@@ -144,6 +144,8 @@ mod tests {
             timeout: Duration::from_secs(1),
             stop: Default::default(),
             record: None,
+            drive: None,
+            gdb: None,
         };
         let by_qemu = Tcg { tools, board: Board::Microvm, loader: Loader::Qemu, port: Port::None };
         let line = by_qemu.arguments(&spec, None).join(" ");

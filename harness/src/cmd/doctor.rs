@@ -8,6 +8,7 @@ use nvmx_setup::apt::{self, Power};
 use nvmx_setup::error::Stop;
 use nvmx_setup::output::Output;
 use nvmx_setup::paths::Paths;
+use nvmx_setup::release::Release;
 use nvmx_setup::tcg::QEMU;
 use nvmx_setup::toolchain::{self, Compiler};
 use nvmx_setup::ui::Ui;
@@ -81,7 +82,11 @@ pub fn run(ui: &Ui, args: &DoctorArgs) -> Result<()> {
     doctor.say(State::Info, "system", format!("{id} {codename}").trim());
     let power = doctor.power.text();
     doctor.say(State::Info, "packages", power);
-    compiler(&mut doctor, &paths);
+    let release = Release::find();
+    match &release {
+        Some(release) => released(&mut doctor, release),
+        None => compiler(&mut doctor, &paths),
+    }
     let facts = HostFacts::find();
     let kvm = l0(&mut doctor, args, &facts);
     if kvm {
@@ -93,7 +98,10 @@ pub fn run(ui: &Ui, args: &DoctorArgs) -> Result<()> {
         for need in &grub::NEEDS {
             doctor.need("boot disk", need);
         }
-        emulator(&mut doctor, &paths, args);
+        // A release brings its own.
+        if release.is_none() || args.bochs.is_some() {
+            emulator(&mut doctor, &paths, args);
+        }
         doctor.need("BIOS", &bochs::BIOS);
         doctor.need("VGA BIOS", &bochs::VGA_BIOS);
     }
@@ -119,6 +127,27 @@ pub fn run(ui: &Ui, args: &DoctorArgs) -> Result<()> {
     let todo = if packages.is_empty() { Vec::new() } else { vec![apt::command_line(&packages)] };
     let things = if blocked == 1 { "1 thing is".into() } else { format!("{blocked} things are") };
     Err(Stop::Environment { what: format!("`./nvmx run` cannot work here yet: {things} missing"), todo }.into())
+}
+
+/// What a release has ready: nothing of it is built here.
+fn released(doctor: &mut Doctor<'_>, release: &Release) {
+    match release.toolchain() {
+        Ok(made) => doctor.say(State::Ok, "release", &format!("images by {}", made.text)),
+        Err(error) => doctor.say(State::Missing, "release", &format!("{error:#}")),
+    }
+    let images = release.image_folder();
+    let count = std::fs::read_dir(&images).map_or(0, |entries| entries.flatten().count());
+    match images.join("nvmx").is_file() {
+        true => doctor.say(State::Ok, "images", &format!("{count} in {}", images.display())),
+        false => doctor.say(State::Missing, "images", &format!("{} has no nvmx", images.display())),
+    }
+    let path = release.bochs();
+    match bochs::look_at(&path) {
+        Ok(bochs) => {
+            doctor.say(State::Ok, "Bochs", &format!("{} with nvmx's fixes: {}", bochs.version, path.display()))
+        }
+        Err(error) => doctor.say(State::Missing, "Bochs", &format!("{}: {error:#}", path.display())),
+    }
 }
 
 fn compiler(doctor: &mut Doctor<'_>, paths: &Paths) {

@@ -6,7 +6,7 @@ use crate::report::json::{Document, Report, Run};
 use crate::report::page::{Format, Page};
 use crate::report::provenance::{Place, Provenance};
 use crate::session::Session;
-use crate::trace::record;
+use crate::trace::{record, text};
 use crate::transcript::stack;
 use anyhow::Result;
 use nvmx_setup::output::Output;
@@ -79,7 +79,7 @@ fn told(session: &Session, from: &Provenance, under: &Outcome) -> Vec<(String, S
         ("emulator or KVM", session.backend.name()),
         ("machine", format!("{}, {cpus}, {} MiB", session.backend.cpu(machine), machine.memory)),
         ("field access", stack::strategy(&under.transcript)),
-        ("exits", if under.trace.is_some() { "recorded by the emulator" } else { "not recorded" }.into()),
+        ("exits", under.trace.as_ref().map_or("not recorded".into(), text::source)),
         ("time", from.date.clone()),
     ];
     list.into_iter().map(|(name, value)| (name.to_string(), value)).collect()

@@ -40,7 +40,7 @@ pub fn run(ui: &Ui, args: &LabArgs) -> Result<()> {
         return Err(Stop::Usage("--json and --report cannot both go to standard output".into()).into());
     }
     [&json, &report].into_iter().for_each(|output| ui.reserve_stdout(output.as_ref()));
-    let session = Session::start(ui, &args.l0)?.recording(args.trace)?;
+    let session = Session::start(ui, &args.l0)?.recording(args.trace, None)?;
     let plan = Plan::new(&named, session.backend.unit() == Unit::Instructions && args.l0.l0 != L0::KvmInBochs)?;
     if args.trace {
         let lines = trace::run(&session, &plan.only)?;

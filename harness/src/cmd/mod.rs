@@ -9,6 +9,7 @@ mod doctor_report;
 pub mod explain;
 pub mod files;
 pub mod fuzz;
+pub mod gdb;
 pub mod lab;
 pub mod linux;
 pub mod new;

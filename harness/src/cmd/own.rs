@@ -143,6 +143,11 @@ fn looked_at(kernel: PathBuf, l2: &L2, modules: &[Payload], args: &RunArgs) -> R
         let text = "--initrd is for a Linux kernel, whose only module it is; a multiboot image takes --module";
         return Err(Stop::Usage(text.into()).into());
     }
+    if protocol == Protocol::Firmware && !(modules.is_empty() && args.l2_args.is_empty()) {
+        let text =
+            "a disk or CD image is started by firmware, which hands nothing on: no --module, --initrd, --l2-args";
+        return Err(Stop::Usage(text.into()).into());
+    }
     let name = kernel.file_stem().map_or("l2".into(), |name| name.to_string_lossy().replace(['/', ' '], "-"));
     Ok(Image { name, kernel, protocol, modules: modules.to_vec() })
 }
@@ -152,7 +157,14 @@ fn once(ui: &Ui, args: &RunArgs, session: &Session, image: &Image, files: &Files
     let stop = StopAt { text: args.until.clone(), halt: true };
     let kernel = Payload::new(&image.kernel, &args.l2_args);
     let bare = session.spec(format!("{}-bare", image.name), kernel, image.modules.clone());
-    let bare = Spec { protocol: image.protocol, stop, ..bare };
+    let mut bare = Spec { protocol: image.protocol, stop, ..bare };
+    if image.protocol == Protocol::Firmware {
+        if !session.backend.has_drives() || args.l1 == L1::Kvm {
+            let text = "a disk or CD image needs a machine with drives: --l0 bochs or kvm, without --l1 kvm";
+            return Err(Stop::Usage(text.into()).into());
+        }
+        bare.drive = Some(l2::drive(&image.kernel)?);
+    }
     let l0 = session.l0();
     ui.line(&ui.paint(&format!("L0 | {}", stack::banner_line(&l0, None)), Style::new().bold()));
     let boot = |spec: &Spec, show| {
@@ -165,7 +177,7 @@ fn once(ui: &Ui, args: &RunArgs, session: &Session, image: &Image, files: &Files
         files.write(ui, session, args, run_of(session, &outcome, &[&outcome], None), &outcome, &[&outcome])?;
         return told(ui, &outcome, args);
     }
-    let nested = under(session, &bare, args, &image.name);
+    let nested = under(session, &bare, args, &image.name)?;
     let step = ui.step(&format!("{} alone, and under nvmx", image.name));
     let (alone, under) = std::thread::scope(|scope| {
         let alone = scope.spawn(|| boot(&bare, Show::Nothing));
@@ -194,13 +206,16 @@ fn once(ui: &Ui, args: &RunArgs, session: &Session, image: &Image, files: &Files
     if problems.is_empty() { Ok(()) } else { Err(Stop::Guest(problems.join("\n")).into()) }
 }
 
-fn under(session: &Session, bare: &Spec, args: &RunArgs, name: &str) -> Spec {
+fn under(session: &Session, bare: &Spec, args: &RunArgs, name: &str) -> Result<Spec> {
     let mut spec = session.under_nvmx(bare, format!("{name}-nvmx"), &session.options(args.fields));
+    if let Some(drive) = &bare.drive {
+        spec.modules = vec![l2::boot_sector(session, drive, name)?];
+    }
     for _ in 1..args.depth {
         spec.modules.insert(0, spec.kernel.clone());
     }
     spec.machine.memory = spec.machine.memory.saturating_mul(args.depth);
-    spec
+    Ok(spec)
 }
 
 fn in_kvm(ui: &Ui, args: &RunArgs, session: &Session, bare: &Spec, name: &str) -> Result<Outcome> {

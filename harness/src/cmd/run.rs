@@ -3,9 +3,9 @@
 use crate::backend::host::L0;
 use crate::backend::{Backend, Spec, Unit};
 use crate::boot::{self, Outcome, tell_failure};
-use crate::cli::{L1, RunArgs};
+use crate::cli::{L1, RecordedBy, RunArgs};
 use crate::cmd::files::Files;
-use crate::cmd::{depth, linux, own, xen};
+use crate::cmd::{depth, gdb, linux, own, xen};
 use crate::image::Wanted;
 use crate::l2::L2;
 use crate::report::json::Run;
@@ -28,6 +28,12 @@ use owo_colors::Style;
 pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let l2 = L2::find(&args.l2, &Paths::find()?.root)?;
     let own = !args.module.is_empty() || args.initrd.is_some() || args.bare || args.until.is_some() || args.watch;
+    if args.trace.is_some() && args.recorder.trace_by == Some(RecordedBy::Nvmx) {
+        args.of_one_nvmx()?;
+    }
+    if let Some(level) = args.gdb {
+        return gdb::run(ui, args, &l2, level);
+    }
     match l2 {
         L2::LinuxKvm | L2::Xen if own => {
             let text = "--l2 linux-kvm and xen go without --module, --initrd, --bare, --until and --watch";

@@ -4,12 +4,12 @@ use crate::backend::linux::Job;
 use crate::backend::{Payload, Spec, StopAt, xen};
 use crate::boot::tell_failure;
 use crate::boot::{self, Ended, Outcome};
-use crate::cli::StatArgs;
+use crate::cli::{RecordedBy, StatArgs};
 use crate::image::Wanted;
 use crate::l2::{self, L2};
 use crate::report::json::{Document, Report, Stat};
 use crate::report::provenance::{Place, Provenance};
-use crate::session::{LONG, Session};
+use crate::session::{LONG, Recordings, Session};
 use crate::trace::log::{self, SIZE};
 use crate::trace::stat::{render, rows, title};
 use crate::trace::tree::Builder;
@@ -42,8 +42,14 @@ pub fn run(ui: &Ui, args: &StatArgs) -> Result<()> {
         return show(ui, boot, json.as_ref(), None);
     }
     let l2 = L2::find(&args.l2, &Paths::find()?.root)?;
+    if args.recorder.trace_by == Some(RecordedBy::Nvmx) {
+        told_at_the_end(args)?;
+    }
     let wanted = if let L2::Guest(name) = &l2 { Wanted::Guest(name.clone()) } else { Wanted::Nvmx };
-    let session = Session::start_with(ui, &args.l0, &wanted)?.recording(true)?;
+    let session = Session::start_with(ui, &args.l0, &wanted)?.recording(true, Some(&args.recorder))?;
+    if matches!(session.recording, Some(Recordings::Told(_))) {
+        told_at_the_end(args)?;
+    }
     let spec = spec(ui, args, &session, &l2)?;
     let step = ui.step(&format!("{} with every exit recorded", spec.name));
     let outcome = if args.live { live(ui, &session, &spec)? } else { boot_it(ui, &session, &spec)? };
@@ -58,6 +64,12 @@ pub fn run(ui: &Ui, args: &StatArgs) -> Result<()> {
         None => Ok(()),
         Some(reason) => Err(Stop::Guest(reason).into()),
     }
+}
+
+/// nvmx's own trace is there when the boot is over, and of a boot with nvmx.
+fn told_at_the_end(args: &StatArgs) -> Result<(), Stop> {
+    let text = "nvmx tells its own trace when a boot under it ends: with it, stat works without --live and --bare";
+    if args.live || args.bare { Err(Stop::Usage(text.into())) } else { Ok(()) }
 }
 
 fn tell_failure_unless(ui: &Ui, outcome: &Outcome, fine: bool) -> Option<String> {

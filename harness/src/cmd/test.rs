@@ -43,6 +43,10 @@ pub fn run(ui: &Ui, args: &TestArgs) -> Result<()> {
     };
     let json = args.json.as_deref().map(Output::prepare).transpose()?;
     let junit = args.junit.as_deref().map(Output::prepare).transpose()?;
+    if let Some(folder) = &args.trace {
+        let made = std::fs::create_dir_all(folder);
+        made.map_err(|error| Stop::Usage(format!("--trace {}: {error}", folder.display())))?;
+    }
     ui.reserve_stdout(json.as_ref().or(junit.as_ref()));
     let plan = plan(ui, &selection, args.l0)?;
     if args.list {
@@ -181,6 +185,7 @@ fn boot_tests(
         Some(_) => suite.keep(&planned),
         None => suite.select(selection),
     }
+    suite.traces = args.trace.clone();
     let count = suite.cases.len();
     let done: Mutex<Vec<TestCase>> = Mutex::default();
     for attempt in 1..=args.retry + 1 {

@@ -16,6 +16,11 @@ pub fn run(ui: &Ui, args: &VmcsArgs) -> Result<()> {
     let (path, number) = split(&args.place).map_err(Stop::Usage)?;
     let trace = file::read(Path::new(path)).map_err(|error| Stop::Usage(format!("{error:#}")))?;
     let boot = trace.boot(args.boot.as_deref()).map_err(Stop::Usage)?;
+    if boot.header.source == file::Source::Ring {
+        let text =
+            "nvmx's own trace has no fields of VMCSs: this needs a trace of the emulator (--l0 bochs, kvm-in-bochs)";
+        return Err(Stop::Usage(text.into()).into());
+    }
     let mut lines = Fields::at(boot, number).map_err(Stop::Usage)?.lines();
     if let Some(wanted) = &args.field {
         let wanted = wanted.to_uppercase();

@@ -3,11 +3,13 @@
 pub mod build;
 pub mod template;
 
-use crate::backend::{Payload, Protocol};
+use crate::backend::{self, Drive, Medium, Payload, Protocol};
+use crate::session::Session;
 use anyhow::{Context, Result};
 use nvmx_setup::error::Stop;
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// What names Linux with KVM.
@@ -91,19 +93,47 @@ fn of_head(head: &[u8]) -> Result<Protocol, String> {
     if boot_sector && head.get(0x202..0x206) == Some(b"HdrS") {
         return Ok(Protocol::Linux);
     }
+    if head.get(0x8001..0x8006) == Some(b"CD001") || boot_sector && head.get(..2) != Some(b"MZ") {
+        return Ok(Protocol::Firmware);
+    }
     Err(match head {
         [0x7F, b'E', b'L', b'F', ..] => {
             "it is an ELF file without a multiboot or multiboot2 header in its first 8 or 32 KiB"
         }
         [b'M', b'Z', ..] => "it is a UEFI application (or a DOS program), and the machine has a BIOS, no UEFI",
-        _ if head.get(0x8001..0x8006) == Some(b"CD001") => {
-            "it is a CD image, and nvmx starts multiboot images and Linux kernels only"
-        }
-        _ if boot_sector => "it is a disk image, and nvmx starts multiboot images and Linux kernels only",
         [] => "it is empty",
-        _ => "it has neither a multiboot header nor that of a Linux kernel (bzImage)",
+        _ => "it has neither a multiboot header, nor that of a Linux kernel (bzImage), nor a boot sector",
     }
     .into())
+}
+
+/// What a drive with this image reads: an image that boots both ways is a CD, unless its name ends in `.img`.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn drive(path: &Path) -> Result<Drive> {
+    let mut mark = [0; 5];
+    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let cd = file.read_exact_at(&mut mark, 0x8001).is_ok() && &mark == b"CD001";
+    let named_disk = path.extension().is_some_and(|end| end == "img");
+    let medium = if cd && !named_disk { Medium::Cd } else { Medium::Disk };
+    Ok(Drive { path: path.to_path_buf(), medium })
+}
+
+/// The module by which nvmx starts a drive's boot sector, written into the session's folder.
+///
+/// # Errors
+/// [`Stop::Usage`] if firmware would start nothing of it.
+pub fn boot_sector(session: &Session, drive: &Drive, name: &str) -> Result<Payload> {
+    let folder = session.paths.target.join("nvmx/sectors");
+    std::fs::create_dir_all(&folder)?;
+    let path = folder.join(name);
+    std::fs::write(&path, backend::drive::boot_sectors(drive)?)?;
+    let number = match drive.medium {
+        Medium::Disk => 0x80,
+        Medium::Cd => 0xE0 + session.backend.cds(),
+    };
+    Ok(Payload::new(path, format!("boot-sector={number:#x}")))
 }
 
 /// `FILE[,ARGS]`: a comma in the file's name is doubled.
@@ -156,7 +186,7 @@ mod tests {
         assert_eq!(of_head(&image), Ok(Protocol::Multiboot2));
         let mut linux = vec![0; 0x300];
         linux[510..512].copy_from_slice(&[0x55, 0xAA]);
-        assert!(of_head(&linux).unwrap_err().contains("disk image"));
+        assert_eq!(of_head(&linux), Ok(Protocol::Firmware));
         linux[0x202..0x206].copy_from_slice(b"HdrS");
         assert_eq!(of_head(&linux), Ok(Protocol::Linux));
     }
@@ -173,7 +203,12 @@ mod tests {
         }
         let mut disk = vec![0; 0x9000];
         disk[0x8001..0x8006].copy_from_slice(b"CD001");
-        assert!(of_head(&disk).unwrap_err().contains("CD image"));
+        assert_eq!(of_head(&disk), Ok(Protocol::Firmware));
+        // A UEFI application with a mark where a boot sector has one.
+        let mut both = b"MZ".to_vec();
+        both.resize(512, 0);
+        both[510..].copy_from_slice(&[0x55, 0xAA]);
+        assert!(of_head(&both).unwrap_err().contains("UEFI"));
     }
 
     #[test]

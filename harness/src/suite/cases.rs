@@ -1,7 +1,7 @@
 //! The boot tests by name.
 
 use super::{
-    Case, Judge, Suite, all_pass, attacks, bench, compare, firmware,
+    Case, Judge, Suite, all_pass, attacks, bench, compare, drives, firmware,
     fixtures::{Fixtures, inside_nvmx},
     growth, lab, linux, loaders, messages, models, msrs, native, on_kvm, refused, smp, trace, usual, xen,
 };
@@ -74,6 +74,7 @@ pub fn some(session: &Session, wants: impl Fn(&str) -> bool) -> Result<Suite> {
     b.refusals(&fixtures);
     b.broken_guests();
     loaders::add(&mut b.suite, session, &fixtures);
+    drives::add(&mut b.suite, session);
     msrs::add(&mut b.suite, session);
     growth::add(&mut b.suite, session, &budget);
     trace::add(&mut b.suite, session);

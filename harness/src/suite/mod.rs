@@ -4,6 +4,7 @@ pub mod attacks;
 pub mod bench;
 pub mod cases;
 pub mod compare;
+pub mod drives;
 pub mod firmware;
 pub mod fixtures;
 pub mod growth;
@@ -22,14 +23,17 @@ pub mod trace;
 pub mod usual;
 pub mod xen;
 
-use crate::backend::{Backend, Spec};
+use crate::backend::{Backend, Recording, Spec};
 use crate::boot::{self, Ended, Outcome};
 use crate::clamp::{self, Known};
 use crate::session::Session;
+use crate::trace::file;
 use crate::transcript::view::{Show, View};
 use anyhow::Result;
+use nvmx_setup::output::Output;
 use nvmx_setup::proc;
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -59,6 +63,8 @@ pub struct Suite {
     pub cases: Vec<Case>,
     /// Cases that run only if they are asked for, by name or all of them: they take longer than what they tell is worth each time
     pub long: BTreeSet<String>,
+    /// Where the exits of each boot are recorded, if they are
+    pub traces: Option<PathBuf>,
     /// Of cases by name: what is set up for them beside the machine and the images
     pub topics: BTreeMap<String, &'static str>,
 }
@@ -98,12 +104,21 @@ impl Suite {
             Some(other) => clamp::clamped(spec, known.wait(other).as_deref()),
             None => spec,
         };
-        let view = View::new(&session.ui, Show::Nothing);
-        let outcome = boot::watched(&session.paths, self.backend(session, name), &spec, |line| {
+        let (view, backend) = (View::new(&session.ui, Show::Nothing), self.backend(session, name));
+        // A case that records looks at it itself.
+        let traces = self.traces.as_ref().filter(|_| backend.records() && spec.record.is_none());
+        let record = traces.map(|_| Recording::kept(&session.images.nvmx)).or(spec.record.clone());
+        let outcome = boot::watched(&session.paths, backend, &Spec { record, ..spec }, |line| {
             view.show(line);
             known.look(name, line);
         });
-        outcome.map_err(|e| format!("{e:#}"))
+        let mut outcome = outcome.map_err(|e| format!("{e:#}"))?;
+        if let Some((folder, trace)) = traces.zip(outcome.trace.take_if(|_| traces.is_some())) {
+            let place = folder.join(format!("{}.trace", name.replace('/', "-")));
+            let written = Output::prepare(&place).and_then(|output| file::write(&[&trace], &output));
+            written.map_err(|e| format!("{}: {e:#}", place.display()))?;
+        }
+        Ok(outcome)
     }
 
     fn backend<'a>(&'a self, session: &'a Session, boot: &str) -> &'a dyn Backend {

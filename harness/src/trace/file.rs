@@ -1,10 +1,11 @@
 //! A trace file: one line of JSON that says what was booted, then the logs of the boots as they were recorded.
 
-use super::log;
 use super::symbols::Symbols;
 use super::tree::{Builder, Levels};
+use super::{log, ring};
 use crate::backend::Spec;
 use anyhow::{Context, Result, ensure};
+use l2_protocol::OwnedRecord;
 use nvmx_setup::output::Output;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -45,6 +46,9 @@ pub struct BootHeader {
     pub symbols: Vec<Symbols>,
     /// Bytes of its log
     bytes: usize,
+    /// How many exits there were, of which a ring keeps the last
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub written: Option<u64>,
 }
 
 /// A boot that was recorded.
@@ -71,7 +75,34 @@ impl Boot {
         let log = log::body(&recorded?)?.to_vec();
         let (levels, symbols) = (levels(spec, nvmx, below), symbols(spec, nvmx));
         let (name, unit) = (spec.name.clone(), unit.to_string());
-        Ok(Boot { header: BootHeader { name, source: Source::Emulator, unit, levels, symbols, bytes: log.len() }, log })
+        Ok(Boot {
+            header: BootHeader {
+                name,
+                source: Source::Emulator,
+                unit,
+                levels,
+                symbols,
+                bytes: log.len(),
+                written: None,
+            },
+            log,
+        })
+    }
+
+    /// What nvmx itself told of a boot at its end, if it did.
+    pub fn of_ring<'a>(
+        spec: &Spec,
+        nvmx: &Path,
+        unit: &str,
+        said: impl Iterator<Item = &'a OwnedRecord>,
+    ) -> Option<Self> {
+        let (records, written) = ring::records(said)?;
+        let log: Vec<u8> = records.iter().flat_map(log::bytes).collect();
+        let levels = Levels { root: 1, name: "nvmx".into(), guests: vec![2, 3] };
+        let (name, unit, symbols) = (spec.name.clone(), unit.to_string(), symbols(spec, nvmx));
+        let header =
+            BootHeader { name, source: Source::Ring, unit, levels, symbols, bytes: log.len(), written: Some(written) };
+        Some(Boot { header, log })
     }
 
     /// Its trees.
@@ -190,7 +221,15 @@ pub mod tests {
         let all = log::tests::log(records);
         let log = log::body(&all).unwrap().to_vec();
         let (name, unit) = ("sample".to_string(), "instructions".to_string());
-        let header = BootHeader { name, source: Source::Emulator, unit, levels, symbols: vec![], bytes: log.len() };
+        let header = BootHeader {
+            name,
+            source: Source::Emulator,
+            unit,
+            levels,
+            symbols: vec![],
+            bytes: log.len(),
+            written: None,
+        };
         Boot { header, log }
     }
 

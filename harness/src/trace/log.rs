@@ -211,6 +211,39 @@ fn facts(bytes: &[u8]) -> Facts {
     }
 }
 
+/// A record as the emulator writes it.
+pub fn bytes(record: &Record) -> Vec<u8> {
+    let (kind, reason, event) = match &record.what {
+        What::Exit(f) => (1u32, f.reason, f.event),
+        What::Entry(f) => (2, f.reason, f.event),
+        What::Fail(f) => (3, f.reason, f.event),
+        What::Fields(list) => (4, list.len() as u32, 0),
+    };
+    let mut out = Vec::new();
+    let mut add = |bytes: &[u8]| out.extend_from_slice(bytes);
+    add(&record.tick.to_le_bytes());
+    add(&record.vmcs.to_le_bytes());
+    for word in [record.cpu, kind, reason, event] {
+        add(&word.to_le_bytes());
+    }
+    match &record.what {
+        What::Exit(f) | What::Entry(f) | What::Fail(f) => {
+            [f.rip, f.qualification, f.address, f.rax, f.rcx, f.rdx].iter().for_each(|v| add(&v.to_le_bytes()));
+            let c = f.counts;
+            let words = [f.vectoring, f.length, f.info, f.mode, c.vmread, c.vmwrite, c.shadow_vmread, c.shadow_vmwrite];
+            words.iter().for_each(|v| add(&v.to_le_bytes()));
+            [c.vmptrld, c.vmclear, c.invept, c.invvpid].iter().for_each(|v| add(&v.to_le_bytes()));
+            add(&f.operand.to_le_bytes());
+        }
+        What::Fields(list) => {
+            let of = |n: usize| list.get(n).copied().unwrap_or_default();
+            (0..8).for_each(|n| add(&of(n).1.to_le_bytes()));
+            (0..8).for_each(|n| add(&of(n).0.to_le_bytes()));
+        }
+    }
+    out
+}
+
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     let part = bytes.get(at..at + 8).and_then(|b| b.try_into().ok());
     part.map(u64::from_le_bytes).unwrap_or_default()
@@ -229,41 +262,6 @@ fn u16_at(bytes: &[u8], at: usize) -> u16 {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-
-    /// A record as the emulator writes it.
-    pub fn bytes(record: &Record) -> Vec<u8> {
-        let (kind, reason, event) = match &record.what {
-            What::Exit(f) => (1u32, f.reason, f.event),
-            What::Entry(f) => (2, f.reason, f.event),
-            What::Fail(f) => (3, f.reason, f.event),
-            What::Fields(list) => (4, list.len() as u32, 0),
-        };
-        let mut out = Vec::new();
-        let mut add = |bytes: &[u8]| out.extend_from_slice(bytes);
-        add(&record.tick.to_le_bytes());
-        add(&record.vmcs.to_le_bytes());
-        for word in [record.cpu, kind, reason, event] {
-            add(&word.to_le_bytes());
-        }
-        match &record.what {
-            What::Exit(f) | What::Entry(f) | What::Fail(f) => {
-                [f.rip, f.qualification, f.address, f.rax, f.rcx, f.rdx].iter().for_each(|v| add(&v.to_le_bytes()));
-                let c = f.counts;
-                let words =
-                    [f.vectoring, f.length, f.info, f.mode, c.vmread, c.vmwrite, c.shadow_vmread, c.shadow_vmwrite];
-                words.iter().for_each(|v| add(&v.to_le_bytes()));
-                [c.vmptrld, c.vmclear, c.invept, c.invvpid].iter().for_each(|v| add(&v.to_le_bytes()));
-                add(&f.operand.to_le_bytes());
-            }
-            What::Fields(list) => {
-                let of = |n: usize| list.get(n).copied().unwrap_or_default();
-                (0..8).for_each(|n| add(&of(n).1.to_le_bytes()));
-                (0..8).for_each(|n| add(&of(n).0.to_le_bytes()));
-            }
-        }
-        assert_eq!(out.len(), SIZE);
-        out
-    }
 
     /// A log of these records.
     pub fn log(records: &[Record]) -> Vec<u8> {

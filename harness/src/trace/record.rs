@@ -4,7 +4,7 @@ use super::file::{self, Boot};
 use super::tree::Levels;
 use crate::backend::{Backend, Recording, Spec};
 use anyhow::Result;
-use nvmx_setup::error::Stop;
+use l2_protocol::OwnedRecord;
 use nvmx_setup::output::Output;
 use nvmx_setup::paths::Paths;
 use nvmx_setup::ui::Ui;
@@ -20,9 +20,17 @@ pub fn levels(recording: &Recording, spec: &Spec, backend: &dyn Backend) -> Leve
 ///
 /// # Errors
 /// If there is none.
-pub fn read(spec: &Spec, backend: &dyn Backend, folder: &Path) -> Result<Option<Boot>> {
+pub fn read<'a>(
+    spec: &Spec,
+    backend: &dyn Backend,
+    folder: &Path,
+    said: impl Iterator<Item = &'a OwnedRecord>,
+) -> Result<Option<Boot>> {
     let Some(recording) = &spec.record else { return Ok(None) };
-    let log = folder.join(recording.log(&spec.name));
+    let Some(log) = recording.log(&spec.name) else {
+        return Ok(Boot::of_ring(spec, &recording.nvmx, backend.unit().name(), said));
+    };
+    let log = folder.join(log);
     let boot = Boot::of_emulator(spec, &recording.nvmx, backend.below(), backend.unit().name(), &log)?;
     // What cannot be removed does no harm.
     let _ = std::fs::remove_file(&log);
@@ -38,21 +46,15 @@ pub fn folder(paths: &Paths) -> Result<TempDir> {
     Ok(made)
 }
 
-/// Whether this L0 can record.
-///
-/// # Errors
-/// [`Stop::Usage`] with what can.
-pub fn possible(backend: &dyn Backend) -> Result<(), Stop> {
-    let text = format!("{} does not record exits: --trace works on Bochs (--l0 bochs, kvm-in-bochs)", backend.name());
-    if backend.records() { Ok(()) } else { Err(Stop::Usage(text)) }
-}
-
 /// Writes what these boots recorded.
 ///
 /// # Errors
 /// If it cannot be written.
 pub fn write(ui: &Ui, boots: &[&Boot], output: Option<&Output>) -> Result<()> {
     let Some(output) = output else { return Ok(()) };
+    if boots.is_empty() {
+        ui.note("nvmx told no trace: it ends without a word when L2 resets the machine or switches it off");
+    }
     file::write(boots, output)?;
     let exits: Vec<String> = boots.iter().map(|boot| boot.header.name.clone()).collect();
     ui.line(&format!("the exits of {} are in {}: ./nvmx trace {}", exits.join(", "), output.name(), output.name()));

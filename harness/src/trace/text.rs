@@ -1,6 +1,6 @@
 //! Trees in the terminal.
 
-use super::file::Boot;
+use super::file::{Boot, Source};
 use super::log::Counts;
 use super::tree::{Builder, Exit, Next};
 use super::why;
@@ -94,12 +94,18 @@ pub fn in_root(counts: Counts) -> String {
         .collect()
 }
 
+/// Who recorded.
+pub fn source(boot: &Boot) -> String {
+    match (boot.header.source, boot.header.written) {
+        (Source::Emulator, _) => "recorded by the emulator".into(),
+        (Source::Ring, None) => "recorded by nvmx".into(),
+        (Source::Ring, Some(written)) => format!("recorded by nvmx, the last of {}", grouped(written)),
+    }
+}
+
 /// What a boot's trace holds, in a line or two.
 pub fn summary(boot: &Boot, built: &Builder) -> Vec<String> {
-    let source = match boot.header.source {
-        super::file::Source::Emulator => "recorded by the emulator",
-        super::file::Source::Ring => "the last exits in nvmx's ring",
-    };
+    let source = source(boot);
     let mut line = format!("{}: {} exits, {source}", boot.header.name, grouped(built.exits.len() as u64));
     for level in &boot.header.levels.guests {
         let count = built.exits.iter().filter(|exit| exit.level == *level).count();

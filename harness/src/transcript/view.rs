@@ -104,6 +104,8 @@ fn shown(line: &Line, verbose: bool, show: Show) -> Option<(&'static str, String
         return None;
     }
     let shown = match line {
+        // It is for programs.
+        Line::Record(r) if r.kind == Kind::Trace => return None,
         Line::Record(r) if r.kind == Kind::Hello && !verbose => {
             (r.level.word(), stack::banner_line(&stack::of_hello(r), stack::access(r).as_deref()))
         }

@@ -10,6 +10,7 @@ pub mod caps;
 #[cfg(feature = "std")]
 mod parse;
 mod record;
+pub mod trace;
 
 #[cfg(feature = "std")]
 pub use parse::{OwnedRecord, ParseError, Problem, is_record};

@@ -63,6 +63,8 @@ words! {
         Refused = "refused",
         /// The capability MSRs that the guest goes by ([`crate::caps`])
         Caps = "caps",
+        /// An exit of nvmx's own trace ([`crate::trace`])
+        Trace = "trace",
         /// The last record of a guest: status and number of failures
         End = "end",
         /// How a machine died

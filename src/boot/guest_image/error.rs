@@ -36,6 +36,10 @@ pub enum LoadError {
     },
     /// More modules than one, which Linux takes for its initial file system.
     TooManyForLinux(usize),
+    /// More modules than a boot sector.
+    TooManyForSector(usize),
+    /// The number of a boot sector's drive is none.
+    BadDrive,
     /// The command line is too long for the Linux kernel.
     LineTooLongForLinux {
         /// Bytes that it takes.
@@ -102,6 +106,12 @@ impl fmt::Display for LoadError {
                 "the first module is a Linux kernel and takes one module, its initial file system; there are {count} modules \
                  for it"
             ),
+            Self::TooManyForSector(count) => {
+                write!(f, "the first module is a boot sector and takes no modules; there are {count} for it")
+            }
+            Self::BadDrive => {
+                write!(f, "the first module is a boot sector: expected is boot-sector=0x80, the drive's number in DL")
+            }
             Self::LineTooLongForLinux { longest } => {
                 write!(f, "the Linux kernel takes a command line of at most {longest} bytes")
             }

@@ -50,7 +50,7 @@ pub fn write<P: PhysMem>(
         Protocol::Multiboot1 => multiboot1(told, &mut out),
         Protocol::Multiboot2 => multiboot2(told, &mut out),
         // `linux::write`
-        Protocol::Linux => Ok(()),
+        Protocol::Linux | Protocol::BootSector => Ok(()),
     }
 }
 

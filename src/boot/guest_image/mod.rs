@@ -7,6 +7,7 @@ mod header;
 mod info;
 mod linux;
 mod plan;
+mod sector;
 #[cfg(test)]
 mod tests;
 
@@ -31,13 +32,15 @@ pub enum Protocol {
     Multiboot2,
     /// Linux boot protocol, 32-bit entry: ESI points to the zero page
     Linux,
+    /// Firmware's: real mode at 0000:7C00, DL is the drive
+    BootSector,
 }
 
 impl Protocol {
     /// What EAX holds at L2's first instruction.
     const fn magic(self) -> u32 {
         match self {
-            Self::Linux => 0,
+            Self::Linux | Self::BootSector => 0,
             Self::Multiboot1 => 0x2BAD_B002,
             Self::Multiboot2 => 0x36D7_6289,
         }
@@ -45,7 +48,7 @@ impl Protocol {
 }
 
 /// How L2's first processor starts: 32-bit protected mode, paging off, flat 4 GiB code and data segments, A20 on,
-/// interrupts off; IDTR undefined, ESP undefined by the protocols and here the top of a free page, since images that rely on
+/// interrupts off (a boot sector: real mode, interrupts on); IDTR undefined, ESP undefined by the protocols and here the top of a free page, since images that rely on
 /// GRUB's exist. Code is selector 0x10, data 0x18, as Linux wants them; multiboot leaves that open.
 ///
 /// Source: Multiboot specification and Multiboot2 specification, "Machine state"; Linux documentation, "The Linux/x86 Boot
@@ -60,6 +63,8 @@ pub struct Start {
     pub eax: u32,
     /// EBX: the boot information of the multiboot protocols; 0 for Linux
     pub ebx: Gpa,
+    /// EDX: the drive that a boot sector is from; 0 for the others
+    pub edx: u32,
     /// ESI: Linux's zero page; 0 for multiboot
     pub esi: Gpa,
     /// ESP
@@ -80,6 +85,12 @@ pub fn load<P: PhysMem>(
     extras: &Extras,
 ) -> Result<Start, LoadError> {
     let Some((first, rest)) = modules.split_first() else { return Err(LoadError::NoModule) };
+    if let Some(drive) = sector::drive(&first.command_line) {
+        return match rest.len() {
+            0 => sector::load(guest, memory, first.span, drive?),
+            count => Err(LoadError::TooManyForSector(count)),
+        };
+    }
     let rest: Modules = rest.iter().cloned().collect();
     let file = File::new(guest.phys(), first.span);
     let image = if linux::is_kernel(&file) { linux::read(&file, memory)? } else { Image::read(&file, extras)? };
@@ -107,7 +118,7 @@ pub fn load<P: PhysMem>(
         (info, none, None)
     };
     let (entry, esp) = (Gpa::new(image.entry), Gpa::new(plan.stack));
-    Ok(Start { protocol: image.protocol, entry, eax: image.protocol.magic(), ebx, esi, esp, gdt })
+    Ok(Start { protocol: image.protocol, entry, eax: image.protocol.magic(), ebx, edx: 0, esi, esp, gdt })
 }
 
 /// Copies within L2's memory, unless it already lies there.

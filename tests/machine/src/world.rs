@@ -43,6 +43,7 @@ pub const OWN: Span = Span::new(12 << 20, END);
 const OVER: u32 = 0xDEAD;
 /// Where VM exits land.
 const EXIT_PATH: u64 = 0xFFFF_FFFF_8000_1000;
+const TRACED_EXIT_PATH: u64 = 0xFFFF_FFFF_8000_2000;
 
 /// How nvmx is to run.
 #[derive(Clone, Copy, Debug)]
@@ -54,11 +55,13 @@ pub struct Setup {
     pub hardware: Capabilities,
     /// The processor that booted.
     pub booted: bool,
+    /// `trace=`
+    pub trace: u32,
 }
 
 impl Setup {
     pub const fn new(strategy: Strategy, storage: Storage, hardware: Capabilities) -> Self {
-        Setup { strategy, storage, frames: 900, hardware, booted: true }
+        Setup { strategy, storage, frames: 900, hardware, booted: true, trace: 0 }
     }
 
     /// Every way in which L2's VMREAD and VMWRITE can reach a vmcs12.
@@ -200,6 +203,7 @@ struct Under {
     guest: Guest,
     program: Rc<RefCell<Option<Program>>>,
     host_rsp: u64,
+    exit_path: u64,
 }
 
 impl World {
@@ -217,7 +221,7 @@ impl World {
         }
         let guest = Guest::new(core);
         let program: Rc<RefCell<Option<Program>>> = Rc::default();
-        let under = Under { guest: guest.clone(), program: program.clone(), host_rsp: 0 };
+        let under = Under { guest: guest.clone(), program: program.clone(), host_rsp: 0, exit_path: EXIT_PATH };
         let model: host::Model = Rc::new(RefCell::new(under));
         let block = block(index);
         host::install(model.clone(), block);
@@ -229,7 +233,11 @@ impl World {
         map.add(Span::new(0, END), nvmx::mm::map::RangeKind::Usable).expect("room");
         let in_memory = setup.storage == Storage::InMemory;
         let machine = Machine {
-            options: Options { vmcs: if in_memory { Vmcs::Memory } else { Vmcs::Instructions }, ..Options::default() },
+            options: Options {
+                vmcs: if in_memory { Vmcs::Memory } else { Vmcs::Instructions },
+                trace: setup.trace,
+                ..Options::default()
+            },
             memory: map.clone(),
             guest_memory: map,
             layout: Layout { own: OWN, first: OWN, others: Span::new(OWN.end(), OWN.end()), used: 1 },
@@ -290,6 +298,7 @@ const START: Start = Start {
     entry: Gpa::new(0x10_0000),
     eax: 0x2BAD_B002,
     ebx: Gpa::new(0),
+    edx: 0,
     esi: Gpa::new(0),
     esp: Gpa::new(0x9000),
     gdt: None,
@@ -383,14 +392,20 @@ impl Processor for Under {
         self.host_rsp = regs.host_rsp();
         let host_rsp = self.host_rsp;
         let entered = self.with(|core| {
-            assert_eq!((core.get(HOST_RIP), core.get(HOST_RSP)), (EXIT_PATH, host_rsp), "nvmx's host area");
+            let exits = match core.get(HOST_RIP) {
+                EXIT_PATH => Entered::Exit,
+                TRACED_EXIT_PATH => Entered::TracedExit,
+                other => panic!("nvmx's host area: exits land at {other:#x}"),
+            };
+            assert_eq!(core.get(HOST_RSP), host_rsp, "nvmx's host area");
             core.gprs = regs.gpr;
-            core.vmentry(launch)
+            (core.vmentry(launch), exits)
         });
+        let (entered, exits) = entered;
         let exit = match entered {
             Err(Fail::Valid(7)) => return Entered::VmFail,
             Err(fail) => panic!("nvmx enters a guest and gets {fail:?}"),
-            Ok(Entry::Late) => return Entered::Exit,
+            Ok(Entry::Late) => return exits,
             Ok(Entry::Guest(Some(exit))) => Some(exit),
             Ok(Entry::Guest(None)) => not_nvmx(|| self.guest_runs()),
         };
@@ -410,11 +425,15 @@ impl Processor for Under {
         if self.guest.take_nmi() {
             cpu::this().set_nmi();
         }
-        Entered::Exit
+        exits
     }
 
     fn exit_path(&self) -> u64 {
-        EXIT_PATH
+        self.exit_path
+    }
+
+    fn trace_exits(&mut self) {
+        self.exit_path = TRACED_EXIT_PATH;
     }
 
     fn rdmsr(&mut self, index: u32) -> Result<u64, Fault> {

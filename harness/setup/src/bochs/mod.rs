@@ -61,6 +61,37 @@ const CONFIGURE: [&str; 17] = [
     "--disable-docbook",
 ];
 
+/// The stub looks at each instruction, so that no chain of them runs at once.
+const WITH_GDB: [&str; 2] = ["--enable-gdb-stub", "--disable-handlers-chaining"];
+
+/// One build of ours.
+struct Build {
+    series: Series,
+    options: Vec<&'static str>,
+    name: &'static str,
+}
+
+impl Build {
+    /// The one that boots.
+    fn plain(root: &Path) -> Result<Self> {
+        Ok(Build { series: Series::read(root)?, options: CONFIGURE.to_vec(), name: "Bochs 3.0" })
+    }
+
+    /// The one that serves gdb.
+    fn with_gdb(root: &Path) -> Result<Self> {
+        let options = CONFIGURE.into_iter().chain(WITH_GDB).collect();
+        Ok(Build { series: Series::read_with_gdb(root)?, options, name: "Bochs 3.0 with a gdb stub" })
+    }
+
+    fn digest(&self) -> String {
+        format!("{:016x}", self.series.digest(&self.options))
+    }
+
+    fn folder(&self, paths: &Paths) -> PathBuf {
+        paths.cache.join(format!("bochs-{UPSTREAM}-{}", self.digest()))
+    }
+}
+
 /// The BIOS.
 pub const BIOS: Need =
     Need::file(&["/usr/share/bochs/BIOS-bochs-latest", "/usr/local/share/bochs/BIOS-bochs-latest"], "bochsbios");
@@ -89,11 +120,7 @@ pub const BUILD_NEEDS: [Need; 4] = [
 /// # Errors
 /// As [`Series::read`].
 pub fn built(paths: &Paths) -> Result<PathBuf> {
-    Ok(folder(paths, &Series::read(&paths.root)?).join("bochs"))
-}
-
-fn folder(paths: &Paths, series: &Series) -> PathBuf {
-    paths.cache.join(format!("bochs-{UPSTREAM}-{:016x}", series.digest(&CONFIGURE)))
+    Ok(Build::plain(&paths.root)?.folder(paths).join("bochs"))
 }
 
 /// The digest of the fixes and the options of our build, by which two builds are told apart.
@@ -101,7 +128,21 @@ fn folder(paths: &Paths, series: &Series) -> PathBuf {
 /// # Errors
 /// As [`Series::read`].
 pub fn digest(paths: &Paths) -> Result<String> {
-    Ok(format!("{:016x}", Series::read(&paths.root)?.digest(&CONFIGURE)))
+    Ok(Build::plain(&paths.root)?.digest())
+}
+
+/// Finds or builds the Bochs that serves gdb: with one CPU, and a tenth of the speed.
+///
+/// # Errors
+/// [`Stop::Environment`] with what to type.
+pub fn set_up_gdb(ui: &Ui, paths: &Paths) -> Result<Bochs> {
+    let wanted = Build::with_gdb(&paths.root)?;
+    let path = wanted.folder(paths).join("bochs");
+    if !path.exists() {
+        build(ui, paths, &wanted)?;
+    }
+    require(ui, &[BIOS, VGA_BIOS], "Bochs")?;
+    Ok(Bochs { path, version: UPSTREAM.into(), flavour: Flavour::Plain, lost: None })
 }
 
 /// Finds or builds Bochs.
@@ -117,10 +158,10 @@ pub fn set_up(ui: &Ui, paths: &Paths, given: Option<&Path>) -> Result<Bochs> {
         require(ui, &[BIOS, VGA_BIOS], "Bochs")?;
         return Ok(Bochs { path, version: UPSTREAM.into(), flavour: Flavour::Plain, lost: None });
     }
-    let series = Series::read(&paths.root)?;
-    let own = folder(paths, &series).join("bochs");
+    let wanted = Build::plain(&paths.root)?;
+    let own = wanted.folder(paths).join("bochs");
     if !own.exists() {
-        if let Err(error) = build(ui, paths, &series) {
+        if let Err(error) = build(ui, paths, &wanted) {
             proc::check_interrupt()?;
             let Some(installed) = program("bochs") else { return Err(error) };
             ui.note(&format!("Bochs 3.0 cannot be built here ({error}); using {}", installed.display()));
@@ -216,15 +257,16 @@ fn unpacked(work: &Path, tarball: &Path) -> Result<PathBuf> {
     Ok(source)
 }
 
-fn build(ui: &Ui, paths: &Paths, series: &Series) -> Result<()> {
-    require(ui, &BUILD_NEEDS, "building Bochs 3.0")?;
+fn build(ui: &Ui, paths: &Paths, wanted: &Build) -> Result<()> {
+    let what = format!("building {}", wanted.name);
+    require(ui, &BUILD_NEEDS, &what)?;
     let work = tempfile::Builder::new().prefix("bochs-").tempdir_in(&paths.cache)?;
     let source = unpack(ui, work.path())?;
-    let mut step = ui.step("building Bochs 3.0");
-    series.apply(&source)?;
+    let mut step = ui.step(&what);
+    wanted.series.apply(&source)?;
     // The folder is a temporary one: make sure that no file of it looks newer than what was made from it.
     let mut configure = Command::new("./configure");
-    configure.args(CONFIGURE).current_dir(&source);
+    configure.args(&wanted.options).current_dir(&source);
     must(&proc::run(&mut configure, None, |line| step.at(line))?, "configuring Bochs")?;
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
     let mut make = Command::new("make");
@@ -235,12 +277,12 @@ fn build(ui: &Ui, paths: &Paths, series: &Series) -> Result<()> {
     std::fs::copy(source.join("bochs"), output.join("bochs")).context("the build left no bochs")?;
     let found = look_at(&output.join("bochs"))?;
     ensure!(found.version == UPSTREAM, "the built Bochs says it is {}", found.version);
-    let folder = folder(paths, series);
+    let folder = wanted.folder(paths);
     if folder.exists() {
         std::fs::remove_dir_all(&folder)?;
     }
     std::fs::rename(&output, &folder)?;
-    step.done("Bochs 3.0 is built");
+    step.done(&format!("{} is built", wanted.name));
     Ok(())
 }
 

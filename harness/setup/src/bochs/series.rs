@@ -49,8 +49,21 @@ impl Series {
     /// # Errors
     /// If a file cannot be read or understood: the error names it.
     pub fn read(root: &Path) -> Result<Self> {
-        let folder = root.join("harness/bochs");
-        let entries = std::fs::read_dir(&folder).with_context(|| format!("no fixes in {}", folder.display()))?;
+        Self::read_in(&root.join("harness/bochs"))
+    }
+
+    /// ... and what the build with a gdb stub has beside them.
+    ///
+    /// # Errors
+    /// As [`Series::read`].
+    pub fn read_with_gdb(root: &Path) -> Result<Self> {
+        let mut series = Self::read(root)?;
+        series.fixes.extend(Self::read_in(&root.join("harness/bochs/gdb"))?.fixes);
+        Ok(series)
+    }
+
+    fn read_in(folder: &Path) -> Result<Self> {
+        let entries = std::fs::read_dir(folder).with_context(|| format!("no fixes in {}", folder.display()))?;
         let mut paths = entries.map(|e| Ok(e?.path())).collect::<Result<Vec<_>>>()?;
         paths.retain(|path| path.extension().is_some_and(|e| e == "toml"));
         paths.sort();

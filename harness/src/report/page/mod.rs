@@ -174,7 +174,11 @@ impl Page<'_> {
             }
             out += "</tr>\n";
         }
-        let _ = write!(out, "</tbody></table></div><p class=\"dim\">{}</p>", escape(&super::table::title(self.unit)));
+        let _ = write!(
+            out,
+            "</tbody></table></div><p class=\"dim\">{}</p>",
+            escape(&super::table::title(self.unit).replace('`', ""))
+        );
         out
     }
 
