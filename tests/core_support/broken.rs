@@ -319,7 +319,7 @@ pub const CASES: &[(CheckId, Change)] = &[
         v.or(VM_ENTRY_CONTROLS, 1 << 20).set(GUEST_SSP, 1 << 32);
     }),
     // Guest non-register state
-    (CheckId::GuestActivity, |v| _ = v.set(GUEST_ACTIVITY_STATE, 3)),
+    (CheckId::GuestActivity, |v| _ = v.set(GUEST_ACTIVITY_STATE, 5)),
     (CheckId::GuestActivity, |v| _ = v.set(GUEST_ACTIVITY_STATE, 4)),
     (CheckId::GuestActivityHltDpl, |v| {
         v.set(GUEST_ACTIVITY_STATE, 1).or(GUEST_SS_AR_BYTES, 3 << 5).or(GUEST_CS_AR_BYTES, 3 << 5);
