@@ -148,7 +148,7 @@ fn brand<R: CpuIdReader>(cpuid: &CpuId<R>) -> ArrayString<48> {
     }
 }
 
-/// What [`Processor::below`] says of KVM.
+/// What a processor has as `below` where that is KVM.
 pub const KVM: &str = "KVM";
 
 /// CPUID shows a hypervisor.
