@@ -290,46 +290,52 @@ pub fn tell_failure(ui: &Ui, outcome: &Outcome) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
-    const LATE: Ended = Ended::Timeout(Over::Limit(Time::Cpu(Duration::from_secs(7))));
-
-    fn outcome(ended: Ended, lines: &[&str]) -> Outcome {
+    /// A boot that ended by itself and said these lines.
+    pub fn outcome(name: &str, lines: &[&str]) -> Outcome {
         Outcome {
-            name: "x".into(),
+            name: name.into(),
             transcript: Transcript { lines: lines.iter().map(|l| Line::parse(l)).collect() },
-            ended,
-            machine: vec!["3rd exception".into()],
-            took: Duration::from_secs(7),
+            ended: Ended::Itself,
+            machine: Vec::new(),
+            took: Duration::ZERO,
             used: None,
             status: None,
             l2: None,
-            folder: "/x".into(),
+            folder: "/".into(),
             trace: None,
         }
     }
 
+    const LATE: Ended = Ended::Timeout(Over::Limit(Time::Cpu(Duration::from_secs(7))));
+
+    fn ended(ended: Ended, lines: &[&str]) -> Outcome {
+        let (machine, took) = (vec!["3rd exception".into()], Duration::from_secs(7));
+        Outcome { ended, machine, took, ..outcome("x", lines) }
+    }
+
     #[test]
     fn the_verdict_needs_the_guests_own_word() {
-        assert_eq!(outcome(Ended::Itself, &["@L2 end status=pass failed=0"]).verdict(), Ok(()));
-        let failed = outcome(Ended::Itself, &["@L2 end status=fail failed=3"]).verdict().unwrap_err();
+        assert_eq!(ended(Ended::Itself, &["@L2 end status=pass failed=0"]).verdict(), Ok(()));
+        let failed = ended(Ended::Itself, &["@L2 end status=fail failed=3"]).verdict().unwrap_err();
         assert!(failed.contains("3 failures"), "{failed}");
-        let silent = outcome(Ended::Itself, &["[nvmx ERROR] no module"]).verdict().unwrap_err();
+        let silent = ended(Ended::Itself, &["[nvmx ERROR] no module"]).verdict().unwrap_err();
         assert_eq!(silent, "the machine ended before the guest did: [nvmx ERROR] no module");
-        let dead = outcome(Ended::Itself, &[]).verdict().unwrap_err();
+        let dead = ended(Ended::Itself, &[]).verdict().unwrap_err();
         assert_eq!(dead, "the machine ended before the guest did: 3rd exception");
-        let late = outcome(LATE, &["@L2 end status=pass failed=0"]).verdict().unwrap_err();
+        let late = ended(LATE, &["@L2 end status=pass failed=0"]).verdict().unwrap_err();
         assert_eq!(late, "it did not end within 7 s of CPU time");
-        let dead = outcome(Ended::Itself, &["@L1 epitaph who=L2 where=0x10 why=\"triple fault\""]).verdict();
+        let dead = ended(Ended::Itself, &["@L1 epitaph who=L2 where=0x10 why=\"triple fault\""]).verdict();
         assert_eq!(dead, Err("L2 died: triple fault (0x10)".into()));
-        assert!(outcome(Ended::Itself, &["@L2 x", "@L2 end status=pass failed=0"]).verdict().is_err());
+        assert!(ended(Ended::Itself, &["@L2 x", "@L2 end status=pass failed=0"]).verdict().is_err());
     }
 
     #[test]
     fn a_post_mortem_names_the_last_word_of_each_level() {
         let lines = ["@L2 say text=a", "@L3 say text=b", "@L1 epitaph who=L2 last_l2=cpuid last_l3=hlt", "end of log"];
-        let text = outcome(LATE, &lines).post_mortem().join("\n");
+        let text = ended(LATE, &lines).post_mortem().join("\n");
         assert!(text.contains("L3 last said: @L3 say text=b"), "{text}");
         assert!(text.contains("last exit of L3: hlt"));
         assert!(text.contains("  end of log"));

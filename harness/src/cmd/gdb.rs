@@ -1,9 +1,10 @@
 //! `run --gdb`: one boot that a debugger steers. The emulator's stub knows the processor, `harness/gdb/nvmx.py` the levels.
 
+use crate::backend::Spec;
 use crate::backend::host::L0;
-use crate::backend::{Protocol, Spec};
 use crate::boot;
 use crate::cli::RunArgs;
+use crate::cmd::own;
 use crate::image::Wanted;
 use crate::l2::{self, L2};
 use crate::session::{HOST_MODEL, Session};
@@ -63,24 +64,9 @@ pub fn run(ui: &Ui, args: &RunArgs, l2: &L2, level: u8) -> Result<()> {
 /// The one boot.
 fn spec(ui: &Ui, args: &RunArgs, session: &Session, l2: &L2) -> Result<Spec> {
     let image = l2::build::build(ui, session, l2)?;
-    let protocol = if matches!(l2, L2::Guest(_)) { Protocol::Multiboot2 } else { l2::protocol(&image)? };
-    let name = image.file_stem().map_or("l2".into(), |name| name.to_string_lossy().replace(['/', ' '], "-"));
-    let modules = args.module.iter().map(|text| l2::module(text)).collect::<Result<Vec<_>>>()?;
-    let initrd = args.initrd.as_ref().map(|file| l2::payload(&file.to_string_lossy(), "", "--initrd")).transpose()?;
-    let kernel = crate::backend::Payload::new(&image, &args.l2_args);
-    let all = modules.into_iter().chain(initrd).collect();
-    let mut bare = Spec { protocol, ..session.spec(format!("{name}-bare"), kernel, all) };
-    if protocol == Protocol::Firmware {
-        bare.drive = Some(l2::drive(&image)?);
-    }
-    if args.bare {
-        return Ok(bare);
-    }
-    let mut spec = session.under_nvmx(&bare, format!("{name}-nvmx"), &session.options(args.fields));
-    if let Some(drive) = &bare.drive {
-        spec.modules = vec![l2::boot_sector(session, drive, &name)?];
-    }
-    Ok(spec)
+    let image = own::looked_at(image, l2, &own::modules(args)?, args)?;
+    let bare = own::alone(session, args, &image)?;
+    if args.bare { Ok(bare) } else { own::under(session, &bare, args, &image) }
 }
 
 /// What gdb is to do first: symbols of all images, the stub, and in an emulator the levels.

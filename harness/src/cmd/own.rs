@@ -102,7 +102,7 @@ impl fmt::Display for Ending {
 }
 
 /// What is booted.
-struct Image {
+pub struct Image {
     name: String,
     kernel: PathBuf,
     protocol: Protocol,
@@ -115,8 +115,7 @@ struct Image {
 /// By how L2 ended under nvmx, or alone with `--bare`; [`Stop::Guest`] too if its records differ.
 pub fn run(ui: &Ui, args: &RunArgs, l2: &L2) -> Result<()> {
     let files = Files::prepare(ui, args)?;
-    let modules = args.module.iter().map(|text| l2::module(text)).collect::<Result<Vec<_>>>()?;
-    let initrd = args.initrd.as_ref().map(|file| l2::payload(&file.to_string_lossy(), "", "--initrd")).transpose()?;
+    let modules = modules(args)?;
     if let L2::File(path) = l2 {
         // A file that cannot boot is told before anything is set up.
         l2::protocol(path)?;
@@ -126,7 +125,6 @@ pub fn run(ui: &Ui, args: &RunArgs, l2: &L2) -> Result<()> {
         _ => Wanted::Nvmx,
     };
     let session = Session::start_with(ui, &args.l0, &wanted)?.of_run(args)?;
-    let modules: Vec<Payload> = modules.into_iter().chain(initrd).collect();
     if args.watch {
         return super::watch::run(ui, args, &session, l2, |image| {
             once(ui, args, &session, &looked_at(image, l2, &modules, args)?, &Files::default())
@@ -136,7 +134,20 @@ pub fn run(ui: &Ui, args: &RunArgs, l2: &L2) -> Result<()> {
     once(ui, args, &session, &looked_at(image, l2, &modules, args)?, &files)
 }
 
-fn looked_at(kernel: PathBuf, l2: &L2, modules: &[Payload], args: &RunArgs) -> Result<Image> {
+/// What L2 gets besides its command line.
+///
+/// # Errors
+/// [`Stop::Usage`] if a file is not there.
+pub fn modules(args: &RunArgs) -> Result<Vec<Payload>> {
+    let initrd = args.initrd.as_ref().map(|file| l2::payload(&file.to_string_lossy(), "", "--initrd"));
+    args.module.iter().map(|text| l2::module(text)).chain(initrd).collect()
+}
+
+/// An image as it is to be booted.
+///
+/// # Errors
+/// [`Stop::Usage`] if it cannot boot, or not with these options.
+pub fn looked_at(kernel: PathBuf, l2: &L2, modules: &[Payload], args: &RunArgs) -> Result<Image> {
     // Our guests are booted as the tests boot them.
     let protocol = if matches!(l2, L2::Guest(_)) { Protocol::Multiboot2 } else { l2::protocol(&kernel)? };
     if args.initrd.is_some() != (protocol == Protocol::Linux) && (args.initrd.is_some() || modules.len() > 1) {
@@ -155,16 +166,7 @@ fn looked_at(kernel: PathBuf, l2: &L2, modules: &[Payload], args: &RunArgs) -> R
 /// The boots of one image.
 fn once(ui: &Ui, args: &RunArgs, session: &Session, image: &Image, files: &Files) -> Result<()> {
     let stop = StopAt { text: args.until.clone(), halt: true };
-    let kernel = Payload::new(&image.kernel, &args.l2_args);
-    let bare = session.spec(format!("{}-bare", image.name), kernel, image.modules.clone());
-    let mut bare = Spec { protocol: image.protocol, stop, ..bare };
-    if image.protocol == Protocol::Firmware {
-        if !session.backend.has_drives() || args.l1 == L1::Kvm {
-            let text = "a disk or CD image needs a machine with drives: --l0 bochs or kvm, without --l1 kvm";
-            return Err(Stop::Usage(text.into()).into());
-        }
-        bare.drive = Some(l2::drive(&image.kernel)?);
-    }
+    let bare = Spec { stop, ..alone(session, args, image)? };
     let l0 = session.l0();
     ui.line(&ui.paint(&format!("L0 | {}", stack::banner_line(&l0, None)), Style::new().bold()));
     let boot = |spec: &Spec, show| {
@@ -177,7 +179,7 @@ fn once(ui: &Ui, args: &RunArgs, session: &Session, image: &Image, files: &Files
         files.write(ui, session, args, run_of(session, &outcome, &[&outcome], None), &outcome, &[&outcome])?;
         return told(ui, &outcome, args);
     }
-    let nested = under(session, &bare, args, &image.name)?;
+    let nested = under(session, &bare, args, image)?;
     let step = ui.step(&format!("{} alone, and under nvmx", image.name));
     let (alone, under) = std::thread::scope(|scope| {
         let alone = scope.spawn(|| boot(&bare, Show::Nothing));
@@ -206,7 +208,30 @@ fn once(ui: &Ui, args: &RunArgs, session: &Session, image: &Image, files: &Files
     if problems.is_empty() { Ok(()) } else { Err(Stop::Guest(problems.join("\n")).into()) }
 }
 
-fn under(session: &Session, bare: &Spec, args: &RunArgs, name: &str) -> Result<Spec> {
+/// The boot alone on the machine.
+///
+/// # Errors
+/// [`Stop::Usage`] if the machine lacks the drive for it.
+pub fn alone(session: &Session, args: &RunArgs, image: &Image) -> Result<Spec> {
+    let kernel = Payload::new(&image.kernel, &args.l2_args);
+    let bare = session.spec(format!("{}-bare", image.name), kernel, image.modules.clone());
+    let mut bare = Spec { protocol: image.protocol, ..bare };
+    if image.protocol == Protocol::Firmware {
+        if !session.backend.has_drives() || args.l1 == L1::Kvm {
+            let text = "a disk or CD image needs a machine with drives: --l0 bochs or kvm, without --l1 kvm";
+            return Err(Stop::Usage(text.into()).into());
+        }
+        bare.drive = Some(l2::drive(&image.kernel)?);
+    }
+    Ok(bare)
+}
+
+/// The boot under nvmx of what boots alone as `bare` says.
+///
+/// # Errors
+/// [`Stop::Usage`] if firmware would start nothing of its drive.
+pub fn under(session: &Session, bare: &Spec, args: &RunArgs, image: &Image) -> Result<Spec> {
+    let name = &image.name;
     let mut spec = session.under_nvmx(bare, format!("{name}-nvmx"), &session.options(args.fields));
     if let Some(drive) = &bare.drive {
         spec.modules = vec![l2::boot_sector(session, drive, name)?];

@@ -191,23 +191,10 @@ fn differ(left: &OwnedRecord, right: &OwnedRecord) -> (Vec<String>, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::Ended;
-    use std::time::Duration;
+    use crate::boot;
 
     fn outcome(name: &str, lines: &[&str]) -> Outcome {
-        let end = Line::parse("@L2 end status=pass failed=0");
-        Outcome {
-            name: name.into(),
-            transcript: Transcript { lines: lines.iter().map(|l| Line::parse(l)).chain([end]).collect() },
-            ended: Ended::Itself,
-            machine: Vec::new(),
-            took: Duration::ZERO,
-            used: None,
-            status: None,
-            trace: None,
-            l2: None,
-            folder: "/".into(),
-        }
+        boot::tests::outcome(name, &[lines, &["@L2 end status=pass failed=0"]].concat())
     }
 
     #[test]

@@ -174,23 +174,7 @@ pub fn agree_but_for_kvm(one: &Outcome, other: &Outcome) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::tests::transcript;
-    use std::time::Duration;
-
-    fn outcome(name: &str, lines: &[&str]) -> Outcome {
-        Outcome {
-            name: name.into(),
-            transcript: transcript(lines),
-            ended: Ended::Itself,
-            machine: Vec::new(),
-            took: Duration::ZERO,
-            used: None,
-            status: None,
-            trace: None,
-            l2: None,
-            folder: "/".into(),
-        }
-    }
+    use crate::boot::tests::outcome;
 
     const PASS: &str = "@L2 end status=pass failed=0";
     const FAIL: &str = "@L2 end status=fail failed=1";

@@ -149,9 +149,25 @@ fn switched_off(under: &Outcome) -> Result<(), String> {
 pub fn same_but_for_the_machine(alone: &Outcome, under: &Outcome) -> Result<(), String> {
     compare::agree(alone, under)?;
     no_new_warnings(alone, under)?;
-    let cpu = named(&under.transcript, "cpu").next().ok_or("the kernel did not tell of the CPU")?;
-    let flags: Vec<&str> = cpu.get("vmx_flags").unwrap_or_default().split(' ').collect();
-    match FEATURES.iter().find(|f| !flags.contains(f)) {
+    shows(under, FEATURES)
+}
+
+/// What `/proc/cpuinfo` of L2 says that VMX can do.
+///
+/// # Errors
+/// If the kernel did not tell.
+pub fn vmx_flags(o: &Outcome) -> Result<Vec<&str>, String> {
+    let cpu = named(&o.transcript, "cpu").next().ok_or("the kernel did not tell of the CPU")?;
+    Ok(cpu.get("vmx_flags").unwrap_or_default().split(' ').collect())
+}
+
+/// `/proc/cpuinfo` of L2 shows these features.
+///
+/// # Errors
+/// The first that it does not show.
+pub fn shows<'a>(under: &Outcome, features: impl IntoIterator<Item = &'a str>) -> Result<(), String> {
+    let flags = vmx_flags(under)?;
+    match features.into_iter().find(|f| !flags.contains(f)) {
         Some(missing) => Err(format!("{}: /proc/cpuinfo does not show {missing}", under.name)),
         None => Ok(()),
     }
@@ -176,22 +192,30 @@ fn warnings(said: &Transcript) -> BTreeSet<String> {
 }
 
 fn boots_as_fast(alone: &Outcome, under: &Outcome) -> Result<(), String> {
+    takes_at_most(MORE, "linux_boot", alone, under)
+}
+
+/// A stage takes under nvmx at most so many times the instructions that it takes alone.
+///
+/// # Errors
+/// If it takes more, or a boot did not come so far.
+pub fn takes_at_most(times: f64, stage: &str, alone: &Outcome, under: &Outcome) -> Result<(), String> {
     let ticks = |o: &Outcome| {
-        let record = named(&o.transcript, "linux_boot").next();
-        record.and_then(|r| r.number("ticks").ok()).map(|n| n as f64).ok_or(format!("{} did not reach init", o.name))
+        let record = named(&o.transcript, stage).next();
+        record.and_then(|r| r.number("ticks").ok()).map(|n| n as f64).ok_or(format!("{}: no {stage}", o.name))
     };
     let (alone, under) = (ticks(alone)?, ticks(under)?);
-    match under <= alone * MORE {
+    match under <= alone * times {
         true => Ok(()),
-        false => Err(format!("{under} instructions to init, alone {alone}: more than {MORE} times as many")),
+        false => Err(format!("{stage}: {under} instructions, alone {alone}: more than {times} times as many")),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::boot;
     use crate::report::tests::transcript;
-    use std::time::Duration;
 
     fn outcome(ticks: u64, flags: &str, warning: &str) -> Outcome {
         let lines = [
@@ -201,18 +225,7 @@ mod tests {
             "@L3 check name=fork sum=15".into(),
             "@L2 end status=pass failed=0".into(),
         ];
-        Outcome {
-            name: "x".into(),
-            transcript: transcript(&lines.each_ref().map(String::as_str)),
-            ended: Ended::Itself,
-            machine: Vec::new(),
-            took: Duration::ZERO,
-            used: None,
-            status: None,
-            trace: None,
-            l2: None,
-            folder: "/".into(),
-        }
+        boot::tests::outcome("x", &lines.each_ref().map(String::as_str))
     }
 
     #[test]

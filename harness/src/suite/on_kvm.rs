@@ -101,24 +101,12 @@ fn cheap(outcome: &Outcome) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::Ended;
+    use crate::boot;
     use crate::report::tests::transcript;
-    use std::time::Duration;
 
     fn run(exits: u64, ticks: u64) -> Outcome {
         let line = format!("@L2 event name=cpuid handled_by=L2 scope=l3 count=100 ticks={ticks}00 l0_exits={exits}00");
-        Outcome {
-            name: "x".into(),
-            transcript: transcript(&[&line]),
-            ended: Ended::Itself,
-            machine: Vec::new(),
-            took: Duration::ZERO,
-            used: None,
-            status: None,
-            trace: None,
-            l2: None,
-            folder: "/".into(),
-        }
+        boot::tests::outcome("x", &[&line])
     }
 
     #[test]

@@ -1,17 +1,16 @@
 //! The boot tests of the stack that people rent: KVM, nvmx, and above it guest hypervisors of ours or Linux with KVM and Linux. In
 //! the suite that KVM runs on the emulated machine; with `--l0 kvm` it is the host's, and the same cases are all there are.
 
-use super::linux::same_but_for_the_machine;
+use super::linux::{same_but_for_the_machine, shows, takes_at_most, vmx_flags};
 use super::{Case, Judge, Suite, compare};
 use crate::backend::linux::Job;
 use crate::backend::{Backend, Spec, Unit};
 use crate::boot::Outcome;
 use crate::cli::Fields;
-use crate::report::linux::named;
 use crate::report::spread;
 use crate::session::{LONG, Session};
 use anyhow::Result;
-use l2_protocol::{Kind, OwnedRecord};
+use l2_protocol::Kind;
 use nvmx_setup::linux::Kernel;
 use std::sync::Arc;
 
@@ -92,51 +91,21 @@ fn has_medians(under: &Outcome) -> Result<(), String> {
 
 /// Where the KVM below offers APICv, L2 finds it under nvmx too.
 fn has_apicv(alone: &Outcome, under: &Outcome) -> Result<(), String> {
-    let flags = |o: &Outcome| -> Result<Vec<String>, String> {
-        let cpu = named(&o.transcript, "cpu").next().ok_or("the kernel did not tell of the CPU")?;
-        Ok(cpu.get("vmx_flags").unwrap_or_default().split(' ').map(str::to_string).collect())
-    };
-    let (alone, found) = (flags(alone)?, flags(under)?);
-    let missing = |flag: &&&str| alone.iter().any(|f| f == **flag) && !found.iter().any(|f| f == **flag);
-    match APICV.iter().find(missing) {
-        Some(missing) => Err(format!("{}: /proc/cpuinfo does not show {missing}", under.name)),
-        None => Ok(()),
-    }
+    let below = vmx_flags(alone)?;
+    shows(under, APICV.into_iter().filter(|flag| below.contains(flag)))
 }
 
 fn adds_little(alone: &Outcome, under: &Outcome) -> Result<(), String> {
-    let ticks = |o: &Outcome| -> Result<f64, String> {
-        let record: Option<OwnedRecord> = named(&o.transcript, "l3_boot").next().cloned();
-        let ticks = record.and_then(|r| r.number("ticks").ok());
-        ticks.map(|n| n as f64).ok_or(format!("{}: L3 did not boot", o.name))
-    };
-    let (alone, under) = (ticks(alone)?, ticks(under)?);
-    match under <= alone * (1.0 + MOST_ADDED) {
-        true => Ok(()),
-        false => Err(format!("L3 boots in {under} instructions, with one KVM less in {alone}")),
-    }
+    takes_at_most(1.0 + MOST_ADDED, "l3_boot", alone, under)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::Ended;
-    use crate::report::tests::transcript;
-    use std::time::Duration;
+    use crate::boot;
 
     fn outcome(lines: &[&str]) -> Outcome {
-        Outcome {
-            name: "x".into(),
-            transcript: transcript(lines),
-            ended: Ended::Itself,
-            machine: Vec::new(),
-            took: Duration::ZERO,
-            used: None,
-            status: None,
-            trace: None,
-            l2: None,
-            folder: "/".into(),
-        }
+        boot::tests::outcome("x", lines)
     }
 
     #[test]

@@ -100,10 +100,8 @@ fn about_vmx(said: &Transcript) -> Vec<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::Ended;
-    use crate::report::tests::transcript;
+    use crate::boot;
     use crate::transcript::Line;
-    use std::time::Duration;
 
     fn outcome(feature: &str, more: &[&str]) -> Outcome {
         let feature = format!("(XEN)  - {feature}");
@@ -111,18 +109,7 @@ mod tests {
         lines.extend(["(XEN) System RAM: 1", "(d1) @L3 check name=fork sum=15"]);
         lines.extend(["(d1) @L3 event name=l3_work count=1 ticks=1", "@L2 end status=pass failed=0"]);
         lines.extend(more);
-        Outcome {
-            name: "x".into(),
-            transcript: transcript(&lines),
-            ended: Ended::Itself,
-            machine: Vec::new(),
-            took: Duration::ZERO,
-            used: None,
-            status: None,
-            trace: None,
-            l2: None,
-            folder: "/".into(),
-        }
+        boot::tests::outcome("x", &lines)
     }
 
     #[test]
