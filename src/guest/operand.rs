@@ -91,47 +91,39 @@ pub fn linear(cpu: &mut Cpu, bytes: u32, direction: Direction) -> Result<u64, Fa
     let info = InstructionInfo(cpu.vmx.read(Field::VMX_INSTRUCTION_INFO) as u32);
     let displacement = cpu.vmx.read(Field::EXIT_QUALIFICATION);
     let long = in_64_bit_mode(cpu);
-    let unusual = if long { unusual_addresses(cpu) } else { Cr4::empty() };
-    let linear_width = if unusual.contains(Cr4::LA57) { 57 } else { 48 };
-    let mode = if long { CpuMode::Long64 { linear_width, masking: masking(cpu) } } else { CpuMode::Protected };
+    let cr4 = if long { Cr4::from_bits_retain(cpu.vmx.read(Field::GUEST_CR4)) } else { Cr4::empty() };
+    let linear_width = if cr4.contains(Cr4::LA57) { 57 } else { 48 };
+    let mode = if long { CpuMode::Long64 { linear_width, masking: masking(cpu, cr4) } } else { CpuMode::Protected };
     let segment = info.segment().unwrap_or(Segment::Ds);
     let fields = [segment.base(), segment.limit(), segment.rights()];
     let state = OneSegment(fields.map(|field| (field, cpu.vmx.read(field))));
     let rsp = cpu.vmx.read(Field::GUEST_RSP);
     let gpr = |n: u8| if n == RSP { rsp } else { cpu.regs.gpr.get(n as usize).copied().unwrap_or(0) };
     let at = MemoryOperand { info, displacement, bytes, direction }.linear_address(mode, gpr, &state)?;
-    if unusual.contains(Cr4::LASS) {
-        separate(cpu, at, bytes, segment)?;
+    if cr4.contains(Cr4::LASS) {
+        separate(cpu, cr4, at, bytes, segment)?;
     }
     Ok(at)
 }
 
 /// Which pointers the guest tags; a processor without LAM is not asked.
 #[inline(always)]
-fn masking(cpu: &mut Cpu) -> Masking {
+fn masking(cpu: &mut Cpu, cr4: Cr4) -> Masking {
     if cpu.config.offered.cr3_flags == 0 {
         return Masking::OFF;
     }
-    let [cr3, cr4] = [Field::GUEST_CR3, Field::GUEST_CR4].map(|field| cpu.vmx.read(field));
-    Masking { cr3, cr4: Cr4::from_bits_retain(cr4) }
-}
-
-/// The bits of CR4 that change which linear addresses there are.
-#[inline(always)]
-fn unusual_addresses(cpu: &mut Cpu) -> Cr4 {
-    Cr4::from_bits_retain(cpu.vmx.read(Field::GUEST_CR4)) & (Cr4::LA57 | Cr4::LASS)
+    Masking { cr3: cpu.vmx.read(Field::GUEST_CR3), cr4 }
 }
 
 /// Linear-address-space separation: with SMAP on, the supervisor has no business in the lower half unless RFLAGS.AC says so
 /// (SDM vol. 3A, "Linear-Address-Space Separation (LASS)").
 #[cold]
 #[inline(never)]
-fn separate(cpu: &mut Cpu, first: u64, bytes: u32, segment: Segment) -> Result<(), Fault> {
+fn separate(cpu: &mut Cpu, cr4: Cr4, first: u64, bytes: u32, segment: Segment) -> Result<(), Fault> {
     const RFLAGS_AC: u64 = RFlags::ALIGNMENT_CHECK.bits();
     const UPPER: u64 = 1 << 63;
     let last = first.wrapping_add(u64::from(bytes).saturating_sub(1));
-    let smap = cpu.vmx.read(Field::GUEST_CR4) & Cr4::SMAP.bits() != 0;
-    match !smap || first & last & UPPER != 0 || cpu.vmx.read(Field::GUEST_RFLAGS) & RFLAGS_AC != 0 {
+    match !cr4.contains(Cr4::SMAP) || first & last & UPPER != 0 || cpu.vmx.read(Field::GUEST_RFLAGS) & RFLAGS_AC != 0 {
         true => Ok(()),
         false if segment == Segment::Ss => Err(Fault::StackSegment(0)),
         false => Err(Fault::GeneralProtection(0)),

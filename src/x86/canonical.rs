@@ -15,8 +15,14 @@ pub const fn is_canonical(address: u64, width: u32) -> bool {
     match 64u32.checked_sub(width) {
         None => true,
         Some(64) => false,
-        Some(unused) => ((address << unused) as i64 >> unused) as u64 == address,
+        Some(_) => sign_extend(address, width) == address,
     }
+}
+
+/// The address whose bits above so many (1 to 64) are copies of the highest of these.
+pub const fn sign_extend(address: u64, width: u32) -> u64 {
+    let unused = 64 - width;
+    ((address << unused) as i64 >> unused) as u64
 }
 
 #[cfg(test)]

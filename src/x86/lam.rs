@@ -5,6 +5,7 @@
 //! Source: Intel SDM vol. 3A, "Linear-Address Masking (LAM)", vol. 1, "Linear-Address Masking". The crate `x86_64` has none of it.
 
 use super::Cr4;
+use super::canonical::sign_extend;
 
 /// CR3: pointers of the user have 57 bits; it wins over [`CR3_U48`].
 pub const CR3_U57: u64 = 1 << 61;
@@ -37,8 +38,7 @@ impl Masking {
             (false, _, _) if self.cr3 & CR3_U48 != 0 => 48,
             _ => return pointer,
         };
-        let unused = 64 - bits;
-        ((pointer << unused) as i64 >> unused) as u64 & !SIGN | pointer & SIGN
+        sign_extend(pointer, bits) & !SIGN | pointer & SIGN
     }
 }
 
