@@ -6,7 +6,7 @@ use crate::backend::kvm::Kvm;
 use crate::backend::kvm_in_bochs::{KVM_INTEL, KvmInBochs};
 use crate::backend::linux::LinuxKvm;
 use crate::backend::xen::XenLinux;
-use crate::backend::{Backend, Machine, Payload, Protocol, Spec, StopAt, Work};
+use crate::backend::{Backend, Line, Machine, Payload, Protocol, Spec, StopAt, Work};
 use crate::boot;
 use crate::cli::{Explain, Fields, L0Args, RecordedBy, Recorder, RunArgs};
 use crate::image::{self, Images, Wanted};
@@ -341,6 +341,7 @@ impl Session {
             protocol: Protocol::Multiboot2,
             machine,
             debug_port: false,
+            line: Line::default(),
             timeout,
             stop: StopAt::default(),
             record: self.recording.as_ref().map(|recording| match recording {

@@ -1,6 +1,6 @@
 //! Bochs as L0: a configuration file, a boot disk, and what its log tells afterwards.
 
-use super::{Backend, DEBUG_PORT, Machine, Medium, Protocol, SERIAL, Spec, Unit, drive, iso};
+use super::{Backend, DEBUG_PORT, Line, Machine, Medium, Protocol, SERIAL, Spec, Unit, drive, iso};
 use crate::clock::{self, PER_SECOND};
 use anyhow::{Context, Result};
 use nvmx_setup::bochs::{BIOS, Bochs, Flavour, VGA_BIOS};
@@ -92,6 +92,7 @@ pub struct Wiring {
     drive: Option<(Medium, bool)>,
     /// The port of a debugger
     gdb: Option<u16>,
+    line: Line,
 }
 
 impl Wiring {
@@ -99,7 +100,7 @@ impl Wiring {
     pub fn of(spec: &Spec) -> Self {
         let first = spec.protocol == Protocol::Firmware;
         let drive = spec.drive.as_ref().map(|drive| (drive.medium, first));
-        Wiring { record: spec.exit_log(), drive, gdb: spec.gdb }
+        Wiring { record: spec.exit_log(), drive, gdb: spec.gdb, line: spec.line }
     }
 
     /// Lines of the configuration.
@@ -145,6 +146,9 @@ pub fn start(
     command.env("NVMX_TICKS", clock::TICKS);
     // Bochs shows local time.
     command.env("TZ", "UTC");
+    if wiring.line == Line::Fast {
+        command.env("NVMX_SERIAL_USEC", "1");
+    }
     if let Some(log) = &wiring.record {
         command.env("NVMX_EXIT_LOG", log);
     }

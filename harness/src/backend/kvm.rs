@@ -154,7 +154,7 @@ pub(super) fn kernel(spec: &Spec) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Drive, Payload};
+    use super::super::{Drive, Line, Payload};
     use super::*;
     use std::time::Duration;
 
@@ -166,6 +166,7 @@ mod tests {
             modules: vec![Payload::new("/m", "a=1,b=2"), Payload::new("/n", "")],
             protocol: Protocol::Multiboot2,
             debug_port: false,
+            line: Line::default(),
             machine: Machine { memory: 256, cpus: 4, model: String::new() },
             timeout: Duration::from_secs(1),
             stop: Default::default(),

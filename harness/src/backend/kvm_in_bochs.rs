@@ -172,6 +172,7 @@ fn console(folder: &Path) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Line;
     use super::*;
     use std::time::Duration;
 
@@ -183,6 +184,7 @@ mod tests {
             modules: vec![Payload::new("/m", "")],
             protocol: Protocol::Multiboot2,
             debug_port: false,
+            line: Line::default(),
             machine: Machine { memory: 256, cpus: 2, model: String::new() },
             timeout: Duration::from_secs(1),
             stop: Default::default(),

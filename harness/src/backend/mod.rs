@@ -79,6 +79,8 @@ pub struct Spec {
     pub machine: Machine,
     /// Programs of a Linux in it speak at the debug port (0xE9), which costs the machine no time
     pub debug_port: bool,
+    /// How fast its serial line is
+    pub line: Line,
     /// For how long at most
     pub timeout: Duration,
     /// What else ends it
@@ -89,6 +91,17 @@ pub struct Spec {
     pub drive: Option<Drive>,
     /// The port at which a debugger is served, before the machine runs
     pub gdb: Option<u16>,
+}
+
+/// How long the emulated machine's serial line takes for a byte. A guest waits for it, and at 115200 baud that is most of what
+/// it does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Line {
+    /// A microsecond
+    #[default]
+    Fast,
+    /// What the guest has set
+    AsProgrammed,
 }
 
 /// A drive of the machine, with an image whose file stays as it is.

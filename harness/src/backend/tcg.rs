@@ -127,7 +127,7 @@ impl Tcg {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Payload, Protocol};
+    use super::super::{Line, Payload, Protocol};
     use super::*;
     use std::time::Duration;
 
@@ -140,6 +140,7 @@ mod tests {
             modules: vec![Payload::new("/m", "")],
             protocol: Protocol::Multiboot2,
             debug_port: false,
+            line: Line::default(),
             machine: Machine { memory: 8192, cpus: 160, model: String::new() },
             timeout: Duration::from_secs(1),
             stop: Default::default(),

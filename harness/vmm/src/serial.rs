@@ -11,6 +11,12 @@ use crate::stats::{Snapshot, Stats};
 pub const COM1: u16 = 0x3F8;
 /// Line status: transmitter empty, and what it had is sent.
 const READY: u8 = 0x60;
+/// What is written to this register switches the FIFOs on.
+const FIFOS_ON: u8 = 1;
+/// Interrupt identification.
+const NO_INTERRUPT: u8 = 1;
+/// Interrupt identification: the FIFOs are on. A guest then writes 16 bytes without a look at the line status.
+const FIFOS: u8 = 3 << 6;
 const EVENT: [&[u8]; 2] = [b"@L2 event ", b"@L3 event "];
 const INNER: &[u8] = b" l0_exits=";
 const OUTER: &[u8] = b" outer_exits=";
@@ -56,7 +62,8 @@ impl Serial {
         match port.wrapping_sub(COM1) {
             // Nothing was received, no interrupt is pending.
             0 if !self.divisor => 0,
-            2 => 1,
+            2 if self.registers[2] & FIFOS_ON != 0 => NO_INTERRUPT | FIFOS,
+            2 => NO_INTERRUPT,
             5 => READY,
             // Clear to send, data set ready, carrier.
             6 => 0xB0,
@@ -136,6 +143,18 @@ impl Serial {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_that_switches_the_fifos_on_is_told_of_them() {
+        let stats = Stats::none();
+        let mut port = Serial::new(stats.snapshot());
+        let mut console = Console::Standard;
+        assert_eq!(port.read(COM1 + 2), NO_INTERRUPT);
+        port.write(COM1 + 2, 0xC7, &stats, &mut console);
+        assert_eq!(port.read(COM1 + 2), 0xC1);
+        port.write(COM1 + 2, 0, &stats, &mut console);
+        assert_eq!(port.read(COM1 + 2), NO_INTERRUPT);
+    }
 
     #[test]
     fn each_level_of_kvm_has_its_own_names_and_a_third_one_none() {

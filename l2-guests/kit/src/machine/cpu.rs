@@ -147,6 +147,15 @@ pub fn out8(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
 }
 
+/// REP OUTS of bytes.
+pub fn out8s(port: u16, bytes: &[u8]) {
+    // SAFETY: as in `out8`; the processor reads no more than the slice, and the direction flag is clear as everywhere.
+    unsafe {
+        asm!("rep outsb", in("dx") port, inout("rsi") bytes.as_ptr() => _, inout("rcx") bytes.len() => _,
+            options(readonly, nostack, preserves_flags));
+    }
+}
+
 /// OUT of four bytes.
 #[inline(always)]
 pub fn out32(port: u16, value: u32) {
