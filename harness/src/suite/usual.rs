@@ -4,7 +4,7 @@
 use super::linux::{same_but_for_the_machine, shows, takes_at_most, vmx_flags};
 use super::{Case, Judge, Suite, compare};
 use crate::backend::linux::Job;
-use crate::backend::{Backend, Spec, Unit};
+use crate::backend::{Backend, Machine, Spec, Unit};
 use crate::boot::Outcome;
 use crate::cli::Fields;
 use crate::report::spread;
@@ -61,14 +61,25 @@ fn add_on(suite: &mut Suite, session: &Session, below: Option<&Arc<dyn Backend +
     ));
     let linux = session.linux(Kernel::Newest, false)?;
     let job = Job::parse("vmm=own").map_err(anyhow::Error::msg)?;
-    let bare = linux.bare(&session.work("linux"), "usual", &job, &session.machine)?;
-    let nested = session.under_nvmx(&bare, String::new(), &session.options_with_counters(Fields::Auto));
-    let boots = vec![boot("usual-bare".into(), Ok(bare)), boot("usual-nvmx".into(), Ok(nested))];
-    let judge: Judge = Box::new(|o| same_but_for_the_machine(o[0], o[1]).and_then(|()| has_apicv(o[0], o[1])));
-    cases.push((format!("{STACK}: all see what they see with one KVM less"), boots.clone(), judge));
+    let mut stack = |name: &str, cpus: u32| -> Result<Vec<String>> {
+        let machine = Machine { cpus, ..session.machine.clone() };
+        let bare = linux.bare(&session.work("linux"), name, &job, &machine)?;
+        let nested = session.under_nvmx(&bare, String::new(), &session.options_with_counters(Fields::Auto));
+        Ok(vec![boot(format!("{name}-bare"), Ok(bare)), boot(format!("{name}-nvmx"), Ok(nested))])
+    };
+    let (boots, two) = (stack("usual", 1)?, stack("usual-2", 2)?);
+    let same = || -> Judge { Box::new(|o| same_but_for_the_machine(o[0], o[1]).and_then(|()| has_apicv(o[0], o[1]))) };
+    cases.push((format!("{STACK}: all see what they see with one KVM less"), boots.clone(), same()));
+    let name = format!("{STACK}, each on 2 CPUs: all see what they see with one KVM less");
+    suite.long.insert(name.clone());
+    cases.push((name, two.clone(), same()));
     if session.backend.unit() == Unit::Instructions {
         let judge: Judge = Box::new(|o| adds_little(o[0], o[1]));
         cases.push((format!("{STACK}: nvmx adds no more than a quarter to the boot"), boots, judge));
+        let judge: Judge = Box::new(|o| adds_little(o[0], o[1]));
+        let name = format!("{STACK}, each on 2 CPUs: nvmx adds no more than a quarter to the boot");
+        suite.long.insert(name.clone());
+        cases.push((name, two, judge));
     }
     suite.cases.extend(cases.into_iter().map(|(name, boots, judge)| Case { name, boots, judge }));
     Ok(())

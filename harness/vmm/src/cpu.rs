@@ -40,6 +40,7 @@ pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, id: u32, cpus: u32, start: Start) -> Re
     let entry = kvm_msr_entry { index: IA32_MTRR_DEF_TYPE, data: ALL_WRITE_BACK, ..Default::default() };
     let msrs = Msrs::from_entries(&[entry]).context("a list of one MSR is too long")?;
     ensure!(vcpu.set_msrs(&msrs)? == 1, "KVM refuses memory types");
+    connect(vcpu)?;
     if id != 0 {
         return Ok(());
     }
@@ -71,6 +72,14 @@ pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, id: u32, cpus: u32, start: Start) -> Re
         ..Default::default()
     })?;
     Ok(())
+}
+
+/// Lets the others reach this CPU's local APIC. KVM keeps a table of who has which id, makes it anew when the state of an APIC is
+/// set or the guest switches one on, and not when there is one more CPU. Until then messages to that one are lost: an INIT too, which
+/// the guest may send while all its APICs are as they are after reset.
+fn connect(vcpu: &VcpuFd) -> Result<()> {
+    let state = vcpu.get_lapic().context("KVM does not tell the state of an APIC")?;
+    vcpu.set_lapic(&state).context("KVM refuses the state of an APIC that it told")
 }
 
 /// A leaf as this CPU has it: one package of so many cores, of which it is the one with this id.

@@ -39,7 +39,7 @@ pub fn cpus() -> usize {
 /// Gets the APIC ids of the CPUs.
 type Part = fn(&[u32]);
 
-/// The parts, in order; `part=NAME` on the command line chooses one beside the start.
+/// The parts, in order; `part=NAME,NAME` on the command line chooses some beside the start.
 const PARTS: [(&str, Part); 9] = [
     ("messages", messages::all),
     ("mwait", mwait::all),
@@ -84,15 +84,13 @@ fn main(info: &BootInfo) {
         return;
     }
     let chosen = info.option("part");
-    for (name, part) in PARTS.into_iter().filter(|(name, _)| chosen.is_none_or(|c| c == *name)) {
+    let is_chosen = |name: &str| chosen.is_none_or(|names| names.split(',').any(|chosen| chosen == name));
+    for (name, part) in PARTS.into_iter().filter(|(name, _)| is_chosen(name)) {
         log!("part {name}");
         smp::clear_notes();
         part(&ids);
     }
-    match chosen {
-        None | Some("init") => init::restart_first(),
-        Some(_) => end(),
-    }
+    if is_chosen("init") { init::restart_first() } else { end() }
 }
 
 /// The last word is another CPU's: it ends the machine.
