@@ -1,7 +1,7 @@
 //! One combination: the code in memory, the IRET into it, and the traps behind that.
 
 use crate::{
-    instructions::{Instruction, Operand, Value},
+    instructions::{Base, Instruction, Operand, Value},
     log,
     situation::{At, Before, Memory, Situation, Watch},
 };
@@ -473,7 +473,11 @@ impl Case<'_> {
             Value::Xcr0 => (xcr0(), 0),
         };
         let flags = 2 | IOPL_3 | if situation.single_step { TF } else { 0 } | if situation.resume { RF } else { 0 };
-        let rbp = if situation.before == Before::MovSsWatched { memory.selector } else { selector.into() };
+        let rbp = match (self.instruction.base, situation.before) {
+            (Base::Rbp, _) => place.operand,
+            (Base::Rdi, Before::MovSsWatched) => memory.selector,
+            (Base::Rdi, _) => selector.into(),
+        };
         START.set(Start {
             rip: ip.wrapping_sub(before.len() as u64) & mask,
             cs: u64::from(OWN_CODE | mode.ring()),

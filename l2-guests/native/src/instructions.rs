@@ -17,7 +17,16 @@ pub enum Value {
     Xcr0,
 }
 
-/// What is in memory at RDI.
+/// The register that addresses the operand, and so its segment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Base {
+    /// RDI: in DS
+    Rdi,
+    /// RBP: in SS, where a bad address is #SS
+    Rbp,
+}
+
+/// What is in memory there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Operand {
     /// There is none.
@@ -77,6 +86,8 @@ pub struct Instruction {
     pub rsi: u64,
     /// Memory operand
     pub operand: Operand,
+    /// ... and what addresses it
+    pub base: Base,
     /// Whether it wants a current VMCS
     pub current: bool,
     /// What counts of RAX, RBX, RCX, RDX afterwards
@@ -86,7 +97,8 @@ pub struct Instruction {
 const ALL: [u64; 4] = [u64::MAX; 4];
 
 const fn plain(name: &'static str, code: &'static [u8]) -> Instruction {
-    Instruction { name, code, rax: Value::Is(0), rcx: 0, rsi: 0, operand: Operand::None, current: false, compared: ALL }
+    let (rax, rcx, rsi, operand, base) = (Value::Is(0), 0, 0, Operand::None, Base::Rdi);
+    Instruction { name, code, rax, rcx, rsi, operand, base, current: false, compared: ALL }
 }
 
 const fn cpuid(name: &'static str, leaf: u64, subleaf: u64, compared: [u64; 4]) -> Instruction {
@@ -107,6 +119,11 @@ const fn control(name: &'static str, code: &'static [u8], rax: Value) -> Instruc
 
 const fn vmx(name: &'static str, code: &'static [u8], rsi: u64, operand: Operand) -> Instruction {
     Instruction { rsi, operand, current: true, ..plain(name, code) }
+}
+
+/// With its operand at RBP.
+const fn stack(name: &'static str, code: &'static [u8], rsi: u64, operand: Operand) -> Instruction {
+    Instruction { base: Base::Rbp, ..vmx(name, code, rsi, operand) }
 }
 
 /// Bit 40: beyond what counts of a register outside of 64-bit mode.
@@ -233,6 +250,14 @@ pub const INSIDE: &[Instruction] = &[
     vmx("invept", &[0x66, 0x0F, 0x38, 0x80, 0x37], 2, Operand::Number(16, 0)),
     vmx("invept of no type", &[0x66, 0x0F, 0x38, 0x80, 0x37], 7, Operand::Number(16, 0)),
     vmx("invvpid", &[0x66, 0x0F, 0x38, 0x81, 0x37], 2, Operand::Number(16, 0)),
+    stack("vmxon by the stack", &[0xF3, 0x0F, 0xC7, 0x75, 0], 0, Operand::Untouched),
+    stack("vmclear by the stack", &[0x66, 0x0F, 0xC7, 0x75, 0], 0, Operand::OtherRegion),
+    stack("vmptrld by the stack", &[0x0F, 0xC7, 0x75, 0], 0, Operand::OtherRegion),
+    stack("vmptrst by the stack", &[0x0F, 0xC7, 0x7D, 0], 0, Operand::Written(8)),
+    stack("vmread to the stack", &[0x0F, 0x78, 0x75, 0], GUEST_RIP, Operand::Written(8)),
+    stack("vmwrite from the stack", &[0x0F, 0x79, 0x75, 0], HOST_RIP, Operand::Number(8, 0x1234)),
+    stack("invept by the stack", &[0x66, 0x0F, 0x38, 0x80, 0x75, 0], 2, Operand::Number(16, 0)),
+    stack("invvpid by the stack", &[0x66, 0x0F, 0x38, 0x81, 0x75, 0], 2, Operand::Number(16, 0)),
 ];
 
 /// What a guest's hypervisor lets it execute.
@@ -249,6 +274,8 @@ pub const OF_A_GUEST: &[Instruction] = &[
     vmx("vmwrite", &[0x0F, 0x79, 0xF0], HOST_RIP, Operand::None),
     vmx("vmwrite from memory", &[0x0F, 0x79, 0x37], GUEST_RIP, Operand::Number(8, 0x1234)),
     vmx("vmwrite from memory, host_rip", &[0x0F, 0x79, 0x37], HOST_RIP, Operand::Number(8, 0x1234)),
+    stack("vmread to the stack", &[0x0F, 0x78, 0x75, 0], HOST_RIP, Operand::Written(8)),
+    stack("vmwrite from the stack", &[0x0F, 0x79, 0x75, 0], HOST_RIP, Operand::Number(8, 0x1234)),
     plain("vmfunc", &[0x0F, 0x01, 0xD4]),
     Instruction { rcx: 1, ..plain("vmfunc, no function", &[0x0F, 0x01, 0xD4]) },
     cpuid("cpuid", 0, 0, NOTHING),

@@ -1,6 +1,9 @@
 //! The situations that an instruction is executed in.
 
-use crate::{case::Mode, instructions::Instruction};
+use crate::{
+    case::Mode,
+    instructions::{Base, Instruction},
+};
 use arrayvec::ArrayString;
 use core::fmt::Write;
 use l2_kit::{Check, Global, arrayvec, serial::Serial};
@@ -93,10 +96,12 @@ const WRITES: u64 = 0b01;
 const ACCESSES: u64 = 0b11;
 const LEN: [u64; 4] = [0b0000, 0b0100, 0b1100, 0b1000];
 
-/// A list of situations: bytes of the operand, which kind of mode, whether the operand is written
-type List = Option<(u32, u8, bool)>;
+/// The names of lists
+const LETTERS: &[u8; 52] = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
+/// A list of situations: bytes of the operand, which kind of mode, whether the operand is written, its base
+type List = Option<(u32, u8, bool, Base)>;
 /// Those that were printed
-static LISTS: Global<[List; 20]> = Global::new([None; 20]);
+static LISTS: Global<[List; LETTERS.len()]> = Global::new([None; LETTERS.len()]);
 
 /// The letter of the list of situations that suit.
 pub fn list(instruction: &Instruction, mode: Mode) -> char {
@@ -108,10 +113,10 @@ pub fn list(instruction: &Instruction, mode: Mode) -> char {
         _ => 2,
     };
     let bytes = if has_operands(mode) { instruction.bytes(mode) } else { 0 };
-    let key = Some((bytes, kind, instruction.operand.is_written()));
+    let key = Some((bytes, kind, instruction.operand.is_written(), instruction.base));
     let mut lists = LISTS.get();
-    let number = lists.iter().position(|list| *list == key || list.is_none()).unwrap_or(0);
-    let letter = char::from(b'a' + number as u8);
+    let number = lists.iter().position(|list| *list == key || list.is_none()).expect("a letter for each list");
+    let letter = char::from(LETTERS[number]);
     if lists[number].is_none() {
         lists[number] = key;
         LISTS.set(lists);
@@ -132,6 +137,10 @@ pub fn print_lists(instruction: &Instruction, modes: &[Mode]) {
 
 /// Calls `f` with the name of each situation that suits.
 pub fn each(instruction: &Instruction, mode: Mode, mut f: impl FnMut(&str, Situation)) {
+    if instruction.base == Base::Rbp {
+        by_the_stack(instruction, mode, f);
+        return;
+    }
     // Flags, what comes before, breakpoints: all combinations.
     for before in [Before::Nothing, Before::MovSs, Before::Sti] {
         for bits in 0..8u32 {
@@ -162,6 +171,29 @@ pub fn each(instruction: &Instruction, mode: Mode, mut f: impl FnMut(&str, Situa
     }
     if has_operands(mode) && instruction.operand.bytes() != 0 {
         operands(instruction, mode, f);
+    }
+}
+
+/// Where the address decides. The segment stays as long as it can be: the handlers use it too.
+fn by_the_stack(instruction: &Instruction, mode: Mode, mut f: impl FnMut(&str, Situation)) {
+    f("plain", PLAIN);
+    f("plain_tf", Situation { single_step: true, ..PLAIN });
+    if !has_operands(mode) {
+        return;
+    }
+    for inside in 0..u64::from(instruction.bytes(mode)) {
+        let mut one = |name: &str, memory| {
+            let mut text = ArrayString::<32>::new();
+            let _ = write!(text, "{name}_{inside}");
+            f(&text, Situation { memory, ..PLAIN });
+        };
+        one("missing", Memory::Missing(inside));
+        if mode == Mode::Kernel64 {
+            one("noncanonical", Memory::NotCanonical(inside));
+        }
+        if inside != 0 {
+            one("crossing", Memory::Crossing(inside));
+        }
     }
 }
 
