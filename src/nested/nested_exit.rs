@@ -11,6 +11,7 @@ use crate::rules::merge::Duties;
 use crate::rules::route::{ExitInfo, Route, route};
 use crate::trace::KillReason;
 use crate::vmcs::msrs::{self, By};
+use crate::vmcs::slot::Usual;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
 use crate::vmcs::tracked::is_pat;
@@ -113,7 +114,7 @@ fn nested_pat(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
     let slot = &mut cpu.nested.slots[id];
     slot.vmcs02.pat.put(&mut cpu.vmx, value);
     // It goes on its way with the next exit, and another one may come with the next entry.
-    slot.usual = false;
+    slot.usual = Usual::No;
     slot.stale |= Stale::WAY;
     completion::completed(cpu, id)
 }

@@ -49,10 +49,9 @@ fn report(cpu: &mut Cpu, id: SlotId, report: Option<Report>) -> Result<(), KillR
     cpu.vmx.counters.bump(Counter::Reflected);
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[id]);
     let pin = slot.pin12();
-    let exit = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
     keep_mode(vmx, slot);
-    if pin.contains(PinControls::PREEMPTION_TIMER) && !exit.contains(ExitControls::SAVE_PREEMPTION_TIMER) {
-        slot.vmcs02.timer.give_back(vmx);
+    if pin.contains(PinControls::PREEMPTION_TIMER) {
+        stop_timer(vmx, slot);
     }
     let nmi_blocked = nmi_blocked(vmx, pin, report);
     if slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_COUNT) != 0 {
@@ -74,6 +73,15 @@ pub fn keep_mode(vmx: &mut Vmx, slot: &mut Slot) {
             slot.vmcs12.set(Field::VM_ENTRY_CONTROLS, entry ^ changed);
             slot.stale |= Stale::of(Field::VM_ENTRY_CONTROLS);
         }
+    }
+}
+
+/// The preemption timer of L3, which L2 uses: it finds what is left if it has that saved, else what it set. vmcs02 is current.
+#[inline(never)]
+pub fn stop_timer(vmx: &mut Vmx, slot: &Slot) {
+    let exit = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
+    if !exit.contains(ExitControls::SAVE_PREEMPTION_TIMER) {
+        slot.vmcs02.timer.give_back(vmx);
     }
 }
 

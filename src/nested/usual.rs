@@ -12,6 +12,7 @@ use crate::ept::Eptp;
 use crate::rules::route::is_always_reflected;
 use crate::rules::switched;
 use crate::vmcs::access::{ExitTakes, MachineParts};
+use crate::vmcs::slot::Usual;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
 use crate::vmx::Field;
@@ -32,15 +33,18 @@ pub fn settle(cpu: &mut Cpu, id: SlotId) {
     let get = |field| slot.vmcs12.get(field);
     let lists = [Field::VM_ENTRY_MSR_LOAD_COUNT, Field::VM_EXIT_MSR_LOAD_COUNT, Field::VM_EXIT_MSR_STORE_COUNT];
     let exit = ExitControls::from_bits_retain(get(Field::VM_EXIT_CONTROLS) as u32);
-    slot.usual = slot.merged.is_some_and(|merged| {
-        merged.duties.is_empty()
-            && !merged.pin.contains(PinControls::PREEMPTION_TIMER)
-            && !merged.secondary.contains(SecondaryControls::MODE_BASED_EXECUTE_CONTROL)
+    let usual = slot.merged.is_some_and(|merged| {
+        merged.duties.is_empty() && !merged.secondary.contains(SecondaryControls::MODE_BASED_EXECUTE_CONTROL)
     }) && lists.into_iter().all(|count| get(count) == 0)
         && get(Field::VMCS_LINK_POINTER) == NO_LINK
         && slot.inherited.is_usual()
         && !exit.intersects(switched::RESIDENT_EXIT)
         && cpu.config.access.exit_takes() == ExitTakes::Leaving;
+    slot.usual = match usual {
+        false => Usual::No,
+        true if slot.pin12().contains(PinControls::PREEMPTION_TIMER) => Usual::WithTimer,
+        true => Usual::Plain,
+    };
     slot.stale -= Stale::WAY;
 }
 
@@ -49,7 +53,7 @@ pub fn settle(cpu: &mut Cpu, id: SlotId) {
 pub fn exit(cpu: &mut Cpu, reason: ExitReason) -> bool {
     let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation else { return false };
     let slot = &cpu.nested.slots[current];
-    if !is_always_reflected(reason) || !slot.usual || slot.host_msrs != cpu.tracked.version() {
+    if !is_always_reflected(reason) || slot.usual == Usual::No || slot.host_msrs != cpu.tracked.version() {
         return false;
     }
     leave(cpu, current, vmxon_ptr);
@@ -62,7 +66,7 @@ pub fn exit(cpu: &mut Cpu, reason: ExitReason) -> bool {
 pub fn reflected(cpu: &mut Cpu) -> bool {
     let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation else { return false };
     let slot = &cpu.nested.slots[current];
-    if !slot.usual || slot.host_msrs != cpu.tracked.version() {
+    if slot.usual == Usual::No || slot.host_msrs != cpu.tracked.version() {
         return false;
     }
     leave(cpu, current, vmxon_ptr);
@@ -74,6 +78,9 @@ fn leave(cpu: &mut Cpu, current: SlotId, vmxon_ptr: Gpa) {
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[current]);
     vmx.counters.bump(Counter::Reflected);
     reflect::keep_mode(vmx, slot);
+    if slot.usual == Usual::WithTimer {
+        reflect::stop_timer(vmx, slot);
+    }
     let blocking = reflect::blocked_in_guest(vmx, slot.pin12());
     slot.vmcs12.launched = true;
     let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
@@ -85,12 +92,22 @@ fn leave(cpu: &mut Cpu, current: SlotId, vmxon_ptr: Gpa) {
     cpu.nested.operation = Operation::Root { vmxon_ptr, current: Some(current) };
 }
 
+/// The preemption timer of L3, with the value that L2 has set; vmcs02 is current.
+#[cold]
+fn start_timer(cpu: &mut Cpu, id: SlotId) {
+    cpu.nested.slots[id].vmcs02.timer.start(&mut cpu.vmx);
+}
+
 /// VMRESUME of L2; vmcs01 is current. True if L3 is ready to run; else nothing happened.
 #[inline(always)]
 pub fn resume(cpu: &mut Cpu) -> bool {
     let Operation::Root { vmxon_ptr, current: Some(id) } = cpu.nested.operation else { return false };
     let slot = &mut cpu.nested.slots[id];
-    if !slot.usual || !slot.stale.is_empty() || !slot.vmcs12.launched || slot.host_msrs != cpu.tracked.version() {
+    if slot.usual == Usual::No
+        || !slot.stale.is_empty()
+        || !slot.vmcs12.launched
+        || slot.host_msrs != cpu.tracked.version()
+    {
         return false;
     }
     let (eptp12, vpid12) = (slot.vmcs12.get(Field::EPT_POINTER), slot.vmcs12.get(Field::VIRTUAL_PROCESSOR_ID) as u16);
@@ -104,6 +121,9 @@ pub fn resume(cpu: &mut Cpu) -> bool {
     slot.msr_bitmap.refresh(&cpu.phys);
     let on = MachineParts { vmx: &mut cpu.vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
     cpu.config.access.enter(on, slot);
+    if slot.usual == Usual::WithTimer {
+        start_timer(cpu, id);
+    }
     cpu.nested.operation = Operation::NonRoot { vmxon_ptr, current: id };
     true
 }

@@ -26,6 +26,17 @@ pub enum VmcsKind {
     Shadow,
 }
 
+/// What entries and exits of a vmcs12 do, as far as its controls tell beforehand.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Usual {
+    /// It must be asked each time.
+    No,
+    /// Nothing but what all do.
+    Plain,
+    /// The same, and the preemption timer of L3 starts and stops with them.
+    WithTimer,
+}
+
 /// A slot.
 pub struct Slot {
     /// Address of the vmcs12 that this slot is for; free if none.
@@ -57,8 +68,8 @@ pub struct Slot {
     pub inherited: Inherited,
     /// The violation of L3 that L2 saw since the last entry: where, and by what access.
     pub violated: Option<(Ngpa, Qualification)>,
-    /// Entries and exits of this vmcs12 do nothing but what all do: settled by each entry that finds [`Stale::WAY`].
-    pub usual: bool,
+    /// What its entries and exits do: settled by each entry that finds [`Stale::WAY`].
+    pub usual: Usual,
     /// L2's MSRs are those of vmcs12's host-state area as long as they have this version.
     pub host_msrs: Version,
     /// Order of use.
@@ -83,7 +94,7 @@ impl Slot {
             msr_lists,
             inherited: Inherited::default(),
             violated: None,
-            usual: false,
+            usual: Usual::No,
             host_msrs: Version::NONE,
             used: 0,
         }
@@ -136,10 +147,10 @@ impl Slot {
 
     /// L2 has changed a field of the copy. True if nothing has to be judged or merged again for it.
     pub fn stays_good(&mut self, field: Field, old: u64, new: u64, offered: &Capabilities) -> bool {
+        if is_host_field(field) {
+            self.host_msrs = Version::NONE;
+        }
         if field != Field::CPU_BASED_VM_EXEC_CONTROL {
-            if is_host_field(field) {
-                self.host_msrs = Version::NONE;
-            }
             return host_field_holds(field, new, offered);
         }
         let primary = |value| PrimaryControls::from_bits_retain(value as u32);
@@ -166,7 +177,7 @@ impl Slot {
         self.vmcs12 = Vmcs12::new();
         self.lends = false;
         self.violated = None;
-        self.usual = false;
+        self.usual = Usual::No;
         self.host_msrs = Version::NONE;
         self.msr_bitmap.forget();
         self.stale = Stale::all();

@@ -21,7 +21,7 @@ bitflags! {
         const WINDOWS = 1 << 3;
         /// All controls of vmcs02.
         const UNWRITTEN = 1 << 4;
-        /// What an entry takes beyond the usual ([`Slot::usual`](crate::vmcs::slot::Slot::usual)).
+        /// What an entry takes beyond the usual ([`Usual`](crate::vmcs::slot::Usual)).
         const WAY = 1 << 5;
     }
 }

@@ -129,6 +129,36 @@ fn a_change_of_controls_counts_from_the_next_entry_on() {
     }
 }
 
+/// The timer runs while L3 does, which the model leaves to the test: L2 finds what is left of it, or what it set.
+#[test]
+fn the_timer_stops_and_starts_with_l3() {
+    const SAVES_TIMER: u64 = 1 << 22;
+    for saves in [SAVES_TIMER, 0] {
+        agree(move |g| async move {
+            let exit = control(VM_EXIT_CONTROLS, saves, SAVES_TIMER);
+            begin(&g, &[control(PIN_BASED_VM_EXEC_CONTROL, 1 << 6, 0), (VMX_PREEMPTION_TIMER_VALUE, 0x1000), exit])
+                .await;
+            for left in [0x800, 0x400, 0] {
+                for op in [Op::Vmcall, Op::Cpuid, Op::Vmcall] {
+                    assert_eq!(g.run(Op::Vmresume).await, Outcome::Left);
+                    g.set(VMX_PREEMPTION_TIMER_VALUE, left);
+                    assert_eq!(g.run(op).await, Outcome::Left);
+                    look(&g, "L3 ran for a while").await;
+                    g.note(format!("the timer: {:?}", g.vmread(VMX_PREEMPTION_TIMER_VALUE).await));
+                    assert!(g.vmwrite(VMX_PREEMPTION_TIMER_VALUE, 0x2000 + left).await);
+                }
+            }
+            // It is over as soon as L3 runs.
+            assert!(g.vmwrite(VMX_PREEMPTION_TIMER_VALUE, 0).await);
+            for _ in 0..2 {
+                g.note(format!("{:?}", g.run(Op::Vmresume).await));
+                look(&g, "no time for L3").await;
+                g.note(format!("the timer: {:?}", g.vmread(VMX_PREEMPTION_TIMER_VALUE).await));
+            }
+        });
+    }
+}
+
 #[test]
 fn vmcs12s_in_turn_have_each_its_own() {
     agree(|g| async move {
