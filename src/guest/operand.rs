@@ -3,6 +3,7 @@
 //!
 //! Source: SDM vol. 3C, tables "Format of the VM-Exit Instruction-Information Field as Used for ...".
 
+use crate::addr::{Gpa, PAGE_SIZE};
 use crate::cpu::{Cpu, Operation};
 use crate::ept::{EptRules, Eptp};
 use crate::guest::nested_memory::NestedView;
@@ -10,6 +11,7 @@ use crate::guest::{Stop, inject};
 use crate::hw::phys::DirectMap;
 use crate::hw::{cr, msr};
 use crate::mm::linear::{Keys, Paging};
+use crate::mm::plain_read::PlainRead;
 use crate::rules::merge::Duties;
 use crate::vmcs::access::InfoFrom;
 use crate::vmcs::slots::SlotId;
@@ -25,13 +27,15 @@ use crate::x86::{Cr4, DataAccess, Fault, debug, efer};
 const RSP: u8 = 4;
 
 /// The encoding of the field that VMREAD or VMWRITE names in its register operand: 32 bits of it outside 64-bit mode.
+#[inline(always)]
 pub fn field_encoding(cpu: &mut Cpu, info: InstructionInfo) -> u64 {
     let encoding = gpr(cpu, info.reg2());
-    if in_64_bit_mode(cpu) { encoding } else { encoding & 0xFFFF_FFFF }
+    cut(cpu, encoding)
 }
 
 /// True in IA-32e mode, which is 64-bit mode for a VMX instruction that exits, VMCALL excepted. For all others ask
 /// [`is_64_bit_code`].
+#[inline(always)]
 pub fn in_64_bit_mode(cpu: &mut Cpu) -> bool {
     efer(cpu) & efer::LMA != 0
 }
@@ -51,6 +55,7 @@ pub fn require_cpl0(cpu: &mut Cpu) -> Result<(), Fault> {
 }
 
 /// IA32_EFER of the guest. L2's is known in VMX operation, where paging, and so LMA, stays as it is.
+#[inline(always)]
 fn efer(cpu: &mut Cpu) -> u64 {
     match cpu.nested.operation {
         Operation::Root { .. } => cpu.tracked.efer(),
@@ -59,6 +64,7 @@ fn efer(cpu: &mut Cpu) -> u64 {
 }
 
 /// A general-purpose register by number.
+#[inline(always)]
 pub fn gpr(cpu: &mut Cpu, number: u8) -> u64 {
     match number {
         RSP => cpu.vmx.read(Field::GUEST_RSP),
@@ -66,6 +72,7 @@ pub fn gpr(cpu: &mut Cpu, number: u8) -> u64 {
     }
 }
 
+#[inline(always)]
 fn set_gpr(cpu: &mut Cpu, number: u8, value: u64) {
     match number {
         RSP => cpu.vmx.write(Field::GUEST_RSP, value),
@@ -77,12 +84,12 @@ fn set_gpr(cpu: &mut Cpu, number: u8, value: u64) {
     }
 }
 
-/// Base, limit and rights of one segment.
-struct OneSegment([(Field, u64); 3]);
+/// Base, limit and rights of one segment, where they count.
+struct OneSegment(Option<[(Field, u64); 3]>);
 
 impl Fields for OneSegment {
     fn get(&self, field: Field) -> u64 {
-        self.0.iter().find(|(f, _)| *f == field).map_or(0, |(_, value)| *value)
+        self.0.and_then(|fields| fields.into_iter().find(|(f, _)| *f == field)).map_or(0, |(_, value)| value)
     }
 }
 
@@ -95,8 +102,8 @@ pub fn linear(cpu: &mut Cpu, bytes: u32, direction: Direction) -> Result<u64, Fa
     let linear_width = if cr4.contains(Cr4::LA57) { 57 } else { 48 };
     let mode = if long { CpuMode::Long64 { linear_width, masking: masking(cpu, cr4) } } else { CpuMode::Protected };
     let segment = info.segment().unwrap_or(Segment::Ds);
-    let fields = [segment.base(), segment.limit(), segment.rights()];
-    let state = OneSegment(fields.map(|field| (field, cpu.vmx.read(field))));
+    let counts = !long || matches!(segment, Segment::Fs | Segment::Gs);
+    let state = OneSegment(counts.then(|| segment_state(cpu, segment)));
     let rsp = cpu.vmx.read(Field::GUEST_RSP);
     let gpr = |n: u8| if n == RSP { rsp } else { cpu.regs.gpr.get(n as usize).copied().unwrap_or(0) };
     let at = MemoryOperand { info, displacement, bytes, direction }.linear_address(mode, gpr, &state)?;
@@ -104,6 +111,11 @@ pub fn linear(cpu: &mut Cpu, bytes: u32, direction: Direction) -> Result<u64, Fa
         separate(cpu, cr4, at, bytes, segment)?;
     }
     Ok(at)
+}
+
+#[inline(never)]
+fn segment_state(cpu: &mut Cpu, segment: Segment) -> [(Field, u64); 3] {
+    [segment.base(), segment.limit(), segment.rights()].map(|field| (field, cpu.vmx.read(field)))
 }
 
 /// Which pointers the guest tags; a processor without LAM is not asked.
@@ -167,6 +179,45 @@ fn keys(cr4: u64) -> Keys {
     }
 }
 
+/// Reads one or two words of the guest's memory at a linear address.
+#[inline(always)]
+pub fn read_words<const N: usize>(cpu: &mut Cpu, linear: u64) -> Result<[u64; N], Stop> {
+    const { assert!(N == 1 || N == 2, "as many as an operand has") };
+    match plain_words(cpu, linear) {
+        Some(words) => Ok(words),
+        None => {
+            let mut bytes = [0; 16];
+            read(cpu, linear, &mut bytes[..8 * N])?;
+            let both = u128::from_le_bytes(bytes);
+            Ok(core::array::from_fn(|n| (both >> (64 * n)) as u64))
+        }
+    }
+}
+
+/// The same where it is L2's memory, in one page that is simply there, and no breakpoint watches data.
+#[inline(always)]
+fn plain_words<const N: usize>(cpu: &mut Cpu, linear: u64) -> Option<[u64; N]> {
+    let in_one_page = linear & (PAGE_SIZE - 1) <= PAGE_SIZE - 8 * N as u64;
+    if matches!(cpu.nested.operation, Operation::NonRoot { .. })
+        || !in_one_page
+        || debug::any_enabled(cpu.vmx.read(Field::GUEST_DR7))
+    {
+        return None;
+    }
+    let paging = PlainRead {
+        efer: efer(cpu),
+        cr3: cpu.vmx.read(Field::GUEST_CR3),
+        cr4: cpu.vmx.read(Field::GUEST_CR4),
+        physical_width: cpu.config.offered.physical_width,
+    };
+    let (at, _) = paging.page(&cpu.guest, linear)?;
+    let mut words = [0; N];
+    for (n, word) in words.iter_mut().enumerate() {
+        *word = cpu.guest.read_u64(Gpa::new(at.get() + 8 * n as u64)).ok()?;
+    }
+    Some(words)
+}
+
 /// Reads the guest's memory at a linear address.
 pub fn read(cpu: &mut Cpu, linear: u64, into: &mut [u8]) -> Result<(), Stop> {
     match cpu.nested.operation {
@@ -213,34 +264,49 @@ fn nested_view(cpu: &mut Cpu, id: SlotId) -> NestedView<'_, DirectMap> {
 }
 
 /// The instruction information of VMREAD or VMWRITE.
+#[inline(always)]
 pub fn field_access_info(cpu: &mut Cpu) -> InstructionInfo {
-    let of_guest = !matches!(cpu.nested.operation, Operation::NonRoot { .. });
-    if of_guest && cpu.config.access.info_from() == InfoFrom::Code && in_64_bit_mode(cpu) {
-        let rip = cpu.vmx.read(Field::GUEST_RIP);
-        let mut bytes = [0; 5];
-        let len = bytes.len().min(cpu.vmx.read(Field::VM_EXIT_INSTRUCTION_LEN) as usize);
-        // Code that data accesses cannot read is no error: the field tells as well.
-        if paging(cpu).read(&cpu.guest, rip, &mut bytes[..len]).is_ok() {
-            if let Some(info) = decode_field_access(&bytes[..len]) {
-                return info;
-            }
-        }
-    }
-    InstructionInfo(cpu.vmx.read(Field::VMX_INSTRUCTION_INFO) as u32)
+    let from_code = if cpu.config.access.info_from() == InfoFrom::Code { info_from_code(cpu) } else { None };
+    from_code.unwrap_or_else(|| InstructionInfo(cpu.vmx.read(Field::VMX_INSTRUCTION_INFO) as u32))
 }
 
-/// Bytes of a register or memory operand of VMREAD and VMWRITE.
+/// The same from the bytes of the instruction, if it is L2's. Code that data accesses cannot read is no error: the field tells as well.
+#[inline(never)]
+fn info_from_code(cpu: &mut Cpu) -> Option<InstructionInfo> {
+    if matches!(cpu.nested.operation, Operation::NonRoot { .. }) || !in_64_bit_mode(cpu) {
+        return None;
+    }
+    let rip = cpu.vmx.read(Field::GUEST_RIP);
+    let mut bytes = [0; 5];
+    let len = bytes.len().min(cpu.vmx.read(Field::VM_EXIT_INSTRUCTION_LEN) as usize);
+    paging(cpu).read(&cpu.guest, rip, &mut bytes[..len]).ok()?;
+    decode_field_access(&bytes[..len])
+}
+
+/// A register or memory operand of VMREAD and VMWRITE has 64 bits in 64-bit mode, else 32.
+#[inline(always)]
+fn cut(cpu: &mut Cpu, value: u64) -> u64 {
+    if in_64_bit_mode(cpu) { value } else { value & 0xFFFF_FFFF }
+}
+
+/// Bytes of such an operand.
 fn width(cpu: &mut Cpu) -> u32 {
     if in_64_bit_mode(cpu) { 8 } else { 4 }
 }
 
 /// The source operand of VMWRITE.
+#[inline(always)]
 pub fn load(cpu: &mut Cpu, info: InstructionInfo) -> Result<u64, Stop> {
-    let bytes = width(cpu);
-    let mask = if bytes == 8 { u64::MAX } else { 0xFFFF_FFFF };
     if info.is_register() {
-        return Ok(gpr(cpu, info.reg1()) & mask);
+        let value = gpr(cpu, info.reg1());
+        return Ok(cut(cpu, value));
     }
+    load_memory(cpu)
+}
+
+#[inline(never)]
+fn load_memory(cpu: &mut Cpu) -> Result<u64, Stop> {
+    let bytes = width(cpu);
     let linear = linear(cpu, bytes, Direction::Load)?;
     let mut buffer = [0; 8];
     read(cpu, linear, &mut buffer[..bytes as usize])?;
@@ -248,13 +314,19 @@ pub fn load(cpu: &mut Cpu, info: InstructionInfo) -> Result<u64, Stop> {
 }
 
 /// The destination operand of VMREAD.
+#[inline(always)]
 pub fn store(cpu: &mut Cpu, info: InstructionInfo, value: u64) -> Result<(), Stop> {
-    let bytes = width(cpu);
-    let mask = if bytes == 8 { u64::MAX } else { 0xFFFF_FFFF };
     if info.is_register() {
-        set_gpr(cpu, info.reg1(), value & mask);
+        let value = cut(cpu, value);
+        set_gpr(cpu, info.reg1(), value);
         return Ok(());
     }
+    store_memory(cpu, value)
+}
+
+#[inline(never)]
+fn store_memory(cpu: &mut Cpu, value: u64) -> Result<(), Stop> {
+    let bytes = width(cpu);
     let linear = linear(cpu, bytes, Direction::Store)?;
     write(cpu, linear, &value.to_le_bytes()[..bytes as usize])
 }

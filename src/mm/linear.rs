@@ -9,6 +9,7 @@
 use crate::addr::Gpa;
 use crate::mm::PhysMem;
 use crate::mm::guest::{GuestMemory, NotOwned};
+use crate::mm::plain_read::PlainRead;
 use crate::x86::paging::{ACCESSED, DIRTY, LARGE, NO_EXECUTE, PRESENT, USER, WRITABLE, error};
 use crate::x86::{Cr0, Cr4, Fault, RFlags, efer};
 
@@ -136,7 +137,7 @@ impl Paging {
             return Ok((Gpa::new(linear & 0xFFFF_FFFF), kind));
         }
         let plain = access == DataAccess::Read && privilege == Privilege::Supervisor;
-        if let Some(found) = if plain { self.plain_read(memory, linear) } else { None } {
+        if let Some(found) = if plain { self.plain_read().page(memory, linear) } else { None } {
             return Ok(found);
         }
         for _ in 0..WALKS {
@@ -147,39 +148,8 @@ impl Paging {
         Err(AccessError::Again)
     }
 
-    /// The usual case in few instructions: a load by the supervisor in 64-bit mode with four levels, where every entry is present,
-    /// accessed and without a bit that is reserved, and the page is the supervisor's. `None` if it is anything else: the whole walk
-    /// says what.
-    #[inline]
-    fn plain_read(&self, memory: &GuestMemory<impl PhysMem>, linear: u64) -> Option<(Gpa, PageKind)> {
-        if self.efer & efer::LMA == 0 || self.cr4 & (Cr4::LA57.bits() | Cr4::PKS.bits()) != 0 {
-            return None;
-        }
-        let mask = self.address_mask();
-        let usual = PRESENT | ACCESSED;
-        let no_nx = if self.efer & efer::NXE == 0 { NO_EXECUTE } else { 0 };
-        let judged = usual | no_nx | !mask & 0x000F_FFFF_FFFF_F000;
-        let (mut table, mut all, mut any) = (self.cr3 & mask, WRITABLE | USER, 0);
-        for shift in [39, 30, 21, 12] {
-            let at = memory.translate(Gpa::new(table | (linear >> shift & 0x1FF) << 3)).ok()?;
-            let entry = memory.phys().read_u64(at);
-            if entry & judged != usual {
-                return None;
-            }
-            all &= entry;
-            any |= entry;
-            if shift == 12 || entry & LARGE != 0 {
-                let page = (1u64 << shift) - 1;
-                if shift == 39 || all & USER != 0 || entry & page & mask & !0x1000 != 0 {
-                    return None;
-                }
-                let kind =
-                    PageKind { user: false, writable: all & WRITABLE != 0, execute_disable: any & NO_EXECUTE != 0 };
-                return Some((Gpa::new(entry & mask & !page | linear & page), kind));
-            }
-            table = entry & mask;
-        }
-        None
+    const fn plain_read(&self) -> PlainRead {
+        PlainRead { cr3: self.cr3, cr4: self.cr4, efer: self.efer, physical_width: self.physical_width }
     }
 
     /// One walk; `None` if an entry changed before its flags were set.

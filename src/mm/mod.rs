@@ -14,6 +14,7 @@ pub mod mtrr;
 pub mod paging;
 pub mod phys;
 mod place;
+pub mod plain_read;
 
 pub use frames::{Frame, FramePool, FrameRun};
 pub use guest::{GuestMemory, NotOwned};

@@ -39,31 +39,31 @@ pub fn write(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
 }
 
 /// The field of an encoding, if the processor that L2 sees has it.
+#[inline(always)]
 fn offered_field(cpu: &Cpu, encoding: u64) -> Option<(Field, bool)> {
     let (field, high) = Field::decode(u32::try_from(encoding).ok()?)?;
-    // A hypervisor below may lack fields that nvmx would have to keep in vmcs02.
-    let kept = field.home() == Home::Cache || cpu.config.access.has(field);
-    (kept && cpu.config.offered.has_field(field)).then_some((field, high))
+    cpu.config.fields.contains(field).then_some((field, high))
 }
 
 /// The value of a field as L2 sees it.
+#[inline(always)]
 pub fn read_field(cpu: &mut Cpu, id: SlotId, field: Field) -> u64 {
     let slot = &cpu.nested.slots[id];
-    if slot.vmcs12.valid.contains(field) {
-        return slot.vmcs12.get(field);
-    }
+    if slot.vmcs12.valid.contains(field) { slot.vmcs12.get(field) } else { read_vmcs02(cpu, id, field) }
+}
+
+/// The value of a field that only vmcs02 has.
+#[inline(never)]
+fn read_vmcs02(cpu: &mut Cpu, id: SlotId, field: Field) -> u64 {
     let current = current_vmcs(cpu);
     let (slot, access, on) = cpu.reach(id);
     access.read(on, slot, current, field)
 }
 
+#[inline(always)]
 fn write_field(cpu: &mut Cpu, id: SlotId, field: Field, value: u64) {
     if field.home() != Home::Cache {
-        let current = current_vmcs(cpu);
-        let (slot, access, on) = cpu.reach(id);
-        access.write(on, slot, current, field, value);
-        slot.stale |= Stale::of(field);
-        return;
+        return write_vmcs02(cpu, id, field, value);
     }
     if field == Field::HOST_RSP {
         return write_host_rsp(cpu, id, value);
@@ -78,8 +78,18 @@ fn write_field(cpu: &mut Cpu, id: SlotId, field: Field, value: u64) {
     }
 }
 
+/// Writes a field whose home is vmcs02.
+#[inline(never)]
+fn write_vmcs02(cpu: &mut Cpu, id: SlotId, field: Field, value: u64) {
+    let current = current_vmcs(cpu);
+    let (slot, access, on) = cpu.reach(id);
+    access.write(on, slot, current, field, value);
+    slot.stale |= Stale::of(field);
+}
+
 /// No rule is about HOST_RSP, so that L2 can have it to itself: a vmcs12 in use whose HOST_RSP is written will see that again
 /// ([ADR 0021](../../docs/adr/0021-host-rsp-is-lent.md)).
+#[inline(never)]
 fn write_host_rsp(cpu: &mut Cpu, id: SlotId, value: u64) {
     let often = cpu.nested.operation.is_root_with(id) && cpu.nested.slots[id].vmcs12.launched;
     let current = current_vmcs(cpu);

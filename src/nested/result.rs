@@ -20,6 +20,7 @@ const RFLAGS_ARITHMETIC: u64 = RFlags::CARRY_FLAG
     .bits();
 
 /// Reports the result of a VMX instruction in RFLAGS and, if it failed with a current vmcs12, in its error field.
+#[inline(never)]
 pub fn vmx_result(cpu: &mut Cpu, result: VmxResult) {
     let current = cpu.nested.current();
     // Without a current VMCS there is no field for the number (SDM, "Conventions": VMfail).
@@ -35,16 +36,24 @@ pub fn vmx_result(cpu: &mut Cpu, result: VmxResult) {
         VmxResult::FailValid(error) => refuse(cpu, Refusal::Instruction(Some(error))),
         VmxResult::FailInvalid => refuse(cpu, Refusal::Instruction(None)),
     }
-    let flags = cpu.vmx.read(Field::GUEST_RFLAGS);
-    cpu.vmx.write(Field::GUEST_RFLAGS, flags & !RFLAGS_ARITHMETIC | flag);
+    set_flags(cpu, flag);
     if let (Some(error), Some(id)) = (error, current) {
         cpu.nested.slots[id].vmcs12.set(Field::VM_INSTRUCTION_ERROR, error as u64);
     }
 }
 
+#[inline(always)]
+fn set_flags(cpu: &mut Cpu, arithmetic: u64) {
+    let flags = cpu.vmx.read(Field::GUEST_RFLAGS);
+    cpu.vmx.write(Field::GUEST_RFLAGS, flags & !RFLAGS_ARITHMETIC | arithmetic);
+}
+
 /// Reports a result in RFLAGS and goes on behind the instruction.
 #[inline(always)]
 pub fn done(cpu: &mut Cpu, result: VmxResult) -> Result<Next, Stop> {
-    vmx_result(cpu, result);
+    match result {
+        VmxResult::Succeed => set_flags(cpu, 0),
+        failed => vmx_result(cpu, failed),
+    }
     Ok(Next::Advance)
 }

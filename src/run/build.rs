@@ -24,8 +24,9 @@ use crate::vmcs::tracked::Tracked;
 use crate::vmcs::vmcs01::{self, Points};
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmcs::{Config, probe};
-use crate::vmx::Capabilities;
 use crate::vmx::bitmap::{self, Access, BitmapPage, Words, shadow_bitmap};
+use crate::vmx::field::Home;
+use crate::vmx::{Capabilities, Field};
 use l2_protocol::abi::Strategy;
 
 /// Tables that ept02 may hold beyond its reserve unless the command line says how many; half of a CPU's frames at most.
@@ -171,6 +172,7 @@ impl Common {
             config: Config {
                 hardware,
                 offered,
+                fields: FieldSet::of(|field| offered.has_field(field) && may_be_kept(field, &exists)),
                 access: VmcsAccess::new(self.strategy, layout, Links::new(closed, lent), exists, revision),
                 user_counters: self.user_counters,
                 mtrrs: self.mtrrs.clone(),
@@ -206,6 +208,11 @@ fn waiting(stale: bool, trace: bool) -> Waiting {
     always.set(Waiting::LOOK, stale);
     always.set(Waiting::TRACE, trace);
     always
+}
+
+/// A hypervisor below may lack fields that nvmx would have to keep in vmcs02.
+fn may_be_kept(field: Field, exists: &FieldSet) -> bool {
+    field.home() == Home::Cache || exists.contains(field)
 }
 
 /// A VMCS or VMXON region, for good: the frame never goes back.

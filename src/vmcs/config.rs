@@ -1,6 +1,7 @@
 //! What is decided at start.
 
 use super::access::VmcsAccess;
+use super::vmcs12::FieldSet;
 use crate::mm::mtrr::Mtrrs;
 use crate::vmx::Capabilities;
 
@@ -10,6 +11,8 @@ pub struct Config {
     pub hardware: Capabilities,
     /// The processor that L2 sees.
     pub offered: Capabilities,
+    /// The fields that L2 has.
+    pub fields: FieldSet,
     /// How L2's VMREAD and VMWRITE reach vmcs12.
     pub access: VmcsAccess,
     /// Programs of L2 may read the counters.

@@ -39,6 +39,13 @@ impl FieldSet {
         set
     };
 
+    /// Those that `is` says.
+    pub fn of(is: impl Fn(Field) -> bool) -> Self {
+        let mut set = Self::EMPTY;
+        Field::ALL.iter().filter(|field| is(**field)).for_each(|field| set.insert(*field));
+        set
+    }
+
     /// Adds a field.
     #[inline(always)]
     pub const fn insert(&mut self, field: Field) {

@@ -90,12 +90,7 @@ macro_rules! fields {
             /// Position in [`Field::ALL`]: dense, for storage.
             #[inline(always)]
             pub const fn index(self) -> usize {
-                INDEXES[key(self)] as usize
-            }
-
-            /// The field with this encoding; the "high" access type of a 64-bit field is not accepted here.
-            pub const fn from_encoding(encoding: u32) -> Option<Field> {
-                match encoding { $( $enc => Some(Field::$name), )* _ => None }
+                INDEXES[key(self as u32)] as usize
             }
 
             /// SDM-style name.
@@ -103,23 +98,20 @@ macro_rules! fields {
                 match self { $( Field::$name => stringify!($name), )* }
             }
 
-            /// Where L2's value lives.
-            pub const fn home(self) -> Home {
-                match self { $( Field::$name => Home::$home, )* }
-            }
-
             /// When the field exists.
             pub const fn needs(self) -> Needs {
                 match self { $( Field::$name => $needs, )* }
             }
         }
+
+        /// Where L2's values live, in the order of [`Field::ALL`].
+        const HOMES: &[Home] = &[ $( Home::$home, )* ];
     };
 }
 
 /// What tells fields apart: width, area and index of the encoding.
-const fn key(field: Field) -> usize {
-    let encoding = field as usize;
-    encoding >> 5 & 0x300 | encoding >> 4 & 0xC0 | encoding >> 1 & 0x3F
+const fn key(encoding: u32) -> usize {
+    (encoding >> 5 & 0x300 | encoding >> 4 & 0xC0 | encoding >> 1 & 0x3F) as usize
 }
 
 /// Positions in [`Field::ALL`] by [`key`]: one load where the field is not a constant.
@@ -128,7 +120,7 @@ const INDEXES: [u8; 0x400] = {
     let mut indexes = [NONE; 0x400];
     let mut i = 0;
     while i < Field::COUNT {
-        let key = key(Field::ALL[i]);
+        let key = key(Field::ALL[i] as u32);
         assert!(indexes[key] == NONE && i < NONE as usize, "two fields with one key");
         indexes[key] = i as u8;
         i += 1;
@@ -339,6 +331,19 @@ impl Field {
         self as u32
     }
 
+    /// The field with this encoding; the "high" access type of a 64-bit field is not accepted here.
+    #[inline(always)]
+    pub const fn from_encoding(encoding: u32) -> Option<Field> {
+        let index = INDEXES[key(encoding)] as usize;
+        if index < Self::COUNT && Self::ALL[index] as u32 == encoding { Some(Self::ALL[index]) } else { None }
+    }
+
+    /// Where L2's value lives.
+    #[inline(always)]
+    pub const fn home(self) -> Home {
+        HOMES[self.index()]
+    }
+
     /// Width.
     pub const fn width(self) -> Width {
         width_of(self as u32)
@@ -375,6 +380,7 @@ impl Field {
     }
 
     /// Splits an encoding as L2 gives it: the field and whether only its upper 32 bits are meant.
+    #[inline(always)]
     pub const fn decode(encoding: u32) -> Option<(Field, bool)> {
         match Self::from_encoding(encoding & !1) {
             Some(f) if encoding & 1 == 0 => Some((f, false)),

@@ -21,10 +21,8 @@ fn operands(cpu: &mut Cpu) -> Result<(u64, u64, u64), Stop> {
     let kind = operand::gpr(cpu, info.reg2());
     let kind = if operand::in_64_bit_mode(cpu) { kind } else { kind & 0xFFFF_FFFF };
     let linear = operand::linear(cpu, 16, Direction::Load)?;
-    let mut bytes = [0; 16];
-    operand::read(cpu, linear, &mut bytes)?;
-    let value = u128::from_le_bytes(bytes);
-    Ok((kind, value as u64, (value >> 64) as u64))
+    let [first, second] = operand::read_words(cpu, linear)?;
+    Ok((kind, first, second))
 }
 
 /// INVEPT

@@ -29,9 +29,8 @@ fn require_root(cpu: &mut Cpu) -> Result<(), Fault> {
 /// The 64-bit memory operand of VMXON, VMPTRLD and VMCLEAR.
 fn pointer_operand(cpu: &mut Cpu) -> Result<Gpa, Stop> {
     let linear = operand::linear(cpu, 8, Direction::Load)?;
-    let mut bytes = [0; 8];
-    operand::read(cpu, linear, &mut bytes)?;
-    Ok(Gpa::new(u64::from_le_bytes(bytes)))
+    let [word] = operand::read_words(cpu, linear)?;
+    Ok(Gpa::new(word))
 }
 
 /// 4 KiB aligned and within the physical-address width.

@@ -98,6 +98,7 @@ impl VmcsAccess {
     }
 
     /// Where to look for what the processor says of a VMREAD or VMWRITE of L2.
+    #[inline(always)]
     pub fn info_from(&self) -> InfoFrom {
         by!(&self.way, strategy => strategy.info_from())
     }
