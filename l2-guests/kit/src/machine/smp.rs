@@ -24,6 +24,9 @@ const INDEX_AT: u64 = PAGE + 0x7F0;
 const STATE_AT: u64 = PAGE + 0x800;
 /// Turns of a loop after which a CPU that does not answer hangs.
 const PATIENCE: u32 = 200_000_000;
+/// Turns until a CPU must have begun. A processor takes some hundred; a KVM on the emulated machine has a thread to wake and pages to
+/// fetch first.
+const BEGINS: u32 = 2_000_000;
 
 /// What a CPU does; gets its number.
 pub type Job = fn(usize);
@@ -86,7 +89,7 @@ pub fn start(index: usize, apic_id: u32) -> bool {
     pause(10_000);
     (0..2).any(|_| {
         apic::send(apic_id, apic::message::startup((PAGE >> 12) as u8));
-        until(100_000, || STARTS[index].load(Ordering::Acquire) > before)
+        until(BEGINS, || STARTS[index].load(Ordering::Acquire) > before)
     })
 }
 
