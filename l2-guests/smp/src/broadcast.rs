@@ -88,7 +88,7 @@ fn guests_that_wait(ids: &[u32], name: &str, broadcast: bool) {
         .expect("early", early, 0)
         .expect("reasons", came(1, STARTED), others)
         .expect("vectors", came(2, VECTOR.into()), others)
-        .fact("still_waiting", came(3, WAITS_FOR_SIPI))
+        .expect("still_waiting", came(3, WAITS_FOR_SIPI), others)
         .end();
     smp::clear_notes();
     leave_vmx();
