@@ -18,7 +18,7 @@ const SRC: [&str; 17] = [
 const LARGEST_CIRCLE: usize = 3;
 
 /// The same for the host program: what is written and measured, what runs, what reads it, what people ask for.
-const HARNESS: [&str; 16] = [
+const HARNESS: [&str; 17] = [
     "text",
     "clock",
     "shard",
@@ -31,6 +31,7 @@ const HARNESS: [&str; 16] = [
     "cli",
     "session",
     "report",
+    "sweep",
     "l2",
     "lab",
     "suite",

@@ -510,9 +510,17 @@ pub struct BenchArgs {
     #[arg(long, value_name = "FILE")]
     pub budget: Option<PathBuf>,
 
-    /// Also measure how costs grow with what L2 uses: guest `growth`
+    /// Also measure how costs grow: with what L2 uses (guest `growth`), with processors, with nvmx in nvmx
     #[arg(long)]
     pub growth: bool,
+
+    /// Draw how they grow, on a page for a browser
+    #[arg(long, value_name = "FILE.html", requires = "growth")]
+    pub report: Option<PathBuf>,
+
+    /// With `kvm`: what L2 uses is measured with KVM in nvmx's place too
+    #[arg(long, value_enum, default_value = "nvmx", requires = "growth", conflicts_with = "bless")]
+    pub l1: L1,
 
     /// Book what is counted now in the file, for this compiler, in the place of what was booked for it
     #[arg(long, conflicts_with = "compare")]

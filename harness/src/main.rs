@@ -25,6 +25,7 @@ mod report;
 mod session;
 mod shard;
 mod suite;
+mod sweep;
 mod text;
 mod trace;
 mod transcript;

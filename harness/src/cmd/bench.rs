@@ -1,15 +1,17 @@
 //! `bench`: the counts of a run against the limits and the ledger that are checked in, or against an earlier run.
 
+use crate::backend::{Backend, Spec};
 use crate::boot;
 use crate::boot::tell_failure;
-use crate::cli::{BenchArgs, Fields};
+use crate::cli::{BenchArgs, Fields, L1};
 use crate::cmd::run::both;
 use crate::image::Wanted;
 use crate::report::json::{Bench, Document, Limit, Report};
 use crate::report::ledger::{self, Booked, Difference, Which};
 use crate::report::provenance::{Place, Provenance};
 use crate::report::{self, Event, budget::Budget, table};
-use crate::session::{Session, budget_file};
+use crate::session::{LONG, Session, budget_file};
+use crate::sweep;
 use crate::transcript::view::{Show, View};
 use anyhow::Result;
 use nvmx_setup::error::Stop;
@@ -28,6 +30,7 @@ type Measured = Vec<(&'static str, Vec<Event>)>;
 /// [`Stop::Guest`] if a boot fails, a limit is broken or a figure differs, [`Stop::Usage`] if there is nothing to compare with.
 pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
     let json = args.json.as_deref().map(Output::prepare).transpose()?;
+    let drawn = args.report.as_deref().map(Output::prepare).transpose()?;
     ui.reserve_stdout(json.as_ref());
     let earlier = args.compare.as_deref().map(Earlier::read).transpose()?;
     let session = Session::start_with(ui, &args.l0, &Wanted::All)?;
@@ -42,7 +45,7 @@ pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
         return Err(Stop::Usage(format!("--bless: {why}")).into());
     }
     let fields = if budget.machine.strategy == Fields::Trapped.option() { Fields::Trapped } else { Fields::ZeroCopy };
-    let measured = measure(ui, &session, fields, args.growth || args.bless)?;
+    let mut measured = measure(ui, &session, fields, args.growth || args.bless)?;
     let compiler = &place.compiler;
     let (mut limits, mut differences, mut failed) = (Vec::new(), Vec::new(), Vec::new());
     for (guest, events) in &measured {
@@ -82,6 +85,17 @@ pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
         let text = "if they are meant, ./nvmx bench --bless books them";
         failed.push(format!("{} figures differ from the ledger: {text}", differences.len()));
     }
+    // Behind the ledger, which is of nvmx alone.
+    if args.l1 == L1::Kvm {
+        beside_kvm(ui, &session, args, &mut measured)?;
+    }
+    if let Some(output) = &drawn {
+        let sweeps = sweep::sweeps(&session, fields)?.into_iter().filter_map(|sweep| {
+            let (_, events) = measured.iter().find(|(guest, _)| *guest == sweep.guest)?;
+            Some((sweep.title, events.clone()))
+        });
+        output.write(&sweep::page(&place, &sweeps.collect::<Vec<_>>()))?;
+    }
     if let Some(output) = &json {
         let limits = limits.iter().map(|rule| Limit { text: rule.text(), kept: rule.kept }).collect();
         let of = |name: &str| {
@@ -89,7 +103,8 @@ pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
             found.map(|(_, events)| events.clone()).unwrap_or_default()
         };
         let cpu_model = session.machine.model.clone();
-        let bench = Bench { cpu_model, events: of("cascade"), growth: of("growth"), limits, differences };
+        let [events, growth, cpus, depth] = ["cascade", "growth", "cpus", "depth"].map(of);
+        let bench = Bench { cpu_model, events, growth, cpus, depth, limits, differences };
         Document::new(Provenance::of(&session.paths.root, Some(place)), Report::Bench(bench)).write(output)?;
     }
     if failed.is_empty() { Ok(()) } else { Err(Stop::Guest(failed.join("; ")).into()) }
@@ -101,15 +116,39 @@ fn measure(ui: &Ui, session: &Session, fields: Fields, growth: bool) -> Result<M
     let (bare, nested) = both(session, [&bare, &nested], "cascade alone, and under nvmx")?;
     let mut failed: Vec<String> = [&bare, &nested].into_iter().filter_map(|boot| tell_failure(ui, boot)).collect();
     let mut measured = vec![("cascade", report::events(Some(&bare.transcript), &nested.transcript))];
-    if growth {
-        let step = ui.step("growth under nvmx");
-        let spec = session.nested("growth", "", fields)?;
-        let outcome = boot::boot(&session.paths, session.backend.as_ref(), &spec, &View::new(ui, Show::Warnings))?;
-        drop(step);
-        failed.extend(tell_failure(ui, &outcome));
-        measured.push(("growth", report::events(None, &outcome.transcript)));
+    let sweeps = if growth { sweep::sweeps(session, fields)? } else { Vec::new() };
+    for sweep in sweeps {
+        let _step = ui.step(sweep.title);
+        let boot = |spec| boot::boot(&session.paths, session.backend.as_ref(), spec, &View::new(ui, Show::Warnings));
+        let outcomes = sweep.boots.iter().map(boot).collect::<Result<Vec<_>>>()?;
+        failed.extend(outcomes.iter().filter_map(|outcome| tell_failure(ui, outcome)));
+        let rows = (sweep.figures)(&outcomes.iter().collect::<Vec<_>>());
+        measured.push((
+            sweep.guest,
+            rows.unwrap_or_else(|why| {
+                failed.push(why);
+                Vec::new()
+            }),
+        ));
     }
     if failed.is_empty() { Ok(measured) } else { Err(Stop::Guest(failed.join("\n")).into()) }
+}
+
+/// Guest `growth` with KVM in nvmx's place, as a column of its own.
+fn beside_kvm(ui: &Ui, session: &Session, args: &BenchArgs, measured: &mut Measured) -> Result<()> {
+    let kvm = session.kvm_in_place(&args.l0)?;
+    let step = ui.step(&format!("growth under {}", kvm.name()));
+    let spec = Spec { name: "growth-kvm".into(), timeout: LONG, ..session.bare("growth", "")? };
+    let peer = boot::boot(&session.paths, &kvm, &spec, &View::new(ui, Show::Warnings))?;
+    drop(step);
+    if let Some(why) = tell_failure(ui, &peer) {
+        return Err(Stop::Guest(why).into());
+    }
+    for (_, events) in measured.iter_mut().filter(|(guest, _)| *guest == "growth") {
+        report::add_peer(events, &peer.transcript);
+        ui.line(&table::render(events));
+    }
+    Ok(())
 }
 
 /// A file of figures that was written before.
@@ -147,7 +186,7 @@ impl Earlier {
     }
 
     fn differences(&self, guest: &str, events: &[Event]) -> Vec<Difference> {
-        let key = if guest == "growth" { "growth" } else { "events" };
+        let key = if guest == "cascade" { "events" } else { guest };
         let list = self.document[key].as_array().map(Vec::as_slice).unwrap_or_default();
         let before: Vec<Booked> = list.iter().filter_map(booked).collect();
         let now: Vec<Booked> = events.iter().map(Booked::from).collect();

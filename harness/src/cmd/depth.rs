@@ -11,6 +11,7 @@ use crate::report::json::Run;
 use crate::report::{self, table};
 use crate::session::{LONG, Session};
 use crate::suite::compare;
+use crate::sweep::fewer_events;
 use crate::transcript::stack;
 use crate::transcript::stack::StackLevel;
 use crate::transcript::view::{Show, View};
@@ -69,17 +70,6 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     }
 }
 
-/// Each nvmx multiplies costs by ten or more: deep stacks measure fewer events, which give the same averages.
-fn fewer_events(guest: &str, args: &str, depth: u32) -> String {
-    let few = match depth {
-        _ if guest != "cascade" || args.contains("events=") => return args.to_string(),
-        ..=2 => return args.to_string(),
-        3 => 100,
-        _ => 10,
-    };
-    format!("{args} events={few}").trim_start().to_string()
-}
-
 fn banner(ui: &Ui, args: &RunArgs, l0: &StackLevel) {
     ui.line(&ui.paint(&format!("L0 | {}", stack::banner_line(l0, None)), Style::new().bold()));
     let (depth, guest) = (args.depth, &args.l2);
@@ -118,19 +108,5 @@ fn describe(depth: u32, session: &Session, bare: &Outcome, outcome: &Outcome) ->
         passed: outcome.verdict().is_ok(),
         checks: compared.compared,
         checks_differ: compared.differ.len(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn deep_stacks_measure_fewer_events_unless_the_user_says_how_many() {
-        assert_eq!(fewer_events("cascade", "", 2), "");
-        assert_eq!(fewer_events("cascade", "", 3), "events=100");
-        assert_eq!(fewer_events("cascade", "x", 5), "x events=10");
-        assert_eq!(fewer_events("cascade", "events=50", 5), "events=50");
-        assert_eq!(fewer_events("vmxtest", "part=modes", 5), "part=modes");
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::cli::{TraceArgs, TraceFormat};
 use crate::trace::file::{self, Boot};
-use crate::trace::tree::{Builder, Exit};
+use crate::trace::tree::Builder;
 use crate::trace::{export, stat, text};
 use anyhow::Result;
 use nvmx::vmx::exit::BasicReason;
@@ -106,7 +106,7 @@ fn select(built: &Builder, args: &TraceArgs, reason: Option<BasicReason>) -> Res
     let level = |root: &u32| args.level.is_none_or(|level| exit(root).is_some_and(|e| e.level == level));
     let mut trees: Vec<u32> = roots.into_iter().filter(|root| level(root) && has(root)).collect();
     if let Some(top) = args.top {
-        trees.sort_by_key(|root| std::cmp::Reverse(exit(root).and_then(Exit::cost)));
+        trees.sort_by_key(|root| std::cmp::Reverse(exit(root).and_then(|exit| exit.cost)));
         trees.truncate(top);
     }
     let left = trees.len().saturating_sub(args.limit);

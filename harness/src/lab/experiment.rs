@@ -1,8 +1,8 @@
 //! What an experiment is, and what comes of it.
 
 use super::figures::Figures;
-use super::plot::Plot;
 use super::stacks::Stack;
+use crate::report::plot::Plot;
 use serde::Serialize;
 
 /// One step of the story.

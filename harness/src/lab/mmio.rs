@@ -3,9 +3,9 @@
 use super::asserts::Asserts;
 use super::experiment::{Experiment, Judgement, Table, Verdict, levels};
 use super::figures::Figures;
-use super::plot::Plot;
 use super::stacks::Stack;
 use super::text::number;
+use crate::report::plot::Plot;
 
 pub const EXPERIMENT: Experiment = Experiment {
     number: 6,

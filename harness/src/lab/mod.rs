@@ -15,7 +15,6 @@ mod msr_bitmap;
 mod page;
 pub mod pages;
 mod paging;
-pub mod plot;
 mod price;
 mod read;
 mod rings;

@@ -3,22 +3,9 @@
 use super::experiment::{Experiment, Judgement, Table, Verdict, levels};
 use super::figures::Figures;
 use super::text;
+use crate::report::plot::STYLE;
 use crate::text::escape;
 use std::fmt::Write;
-
-const STYLE: &str = "\
-    body{font:16px/1.5 sans-serif;max-width:1200px;margin:auto;padding:1em;background:#fff;color:#222}\n\
-    .two{display:grid;grid-template-columns:1fr 1fr;gap:1.5em;align-items:start}.two p:first-child{margin-top:0}\n\
-    @media(max-width:800px){.two{display:block}}\n\
-    svg{width:100%;height:auto}\n\
-    .wide{overflow-x:auto}table{border-collapse:collapse;font-size:14px;margin:1em 0}\n\
-    th,td{padding:.2em .8em;text-align:right;white-space:nowrap}td.say{white-space:normal}\n\
-    th{border-bottom:2px solid #888;vertical-align:bottom}td{border-bottom:1px solid #ddd}\n\
-    th:first-child,td:first-child,th.say,td.say{text-align:left}\n\
-    section{border-top:1px solid #ccc;margin-top:2em}ul.small,p.small{font-size:14px}\n\
-    .good,.part,.bad{border-left:4px solid #2a2;padding-left:.5em}.part{border-color:#c80}.bad{border-color:#c00}\n\
-    a{color:#25c}\n\
-    @media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}td{border-color:#444}a{color:#8af}}\n";
 
 /// The page: all verdicts, then for each experiment the claim, the plot beside it, the table, the sources.
 pub fn html(figures: &Figures, wanted: &[&Experiment]) -> String {

@@ -230,7 +230,7 @@ mod tests {
     fn the_checked_in_file_is_understood_and_as_it_is_written() {
         let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/budget.json"));
         let budget = Budget::read(path).unwrap();
-        for guest in ["cascade", "growth"] {
+        for guest in ["cascade", "growth", "cpus", "depth"] {
             assert!(budget.limits.iter().any(|rule| rule.guest == guest), "{guest}");
             assert!(budget.ledger.iter().any(|page| page.guest == guest), "{guest}");
         }

@@ -221,6 +221,12 @@ pub struct Bench {
     /// The averages of `growth`, with `--growth`
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub growth: Vec<Event>,
+    /// A reflected exit by the processors that L2 has started, with `--growth`
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub cpus: Vec<Event>,
+    /// A reflected CPUID by the nvmx in the stack, with `--growth`
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub depth: Vec<Event>,
     /// The limits, as the table says them
     pub limits: Vec<Limit>,
     /// What differs from the ledger

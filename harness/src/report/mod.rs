@@ -9,6 +9,7 @@ pub mod ledger;
 pub mod linux;
 pub mod model;
 pub mod page;
+pub mod plot;
 pub mod provenance;
 pub mod spread;
 pub mod table;

@@ -109,7 +109,7 @@ fn same(outcomes: &[&Outcome]) -> Result<(), String> {
         }
     }
     // The loop of L3 around the instruction is no part of the exit.
-    let cost = built.exits.get(tree as usize).and_then(|exit| exit.cost()).ok_or("the tree has no end")? as f64;
+    let cost = built.exits.get(tree as usize).and_then(|exit| exit.cost).ok_or("the tree has no end")? as f64;
     let nested = cpuid.nested.unwrap_or(0.0);
     if cost > nested || nested - cost > 20.0 {
         return Err(format!("a CPUID of L3 costs {nested} by L3's clock and {cost} in the trace"));
@@ -135,7 +135,7 @@ fn steady(built: &Builder, reason: BasicReason) -> Option<u32> {
         .filter_map(|root| Some((root, exit(root)?)))
         .filter(|(_, e)| e.level == 3 && e.reason() == ExitReason::exit(reason))
         .filter(|(_, e)| matches!(e.next, Next::Reflected { .. }))
-        .filter_map(|(root, e)| Some((e.cost()?, root)))
+        .filter_map(|(root, e)| Some((e.cost?, root)))
         .collect();
     trees.sort_unstable();
     trees.get(trees.len() / 2).map(|(_, root)| *root)

@@ -41,7 +41,7 @@ pub fn timeline(boot: &Boot, built: &Builder) -> Value {
             }),
         ));
         let root = &boot.header.levels.name;
-        let done = exit.tick + exit.root_ticks;
+        let done = exit.entered;
         events.push(slice(
             exit.cpu,
             root,
@@ -140,7 +140,7 @@ pub fn csv(boot: &Boot, built: &Builder) -> String {
             e.cpu,
             e.level,
             e.tick,
-            or_empty(e.cost()),
+            or_empty(e.cost),
             quoted(&e.reason().to_string()),
             e.facts.qualification,
             e.facts.rip,

@@ -107,7 +107,9 @@ impl Boot {
 
     /// Its trees.
     pub fn build(&self) -> Builder {
-        Builder::of(self.header.levels.clone(), self.records())
+        let builder = Builder::new(self.header.levels.clone());
+        let builder = if self.header.source == Source::Ring { builder.by_ticks() } else { builder };
+        builder.with(self.records())
     }
 
     /// Its records.

@@ -1,15 +1,16 @@
 //! The emulator's log of VM exits.
 //!
 //! Our build of Bochs writes to the file that the environment variable `NVMX_EXIT_LOG` names, at no cost for guests; nothing if
-//! it is unset or empty. All numbers are little-endian. The file starts with `NVMXEXIT`, the format's version (u32, 2) and a
+//! it is unset or empty. All numbers are little-endian. The file starts with `NVMXEXIT`, the format's version (u32, 3) and a
 //! record's size (u32, 128); then records follow in the order in which things happened. Each begins with
 //!
 //! | bytes | field | |
 //! |---|---|---|
-//! | 0-7 | tick | instructions before the one that exits, enters or fails, plus skipped time: what the TSC counts on one CPU |
+//! | 0-7 | tick | instructions before the one that exits, enters or fails, plus skipped time: what the TSC counts; with several CPUs an average of them |
 //! | 8-15 | vmcs | physical address of the current VMCS |
-//! | 16-19 | cpu | number of the CPU, from 0 |
-//! | 20-23 | kind | 1 VM exit, 2 VM entry, 3 a VMX instruction that fails with an error number, 4 changed fields |
+//! | 16-17 | cpu | number of the CPU, from 0 |
+//! | 18-19 | kind | 1 VM exit, 2 VM entry, 3 a VMX instruction that fails with an error number, 4 changed fields |
+//! | 20-23 | executed | instructions that this CPU has executed, modulo 2^32: costs are differences of it |
 //! | 24-27 | reason | 1: exit reason, all 32 bits, bit 31 is an entry that failed; 3: the error; 4: how many fields |
 //! | 28-31 | event | 1: VM-exit interruption information; 2: VM-entry interruption information |
 //!
@@ -41,7 +42,7 @@ use anyhow::{Result, ensure};
 /// The first bytes.
 pub const MAGIC: &[u8; 8] = b"NVMXEXIT";
 /// The format.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Bytes of a record.
 pub const SIZE: usize = 128;
 /// Bytes before the first record.
@@ -144,6 +145,8 @@ pub struct Record {
     pub vmcs: u64,
     /// On which CPU
     pub cpu: u32,
+    /// What this CPU has executed until then, modulo 2^32: instructions, or ticks where they are not counted
+    pub executed: u32,
     /// What
     pub what: What,
 }
@@ -169,8 +172,9 @@ pub fn records(body: &[u8]) -> impl Iterator<Item = Record> {
 }
 
 fn record(bytes: &[u8]) -> Option<Record> {
-    let (tick, vmcs, cpu, reason) = (u64_at(bytes, 0), u64_at(bytes, 8), u32_at(bytes, 16), u32_at(bytes, 24));
-    let what = match u32_at(bytes, 20) {
+    let (tick, vmcs, executed, reason) = (u64_at(bytes, 0), u64_at(bytes, 8), u32_at(bytes, 20), u32_at(bytes, 24));
+    let cpu = u16_at(bytes, 16).into();
+    let what = match u16_at(bytes, 18) {
         1 => What::Exit(facts(bytes)),
         2 => What::Entry(facts(bytes)),
         3 => What::Fail(facts(bytes)),
@@ -180,7 +184,7 @@ fn record(bytes: &[u8]) -> Option<Record> {
         }
         _ => return None,
     };
-    Some(Record { tick, vmcs, cpu, what })
+    Some(Record { tick, vmcs, cpu, executed, what })
 }
 
 fn facts(bytes: &[u8]) -> Facts {
@@ -214,7 +218,7 @@ fn facts(bytes: &[u8]) -> Facts {
 /// A record as the emulator writes it.
 pub fn bytes(record: &Record) -> Vec<u8> {
     let (kind, reason, event) = match &record.what {
-        What::Exit(f) => (1u32, f.reason, f.event),
+        What::Exit(f) => (1u16, f.reason, f.event),
         What::Entry(f) => (2, f.reason, f.event),
         What::Fail(f) => (3, f.reason, f.event),
         What::Fields(list) => (4, list.len() as u32, 0),
@@ -223,7 +227,9 @@ pub fn bytes(record: &Record) -> Vec<u8> {
     let mut add = |bytes: &[u8]| out.extend_from_slice(bytes);
     add(&record.tick.to_le_bytes());
     add(&record.vmcs.to_le_bytes());
-    for word in [record.cpu, kind, reason, event] {
+    add(&(record.cpu as u16).to_le_bytes());
+    add(&kind.to_le_bytes());
+    for word in [record.executed, reason, event] {
         add(&word.to_le_bytes());
     }
     match &record.what {
@@ -277,10 +283,22 @@ pub mod tests {
         let counts = Counts { vmread: 70_000, vmptrld: 3, ..Counts::default() };
         let facts = Facts { reason: 10, rip: 7, operand: 9, rax: 1, mode: 0x104, counts, ..Facts::default() };
         let all = [
-            Record { tick: 5, vmcs: 0x1000, cpu: 1, what: What::Exit(facts) },
-            Record { tick: 6, vmcs: 0x1000, cpu: 1, what: What::Fields(vec![(0x4000, 1), (0x681c, u64::MAX)]) },
-            Record { tick: 7, vmcs: 0x1000, cpu: 1, what: What::Entry(Facts::default()) },
-            Record { tick: 8, vmcs: 0x1000, cpu: 1, what: What::Fail(Facts { reason: 7, ..Facts::default() }) },
+            Record { tick: 5, vmcs: 0x1000, cpu: 1, executed: 100 + 5, what: What::Exit(facts) },
+            Record {
+                tick: 6,
+                vmcs: 0x1000,
+                cpu: 1,
+                executed: 100 + 6,
+                what: What::Fields(vec![(0x4000, 1), (0x681c, u64::MAX)]),
+            },
+            Record { tick: 7, vmcs: 0x1000, cpu: 1, executed: 100 + 7, what: What::Entry(Facts::default()) },
+            Record {
+                tick: 8,
+                vmcs: 0x1000,
+                cpu: 1,
+                executed: 100 + 8,
+                what: What::Fail(Facts { reason: 7, ..Facts::default() }),
+            },
         ];
         let mut log = log(&all);
         assert_eq!(records(body(&log).unwrap()).collect::<Vec<_>>(), all);
@@ -293,7 +311,7 @@ pub mod tests {
         assert!(body(b"hello").is_err() && body(b"").is_err());
         let mut old = log(&[]);
         old[8] = 1;
-        assert!(body(&old).unwrap_err().to_string().contains("version 1, not 2"));
+        assert!(body(&old).unwrap_err().to_string().contains("version 1, not 3"));
     }
 
     #[test]

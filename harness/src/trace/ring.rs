@@ -34,7 +34,7 @@ fn exit(record: &OwnedRecord) -> Option<(u32, u64, TracedExit)> {
 fn of_cpu(cpu: u32, exits: &BTreeMap<u64, TracedExit>) -> VecDeque<Record> {
     let mut list = VecDeque::new();
     let Some(first) = exits.values().next() else { return list };
-    let at = |tick, vmcs, what| Record { tick, vmcs, cpu, what };
+    let at = |tick, vmcs, what| Record { tick, vmcs, cpu, executed: tick as u32, what };
     // The VMCS of L2 comes first on each CPU: by that levels are known. In what is kept it may come later, or never.
     let of_l2 = exits.values().find_map(|exit| match (exit.level, exit.next_level) {
         (2, _) => Some(exit.vmcs),
@@ -141,7 +141,7 @@ mod tests {
         let roots: Vec<u32> = built.roots().collect();
         assert_eq!(roots, [0, 2]);
         let tree = &built.exits[0];
-        assert_eq!((tree.level, tree.cost(), tree.root_ticks, tree.root.vmread), (3, Some(60), 10, 4));
+        assert_eq!((tree.level, tree.cost, tree.root_ticks, tree.root.vmread), (3, Some(60), 10, 4));
         assert_eq!((tree.next, tree.handler_ticks()), (Next::Reflected { level: 2, rip: 0x264 }, 40));
         assert_eq!(built.exits[1].next, Next::Entered { level: 3 });
     }

@@ -45,7 +45,7 @@ pub fn rows(built: &Builder) -> Vec<Row> {
         let group = groups.entry((exit.level, exit.facts.reason)).or_default();
         group.0 += 1;
         group.1 += u64::from(exit.why.asked != Asked::Level(built.levels().root) && is_reflected(exit.next));
-        if let Some(cost) = exit.cost() {
+        if let Some(cost) = exit.cost {
             group.2.push(cost);
             whole += if exit.parent.is_none() { cost } else { 0 };
         }
@@ -83,7 +83,7 @@ pub fn medians(built: &Builder) -> Vec<u32> {
     let mut groups: BTreeMap<(u8, u32), Vec<(u64, u32)>> = BTreeMap::new();
     for root in built.roots() {
         let Some(exit) = built.exits.get(root as usize) else { continue };
-        if let Some(cost) = exit.cost() {
+        if let Some(cost) = exit.cost {
             groups.entry((exit.level, exit.facts.reason)).or_default().push((cost, root));
         }
     }

@@ -18,7 +18,7 @@ pub fn tree(boot: &Boot, built: &Builder, root: u32) -> Vec<String> {
     }
     let (totals, unit) = (built.totals(root), &boot.header.unit);
     let root = built.exits.get(root as usize);
-    if let (Some(cost), true) = (root.and_then(Exit::cost), totals.exits > 1) {
+    if let (Some(cost), true) = (root.and_then(|exit| exit.cost), totals.exits > 1) {
         let fills =
             if totals.fills > 0 { format!(", {} entries filled in ept02", totals.fills) } else { String::new() };
         lines.push(format!(

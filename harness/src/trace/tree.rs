@@ -32,7 +32,7 @@ pub enum Next {
     },
 }
 
-/// One hardware exit.
+/// One hardware exit. Its ticks are those of its own CPU: instructions, or cycles of the TSC. Points in time are the machine's.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Exit {
     /// On which CPU
@@ -49,8 +49,12 @@ pub struct Exit {
     pub why: Why,
     /// What followed
     pub next: Next,
+    /// ... by the clock of its CPU
+    began: u64,
     /// Ticks of the root hypervisor until it entered a guest
     pub root_ticks: u64,
+    /// When it did
+    pub entered: u64,
     /// VMX instructions of the root hypervisor until then
     pub root: Counts,
     /// Ticks of the guest hypervisors that handled it, without their own exits: level and ticks
@@ -59,6 +63,8 @@ pub struct Exit {
     pub handler: Counts,
     /// When the guest went on
     pub until: Option<u64>,
+    /// What it cost: ticks until then
+    pub cost: Option<u64>,
     /// The exit that this one is a part of
     pub parent: Option<u32>,
     /// Its parts
@@ -74,11 +80,6 @@ impl Exit {
     /// Ticks of all guest hypervisors that handled it, without their own exits.
     pub fn handler_ticks(&self) -> u64 {
         self.handlers.iter().map(|(_, ticks)| ticks).sum()
-    }
-
-    /// What it cost: ticks until the guest went on.
-    pub fn cost(&self) -> Option<u64> {
-        self.until.map(|until| until - self.tick)
     }
 
     /// An entry of ept02 (or, on the bare machine, of L2's EPT) was filled for it.
@@ -132,15 +133,28 @@ struct Cpu {
     open: Vec<u32>,
     /// The last exit, if nothing was entered since
     fresh: Option<u32>,
-    /// The guest that runs: its level and since when
+    /// The guest that runs: its level and since when by the clock
     running: Option<(u8, u64)>,
     counts: Counts,
     last: Option<u32>,
+    /// Instructions since its first record
+    clock: u64,
+    /// What it had executed at the last one, modulo 2^32
+    executed: Option<u32>,
+}
+
+impl Cpu {
+    /// Goes on to what it has executed now.
+    fn advance(&mut self, executed: u32) {
+        let before = self.executed.replace(executed).unwrap_or(executed);
+        self.clock += u64::from(executed.wrapping_sub(before));
+    }
 }
 
 /// Builds trees record by record.
 pub struct Builder {
     levels: Levels,
+    by_ticks: bool,
     cpus: BTreeMap<u32, Cpu>,
     fields: BTreeMap<u64, Fields>,
     /// All exits, in the order in which they came
@@ -156,6 +170,7 @@ impl Builder {
     pub fn new(levels: Levels) -> Self {
         Builder {
             levels,
+            by_ticks: false,
             cpus: BTreeMap::new(),
             fields: BTreeMap::new(),
             exits: Vec::new(),
@@ -164,11 +179,21 @@ impl Builder {
         }
     }
 
+    /// Costs are differences of the time: who recorded does not count what each CPU executes.
+    pub fn by_ticks(self) -> Self {
+        Builder { by_ticks: true, ..self }
+    }
+
     /// All of a log.
+    #[cfg(test)]
     pub fn of(levels: Levels, records: impl IntoIterator<Item = Record>) -> Self {
-        let mut builder = Builder::new(levels);
-        records.into_iter().for_each(|record| builder.add(&record));
-        builder
+        Builder::new(levels).with(records)
+    }
+
+    /// Takes all these records.
+    pub fn with(mut self, records: impl IntoIterator<Item = Record>) -> Self {
+        records.into_iter().for_each(|record| self.add(&record));
+        self
     }
 
     /// Who runs what.
@@ -180,6 +205,12 @@ impl Builder {
     pub fn add(&mut self, record: &Record) {
         let begin = self.span.map_or(record.tick, |(begin, _)| begin);
         self.span = Some((begin, record.tick.max(begin)));
+        let cpu = self.cpus.entry(record.cpu).or_default();
+        if self.by_ticks {
+            cpu.clock = record.tick;
+        } else {
+            cpu.advance(record.executed);
+        }
         match &record.what {
             What::Exit(facts) => self.exit(record, facts),
             What::Entry(facts) => self.entry(record, facts),
@@ -208,7 +239,7 @@ impl Builder {
         let parent = cpu.open.last().copied();
         if let (Some((ran, since)), Some(parent)) = (cpu.running.take(), parent) {
             if let Some(parent) = self.exits.get_mut(parent as usize) {
-                let ticks = record.tick.saturating_sub(since);
+                let ticks = cpu.clock.saturating_sub(since);
                 match parent.handlers.iter_mut().find(|(level, _)| *level == ran) {
                     Some((_, sum)) => *sum += ticks,
                     None => parent.handlers.push((ran, ticks)),
@@ -230,11 +261,14 @@ impl Builder {
             facts: *facts,
             why,
             next: Next::Open,
+            began: cpu.clock,
             root_ticks: 0,
+            entered: record.tick,
             root: Counts::default(),
             handlers: Vec::new(),
             handler: Counts::default(),
             until: None,
+            cost: None,
             parent,
             children: Vec::new(),
         });
@@ -246,7 +280,8 @@ impl Builder {
         let none = Fields::new();
         let cpu = self.cpus.entry(record.cpu).or_default();
         if let Some(exit) = cpu.fresh.take().and_then(|fresh| self.exits.get_mut(fresh as usize)) {
-            exit.root_ticks = record.tick.saturating_sub(exit.tick);
+            exit.root_ticks = cpu.clock.saturating_sub(exit.began);
+            exit.entered = record.tick;
             exit.root = facts.counts.since(cpu.counts);
             exit.next = match level.cmp(&exit.level) {
                 std::cmp::Ordering::Less => Next::Reflected { level, rip: facts.rip },
@@ -262,10 +297,11 @@ impl Builder {
         for done in cpu.open.drain(from.unwrap_or(cpu.open.len())..) {
             if let Some(exit) = self.exits.get_mut(done as usize) {
                 exit.until = Some(record.tick);
+                exit.cost = Some(cpu.clock.saturating_sub(exit.began));
             }
         }
         cpu.counts = facts.counts;
-        cpu.running = Some((level, record.tick));
+        cpu.running = Some((level, cpu.clock));
     }
 
     fn fail(&mut self, record: &Record, facts: &Facts) {
@@ -303,7 +339,7 @@ impl Builder {
     /// When which guest hypervisor worked on an exit, between their own exits: level, from, to.
     pub fn handling(&self, exit: &Exit) -> Vec<(u8, u64, u64)> {
         let Next::Reflected { mut level, .. } = exit.next else { return Vec::new() };
-        let mut at = exit.tick + exit.root_ticks;
+        let mut at = exit.entered;
         let mut list = Vec::new();
         for child in exit.children.iter().filter_map(|child| self.exits.get(*child as usize)) {
             if child.tick > at {
@@ -364,13 +400,19 @@ pub mod tests {
     pub fn exit(tick: u64, vmcs: u64, reason: BasicReason, vmread: u32) -> Record {
         let counts = Counts { vmread, ..Counts::default() };
         let facts = Facts { reason: reason.0.into(), counts, rip: 0x1000 + tick, ..Facts::default() };
-        Record { tick, vmcs, cpu: 0, what: What::Exit(facts) }
+        Record { tick, vmcs, cpu: 0, executed: tick as u32, what: What::Exit(facts) }
     }
 
     /// A record of an entry.
     pub fn entry(tick: u64, vmcs: u64, vmread: u32) -> Record {
         let counts = Counts { vmread, ..Counts::default() };
-        Record { tick, vmcs, cpu: 0, what: What::Entry(Facts { rip: 0x2000 + tick, counts, ..Facts::default() }) }
+        Record {
+            tick,
+            vmcs,
+            cpu: 0,
+            executed: tick as u32,
+            what: What::Entry(Facts { rip: 0x2000 + tick, counts, ..Facts::default() }),
+        }
     }
 
     /// L3 executes CPUID: reflected, a trapped VMWRITE of L2, L2's VMRESUME, L3 goes on.
@@ -396,13 +438,13 @@ pub mod tests {
         let built = Builder::of(nested(), cascade());
         assert_eq!(built.roots().collect::<Vec<_>>(), [0, 1, 4]);
         let tree = &built.exits[1];
-        assert_eq!((tree.level, tree.cost()), (3, Some(160)));
+        assert_eq!((tree.level, tree.cost), (3, Some(160)));
         assert_eq!(tree.next, Next::Reflected { level: 2, rip: 0x2000 + 150 });
         assert_eq!((tree.root_ticks, tree.root.vmread, tree.handler_ticks()), (50, 10, 40));
         assert_eq!(built.handling(tree), [(2, 150, 180), (2, 190, 200)]);
         assert_eq!(tree.children, [2, 3]);
-        assert_eq!((built.exits[2].next, built.exits[2].cost()), (Next::Kept, Some(10)));
-        assert_eq!((built.exits[3].next, built.exits[3].cost()), (Next::Entered { level: 3 }, Some(60)));
+        assert_eq!((built.exits[2].next, built.exits[2].cost), (Next::Kept, Some(10)));
+        assert_eq!((built.exits[3].next, built.exits[3].cost), (Next::Entered { level: 3 }, Some(60)));
         let totals = built.totals(1);
         assert_eq!((totals.exits, totals.root_ticks, totals.handler_ticks, totals.root.vmread), (3, 120, 40, 21));
         assert_eq!(built.tree(1), [(0, 1), (1, 2), (1, 3)]);
@@ -419,13 +461,32 @@ pub mod tests {
     }
 
     #[test]
+    fn costs_are_what_the_cpu_itself_executed_and_of_a_ring_the_time() {
+        let at = |record: Record, executed| Record { executed, ..record };
+        // Another CPU makes time pass too, and the count begins anew.
+        let records = || {
+            cascade().into_iter().map(|record| {
+                let executed = (u32::MAX - 120).wrapping_add(2 * record.tick as u32);
+                at(record, executed)
+            })
+        };
+        let exact = Builder::of(nested(), records());
+        let tree = &exact.exits[1];
+        assert_eq!((tree.cost, tree.root_ticks, tree.handler_ticks()), (Some(320), 100, 80));
+        assert_eq!((tree.tick, tree.entered, tree.until), (100, 150, Some(260)));
+        assert_eq!(exact.handling(tree), [(2, 150, 180), (2, 190, 200)]);
+        let ring = Builder::new(nested()).by_ticks().with(records());
+        assert_eq!((ring.exits[1].cost, ring.exits[1].root_ticks, ring.exits[1].handler_ticks()), (Some(160), 50, 40));
+    }
+
+    #[test]
     fn alone_on_the_machine_each_exit_is_a_tree_of_its_own() {
         let bare = Levels { root: 2, name: "L2".into(), guests: vec![3] };
         use BasicReason as R;
         let built =
             Builder::of(bare, [entry(1, 7, 0), exit(5, 7, R::CPUID, 0), entry(9, 8, 4), exit(12, 8, R::HLT, 4)]);
-        assert_eq!((built.exits[0].level, built.exits[0].next, built.exits[0].cost()), (3, Next::Switched, Some(4)));
-        assert_eq!((built.exits[1].next, built.exits[1].cost()), (Next::Open, None));
+        assert_eq!((built.exits[0].level, built.exits[0].next, built.exits[0].cost), (3, Next::Switched, Some(4)));
+        assert_eq!((built.exits[1].next, built.exits[1].cost), (Next::Open, None));
     }
 
     #[test]
@@ -455,7 +516,7 @@ pub mod tests {
         );
         let number = built.exits.iter().position(|e| e.level == 4).unwrap();
         let l4 = &built.exits[number];
-        assert_eq!((l4.cost(), built.tree(number as u32).len()), (Some(7), 4));
+        assert_eq!((l4.cost, built.tree(number as u32).len()), (Some(7), 4));
         let levels: Vec<u8> = built.tree(number as u32).iter().map(|(_, n)| built.exits[*n as usize].level).collect();
         assert_eq!(levels, [4, 2, 3, 2]);
         assert_eq!(l4.handlers, [(2, 1), (3, 1)]);
@@ -471,7 +532,7 @@ pub mod tests {
         }
         let built = Builder::of(nested(), [entry(10, 1, 0), exit(20, 1, R::VMLAUNCH, 0), failed, entry(40, 1, 0)]);
         assert_eq!((built.exits[1].parent, built.exits[1].level), (Some(0), 3));
-        assert_eq!((built.exits[0].cost(), built.exits[1].cost()), (Some(20), Some(15)));
+        assert_eq!((built.exits[0].cost, built.exits[1].cost), (Some(20), Some(15)));
         assert_eq!(built.exits[1].why.to_string(), "always exits: the entry failed");
     }
 }

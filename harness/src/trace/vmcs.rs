@@ -195,7 +195,7 @@ mod tests {
 
     fn fields(vmcs: u64, list: &[(Field, u64)]) -> Record {
         let list = list.iter().map(|(field, value)| (field.encoding(), *value)).collect();
-        Record { tick: 0, vmcs, cpu: 0, what: What::Fields(list) }
+        Record { tick: 0, vmcs, cpu: 0, executed: 0, what: What::Fields(list) }
     }
 
     fn vmwrite(vmcs: u64, field: Field, value: u64) -> Record {
@@ -206,7 +206,7 @@ mod tests {
             info: 1 << 10,
             ..Facts::default()
         };
-        Record { tick: 0, vmcs, cpu: 0, what: What::Exit(facts) }
+        Record { tick: 0, vmcs, cpu: 0, executed: 0, what: What::Exit(facts) }
     }
 
     #[test]

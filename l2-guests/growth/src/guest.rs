@@ -35,6 +35,8 @@ pub enum Stop {
     Missing(Missing),
     /// A VMX instruction failed.
     Failed(&'static str, Outcome),
+    /// A CPU does not start.
+    Absent(usize),
     /// The guest exited otherwise than by its call: reason and qualification.
     Exit(u64, u64),
 }
@@ -44,6 +46,7 @@ impl fmt::Display for Stop {
         match self {
             Stop::Missing(missing) => write!(f, "{missing}"),
             Stop::Failed(what, outcome) => write!(f, "{what}: {outcome}"),
+            Stop::Absent(index) => write!(f, "CPU {index} does not start"),
             Stop::Exit(reason, qualification) => {
                 write!(f, "the guest exited for reason {reason:#x}, qualification {qualification:#x}")
             }

@@ -2,11 +2,12 @@
 //!
 //! Each experiment is a bracket round a number of equal rounds: `vmcs_N` and `ept_N` make another of N guests current and enter
 //! it, whose VMCALL ends the round; `invept_*` executes INVEPT and enters a guest that has so much memory in use. Words:
-//! `part=vmcs|ept|invept` chooses one kind, `most=N` bounds N.
+//! `part=vmcs|ept|invept` chooses one kind, `most=N` bounds N; `part=cpus` starts all CPUs and enters one guest, `cpus_N`.
 #![no_std]
 #![no_main]
 
 mod bracket;
+mod cpus;
 mod guest;
 mod invept;
 mod switch;
@@ -15,7 +16,7 @@ use l2_kit::{BootInfo, caps, identity, protocol::Kind, report, setup};
 
 l2_kit::entry!(main);
 
-const PARTS: [&str; 3] = ["vmcs", "ept", "invept"];
+const PARTS: [&str; 4] = ["vmcs", "ept", "invept", "cpus"];
 
 fn main(info: &BootInfo) {
     report::record(
@@ -32,7 +33,7 @@ fn main(info: &BootInfo) {
     }
     let part = info.option("part");
     if let Some(name) = part.filter(|name| !PARTS.contains(name)) {
-        return report::fail(format_args!("there is no part `{name}`; there are: vmcs, ept, invept"));
+        return report::fail(format_args!("there is no part `{name}`; there are: vmcs, ept, invept, cpus"));
     }
     let most = info.option("most").map_or(Ok(switch::MOST), str::parse);
     let Some(most) = most.ok().filter(|most| (1..=switch::MOST).contains(most)) else {
@@ -52,6 +53,9 @@ fn main(info: &BootInfo) {
         }
         if chosen("invept") {
             invept::all()?;
+        }
+        if part == Some("cpus") {
+            cpus::all()?;
         }
         Ok(())
     };

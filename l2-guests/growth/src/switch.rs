@@ -10,7 +10,8 @@ use l2_kit::{arrayvec::ArrayVec, ept::Ept};
 pub const MOST: usize = 64;
 /// Just above the powers of two something may overflow.
 const NUMBERS: [usize; 10] = [1, 2, 4, 8, 9, 16, 17, 32, 33, 64];
-const SWITCHES: u64 = 1024;
+/// Rounds of a bracket.
+pub const SWITCHES: u64 = 1024;
 
 /// Whose memory the guests have.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

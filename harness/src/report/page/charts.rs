@@ -205,7 +205,7 @@ pub fn spread(built: &Builder, rows: &[Row]) -> String {
         let base = 36.0 + n as f64 * 44.0;
         let mut bins = [0u64; BINS];
         let same = |e: &&crate::trace::tree::Exit| e.level == row.level && e.reason().to_string() == row.reason;
-        for cost in built.exits.iter().filter(same).filter_map(|e| e.cost()) {
+        for cost in built.exits.iter().filter(same).filter_map(|e| e.cost) {
             bins[((part(cost as f64) * (BINS - 1) as f64) as usize).min(BINS - 1)] += 1;
         }
         let top = bins.iter().copied().max().unwrap_or(1).max(1) as f64;
@@ -233,7 +233,7 @@ pub fn spread(built: &Builder, rows: &[Row]) -> String {
 
 /// One tree in time: a lane a level, from the exit to where its guest goes on.
 pub fn timeline(built: &Builder, root: u32) -> String {
-    let Some((tree, cost)) = built.exits.get(root as usize).and_then(|e| Some((e, e.cost()?))) else {
+    let Some((tree, cost)) = built.exits.get(root as usize).and_then(|e| Some((e, e.cost?))) else {
         return String::new();
     };
     let levels: Vec<u8> = std::iter::once(built.levels().root).chain(built.levels().guests.iter().copied()).collect();

@@ -238,7 +238,7 @@ impl Page<'_> {
         let mut drawn = String::new();
         for (n, root) in trees.iter().enumerate() {
             let Some(exit) = built.exits.get(*root as usize) else { continue };
-            let cost = grouped(exit.cost().unwrap_or(0));
+            let cost = grouped(exit.cost.unwrap_or(0));
             let name = format!("L{} {}, exit #{root}: {cost} {}", exit.level, exit.reason(), self.unit.name());
             let _ = write!(options, "<option>{}</option>", escape(&name));
             let hidden = if n == 0 { "" } else { " hidden" };
