@@ -97,7 +97,7 @@ impl Cpu {
     /// A slot, how its fields are reached, and the machine to do it with.
     #[inline(always)]
     pub fn reach(&mut self, id: SlotId) -> (&mut Slot, &mut VmcsAccess, MachineParts<'_>) {
-        let on = MachineParts { vmx: &mut self.vmx, phys: &self.phys, vmcs01: self.vmcs01 };
+        let on = MachineParts { vmx: &mut self.vmx, phys: &self.phys, vmcs01: &self.vmcs01 };
         (&mut self.nested.slots[id], &mut self.config.access, on)
     }
 

@@ -117,13 +117,13 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         frames: &mut F,
     ) -> bool {
         let access = qualification.access_in(eptp12.mode_based());
-        let rules = self.rules.mode_based(eptp12.mode_based());
-        let mut path = Path::new(guest);
-        let Walk::Leaf(mut leaf) = walk(&mut path, eptp12.guest_root(), ngpa.get(), &rules) else { return false };
-        if eptp12.accessed_dirty() {
-            let Some(dirty) = path.marked() else { return false };
-            leaf.rights.set(Rights::WRITE, dirty && leaf.rights.contains(Rights::WRITE));
-        }
+        let leaf = if eptp12.accessed_dirty() {
+            self.marked_leaf(eptp12, ngpa, guest)
+        } else {
+            let rules = self.rules.mode_based(eptp12.mode_based());
+            walk(&mut GuestTables(guest), eptp12.guest_root(), ngpa.get(), &rules).leaf()
+        };
+        let Some(leaf) = leaf else { return false };
         let outcome = if !leaf.rights.contains(access) {
             return false;
         } else if leaf.level == Level::Pt {
@@ -132,6 +132,17 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             self.fill_large(eptp12, ngpa, leaf, access, guest, frames)
         };
         outcome == Outcome::Filled
+    }
+
+    /// The page of an address in an ept12 with accessed and dirty flags, if no flag is to be set for a load; a clean one is not writable.
+    #[inline(never)]
+    fn marked_leaf<G: GuestView>(&self, eptp12: Eptp, ngpa: Ngpa, guest: &G) -> Option<Leaf<Gpa>> {
+        let rules = self.rules.mode_based(eptp12.mode_based());
+        let mut path = Path::new(guest);
+        let mut leaf = walk(&mut path, eptp12.guest_root(), ngpa.get(), &rules).leaf()?;
+        let dirty = path.marked()?;
+        leaf.rights.set(Rights::WRITE, dirty && leaf.rights.contains(Rights::WRITE));
+        Some(leaf)
     }
 
     /// The page that an access reaches, or what becomes of the access; `entry` is the last of the walk.

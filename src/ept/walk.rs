@@ -93,6 +93,17 @@ pub enum Walk<A, E> {
     Unreadable(E),
 }
 
+impl<A, E> Walk<A, E> {
+    /// The page, if there is one.
+    #[inline(always)]
+    pub fn leaf(self) -> Option<Leaf<A>> {
+        match self {
+            Walk::Leaf(leaf) => Some(leaf),
+            Walk::NotPresent(_) | Walk::Misconfigured(..) | Walk::Unreadable(_) => None,
+        }
+    }
+}
+
 /// Walks from the PML4 table `root` to the page of `address`. An address of more than 48 bits has no translation by
 /// four levels, whatever the tables say.
 #[inline]

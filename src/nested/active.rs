@@ -86,7 +86,7 @@ fn load(cpu: &mut Cpu, id: SlotId, at: Gpa) {
 pub fn write_back(cpu: &mut Cpu, id: SlotId) {
     let Some(at) = cpu.nested.slots[id].vmptr else { return };
     let slot = &mut cpu.nested.slots[id];
-    let on = MachineParts { vmx: &mut cpu.vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
+    let on = MachineParts { vmx: &mut cpu.vmx, phys: &cpu.phys, vmcs01: &cpu.vmcs01 };
     cpu.config.access.store(on, slot);
     // L2 may have no memory there any more: then nothing could have kept its VMCS either.
     let _ = slot.vmcs12.store(&cpu.guest, at);

@@ -53,7 +53,7 @@ pub fn enter(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
         slot.msr_bitmap.refresh(&cpu.phys);
     }
 
-    let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
+    let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: &cpu.vmcs01 };
     cpu.config.access.enter(on, slot);
     slot.vmcs02.link.put(vmx, link);
     if slot.stale.intersects(Stale::TO_WRITE) {
@@ -66,10 +66,8 @@ pub fn enter(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
         cpu.ept02.activate(slot.eptp12(), &cpu.guest, ept01, &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
     };
     slot.vmcs02.run_on(vmx, activation, cpu.ept01.eptp());
-    if let Some((at, qualification)) = slot.violated.take() {
-        if !duties.contains(Duties::LOAD_PDPTES) {
-            violation::answered(cpu, id, at, qualification);
-        }
+    if slot.stale.contains(Stale::VIOLATED) {
+        violation::answered(cpu, id);
     }
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[id]);
     let vpid02 = if duties.contains(Duties::FLUSH_VPID) {

@@ -169,7 +169,7 @@ fn leave_vmcs02(cpu: &mut Cpu, id: SlotId, nmi_blocked: bool, report: Option<Rep
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[id]);
     let blocking = if nmi_blocked { interruptibility::NMI } else { 0 };
     let blocking = (cpu.nested.blocking01 != blocking).then_some(blocking);
-    let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
+    let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: &cpu.vmcs01 };
     cpu.config.access.exit(on, slot, report, Guest { tracked: &mut cpu.tracked, once: &mut cpu.once01, blocking });
     slot.host_msrs = cpu.tracked.version();
     if slot.vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 == 0 {

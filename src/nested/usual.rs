@@ -5,7 +5,7 @@
 //! what `reflect` and `entry` do as well, in the same order, without asking at each step whether there is more to it.
 //! [ADR 0026](../../docs/adr/0026-the-usual-way.md).
 
-use super::reflect;
+use super::{reflect, violation};
 use crate::addr::Gpa;
 use crate::cpu::{Cpu, Operation};
 use crate::ept::Eptp;
@@ -64,10 +64,24 @@ pub fn exit(cpu: &mut Cpu, reason: ExitReason) -> bool {
 /// and vmcs01 is current; else nothing happened.
 #[inline(never)]
 pub fn reflected(cpu: &mut Cpu) -> bool {
+    by_route(cpu, None)
+}
+
+/// The same, with an exit qualification of nvmx's own.
+#[inline(never)]
+pub fn reported(cpu: &mut Cpu, qualification: u64) -> bool {
+    by_route(cpu, Some(qualification))
+}
+
+#[inline(always)]
+fn by_route(cpu: &mut Cpu, qualification: Option<u64>) -> bool {
     let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation else { return false };
     let slot = &cpu.nested.slots[current];
     if slot.usual == Usual::No || slot.host_msrs != cpu.tracked.version() {
         return false;
+    }
+    if let Some(qualification) = qualification {
+        cpu.vmx.write(Field::EXIT_QUALIFICATION, qualification);
     }
     leave(cpu, current, vmxon_ptr);
     true
@@ -83,7 +97,7 @@ fn leave(cpu: &mut Cpu, current: SlotId, vmxon_ptr: Gpa) {
     }
     let blocking = reflect::blocked_in_guest(vmx, slot.pin12());
     slot.vmcs12.launched = true;
-    let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
+    let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: &cpu.vmcs01 };
     cpu.config.access.leave_by_exit(on, slot);
     reflect::load_vmcs12_host_state(&mut vmx.batch(), &slot.vmcs12, ExitControls::HOST_ADDRESS_SPACE_SIZE);
     if cpu.nested.blocking01 != blocking {
@@ -102,12 +116,32 @@ fn start_timer(cpu: &mut Cpu, id: SlotId) {
 #[inline(always)]
 pub fn resume(cpu: &mut Cpu) -> bool {
     let Operation::Root { vmxon_ptr, current: Some(id) } = cpu.nested.operation else { return false };
+    match cpu.nested.slots[id].stale {
+        nothing if nothing.is_empty() => enter(cpu, id, vmxon_ptr),
+        stale => Stale::IN_PASSING.contains(stale) && resume_in_passing(cpu, id, vmxon_ptr),
+    }
+}
+
+/// VMRESUME behind a window that opened or closed, or a violation.
+#[inline(never)]
+fn resume_in_passing(cpu: &mut Cpu, id: SlotId, vmxon_ptr: Gpa) -> bool {
+    if !enter(cpu, id, vmxon_ptr) {
+        return false;
+    }
     let slot = &mut cpu.nested.slots[id];
-    if slot.usual == Usual::No
-        || !slot.stale.is_empty()
-        || !slot.vmcs12.launched
-        || slot.host_msrs != cpu.tracked.version()
-    {
+    if slot.stale.contains(Stale::WINDOWS) {
+        slot.write_controls(&mut cpu.vmx);
+    }
+    if slot.stale.contains(Stale::VIOLATED) {
+        violation::answered(cpu, id);
+    }
+    true
+}
+
+#[inline(always)]
+fn enter(cpu: &mut Cpu, id: SlotId, vmxon_ptr: Gpa) -> bool {
+    let slot = &mut cpu.nested.slots[id];
+    if slot.usual == Usual::No || !slot.vmcs12.launched || slot.host_msrs != cpu.tracked.version() {
         return false;
     }
     let (eptp12, vpid12) = (slot.vmcs12.get(Field::EPT_POINTER), slot.vmcs12.get(Field::VIRTUAL_PROCESSOR_ID) as u16);
@@ -119,7 +153,7 @@ pub fn resume(cpu: &mut Cpu) -> bool {
     }
     cpu.nested.blocking01 = blocking;
     slot.msr_bitmap.refresh(&cpu.phys);
-    let on = MachineParts { vmx: &mut cpu.vmx, phys: &cpu.phys, vmcs01: cpu.vmcs01 };
+    let on = MachineParts { vmx: &mut cpu.vmx, phys: &cpu.phys, vmcs01: &cpu.vmcs01 };
     cpu.config.access.enter(on, slot);
     if slot.usual == Usual::WithTimer {
         start_timer(cpu, id);

@@ -1,7 +1,7 @@
 //! EPT violations of L3.
 
 use super::wants::Wants;
-use super::{completion, reflect, ve};
+use super::{completion, reflect, usual, ve};
 use crate::addr::{Gpa, Ngpa};
 use crate::cpu::Cpu;
 use crate::ept::{Outcome, PageLog, Qualification};
@@ -62,7 +62,10 @@ pub fn violation(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
             let reason = ExitReason::exit(BasicReason::EPT_VIOLATION);
             let slot = &mut cpu.nested.slots[id];
             slot.violated = Some((Ngpa::new(at), qualification));
-            slot.stale |= Stale::WAY;
+            slot.stale |= Stale::VIOLATED;
+            if usual::reported(cpu, qualification.bits()) {
+                return Ok(());
+            }
             reflect::reflect(cpu, id, Some((reason, qualification.bits())))
         }
         Outcome::ReflectMisconfig => {
@@ -85,8 +88,13 @@ pub fn violation(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
 /// L2 goes on with L3 behind a violation that it saw: what it has mapped there is filled at once. vmcs02 is current, and runs on its
 /// ept02.
 #[inline(never)]
-pub fn answered(cpu: &mut Cpu, id: SlotId, at: Ngpa, qualification: Qualification) {
+pub fn answered(cpu: &mut Cpu, id: SlotId) {
     let slot = &mut cpu.nested.slots[id];
+    slot.stale -= Stale::VIOLATED;
+    // L2 may have taken its EPT away meanwhile.
+    let Some((at, qualification)) = slot.violated.take().filter(|_| !slot.has_duty(Duties::LOAD_PDPTES)) else {
+        return;
+    };
     let (eptp12, mut tables) = (slot.eptp12(), Cpu::tables(&mut cpu.frames, &cpu.phys));
     if cpu.ept02.fill_expected(eptp12, at, qualification, &cpu.guest, &mut tables) {
         cpu.vmx.counters.bump(Counter::Ept02Fills);

@@ -23,6 +23,8 @@ bitflags! {
         const UNWRITTEN = 1 << 4;
         /// What an entry takes beyond the usual ([`Usual`](crate::vmcs::slot::Usual)).
         const WAY = 1 << 5;
+        /// L2 saw a violation since ([`Slot::violated`](crate::vmcs::slot::Slot::violated)).
+        const VIOLATED = 1 << 6;
     }
 }
 
@@ -31,6 +33,9 @@ impl Stale {
     pub const PREPARED: Stale = Stale::CONTROLS.union(Stale::HOST);
     /// What is written to vmcs02 once it is current.
     pub const TO_WRITE: Stale = Stale::WINDOWS.union(Stale::UNWRITTEN);
+
+    /// What an entry by the usual way sees to as well.
+    pub const IN_PASSING: Stale = Stale::WINDOWS.union(Stale::VIOLATED);
 
     /// What another value of this field makes stale. Fields that live in vmcs02 are the processor's to check.
     pub const fn of(field: Field) -> Stale {

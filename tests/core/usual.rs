@@ -1,7 +1,7 @@
 //! The usual way of an exit and of the entry behind it: whatever makes one of them special in between counts, once or from then
 //! on, and what comes after it is usual again. Seen by what the bare machine shows.
 
-use crate::kit::*;
+use crate::kit::{self, *};
 use nvmx_machine::guest::{Guest, Op, Outcome};
 use nvmx_machine::world::agree;
 
@@ -20,13 +20,32 @@ async fn rounds(g: &Guest, what: &str) {
     }
 }
 
+/// The value of a control field with which nothing is special, with other bits: all that an entry and an exit may load and save of
+/// IA32_EFER, IA32_PAT and debug registers is loaded and saved.
+fn control(field: Field, set: u64, clear: u64) -> (Field, u64) {
+    let all = match field {
+        VM_EXIT_CONTROLS => 1 << 2 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 21,
+        VM_ENTRY_CONTROLS => 1 << 2 | 1 << 14 | 1 << 15,
+        _ => 0,
+    };
+    kit::control(field, set | all & !clear, clear)
+}
+
+/// The fields of a vmcs12 whose entries and exits do nothing but what all do.
+fn usual() -> Vec<(Field, u64)> {
+    let mut fields = valid();
+    fields.extend([control(VM_EXIT_CONTROLS, 0, 0), control(VM_ENTRY_CONTROLS, 0, 0)]);
+    fields
+}
+
 /// A hypervisor whose controls are `changes`, with rounds behind it.
 async fn begin(g: &Guest, changes: &[(Field, u64)]) {
     for (n, (index, value)) in [(0x277u64, 0x0606u64), (0xC000_0081, 0x1111)].iter().enumerate() {
         g.poke(AREA + 16 * n as u64, *index);
         g.poke(AREA + 16 * n as u64 + 8, *value);
     }
-    hypervisor(g, changes).await;
+    hypervisor(g, &usual()).await;
+    write(g, changes).await;
     launch(g).await;
     leave(g).await;
     rounds(g, "begin").await;
@@ -159,12 +178,51 @@ fn the_timer_stops_and_starts_with_l3() {
     }
 }
 
+/// The two things that an entry by the usual way sees to in passing, alone and together.
+#[test]
+fn a_window_that_opens_and_a_violation_that_was_answered_count_for_the_entry_behind() {
+    const RDTSC_EXITS: u64 = 1 << 12;
+    const AT: u64 = EPT + 0x3000 + 8 * 0x61;
+    agree(|g| async move {
+        begin(&g, &[]).await;
+        for (opens, violates, maps) in
+            (0..8u64).map(|n| (n & 1 == 0, n & 2 == 0, n & 4 == 0)).chain([(true, true, true)])
+        {
+            g.poke(AT, 0);
+            g.run(Op::Invept(2, 0)).await;
+            // From here on nothing but these two is stale.
+            rounds(&g, "behind INVEPT").await;
+            assert_eq!(g.run(Op::Vmresume).await, Outcome::Left);
+            let op = if violates { Op::Read(0x6_1000) } else { Op::Vmcall };
+            assert_eq!(g.run(op).await, Outcome::Left);
+            look(&g, "before the entry").await;
+            if maps {
+                g.poke(AT, 0x61 << 12 | 0x37);
+                g.poke(0x6_1000, 0xAA);
+            }
+            let bit = if opens { RDTSC_EXITS } else { 0 };
+            write(&g, &[control(CPU_BASED_VM_EXEC_CONTROL, bit, RDTSC_EXITS)]).await;
+            assert_eq!(g.run(Op::Vmresume).await, Outcome::Left);
+            for op in [Op::Read(0x6_1000), Op::Rdtsc] {
+                let outcome = g.run(op).await;
+                g.note(format!("{outcome:?}"));
+                if outcome == Outcome::Left {
+                    look(&g, "an exit behind it").await;
+                    assert_eq!(g.run(Op::Vmresume).await, Outcome::Left);
+                }
+            }
+            leave(&g).await;
+            rounds(&g, "what was opened stays").await;
+        }
+    });
+}
+
 #[test]
 fn vmcs12s_in_turn_have_each_its_own() {
     agree(|g| async move {
         begin(&g, &[(HOST_IA32_SYSENTER_ESP, 0x5000)]).await;
         make_current(&g, OTHER).await;
-        write(&g, &valid()).await;
+        write(&g, &usual()).await;
         write(&g, &[(HOST_IA32_SYSENTER_ESP, 0x6000), (VIRTUAL_PROCESSOR_ID, 9), (GUEST_IA32_PAT, 0x0606)]).await;
         launch(&g).await;
         leave(&g).await;

@@ -116,7 +116,7 @@ impl Strategy for InMemory {
     }
 
     fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
-        on.vmx.ptrld(on.vmcs01);
+        on.vmx.ptrld(*on.vmcs01);
         self.become_shadow(on.phys, slot, common);
     }
 
@@ -136,8 +136,8 @@ impl Strategy for InMemory {
                 report.fields(|field, value| slot.vmcs12.fetched(field, value));
             }
         }
-        to.load(&mut image(on.vmcs01), slot);
-        on.vmx.ptrld(on.vmcs01);
+        to.load(&mut image(*on.vmcs01), slot);
+        on.vmx.ptrld(*on.vmcs01);
         if self.links.is_some() {
             if let Some(report) = report {
                 let mut vmcs02 = image(slot.vmcs02.region());

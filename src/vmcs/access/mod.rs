@@ -14,6 +14,7 @@ use super::image::ImageLayout;
 use super::slot::Slot;
 use super::vmcs12::{FieldSet, Vmcs12};
 use crate::addr::Hpa;
+use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
 use crate::vmx::Field;
 use crate::vmx::controls::SecondaryControls;
@@ -148,12 +149,13 @@ impl VmcsAccess {
             slot.host_rsp_is_back(host_rsp);
         }
         if !slot.vmcs12.dirty.is_empty() {
-            self.write_dirty(MachineParts { vmx, phys, vmcs01 }, slot);
+            self.write_dirty(vmx, phys, vmcs01, slot);
         }
     }
 
     #[inline(never)]
-    fn write_dirty(&self, on: MachineParts<'_>, slot: &mut Slot) {
+    fn write_dirty(&self, vmx: &mut Vmx, phys: &DirectMap, vmcs01: &Region, slot: &mut Slot) {
+        let on = MachineParts { vmx, phys, vmcs01 };
         by!(&self.way, strategy => strategy.enter(on, slot, &self.common));
     }
 

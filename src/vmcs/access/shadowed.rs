@@ -69,13 +69,13 @@ impl Strategy for Shadowed {
         on.vmx.ptrld(slot.vmcs02.region());
         slot.vmcs12.write_dirty(on.vmx, |field| common.exists.contains(field));
         slot.vmcs12.valid = FieldSet::CACHED;
-        on.vmx.ptrld(on.vmcs01);
+        on.vmx.ptrld(*on.vmcs01);
     }
 
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         on.vmx.ptrld(slot.vmcs02.region());
         slot.vmcs12.fetch_missing(on.vmx, &common.exists);
-        on.vmx.ptrld(on.vmcs01);
+        on.vmx.ptrld(*on.vmcs01);
     }
 
     fn stored(&self, slot: &mut Slot) {
@@ -99,7 +99,7 @@ impl Strategy for Shadowed {
     #[inline(always)]
     fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         let host_rsp = slot.host_rsp_to_lend();
-        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision, host_rsp, &on.vmcs01);
+        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision, host_rsp, on.vmcs01);
     }
 
     #[inline(always)]
@@ -115,7 +115,7 @@ impl Strategy for Shadowed {
             report.fields(|field, value| on.vmx.write(field, value));
         }
         let host_rsp = slot.host_rsp_to_lend();
-        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision, host_rsp, &on.vmcs01);
+        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision, host_rsp, on.vmcs01);
         to.load(&mut on.vmx.batch(), slot);
     }
 }

@@ -54,7 +54,7 @@ pub struct MachineParts<'a> {
     /// Physical memory.
     pub phys: &'a DirectMap,
     /// The VMCS that runs L2.
-    pub vmcs01: Region,
+    pub vmcs01: &'a Region,
 }
 
 /// Whether L2 is in VMX operation.

@@ -45,7 +45,7 @@ impl Strategy for Trapped {
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         on.vmx.ptrld(slot.vmcs02.region());
         slot.vmcs12.fetch_missing(on.vmx, &common.exists);
-        on.vmx.ptrld(on.vmcs01);
+        on.vmx.ptrld(*on.vmcs01);
     }
 
     fn stored(&self, _: &mut Slot) {}
@@ -58,7 +58,7 @@ impl Strategy for Trapped {
     fn looked_at(&self, _: &mut Slot) {}
 
     fn leave(&self, on: MachineParts<'_>, _: &mut Slot, _: &Known) {
-        on.vmx.ptrld(on.vmcs01);
+        on.vmx.ptrld(*on.vmcs01);
     }
 
     #[inline(never)]
@@ -71,7 +71,7 @@ impl Strategy for Trapped {
         if let Some(report) = report {
             report.fields(|field, value| slot.vmcs12.fetched(field, value));
         }
-        on.vmx.ptrld(on.vmcs01);
+        on.vmx.ptrld(*on.vmcs01);
         to.load(&mut on.vmx.batch(), slot);
     }
 }
