@@ -7,6 +7,7 @@ use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::{Region, Vmx};
 use crate::mm::{Frame, FramePool, GuestMemory};
+use crate::trace::Ran;
 use crate::trace::ring::Ring;
 use crate::vmcs::Config;
 use crate::vmcs::access::{MachineParts, VmcsAccess};
@@ -28,6 +29,8 @@ pub struct Cpu {
     pub config: Config,
     /// The VMCS that runs L2.
     pub vmcs01: Region,
+    /// Whose exit was the last.
+    pub exited: Ran,
     /// vmcs01 entered since its VMCLEAR.
     pub launched01: bool,
     /// What vmcs01 loads with the next entry, and only then.

@@ -234,7 +234,7 @@ fn check_guest_state(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
 
 /// The processor refused vmcs02 at VMLAUNCH or VMRESUME, after an exit of the guest that ran before: of the rules on controls, those on fields that live in vmcs02.
 #[cold]
-pub fn refused_by_processor(cpu: &mut Cpu, before: Ran) -> Result<(), KillReason> {
+pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
     let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation else {
         return Err(KillReason::Broken(Promise::NonRootOnVmcs02));
     };
@@ -243,7 +243,7 @@ pub fn refused_by_processor(cpu: &mut Cpu, before: Ran) -> Result<(), KillReason
         return Err(KillReason::EntryFailed { reason: error, qualification: 0 });
     }
     let check = judge::whole(cpu, current, |whole| whole.live_controls().err().map(|failure| failure.check));
-    if check == Some(CheckId::TprThresholdFitsVtpr) && before == Ran::Nested {
+    if check == Some(CheckId::TprThresholdFitsVtpr) && cpu.exited == Ran::Nested {
         return virtual_apic::below_threshold(cpu, current);
     }
     refuse(cpu, Refusal::Controls(check));

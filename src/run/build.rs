@@ -15,6 +15,7 @@ use crate::mm::mtrr::Mtrrs;
 use crate::mm::{Frame, FramePool, GuestMemory, PhysMem, Span};
 use crate::rules::caps;
 use crate::run::{Machine, tracing};
+use crate::trace::Ran;
 use crate::vmcs::access::{Links, VmcsAccess};
 use crate::vmcs::image::ImageLayout;
 use crate::vmcs::msrs::{self, OwnMsrs};
@@ -151,6 +152,7 @@ impl Common {
             regs: GuestRegs::new(),
             vmx,
             vmcs01,
+            exited: Ran::Guest,
             launched01: false,
             once01: Once::empty(),
             msr_bitmap01,

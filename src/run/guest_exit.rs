@@ -17,7 +17,19 @@ use crate::x86::Fault;
 /// Handles an exit of L2; vmcs01 is current. On return L2 or L3 is ready to run.
 #[inline(always)]
 pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
-    match dispatch(cpu, reason) {
+    if reason.is_entry_failure() {
+        return Err(entry_failure(cpu, reason));
+    }
+    let result = match reason.basic() {
+        // It always ends the same way, so nothing asks how it ended.
+        BasicReason::CPUID => {
+            emul::cpuid::emulate(cpu);
+            inject::advance(cpu);
+            return Ok(());
+        }
+        _ => dispatch(cpu, reason),
+    };
+    match result {
         Ok(Next::Advance) => inject::advance(cpu),
         Ok(Next::Stay) => {}
         Err(Stop::Fault(fault)) => inject::fault(cpu, fault),
@@ -32,15 +44,8 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
 #[inline(always)]
 fn dispatch(cpu: &mut Cpu, reason: ExitReason) -> Result<Next, Stop> {
     let done = |()| Next::Advance;
-    if reason.is_entry_failure() {
-        return Err(entry_failure(cpu, reason).into());
-    }
     match reason.basic() {
         BasicReason::VMRESUME => instr::entry::vmresume(cpu),
-        BasicReason::CPUID => {
-            emul::cpuid::emulate(cpu);
-            Ok(Next::Advance)
-        }
         BasicReason::VMREAD => instr::fields::vmread(cpu),
         BasicReason::VMWRITE => instr::fields::vmwrite(cpu),
         BasicReason::VMLAUNCH => instr::entry::vmlaunch(cpu),

@@ -52,7 +52,6 @@ pub fn run(cpu: &mut Cpu) -> KillReason {
     let this = cpu::this();
     this.clear_unused_stack();
     vmenter::start_clock(&mut cpu.regs);
-    let mut before = Ran::Guest;
     loop {
         if !cpu.waiting.is_empty() {
             before_entry(cpu);
@@ -67,7 +66,7 @@ pub fn run(cpu: &mut Cpu) -> KillReason {
                     events::take_nmi(cpu);
                     break Ok(());
                 }
-                Entered::VmFail if turn.nested => break entry::refused_by_processor(cpu, before),
+                Entered::VmFail if turn.nested => break entry::refused_by_processor(cpu),
                 Entered::VmFail => {
                     let reason = cpu.vmx.read(Field::VM_INSTRUCTION_ERROR) as u32;
                     break Err(KillReason::EntryFailed { reason, qualification: 0 });
@@ -75,7 +74,7 @@ pub fn run(cpu: &mut Cpu) -> KillReason {
             }
             let reason = ExitReason(cpu.vmx.read(Field::VM_EXIT_REASON) as u32);
             if turn.nested {
-                before = Ran::Nested;
+                cpu.exited = Ran::Nested;
                 cpu.vmx.counters.exit(Ran::Nested, reason);
                 if !cpu.vmx.counters.measures() {
                     // The preemption timer goes on from here.
@@ -87,7 +86,7 @@ pub fn run(cpu: &mut Cpu) -> KillReason {
                 }
                 turn = Turn::GUEST;
             } else {
-                before = Ran::Guest;
+                cpu.exited = Ran::Guest;
                 cpu.vmx.counters.exit(Ran::Guest, reason);
                 this.note_guest_exit(reason);
                 if !reason.is_entry_failure() {
