@@ -138,7 +138,9 @@ pub fn start(
     let bios = BIOS.find().context("the BIOS of Bochs is missing (package bochsbios)")?;
     let vga = VGA_BIOS.find().context("the VGA BIOS is missing (package vgabios)")?;
     std::fs::write(folder.join("bochsrc"), rc(machine, bochs, serial, wiring, &bios, &vga))?;
-    let out = File::create(folder.join(out))?;
+    let stdout = File::create(folder.join(out))?;
+    // What Bochs says itself is no text of a guest, whose debug port is Bochs' standard output.
+    let stderr = if out == OUT { stdout.try_clone()? } else { File::create(folder.join(OUT))? };
     let mut command = Command::new(&bochs.path);
     // Relative names throughout: a comma or a space in the checkout's path would end an option.
     command.current_dir(folder).args(["-q", "-f", "bochsrc"]);
@@ -156,7 +158,7 @@ pub fn start(
         std::fs::write(folder.join("go"), "c\n")?;
         command.args(["-rc", "go"]);
     }
-    Child::spawn(&mut command, out.try_clone()?, out)
+    Child::spawn(&mut command, stdout, stderr)
 }
 
 fn rc(machine: &Machine, bochs: &Bochs, serial: Serial, wiring: &Wiring, bios: &Path, vga: &Path) -> String {

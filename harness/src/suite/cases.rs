@@ -85,13 +85,14 @@ pub fn some(session: &Session, wants: impl Fn(&str) -> bool) -> Result<Suite> {
     lab::add(&mut b.suite, session);
     bench::add(&mut b.suite, session);
     const DEAR: [(&str, Add); 7] = [
-        ("QEMU", firmware::add),
-        ("templates", bench::add_templates),
         ("the lab with KVM", lab::add_with_linux),
         ("KVM", on_kvm::add),
         ("Linux", linux::add),
         ("the usual stack", usual::add),
         ("Xen", xen::add),
+        // Short ones last, so that all processors are busy to the end.
+        ("templates", bench::add_templates),
+        ("QEMU", firmware::add),
     ];
     for (topic, add) in DEAR.into_iter().filter(|(topic, _)| wants(topic)) {
         let before = b.suite.cases.len();
