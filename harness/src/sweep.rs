@@ -140,8 +140,8 @@ pub fn plots(title: &str, events: &[Event]) -> Vec<Plot> {
 }
 
 /// A page for a browser that needs nothing else: for each sweep its drawings, and its rows as a table.
-pub fn page(place: &Place, sweeps: &[(&str, Vec<Event>)]) -> String {
-    let section = |(title, events): &(&str, Vec<Event>)| {
+pub fn page(place: &Place, sweeps: &[(&str, &[Event])]) -> String {
+    let section = |(title, events): &(&str, &[Event])| {
         let drawn: Vec<String> = plots(title, events).iter().map(Plot::svg).collect();
         let cells = |cells: [String; 5], tag| cells.map(|cell| format!("<{tag}>{cell}</{tag}>")).concat();
         let figures = |e: &Event| [e.nested, e.hw_exits, e.l1_instructions, e.under_kvm].map(number);
@@ -189,7 +189,7 @@ mod tests {
         assert_eq!(titles, ["growth: ept", "growth: invept"]);
         assert_eq!(plots[0].groups[0], ("1".into(), vec![Some(100.0), Some(1000.0)]));
         assert_eq!(plots[0].groups.len(), 2);
-        let page = page(&place(), &[("what <L2> uses", rows.to_vec())]);
+        let page = page(&place(), &[("what <L2> uses", &rows[..])]);
         assert_eq!((page.matches("<svg").count(), page.matches("<tr>").count()), (2, 6));
         assert!(page.contains("what &lt;L2&gt; uses") && !page.contains("src="));
     }

@@ -21,8 +21,14 @@ use owo_colors::Style;
 use serde_json::Value;
 use std::path::Path;
 
-/// The guests that measure, each with its figures.
-type Measured = Vec<(&'static str, Vec<Event>)>;
+/// What a guest measured.
+struct Measured {
+    /// Its name in the ledger
+    guest: &'static str,
+    /// For people
+    title: &'static str,
+    events: Vec<Event>,
+}
 
 /// Runs the command.
 ///
@@ -48,7 +54,7 @@ pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
     let mut measured = measure(ui, &session, fields, args.growth || args.bless)?;
     let compiler = &place.compiler;
     let (mut limits, mut differences, mut failed) = (Vec::new(), Vec::new(), Vec::new());
-    for (guest, events) in &measured {
+    for Measured { guest, events, .. } in &measured {
         ui.line(&table::render(events));
         limits.extend(budget.apply(guest, events));
         if args.bless {
@@ -90,17 +96,15 @@ pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
         beside_kvm(ui, &session, args, &mut measured)?;
     }
     if let Some(output) = &drawn {
-        let sweeps = sweep::sweeps(&session, fields)?.into_iter().filter_map(|sweep| {
-            let (_, events) = measured.iter().find(|(guest, _)| *guest == sweep.guest)?;
-            Some((sweep.title, events.clone()))
-        });
-        output.write(&sweep::page(&place, &sweeps.collect::<Vec<_>>()))?;
+        // The first is cascade, which is no sweep.
+        let sweeps: Vec<_> = measured.iter().skip(1).map(|m| (m.title, m.events.as_slice())).collect();
+        output.write(&sweep::page(&place, &sweeps))?;
     }
     if let Some(output) = &json {
         let limits = limits.iter().map(|rule| Limit { text: rule.text(), kept: rule.kept }).collect();
         let of = |name: &str| {
-            let found = measured.iter().find(|(guest, _)| *guest == name);
-            found.map(|(_, events)| events.clone()).unwrap_or_default()
+            let found = measured.iter().find(|m| m.guest == name);
+            found.map(|m| m.events.clone()).unwrap_or_default()
         };
         let cpu_model = session.machine.model.clone();
         let [events, growth, cpus, depth] = ["cascade", "growth", "cpus", "depth"].map(of);
@@ -111,31 +115,28 @@ pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
 }
 
 /// Boots the guests.
-fn measure(ui: &Ui, session: &Session, fields: Fields, growth: bool) -> Result<Measured> {
+fn measure(ui: &Ui, session: &Session, fields: Fields, growth: bool) -> Result<Vec<Measured>> {
     let (bare, nested) = (session.bare("cascade", "")?, session.nested("cascade", "", fields)?);
     let (bare, nested) = both(session, [&bare, &nested], "cascade alone, and under nvmx")?;
     let mut failed: Vec<String> = [&bare, &nested].into_iter().filter_map(|boot| tell_failure(ui, boot)).collect();
-    let mut measured = vec![("cascade", report::events(Some(&bare.transcript), &nested.transcript))];
+    let events = report::events(Some(&bare.transcript), &nested.transcript);
+    let mut measured = vec![Measured { guest: "cascade", title: "each event", events }];
     let sweeps = if growth { sweep::sweeps(session, fields)? } else { Vec::new() };
     for sweep in sweeps {
         let _step = ui.step(sweep.title);
         let boot = |spec| boot::boot(&session.paths, session.backend.as_ref(), spec, &View::new(ui, Show::Warnings));
         let outcomes = sweep.boots.iter().map(boot).collect::<Result<Vec<_>>>()?;
         failed.extend(outcomes.iter().filter_map(|outcome| tell_failure(ui, outcome)));
-        let rows = (sweep.figures)(&outcomes.iter().collect::<Vec<_>>());
-        measured.push((
-            sweep.guest,
-            rows.unwrap_or_else(|why| {
-                failed.push(why);
-                Vec::new()
-            }),
-        ));
+        match (sweep.figures)(&outcomes.iter().collect::<Vec<_>>()) {
+            Ok(events) => measured.push(Measured { guest: sweep.guest, title: sweep.title, events }),
+            Err(why) => failed.push(why),
+        }
     }
     if failed.is_empty() { Ok(measured) } else { Err(Stop::Guest(failed.join("\n")).into()) }
 }
 
 /// Guest `growth` with KVM in nvmx's place, as a column of its own.
-fn beside_kvm(ui: &Ui, session: &Session, args: &BenchArgs, measured: &mut Measured) -> Result<()> {
+fn beside_kvm(ui: &Ui, session: &Session, args: &BenchArgs, measured: &mut [Measured]) -> Result<()> {
     let kvm = session.kvm_in_place(&args.l0)?;
     let step = ui.step(&format!("growth under {}", kvm.name()));
     let spec = Spec { name: "growth-kvm".into(), timeout: LONG, ..session.bare("growth", "")? };
@@ -144,7 +145,7 @@ fn beside_kvm(ui: &Ui, session: &Session, args: &BenchArgs, measured: &mut Measu
     if let Some(why) = tell_failure(ui, &peer) {
         return Err(Stop::Guest(why).into());
     }
-    for (_, events) in measured.iter_mut().filter(|(guest, _)| *guest == "growth") {
+    for Measured { events, .. } in measured.iter_mut().filter(|m| m.guest == "growth") {
         report::add_peer(events, &peer.transcript);
         ui.line(&table::render(events));
     }
