@@ -69,6 +69,10 @@ impl<P: PhysMem> TableFrames for PoolFrames<'_, P> {
     fn read(&self, entry: Hpa) -> u64 {
         self.memory.read_u64(entry)
     }
+    #[inline(always)]
+    fn read_pair(&self, first: Hpa) -> [u64; 2] {
+        self.memory.read_pair(first)
+    }
     #[inline]
     fn read_all(&self, first: Hpa, into: &mut [u64]) {
         self.memory.read_words(first, into);

@@ -123,6 +123,11 @@ pub trait TableFrames {
     fn clear(&mut self, table: Hpa);
     /// Reads an entry.
     fn read(&self, entry: Hpa) -> u64;
+    /// Reads an entry and the one behind it, in one table.
+    #[inline]
+    fn read_pair(&self, first: Hpa) -> [u64; 2] {
+        [self.read(first), self.read(Hpa::new(first.get() + 8))]
+    }
     /// Reads the entries from `first` on, in one table.
     fn read_all(&self, first: Hpa, into: &mut [u64]);
     /// How many entries from `first` on, of `most` in one table, are zero before the first that is not.

@@ -27,14 +27,14 @@ const FRAMES: usize = (MAX_NUMBER as usize + 1) / IN_FRAME as usize;
 const SOURCE: u64 = 0;
 /// The watch of its page. Bit 0: the entries of the table must be looked at. Bit 1: there is no watch.
 const WATCH: u64 = 8;
+/// Where the record behind lies, 0 at the end; behind the watch, so that one read gives both.
+const NEXT: u64 = WATCH + 8;
 /// The entry of ept02 that references the table; 0 for a root.
-const ENTRY: u64 = 16;
+const ENTRY: u64 = 40;
 /// First address that the table translates, and its level.
 const PLACE: u64 = 24;
 /// The records before and behind in the list of its level, that of the table above, and its own number: 16 bits each.
 const LINKS: u64 = 32;
-/// Where the record behind lies; 0 at the end.
-const NEXT: u64 = 40;
 
 const MARK: u64 = 1;
 const NO_WATCH: u64 = 2;
@@ -44,10 +44,11 @@ const NO_WATCH: u64 = 2;
 pub(super) struct FirstRecord(u64);
 
 impl FirstRecord {
-    /// The watch, if there is one and the table is not marked.
+    /// The watch, if there is one and the table is not marked; and the next record of the level.
     #[inline(always)]
-    pub(super) fn unmarked_watch<F: TableFrames>(self, frames: &F) -> Option<Watch> {
-        Watch::from_raw(frames.read(Hpa::new(self.0 + WATCH)))
+    pub(super) fn unmarked_watch_and_next<F: TableFrames>(self, frames: &F) -> (Option<Watch>, Option<Self>) {
+        let [watch, next] = frames.read_pair(Hpa::new(self.0 + WATCH));
+        (Watch::from_raw(watch), Self::from_raw(next))
     }
 
     /// The table must be looked at.

@@ -106,10 +106,13 @@ struct Check<'a, G, F, const N: usize> {
 #[inline(always)]
 fn first_unclean<F: TableFrames>(place: FirstRecord, frames: &F) -> Option<FirstRecord> {
     let mut place = place;
-    while place.unmarked_watch(frames).is_some_and(|watch| watch.is_clean(frames)) {
-        place = place.next(frames)?;
+    loop {
+        let (watch, next) = place.unmarked_watch_and_next(frames);
+        if !watch.is_some_and(|watch| watch.is_clean(frames)) {
+            return Some(place);
+        }
+        place = next?;
     }
-    Some(place)
 }
 
 /// Tables that must be looked at, those above before those below; or too many to say.

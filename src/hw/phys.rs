@@ -203,6 +203,25 @@ impl PhysMem for DirectMap {
         value
     }
 
+    #[inline(always)]
+    fn read_pair(&self, at: Hpa) -> [u64; 2] {
+        #[cfg(not(target_os = "none"))]
+        if silence::falls_on(at) {
+            return [u64::MAX; 2];
+        }
+        if at.get() >= self.last_word.saturating_sub(7) {
+            return [u64::MAX; 2];
+        }
+        let (first, second): (u64, u64);
+        // SAFETY: 1. the sixteen bytes are mapped (condition 1 of `new`): the second word begins at `last_word` at most. 2. Loads alone, no
+        // side effect on Rust's memory.
+        unsafe {
+            asm!("mov {first}, [{at}]", "mov {second}, [{at} + 8]", at = in(reg) self.base() + at.get(),
+                first = out(reg) first, second = lateout(reg) second, options(nostack, preserves_flags, readonly));
+        }
+        [first, second]
+    }
+
     #[inline]
     fn write_u64(&self, at: Place<'_>, value: u64) {
         self.poke_u64(at.hpa(), value);

@@ -26,6 +26,12 @@ pub trait PhysMem {
         }
     }
 
+    /// Reads the words at `at` and behind it, each once. If one of them is not there, the other may read as ones too.
+    #[inline(always)]
+    fn read_pair(&self, at: Hpa) -> [u64; 2] {
+        [self.read_u64(at), self.read_u64(Hpa::new(at.get().wrapping_add(8)))]
+    }
+
     /// Writes `words` from `at` on.
     fn write_words(&self, at: Place<'_>, words: &[u64]) {
         (0..).zip(words).for_each(|(i, word)| self.write_u64(at.behind(8 * i), *word));
@@ -126,6 +132,10 @@ impl<M: PhysMem + ?Sized> PhysMem for &M {
     #[inline]
     fn read_u64(&self, at: Hpa) -> u64 {
         (**self).read_u64(at)
+    }
+    #[inline(always)]
+    fn read_pair(&self, at: Hpa) -> [u64; 2] {
+        (**self).read_pair(at)
     }
     #[inline]
     fn write_u64(&self, at: Place<'_>, value: u64) {
