@@ -26,11 +26,11 @@ use crate::x86::{Cr4, DataAccess, Fault, debug, efer};
 
 const RSP: u8 = 4;
 
-/// The encoding of the field that VMREAD or VMWRITE names in its register operand: 32 bits of it outside 64-bit mode.
+/// The register operand that names a field for VMREAD and VMWRITE, a type for INVEPT and INVVPID: 32 bits of it outside 64-bit mode.
 #[inline(always)]
-pub fn field_encoding(cpu: &mut Cpu, info: InstructionInfo) -> u64 {
-    let encoding = gpr(cpu, info.reg2());
-    cut(cpu, encoding)
+pub fn second_register(cpu: &mut Cpu, info: InstructionInfo) -> u64 {
+    let value = gpr(cpu, info.reg2());
+    cut(cpu, value)
 }
 
 /// True in IA-32e mode, which is 64-bit mode for a VMX instruction that exits, VMCALL excepted. For all others ask

@@ -12,7 +12,7 @@ use crate::vmx::{Field, VmxError, VmxResult};
 /// VMREAD of the vmcs12 in a slot by the guest of the current VMCS.
 pub fn read(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
     let info = operand::field_access_info(cpu);
-    let encoding = operand::field_encoding(cpu, info);
+    let encoding = operand::second_register(cpu, info);
     let Some((field, high)) = offered_field(cpu, encoding) else {
         return done(cpu, VmxResult::FailValid(VmxError::UnsupportedVmcsComponent));
     };
@@ -25,7 +25,7 @@ pub fn read(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
 pub fn write(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
     let info = operand::field_access_info(cpu);
     let value = operand::load(cpu, info)?;
-    let encoding = operand::field_encoding(cpu, info);
+    let encoding = operand::second_register(cpu, info);
     let Some((field, high)) = offered_field(cpu, encoding) else {
         return done(cpu, VmxResult::FailValid(VmxError::UnsupportedVmcsComponent));
     };

@@ -14,14 +14,13 @@ use crate::vmcs::msrs::{self, By};
 use crate::vmcs::slot::Usual;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
-use crate::vmcs::tracked::is_pat;
 use crate::vmx::Field;
 use crate::vmx::bitmap::{Access, MsrBitmap};
 use crate::vmx::controls::PinControls;
 use crate::vmx::event::{EventInfo, EventKind};
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::x86::Fault;
-use crate::x86::msr::IA32_PAT;
+use crate::x86::msr::{IA32_PAT, is_pat};
 
 /// Must the next entry of L3 be a VMLAUNCH?
 #[inline(always)]

@@ -68,7 +68,7 @@ pub fn link(cpu: &mut Cpu, id: SlotId) -> u64 {
 /// The encoding in the register operand of L3's VMREAD or VMWRITE; vmcs02 is current.
 pub fn encoding(cpu: &mut Cpu) -> u64 {
     let info = operand::field_access_info(cpu);
-    operand::field_encoding(cpu, info)
+    operand::second_register(cpu, info)
 }
 
 /// L3's VMREAD or VMWRITE that L2's bitmaps let through and the hardware does not; vmcs02 is current.

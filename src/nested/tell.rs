@@ -120,7 +120,7 @@ fn field_operand(cpu: &mut Cpu, reason: BasicReason) -> Option<u64> {
         return None;
     }
     let info = operand::field_access_info(cpu);
-    Some(operand::field_encoding(cpu, info))
+    Some(operand::second_register(cpu, info))
 }
 
 /// A record for each rule, or one where there is none.

@@ -6,6 +6,7 @@
 
 use crate::rules::switched::{Host, Item, TABLE, TRACKED, Takes};
 use crate::vmx::{Field, FieldAccess};
+use crate::x86::msr::is_pat;
 use crate::x86::{Cr0, Fault, efer};
 
 /// The values, by item.
@@ -142,11 +143,6 @@ fn legal(holds: bool, value: u64) -> Result<u64, Fault> {
 fn new_efer(old: u64, paging: bool, value: u64) -> Result<u64, Fault> {
     let frozen = if paging { efer::LME } else { 0 };
     legal(value & !efer::DEFINED == 0 && (old ^ value) & frozen == 0, value & !efer::LMA | old & efer::LMA)
-}
-
-/// Each byte is a memory type (SDM vol. 3A, table "Memory Types That Can Be Encoded With PAT").
-pub fn is_pat(value: u64) -> bool {
-    value.to_le_bytes().iter().all(|t| matches!(t, 0 | 1 | 4..=7))
 }
 
 #[cfg(test)]

@@ -24,24 +24,26 @@ pub enum EventKind {
     Other = 7,
 }
 
-/// Exception vectors, by the names of the SDM.
+/// Exception vectors: the numbers of the crate `x86_64` under the names of the SDM.
 #[allow(missing_docs)]
 pub mod vector {
-    pub const DE: u8 = 0;
-    pub const DB: u8 = 1;
-    pub const NMI: u8 = 2;
-    pub const BP: u8 = 3;
-    pub const UD: u8 = 6;
-    pub const DF: u8 = 8;
-    pub const TS: u8 = 10;
-    pub const NP: u8 = 11;
-    pub const SS: u8 = 12;
-    pub const GP: u8 = 13;
-    pub const PF: u8 = 14;
-    pub const AC: u8 = 17;
-    pub const MC: u8 = 18;
-    pub const VE: u8 = 20;
-    pub const CP: u8 = 21;
+    use x86_64::structures::idt::ExceptionVector as Vector;
+
+    pub const DE: u8 = Vector::Division as u8;
+    pub const DB: u8 = Vector::Debug as u8;
+    pub const NMI: u8 = Vector::NonMaskableInterrupt as u8;
+    pub const BP: u8 = Vector::Breakpoint as u8;
+    pub const UD: u8 = Vector::InvalidOpcode as u8;
+    pub const DF: u8 = Vector::Double as u8;
+    pub const TS: u8 = Vector::InvalidTss as u8;
+    pub const NP: u8 = Vector::SegmentNotPresent as u8;
+    pub const SS: u8 = Vector::Stack as u8;
+    pub const GP: u8 = Vector::GeneralProtection as u8;
+    pub const PF: u8 = Vector::Page as u8;
+    pub const AC: u8 = Vector::AlignmentCheck as u8;
+    pub const MC: u8 = Vector::MachineCheck as u8;
+    pub const VE: u8 = Vector::Virtualization as u8;
+    pub const CP: u8 = Vector::ControlProtection as u8;
 }
 
 /// True if delivery of this hardware exception pushes an error code on processors without CET.

@@ -13,6 +13,7 @@ pub mod lam;
 pub mod msr;
 pub mod paging;
 pub mod rflags;
+pub mod selector;
 
 pub use access::DataAccess;
 pub use cr::{Cr0, Cr4};

@@ -18,3 +18,8 @@ pub const IA32_EFER: u32 = 0xC000_0080;
 pub const IA32_FS_BASE: u32 = 0xC000_0100;
 /// IA32_GS_BASE
 pub const IA32_GS_BASE: u32 = 0xC000_0101;
+
+/// True if each byte of IA32_PAT names a memory type (SDM vol. 3A, table "Memory Types That Can Be Encoded With PAT").
+pub fn is_pat(value: u64) -> bool {
+    value.to_le_bytes().iter().all(|memory_type| matches!(memory_type, 0 | 1 | 4..=7))
+}

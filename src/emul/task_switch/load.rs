@@ -1,7 +1,6 @@
 //! The second half of a task switch, behind the point of no return: registers and segments of the new task. What goes wrong
 //! here is an exception in the new task; what is loaded until then stays.
 
-use super::LOCAL_TABLE;
 use super::memory::{Descriptor, Memory};
 use super::state::{CS, DS, ES, FS, GS, NT, SS, SegmentState, Source, State, SwitchFailure, TaskException, VM};
 use super::tss::{Kind, Loaded};
@@ -10,7 +9,7 @@ use crate::mm::{GuestMemory, PhysMem};
 use crate::vmx::event::vector;
 use crate::vmx::segment::AccessRights;
 use crate::x86::Cr0;
-use crate::x86::{Cr4, rflags};
+use crate::x86::{Cr4, rflags, selector};
 
 const CR0_PG: u64 = Cr0::PG.bits();
 const CR4_PAE: u64 = Cr4::PAE.bits();
@@ -31,7 +30,7 @@ pub fn load<P: PhysMem>(
     state.gprs = loaded.gprs;
     state.eflags = loaded.eflags & FLAGS | ALWAYS_ONE | if source.nests() { NT } else { 0 };
     let virtual_8086 = state.eflags & VM != 0;
-    let level = if virtual_8086 { 3 } else { loaded.selectors[CS] as u8 & 3 };
+    let level = if virtual_8086 { 3 } else { selector::rpl(loaded.selectors[CS]) };
     state.ldtr = SegmentState::unusable(loaded.ldt, 0);
     unload(state, loaded, level);
     load_cr3(guest, state, loaded.cr3, source)?;
@@ -101,10 +100,10 @@ fn load_ldtr<P: PhysMem>(
     source: Source,
 ) -> Result<(), SwitchFailure> {
     let invalid = SwitchFailure::Exception(TaskException::of(vector::TS, selector, source));
-    if selector & LOCAL_TABLE != 0 {
+    if selector::is_local(selector) {
         return Err(invalid);
     }
-    if selector & 0xFFFC == 0 {
+    if selector::is_null(selector) {
         return Ok(());
     }
     let (_, descriptor) = memory.descriptor(state.gdt_base, state.gdt_limit, selector)?.ok_or(invalid)?;
@@ -132,7 +131,7 @@ fn load_stack<P: PhysMem>(
     if !rights.is_present() {
         return Err(fault(vector::SS));
     }
-    if rights.dpl() != level || selector as u8 & 3 != level {
+    if rights.dpl() != level || selector::rpl(selector) != level {
         return Err(fault(vector::TS));
     }
     memory.touch(at, descriptor)?;
@@ -150,7 +149,7 @@ fn load_data<P: PhysMem>(
     level: u8,
     source: Source,
 ) -> Result<(), SwitchFailure> {
-    if selector & 0xFFFC == 0 {
+    if selector::is_null(selector) {
         return Ok(());
     }
     let fault = |vector| SwitchFailure::Exception(TaskException::of(vector, selector, source));
@@ -159,7 +158,7 @@ fn load_data<P: PhysMem>(
     if !rights.is_code_or_data() || rights.is_code() && !rights.is_readable_code() {
         return Err(fault(vector::TS));
     }
-    if !is_conforming(rights) && (selector as u8 & 3).max(level) > rights.dpl() {
+    if !is_conforming(rights) && (selector::rpl(selector)).max(level) > rights.dpl() {
         return Err(fault(vector::TS));
     }
     if !rights.is_present() {
@@ -206,10 +205,10 @@ fn find<P: PhysMem>(
     state: &State,
     selector: u16,
 ) -> Result<Option<(u32, Descriptor)>, SwitchFailure> {
-    if selector & 0xFFFC == 0 {
+    if selector::is_null(selector) {
         return Ok(None);
     }
-    if selector & LOCAL_TABLE == 0 {
+    if !selector::is_local(selector) {
         return memory.descriptor(state.gdt_base, state.gdt_limit, selector);
     }
     match AccessRights(state.ldtr.rights).is_unusable() {

@@ -4,8 +4,8 @@ use super::state::{SwitchFailure, TaskException};
 use crate::mm::linear::{AccessError, DataAccess, Paging, Privilege};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::vmx::event::vector;
-use crate::x86::Fault;
 use crate::x86::descriptor::type_byte::{ACCESSED, BUSY, CODE_OR_DATA, PRESENT};
+use crate::x86::{Fault, selector};
 
 /// The byte of a descriptor with its type.
 const TYPE_AT: u32 = 5;
@@ -88,7 +88,7 @@ impl<'a, P: PhysMem> Memory<'a, P> {
 
     /// The descriptor that `selector` names in a table, and its address; `None` beyond the table's limit.
     pub fn descriptor(&self, base: u32, limit: u32, selector: u16) -> Result<Option<(u32, Descriptor)>, SwitchFailure> {
-        let offset = u32::from(selector & 0xFFF8);
+        let offset = selector::offset(selector);
         if offset + 7 > limit {
             return Ok(None);
         }

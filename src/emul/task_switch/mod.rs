@@ -22,12 +22,11 @@ pub use state::{
 use crate::mm::linear::DataAccess;
 use crate::mm::{GuestMemory, PhysMem};
 use crate::vmx::event::vector;
-use crate::x86::Cr0;
 use crate::x86::descriptor::type_byte::BUSY;
+use crate::x86::{Cr0, selector};
 use memory::{Descriptor, Memory};
 use tss::Kind;
 
-const LOCAL_TABLE: u16 = 1 << 2;
 const TASK_SWITCHED: u64 = Cr0::TS.bits();
 /// DR7: L0 to L3 and LE
 const LOCAL_ENABLES: u32 = 0x155;
@@ -112,7 +111,7 @@ fn new_tss<P: PhysMem>(
     let is_return = source == Source::Iret;
     let fault = |vector| SwitchFailure::Exception(TaskException::of(vector, selector, source));
     let wrong = fault(if is_return { vector::TS } else { vector::GP });
-    if selector & LOCAL_TABLE != 0 || selector & 0xFFFC == 0 {
+    if selector::is_local(selector) || selector::is_null(selector) {
         return Err(wrong);
     }
     let (at, descriptor) = memory.descriptor(old.gdt_base, old.gdt_limit, selector)?.ok_or(wrong)?;

@@ -3,7 +3,7 @@
 use crate::mm::guest::NotOwned;
 use crate::mm::linear::Paging;
 use crate::vmx::event::vector;
-use crate::x86::RFlags;
+use crate::x86::{RFlags, selector};
 
 /// Indexes of [`State::segments`], as the VMCS orders them.
 pub const ES: usize = 0;
@@ -136,7 +136,7 @@ pub struct TaskException {
 impl TaskException {
     /// One that is about a selector; `source` gives EXT.
     pub const fn of(vector: u8, selector: u16, source: Source) -> Self {
-        Self { vector, error: selector as u32 & 0xFFFC | source.ext(), linear: None }
+        Self { vector, error: selector::error_code(selector) | source.ext(), linear: None }
     }
 
     /// #DF

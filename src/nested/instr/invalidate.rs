@@ -18,8 +18,7 @@ const INVALID_OPERAND: VmxResult = VmxResult::FailValid(VmxError::InvalidOperand
 /// The type in a register and the 128-bit descriptor in memory.
 fn operands(cpu: &mut Cpu) -> Result<(u64, u64, u64), Stop> {
     let info = InstructionInfo(cpu.vmx.read(Field::VMX_INSTRUCTION_INFO) as u32);
-    let kind = operand::gpr(cpu, info.reg2());
-    let kind = if operand::in_64_bit_mode(cpu) { kind } else { kind & 0xFFFF_FFFF };
+    let kind = operand::second_register(cpu, info);
     let linear = operand::linear(cpu, 16, Direction::Load)?;
     let [first, second] = operand::read_words(cpu, linear)?;
     Ok((kind, first, second))

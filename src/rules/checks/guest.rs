@@ -3,9 +3,7 @@
 //! Source: Intel SDM vol. 3C (December 2024), "Checks on the Guest State Area" of the chapter "VM Entries".
 
 use crate::addr::Gpa;
-use crate::rules::checks::view::{
-    CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, View, implies, is_pat, is_s_cet,
-};
+use crate::rules::checks::view::{CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, View, implies, is_s_cet};
 use crate::rules::checks::{CheckId, GuestFailure, first_failure, segments, state};
 use crate::vmx::controls::{EntryControls, SecondaryControls};
 use crate::vmx::event::EventKind;
@@ -13,6 +11,7 @@ use crate::vmx::qualification::EntryFailure;
 use crate::vmx::{Capabilities, Field, Fields};
 use crate::x86::RFlags;
 use crate::x86::efer;
+use crate::x86::msr::is_pat;
 use crate::x86::rflags;
 
 /// L2's memory, as far as these rules look into it.

@@ -3,11 +3,12 @@
 //! Source: Intel SDM vol. 3C (December 2024), "Checks on Host Control Registers, MSRs, and SSP", "Checks on Host Segment and
 //! Descriptor-Table Registers", "Checks Related to Address-Space Size" of the chapter "VM Entries".
 
-use crate::rules::checks::view::{CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, View, implies, is_pat, is_s_cet};
+use crate::rules::checks::view::{CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, View, implies, is_s_cet};
 use crate::rules::checks::{Failure, first_failure};
 use crate::vmx::controls::{EntryControls, ExitControls};
 use crate::vmx::{Capabilities, Field, Fields, VmxError};
-use crate::x86::efer;
+use crate::x86::msr::is_pat;
+use crate::x86::{efer, selector};
 
 /// Checks all rules on the host-state area; `long_mode` is L2's IA32_EFER.LMA at the time of the entry.
 ///
@@ -129,7 +130,7 @@ fn selector_rpl_ti(v: &View<impl Fields>) -> bool {
         HOST_GS_SELECTOR,
         HOST_TR_SELECTOR,
     ];
-    selectors.iter().all(|&field| v.get(field) & 7 == 0)
+    selectors.map(|field| v.get(field) as u16).iter().all(|&s| selector::rpl(s) == 0 && !selector::is_local(s))
 }
 
 fn cs_not_null(v: &View<impl Fields>) -> bool {

@@ -8,6 +8,7 @@ use crate::rules::checks::guest::{RFLAGS_VM, is_ia32e};
 use crate::rules::checks::view::{CR0_PE, View, implies};
 use crate::vmx::segment::{AccessRights, Segment};
 use crate::vmx::{Field, Fields};
+use crate::x86::selector;
 
 /// The first rule that does not hold.
 pub(super) fn first_failure(v: &View<impl Fields>) -> Option<CheckId> {
@@ -53,7 +54,6 @@ pub(super) fn first_failure(v: &View<impl Fields>) -> Option<CheckId> {
     common.or_else(rights).or_else(system)
 }
 
-const SELECTOR_TI: u64 = 1 << 2;
 /// ES, CS, SS, DS, FS, GS
 const CODE_AND_DATA: [Segment; 6] = [Segment::Es, Segment::Cs, Segment::Ss, Segment::Ds, Segment::Fs, Segment::Gs];
 /// ES, DS, FS, GS
@@ -68,7 +68,7 @@ fn rights(v: &View<impl Fields>, segment: Segment) -> AccessRights {
 }
 
 fn rpl(v: &View<impl Fields>, segment: Segment) -> u8 {
-    v.get(segment.selector()) as u8 & 3
+    selector::rpl(v.get(segment.selector()) as u16)
 }
 
 /// CS counts as usable whatever its unusable bit says.
@@ -90,11 +90,11 @@ fn granularity_fits(v: &View<impl Fields>, segment: Segment) -> bool {
 // Selectors and bases
 
 fn tr_selector(v: &View<impl Fields>) -> bool {
-    v.get(Field::GUEST_TR_SELECTOR) & SELECTOR_TI == 0
+    !selector::is_local(v.get(Field::GUEST_TR_SELECTOR) as u16)
 }
 
 fn ldtr_selector(v: &View<impl Fields>) -> bool {
-    implies(!rights(v, Segment::Ldtr).is_unusable(), v.get(Field::GUEST_LDTR_SELECTOR) & SELECTOR_TI == 0)
+    implies(!rights(v, Segment::Ldtr).is_unusable(), !selector::is_local(v.get(Field::GUEST_LDTR_SELECTOR) as u16))
 }
 
 fn ss_rpl(v: &View<impl Fields>) -> bool {

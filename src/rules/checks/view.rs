@@ -102,8 +102,3 @@ pub const fn implies(a: bool, b: bool) -> bool {
 pub fn is_s_cet(value: u64) -> bool {
     value & 0x3C0 == 0 && value & 0xC00 != 0xC00
 }
-
-/// True if every byte of IA32_PAT names a memory type: UC, WC, WT, WP, WB, UC-.
-pub fn is_pat(value: u64) -> bool {
-    value.to_le_bytes().iter().all(|memory_type| matches!(memory_type, 0 | 1 | 4 | 5 | 6 | 7))
-}
