@@ -88,16 +88,13 @@ impl Session {
         let lock = paths.lock(ui)?;
         paths.clear_stale(&lock);
         let release = Release::find();
-        let toolchain = match &release {
-            Some(release) => release.toolchain()?,
-            None => toolchain::set_up(ui, &paths)?,
-        };
-        ui.detail(&format!("compiler: {}", toolchain.text));
-        let (backend, model) = set_up_l0(ui, &paths, args)?;
-        let images = match &release {
-            Some(release) => Images::released(release, wanted)?,
-            None => image::build(ui, &paths, &toolchain, wanted)?,
-        };
+        // Emulator and images are made at the same time: neither alone keeps two processors busy.
+        let (l0, built) = std::thread::scope(|scope| {
+            let built = scope.spawn(|| set_up_images(ui, &paths, release.as_ref(), wanted));
+            let l0 = set_up_l0(ui, &paths, args);
+            (l0, built.join().unwrap_or_else(|_| Err(anyhow::anyhow!("building the images panicked"))))
+        });
+        let ((backend, model), (toolchain, images)) = (l0?, built?);
         drop(lock);
         let machine = Machine { memory: args.memory, cpus: args.cpus, model };
         let default = if args.l0 == host::L0::KvmInBochs { LONG } else { SHORT };
@@ -362,6 +359,17 @@ fn dry_bochs() -> setup::bochs::Bochs {
 fn dry_linux(kernel: Kernel) -> setup::linux::Linux {
     let release = if kernel == Kernel::Linux61 { "6.1.0" } else { "" };
     setup::linux::Linux { folder: PathBuf::new(), release: release.into() }
+}
+
+/// The compiler and what it makes, or what a release has of both.
+fn set_up_images(ui: &Ui, paths: &Paths, release: Option<&Release>, wanted: &Wanted) -> Result<(Toolchain, Images)> {
+    if let Some(release) = release {
+        return Ok((release.toolchain()?, Images::released(release, wanted)?));
+    }
+    let toolchain = toolchain::set_up(ui, paths)?;
+    ui.detail(&format!("compiler: {}", toolchain.text));
+    let images = image::build(ui, paths, &toolchain, wanted)?;
+    Ok((toolchain, images))
 }
 
 fn set_up_l0(ui: &Ui, paths: &Paths, args: &L0Args) -> Result<(Box<dyn Backend>, String)> {

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// How packages can be installed here.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -69,6 +70,14 @@ fn parse_candidate(policy: &str) -> Option<String> {
     (version != "(none)").then(|| version.to_string())
 }
 
+/// One apt at a time: what is made at the same time may lack packages at the same time.
+fn held() -> Held {
+    static BUSY: Mutex<()> = Mutex::new(());
+    BUSY.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+type Held = MutexGuard<'static, ()>;
+
 /// Whether [`update`] was called.
 static UPDATED: AtomicBool = AtomicBool::new(false);
 
@@ -77,6 +86,10 @@ static UPDATED: AtomicBool = AtomicBool::new(false);
 /// # Errors
 /// After Ctrl-C. Lists that cannot be fetched are no error here: the install that follows tells.
 pub fn update(ui: &Ui) -> Result<()> {
+    fetch_lists(ui, &mut held())
+}
+
+fn fetch_lists(ui: &Ui, _: &mut Held) -> Result<()> {
     UPDATED.store(true, Ordering::Relaxed);
     let power = Power::find();
     if matches!(power, Power::Root | Power::Sudo) {
@@ -175,6 +188,7 @@ fn package_names(depends: &str) -> BTreeSet<String> {
 /// # Errors
 /// [`Stop::Environment`] with the command to type if it is not in our power or apt fails.
 pub fn install(ui: &Ui, packages: &[&str], why: &str) -> Result<()> {
+    let mut held = held();
     let names = packages.join(" ");
     let ask = |what: String| Stop::Environment { what, todo: vec![command_line(packages)] };
     let power = Power::find();
@@ -187,7 +201,7 @@ pub fn install(ui: &Ui, packages: &[&str], why: &str) -> Result<()> {
         }
     }
     if packages.iter().any(|p| candidate(p).is_none()) {
-        update(ui)?;
+        fetch_lists(ui, &mut held)?;
     }
     for attempt in 1..=2 {
         let mut step = ui.step(&format!("installing {names}"));
@@ -203,7 +217,7 @@ pub fn install(ui: &Ui, packages: &[&str], why: &str) -> Result<()> {
             return Err(ask(format!("{why} needs the packages {names}, and apt-get failed:\n{}", said.tail(8))).into());
         }
         // Old lists name versions that are gone from the archive.
-        update(ui)?;
+        fetch_lists(ui, &mut held)?;
     }
     Ok(())
 }

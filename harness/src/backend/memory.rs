@@ -45,7 +45,7 @@ fn writable(line: &str) -> Option<(u64, u64)> {
 fn blocks(memory: &[u8], address: u64) -> Vec<String> {
     let mut texts = Vec::new();
     let mark = LAST_EXITS_MARK.to_le_bytes();
-    for at in memory.chunks_exact(8).enumerate().filter(|(_, word)| *word == mark).map(|(i, _)| i * 8) {
+    for at in memchr::memmem::find_iter(memory, &mark).filter(|at| at % 8 == 0) {
         let word = |i: usize| {
             let bytes = memory.get(at + i * 8..at + i * 8 + 8)?;
             Some(u64::from_le_bytes(bytes.try_into().ok()?))
