@@ -104,13 +104,6 @@ impl Strategy for InMemory {
         slot.lends = false;
     }
 
-    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
-        slot.vmcs12.write_dirty(on.vmx, |field| {
-            common.exists.contains(field) && (self.links.is_some() || !field.is_read_only())
-        });
-        slot.vmcs12.valid = FieldSet::CACHED;
-    }
-
     fn looked_at(&self, slot: &mut Slot) {
         slot.vmcs12.valid = FieldSet::CACHED;
     }

@@ -83,11 +83,6 @@ impl Strategy for Shadowed {
         slot.lends = false;
     }
 
-    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
-        slot.vmcs12.write_dirty(on.vmx, |field| common.exists.contains(field));
-        slot.vmcs12.valid = FieldSet::CACHED;
-    }
-
     fn looked_at(&self, slot: &mut Slot) {
         slot.vmcs12.valid = FieldSet::CACHED;
     }

@@ -160,8 +160,8 @@ pub(super) trait Strategy {
     /// It was stored, and the vmcs12 is inactive.
     fn stored(&self, slot: &mut Slot);
 
-    /// vmcs02, which is current now, gets what L2 wrote.
-    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
+    /// vmcs02, which is current now, gets what L2 wrote and is in the copy alone: nothing, where `load` and `write` bring all to vmcs02.
+    fn enter(&self, _: MachineParts<'_>, _: &mut Slot, _: &Known) {}
 
     /// The copy was filled with what only vmcs02 has, for a look at the whole: L2 may change that again without an exit.
     fn looked_at(&self, slot: &mut Slot);
