@@ -164,7 +164,7 @@ fn what_nvmx_does_not_implement_is_withheld() {
     assert_eq!(o.secondary.may_be_one() & secondary.bits(), 0);
     assert_eq!(o.exit.may_be_one() & exit.bits(), 0);
     assert_eq!(o.entry.may_be_one() & entry.bits(), 0);
-    assert!(!o.ept_vpid.walk_5() && !o.ept_vpid.supervisor_shadow_stack());
+    assert!(!o.ept_vpid.supervisor_shadow_stack());
     assert!(o.misc.activity_shutdown() && o.misc.activity_wait_for_sipi());
     assert!(!o.misc.pt_in_vmx() && !o.misc.smbase_msr());
 }

@@ -102,7 +102,7 @@ fn both_execute_rights_are_anded_over_all_levels() {
             let whole = m.l2.get(table + index * 8);
             m.l2.set(table, index, whole & !taken);
             let left = (7 | XU) & !taken;
-            match walk(&mut GuestTables(&m.l2), Gpa::new(ROOT), NGPA, &rules) {
+            match walk(&mut GuestTables(&m.l2), (Gpa::new(ROOT), Level::Pml4), NGPA, &rules) {
                 Walk::Leaf(leaf) => assert_eq!(u64::from(leaf.rights.bits()), left, "level {level}"),
                 Walk::NotPresent(_) => assert_eq!(left, 0),
                 Walk::Misconfigured(..) => assert_eq!(left & 3, W),

@@ -16,10 +16,19 @@ use nvmx::ept::{Ept02, Eptp, Outcome, Qualification, TableFrames};
 use proptest::prelude::*;
 use std::collections::{HashMap, HashSet};
 
-/// Six tables of ept12, the first two of them roots. Nothing stops one from serving at several levels.
+/// Seven tables of ept12, the first two of them roots of four levels, the last one of five. Nothing stops one from serving at
+/// several levels.
 pub const TABLES: u64 = 0x10_0000;
-pub const ROLES: [u64; 5] =
-    [TABLES | 0x1e, TABLES | 0x18, (TABLES + KIB4) | 0x1e, (TABLES + KIB4) | 0x5e, (TABLES + 2 * KIB4) | 0x1e];
+pub const ROLES: [u64; 8] = [
+    TABLES | 0x1e,
+    TABLES | 0x18,
+    (TABLES + KIB4) | 0x1e,
+    (TABLES + KIB4) | 0x5e,
+    (TABLES + 2 * KIB4) | 0x1e,
+    (TABLES + 6 * KIB4) | 0x26,
+    (TABLES + 6 * KIB4) | 0x66,
+    TABLES | 0x26,
+];
 
 /// What L2 or L3 does.
 #[derive(Clone, Debug)]
@@ -58,7 +67,7 @@ pub enum Step {
 
 fn entry() -> impl Strategy<Value = u64> {
     let address = prop_oneof![
-        8 => (0u64..6).prop_map(|n| TABLES + n * KIB4),
+        8 => (0u64..7).prop_map(|n| TABLES + n * KIB4),
         3 => (0u64..4).prop_map(|n| n * GIB1),
         3 => (0u64..8).prop_map(|n| 2 * GIB1 + n * MIB2),
         3 => (0u64..10).prop_map(|n| OWN.0 - 3 * KIB4 + n * KIB4),
@@ -80,10 +89,11 @@ fn ngpa_of_a_table() -> impl Strategy<Value = u64> {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let ngpa = (prop::array::uniform4(prop_oneof![3 => Just(0u64), 2 => Just(1), 1 => Just(2)]), 0u64..KIB4)
-        .prop_map(|(n, offset)| n[0] << 39 | n[1] << 30 | n[2] << 21 | n[3] << 12 | offset);
+    let top = prop_oneof![12 => Just(0u64), 2 => Just(1), 1 => Just(512)];
+    let ngpa = (top, prop::array::uniform4(prop_oneof![3 => Just(0u64), 2 => Just(1), 1 => Just(2)]), 0u64..KIB4)
+        .prop_map(|(top, n, offset)| top << 48 | n[0] << 39 | n[1] << 30 | n[2] << 21 | n[3] << 12 | offset);
     prop_oneof![
-        5 => (0u64..6, 0u64..3, entry()).prop_map(|(table, index, entry)| Step::Write { table, index, entry }),
+        5 => (0u64..7, 0u64..3, entry()).prop_map(|(table, index, entry)| Step::Write { table, index, entry }),
         // A page of 2 MiB or 1 GiB in the place of a table, and back.
         2 => (2u64..4, 0u64..2, 0u64..2, prop::sample::select(vec![R, R | W, R | X, X, 7])).prop_map(
             |(table, index, page, rights)| Step::Write {
@@ -112,7 +122,7 @@ fn step() -> impl Strategy<Value = Step> {
 /// A translation as the processor keeps it: page, rights, type bits.
 type Kept = (u64, u64, u64);
 
-/// What the processor caches, tagged with the root.
+/// What the processor caches, tagged with the address of the root table.
 #[derive(Default)]
 struct Processor {
     pages: HashMap<(u64, u64), Kept>,
@@ -122,13 +132,13 @@ struct Processor {
 
 impl Processor {
     fn invept(&mut self, root: u64) {
-        self.pages.retain(|key, _| key.0 != root);
-        self.tables.retain(|key, _| key.0 != root);
+        self.pages.retain(|key, _| key.0 != table(root));
+        self.tables.retain(|key, _| key.0 != table(root));
     }
 
     /// The translation that an access uses, or the rights that it lacks.
     fn access(&mut self, frames: &Frames, root: u64, ngpa: u64, access: u64) -> Result<Kept, u64> {
-        let key = (root, ngpa >> 12);
+        let key = (table(root), ngpa >> 12);
         let kept = match self.pages.get(&key) {
             Some(kept) => *kept,
             None => self.walk(frames, root, ngpa).ok_or(0u64)?,
@@ -144,8 +154,12 @@ impl Processor {
 
     /// Uses a table it remembers rather than the entry that references it.
     fn walk(&mut self, frames: &Frames, root: u64, ngpa: u64) -> Option<Kept> {
-        let mut table = root;
-        for shift in [39, 30, 21, 12] {
+        if ngpa >> (shifts(root)[0] + 9) != 0 {
+            return None;
+        }
+        let ep4ta = table(root);
+        let mut table = ep4ta;
+        for shift in shifts(root) {
             let entry = frames.read(Hpa::new(table | ((ngpa >> shift & 511) * 8)));
             if entry & 7 == 0 {
                 return None;
@@ -154,16 +168,17 @@ impl Processor {
                 let page = (entry & 0xf_ffff_ffff_f000) + (ngpa & ((1 << shift) - 1) & !0xfff);
                 return Some((page, entry & 7, entry & 0x78));
             }
-            table = *self.tables.entry((root, shift, ngpa >> shift)).or_insert(entry & 0xf_ffff_ffff_f000);
+            table = *self.tables.entry((ep4ta, shift, ngpa >> shift)).or_insert(entry & 0xf_ffff_ffff_f000);
         }
         None
     }
 
     /// Everything cached for a root agrees with its tables, but for rights that were added.
     fn is_coherent(&self, frames: &Frames, root: u64) -> bool {
+        let ep4ta = table(root);
         let path = |ngpa: u64, until: u32| {
-            let mut table = root;
-            for shift in [39, 30, 21, 12] {
+            let mut table = ep4ta;
+            for shift in shifts(root) {
                 let entry = frames.read(Hpa::new(table | ((ngpa >> shift & 511) * 8)));
                 if entry & 7 == 0 || shift == 12 || entry & LARGE != 0 || shift == until {
                     return (shift, entry);
@@ -172,11 +187,11 @@ impl Processor {
             }
             unreachable!()
         };
-        self.pages.iter().filter(|(key, _)| key.0 == root).all(|((_, number), (page, rights, types))| {
+        self.pages.iter().filter(|(key, _)| key.0 == ep4ta).all(|((_, number), (page, rights, types))| {
             let (shift, entry) = path(number << 12, 0);
             let now = (entry & 0xf_ffff_ffff_f000) + ((number << 12) & ((1 << shift) - 1));
             now == *page && entry & rights & 7 == *rights && entry & 0x78 == *types
-        }) && self.tables.iter().filter(|(key, _)| key.0 == root).all(|((_, shift, prefix), table)| {
+        }) && self.tables.iter().filter(|(key, _)| key.0 == ep4ta).all(|((_, shift, prefix), table)| {
             let (at, entry) = path(prefix << shift, *shift);
             (at, entry & !NUMBER) == (*shift, table | 7 | XU)
         })
@@ -208,7 +223,8 @@ struct History<const ROOTS: usize, const RESERVE: usize> {
 impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
     fn new(budget: u32, pool: u64, splits: u32) -> Self {
         let mut l2 = L2::default();
-        for (table, index, next) in [(0, 0, 2), (1, 0, 2), (2, 0, 3), (3, 0, 4), (3, 1, 5), (0, 1, 2), (2, 1, 3)] {
+        let ways = [(0, 0, 2), (1, 0, 2), (2, 0, 3), (3, 0, 4), (3, 1, 5), (0, 1, 2), (2, 1, 3), (6, 0, 0), (6, 1, 1)];
+        for (table, index, next) in ways {
             l2.set(TABLES + table * KIB4, index, (TABLES + next * KIB4) | 7);
         }
         for index in 0..3 {
@@ -250,11 +266,12 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         if let Some(watching) = self.ept01.as_mut().filter(|_| activation.invept01) {
             watching.cached.clear();
         }
-        let root = activation.eptp02.ep4ta();
+        let root = activation.eptp02.ep4ta() | activation.eptp02.get() & 7 << 3;
+        prop_assert_eq!(levels(root), levels(self.role));
         if activation.invept {
             self.processor.invept(root);
         }
-        self.roots.retain(|_, owned| *owned != root);
+        self.roots.retain(|_, owned| table(*owned) != table(root));
         self.roots.insert(self.role, root);
         prop_assert!(self.processor.is_coherent(&self.frames, root), "INVEPT was due");
         if invalidated {
@@ -280,7 +297,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
 
     /// The leaf that ept12 says for the page at `ngpa`, without an access to it.
     fn said_at(&self, ngpa: u64) -> Option<(u64, u64, u64)> {
-        let root = self.role & 0xf_ffff_ffff_f000;
+        let root = self.role;
         let Said::Page(page, size, mut rights, types) = reference(&self.l2, root, ngpa, true) else { return None };
         if self.role & 1 << 6 != 0 {
             if !is_accessed(&self.l2, root, ngpa) {
@@ -310,15 +327,15 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         }
         prop_assert!(self.l2.most_fetches() <= 1);
         prop_assert_eq!(self.ept.stats().fills, fills);
-        let said = reference(&self.l2, self.role & 0xf_ffff_ffff_f000, ngpa, true);
+        let said = reference(&self.l2, self.role, ngpa, true);
         let before = self.l2.words.borrow().clone();
         let mut outcome =
             self.ept.violation(Eptp::new(self.role), Ngpa::new(ngpa), hardware, None, &self.l2, &mut self.frames);
-        prop_assert!(self.l2.most_fetches() <= 4, "a table may serve at four levels");
+        prop_assert!(self.l2.most_fetches() <= 5, "a table may serve at five levels");
         let accessed_dirty = self.role & 1 << 6 != 0;
         if accessed_dirty {
             // Where a table serves at several levels an entry changes between two looks at it: L3 comes again.
-            for _ in 0..4 {
+            for _ in 0..5 {
                 if outcome == Outcome::Filled {
                     outcome = self.ept.violation(
                         Eptp::new(self.role),
@@ -334,7 +351,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         }
         let expected = match said {
             Said::Page(_, _, rights, _) if accessed_dirty && rights & access == access => {
-                marked(before, self.role & 0xf_ffff_ffff_f000, ngpa, access & W != 0)
+                marked(before, self.role, ngpa, access & W != 0)
             }
             _ => before,
         };
@@ -358,7 +375,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             prop_assert!(seen, "{:?} and not {:?}", outcome, told);
             return self.reflected(ngpa);
         }
-        if accessed_dirty && !is_dirty(&self.l2, self.role & 0xf_ffff_ffff_f000, ngpa) {
+        if accessed_dirty && !is_dirty(&self.l2, self.role, ngpa) {
             rights &= !W;
         }
         let Some(leaf) = composed(page, size, rights, types, ngpa) else {
@@ -369,7 +386,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         prop_assert_eq!(outcome, Outcome::Filled);
         self.filled.entry(self.role).or_default().push(leaf);
         if size == KIB4 {
-            let way = way(&self.l2, self.role & 0xf_ffff_ffff_f000, ngpa);
+            let way = way(&self.l2, self.role, ngpa);
             self.ways.entry((self.role, ngpa >> 21)).or_default().push(way);
         }
         let root = self.enter()?;
@@ -389,16 +406,14 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         let role = Eptp::new(self.role);
         self.l2.most_fetches();
         let filled = self.ept.fill_expected(role, Ngpa::new(ngpa), hardware, &self.l2, &mut self.frames);
-        prop_assert!(self.l2.most_fetches() <= 4, "a table may serve at four levels");
+        prop_assert!(self.l2.most_fetches() <= 5, "a table may serve at five levels");
         prop_assert_eq!(&*self.l2.words.borrow(), &before, "ept12 stays as it is");
         prop_assert_eq!(filled, said.is_some());
         let Some(leaf) = said else { return Ok(()) };
         self.filled.entry(self.role).or_default().push(leaf);
-        let Said::Page(_, size, ..) = reference(&self.l2, self.role & 0xf_ffff_ffff_f000, ngpa, true) else {
-            unreachable!()
-        };
+        let Said::Page(_, size, ..) = reference(&self.l2, self.role, ngpa, true) else { unreachable!() };
         if size == KIB4 {
-            let way = way(&self.l2, self.role & 0xf_ffff_ffff_f000, ngpa);
+            let way = way(&self.l2, self.role, ngpa);
             self.ways.entry((self.role, ngpa >> 21)).or_default().push(way);
         }
         let root = self.enter()?;
@@ -434,7 +449,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             prop_assert!(leaf.1 == KIB4 && leaf.0 >> 21 == ngpa >> 21 && ahead <= 16, "{:x?} for {:#x}", leaf, ngpa);
             let access = if ahead == 0 { access } else { 0 };
             let mut possible = ways.iter().filter_map(|(table, rights)| {
-                match reference_from(&self.l2, 3, *table, *rights, leaf.0, true) {
+                match reference_from(&self.l2, 4, *table, *rights, leaf.0, true) {
                     Said::Page(page, size, rights, types) if rights & access == access => {
                         composed(page, size, rights, types, leaf.0)
                     }
@@ -445,7 +460,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
             self.filled.entry(self.role).or_default().push(leaf);
         }
         let again = self.ept.activate(Eptp::new(self.role), &self.l2, None, &mut self.frames);
-        prop_assert_eq!((again.eptp02.ep4ta(), again.invept), (root, false), "nothing to activate");
+        prop_assert_eq!((again.eptp02.ep4ta(), again.invept), (table(root), false), "nothing to activate");
         self.enter()?;
         match self.processor.access(&self.frames, root, ngpa, access) {
             Ok(kept) => self.check_page(ngpa, kept),
@@ -469,7 +484,7 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
     /// The translation that a write of L3 uses, if the processor has one.
     fn translated(&self, ngpa: u64) -> Option<Kept> {
         let root = self.roots.get(&self.role)?;
-        self.processor.pages.get(&(*root, ngpa >> 12)).copied().filter(|kept| kept.1 & W != 0)
+        self.processor.pages.get(&(table(*root), ngpa >> 12)).copied().filter(|kept| kept.1 & W != 0)
     }
 
     fn take(&mut self, step: &Step) -> Result<(), TestCaseError> {
@@ -555,8 +570,8 @@ proptest! {
 
     #[test]
     fn invariants_hold_with_the_fewest_frames(steps in prop::collection::vec(step(), 1..120)) {
-        run::<2, 3>(0, 0, &steps)?;
-        run::<1, 3>(2, 5, &steps)?;
+        run::<2, 4>(0, 0, &steps)?;
+        run::<1, 4>(2, 5, &steps)?;
     }
 
     #[test]
@@ -572,7 +587,7 @@ proptest! {
     #[test]
     fn nothing_stale_stays_where_ept12_is_watched(steps in prop::collection::vec(step(), 1..120), pool in 0u64..60) {
         run_watched::<8, 16>(400, 400, 100, &steps)?;
-        run_watched::<2, 3>(3, pool, 100, &steps)?;
+        run_watched::<2, 4>(3, pool, 100, &steps)?;
         run_watched::<3, 4>(100, pool, 1, &steps)?;
     }
 }

@@ -12,6 +12,9 @@ const PML4: u64 = 0x10_0000;
 const PDPT: u64 = 0x10_1000;
 const PD: u64 = 0x10_2000;
 const PT: u64 = 0x10_3000;
+const PML5: u64 = 0x10_4000;
+/// Beside a root table: five levels.
+const FIVE: u64 = 4 << 3;
 /// Index 3 in the PML4 table, 5 in the PDPT, 7 in the PD, 9 in the PT.
 const NGPA: u64 = 3 << 39 | 5 << 30 | 7 << 21 | 9 << 12 | 0xabc;
 
@@ -21,7 +24,8 @@ fn rules_with(execute_only: bool) -> nvmx::ept::EptRules {
 
 /// The walker's answer in the words of the reference.
 fn walked(l2: &L2, root: u64, ngpa: u64, execute_only: bool) -> Said {
-    match walk(&mut GuestTables(l2), Gpa::new(root), ngpa, &rules_with(execute_only)) {
+    let top = if levels(root) == 5 { Level::Pml5 } else { Level::Pml4 };
+    match walk(&mut GuestTables(l2), (Gpa::new(table(root)), top), ngpa, &rules_with(execute_only)) {
         Walk::Leaf(leaf) => Said::Page(
             leaf.page.get(),
             leaf.level.bytes(),
@@ -76,6 +80,45 @@ fn each_entry_is_fetched_once() {
     }
 }
 
+/// The same below a PML5 table, at index 1.
+fn path_of_five(rights: [u64; 5], depth: usize) -> L2 {
+    let mut l2 = path([rights[1], rights[2], rights[3], rights[4]], depth);
+    l2.set(PML5, 1, PML4 | rights[0]);
+    l2
+}
+
+#[test]
+fn a_walk_of_five_levels_goes_through_one_table_more() {
+    let ngpa = 1 << 48 | NGPA;
+    for depth in 1..4 {
+        for combination in 0..8u64.pow(depth as u32 + 2) {
+            let rights = [0, 1, 2, 3, 4].map(|n| combination >> (3 * n) & 7);
+            let l2 = path_of_five(rights, depth);
+            let said = walked(&l2, PML5 | FIVE, ngpa, true);
+            assert_eq!(said, reference(&l2, PML5 | FIVE, ngpa, true), "{rights:?} to depth {depth}");
+            if let Said::Page(_, _, granted, _) = said {
+                assert_eq!(granted, rights[..=depth + 1].iter().fold(7, |all, one| all & one));
+            }
+        }
+        let l2 = path_of_five([7; 5], depth);
+        assert!(matches!(walked(&l2, PML5 | FIVE, ngpa, true), Said::Page(..)));
+        assert_eq!((l2.fetched.borrow().len(), l2.most_fetches()), (depth + 2, 1));
+        for bit in 57..64 {
+            assert_eq!(walked(&l2, PML5 | FIVE, ngpa | 1 << bit, true), Said::Nothing);
+            assert!(l2.fetched.borrow().is_empty(), "no table is asked");
+        }
+    }
+}
+
+#[test]
+fn no_page_stands_in_a_table_of_the_fifth_level() {
+    for bit in [3, 4, 5, 6, 7] {
+        let mut l2 = path_of_five([7; 5], 3);
+        l2.set(PML5, 1, PML4 | 7 | 1 << bit);
+        assert_eq!(walked(&l2, PML5 | FIVE, 1 << 48 | NGPA, true), Said::Wrong, "bit {bit}");
+    }
+}
+
 #[test]
 fn an_address_of_more_than_48_bits_has_no_translation() {
     let l2 = path([7; 4], 3);
@@ -90,7 +133,7 @@ fn the_entry_of_the_page_and_its_level_are_told() {
     for (depth, level, entry) in
         [(1, Level::Pdpt, PDPT + 5 * 8), (2, Level::Pd, PD + 7 * 8), (3, Level::Pt, PT + 9 * 8)]
     {
-        match walk(&mut GuestTables(&path([7; 4], depth)), Gpa::new(PML4), NGPA, &rules()) {
+        match walk(&mut GuestTables(&path([7; 4], depth)), (Gpa::new(PML4), Level::Pml4), NGPA, &rules()) {
             Walk::Leaf(leaf) => assert_eq!((leaf.level, leaf.entry), (level, Gpa::new(entry))),
             other => panic!("{other:?}"),
         }
@@ -103,7 +146,7 @@ fn a_walk_stops_at_the_first_entry_that_is_not_present() {
         let mut rights = [7; 4];
         rights[n] = 0;
         let l2 = path(rights, 3);
-        assert_eq!(walk(&mut GuestTables(&l2), Gpa::new(PML4), NGPA, &rules()), Walk::NotPresent(level));
+        assert_eq!(walk(&mut GuestTables(&l2), (Gpa::new(PML4), Level::Pml4), NGPA, &rules()), Walk::NotPresent(level));
         assert_eq!(l2.fetched.borrow().len(), n + 1);
     }
 }
@@ -112,7 +155,7 @@ fn a_walk_stops_at_the_first_entry_that_is_not_present() {
 fn a_table_in_memory_that_l2_does_not_own_cannot_be_read() {
     let mut l2 = path([7; 4], 3);
     l2.set(PD, 7, (OWN.0 + 0x1000) | 7);
-    match walk(&mut GuestTables(&l2), Gpa::new(PML4), NGPA, &rules()) {
+    match walk(&mut GuestTables(&l2), (Gpa::new(PML4), Level::Pml4), NGPA, &rules()) {
         Walk::Unreadable(error) => assert_eq!(error.0, Gpa::new(OWN.0 + 0x1000 + 9 * 8)),
         other => panic!("{other:?}"),
     }
@@ -137,7 +180,7 @@ proptest! {
     #[test]
     fn random_trees_mean_to_the_walker_what_they_mean_to_the_reference(
         entries in prop::collection::vec((0u64..4, 0u64..4, entry()), 1..24),
-        probes in prop::collection::vec((prop::array::uniform4(0u64..4), 0u64..KIB4), 16),
+        probes in prop::collection::vec((prop::array::uniform5(0u64..4), 0u64..KIB4), 16),
         execute_only: bool,
     ) {
         // Four tables that reference each other at will, so any of them may serve at any level.
@@ -146,8 +189,10 @@ proptest! {
             l2.set(PML4 + table * KIB4, index, entry);
         }
         for (indexes, offset) in probes {
-            let ngpa = indexes[0] << 39 | indexes[1] << 30 | indexes[2] << 21 | indexes[3] << 12 | offset;
-            prop_assert_eq!(walked(&l2, PML4, ngpa, execute_only), reference(&l2, PML4, ngpa, execute_only));
+            let ngpa = [48, 39, 30, 21, 12].into_iter().zip(indexes).fold(offset, |at, (shift, index)| at | index << shift);
+            for root in [PML4, PML4 | FIVE] {
+                prop_assert_eq!(walked(&l2, root, ngpa, execute_only), reference(&l2, root, ngpa, execute_only));
+            }
         }
     }
 }

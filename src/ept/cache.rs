@@ -83,6 +83,12 @@ impl Root {
             last_used: 0,
         }
     }
+
+    /// The level of the root table, as the role has it.
+    #[inline(always)]
+    pub(super) const fn top(&self) -> Level {
+        self.eptp02.top()
+    }
 }
 
 /// No root.
@@ -149,7 +155,9 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         frames: &mut F,
     ) -> Result<Self, OutOfFrames> {
         const { assert!(ROOTS > 0 && ROOTS < NONE as usize, "there must be a root to run on, and hints are bytes") };
-        const { assert!(RESERVE >= 3, "one page needs up to three tables below the root") };
+        const {
+            assert!(RESERVE >= 3, "one page needs up to three tables below a root of four levels, and one more of five")
+        };
         let first = frames.alloc().ok_or(OutOfFrames)?;
         let reserve = Reserve::new(budget, frames).inspect_err(|_| frames.free(first))?;
         let mut roots = [const { Root::new(Hpa::new(0)) }; ROOTS];
@@ -352,7 +360,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             self.origins.start();
         }
         let root = self.root(index);
-        root.eptp02 = Eptp::for_root(root.table, role.accessed_dirty());
+        root.eptp02 = Eptp::for_root(root.table, role);
         if let Some(old) = root.role.replace(role) {
             self.unchain(index, old);
         }
@@ -383,8 +391,12 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     fn record_root<F: TableFrames>(&mut self, index: usize, role: Eptp, frames: &mut F) {
         let rights = self.rules.mode_based(role.mode_based()).all_rights();
         let root = &mut self.roots[index % ROOTS];
+        if root.record != 0 && self.origins.level(root.record, frames) != role.top() {
+            self.origins.remove(&mut root.tables, root.record, frames);
+            root.record = 0;
+        }
         if root.record == 0 {
-            root.record = self.origins.add(&mut root.tables, Level::Pml4, 0, Hpa::new(0), 0, frames);
+            root.record = self.origins.add(&mut root.tables, role.top(), 0, Hpa::new(0), 0, frames);
         }
         if root.record != 0 {
             self.origins.set_origin(root.record, Origin::table(role.guest_root(), rights), frames);
@@ -429,8 +441,9 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         if root.tables.count > 0 {
             root.invept = true;
             self.run = None;
+            let top = root.top();
             let mut owner = Owner { tables: &mut root.tables, origins: &mut self.origins, reserve: &mut self.reserve };
-            owner.free_below(root.table, Level::Pml4, frames);
+            owner.free_below(root.table, top, frames);
         }
         root.tables.unrecorded = self.origins.are_kept() && root.record == 0 && root.role.is_some();
     }

@@ -88,7 +88,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         } else {
             let mut tables = LastEntry { tables: GuestTables(guest), entry: 0 };
             let rules = self.rules.mode_based(eptp12.mode_based());
-            let walk = walk(&mut tables, eptp12.guest_root(), ngpa.get(), &rules);
+            let walk = walk(&mut tables, eptp12.root(), ngpa.get(), &rules);
             self.reached(walk, access, qualification, tables.entry)
         };
         let outcome = match reached {
@@ -121,7 +121,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             self.marked_leaf(eptp12, ngpa, guest)
         } else {
             let rules = self.rules.mode_based(eptp12.mode_based());
-            walk(&mut GuestTables(guest), eptp12.guest_root(), ngpa.get(), &rules).leaf()
+            walk(&mut GuestTables(guest), eptp12.root(), ngpa.get(), &rules).leaf()
         };
         let Some(leaf) = leaf else { return false };
         let outcome = if !leaf.rights.contains(access) {
@@ -139,7 +139,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     fn marked_leaf<G: GuestView>(&self, eptp12: Eptp, ngpa: Ngpa, guest: &G) -> Option<Leaf<Gpa>> {
         let rules = self.rules.mode_based(eptp12.mode_based());
         let mut path = Path::new(guest);
-        let mut leaf = walk(&mut path, eptp12.guest_root(), ngpa.get(), &rules).leaf()?;
+        let mut leaf = walk(&mut path, eptp12.root(), ngpa.get(), &rules).leaf()?;
         let dirty = path.marked()?;
         leaf.rights.set(Rights::WRITE, dirty && leaf.rights.contains(Rights::WRITE));
         Some(leaf)
@@ -178,7 +178,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     ) -> Result<Leaf<Gpa>, Outcome> {
         let mut path = Path::new(guest);
         let rules = self.rules.mode_based(eptp12.mode_based());
-        let walk = walk(&mut path, eptp12.guest_root(), ngpa.get(), &rules);
+        let walk = walk(&mut path, eptp12.root(), ngpa.get(), &rules);
         let access = qualification.access_in(eptp12.mode_based());
         let mut leaf = self.reached(walk, access, qualification, path.last())?;
         match path.mark(ngpa, access.contains(Rights::WRITE), log) {
@@ -287,7 +287,11 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     ) -> Result<Hpa, OutOfFrames> {
         // Step by step rather than in a loop: the level is a constant in each.
         let root = &self.roots[index % ROOTS];
-        let pdpt = self.descend(index, (root.table, root.record), Level::Pml4, ngpa, frames)?;
+        let (mut pml4, top) = ((root.table, root.record), root.top());
+        if top == Level::Pml5 {
+            pml4 = self.descend(index, pml4, Level::Pml5, ngpa, frames)?;
+        }
+        let pdpt = self.descend(index, pml4, Level::Pml4, ngpa, frames)?;
         if target == Level::Pdpt {
             return Ok(self.put_new(index, pdpt, Level::Pdpt, ngpa, leaf, origin, frames));
         }

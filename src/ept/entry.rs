@@ -1,7 +1,7 @@
 //! One EPT entry: its bits, what it means at its level, and when it is misconfigured.
 //!
-//! Source: Intel SDM vol. 3C (December 2024), "EPT Translation Mechanism", the tables "Format of an EPT PML4 Entry
-//! (PML4E)" to "Format of an EPT Page-Table Entry that Maps a 4-KByte Page", and "EPT Misconfigurations". Sub-page
+//! Source: Intel SDM vol. 3C (December 2024), "EPT Translation Mechanism", the tables "Format of an EPT PML5 Entry
+//! (PML5E)" to "Format of an EPT Page-Table Entry that Maps a 4-KByte Page", and "EPT Misconfigurations". Sub-page
 //! permissions are not offered, so their bit is ignored here as the tables say.
 
 use crate::addr::Hpa;
@@ -53,13 +53,15 @@ pub enum Level {
     Pd = 2,
     /// Page-directory-pointer table
     Pdpt = 3,
-    /// PML4 table, the root
+    /// PML4 table, the root of four levels
     Pml4 = 4,
+    /// PML5 table, the root of five levels
+    Pml5 = 5,
 }
 
 impl Level {
-    /// From the root to the page.
-    pub const DOWN: [Self; 4] = [Self::Pml4, Self::Pdpt, Self::Pd, Self::Pt];
+    /// From the highest root to the page.
+    pub const DOWN: [Self; 5] = [Self::Pml5, Self::Pml4, Self::Pdpt, Self::Pd, Self::Pt];
 
     /// Bytes that one entry of this table covers.
     #[inline]
@@ -73,6 +75,12 @@ impl Level {
         address & (self.bytes() - 1)
     }
 
+    /// True when a table of this level, as the root, has an entry for `address`.
+    #[inline(always)]
+    pub const fn reaches(self, address: u64) -> bool {
+        address >> (self.shift() + 9) == 0
+    }
+
     /// Where the entry that translates `address` lies in its table, in bytes: 0 to 4088.
     #[inline]
     pub const fn entry_offset(self, address: u64) -> u64 {
@@ -83,6 +91,7 @@ impl Level {
     #[inline]
     pub const fn below(self) -> Option<Self> {
         match self {
+            Self::Pml5 => Some(Self::Pml4),
             Self::Pml4 => Some(Self::Pdpt),
             Self::Pdpt => Some(Self::Pd),
             Self::Pd => Some(Self::Pt),
@@ -261,7 +270,7 @@ pub const fn decode(entry: u64, level: Level, rules: &EptRules) -> Meaning {
         };
     }
     // Bits 6:3 are reserved in an entry that references a table; bit 7 is clear in PDPTEs and PDEs here, but not in
-    // PML4Es.
+    // PML4Es and PML5Es.
     if entry & 0xf8 != 0 {
         return Meaning::Misconfigured(Misconfig::ReservedBit);
     }
@@ -271,7 +280,7 @@ pub const fn decode(entry: u64, level: Level, rules: &EptRules) -> Meaning {
 /// True when a present entry ends the walk: each entry of a page table, and one with bit 7 where pages can be large.
 #[inline]
 pub const fn is_leaf(entry: u64, level: Level) -> bool {
-    matches!(level, Level::Pt) || (entry & LARGE != 0 && !matches!(level, Level::Pml4))
+    matches!(level, Level::Pt) || (entry & LARGE != 0 && !matches!(level, Level::Pml4 | Level::Pml5))
 }
 
 /// True when an entry of nvmx's own grants any right.

@@ -3,7 +3,7 @@
 //! Source: Intel SDM vol. 3C (December 2024), table "Format of Extended-Page-Table Pointer"; "Invalidating Cached
 //! Translation Information" for EP4TA.
 
-use super::entry::ADDRESS;
+use super::entry::{ADDRESS, Level};
 use crate::addr::{Gpa, Hpa};
 use crate::mm::mtrr::MemoryType;
 
@@ -15,6 +15,7 @@ pub struct Eptp(u64);
 impl Eptp {
     const ACCESSED_DIRTY: u64 = 1 << 6;
     const WALK_LENGTH_4: u64 = 3 << 3;
+    const WALK_LENGTH_5: u64 = 4 << 3;
     /// Not of the field, where the bit is reserved and no VM entry accepts it.
     const MODE_BASED: u64 = 1 << 11;
 
@@ -37,11 +38,23 @@ impl Eptp {
         self.0 & Self::MODE_BASED != 0
     }
 
-    /// The pointer to a table of nvmx: write-back, four levels.
+    /// The pointer to a root table of nvmx, write-back, with as many levels and the flags that the role `of` has.
     #[inline]
-    pub const fn for_root(root: Hpa, accessed_dirty: bool) -> Self {
-        let flags = if accessed_dirty { Self::ACCESSED_DIRTY } else { 0 };
-        Self(root.get() & ADDRESS | Self::WALK_LENGTH_4 | MemoryType::WriteBack as u64 | flags)
+    pub const fn for_root(root: Hpa, of: Self) -> Self {
+        let length = if matches!(of.top(), Level::Pml5) { Self::WALK_LENGTH_5 } else { Self::WALK_LENGTH_4 };
+        Self(root.get() & ADDRESS | length | MemoryType::WriteBack as u64 | of.0 & Self::ACCESSED_DIRTY)
+    }
+
+    /// The pointer to a root table of nvmx, write-back, with four levels.
+    #[inline]
+    pub const fn of_four_levels(root: Hpa, accessed_dirty: bool) -> Self {
+        Self::for_root(root, Self(if accessed_dirty { Self::ACCESSED_DIRTY } else { 0 }))
+    }
+
+    /// The level of the root table. VM entry accepts walks of four and of five levels.
+    #[inline(always)]
+    pub const fn top(self) -> Level {
+        if self.0 & Self::WALK_LENGTH_5 != 0 { Level::Pml5 } else { Level::Pml4 }
     }
 
     /// The raw value.
@@ -54,6 +67,12 @@ impl Eptp {
     #[inline]
     pub const fn guest_root(self) -> Gpa {
         Gpa::new(self.0 & ADDRESS)
+    }
+
+    /// L2's root table and its level, where a walk begins.
+    #[inline(always)]
+    pub const fn root(self) -> (Gpa, Level) {
+        (self.guest_root(), self.top())
     }
 
     /// EP4TA, bits 51:12: what the processor tags cached translations with, so what single-context INVEPT goes by.

@@ -67,7 +67,7 @@ impl Ept01 {
 
     /// The EPTP for vmcs01.
     pub const fn eptp(&self) -> Eptp {
-        Eptp::for_root(self.root, self.accessed_dirty)
+        Eptp::of_four_levels(self.root, self.accessed_dirty)
     }
 
     /// Frames in use.
@@ -187,7 +187,7 @@ impl Ept01 {
     /// The leaf that maps `gpa`: where its entry lies, and in which table.
     fn leaf<F: TableFrames>(&self, gpa: Gpa, frames: &F) -> Option<(Hpa, Level)> {
         use super::walk::{OwnTables, Walk, walk};
-        match walk(&mut OwnTables(frames), self.root, gpa.get(), &self.rules) {
+        match walk(&mut OwnTables(frames), (self.root, Level::Pml4), gpa.get(), &self.rules) {
             Walk::Leaf(leaf) => Some((leaf.entry, leaf.level)),
             _ => None,
         }

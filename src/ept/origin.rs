@@ -101,14 +101,14 @@ pub(super) struct Tables {
     pub(super) count: u32,
     /// A table has no record, for want of frames or numbers: all must be compared.
     pub(super) unrecorded: bool,
-    heads: [u16; 4],
-    places: [u64; 4],
+    heads: [u16; 5],
+    places: [u64; 5],
 }
 
 impl Tables {
     /// None.
     pub(super) const fn new() -> Self {
-        Self { count: 0, unrecorded: false, heads: [0; 4], places: [0; 4] }
+        Self { count: 0, unrecorded: false, heads: [0; 5], places: [0; 5] }
     }
 
     /// The first record of a level.
@@ -296,12 +296,14 @@ impl Origins {
         self.read(number, PLACE, frames) & super::entry::ADDRESS
     }
 
-    fn level<F: TableFrames>(&self, number: u16, frames: &F) -> Level {
+    /// The level of the table.
+    pub(super) fn level<F: TableFrames>(&self, number: u16, frames: &F) -> Level {
         match self.read(number, PLACE, frames) & 7 {
             1 => Level::Pt,
             2 => Level::Pd,
             3 => Level::Pdpt,
-            _ => Level::Pml4,
+            4 => Level::Pml4,
+            _ => Level::Pml5,
         }
     }
 

@@ -21,7 +21,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             let Some(role) = root.role.filter(|role| role.ep4ta() == eptp12.ep4ta() && root.tables.count > 0) else {
                 continue;
             };
-            let Some((at, level)) = leaf_at(root.table, ngpa, frames) else { continue };
+            let Some((at, level)) = leaf_at((root.table, role.top()), ngpa, frames) else { continue };
             frames.write(at, 0);
             // Of a 4 KiB page in its root the processor keeps at most what it may keep on L2's machine as well, until the
             // INVEPT that follows one of L2. Of other roots, and of the rest of a large page, it does not know.
@@ -38,8 +38,11 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
 }
 
 /// The leaf of nvmx's own tables for an address, and the level it is at.
-fn leaf_at<F: TableFrames>(root: Hpa, ngpa: Ngpa, frames: &F) -> Option<(Hpa, Level)> {
-    let (mut table, mut level) = (root, Level::Pml4);
+fn leaf_at<F: TableFrames>((root, top): (Hpa, Level), ngpa: Ngpa, frames: &F) -> Option<(Hpa, Level)> {
+    let (mut table, mut level) = (root, top);
+    if !top.reaches(ngpa.get()) {
+        return None;
+    }
     loop {
         let at = Hpa::new(table.get() | level.entry_offset(ngpa.get()));
         let value = frames.read(at);

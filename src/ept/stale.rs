@@ -31,7 +31,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         let in_use = !root.stale && root.tables.count > 0 && root.table.get() == eptp02.ep4ta();
         let role = root.role.filter(|_| in_use)?;
         let rules = self.rules.mode_based(role.mode_based());
-        Search { guest, frames, rules: &rules, root: role.guest_root() }.table(root.table, Level::Pml4, 0)
+        Search { guest, frames, rules: &rules, root: role.root() }.table(root.table, role.top(), 0)
     }
 }
 
@@ -39,7 +39,7 @@ struct Search<'a, G, F> {
     guest: &'a G,
     frames: &'a F,
     rules: &'a EptRules,
-    root: Gpa,
+    root: (Gpa, Level),
 }
 
 impl<G: GuestView, F: TableFrames> Search<'_, G, F> {

@@ -58,7 +58,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             invept01: false,
         };
         if check.ept01.is_none() {
-            check.table(root.table, Level::Pml4, 0, TableSource::Table(role.guest_root(), rules.all_rights()));
+            check.table(root.table, role.top(), 0, TableSource::Table(role.guest_root(), rules.all_rights()));
         } else {
             let mut changed = Changed::default();
             check.find_changed(&mut root.known, &mut changed);
@@ -237,7 +237,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
     #[cold]
     fn take_empty(&mut self, record: u16) {
         let mut record = record;
-        for above in [Level::Pd, Level::Pdpt, Level::Pml4] {
+        for above in [Level::Pd, Level::Pdpt, Level::Pml4, Level::Pml5] {
             let Some(entry) = self.owner.origins.entry(record, self.frames) else { return };
             let next = self.owner.origins.above(record, self.frames);
             let old = self.frames.read(entry);
@@ -258,6 +258,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
             Level::Pd => self.scan(table, Level::Pd, base, source),
             Level::Pdpt => self.scan(table, Level::Pdpt, base, source),
             Level::Pml4 => self.scan(table, Level::Pml4, base, source),
+            Level::Pml5 => self.scan(table, Level::Pml5, base, source),
         }
     }
 
@@ -365,7 +366,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
     /// in ept02, but in ept12, the bits differ too: then each is looked at.
     #[inline(always)]
     fn is_unchanged(&self, entries02: &[u64], entries12: &[u64], upper: Rights, level: Level) -> bool {
-        if upper != self.rules.all_rights() || level == Level::Pml4 {
+        if upper != self.rules.all_rights() || level >= Level::Pml4 {
             return false;
         }
         let fold = |of: fn(u64, u64) -> u64| entries02.iter().zip(entries12).fold(0, |all, (a, b)| all | of(*a, *b));

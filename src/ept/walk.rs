@@ -104,22 +104,25 @@ impl<A, E> Walk<A, E> {
     }
 }
 
-/// Walks from the PML4 table `root` to the page of `address`. An address of more than 48 bits has no translation by
-/// four levels, whatever the tables say.
+/// Walks from the table `root`, which is one of level `top`, to the page of `address`. An address of more than 48 bits has no
+/// translation by four levels, and one of more than 57 none by five, whatever the tables say.
 #[inline]
 pub fn walk<R: TableReader>(
     reader: &mut R,
-    root: R::Address,
+    (root, top): (R::Address, Level),
     address: u64,
     rules: &EptRules,
 ) -> Walk<R::Address, R::Error> {
-    if address >> 48 != 0 {
-        return Walk::NotPresent(Level::Pml4);
+    if !top.reaches(address) {
+        return Walk::NotPresent(top);
     }
     let mut table = root.raw();
     let mut rights = rules.all_rights();
     // A loop over a constant: unrolled, so that the level is known in each step.
     for level in Level::DOWN {
+        if level == Level::Pml5 && top != Level::Pml5 {
+            continue;
+        }
         let at = R::Address::from_raw(table | level.entry_offset(address));
         let entry = match reader.read(at) {
             Ok(entry) => entry,

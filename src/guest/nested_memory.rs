@@ -130,7 +130,7 @@ impl<P: PhysMem> Physical<'_, P> {
 
     fn walk(&self, eptp12: Eptp, at: u64, rights: Rights) -> Option<Gpa> {
         let guest = self.view.guest;
-        let Walk::Leaf(leaf) = walk(&mut GuestTables(guest), eptp12.guest_root(), at, &self.view.rules) else {
+        let Walk::Leaf(leaf) = walk(&mut GuestTables(guest), eptp12.root(), at, &self.view.rules) else {
             return None;
         };
         let flags = match (eptp12.accessed_dirty(), rights.contains(Rights::WRITE)) {

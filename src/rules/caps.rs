@@ -148,9 +148,20 @@ offers! {
     }
 }
 
-/// EPT and VPID capabilities that nvmx implements; no page walks of five levels, no supervisor shadow-stack control.
+/// EPT and VPID capabilities that nvmx implements; no supervisor shadow-stack control.
 pub const EPT_VPID: u64 = {
-    let ept = 1 << 0 | 1 << 6 | 1 << 8 | 1 << 14 | 1 << 16 | 1 << 17 | 1 << 20 | 1 << 21 | 1 << 22 | 1 << 25 | 1 << 26;
+    let ept = 1 << 0
+        | 1 << 6
+        | 1 << 7
+        | 1 << 8
+        | 1 << 14
+        | 1 << 16
+        | 1 << 17
+        | 1 << 20
+        | 1 << 21
+        | 1 << 22
+        | 1 << 25
+        | 1 << 26;
     let vpid = 1 << 32 | 1 << 40 | 1 << 41 | 1 << 42 | 1 << 43;
     ept | vpid
 };

@@ -139,6 +139,33 @@ fn vmfunc_switches_to_the_listed_ept() {
 }
 
 #[test]
+fn an_ept_of_five_levels_is_walked_to_its_pages() {
+    agree(|g| async move {
+        const TOP: u64 = 0x22_0000;
+        // The same tables at 256 TiB.
+        for entry in [0, 1] {
+            g.poke(TOP + 8 * entry, EPT | 7);
+        }
+        g.poke(PAGE, 0xA);
+        hypervisor(&g, &[(EPT_POINTER, TOP | 4 << 3 | 6)]).await;
+        launch(&g).await;
+        for at in [PAGE, 1 << 48 | PAGE, PAGE] {
+            g.run(Op::Read(at)).await;
+            assert_eq!(g.gpr(0), 0xA, "{at:#x}");
+        }
+        g.run(Op::Write(1 << 48 | PAGE, 0xB)).await;
+        g.run(Op::Read(PAGE)).await;
+        assert_eq!(g.gpr(0), 0xB);
+        for at in [2 << 48 | PAGE, 1 << 57 | PAGE] {
+            g.run(Op::Read(at)).await;
+            look(&g, &format!("{at:#x}")).await;
+            assert_eq!(g.vmread(VM_EXIT_REASON).await, Some(48));
+            g.run(Op::Vmresume).await;
+        }
+    });
+}
+
+#[test]
 fn accesses_are_logged_and_a_full_log_is_told() {
     // The model keeps no log itself: what nvmx writes is judged here.
     for setup in Setup::all() {

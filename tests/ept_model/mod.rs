@@ -50,10 +50,10 @@ impl Frames {
         (entry.get() & !0xfff, (entry.get() & 0xfff) as usize / 8)
     }
 
-    /// All leaves below a table: (address, size, entry).
-    pub fn leaves(&self, table: u64) -> Vec<(u64, u64, u64)> {
+    /// All leaves below a root, given as [`levels`] has it: (address, size, entry).
+    pub fn leaves(&self, root: u64) -> Vec<(u64, u64, u64)> {
         let mut found = vec![];
-        self.collect(table, 0, 1 << 39, &mut found);
+        self.collect(table(root), 0, 1 << shifts(root)[0], &mut found);
         found
     }
 
@@ -174,6 +174,22 @@ impl GuestView for L2 {
     }
 }
 
+/// How many levels a walk has that begins at `root`: an EPTP, with its page-walk length less 1 in bits 5:3, or the address of a
+/// PML4 table alone.
+pub fn levels(root: u64) -> usize {
+    if root >> 3 & 7 == 4 { 5 } else { 4 }
+}
+
+/// The root table.
+pub fn table(root: u64) -> u64 {
+    root & 0xf_ffff_ffff_f000
+}
+
+/// By how many bits an address is shifted for its index in each table, from the root on.
+pub fn shifts(root: u64) -> Vec<u32> {
+    [48, 39, 30, 21, 12][5 - levels(root)..].to_vec()
+}
+
 /// What ept12 says about an address, by the reference.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Said {
@@ -183,18 +199,18 @@ pub enum Said {
     Page(u64, u64, u64, u64),
 }
 
-/// Walks ept12 on paper: `root` is the address of its PML4 table.
+/// Walks ept12 on paper.
 pub fn reference(l2: &L2, root: u64, ngpa: u64, execute_only: bool) -> Said {
-    if ngpa >= 1 << 48 {
+    if ngpa >= 1 << (9 * levels(root) + 12) {
         return Said::Nothing;
     }
-    reference_from(l2, 0, root, 7, ngpa, execute_only)
+    reference_from(l2, 5 - levels(root), table(root), 7, ngpa, execute_only)
 }
 
-/// The same from a table `depth` steps below the root, with the rights that the entries above it grant.
+/// The same from a table `depth` steps below a PML5 table, with the rights that the entries above it grant.
 pub fn reference_from(l2: &L2, depth: usize, table: u64, rights: u64, ngpa: u64, execute_only: bool) -> Said {
-    let text = format!("{ngpa:048b}");
-    let indexes: Vec<u64> = (0..4).map(|n| u64::from_str_radix(&text[n * 9..n * 9 + 9], 2).unwrap()).collect();
+    let text = format!("{ngpa:057b}");
+    let indexes: Vec<u64> = (0..5).map(|n| u64::from_str_radix(&text[n * 9..n * 9 + 9], 2).unwrap()).collect();
     let mut table = table;
     let mut granted = [0, 1, 2].map(|n| rights >> n & 1 == 1);
     for (depth, index) in indexes.iter().enumerate().skip(depth) {
@@ -213,7 +229,7 @@ pub fn reference_from(l2: &L2, depth: usize, table: u64, rights: u64, ngpa: u64,
             return Said::Wrong;
         }
         (0..3).for_each(|n| granted[n] &= set(n));
-        let ends = depth == 3 || (set(7) && depth > 0);
+        let ends = depth == 4 || (set(7) && depth > 1);
         if !ends {
             if (3..8).any(set) {
                 return Said::Wrong;
@@ -221,7 +237,7 @@ pub fn reference_from(l2: &L2, depth: usize, table: u64, rights: u64, ngpa: u64,
             table = entry & 0xf_ffff_ffff_f000;
             continue;
         }
-        let size_bits = [0, 30, 21, 12][depth];
+        let size_bits = [0, 0, 30, 21, 12][depth];
         if (12..size_bits).any(set)
             || ["010", "011", "111"].contains(&[bits[5], bits[4], bits[3]].iter().collect::<String>().as_str())
         {
@@ -230,17 +246,17 @@ pub fn reference_from(l2: &L2, depth: usize, table: u64, rights: u64, ngpa: u64,
         let rights = (0..3).map(|n| u64::from(granted[n]) << n).sum();
         return Said::Page(entry & 0xf_ffff_ffff_f000, 1 << size_bits, rights, entry & 0x78);
     }
-    unreachable!("the fourth entry ends the walk")
+    unreachable!("the entry of a page table ends the walk")
 }
 
 /// Where the entries lie that a walk of ept12 to a page goes through, the leaf last.
 fn entries(l2: &L2, root: u64, ngpa: u64) -> Vec<u64> {
-    let mut table = root;
+    let mut table = table(root);
     let mut path = vec![];
-    for (shift, may_end) in [(39, false), (30, true), (21, true), (12, true)] {
+    for shift in shifts(root) {
         path.push(table + (ngpa >> shift & 511) * 8);
         let entry = l2.get(path[path.len() - 1]);
-        if may_end && entry & LARGE != 0 {
+        if shift <= 30 && entry & LARGE != 0 {
             break;
         }
         table = entry & 0xf_ffff_ffff_f000;
@@ -273,7 +289,7 @@ pub fn is_dirty(l2: &L2, root: u64, ngpa: u64) -> bool {
 
 /// The page table of an address that has one, and the rights that the entries above it grant.
 pub fn way(l2: &L2, root: u64, ngpa: u64) -> (u64, u64) {
-    [39, 30, 21].into_iter().fold((root, 7), |(table, rights), shift| {
+    shifts(root).into_iter().filter(|shift| *shift > 12).fold((table(root), 7), |(table, rights), shift| {
         let entry = l2.get(table + (ngpa >> shift & 511) * 8);
         (entry & 0xf_ffff_ffff_f000, rights & entry)
     })

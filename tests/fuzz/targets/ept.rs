@@ -17,7 +17,7 @@ const MOST: usize = 200;
 
 fn entry(input: &mut Input<'_>) -> u64 {
     let address = match input.u8() % 4 {
-        0 | 1 => TABLES + input.below(6) * KIB4,
+        0 | 1 => TABLES + input.below(7) * KIB4,
         2 => input.below(4) * GIB1 + input.below(8) * MIB2,
         _ => OWN.0 - 3 * KIB4 + input.below(10) * KIB4,
     };

@@ -21,14 +21,17 @@ impl Core {
         let flags = eptp >> 6 & 1 == 1;
         let exit = |reason, qualification| Exit { physical: at, linear: at, qualification, ..Exit::new(reason) };
         let (mut table, mut rights, mut path) = (eptp & 0xF_FFFF_FFFF_F000, 7, vec![]);
-        for level in (0..4).rev() {
+        if at >> (21 + 9 * (eptp >> 3 & 7)) != 0 {
+            return Err(exit(48, access | 3 << 7));
+        }
+        for level in (0..=eptp >> 3 & 7).rev() {
             let place = table + (at >> (12 + 9 * level) & 511) * 8;
             let entry = self.memory.read_u64(Hpa::new(place));
             rights &= entry;
             if entry & 7 == 0 {
                 return Err(exit(48, access | 3 << 7));
             }
-            let leaf = level == 0 || entry >> 7 & 1 == 1;
+            let leaf = level == 0 || level < 3 && entry >> 7 & 1 == 1;
             let kind = entry >> 3 & 7;
             if entry & 3 == 2 || leaf && ![0, 1, 4, 5, 6].contains(&kind) || !leaf && entry & 0xF8 != 0 {
                 return Err(exit(49, 0));

@@ -4,6 +4,7 @@
 
 mod access;
 mod entries;
+mod five;
 mod log;
 mod many;
 pub mod outside;
@@ -50,6 +51,9 @@ impl Offered {
     /// The page sizes.
     fn sizes(self) -> impl Iterator<Item = &'static Size> {
         SIZES.iter().filter(move |size| size.level < 2 || self.0 >> 17 & 1 != 0)
+    }
+    fn five_levels(self) -> bool {
+        self.0 >> 7 & 1 != 0
     }
     fn flags(self) -> bool {
         self.0 >> 21 & 1 != 0
@@ -307,6 +311,7 @@ pub fn all() -> Result<(), Missing> {
     entries::all(&mut lab);
     log::all(&mut lab);
     many::all(&mut lab);
+    five::all(&mut lab);
     outside::all(&mut lab);
     Ok(())
 }
