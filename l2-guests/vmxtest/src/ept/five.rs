@@ -45,8 +45,8 @@ pub fn all(lab: &mut Lab) {
 
 /// Other lengths than those that there are.
 fn refused(lab: &mut Lab) {
-    let own = lab.eptp;
-    for levels in (1..=8).filter(|levels| *levels != 4 && !(*levels == 5 && lab.offered.five_levels())) {
+    let (own, five) = (lab.eptp, lab.offered.five_levels());
+    for levels in (1..=8).filter(|levels| *levels != 4 && !(*levels == 5 && five)) {
         let eptp = own & !LENGTH | (levels - 1) << 3;
         lab.run_on(eptp);
         let entered = lab.guest.execute(nothing, 5);
@@ -151,12 +151,12 @@ fn both(lab: &mut Lab, top: u64, four: u64) {
 
 fn entry(top: u64) -> u64 {
     // SAFETY: a page of this part's, to which nobody holds a reference.
-    unsafe { pages::at(top) }
-    [0]
+    let table = unsafe { pages::at(top) };
+    table[0]
 }
 
 fn set(top: u64, entry: u64) {
     // SAFETY: as above; the guest is stopped.
-    unsafe { pages::at(top) }
-    [0] = entry;
+    let table = unsafe { pages::at(top) };
+    table[0] = entry;
 }
