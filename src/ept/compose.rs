@@ -289,7 +289,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         let root = &self.roots[index % ROOTS];
         let (mut pml4, top) = ((root.table, root.record), root.top());
         if top == Level::Pml5 {
-            pml4 = self.descend(index, pml4, Level::Pml5, ngpa, frames)?;
+            pml4 = self.descend_from_fifth_level(index, pml4, ngpa, frames)?;
         }
         let pdpt = self.descend(index, pml4, Level::Pml4, ngpa, frames)?;
         if target == Level::Pdpt {
@@ -301,6 +301,18 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         }
         let pt = self.descend(index, pd, Level::Pd, ngpa, frames)?;
         Ok(self.put_new(index, pt, Level::Pt, ngpa, leaf, origin, frames))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn descend_from_fifth_level<F: TableFrames>(
+        &mut self,
+        index: usize,
+        pml5: (Hpa, u16),
+        ngpa: Ngpa,
+        frames: &mut F,
+    ) -> Result<(Hpa, u16), OutOfFrames> {
+        self.descend(index, pml5, Level::Pml5, ngpa, frames)
     }
 
     /// Writes a leaf into a table, whose record learns where it comes from.

@@ -39,11 +39,9 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
 
 /// The leaf of nvmx's own tables for an address, and the level it is at.
 fn leaf_at<F: TableFrames>((root, top): (Hpa, Level), ngpa: Ngpa, frames: &F) -> Option<(Hpa, Level)> {
-    let (mut table, mut level) = (root, top);
-    if !top.reaches(ngpa.get()) {
-        return None;
-    }
-    loop {
+    let mut table = if top == Level::Pml5 { below_fifth_level(root, ngpa, frames)? } else { root };
+    // A loop over a constant, as in a walk.
+    for level in [Level::Pml4, Level::Pdpt, Level::Pd, Level::Pt] {
         let at = Hpa::new(table.get() | level.entry_offset(ngpa.get()));
         let value = frames.read(at);
         if !entry::is_present(value) {
@@ -53,6 +51,13 @@ fn leaf_at<F: TableFrames>((root, top): (Hpa, Level), ngpa: Ngpa, frames: &F) ->
             return Some((at, level));
         }
         table = Hpa::new(value & entry::ADDRESS);
-        level = level.below()?;
     }
+    None
+}
+
+#[cold]
+#[inline(never)]
+fn below_fifth_level<F: TableFrames>(root: Hpa, ngpa: Ngpa, frames: &F) -> Option<Hpa> {
+    let value = frames.read(Hpa::new(root.get() | Level::Pml5.entry_offset(ngpa.get())));
+    entry::is_present(value).then_some(Hpa::new(value & entry::ADDRESS))
 }

@@ -106,23 +106,24 @@ impl<A, E> Walk<A, E> {
 
 /// Walks from the table `root`, which is one of level `top`, to the page of `address`. An address of more than 48 bits has no
 /// translation by four levels, and one of more than 57 none by five, whatever the tables say.
-#[inline]
+#[inline(always)] // Returned in memory it would cost a caller as much as a level.
 pub fn walk<R: TableReader>(
     reader: &mut R,
     (root, top): (R::Address, Level),
     address: u64,
     rules: &EptRules,
 ) -> Walk<R::Address, R::Error> {
-    if !top.reaches(address) {
-        return Walk::NotPresent(top);
-    }
-    let mut table = root.raw();
-    let mut rights = rules.all_rights();
-    // A loop over a constant: unrolled, so that the level is known in each step.
-    for level in Level::DOWN {
-        if level == Level::Pml5 && top != Level::Pml5 {
-            continue;
+    let (mut table, mut rights) = (root.raw(), rules.all_rights());
+    if top == Level::Pml5 {
+        match fifth_level(reader, root, address, rules) {
+            Ok((pml4, granted)) => (table, rights) = (pml4, granted),
+            Err(end) => return end,
         }
+    } else if !Level::Pml4.reaches(address) {
+        return Walk::NotPresent(Level::Pml4);
+    }
+    // A loop over a constant: unrolled, so that the level is known in each step.
+    for level in [Level::Pml4, Level::Pdpt, Level::Pd, Level::Pt] {
         let at = R::Address::from_raw(table | level.entry_offset(address));
         let entry = match reader.read(at) {
             Ok(entry) => entry,
@@ -142,4 +143,27 @@ pub fn walk<R: TableReader>(
     }
     // Not reached: no entry of a page table references a table.
     Walk::NotPresent(Level::Pt)
+}
+
+/// The PML4 table that a PML5 table leads to, and the rights that its entry grants; or how the walk ends.
+#[cold]
+#[inline(never)]
+#[allow(clippy::type_complexity)]
+fn fifth_level<R: TableReader>(
+    reader: &mut R,
+    pml5: R::Address,
+    address: u64,
+    rules: &EptRules,
+) -> Result<(u64, Rights), Walk<R::Address, R::Error>> {
+    const TOP: Level = Level::Pml5;
+    if !TOP.reaches(address) {
+        return Err(Walk::NotPresent(TOP));
+    }
+    let at = R::Address::from_raw(pml5.raw() | TOP.entry_offset(address));
+    let entry = reader.read(at).map_err(Walk::Unreadable)?;
+    match decode(entry, TOP, rules) {
+        Meaning::Table(next) => Ok((next, rules.all_rights() & Rights::of(entry))),
+        Meaning::Misconfigured(rule) => Err(Walk::Misconfigured(TOP, rule)),
+        Meaning::NotPresent | Meaning::Leaf { .. } => Err(Walk::NotPresent(TOP)),
+    }
 }
