@@ -8,6 +8,7 @@ use crate::cmd::run::both;
 use crate::image::Wanted;
 use crate::report::json::{Bench, Document, Limit, Report};
 use crate::report::ledger::{self, Booked, Difference, Which};
+use crate::report::page::Format;
 use crate::report::provenance::{Place, Provenance};
 use crate::report::{self, Event, budget::Budget, table};
 use crate::session::{LONG, Session, budget_file};
@@ -36,8 +37,8 @@ struct Measured {
 /// [`Stop::Guest`] if a boot fails, a limit is broken or a figure differs, [`Stop::Usage`] if there is nothing to compare with.
 pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
     let json = args.json.as_deref().map(Output::prepare).transpose()?;
-    let drawn = args.report.as_deref().map(Output::prepare).transpose()?;
-    ui.reserve_stdout(json.as_ref());
+    let drawn = args.report.as_deref().map(Format::prepare).transpose()?;
+    [&json, &drawn].into_iter().for_each(|output| ui.reserve_stdout(output.as_ref()));
     let earlier = args.compare.as_deref().map(Earlier::read).transpose()?;
     let session = Session::start_with(ui, &args.l0, &Wanted::All)?;
     let place = Place::of(&session);

@@ -10,6 +10,8 @@ use nvmx::vmx::exit::BasicReason;
 use nvmx::vmx::field::{Area, Home, Width};
 use nvmx_setup::error::Stop;
 use nvmx_setup::ui::Ui;
+use std::collections::BTreeSet;
+use std::sync::LazyLock;
 
 /// The pages, by name.
 const PAGES: [(&str, &str); 5] = [
@@ -50,9 +52,15 @@ fn explain(text: &str) -> Vec<String> {
     let number = number(word);
     let named = |name: &str| same(name, word);
     let mut lines = Vec::new();
+    // An exit that L3 raises is an event of the same name.
+    let mut events = BTreeSet::new();
+    if wants("event") {
+        events.insert(word.to_lowercase());
+    }
     for reason in BasicReason::KNOWN.iter().filter(|_| wants("exit")) {
         if number == Some(u64::from(reason.0)) || reason.name().is_some_and(named) {
             lines.extend(of_reason(*reason));
+            events.extend(reason.name().map(str::to_lowercase));
         }
     }
     for error in VmxError::ALL.iter().filter(|_| wants("error")) {
@@ -72,9 +80,7 @@ fn explain(text: &str) -> Vec<String> {
             by_number.filter(|_| !small).or_else(by_name).into_iter().flat_map(|(field, high)| of_field(field, high)),
         );
     }
-    if wants("event") {
-        lines.extend(of_event(word));
-    }
+    events.iter().for_each(|event| lines.extend(of_event(event)));
     lines
 }
 
@@ -170,19 +176,22 @@ fn section(page: &str, head: &str) -> Vec<String> {
 
 /// Rows and paragraphs of the pages that have one of these words.
 fn pages_with(one: &str, other: &str) -> Vec<String> {
+    /// A page's name, a line of it, and its plain words
+    static LINES: LazyLock<Vec<(&str, &str, String)>> = LazyLock::new(|| {
+        let lines = |(name, page): (&'static str, &'static str)| page.lines().map(move |l| (name, l, plain_words(l)));
+        PAGES.into_iter().flat_map(lines).collect()
+    });
     const MOST: usize = 8;
-    let has = |line: &&str| {
-        let words = |text: &str| format!(" {} ", text.replace(|c: char| !c.is_alphanumeric() && c != '_', " "));
-        let line = words(line);
-        [one, other].iter().any(|text| line.contains(&words(text)))
-    };
-    let mut found = Vec::new();
-    for (name, page) in PAGES {
-        found
-            .extend(page.lines().filter(has).map(|line| format!("  {name}: {}", line.trim().trim_matches('|').trim())));
-    }
-    found.truncate(MOST);
-    found
+    let wanted = [one, other].map(plain_words);
+    let has = |words: &String| wanted.iter().any(|wanted| words.contains(wanted));
+    let found = LINES.iter().filter(|(.., words)| has(words)).take(MOST);
+    found.map(|(name, line, _)| format!("  {name}: {}", line.trim().trim_matches('|').trim())).collect()
+}
+
+/// In small letters, between blanks; one or many of something is the same.
+fn plain_words(text: &str) -> String {
+    let plain = text.to_lowercase().replace(|c: char| !c.is_alphanumeric() && c != '_', " ");
+    format!(" {} ", plain.split_whitespace().map(|word| word.trim_end_matches('s')).collect::<Vec<_>>().join(" "))
 }
 
 #[cfg(test)]
@@ -228,5 +237,12 @@ mod tests {
         let text = explain("cpuid").join("\n");
         assert!(text.contains("Exit reason 10") && text.contains("VMPTRLD") && text.contains(WALK), "{text}");
         assert!(!text.contains("## Other ways of an exit"));
+        assert_eq!(text, explain("exit 10").join("\n"));
+    }
+
+    #[test]
+    fn an_exit_comes_with_what_the_pages_say_of_it_in_their_words() {
+        let text = explain("exit 48").join("\n");
+        assert!(text.contains("docs/support.md: EPT violations and misconfigurations to L2"), "{text}");
     }
 }

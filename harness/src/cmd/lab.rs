@@ -8,6 +8,7 @@ use crate::cli::LabArgs;
 use crate::lab::figures::Figures;
 use crate::lab::stacks::{self, COMPARED, Stack};
 use crate::lab::{self, EXPERIMENTS, Experiment, Verdict, pages, text, trace};
+use crate::report::page::Format;
 use crate::session::Session;
 use anyhow::Result;
 use nvmx_setup::error::Stop;
@@ -35,7 +36,7 @@ pub fn run(ui: &Ui, args: &LabArgs) -> Result<()> {
         return Ok(());
     }
     let json = args.json.as_deref().map(Output::prepare).transpose()?;
-    let report = args.report.as_deref().map(Output::prepare).transpose()?;
+    let report = args.report.as_deref().map(Format::prepare).transpose()?;
     if json.as_ref().zip(report.as_ref()).is_some_and(|(json, report)| json.is_stdout() && report.is_stdout()) {
         return Err(Stop::Usage("--json and --report cannot both go to standard output".into()).into());
     }

@@ -12,6 +12,7 @@ use crate::trace::tree::Builder;
 use crate::trace::{stat, text};
 use crate::transcript::stack::StackLevel;
 use nvmx_setup::error::Stop;
+use nvmx_setup::output::Output;
 use std::fmt::Write;
 use std::path::Path;
 
@@ -39,6 +40,19 @@ impl Format {
             "csv" => Ok(Format::Csv),
             _ => Err(Stop::Usage(format!("--report {}: the name must end in .html, .md or .csv", path.display()))),
         }
+    }
+
+    /// Looks at the place of a report that is a page for a browser and nothing else.
+    ///
+    /// # Errors
+    /// [`Stop::Usage`] if the name is another's, or it cannot be written.
+    pub fn prepare(path: &Path) -> anyhow::Result<Output> {
+        let output = Output::prepare(path)?;
+        if output.is_stdout() || matches!(Format::of(path), Ok(Format::Html)) {
+            return Ok(output);
+        }
+        let text = format!("--report {}: it is a page for a browser, its name must end in .html", path.display());
+        Err(Stop::Usage(text).into())
     }
 }
 

@@ -62,6 +62,13 @@ fn the_name_of_the_file_says_how_it_is_written() {
     assert_eq!(Format::of(Path::new("a.HTML")).unwrap(), Format::Html);
     assert_eq!(Format::of(Path::new("a.md")).unwrap(), Format::Markdown);
     assert!(Format::of(Path::new("a.txt")).unwrap_err().to_string().contains(".html, .md or .csv"));
+    let folder = tempfile::tempdir().unwrap();
+    let page = |name: &str| Format::prepare(&folder.path().join(name));
+    assert!(page("a.html").is_ok() && Format::prepare(Path::new("-")).is_ok());
+    for name in ["a.md", "a.csv", "a"] {
+        assert!(page(name).err().unwrap().to_string().contains("must end in .html"), "{name}");
+        assert!(!folder.path().join(name).exists(), "{name}");
+    }
 }
 
 /// What a browser makes of the page: sections, sorting, search, choice of a tree, theme, keys. Only where there is a Chromium.
