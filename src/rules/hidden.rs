@@ -78,3 +78,35 @@ pub const fn shown(leaf: (u32, u32), register: CpuidRegister) -> u32 {
     }
     bits
 }
+
+#[cfg(test)]
+mod tests {
+    use super::CpuidRegister::{Eax, Ebx, Ecx, Edx};
+    use super::*;
+
+    /// The table a second time, by the numbers of the bits.
+    #[test]
+    fn exactly_these_bits_are_hidden() {
+        let hidden: [((u32, u32), CpuidRegister, &[u32]); 11] = [
+            ((1, 0), Ecx, &[2, 4, 6]),
+            ((1, 0), Edx, &[21]),
+            ((6, 0), Eax, &[19, 23]),
+            ((6, 0), Ecx, &[8, 9, 10, 11, 12, 13, 14, 15]),
+            ((7, 0), Ebx, &[2, 14, 25]),
+            ((7, 0), Ecx, &[13, 30]),
+            ((7, 0), Edx, &[18, 19, 30]),
+            ((7, 1), Eax, &[8, 17, 27]),
+            ((7, 1), Edx, &[15]),
+            ((7, 2), Edx, &[6]),
+            ((0xD, 1), Ecx, &[8, 15]),
+        ];
+        for leaf in (0..0x30).flat_map(|leaf| [(leaf, 0), (leaf, 1), (leaf, 2)]) {
+            for register in [Eax, Ebx, Ecx, Edx] {
+                let row = hidden.iter().find(|row| (row.0, row.1) == (leaf, register));
+                let bits = row.map_or(0, |row| row.2.iter().map(|bit| 1 << bit).sum());
+                let bits = if (leaf, register) == ((6, 0), Edx) { u32::MAX } else { bits };
+                assert_eq!(!shown(leaf, register), bits, "leaf {leaf:x?} {register:?}");
+            }
+        }
+    }
+}

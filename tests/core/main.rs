@@ -9,6 +9,7 @@ mod lent;
 mod memory;
 mod own;
 mod random;
+mod slots;
 mod trace;
 mod transitions;
 mod usual;
