@@ -158,8 +158,8 @@ fn a_rich_machine_offers_all_that_is_implemented() {
 fn what_nvmx_does_not_implement_is_withheld() {
     let o = offered(&rich());
     let secondary = SecondaryControls::SUB_PAGE_WRITE_PERMISSIONS | SecondaryControls::ENABLE_PCONFIG;
-    let exit = ExitControls::LOAD_PERF_GLOBAL_CTRL | ExitControls::CLEAR_LBR_CTL | ExitControls::CLEAR_BNDCFGS;
-    let entry = EntryControls::LOAD_PERF_GLOBAL_CTRL | EntryControls::LOAD_LBR_CTL | EntryControls::ENTRY_TO_SMM;
+    let exit = ExitControls::CLEAR_LBR_CTL | ExitControls::CLEAR_BNDCFGS;
+    let entry = EntryControls::LOAD_LBR_CTL | EntryControls::ENTRY_TO_SMM;
     assert_eq!(o.tertiary, TertiaryControls::VIRTUALIZE_SPEC_CTRL);
     assert_eq!(o.secondary.may_be_one() & secondary.bits(), 0);
     assert_eq!(o.exit.may_be_one() & exit.bits(), 0);
@@ -167,6 +167,23 @@ fn what_nvmx_does_not_implement_is_withheld() {
     assert!(!o.ept_vpid.supervisor_shadow_stack());
     assert!(o.misc.activity_shutdown() && o.misc.activity_wait_for_sipi());
     assert!(!o.misc.pt_in_vmx() && !o.misc.smbase_msr());
+}
+
+#[test]
+fn counters_are_switched_only_by_all_controls_and_where_there_are_counters() {
+    let (entry, exit) = (1u32 << 13, 1u32 << 12 | 1 << 30);
+    let of = |hw: &Capabilities| (offered(hw).entry.may_be_one() & entry, offered(hw).exit.may_be_one() & exit);
+    assert_eq!(of(&rich()), (entry, exit));
+    assert_eq!(of(&Capabilities { counters: 0, ..rich() }), (0, 0));
+    for lost in [(entry, 0), (0, 1u32 << 12), (0, 1 << 30)] {
+        let msr = |index| match index {
+            msr::IA32_VMX_TRUE_ENTRY_CTLS => rich_msr(index) & !(u64::from(lost.0) << 32),
+            msr::IA32_VMX_TRUE_EXIT_CTLS => rich_msr(index) & !(u64::from(lost.1) << 32),
+            other => rich_msr(other),
+        };
+        let hw = Capabilities { counters: rich().counters, ..Capabilities::read(msr, 39, 48) };
+        assert_eq!(of(&hw), (0, 0), "{lost:?}");
+    }
 }
 
 #[test]

@@ -33,7 +33,8 @@ const EMULATED: SecondaryControls = SecondaryControls::ENABLE_PML.union(Secondar
 const OF_L3: EntryControls = EntryControls::IA32E_MODE_GUEST
     .union(EntryControls::LOAD_CET)
     .union(EntryControls::LOAD_PKRS)
-    .union(EntryControls::LOAD_UINV);
+    .union(EntryControls::LOAD_UINV)
+    .union(EntryControls::LOAD_PERF_GLOBAL_CTRL);
 
 /// A vmcs12 with these controls, as far as L2 is offered them and the rules between them allow.
 fn vmcs12(caps: &Capabilities, controls: [u32; 5]) -> Vmcs {
@@ -242,7 +243,9 @@ proptest! {
         let hw = rich();
         let (a, b) = (vmcs12(&offered(&hw), a), vmcs12(&offered(&hw), b));
         // These two describe L3 and not the host, so they follow L2.
-        let of_l3 = ExitControls::ACK_INTERRUPT_ON_EXIT | ExitControls::SAVE_PREEMPTION_TIMER;
+        let of_l3 = ExitControls::ACK_INTERRUPT_ON_EXIT
+            | ExitControls::SAVE_PREEMPTION_TIMER
+            | ExitControls::SAVE_PERF_GLOBAL_CTRL;
         let (a, b) = (merged(&a, &hw, &TO), merged(&b, &hw, &TO));
         prop_assert_eq!(a.exit - of_l3, b.exit - of_l3);
         prop_assert!(!a.exit.intersects(ExitControls::LOAD_CET | ExitControls::LOAD_PKRS | ExitControls::CLEAR_UINV));

@@ -93,6 +93,7 @@ impl FoundProcessor {
         let has_lam = cpuid.get_extended_feature_info().is_some_and(|f| f.has_lam());
         let vmx = Capabilities {
             cr3_flags: if has_lam { lam::CR3_FLAGS } else { 0 },
+            counters: counters(cpuid),
             ..Capabilities::read(capability, max_phys_addr.into(), linear.into())
         };
         // Without VMX nothing else needs to be named.
@@ -121,6 +122,7 @@ impl FoundProcessor {
             ("the width of physical addresses", self.max_phys_addr != other.max_phys_addr),
             ("the width of linear addresses", self.vmx.linear_width != other.vmx.linear_width),
             ("linear-address masking", self.vmx.cr3_flags != other.vmx.cr3_flags),
+            ("performance counters", self.vmx.counters != other.vmx.counters),
             ("pages of 1 GiB", self.gib_pages != other.gib_pages),
             ("MTRRs", self.mtrrs != other.mtrrs),
         ];
@@ -139,6 +141,14 @@ fn key_bits(tme_activate: u64) -> u8 {
 }
 
 /// The brand string without the blanks that pad it, or the vendor.
+/// The bits of IA32_PERF_GLOBAL_CTRL (SDM vol. 4): a general counter each from bit 0 on, a fixed one each from bit 32 on. The MSR comes
+/// with version 2 of architectural performance monitoring (SDM vol. 2A, CPUID leaf 0AH).
+fn counters<R: CpuIdReader>(cpuid: &CpuId<R>) -> u64 {
+    let first = |count: u8| if count < 32 { (1u64 << count) - 1 } else { u32::MAX.into() };
+    let monitoring = cpuid.get_performance_monitoring_info().filter(|info| info.version_id() >= 2);
+    monitoring.map_or(0, |info| first(info.number_of_counters()) | first(info.fixed_function_counters()) << 32)
+}
+
 fn brand<R: CpuIdReader>(cpuid: &CpuId<R>) -> ArrayString<48> {
     let text = |text: &str| ArrayString::from(text.trim()).unwrap_or_default();
     match (cpuid.get_processor_brand_string(), cpuid.get_vendor_info()) {
@@ -285,6 +295,29 @@ mod tests {
             };
             let (processor, _) = FoundProcessor::examine(&CpuId::with_cpuid_reader(leaves), |_| 0);
             assert_eq!(processor.vmx.cr3_flags, flags, "{eax:#x}");
+        }
+    }
+
+    #[test]
+    fn counters_are_those_that_cpuid_lists_from_version_2_on() {
+        for (eax, edx, bits) in [
+            (0x0830_0805, 0x8604, 0xF_0000_00FF),
+            (0x0830_0802, 0, 0xFF),
+            (0x0830_0801, 4, 0),
+            (0, 4, 0),
+            (0xFF02, 31, u64::MAX >> 1),
+        ] {
+            let leaves = move |leaf: u32, _: u32| match leaf {
+                0 => CpuIdResult { eax: 0xA, ebx: 0, ecx: 0, edx: 0 },
+                0xA => CpuIdResult { eax, ebx: 0, ecx: 0, edx },
+                _ => CpuIdResult { eax: 0, ebx: 0, ecx: 0, edx: 0 },
+            };
+            let (processor, _) = FoundProcessor::examine(&CpuId::with_cpuid_reader(leaves), |_| 0);
+            assert_eq!(
+                processor.vmx.counters,
+                if eax == 0xFF02 { 0x7FFF_FFFF << 32 | 0xFFFF_FFFF } else { bits },
+                "{eax:#x}"
+            );
         }
     }
 

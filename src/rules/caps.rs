@@ -30,6 +30,8 @@ macro_rules! offers {
 
 const RUN: &str = "runs in vmcs02 as L2 set it, and its exits go to L2";
 const RESIDENT_ENTRY: &str = "runs in vmcs02; without it L2's values go on in L3";
+const COUNTERS_EXIT: &str =
+    "applied to L2 when an exit is reflected, by the entry of vmcs01; counters run on while nvmx runs";
 const RESIDENT_EXIT: &str = "applied to L2 when an exit is reflected, by the entry of vmcs01; nvmx leaves the values in the processor, where its CR4 makes them do nothing";
 
 offers! {
@@ -132,6 +134,8 @@ offers! {
         CLEAR_UINV,              RESIDENT_EXIT;
         LOAD_CET,                RESIDENT_EXIT;
         LOAD_PKRS,               RESIDENT_EXIT;
+        LOAD_PERF_GLOBAL_CTRL,   COUNTERS_EXIT;
+        SAVE_PERF_GLOBAL_CTRL,   "in vmcs02 where the exit saves it or the entry loads it";
     }
 }
 
@@ -145,6 +149,7 @@ offers! {
         LOAD_UINV,           RESIDENT_ENTRY;
         LOAD_CET,            RESIDENT_ENTRY;
         LOAD_PKRS,           RESIDENT_ENTRY;
+        LOAD_PERF_GLOBAL_CTRL, RESIDENT_ENTRY;
     }
 }
 
@@ -244,19 +249,28 @@ pub fn offered(hardware: &Capabilities) -> Capabilities {
         exit &= !row.exit_load.bits();
     }
 
+    // An exit that goes to nvmx alone must save what L3 has made of it, if the next entry loads it.
+    let mut entry = mask(ENTRY);
+    let (loads, both) = (Entry::LOAD_PERF_GLOBAL_CTRL, Exit::LOAD_PERF_GLOBAL_CTRL | Exit::SAVE_PERF_GLOBAL_CTRL);
+    let switches = hardware.entry.allows(loads) && both.iter().all(|control| hardware.exit.allows(control));
+    if !switches || hardware.counters == 0 {
+        entry &= !loads.bits();
+        exit &= !both.bits();
+    }
+
     let cr3_targets = hardware.misc.cr3_targets().min(MAX_CR3_TARGETS);
     let mut offered = Capabilities {
         basic: Basic(u64::from(REVISION) | BASIC_REGION_SIZE | BASIC_WRITE_BACK | hardware.basic.0 & BASIC),
         pin_default: restrict(hardware.pin_default, pin),
         primary_default: restrict(hardware.primary_default, primary),
         exit_default: restrict(hardware.exit_default, exit),
-        entry_default: restrict(hardware.entry_default, mask(ENTRY)),
+        entry_default: restrict(hardware.entry_default, entry),
         pin: restrict(hardware.pin, pin),
         primary: restrict(hardware.primary, primary),
         secondary: restrict(hardware.secondary, secondary),
         tertiary,
         exit: restrict(hardware.exit, exit),
-        entry: restrict(hardware.entry, mask(ENTRY)),
+        entry: restrict(hardware.entry, entry),
         misc: Misc(hardware.misc.0 & MISC | u64::from(cr3_targets) << MISC_CR3_TARGETS_SHIFT),
         cr0_fixed0: hardware.cr0_fixed0,
         cr0_fixed1: hardware.cr0_fixed1,
@@ -269,6 +283,7 @@ pub fn offered(hardware: &Capabilities) -> Capabilities {
         physical_width: hardware.physical_width,
         linear_width: hardware.linear_width,
         cr3_flags: hardware.cr3_flags,
+        counters: hardware.counters,
     };
     offered.vmcs_enum = offered.vmcs_enum_of_fields();
     offered

@@ -134,6 +134,10 @@ pub fn merge(needs: &NvmxNeeds, vmcs12: &impl Fields, checked: ControlsChecked, 
     if pin12.contains(PinControls::PREEMPTION_TIMER) {
         exit |= needs.save_timer;
     }
+    // What an exit leaves out the next entry must not load.
+    if entry12.contains(EntryControls::LOAD_PERF_GLOBAL_CTRL) || exit12.contains(ExitControls::SAVE_PERF_GLOBAL_CTRL) {
+        exit |= ExitControls::SAVE_PERF_GLOBAL_CTRL;
+    }
     // Both are about L2's tables and not those that run: `ept::flags` writes its log, `nested::ve` makes its #VE.
     let mut run12 = secondary12 - SecondaryControls::ENABLE_PML - SecondaryControls::EPT_VIOLATION_VE;
     let shadow_bitmaps = to.shadow_bitmaps.filter(|_| secondary12.contains(SecondaryControls::VMCS_SHADOWING));

@@ -25,7 +25,6 @@ const UNTESTED: &str = "no processor of the tests has it";
 const NO_PT: &str = "Intel PT in VMX operation is not offered (IA32_VMX_MISC bit 14 is 0)";
 const NO_SGX: &str = "SGX is hidden from L2";
 const NO_CONTROLS: &str = "none of the controls that it activates is implemented";
-const NO_PERFMON: &str = "Bochs has the control without the MSR, so that nothing would test it";
 const SMM: &str = "only an SMM-transfer monitor could set it";
 
 refusals! {
@@ -61,12 +60,10 @@ refusals! {
 refusals! {
     /// VM-exit controls.
     EXIT: Exit {
-        LOAD_PERF_GLOBAL_CTRL, NO_PERFMON;
         CLEAR_BNDCFGS,         UNTESTED;
         CONCEAL_VMX_FROM_PT,   NO_PT;
         CLEAR_RTIT_CTL,        NO_PT;
         CLEAR_LBR_CTL,         UNTESTED;
-        SAVE_PERF_GLOBAL_CTRL, NO_PERFMON;
         ACTIVATE_SECONDARY_CONTROLS, NO_CONTROLS;
     }
 }
@@ -76,7 +73,6 @@ refusals! {
     ENTRY: Entry {
         ENTRY_TO_SMM,            SMM;
         DEACTIVATE_DUAL_MONITOR, SMM;
-        LOAD_PERF_GLOBAL_CTRL,   NO_PERFMON;
         LOAD_BNDCFGS,            UNTESTED;
         CONCEAL_VMX_FROM_PT,     NO_PT;
         LOAD_RTIT_CTL,           NO_PT;

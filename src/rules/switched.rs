@@ -5,10 +5,12 @@
 //! (`vmcs::msrs`), what nvmx knows of L2's MSRs (`vmcs::tracked`), what a reflected exit loads, and what is carried between
 //! the levels (`vmcs::inherit`).
 //!
-//! The last rows are resident: the state does nothing while nvmx runs, since nvmx's CR4 has neither CET nor PKS nor UINTR. So
+//! The last rows are resident: the state does nothing while nvmx runs, since nvmx's CR4 has neither CET nor PKS nor UINTR, or, of
+//! performance counters, what it does is the guest's business. So
 //! nvmx's VMCSs neither save nor load it for nvmx. vmcs02 loads L3's values where vmcs12 asks, and on an exit that goes to nvmx
 //! alone they stay where they are. Where vmcs12 asks that the exit loads L2's values, the next entry of vmcs01 loads them, once
-//! (`vmcs::once`). Nobody else pays for it. The processor saves all of it on each exit, in vmcs02 for L2 to read.
+//! (`vmcs::once`). Nobody else pays for it. The processor saves all of it on each exit, in vmcs02 for L2 to read; counters only by a
+//! control, which vmcs02 has too where the entry loads them (`vmcs::inherit` gives L2 its value back).
 //!
 //! Source: Intel SDM vol. 3C, "VM-Exit Controls", "VM-Entry Controls", "Loading Guest State", "Saving Guest State", "Loading
 //! Host State"; vol. 4, table "IA-32 Architectural MSRs".
@@ -95,6 +97,7 @@ const KNOWN: &str = "L2 writes it seldom, and an exit of L3 need not read it the
 const NESTED_WRITES_PAT: &str = "both levels write it seldom, and an exit of L3 need read neither value then";
 const ITS_OWN: &str = "an exit of L3 loads it or sets it in any case";
 const STAYS: &str = "nvmx's CR4 has nothing that would use it";
+const RUN_ON: &str = "counters run on while nvmx runs";
 
 macro_rules! switched {
     ($( $item:ident = $name:literal, $msr:expr, $guest:ident, $host:expr, $entry_load:expr, $exit_save:expr,
@@ -146,6 +149,9 @@ switched! {
         NO_ENTRY, NO_EXIT, NO_EXIT, Own, Never, Unseen, ITS_OWN;
     GsBase = "IA32_GS_BASE", Some(0xC000_0101), GUEST_GS_BASE, Host::Field(Field::HOST_GS_BASE),
         NO_ENTRY, NO_EXIT, NO_EXIT, Own, Never, Unseen, ITS_OWN;
+    PerfGlobalCtrl = "IA32_PERF_GLOBAL_CTRL", Some(0x38F), GUEST_IA32_PERF_GLOBAL_CTRL,
+        Host::Field(Field::HOST_IA32_PERF_GLOBAL_CTRL), EntryControls::LOAD_PERF_GLOBAL_CTRL,
+        ExitControls::SAVE_PERF_GLOBAL_CTRL, ExitControls::LOAD_PERF_GLOBAL_CTRL, Resident, Never, Unseen, RUN_ON;
     SCet = "IA32_S_CET", Some(0x6A2), GUEST_S_CET, Host::Field(Field::HOST_S_CET),
         EntryControls::LOAD_CET, NO_EXIT, ExitControls::LOAD_CET, Resident, Never, Unseen, STAYS;
     Ssp = "SSP", None, GUEST_SSP, Host::Field(Field::HOST_SSP),
@@ -314,6 +320,7 @@ mod tests {
             (Item::Efer, 15, Some(20), Some(21)),
             (Item::Debugctl, 2, Some(2), None),
             (Item::Dr7, 2, Some(2), None),
+            (Item::PerfGlobalCtrl, 13, Some(30), Some(12)),
             (Item::SCet, 20, None, Some(28)),
             (Item::Ssp, 20, None, Some(28)),
             (Item::SspTable, 20, None, Some(28)),
@@ -361,7 +368,7 @@ mod tests {
         assert!(!exit_controls().intersects(RESIDENT_EXIT) && !entry_controls().intersects(RESIDENT_ENTRY));
         assert_eq!(
             (RESIDENT_ENTRY.bits(), RESIDENT_EXIT.bits()),
-            (1 << 19 | 1 << 20 | 1 << 22, 1 << 27 | 1 << 28 | 1 << 29)
+            (1 << 13 | 1 << 19 | 1 << 20 | 1 << 22, 1 << 12 | 1 << 27 | 1 << 28 | 1 << 29 | 1 << 30)
         );
     }
 }

@@ -5,6 +5,8 @@
 //! here, and the field that L2 sees in vmcs12 keeps L2's value.
 //!
 //! IA32_PAT is kept apart: hypervisors that leave it alone are common, and so L2's field lives in nvmx's copy of vmcs12.
+//! IA32_PERF_GLOBAL_CTRL stays in the processor as such state does. But where the entry loads it vmcs02 saves it as well, and L2's field is
+//! to read as before if its own exit controls do not.
 //! Source: SDM vol. 3C, "Loading Guest State", "Saving Guest State", "Loading Host State".
 
 use crate::hw::vmx::Vmx;
@@ -48,6 +50,10 @@ pub struct Inherited {
     original: [u64; 3],
     /// IA32_PAT in the processor when L3 leaves.
     live_pat: u64,
+    /// The VM entry loads IA32_PERF_GLOBAL_CTRL and the VM exit does not save it.
+    keeps_counters: bool,
+    /// What L2 has in its field then.
+    counters: u64,
 }
 
 impl Default for Inherited {
@@ -65,6 +71,8 @@ impl Default for Inherited {
             live: [0; 3],
             original: [0; 3],
             live_pat: 0,
+            keeps_counters: false,
+            counters: 0,
         }
     }
 }
@@ -80,6 +88,8 @@ impl Inherited {
         self.host_efer = asked(Item::Efer).host_loaded;
         let pat = asked(Item::Pat);
         (self.loads_pat, self.saves_pat, self.host_pat) = (pat.loaded, pat.saved, pat.host_loaded);
+        let counters = asked(Item::PerfGlobalCtrl);
+        self.keeps_counters = counters.loaded && !counters.saved;
         self.long_mode_guest = entry.contains(EntryControls::IA32E_MODE_GUEST);
         self.unrestricted = unrestricted;
         self.long_mode_host = exit.contains(ExitControls::HOST_ADDRESS_SPACE_SIZE);
@@ -88,7 +98,7 @@ impl Inherited {
     /// Nothing is carried but IA32_PAT, which a guest that does not write it finds and leaves as the entry before did.
     pub const fn is_usual(&self) -> bool {
         let quiet = if self.loads_pat { self.host_pat } else { !self.saves_pat && !self.host_pat };
-        self.loaded & self.saved == ALL && self.host_efer && self.long_mode_host && quiet
+        self.loaded & self.saved == ALL && self.host_efer && self.long_mode_host && quiet && !self.keeps_counters
     }
 
     /// The guest may change its mode, and the processor the control that goes with it.
@@ -116,6 +126,9 @@ impl Inherited {
     #[inline(always)]
     pub fn enter_nested(&mut self, vmx: &mut Vmx, vmcs12: &Vmcs12, pat02: &mut Kept, guest: &Tracked) {
         pat02.put(vmx, if self.loads_pat { vmcs12.get(Field::GUEST_IA32_PAT) } else { guest.pat() });
+        if self.keeps_counters {
+            self.counters = vmx.read(Field::GUEST_IA32_PERF_GLOBAL_CTRL);
+        }
         if self.loaded & self.saved == ALL {
             return;
         }
@@ -140,6 +153,9 @@ impl Inherited {
         }
         if !self.host_efer {
             self.live[EFER] = vmx.read(Field::GUEST_IA32_EFER);
+        }
+        if self.keeps_counters {
+            vmx.write(Field::GUEST_IA32_PERF_GLOBAL_CTRL, self.counters);
         }
         if self.saved != ALL {
             for i in Self::items(ALL & !self.saved) {
@@ -226,6 +242,16 @@ mod tests {
         plan.plan(EntryControls::LOAD_DEBUG_CONTROLS | EntryControls::LOAD_PAT, ExitControls::SAVE_EFER, false);
         assert_eq!((plan.loaded, plan.saved), (0b110, 0b001));
         assert_eq!((plan.loads_pat, plan.saves_pat, plan.host_pat, plan.host_efer), (true, false, false, false));
+        let (loads, saves) = (EntryControls::LOAD_PERF_GLOBAL_CTRL, ExitControls::SAVE_PERF_GLOBAL_CTRL);
+        for (entry, exit, keeps) in [
+            (loads, saves, false),
+            (loads, ExitControls::empty(), true),
+            (EntryControls::empty(), saves, false),
+            (EntryControls::empty(), ExitControls::empty(), false),
+        ] {
+            plan.plan(entry, exit, false);
+            assert_eq!(plan.keeps_counters, keeps);
+        }
         plan.plan(EntryControls::empty(), ExitControls::SAVE_PAT | ExitControls::LOAD_EFER, false);
         assert_eq!((plan.loaded, plan.saved), (0, 0));
         assert_eq!((plan.loads_pat, plan.saves_pat, plan.host_pat, plan.host_efer), (false, true, false, true));

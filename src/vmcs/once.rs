@@ -88,7 +88,7 @@ mod tests {
     fn nested_exit(exit: ExitControls) -> (Vmcs01, Once) {
         let mut vmcs12 = Vmcs12::new();
         let host = [Field::HOST_S_CET, Field::HOST_SSP, Field::HOST_INTR_SSP_TABLE, Field::HOST_IA32_PKRS];
-        for (field, value) in host.into_iter().zip(1u64..) {
+        for (field, value) in host.into_iter().chain([Field::HOST_IA32_PERF_GLOBAL_CTRL]).zip(1u64..) {
             vmcs12.set(field, value << 12);
         }
         vmcs12.set(Field::VM_EXIT_CONTROLS, exit.bits().into());
@@ -123,6 +123,7 @@ mod tests {
                 ][..],
             ),
             (1 << 29, 1 << 22, &[(Field::GUEST_IA32_PKRS, 4 << 12)]),
+            (1 << 12, 1 << 13, &[(Field::GUEST_IA32_PERF_GLOBAL_CTRL, 5 << 12)]),
             (1 << 27, 1 << 19, &[(Field::GUEST_UINV, 0)]),
         ] {
             let (mut vmcs01, mut once) = nested_exit(ExitControls::from_bits_retain(exit));

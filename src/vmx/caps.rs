@@ -74,6 +74,8 @@ pub struct Capabilities {
     /// Bits of CR3 that are flags above the physical-address width: [`crate::x86::lam::CR3_FLAGS`] where the processor has LAM, else 0.
     /// [`Self::read`] says 0: CPUID tells.
     pub cr3_flags: u64,
+    /// Bits of IA32_PERF_GLOBAL_CTRL that enable a counter; 0 where there is no such MSR. [`Self::read`] says 0: CPUID tells.
+    pub counters: u64,
 }
 
 impl Capabilities {
@@ -150,6 +152,7 @@ impl Capabilities {
             physical_width,
             linear_width,
             cr3_flags: 0,
+            counters: 0,
         }
     }
 

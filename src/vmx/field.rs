@@ -196,7 +196,7 @@ fields! {
     GUEST_IA32_DEBUGCTL                 = 0x2802, W64,     Vmcs02,   Always;
     GUEST_IA32_PAT                      = 0x2804, W64,     Cache,    ExitOrEntry(1 << 18, 1 << 14);
     GUEST_IA32_EFER                     = 0x2806, W64,     Vmcs02,   ExitOrEntry(1 << 20, 1 << 15);
-    GUEST_IA32_PERF_GLOBAL_CTRL         = 0x2808, W64,     Cache,    ExitOrEntry(0, 1 << 13);
+    GUEST_IA32_PERF_GLOBAL_CTRL         = 0x2808, W64,     Vmcs02,   ExitOrEntry(1 << 30, 1 << 13);
     GUEST_PDPTE0                        = 0x280A, W64,     Vmcs02,   Secondary(1);
     GUEST_PDPTE1                        = 0x280C, W64,     Vmcs02,   Secondary(1);
     GUEST_PDPTE2                        = 0x280E, W64,     Vmcs02,   Secondary(1);

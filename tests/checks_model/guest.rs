@@ -138,6 +138,10 @@ fn registers(v: &impl Fields, caps: &Capabilities, demand: Demand<'_>) {
     if bit(entry, 22) {
         demand("GuestPkrs", none_of(get(v, GUEST_IA32_PKRS), 32..64));
     }
+    if bit(entry, 13) {
+        let free = (0..64).filter(|i| !bit(caps.counters, *i));
+        demand("GuestPerfGlobalCtrl", none_of(get(v, GUEST_IA32_PERF_GLOBAL_CTRL), free));
+    }
     if bit(entry, 19) {
         demand("GuestUinv", get(v, GUEST_UINV) < 256);
     }

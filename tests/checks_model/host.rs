@@ -45,6 +45,11 @@ pub fn violations(v: &impl Fields, caps: &Capabilities, long_mode: bool) -> Viol
         demand("HostPkrs", none_of(get(v, HOST_IA32_PKRS), 32..64));
     }
 
+    if bit(exit, 12) {
+        let free = (0..64).filter(|i| !bit(caps.counters, *i));
+        demand("HostPerfGlobalCtrl", none_of(get(v, HOST_IA32_PERF_GLOBAL_CTRL), free));
+    }
+
     let selectors = [
         HOST_ES_SELECTOR,
         HOST_CS_SELECTOR,

@@ -110,7 +110,7 @@ pub const CASES: &[(CheckId, Change)] = &[
     (CheckId::EptpMemoryType, |v| _ = v.or(EPT_POINTER, 1)),
     (CheckId::EptpMemoryType, |v| _ = v.clear(EPT_POINTER, 2)),
     (CheckId::EptpWalkLength, |v| _ = v.clear(EPT_POINTER, 0x38)),
-    (CheckId::EptpWalkLength, |v| _ = v.clear(EPT_POINTER, 0x38).or(EPT_POINTER, 4 << 3)),
+    (CheckId::EptpWalkLength, |v| _ = v.clear(EPT_POINTER, 0x38).or(EPT_POINTER, 5 << 3)),
     (CheckId::EptpReserved, |v| _ = v.or(EPT_POINTER, 1 << 7)),
     (CheckId::EptpReserved, |v| _ = v.or(EPT_POINTER, 1 << 11)),
     (CheckId::EptpReserved, |v| _ = v.or(EPT_POINTER, 1 << 39)),
@@ -137,13 +137,13 @@ pub const CASES: &[(CheckId, Change)] = &[
     (CheckId::PmlNeedsEpt, |v| _ = v.set(SECONDARY_VM_EXEC_CONTROL, 1 << 5 | 1 << 17)),
     (CheckId::PmlAddress, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 17).set(PML_ADDRESS, 0x1008)),
     (CheckId::PmlAddress, |v| _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 17).set(PML_ADDRESS, 1 << 39)),
-    (CheckId::ExitControls, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 12)),
+    (CheckId::ExitControls, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 23)),
     (CheckId::ExitControls, |v| _ = v.clear(VM_EXIT_CONTROLS, 1)),
     (CheckId::SaveTimerNeedsTimer, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 22)),
     (CheckId::ExitMsrStoreList, |v| _ = v.set(VM_EXIT_MSR_STORE_COUNT, 1).set(VM_EXIT_MSR_STORE_ADDR, 8)),
     (CheckId::ExitMsrLoadList, |v| _ = v.set(VM_EXIT_MSR_LOAD_COUNT, 2).set(VM_EXIT_MSR_LOAD_ADDR, (1 << 39) - 16)),
     (CheckId::EntryControls, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 10)),
-    (CheckId::EntryControls, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 13)),
+    (CheckId::EntryControls, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 16)),
     (CheckId::EntryMsrLoadList, |v| _ = v.set(VM_ENTRY_MSR_LOAD_COUNT, 1).set(VM_ENTRY_MSR_LOAD_ADDR, u64::MAX << 4)),
     (CheckId::EntryMsrLoadList, |v| {
         _ = v.set(VM_ENTRY_MSR_LOAD_COUNT, 0xFFFF_FFFF).set(VM_ENTRY_MSR_LOAD_ADDR, 0x7F_F000_0000)
@@ -227,6 +227,9 @@ pub const CASES: &[(CheckId, Change)] = &[
         v.or(VM_ENTRY_CONTROLS, 1 << 20).set(GUEST_S_CET, 1 << 32);
     }),
     (CheckId::GuestSspTable, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 20).set(GUEST_INTR_SSP_TABLE, 1 << 47)),
+    (CheckId::HostPerfGlobalCtrl, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 12).set(HOST_IA32_PERF_GLOBAL_CTRL, 1 << 4)),
+    (CheckId::HostPerfGlobalCtrl, |v| _ = v.or(VM_EXIT_CONTROLS, 1 << 12).set(HOST_IA32_PERF_GLOBAL_CTRL, 1 << 35)),
+    (CheckId::GuestPerfGlobalCtrl, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 13).set(GUEST_IA32_PERF_GLOBAL_CTRL, 1 << 31)),
     (CheckId::GuestPkrs, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 22).set(GUEST_IA32_PKRS, 1 << 63)),
     (CheckId::GuestUinv, |v| _ = v.or(VM_ENTRY_CONTROLS, 1 << 19).set(GUEST_UINV, 0x100)),
     // Guest segments

@@ -50,8 +50,11 @@ pub fn rich_msr(index: u32) -> u64 {
 
 /// A machine that has every control that exists.
 pub fn rich() -> Capabilities {
-    Capabilities::read(rich_msr, 39, 48)
+    Capabilities { counters: COUNTERS, ..Capabilities::read(rich_msr, 39, 48) }
 }
+
+/// Four general counters and three fixed ones.
+pub const COUNTERS: u64 = 7 << 32 | 0xF;
 
 /// A vmcs12 as an array.
 #[derive(Clone, Debug)]

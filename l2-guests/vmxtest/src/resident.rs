@@ -1,5 +1,6 @@
-//! State that entries and exits load by controls of its own, and that an exit without them leaves as it is: CET, IA32_PKRS and
-//! UINV (SDM "Loading Guest State", "Saving Guest State", "Loading Host State"). The exit saves all of it in any case.
+//! State that entries and exits load by controls of its own, and that an exit without them leaves as it is: CET, IA32_PKRS,
+//! UINV and IA32_PERF_GLOBAL_CTRL (SDM "Loading Guest State", "Saving Guest State", "Loading Host State"). The exit saves all of it
+//! in any case, but for the last one.
 
 use crate::{
     entries::{
@@ -29,6 +30,10 @@ const PL0_SSP: u32 = 0x6A4;
 const SSP_TABLE: u32 = 0x6A8;
 const PKRS: u32 = 0x6E1;
 const UINTR_MISC: u32 = 0x988;
+const PERF_GLOBAL_CTRL: u32 = 0x38F;
+const LOAD_COUNTERS_ENTRY: u32 = 1 << 13;
+const LOAD_COUNTERS_EXIT: u32 = 1 << 12;
+const SAVE_COUNTERS: u32 = 1 << 30;
 const UINV_SHIFT: u32 = 32;
 const CR0_WP: u64 = 1 << 16;
 const CR4_CET: u64 = 1 << 23;
@@ -46,6 +51,8 @@ struct Item {
     shift: u32,
     entry: u32,
     exit: u32,
+    /// The control by which the exit saves it; 0: it always does.
+    save: u32,
     guest: u32,
     /// `None`: the exit clears it.
     host: Option<u32>,
@@ -53,13 +60,14 @@ struct Item {
     values: [u64; 4],
 }
 
-const ITEMS: [Item; 4] = [
+const ITEMS: [Item; 5] = [
     Item {
         name: "S_CET",
         msr: S_CET,
         shift: 0,
         entry: entry::LOAD_CET,
         exit: exit::LOAD_CET,
+        save: 0,
         guest: f::GUEST_S_CET,
         host: Some(f::HOST_S_CET),
         values: [0x1008, 0x2010, 0x3002, 0xFFFF_8000_0000_0020],
@@ -70,6 +78,7 @@ const ITEMS: [Item; 4] = [
         shift: 0,
         entry: entry::LOAD_CET,
         exit: exit::LOAD_CET,
+        save: 0,
         guest: f::GUEST_SSP_TABLE,
         host: Some(f::HOST_SSP_TABLE),
         values: [0x1000, 0x2000, 0xFFFF_8000_0000_3000, 0x4000],
@@ -80,6 +89,7 @@ const ITEMS: [Item; 4] = [
         shift: 0,
         entry: entry::LOAD_PKRS,
         exit: exit::LOAD_PKRS,
+        save: 0,
         guest: f::GUEST_PKRS,
         host: Some(f::HOST_PKRS),
         values: [0x11, 0x2222_2222, 0xFFFF_FFFF, 0x44],
@@ -90,9 +100,21 @@ const ITEMS: [Item; 4] = [
         shift: UINV_SHIFT,
         entry: entry::LOAD_UINV,
         exit: exit::CLEAR_UINV,
+        save: 0,
         guest: f::GUEST_UINV,
         host: None,
         values: [0xE1, 0xE2, 0, 0xE4],
+    },
+    Item {
+        name: "PERF_GLOBAL_CTRL",
+        msr: PERF_GLOBAL_CTRL,
+        shift: 0,
+        entry: LOAD_COUNTERS_ENTRY,
+        exit: LOAD_COUNTERS_EXIT,
+        save: SAVE_COUNTERS,
+        guest: f::GUEST_PERF_GLOBAL_CTRL,
+        host: Some(f::HOST_PERF_GLOBAL_CTRL),
+        values: [0x1, 0x1_0000_0002, 0x3, 0x2_0000_0000],
     },
 ];
 
@@ -103,9 +125,12 @@ const ITEMS: [Item; 4] = [
 pub fn all() -> Result<(), Missing> {
     let mut guest = Guest::new(Controls { secondary: secondary::EPT, ..Controls::default() })?;
     for item in &ITEMS {
-        if offered(item.entry, item.exit) {
+        if offered(item.entry, item.exit | item.save) && has(item) {
             for loads in 0..4 {
-                switched(&mut guest, item, loads & 1 != 0, loads & 2 != 0);
+                switched(&mut guest, item, loads & 1 != 0, loads & 2 != 0, true);
+                if item.save != 0 {
+                    switched(&mut guest, item, loads & 1 != 0, loads & 2 != 0, false);
+                }
             }
         } else {
             Check::new(&mut Serial, item.name).fact("offered", false).end();
@@ -119,6 +144,11 @@ pub fn all() -> Result<(), Missing> {
         Check::new(&mut Serial, "shadow stacks").fact("offered", false).end();
     }
     Ok(())
+}
+
+/// Counters have an MSR from version 2 of performance monitoring on.
+fn has(item: &Item) -> bool {
+    item.msr != PERF_GLOBAL_CTRL || cpu::cpuid(0, 0)[0] >= 0xA && cpu::cpuid(0xA, 0)[0] & 0xFF >= 2
 }
 
 fn offered(entry: u32, exit: u32) -> bool {
@@ -141,11 +171,14 @@ extern "C" fn look_and_write(_: u64) -> u64 {
     5
 }
 
-fn switched(guest: &mut Guest, item: &Item, by_entry: bool, by_exit: bool) {
+fn switched(guest: &mut Guest, item: &Item, by_entry: bool, by_exit: bool, saves: bool) {
     let old = [f::EXIT_CONTROLS, f::ENTRY_CONTROLS].map(vmx::read);
     let before = cpu::rdmsr(item.msr);
     let [own, of_guest, of_host, written] = item.values;
-    vmx::write(f::EXIT_CONTROLS, old[0] | if by_exit { u64::from(item.exit) } else { 0 });
+    vmx::write(
+        f::EXIT_CONTROLS,
+        old[0] | u64::from(if by_exit { item.exit } else { 0 } | if saves { item.save } else { 0 }),
+    );
     vmx::write(f::ENTRY_CONTROLS, old[1] | if by_entry { u64::from(item.entry) } else { 0 });
     for field in [f::GUEST_S_CET, f::GUEST_SSP, f::GUEST_SSP_TABLE, f::HOST_S_CET, f::HOST_SSP, f::HOST_SSP_TABLE] {
         if item.entry == entry::LOAD_CET {
@@ -172,13 +205,14 @@ fn switched(guest: &mut Guest, item: &Item, by_entry: bool, by_exit: bool) {
     }
     let seen = SEEN.each_ref().map(|seen| Hex(seen.load(Ordering::Relaxed) >> item.shift));
     let loaded = |yes: bool, value, other| Hex(if yes { value } else { other });
-    Check::new(&mut Serial, format_args!("{} loaded by entry {by_entry}, by exit {by_exit}", item.name))
+    let unsaved = if saves { "" } else { ", not saved" };
+    Check::new(&mut Serial, format_args!("{} loaded by entry {by_entry}, by exit {by_exit}{unsaved}", item.name))
         .expect("result", result, Exit::Done(5))
         .expect("guest_sees", seen[0], loaded(by_entry, of_guest, own))
         .expect("guest_sees_later", seen[1], loaded(by_entry, of_guest, own))
         .expect("hypervisor_sees", Hex(after), loaded(by_exit, of_host, written))
         .expect("hypervisor_sees_later", Hex(later), loaded(by_exit, of_host, written))
-        .expect("saved", Hex(saved), Hex(written))
+        .expect("saved", Hex(saved), loaded(saves, written, of_guest))
         .end();
 }
 
@@ -188,6 +222,7 @@ fn rules(guest: &mut Guest) {
     let state = Exit::Failed(33, 0);
     let (cet_exit, cet_entry) = ((f::EXIT_CONTROLS, exit::LOAD_CET), (f::ENTRY_CONTROLS, entry::LOAD_CET));
     let uinv_entry = (f::ENTRY_CONTROLS, entry::LOAD_UINV);
+    let counters = ((f::EXIT_CONTROLS, LOAD_COUNTERS_EXIT), (f::ENTRY_CONTROLS, LOAD_COUNTERS_ENTRY));
     for (name, (word, control), field, value, wanted) in [
         ("host S_CET with bit 6", cet_exit, f::HOST_S_CET, 1 << 6, host),
         ("host S_CET with bit 9", cet_exit, f::HOST_S_CET, 1 << 9, host),
@@ -203,6 +238,10 @@ fn rules(guest: &mut Guest) {
         ("guest SSP not canonical", cet_entry, f::GUEST_SSP, NOT_CANONICAL, state),
         ("guest SSP table not canonical", cet_entry, f::GUEST_SSP_TABLE, NOT_CANONICAL, state),
         ("guest UINV 256", uinv_entry, f::GUEST_UINV, 0x100, state),
+        ("host counter 31", counters.0, f::HOST_PERF_GLOBAL_CTRL, 1 << 31, host),
+        ("host counter 63", counters.0, f::HOST_PERF_GLOBAL_CTRL, 1 << 63, host),
+        ("guest counter 31", counters.1, f::GUEST_PERF_GLOBAL_CTRL, 1 << 31, state),
+        ("guest counter 63", counters.1, f::GUEST_PERF_GLOBAL_CTRL, 1 << 63, state),
     ] {
         let kind = if word == f::EXIT_CONTROLS { Kind::Exit } else { Kind::Entry };
         if !setup::allowed_one(kind, control) {

@@ -61,6 +61,7 @@ pub fn check_guest(
         GuestSCet => s_cet;
         GuestSspTable => ssp_table;
         GuestPkrs => pkrs;
+        GuestPerfGlobalCtrl => perf_global_ctrl;
         GuestUinv => uinv;
     };
     let flags = || {
@@ -206,6 +207,11 @@ fn ssp_table(v: &View<impl Fields>) -> bool {
 
 fn pkrs(v: &View<impl Fields>) -> bool {
     implies(v.entry().contains(EntryControls::LOAD_PKRS), v.get(Field::GUEST_IA32_PKRS) >> 32 == 0)
+}
+
+fn perf_global_ctrl(v: &View<impl Fields>) -> bool {
+    let loads = v.entry().contains(EntryControls::LOAD_PERF_GLOBAL_CTRL);
+    implies(loads, v.get(Field::GUEST_IA32_PERF_GLOBAL_CTRL) & !v.caps.counters == 0)
 }
 
 fn uinv(v: &View<impl Fields>) -> bool {

@@ -30,6 +30,7 @@ pub fn check_host(fields: &impl Fields, caps: &Capabilities, long_mode: bool) ->
         HostSsp => ssp;
         HostSspTable => ssp_table;
         HostPkrs => pkrs;
+        HostPerfGlobalCtrl => perf_global_ctrl;
         HostSelectorRplTi => selector_rpl_ti;
         HostCsNotNull => cs_not_null;
         HostTrNotNull => tr_not_null;
@@ -115,6 +116,11 @@ fn ssp_table(v: &View<impl Fields>) -> bool {
 
 fn pkrs(v: &View<impl Fields>) -> bool {
     implies(v.exit().contains(ExitControls::LOAD_PKRS), v.get(Field::HOST_IA32_PKRS) >> 32 == 0)
+}
+
+fn perf_global_ctrl(v: &View<impl Fields>) -> bool {
+    let loads = v.exit().contains(ExitControls::LOAD_PERF_GLOBAL_CTRL);
+    implies(loads, v.get(Field::HOST_IA32_PERF_GLOBAL_CTRL) & !v.caps.counters == 0)
 }
 
 // Segment and descriptor-table registers

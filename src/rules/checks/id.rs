@@ -170,6 +170,9 @@ checks! {
         HostSsp = "bits 1:0 of host SSP are 0, and it fits the host's mode" [HOST_SSP VM_EXIT_CONTROLS];
         HostSspTable = "host IA32_INTERRUPT_SSP_TABLE_ADDR is canonical" [HOST_INTR_SSP_TABLE VM_EXIT_CONTROLS];
         HostPkrs = "bits 63:32 of host IA32_PKRS are 0" [HOST_IA32_PKRS VM_EXIT_CONTROLS];
+        HostPerfGlobalCtrl = "host IA32_PERF_GLOBAL_CTRL has no bit without a counter" [
+            HOST_IA32_PERF_GLOBAL_CTRL VM_EXIT_CONTROLS
+        ];
     }
     "Checks on Host Segment and Descriptor-Table Registers" {
         HostSelectorRplTi = "RPL and TI of each host selector are 0" [
@@ -215,6 +218,9 @@ checks! {
         ];
         GuestSspTable = "guest IA32_INTERRUPT_SSP_TABLE_ADDR is canonical" [GUEST_INTR_SSP_TABLE VM_ENTRY_CONTROLS];
         GuestPkrs = "bits 63:32 of guest IA32_PKRS are 0" [GUEST_IA32_PKRS VM_ENTRY_CONTROLS];
+        GuestPerfGlobalCtrl = "guest IA32_PERF_GLOBAL_CTRL has no bit without a counter" [
+            GUEST_IA32_PERF_GLOBAL_CTRL VM_ENTRY_CONTROLS
+        ];
         GuestUinv = "bits 15:8 of guest UINV are 0" [GUEST_UINV VM_ENTRY_CONTROLS];
     }
     "Checks on Guest Segment Registers" {
