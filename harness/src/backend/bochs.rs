@@ -81,6 +81,24 @@ impl Backend for Bochs {
         }
         words
     }
+
+    fn refused(&self, folder: &Path) -> Vec<String> {
+        refused(&String::from_utf8_lossy(&std::fs::read(folder.join(LOG)).unwrap_or_default()))
+    }
+}
+
+/// The errors of VMX in a log, in the order in which they came first.
+fn refused(log: &str) -> Vec<String> {
+    let is_error = |line: &&str| line.get(11..13) == Some("e[");
+    let mut found: Vec<(String, u64)> = Vec::new();
+    for words in log.lines().filter(is_error).map(message).filter(|words| words.starts_with("VM")) {
+        match found.iter_mut().find(|(known, _)| *known == words) {
+            Some((_, count)) => *count += 1,
+            None => found.push((words, 1)),
+        }
+    }
+    let times = |count| if count > 1 { format!(" ({count} times)") } else { String::new() };
+    found.into_iter().map(|(words, count)| words + &times(count)).collect()
 }
 
 /// What else a machine is connected with.
@@ -294,5 +312,15 @@ mod tests {
         let log = "00000000000i[CPU0  ] x\n00123456789p[UNMAP ] >>PANIC<< Shutdown port: shutdown requested\n\
                    00123456790p[CPU0  ] >>PANIC<< exception(): 3rd (13) exception with no resolution\n";
         assert_eq!(panics(log), [">>PANIC<< exception(): 3rd (13) exception with no resolution"]);
+    }
+
+    #[test]
+    fn each_refusal_is_told_once_in_bochs_own_words() {
+        let log = "00067235244e[CPU0  ] VMENTER FAIL: RFLAGS reserved bits are set\n\
+                   00067235245i[CPU0  ] VMX is a word\n00067235246e[APIC0 ] no VM\n\
+                   00067235247e[CPU0  ] VMENTER FAIL: RFLAGS reserved bits are set\n\
+                   00067234752e[CPU0  ] VMWRITE: not supported field 0x00007ffe\n";
+        let rflags = "VMENTER FAIL: RFLAGS reserved bits are set (2 times)";
+        assert_eq!(refused(log), [rflags, "VMWRITE: not supported field 0x00007ffe"]);
     }
 }

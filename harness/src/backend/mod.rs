@@ -197,6 +197,11 @@ pub trait Backend: Sync {
 
     /// What the machine itself says about its end.
     fn last_words(&self, folder: &Path) -> Vec<String>;
+
+    /// What it says of VM entries and VMX instructions that it refused: its own words, each once.
+    fn refused(&self, _: &Path) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// What the TSC counts.

@@ -3,7 +3,7 @@
 use crate::backend::{Payload, Protocol, Spec, StopAt};
 use crate::boot::tell_failure;
 use crate::boot::{self, Ended, Outcome};
-use crate::cli::{L1, RunArgs};
+use crate::cli::{Explain, L1, RunArgs};
 use crate::cmd::files::Files;
 use crate::image::Wanted;
 use crate::l2::{self, L2};
@@ -176,6 +176,7 @@ fn once(ui: &Ui, args: &RunArgs, session: &Session, image: &Image, files: &Files
         let step = ui.step(&format!("{} alone", image.name));
         let outcome = boot(&bare, Show::Guest)?;
         drop(step);
+        words_of_l0(ui, args, session, &outcome);
         files.write(ui, session, args, run_of(session, &outcome, &[&outcome], None), &outcome, &[&outcome])?;
         return told(ui, &outcome, args);
     }
@@ -201,6 +202,7 @@ fn once(ui: &Ui, args: &RunArgs, session: &Session, image: &Image, files: &Files
     }
     let boots: Vec<&Outcome> = [&alone, &under].into_iter().chain(&peer).collect();
     files.write(ui, session, args, run_of(session, &under, &boots, compared), &under, &boots)?;
+    words_of_l0(ui, args, session, &alone);
     for outcome in [Some(&alone), peer.as_ref()].into_iter().flatten() {
         ui.line(&format!("{}: {}", outcome.name, Ending::of(outcome)));
     }
@@ -281,6 +283,14 @@ fn told(ui: &Ui, outcome: &Outcome, args: &RunArgs) -> Result<()> {
         let _ = tell_failure(ui, outcome);
     }
     Ok(result?)
+}
+
+/// What the machine itself says of what it refused, where L2 was alone on it.
+fn words_of_l0(ui: &Ui, args: &RunArgs, session: &Session, alone: &Outcome) {
+    if args.explain != Explain::Off {
+        let words = session.backend.refused(&alone.folder);
+        words.iter().for_each(|words| ui.line(&format!("L0 | {} says: {words}", session.backend.name())));
+    }
 }
 
 /// What VMX refused, L2's addresses by name.
