@@ -9,7 +9,7 @@ use raw_cpuid::{CpuId, CpuIdReader, Hypervisor};
 
 use crate::vmx::caps::Capabilities;
 use crate::x86::lam;
-use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX, IA32_FEATURE_CONTROL};
+use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX, IA32_FEATURE_CONTROL, IA32_PERF_CAPABILITIES};
 
 const IA32_TME_ACTIVATE: u32 = 0x982;
 
@@ -89,11 +89,12 @@ impl FoundProcessor {
         let key_bits = if encrypts { key_bits(rdmsr(IA32_TME_ACTIVATE)) } else { 0 };
         let max_phys_addr = sizes.as_ref().map_or(36, |s| s.physical_address_bits()).saturating_sub(key_bits);
         let linear = sizes.as_ref().map_or(48, |s| s.linear_address_bits());
+        let counters = counters(cpuid, &mut rdmsr);
         let capability = |index| if has_vmx { rdmsr(index) } else { 0 };
         let has_lam = cpuid.get_extended_feature_info().is_some_and(|f| f.has_lam());
         let vmx = Capabilities {
             cr3_flags: if has_lam { lam::CR3_FLAGS } else { 0 },
-            counters: counters(cpuid),
+            counters,
             ..Capabilities::read(capability, max_phys_addr.into(), linear.into())
         };
         // Without VMX nothing else needs to be named.
@@ -140,15 +141,22 @@ fn key_bits(tme_activate: u64) -> u8 {
     if tme_activate & ENABLED == 0 { 0 } else { (tme_activate >> 32 & 0xF) as u8 }
 }
 
-/// The brand string without the blanks that pad it, or the vendor.
-/// The bits of IA32_PERF_GLOBAL_CTRL (SDM vol. 4): a general counter each from bit 0 on, a fixed one each from bit 32 on. The MSR comes
+/// Of IA32_PERF_CAPABILITIES: IA32_PERF_METRICS exists.
+const PERF_METRICS: u64 = 1 << 15;
+
+/// The bits of IA32_PERF_GLOBAL_CTRL (SDM vol. 4): a general counter each from bit 0 on, a fixed one each from bit 32 on, and the
+/// performance metrics. The MSR comes
 /// with version 2 of architectural performance monitoring (SDM vol. 2A, CPUID leaf 0AH).
-fn counters<R: CpuIdReader>(cpuid: &CpuId<R>) -> u64 {
+fn counters<R: CpuIdReader>(cpuid: &CpuId<R>, rdmsr: &mut impl FnMut(u32) -> u64) -> u64 {
     let first = |count: u8| if count < 32 { (1u64 << count) - 1 } else { u32::MAX.into() };
     let monitoring = cpuid.get_performance_monitoring_info().filter(|info| info.version_id() >= 2);
-    monitoring.map_or(0, |info| first(info.number_of_counters()) | first(info.fixed_function_counters()) << 32)
+    let Some(info) = monitoring else { return 0 };
+    let has_capabilities = cpuid.get_feature_info().is_some_and(|features| features.has_pdcm());
+    let metrics = has_capabilities && rdmsr(IA32_PERF_CAPABILITIES) & PERF_METRICS != 0;
+    first(info.number_of_counters()) | first(info.fixed_function_counters()) << 32 | u64::from(metrics) << 48
 }
 
+/// The brand string without the blanks that pad it, or the vendor.
 fn brand<R: CpuIdReader>(cpuid: &CpuId<R>) -> ArrayString<48> {
     let text = |text: &str| ArrayString::from(text.trim()).unwrap_or_default();
     match (cpuid.get_processor_brand_string(), cpuid.get_vendor_info()) {
@@ -300,24 +308,28 @@ mod tests {
 
     #[test]
     fn counters_are_those_that_cpuid_lists_from_version_2_on() {
-        for (eax, edx, bits) in [
-            (0x0830_0805, 0x8604, 0xF_0000_00FF),
-            (0x0830_0802, 0, 0xFF),
-            (0x0830_0801, 4, 0),
-            (0, 4, 0),
-            (0xFF02, 31, u64::MAX >> 1),
+        const PDCM: u32 = 1 << 15;
+        for (eax, edx, ecx, capabilities, bits) in [
+            (0x0830_0805, 0x8604, 0, u64::MAX, 0xF_0000_00FF),
+            (0x0830_0805, 0x8604, PDCM, 1 << 15, 0x1_000F_0000_00FF),
+            (0x0830_0805, 0x8604, PDCM, !(1 << 15), 0xF_0000_00FF),
+            (0x0830_0802, 0, 0, 0, 0xFF),
+            (0x0830_0801, 4, PDCM, u64::MAX, 0),
+            (0, 4, 0, 0, 0),
+            (0xFF02, 31, 0, 0, 0x7FFF_FFFF_FFFF_FFFF),
         ] {
-            let leaves = move |leaf: u32, _: u32| match leaf {
-                0 => CpuIdResult { eax: 0xA, ebx: 0, ecx: 0, edx: 0 },
-                0xA => CpuIdResult { eax, ebx: 0, ecx: 0, edx },
-                _ => CpuIdResult { eax: 0, ebx: 0, ecx: 0, edx: 0 },
+            let leaves = move |leaf: u32, _: u32| {
+                let (eax, ecx, edx) = match leaf {
+                    0 => (0xA, 0, 0),
+                    1 => (0, ecx, 0),
+                    0xA => (eax, 0, edx),
+                    _ => (0, 0, 0),
+                };
+                CpuIdResult { eax, ebx: 0, ecx, edx }
             };
-            let (processor, _) = FoundProcessor::examine(&CpuId::with_cpuid_reader(leaves), |_| 0);
-            assert_eq!(
-                processor.vmx.counters,
-                if eax == 0xFF02 { 0x7FFF_FFFF << 32 | 0xFFFF_FFFF } else { bits },
-                "{eax:#x}"
-            );
+            let rdmsr = |index| if index == IA32_PERF_CAPABILITIES { capabilities } else { 0 };
+            let (processor, _) = FoundProcessor::examine(&CpuId::with_cpuid_reader(leaves), rdmsr);
+            assert_eq!(processor.vmx.counters, bits, "{eax:#x} {capabilities:#x}");
         }
     }
 

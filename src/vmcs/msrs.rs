@@ -12,11 +12,10 @@ use crate::vmx::Capabilities;
 use crate::vmx::bitmap::{Access, MsrBitmap};
 use crate::vmx::caps::msr::{FIRST, LAST};
 use crate::x86::Fault;
-use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX, IA32_FEATURE_CONTROL};
+use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX, IA32_FEATURE_CONTROL, IA32_PERF_CAPABILITIES};
 use apic::IA32_APIC_BASE;
 
 const IA32_BIOS_UPDT_TRIG: u32 = 0x79;
-const IA32_PERF_CAPABILITIES: u32 = 0x345;
 /// Machine checks may be delivered to one processor.
 const FEATURE_LMCE: u64 = 1 << 20;
 

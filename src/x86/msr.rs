@@ -10,6 +10,8 @@ pub const FEATURE_LOCK: u64 = 1 << 0;
 pub const FEATURE_VMX: u64 = 1 << 2;
 /// IA32_PAT
 pub const IA32_PAT: u32 = 0x277;
+/// IA32_PERF_CAPABILITIES
+pub const IA32_PERF_CAPABILITIES: u32 = 0x345;
 /// IA32_PKRS
 pub const IA32_PKRS: u32 = 0x6E1;
 /// IA32_EFER
