@@ -94,7 +94,8 @@ fn touch_next(machine: &mut Machine<'_>, pages: u64) {
     let (guest, frames, ept) = machine;
     for page in 0..pages {
         let ngpa = Ngpa::new(page << 12);
-        assert!(ept.refill(EPTP, black_box(ngpa), black_box(Qualification::READ), guest, frames));
+        let outcome = ept.refill(EPTP, black_box(ngpa), black_box(Qualification::READ), guest, frames);
+        assert_eq!(outcome, Some(Outcome::Filled));
     }
 }
 

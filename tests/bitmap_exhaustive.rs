@@ -11,6 +11,7 @@ use nvmx::vmcs::msr_bitmap::{MsrBitmap02, OPEN};
 use nvmx::vmcs::msrs::{By, bitmap_word};
 use nvmx::vmx::bitmap::{Access, BitmapPage, MsrBitmap, is_shadowed, open_lent, shadow_bitmap, shadow_index};
 use nvmx::vmx::field::{Area, Home, Width};
+use nvmx::vmx::lent::Loan;
 use nvmx::vmx::{Capabilities, Field};
 use proptest::prelude::*;
 
@@ -237,16 +238,20 @@ fn no_field_in_nvmx_s_copy_is_open_and_no_host_field_either() {
 }
 
 #[test]
-fn what_is_lent_is_the_one_host_field_that_is_ever_open() {
+fn what_is_lent_are_the_host_fields_that_are_ever_open() {
     let caps = offered(&rich());
-    for access in [Access::Read, Access::Write] {
-        let (closed, mut open) = (built(access, &caps), built(access, &caps));
-        open_lent(&mut open);
-        for encoding in 0..0x8000u16 {
-            let differs = closed.get(encoding) != open.get(encoding);
-            assert_eq!(differs, encoding == 0x6C14, "{encoding:#x}");
+    let stack_cr3_fs_and_gs = [0x6C14, 0x6C02, 0x6C06, 0x6C08];
+    for (loan, opened) in [(Loan::Nothing, 0), (Loan::Stack, 1), (Loan::Thread, 4)] {
+        let opened = &stack_cr3_fs_and_gs[..opened];
+        for access in [Access::Read, Access::Write] {
+            let (closed, mut open) = (built(access, &caps), built(access, &caps));
+            open_lent(&mut open, loan);
+            for encoding in 0..0x8000u16 {
+                let differs = closed.get(encoding) != open.get(encoding);
+                assert_eq!(differs, opened.contains(&encoding), "{encoding:#x}");
+            }
+            assert!(opened.iter().all(|encoding| !open.get(*encoding)));
         }
-        assert!(!open.get(0x6C14));
     }
 }
 

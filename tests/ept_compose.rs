@@ -47,7 +47,8 @@ impl<const ROOTS: usize, const RESERVE: usize> Machine<ROOTS, RESERVE> {
 
     fn refill(&mut self, eptp: Eptp, ngpa: u64, qualification: u64) -> bool {
         let qualification = Qualification::from_bits_retain(qualification);
-        self.ept.refill(eptp, Ngpa::new(ngpa), qualification, &self.l2, &mut self.frames)
+        let outcome = self.ept.refill(eptp, Ngpa::new(ngpa), qualification, &self.l2, &mut self.frames);
+        outcome == Some(Outcome::Filled)
     }
 
     /// Leaves under an EPTP, and whether activating it asked for INVEPT.

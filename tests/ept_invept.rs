@@ -432,7 +432,8 @@ fn each_way_to_a_writable_page_exposes_it() {
             m.l2.set(PT, 100, PT | WB | 7);
             assert_eq!(m.fault(role, 99 << 12, WRITE), Outcome::Filled);
             let write = Qualification::from_bits_retain(WRITE | 3 << 7);
-            assert!(m.ept.refill(Eptp::new(role), Ngpa::new(100 << 12), write, &m.l2, &mut m.frames));
+            let outcome = m.ept.refill(Eptp::new(role), Ngpa::new(100 << 12), write, &m.l2, &mut m.frames);
+            assert_eq!(outcome, Some(Outcome::Filled));
         }),
         ("a large page", |m, role| {
             m.l2.set(PD, 4, WB | LARGE | 7);

@@ -277,7 +277,11 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         if invalidated {
             let leaves = self.frames.leaves(root);
             for &leaf in &leaves {
-                prop_assert_eq!(Some(leaf), self.said_at(leaf.0), "what L2 took back is still there");
+                // nvmx sets dirty flags in ept12. Where a page table serves at several addresses, only the one that was written has the right
+                // to write then; the others get it by their own first write, as without an INVEPT.
+                let said = self.said_at(leaf.0);
+                let clean = self.role & 1 << 6 != 0 && said == Some((leaf.0, leaf.1, leaf.2 | W));
+                prop_assert!(clean || said == Some(leaf), "what L2 took back is still there: {:x?}, {:x?}", leaf, said);
             }
             for leaf in before.into_iter().filter(|before| before.0 == root).flat_map(|before| before.1) {
                 let kept = self.said_at(leaf.0) != Some(leaf) || leaves.contains(&leaf);
@@ -321,13 +325,23 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         let hardware = Qualification::from_bits_retain(access | lacking << 3 | 3 << 7);
         let fills = self.ept.stats().fills;
         let leaves = self.frames.leaves(root);
-        if self.ept.refill(Eptp::new(self.role), Ngpa::new(ngpa), hardware, &self.l2, &mut self.frames) {
+        let in_run = self.ept.refill(Eptp::new(self.role), Ngpa::new(ngpa), hardware, &self.l2, &mut self.frames);
+        if in_run == Some(Outcome::Filled) {
             prop_assert!(self.l2.most_fetches() == 1, "one entry, fetched once");
             return self.refilled(root, &leaves, ngpa, access);
         }
-        prop_assert!(self.l2.most_fetches() <= 1);
         prop_assert_eq!(self.ept.stats().fills, fills);
         let said = reference(&self.l2, self.role, ngpa, true);
+        if let Some(outcome) = in_run {
+            // What L2 sees is what ept12 says at this time, whatever way was known.
+            prop_assert!(self.l2.most_fetches() <= 5, "a table may serve at five levels");
+            prop_assert!(matches!(said, Said::Nothing), "{:?}", outcome);
+            let told = Qualification::from_bits_retain(access | 3 << 7);
+            let seen = matches!(outcome, Outcome::ReflectViolation { qualification, .. } if qualification == told);
+            prop_assert!(seen, "{:?} and not {:?}", outcome, told);
+            return self.reflected(ngpa);
+        }
+        prop_assert!(self.l2.most_fetches() <= 5, "a table may serve at five levels");
         let before = self.l2.words.borrow().clone();
         let mut outcome =
             self.ept.violation(Eptp::new(self.role), Ngpa::new(ngpa), hardware, None, &self.l2, &mut self.frames);
@@ -563,6 +577,23 @@ pub fn run_watched<const ROOTS: usize, const RESERVE: usize>(
 ) -> Result<(), TestCaseError> {
     let mut history = History::<ROOTS, RESERVE>::new(budget, pool, splits);
     steps.iter().try_for_each(|step| history.take(step))
+}
+
+/// A page of ept12 that serves at two addresses, written at the one and only fetched from at the other.
+#[test]
+fn a_page_that_is_dirty_by_another_address_is_written_after_one_more_fault() {
+    let before = [
+        Step::Switch(3),
+        Step::Access { ngpa: GIB1, access: X },
+        Step::InveptSingle(2),
+        Step::Access { ngpa: 0, access: W },
+        Step::InveptSingle(2),
+    ];
+    let steps: Vec<_> = before.into_iter().chain([GIB1, 0].map(|ngpa| Step::Access { ngpa, access: W })).collect();
+    run_watched::<8, 16>(400, 400, 100, &steps).unwrap();
+    run_watched::<2, 3>(3, 0, 100, &steps).unwrap();
+    run_watched::<3, 4>(100, 0, 1, &steps).unwrap();
+    run::<8, 16>(400, 400, &steps).unwrap();
 }
 
 proptest! {

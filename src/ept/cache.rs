@@ -89,6 +89,15 @@ impl Root {
     pub(super) const fn top(&self) -> Level {
         self.eptp02.top()
     }
+
+    /// What is in it was invalidated: whether there was anything.
+    #[inline]
+    const fn invalidate(&mut self) -> bool {
+        // The processor does not cache what is not present, so an empty root owes nothing new.
+        let invalidated = self.tables.count > 0 && !self.stale && self.role.is_some();
+        self.stale |= invalidated;
+        invalidated
+    }
 }
 
 /// No root.
@@ -244,19 +253,36 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     /// L2 executed single-context INVEPT: all roots with this EP4TA, whatever their attributes.
     pub fn invept_single(&mut self, eptp12: Eptp) {
         self.run = None;
+        let mut flushes = 0;
+        self.for_each_of(eptp12, |_, root| flushes += u64::from(root.invalidate()));
+        self.stats.flushes += flushes;
+    }
+
+    /// All roots with the EP4TA of this one, and their roles.
+    #[inline(always)]
+    pub(super) fn for_each_of(&mut self, eptp12: Eptp, mut f: impl FnMut(Eptp, &mut Root)) {
         let mut index = self.chains[chain(eptp12)];
         while index != NONE {
-            if self.root(index.into()).role.is_some_and(|role| role.ep4ta() == eptp12.ep4ta()) {
-                self.invalidate(index.into());
+            let root = self.root(index.into());
+            if let Some(role) = root.role.filter(|role| role.ep4ta() == eptp12.ep4ta()) {
+                f(role, root);
             }
             index = self.further[usize::from(index) % ROOTS];
         }
     }
 
+    /// No other root has the EP4TA of this one, which has a root.
+    #[inline(always)]
+    pub(super) fn is_alone(&self, eptp12: Eptp) -> bool {
+        let first = self.chains[chain(eptp12)];
+        self.further[usize::from(first) % ROOTS] == NONE
+    }
+
     /// L2 executed all-context INVEPT.
     pub fn invept_all(&mut self) {
         self.run = None;
-        (0..self.made.min(ROOTS)).for_each(|index| self.invalidate(index));
+        let flushes = self.in_use_mut().iter_mut().map(|root| u64::from(root.invalidate())).sum::<u64>();
+        self.stats.flushes += flushes;
     }
 
     /// Drops every root and frees all but one, for example when L2 leaves VMX operation.
@@ -412,17 +438,6 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         *self.root(self.made) = Root::new(table);
         self.made += 1;
         Some(self.made - 1)
-    }
-
-    /// What is in the root was invalidated.
-    #[inline]
-    fn invalidate(&mut self, index: usize) {
-        let root = &mut self.roots[index % ROOTS];
-        // The processor does not cache what is not present, so an empty root owes nothing new.
-        if root.tables.count > 0 && !root.stale && root.role.is_some() {
-            root.stale = true;
-            self.stats.flushes += 1;
-        }
     }
 
     /// Empties one root that has tables: a stale one, or the one longest out of use; so the current one comes last.

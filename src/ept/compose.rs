@@ -17,11 +17,11 @@
 use super::cache::{Ept02, Owner};
 use super::entry::{self, Level, Rights};
 use super::eptp::Eptp;
-use super::flags::{Marked, PageLog, Path};
+use super::flags::{Marked, PageLog, Path, Way};
 use super::origin::Origin;
 use super::run::Run;
 use super::violation::Qualification;
-use super::walk::{GuestTables, Leaf, TableReader, Walk, walk};
+use super::walk::{Leaf, Walk, walk};
 use super::{GuestView, NotOwned, OutOfFrames, TableFrames};
 use crate::addr::{Gpa, Hpa, Ngpa};
 
@@ -50,22 +50,6 @@ pub enum Outcome {
     },
 }
 
-/// Reads ept12 and remembers the entry that it read last.
-struct LastEntry<'a, G> {
-    tables: GuestTables<'a, G>,
-    entry: u64,
-}
-
-impl<G: GuestView> TableReader for LastEntry<'_, G> {
-    type Address = Gpa;
-    type Error = NotOwned;
-    #[inline(always)]
-    fn read(&mut self, at: Gpa) -> Result<u64, NotOwned> {
-        self.entry = self.tables.read(at)?;
-        Ok(self.entry)
-    }
-}
-
 impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     /// Handles an EPT violation of L3 at `ngpa` under `eptp12`. `qualification` is the hardware's; `log` is L2's
     /// page-modification log, if it keeps one.
@@ -79,20 +63,21 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         guest: &G,
         frames: &mut F,
     ) -> Outcome {
+        let access = qualification.access_in(eptp12.mode_based());
+        let mut path = Path::new(guest);
         if let Some(run) = &mut self.run {
             run.lose_way();
         }
-        let access = qualification.access_in(eptp12.mode_based());
-        let reached = if eptp12.accessed_dirty() {
-            self.reach_and_mark(eptp12, ngpa, qualification, log, guest)
-        } else {
-            let mut tables = LastEntry { tables: GuestTables(guest), entry: 0 };
-            let rules = self.rules.mode_based(eptp12.mode_based());
-            let walk = walk(&mut tables, eptp12.root(), ngpa.get(), &rules);
-            self.reached(walk, access, qualification, tables.entry)
-        };
+        let rules = self.rules.mode_based(eptp12.mode_based());
+        let walk = walk(&mut path, eptp12.root(), ngpa.get(), &rules);
+        let mut reached = self.reached(walk, access, qualification, path.last());
+        if let (true, Ok(leaf)) = (eptp12.accessed_dirty(), reached) {
+            reached = Self::mark(leaf, ngpa, access, log, &path);
+        }
         let outcome = match reached {
-            Ok(leaf) if leaf.level == Level::Pt => self.fill(eptp12, ngpa, leaf, Level::Pt, access, guest, frames),
+            Ok(leaf) if leaf.level == Level::Pt => {
+                self.fill(eptp12, ngpa, (leaf, path.way()), Level::Pt, access, guest, frames)
+            }
             Ok(leaf) => self.fill_large(eptp12, ngpa, leaf, access, guest, frames),
             Err(outcome) => outcome,
         };
@@ -117,32 +102,26 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         frames: &mut F,
     ) -> bool {
         let access = qualification.access_in(eptp12.mode_based());
-        let leaf = if eptp12.accessed_dirty() {
-            self.marked_leaf(eptp12, ngpa, guest)
-        } else {
-            let rules = self.rules.mode_based(eptp12.mode_based());
-            walk(&mut GuestTables(guest), eptp12.root(), ngpa.get(), &rules).leaf()
-        };
-        let Some(leaf) = leaf else { return false };
+        let mut path = Path::new(guest);
+        if self.fill_found_again(eptp12, ngpa, access, &mut path, guest, frames) {
+            return true;
+        }
+        let rules = self.rules.mode_based(eptp12.mode_based());
+        let walk = walk(path.again(), eptp12.root(), ngpa.get(), &rules);
+        let Some(mut leaf) = walk.leaf() else { return false };
+        if eptp12.accessed_dirty() {
+            // No flag may be to be set for a load, and a clean page is not writable.
+            let Some(dirty) = path.marked() else { return false };
+            leaf.rights.set(Rights::WRITE, dirty && leaf.rights.contains(Rights::WRITE));
+        }
         let outcome = if !leaf.rights.contains(access) {
             return false;
         } else if leaf.level == Level::Pt {
-            self.fill(eptp12, ngpa, leaf, Level::Pt, access, guest, frames)
+            self.fill(eptp12, ngpa, (leaf, path.way()), Level::Pt, access, guest, frames)
         } else {
             self.fill_large(eptp12, ngpa, leaf, access, guest, frames)
         };
         outcome == Outcome::Filled
-    }
-
-    /// The page of an address in an ept12 with accessed and dirty flags, if no flag is to be set for a load; a clean one is not writable.
-    #[inline(never)]
-    fn marked_leaf<G: GuestView>(&self, eptp12: Eptp, ngpa: Ngpa, guest: &G) -> Option<Leaf<Gpa>> {
-        let rules = self.rules.mode_based(eptp12.mode_based());
-        let mut path = Path::new(guest);
-        let mut leaf = walk(&mut path, eptp12.root(), ngpa.get(), &rules).leaf()?;
-        let dirty = path.marked()?;
-        leaf.rights.set(Rights::WRITE, dirty && leaf.rights.contains(Rights::WRITE));
-        Some(leaf)
     }
 
     /// The page that an access reaches, or what becomes of the access; `entry` is the last of the walk.
@@ -154,33 +133,30 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         qualification: Qualification,
         entry: u64,
     ) -> Result<Leaf<Gpa>, Outcome> {
-        let refused = |rights| {
-            let qualification = qualification.reflected(rights, self.advanced_information);
-            Err(Outcome::ReflectViolation { qualification, convertible: entry & entry::SUPPRESS_VE == 0 })
-        };
         match walk {
             Walk::Leaf(leaf) if leaf.rights.contains(access) => Ok(leaf),
-            Walk::Leaf(leaf) => refused(leaf.rights),
-            Walk::NotPresent(_) => refused(Rights::empty()),
+            Walk::Leaf(leaf) => Err(self.refused(leaf.rights, qualification, entry)),
+            Walk::NotPresent(_) => Err(self.refused(Rights::empty(), qualification, entry)),
             Walk::Misconfigured(..) | Walk::Unreadable(_) => Err(Outcome::ReflectMisconfig),
         }
     }
 
-    /// The same in an ept12 with accessed and dirty flags: they are set, and a clean page is not writable.
+    /// A violation that L2 sees; `entry` is the last of the walk.
+    #[inline(always)]
+    pub(super) fn refused(&self, rights: Rights, qualification: Qualification, entry: u64) -> Outcome {
+        let qualification = qualification.reflected(rights, self.advanced_information);
+        Outcome::ReflectViolation { qualification, convertible: entry & entry::SUPPRESS_VE == 0 }
+    }
+
+    /// The access reaches a page in an ept12 with accessed and dirty flags: they are set, and a clean page is not writable.
     #[inline(never)]
-    fn reach_and_mark<G: GuestView>(
-        &self,
-        eptp12: Eptp,
+    fn mark<G: GuestView>(
+        mut leaf: Leaf<Gpa>,
         ngpa: Ngpa,
-        qualification: Qualification,
+        access: Rights,
         log: Option<&mut PageLog>,
-        guest: &G,
+        path: &Path<'_, G>,
     ) -> Result<Leaf<Gpa>, Outcome> {
-        let mut path = Path::new(guest);
-        let rules = self.rules.mode_based(eptp12.mode_based());
-        let walk = walk(&mut path, eptp12.root(), ngpa.get(), &rules);
-        let access = qualification.access_in(eptp12.mode_based());
-        let mut leaf = self.reached(walk, access, qualification, path.last())?;
         match path.mark(ngpa, access.contains(Rights::WRITE), log) {
             Marked::Done { dirty } => leaf.rights.set(Rights::WRITE, dirty && leaf.rights.contains(Rights::WRITE)),
             Marked::LogFull => return Err(Outcome::ReflectLogFull),
@@ -200,10 +176,10 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         guest: &G,
         frames: &mut F,
     ) -> Outcome {
-        self.fill(eptp12, ngpa, leaf, leaf.level, access, guest, frames)
+        self.fill(eptp12, ngpa, (leaf, None), leaf.level, access, guest, frames)
     }
 
-    /// Composes the leaf of ept12 at `level` with ept01 and writes what comes out. Called with a constant level for small
+    /// Composes the leaf of ept12 at `level`, found by `way`, with ept01 and writes what comes out. Called with a constant level for small
     /// pages, where it melts down to little.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
@@ -211,7 +187,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         &mut self,
         eptp12: Eptp,
         ngpa: Ngpa,
-        leaf: Leaf<Gpa>,
+        (leaf, way): (Leaf<Gpa>, Option<Way>),
         level: Level,
         access: Rights,
         guest: &G,
@@ -233,16 +209,18 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             if rights.contains(Rights::WRITE) {
                 self.exposed.add_page(block.hpa.get(), frames);
             }
-            let table = match self.run.as_ref().and_then(|run| run.table02(eptp12, ngpa, origin)) {
-                Some(table) => {
-                    self.put(index, table, Level::Pt, ngpa, composed, frames);
-                    Some(table)
+            if let Some(table) = self.run.as_ref().and_then(|run| run.table02(eptp12, ngpa, origin)) {
+                self.put(index, table, Level::Pt, ngpa, composed, frames);
+                if let Some(run) = &mut self.run {
+                    run.set_way(way);
+                    run.go_on(ngpa);
                 }
-                None => self.install_with_room(index, ngpa, Level::Pt, composed, origin, frames),
-            };
+                return Outcome::Filled;
+            }
+            let table = self.install_with_room(index, ngpa, Level::Pt, composed, origin, frames);
             // A run asks for the rights of plain entries.
             let plain = table.filter(|_| !eptp12.mode_based());
-            self.run = plain.map(|table| Run::new(eptp12, ngpa, &leaf, table, self.run.as_ref()));
+            self.run = plain.map(|table| Run::new(eptp12, ngpa, &leaf, way, table, self.run.as_ref()));
         } else {
             if rights.contains(Rights::WRITE) {
                 self.exposed.add(block.hpa.get(), block.level.bytes(), frames);

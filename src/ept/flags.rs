@@ -36,20 +36,32 @@ impl PageLog {
     }
 }
 
+/// The entries of an ept12 of four levels above a page table, where they lie and what they were when it was found.
+pub(super) type Way = [(Gpa, u64); 3];
+
 /// Reads ept12 and remembers the entries of the walk.
 pub(super) struct Path<'a, G> {
     guest: &'a G,
     entries: ArrayVec<(Gpa, u64), { Level::DOWN.len() }>,
+    /// So many of them are the walk's; those behind were read before it.
+    walked: usize,
 }
 
 impl<G: GuestView> TableReader for Path<'_, G> {
     type Address = Gpa;
     type Error = NotOwned;
 
+    #[inline(always)]
     fn read(&mut self, at: Gpa) -> Result<u64, NotOwned> {
+        if let Some((_, entry)) = self.entries.get(self.walked).filter(|(there, _)| *there == at) {
+            self.walked += 1;
+            return Ok(*entry);
+        }
         let entry = self.guest.read_entry(at)?;
         // A walk reads no more than one entry a level.
+        self.entries.truncate(self.walked);
         let _ = self.entries.try_push((at, entry));
+        self.walked = self.entries.len();
         Ok(entry)
     }
 }
@@ -67,7 +79,22 @@ pub(super) enum Marked {
 
 impl<'a, G: GuestView> Path<'a, G> {
     pub(super) const fn new(guest: &'a G) -> Self {
-        Self { guest, entries: ArrayVec::new_const() }
+        Self { guest, entries: ArrayVec::new_const(), walked: 0 }
+    }
+
+    /// A walk begins anew; what was read is not read again.
+    pub(super) const fn again(&mut self) -> &mut Self {
+        self.walked = 0;
+        self
+    }
+
+    /// The entries above the page table to which a walk of four levels came.
+    #[inline(always)]
+    pub(super) fn way(&self) -> Option<Way> {
+        match *self.entries.as_slice() {
+            [pml4e, pdpte, pde, _] => Some([pml4e, pdpte, pde]),
+            _ => None,
+        }
     }
 
     /// The entry that was read last; 0 if none was.

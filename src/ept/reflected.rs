@@ -17,15 +17,26 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     /// L2 sees the violation of L3 at `ngpa` under `eptp12`, which the processor had in the root of this role.
     #[cold]
     pub(super) fn forget_page<F: TableFrames>(&mut self, eptp12: Eptp, ngpa: Ngpa, frames: &mut F) {
-        for root in self.in_use_mut() {
-            let Some(role) = root.role.filter(|role| role.ep4ta() == eptp12.ep4ta() && root.tables.count > 0) else {
-                continue;
-            };
-            let Some((at, level)) = leaf_at((root.table, role.top()), ngpa, frames) else { continue };
+        self.for_each_of(eptp12, |role, root| {
+            if root.tables.count == 0 {
+                return;
+            }
+            let Some((at, level)) = leaf_at((root.table, role.top()), ngpa, frames) else { return };
             frames.write(at, 0);
             // Of a 4 KiB page in its root the processor keeps at most what it may keep on L2's machine as well, until the
             // INVEPT that follows one of L2. Of other roots, and of the rest of a large page, it does not know.
             root.invept |= role != eptp12 || level != Level::Pt;
+        });
+    }
+
+    /// The same, where the entry for the address in the page table of this role is known.
+    #[inline(always)]
+    pub(super) fn forget_in_table<F: TableFrames>(&mut self, eptp12: Eptp, ngpa: Ngpa, entry: Hpa, frames: &mut F) {
+        if !self.is_alone(eptp12) {
+            return self.forget_page(eptp12, ngpa, frames);
+        }
+        if entry::is_present(frames.read(entry)) {
+            frames.write(entry, 0);
         }
     }
 
@@ -39,6 +50,10 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
 
 /// The leaf of nvmx's own tables for an address, and the level it is at.
 fn leaf_at<F: TableFrames>((root, top): (Hpa, Level), ngpa: Ngpa, frames: &F) -> Option<(Hpa, Level)> {
+    // Beyond what the levels translate there is none, and no leaf of another address is to go.
+    if !top.reaches(ngpa.get()) {
+        return None;
+    }
     let mut table = if top == Level::Pml5 { below_fifth_level(root, ngpa, frames)? } else { root };
     // A loop over a constant, as in a walk.
     for level in [Level::Pml4, Level::Pdpt, Level::Pd, Level::Pt] {

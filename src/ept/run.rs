@@ -6,19 +6,22 @@
 //! ([ADR 0022](../../docs/adr/0022-filled-before-it-faults.md)).
 //!
 //! A run is the counterpart of a processor's paging-structure cache: it remembers the way to a page table of ept12, not
-//! what stands in it, and only as long as a processor may. L2's INVEPT ends it, and so does each violation that it does
-//! not resolve, before ept12 is walked from its root.
+//! what stands in it, and only as long as a processor may. L2's INVEPT ends it, and each violation that it does
+//! not resolve has the way lost. Then ept12 is walked from its root again; that is three comparisons where the entries above the
+//! page table are what they were.
 //!
 //! Source: Intel SDM vol. 3C (December 2024), "Information That May Be Cached" (guest-physical paging-structure-cache
 //! entries, with the rights of all entries on the way), "Operations that Invalidate Cached Mappings", "Guidelines for
 //! Use of the INVEPT Instruction".
 
 use super::cache::Ept02;
+use super::compose::Outcome;
 use super::entry::{self, ACCESSED, DIRTY, Level, Meaning, Rights};
 use super::eptp::Eptp;
+use super::flags::{Path, Way};
 use super::origin::Origin;
 use super::violation::Qualification;
-use super::walk::Leaf;
+use super::walk::{Leaf, TableReader};
 use super::{GuestView, TableFrames};
 use crate::addr::{Gpa, Hpa, Ngpa, PAGE_SIZE};
 
@@ -34,7 +37,10 @@ pub(super) struct Run {
     region: u64,
     /// The page table of ept12.
     table12: Gpa,
-    /// Rights, ANDed over the entries above it; none once the way to it must be found again.
+    /// The entries above it, and the rights that they grant together.
+    way: Option<Way>,
+    upper: Rights,
+    /// The same rights; none once the way must be found again.
     rights: Rights,
     /// The page table of ept02, and what it is composed of.
     table02: Hpa,
@@ -47,20 +53,50 @@ pub(super) struct Run {
 
 impl Run {
     /// Starts at a leaf of ept12 for a 4 KiB page whose counterpart stands in `table02`; it goes on where the one `before` came to its end.
-    pub(super) fn new(eptp12: Eptp, ngpa: Ngpa, leaf: &Leaf<Gpa>, table02: Hpa, before: Option<&Self>) -> Self {
-        let origin = Origin::table(leaf.entry, leaf.upper);
+    pub(super) fn new(
+        eptp12: Eptp,
+        ngpa: Ngpa,
+        leaf: &Leaf<Gpa>,
+        way: Option<Way>,
+        table02: Hpa,
+        before: Option<&Self>,
+    ) -> Self {
         let page = ngpa.get() >> 12;
         let goes_on = |run: &&Self| run.eptp12 == eptp12 && run.next == page;
         Self {
             eptp12,
             region: ngpa.get() >> 21,
             table12: leaf.entry.page(),
+            way,
+            upper: leaf.upper,
             rights: leaf.upper,
             table02,
-            origin,
+            origin: Origin::table(leaf.entry, leaf.upper),
             next: page + 1,
             ahead: before.filter(goes_on).map_or(0, |run| run.ahead),
         }
+    }
+
+    /// A walk of ept12, whose entries `path` reads, comes to the same page table by the same entries.
+    #[inline(always)]
+    fn stands<G: GuestView>(&self, path: &mut Path<'_, G>) -> bool {
+        self.way.as_ref().is_some_and(|way| way.iter().all(|(at, entry)| path.read(*at) == Ok(*entry)))
+    }
+
+    /// It goes on with a page that was filled.
+    #[inline(always)]
+    pub(super) fn go_on(&mut self, ngpa: Ngpa) {
+        let page = ngpa.get() >> 12;
+        if self.next != page {
+            self.ahead = 0;
+        }
+        (self.next, self.rights) = (page + 1, self.upper);
+    }
+
+    /// The way was found anew.
+    #[inline(always)]
+    pub(super) const fn set_way(&mut self, way: Option<Way>) {
+        self.way = way;
     }
 
     /// The page table of ept02 for an address, if this is it and it is still composed of the same.
@@ -82,8 +118,9 @@ impl Run {
 }
 
 impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
-    /// Handles an EPT violation of L3 if it goes on where the last fill was and both page tables allow it: L3 can be
-    /// entered again as it was. Otherwise nothing happened, and [`Ept02::violation`] is to be asked.
+    /// Handles an EPT violation of L3 if it goes on where the last fill was: both page tables allow it, and L3 can be
+    /// entered again as it was, or there is no page in that of ept12, to which a walk still comes, and L2 sees that. Otherwise nothing
+    /// happened, and [`Ept02::violation`] is to be asked.
     #[inline(always)]
     pub fn refill<G: GuestView, F: TableFrames>(
         &mut self,
@@ -92,24 +129,43 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         qualification: Qualification,
         guest: &G,
         frames: &mut F,
-    ) -> bool {
+    ) -> Option<Outcome> {
         let access = qualification.access();
-        let Some(run) = self.run.as_ref().filter(|run| run.rights.contains(access)) else { return false };
-        if !run.serves(eptp12, ngpa) {
-            return false;
-        }
+        let run = self.run.as_ref().filter(|run| run.rights.contains(access) && run.serves(eptp12, ngpa))?;
         let page = ngpa.get() >> 12;
-        let (goes_on, ahead) = (run.next == page, run.ahead);
+        let (goes_on, ahead, rights) = (run.next == page, run.ahead, run.rights);
         let offset = Level::Pt.entry_offset(ngpa.get());
-        if !self.fill_in_run(offset, access, guest, frames) {
-            return false;
+        let entry12 = guest.read_entry(Gpa::new(run.table12.get() | offset)).ok()?;
+        if !Rights::of(entry12).intersects(Rights::RWX) {
+            return self.not_present_in_run(eptp12, ngpa, qualification, entry12, guest, frames);
+        }
+        if !self.put_in_run(entry12, rights, offset, access, guest, frames) {
+            return None;
         }
         self.stats.fills += 1;
         let more = if goes_on { self.fill_ahead((2 * ahead).clamp(1, MOST_AHEAD), offset, guest, frames) } else { 0 };
         if let Some(run) = &mut self.run {
             (run.next, run.ahead) = (page + 1 + more, more);
         }
-        true
+        Some(Outcome::Filled)
+    }
+
+    /// The run's page table of ept12 has nothing for the page, as `entry12` says: L2 sees a violation, if a walk comes there.
+    #[inline(never)]
+    fn not_present_in_run<G: GuestView, F: TableFrames>(
+        &mut self,
+        eptp12: Eptp,
+        ngpa: Ngpa,
+        qualification: Qualification,
+        entry12: u64,
+        guest: &G,
+        frames: &mut F,
+    ) -> Option<Outcome> {
+        let run = self.run.as_mut().filter(|run| run.stands(&mut Path::new(guest)))?;
+        run.lose_way();
+        let entry02 = Hpa::new(run.table02.get() | Level::Pt.entry_offset(ngpa.get()));
+        self.forget_in_table(eptp12, ngpa, entry02, frames);
+        Some(self.refused(Rights::empty(), qualification, entry12))
     }
 
     /// Fills at most so many pages behind the one at `offset`, within its table; answers how many.
@@ -118,6 +174,34 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         let left = (PAGE_SIZE - 8 - offset) / 8;
         let most = most.min(left);
         (1..=most).find(|n| !self.fill_in_run(offset + 8 * n, Rights::empty(), guest, frames)).map_or(most, |n| n - 1)
+    }
+
+    /// [`Ept02::fill_expected`] where a walk, whose entries `path` reads, comes to the run's page table. False if nothing was written.
+    #[inline(always)]
+    pub(super) fn fill_found_again<G: GuestView, F: TableFrames>(
+        &mut self,
+        eptp12: Eptp,
+        ngpa: Ngpa,
+        access: Rights,
+        path: &mut Path<'_, G>,
+        guest: &G,
+        frames: &mut F,
+    ) -> bool {
+        let Some(run) = self.run.as_ref().filter(|run| run.serves(eptp12, ngpa) && run.stands(path)) else {
+            return false;
+        };
+        let (upper, offset) = (run.upper, Level::Pt.entry_offset(ngpa.get()));
+        let Ok(entry12) = path.read(Gpa::new(run.table12.get() | offset)) else { return false };
+        if eptp12.accessed_dirty() && path.marked().is_none()
+            || !self.put_in_run(entry12, upper, offset, access, guest, frames)
+        {
+            return false;
+        }
+        self.stats.fills += 1;
+        if let Some(run) = &mut self.run {
+            run.go_on(ngpa);
+        }
+        true
     }
 
     /// Composes the leaf at `offset` in the page tables of the run, if it allows the access. False if nothing was written.
@@ -130,10 +214,26 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         frames: &mut F,
     ) -> bool {
         let Some(run) = &self.run else { return false };
+        let rights = run.rights;
         let Ok(entry12) = guest.read_entry(Gpa::new(run.table12.get() | offset)) else { return false };
+        self.put_in_run(entry12, rights, offset, access, guest, frames)
+    }
+
+    /// The same, of this entry of ept12, below others that grant these rights.
+    #[inline(always)]
+    fn put_in_run<G: GuestView, F: TableFrames>(
+        &mut self,
+        entry12: u64,
+        upper: Rights,
+        offset: u64,
+        access: Rights,
+        guest: &G,
+        frames: &mut F,
+    ) -> bool {
+        let Some(run) = &self.run else { return false };
         let Meaning::Leaf { address, caching } = entry::decode(entry12, Level::Pt, &self.rules) else { return false };
         let Ok(block) = guest.block(Gpa::new(address), Level::Pt) else { return false };
-        let rights = run.rights & Rights::of(entry12) & block.rights;
+        let rights = upper & Rights::of(entry12) & block.rights;
         // Who has flags to set walks; a dirty page has none.
         if run.eptp12.accessed_dirty() && entry12 & (ACCESSED | DIRTY) != ACCESSED | DIRTY {
             return false;

@@ -1,6 +1,6 @@
 //! The host-state area of nvmx: written once to each VMCS, the same in all of them (invariant I4), and by nobody else.
 //!
-//! One field of it can be lent: HOST_RSP of a VMCS holds L2's value while that is a shadow VMCS ([`Lent`]).
+//! Some fields of it can be lent: those of a VMCS hold L2's values while that is a shadow VMCS ([`Lent`]).
 //!
 //! Source: SDM vol. 3C, "Host-State Area", "Loading Host State", "VMCS Types: Ordinary and Shadow".
 
@@ -10,9 +10,11 @@ use super::vmx::{Region, Vmx};
 use super::{cpu, cr, msr};
 use crate::addr::Hpa;
 use crate::mm::PhysMem;
-use crate::vmx::Field;
 use crate::vmx::field::Width;
+use crate::vmx::lent::LENT;
 use crate::vmx::region::SHADOW_INDICATOR;
+use crate::vmx::{Field, lent};
+use core::array;
 
 /// IA32_PAT with the value after reset: nvmx's own accesses are write-back whatever the guests choose.
 const PAT_AT_RESET: u64 = 0x0007_0406_0007_0406;
@@ -45,80 +47,121 @@ pub fn write(vmx: &mut Vmx, regs: &mut GuestRegs) {
         (Field::HOST_RSP, regs.settle()),
     ] {
         vmx.write_host_state(field, value);
+        if let Some(own) = LENT.into_iter().zip(&mut vmx.own).find_map(|(lent, own)| (lent == field).then_some(own)) {
+            *own = value;
+        }
     }
-    vmx.host_rsp = regs.host_rsp();
 }
 
-/// Writes HOST_RSP of the current VMCS in order to find it in memory. What else its host-state area needs comes later, by [`write()`], and
-/// with it another HOST_RSP.
-pub fn try_host_rsp(vmx: &mut Vmx, value: u64) {
-    vmx.write_host_state(Field::HOST_RSP, value);
+/// Writes a field that can be lent to the current VMCS in order to find it in memory. What else its host-state area needs comes later, by
+/// [`write()`], and with it another value.
+pub fn try_lent(vmx: &mut Vmx, value: impl Fn(Field) -> u64) {
+    LENT.into_iter().for_each(|field| vmx.write_host_state(field, value(field)));
 }
 
-/// HOST_RSP of a VMCS is L2's: VMREAD and VMWRITE of L2 reach it there without an exit.
+/// The first `N` of the fields that can be lent are L2's in a VMCS: VMREAD and VMWRITE of L2 reach them there without an exit.
 ///
 /// Only a shadow VMCS is lent from, which VMLAUNCH and VMRESUME refuse; it becomes an ordinary one again by
-/// [`Lent::take_back`] alone, which leaves nvmx's own value in it. So no entry ever runs with L2's.
+/// [`Lent::take_back`] alone, which leaves nvmx's own values in it, as [`Lent::end`] does. So no entry ever runs with L2's.
 #[derive(Debug)]
 #[must_use]
-pub struct Lent(Region);
+pub struct Lent<const N: usize>(Region);
 
-impl Lent {
-    /// Makes the current VMCS, which is the one in `region`, a shadow VMCS with L2's value; `next` is current afterwards.
+impl<const N: usize> Lent<N> {
+    const FIELDS: [Field; N] = {
+        let mut fields = [LENT[0]; N];
+        let mut i = 0;
+        while i < N {
+            fields[i] = LENT[i];
+            i += 1;
+        }
+        fields
+    };
+
+    #[inline(always)]
+    fn put(vmx: &mut Vmx, values: [u64; N]) {
+        Self::FIELDS.into_iter().zip(values).for_each(|(field, value)| vmx.write_host_state(field, value));
+    }
+
+    /// L2's values, and nvmx's own instead of them.
+    #[inline(always)]
+    fn swap(vmx: &mut Vmx) -> [u64; N] {
+        let values = Self::FIELDS.map(|field| vmx.read(field));
+        Self::put(vmx, array::from_fn(|i| vmx.own[i]));
+        values
+    }
+
+    /// Makes the current VMCS, which is the one in `region`, a shadow VMCS with L2's values; `next` is current afterwards.
     #[inline(always)]
     pub fn by_becoming_shadow(
         vmx: &mut Vmx,
         phys: &DirectMap,
         region: &Region,
         revision: u32,
-        value: u64,
+        values: [u64; N],
         next: &Region,
     ) -> Self {
-        vmx.write_host_state(Field::HOST_RSP, value);
+        Self::put(vmx, values);
         vmx.exchange(phys, region, revision | SHADOW_INDICATOR, next);
         Self(*region)
     }
 
-    /// Puts L2's value into the shadow VMCS in `region`, which is current.
+    /// Puts L2's values into the shadow VMCS in `region`, which is current.
     ///
     /// # Panics
     ///
     /// If it is an ordinary VMCS.
-    pub fn from_shadow(vmx: &mut Vmx, phys: &DirectMap, region: Region, value: u64) -> Self {
+    pub fn from_shadow(vmx: &mut Vmx, phys: &DirectMap, region: Region, values: [u64; N]) -> Self {
         assert!(phys.read_u64(region.at()) as u32 & SHADOW_INDICATOR != 0, "only a shadow VMCS is lent from");
-        vmx.write_host_state(Field::HOST_RSP, value);
+        Self::put(vmx, values);
         Self(region)
     }
 
-    /// Makes the VMCS an ordinary one again, and current, with nvmx's own value; answers with the one that L2 left.
+    /// Makes the VMCS an ordinary one again, and current, with nvmx's own values; answers with those that L2 left.
     #[inline(always)]
-    pub fn take_back(self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> u64 {
+    pub fn take_back(self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> [u64; N] {
         vmx.exchange(phys, &self.0, revision, &self.0);
-        let value = vmx.read(Field::HOST_RSP);
-        vmx.write_host_state(Field::HOST_RSP, vmx.host_rsp);
-        value
+        Self::swap(vmx)
+    }
+
+    /// The VMCS, which is current, stays a shadow VMCS and gets nvmx's own values; answers with those that L2 left.
+    pub fn end(self, vmx: &mut Vmx) -> [u64; N] {
+        Self::swap(vmx)
     }
 }
 
-/// [`Lent`] under a hypervisor that keeps VMCSs in memory: of a VMCS that is not current, without an instruction. It is where in the
-/// region HOST_RSP lies.
+/// Where in a region the fields lie that can be lent.
+pub type Places = [u64; lent::COUNT];
+
+/// [`Lent`] under a hypervisor that keeps VMCSs in memory: of a VMCS that is not current, without an instruction, and all fields.
 #[derive(Debug)]
 #[must_use]
-pub struct LentInMemory(u64);
+pub struct LentInMemory(Places);
 
 impl LentInMemory {
-    /// Makes the VMCS in `region`, whose HOST_RSP lies `host_rsp` bytes in, a shadow VMCS with L2's value.
-    pub fn by_becoming_shadow(phys: &DirectMap, region: Region, host_rsp: u64, revision: u32, value: u64) -> Self {
-        region.mark(phys, revision | SHADOW_INDICATOR);
-        region.write(phys, host_rsp, Width::Natural, value);
-        Self(host_rsp)
+    fn put(&self, phys: &DirectMap, region: Region, values: [u64; lent::COUNT]) {
+        self.0.into_iter().zip(values).for_each(|(place, value)| region.write(phys, place, Width::Natural, value));
     }
 
-    /// Makes the VMCS, which is the one in `region`, an ordinary one again, with nvmx's own value; answers with the one that L2 left.
-    pub fn take_back(self, vmx: &Vmx, phys: &DirectMap, region: Region, revision: u32) -> u64 {
-        let value = phys.read_u64(Hpa::new(region.at().get() + self.0));
-        region.write(phys, self.0, Width::Natural, vmx.host_rsp);
+    /// Makes the VMCS in `region`, whose fields lie in these places, a shadow VMCS with L2's values.
+    pub fn by_becoming_shadow(
+        phys: &DirectMap,
+        region: Region,
+        places: Places,
+        revision: u32,
+        values: [u64; lent::COUNT],
+    ) -> Self {
+        region.mark(phys, revision | SHADOW_INDICATOR);
+        let lent = Self(places);
+        lent.put(phys, region, values);
+        lent
+    }
+
+    /// Makes the VMCS, which is the one in `region`, an ordinary one again, with nvmx's own values; answers with those that L2 left.
+    pub fn take_back(self, vmx: &Vmx, phys: &DirectMap, region: Region, revision: u32) -> [u64; lent::COUNT] {
+        let values = self.0.map(|place| phys.read_u64(Hpa::new(region.at().get() + place)));
+        self.put(phys, region, vmx.own);
         region.mark(phys, revision);
-        value
+        values
     }
 }

@@ -10,7 +10,7 @@ use super::this_processor;
 use super::{cr, msr};
 use crate::hw::phys::DirectMap;
 use crate::trace::counters::Counters;
-use crate::vmx::{Capabilities, Field, FieldAccess};
+use crate::vmx::{Capabilities, Field, FieldAccess, lent};
 use crate::x86::msr::{FEATURE_LOCK, FEATURE_VMX, IA32_FEATURE_CONTROL};
 use crate::x86::{Cr0, Cr4};
 use l2_protocol::abi::Counter;
@@ -24,8 +24,8 @@ use l2_protocol::abi::Counter;
 pub struct Vmx {
     /// All counters of this CPU.
     pub counters: Counters,
-    /// HOST_RSP of this CPU, as `host_area` has written it.
-    pub(super) host_rsp: u64,
+    /// nvmx's own values of the fields that are lent, the same in each VMCS of this CPU, as `host_area` has written them.
+    pub(super) own: [u64; lent::COUNT],
 }
 
 /// Allows VMX in IA32_FEATURE_CONTROL where firmware has left that open, as a machine without firmware does.
@@ -66,7 +66,7 @@ impl Vmx {
             cr::set_cr4(host_cr4(caps));
             this_processor().vmxon(region.at())
         };
-        let mut vmx = done.then(|| Vmx { counters: Counters::new(), host_rsp: 0 })?;
+        let mut vmx = done.then(|| Vmx { counters: Counters::new(), own: [0; lent::COUNT] })?;
         vmx.invept(Invalidate::All, 0);
         vmx.invvpid(Invalidate::All, 0, 0);
         Some(vmx)

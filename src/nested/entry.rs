@@ -54,7 +54,9 @@ pub fn enter(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
     }
 
     let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: &cpu.vmcs01 };
-    cpu.config.access.enter(on, slot);
+    if cpu.config.access.enter(on, slot).is_err() {
+        return lent_state_refused(cpu, id);
+    }
     slot.vmcs02.link.put(vmx, link);
     if slot.stale.intersects(Stale::TO_WRITE) {
         slot.write_controls(vmx);
@@ -124,9 +126,28 @@ fn load_pdptes(vmx: &mut Vmx, guest: &GuestMemory<impl PhysMem>) -> Option<[u64;
     })
 }
 
+/// What L2 left in host fields that it is lent breaks a rule: back to vmcs01, where the rules say which. vmcs02 is current.
+#[cold]
+fn lent_state_refused(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
+    cpu.nested.slots[id].inherited.undo(&mut cpu.vmx);
+    cpu.leave_vmcs02(id);
+    Ok(match prepare(cpu, id) {
+        Err(error) => {
+            vmx_result(cpu, VmxResult::FailValid(error));
+            Next::Advance
+        }
+        // Nothing breaks one: the entry is to be made again.
+        Ok(()) => Next::Stay,
+    })
+}
+
 /// Runs the checks on what L2 wrote and merges anew; vmcs01 is current.
 #[cold]
 fn prepare(cpu: &mut Cpu, id: SlotId) -> Result<(), VmxError> {
+    if cpu.nested.slots[id].stale.contains(Stale::HOST) {
+        let (slot, access, on) = cpu.reach(id);
+        access.look_at_lent(on, slot);
+    }
     let long_mode = cpu.tracked.efer() & efer::LMA != 0;
     let slot = &mut cpu.nested.slots[id];
     let (vmcs12, stale, offered) = (&slot.vmcs12, slot.stale, &cpu.config.offered);

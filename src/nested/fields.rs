@@ -4,10 +4,12 @@ use super::result::done;
 use crate::cpu::{Cpu, Operation};
 use crate::guest::{Next, Stop, operand};
 use crate::hw::vmx::Region;
+use crate::vmcs::slot::Slot;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
 use crate::vmx::field::Home;
-use crate::vmx::{Field, VmxError, VmxResult};
+use crate::vmx::lent::Loan;
+use crate::vmx::{Capabilities, Field, VmxError, VmxResult};
 
 /// VMREAD of the vmcs12 in a slot by the guest of the current VMCS.
 pub fn read(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
@@ -65,14 +67,19 @@ fn write_field(cpu: &mut Cpu, id: SlotId, field: Field, value: u64) {
     if field.home() != Home::Cache {
         return write_vmcs02(cpu, id, field, value);
     }
-    if field == Field::HOST_RSP {
-        return write_host_rsp(cpu, id, value);
+    match Loan::with(field) {
+        Some(least) => write_lent(cpu, id, field, value, least),
+        None => write_copy(&mut cpu.nested.slots[id], field, value, &cpu.config.offered),
     }
-    let slot = &mut cpu.nested.slots[id];
+}
+
+/// Writes a field of the copy.
+#[inline(always)]
+fn write_copy(slot: &mut Slot, field: Field, value: u64, offered: &Capabilities) {
     let (old, value) = (slot.vmcs12.get(field), value & field.mask());
     if old != value {
         slot.vmcs12.set(field, value);
-        if !slot.stays_good(field, old, value, &cpu.config.offered) {
+        if !slot.stays_good(field, old, value, offered) {
             slot.stale |= Stale::of(field);
         }
     }
@@ -87,18 +94,17 @@ fn write_vmcs02(cpu: &mut Cpu, id: SlotId, field: Field, value: u64) {
     slot.stale |= Stale::of(field);
 }
 
-/// No rule is about HOST_RSP, so that L2 can have it to itself: a vmcs12 in use whose HOST_RSP is written will see that again
-/// ([ADR 0021](../../docs/adr/0021-host-rsp-is-lent.md)).
+/// Writes a field that L2 may be lent, with this loan at least: a vmcs12 in use for which L2 does so may see that again
+/// ([ADR 0030](../../docs/adr/0030-the-fields-of-a-thread-are-lent.md)).
 #[inline(never)]
-fn write_host_rsp(cpu: &mut Cpu, id: SlotId, value: u64) {
-    let often = cpu.nested.operation.is_root_with(id) && cpu.nested.slots[id].vmcs12.launched;
+fn write_lent(cpu: &mut Cpu, id: SlotId, field: Field, value: u64, least: Loan) {
+    let in_use = cpu.nested.operation.is_root_with(id) && cpu.nested.slots[id].vmcs12.is_launched();
     let current = current_vmcs(cpu);
     let (slot, access, on) = cpu.reach(id);
-    slot.vmcs12.set(Field::HOST_RSP, value);
-    if often {
-        access.lend(on.vmx, slot);
-    }
-    access.write_host_rsp(on, slot, current);
+    access.write_lent(on, slot, current, |slot, offered| {
+        write_copy(slot, field, value, offered);
+        if in_use { slot.loan.learn(least, slot.vmcs12.exits) } else { slot.loan.loan }
+    });
 }
 
 /// The VMCS of the guest that runs.

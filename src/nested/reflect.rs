@@ -58,7 +58,7 @@ fn report(cpu: &mut Cpu, id: SlotId, report: Option<Report>) -> Result<(), KillR
         store_msrs(vmx, slot, &cpu.config, &cpu.msrs, &cpu.guest)?;
     }
     slot.inherited.leave_nested(vmx, &mut slot.vmcs12, &mut slot.vmcs02.pat);
-    slot.vmcs12.launched = true;
+    slot.vmcs12.exits += 1;
     leave_vmcs02(cpu, id, nmi_blocked, report)
 }
 

@@ -96,7 +96,7 @@ fn leave(cpu: &mut Cpu, current: SlotId, vmxon_ptr: Gpa) {
         reflect::stop_timer(vmx, slot);
     }
     let blocking = reflect::blocked_in_guest(vmx, slot.pin12());
-    slot.vmcs12.launched = true;
+    slot.vmcs12.exits += 1;
     let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: &cpu.vmcs01 };
     cpu.config.access.leave_by_exit(on, slot);
     reflect::load_vmcs12_host_state(&mut vmx.batch(), &slot.vmcs12, ExitControls::HOST_ADDRESS_SPACE_SIZE);
@@ -141,7 +141,7 @@ fn resume_in_passing(cpu: &mut Cpu, id: SlotId, vmxon_ptr: Gpa) -> bool {
 #[inline(always)]
 fn enter(cpu: &mut Cpu, id: SlotId, vmxon_ptr: Gpa) -> bool {
     let slot = &mut cpu.nested.slots[id];
-    if slot.usual == Usual::No || !slot.vmcs12.launched || slot.host_msrs != cpu.tracked.version() {
+    if slot.usual == Usual::No || !slot.vmcs12.is_launched() || slot.host_msrs != cpu.tracked.version() {
         return false;
     }
     let (eptp12, vpid12) = (slot.vmcs12.get(Field::EPT_POINTER), slot.vmcs12.get(Field::VIRTUAL_PROCESSOR_ID) as u16);
@@ -154,7 +154,10 @@ fn enter(cpu: &mut Cpu, id: SlotId, vmxon_ptr: Gpa) -> bool {
     cpu.nested.blocking01 = blocking;
     slot.msr_bitmap.refresh(&cpu.phys);
     let on = MachineParts { vmx: &mut cpu.vmx, phys: &cpu.phys, vmcs01: &cpu.vmcs01 };
-    cpu.config.access.enter(on, slot);
+    if cpu.config.access.enter(on, slot).is_err() {
+        cpu.leave_vmcs02(id);
+        return false;
+    }
     if slot.usual == Usual::WithTimer {
         start_timer(cpu, id);
     }

@@ -34,16 +34,20 @@ pub fn violation(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
     let eptp12 = slot.eptp12();
     let qualification = Qualification::from_bits_retain(cpu.vmx.read(Field::EXIT_QUALIFICATION));
     let mut tables = Cpu::tables(&mut cpu.frames, &cpu.phys);
-    if cpu.ept02.refill(eptp12, Ngpa::new(at), qualification, &cpu.guest, &mut tables) {
+    let in_run = cpu.ept02.refill(eptp12, Ngpa::new(at), qualification, &cpu.guest, &mut tables);
+    if in_run == Some(Outcome::Filled) {
         cpu.vmx.counters.bump(Counter::Ept02Fills);
         missing::redeliver(cpu, qualification);
         return Ok(());
     }
-    let mut log = if eptp12.accessed_dirty() { page_log(slot, &cpu.guest, &mut cpu.vmx) } else { None };
-    let outcome = cpu.ept02.violation(eptp12, Ngpa::new(at), qualification, log.as_mut(), &cpu.guest, &mut tables);
-    if let Some(log) = log {
-        cpu.vmx.write(Field::PML_INDEX, log.index.into());
-    }
+    let outcome = in_run.unwrap_or_else(|| {
+        let mut log = if eptp12.accessed_dirty() { page_log(slot, &cpu.guest, &mut cpu.vmx) } else { None };
+        let outcome = cpu.ept02.violation(eptp12, Ngpa::new(at), qualification, log.as_mut(), &cpu.guest, &mut tables);
+        if let Some(log) = log {
+            cpu.vmx.write(Field::PML_INDEX, log.index.into());
+        }
+        outcome
+    });
     match outcome {
         Outcome::Filled => {
             cpu.vmx.counters.bump(Counter::Ept02Fills);

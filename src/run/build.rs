@@ -115,15 +115,17 @@ impl Common {
         let refuses = hw_msr::refuses_trace_states();
         let msr_bitmap01 = words(&mut frames, phys, |word| msrs::bitmap01_word(word, refuses))?;
         let void = page(&mut frames, phys, &BitmapPage::SET)?;
-        let (mut closed, mut lent) = ([Hpa::new(0); 2], [Hpa::new(0); 2]);
         let mut bitmaps = [BitmapPage::SET, BitmapPage::SET];
-        for (i, access) in [Access::Read, Access::Write].into_iter().enumerate() {
-            shadow_bitmap(&mut bitmaps[i], access, &offered);
-            closed[i] = page(&mut frames, phys, &bitmaps[i])?.hpa();
-            let mut with_lent = bitmaps[i].clone();
-            bitmap::open_lent(&mut with_lent);
-            lent[i] = page(&mut frames, phys, &with_lent)?.hpa();
-        }
+        shadow_bitmap(&mut bitmaps[0], Access::Read, &offered);
+        shadow_bitmap(&mut bitmaps[1], Access::Write, &offered);
+        let links = Links::new(|loan| {
+            let mut with_loan = |bitmap: &BitmapPage| {
+                let mut bitmap = bitmap.clone();
+                bitmap::open_lent(&mut bitmap, loan);
+                Some(page(&mut frames, phys, &bitmap)?.hpa())
+            };
+            Some([with_loan(&bitmaps[0])?, with_loan(&bitmaps[1])?])
+        })?;
         let slots = Slots::new(&mut frames, phys, revision)?;
         let mut tables = Cpu::tables(&mut frames, phys);
         let ept01 = Ept01::new(
@@ -175,7 +177,7 @@ impl Common {
                 hardware,
                 offered,
                 fields: FieldSet::of(|field| offered.has_field(field) && may_be_kept(field, &exists)),
-                access: VmcsAccess::new(self.strategy, layout, Links::new(closed, lent), exists, revision),
+                access: VmcsAccess::new(self.strategy, layout, links, exists, offered, revision),
                 user_counters: self.user_counters,
                 mtrrs: self.mtrrs.clone(),
             },

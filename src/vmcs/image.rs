@@ -11,11 +11,13 @@
 //! only if all fields it needs are known, and if what it writes there is what VMREAD gives afterwards.
 
 use crate::addr::{Hpa, PAGE_SIZE};
+use crate::hw::host_area::Places;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::Region;
 use crate::mm::PhysMem;
 use crate::vmx::FieldAccess;
 use crate::vmx::field::{Field, Width};
+use crate::vmx::lent::LENT;
 
 /// Bytes of the region that are searched.
 const BYTES: usize = PAGE_SIZE as usize;
@@ -84,9 +86,9 @@ impl ImageLayout {
         region.write(phys, self.offset(field), field.width(), value);
     }
 
-    /// Where in a region HOST_RSP lies, if that is known.
-    pub fn host_rsp(&self) -> Option<u64> {
-        self.knows(Field::HOST_RSP).then(|| self.offset(Field::HOST_RSP))
+    /// Where in a region the fields lie that can be lent, if that is known.
+    pub fn lent(&self) -> Option<Places> {
+        LENT.iter().all(|field| self.knows(*field)).then(|| LENT.map(|field| self.offset(field)))
     }
 
     /// A field that is not known lies, harmlessly, in the last bytes of the region.

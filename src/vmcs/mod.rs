@@ -5,6 +5,7 @@ mod config;
 pub mod image;
 pub mod inherit;
 pub mod kept;
+pub mod lending;
 pub mod msr_bitmap;
 pub mod msr_lists;
 pub mod msrs;

@@ -7,6 +7,7 @@ use crate::hw::vmx::{Region, Vmx};
 use crate::mm::PhysMem;
 use crate::vmcs::image::{ImageLayout, Round, probe};
 use crate::vmcs::vmcs12::FieldSet;
+use crate::vmx::lent::LENT;
 use crate::vmx::{Capabilities, Field};
 
 /// The fields that the processor has: those that its capabilities promise, as far as VMREAD finds them. Hypervisors below leave
@@ -24,7 +25,7 @@ pub fn fields(vmx: &mut Vmx, region: Region, hardware: &Capabilities) -> FieldSe
 /// VMCS regions that nothing is in yet; both are clear afterwards, and no VMCS is current.
 pub fn layout(vmx: &mut Vmx, phys: &DirectMap, [a, b]: [Region; 2], exists: &FieldSet) -> Option<ImageLayout> {
     // The number of the last error is not L2's: nvmx keeps that itself. The host-state area is nvmx's, and never reached there, but for
-    // HOST_RSP, which may be lent.
+    // what may be lent.
     let fields = || exists.iter().filter(|field| *field != Field::VM_INSTRUCTION_ERROR && !field.is_host_state());
     vmx.clear(a);
     vmx.clear(b);
@@ -32,12 +33,12 @@ pub fn layout(vmx: &mut Vmx, phys: &DirectMap, [a, b]: [Region; 2], exists: &Fie
     for (content, round) in content.iter_mut().zip([Round::First, Round::Second]) {
         vmx.ptrld(a);
         fields().for_each(|field| vmx.write(field, probe(field, round)));
-        host_area::try_host_rsp(vmx, probe(Field::HOST_RSP, round));
+        host_area::try_lent(vmx, |field| probe(field, round));
         vmx.ptrld(b);
         phys.read_bytes(a.at(), content);
     }
     let layout = ImageLayout::learn(&content[0], &content[1]);
-    let fields = || fields().chain([Field::HOST_RSP]);
+    let fields = || fields().chain(LENT);
     fields().for_each(|field| layout.write(phys, a, field, probe(field, Round::First)));
     vmx.ptrld(a);
     let mut good = true;

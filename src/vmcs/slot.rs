@@ -7,6 +7,7 @@ use crate::mm::{Frame, FramePool};
 use crate::rules::checks::host_field_holds;
 use crate::rules::merge::{Duties, Vmcs02Controls};
 use crate::vmcs::inherit::Inherited;
+use crate::vmcs::lending::Lending;
 use crate::vmcs::msr_bitmap::MsrBitmap02;
 use crate::vmcs::msr_lists::MsrLists;
 use crate::vmcs::slots::SlotId;
@@ -50,8 +51,8 @@ pub struct Slot {
     pub vmcs12: Vmcs12,
     /// The VMCS that runs L3.
     pub vmcs02: Vmcs02,
-    /// HOST_RSP is lent to L2 whenever vmcs01 links to vmcs02: the value is in the copy only while the field is valid there.
-    pub lends: bool,
+    /// What L2 is lent of the host-state area whenever vmcs02 is a shadow VMCS: the copy has it only while it is an ordinary one.
+    pub loan: Lending,
     /// What must be checked, merged or written again because L2 wrote a field.
     pub stale: Stale,
     /// The controls that vmcs02 is to run with.
@@ -85,7 +86,7 @@ impl Slot {
             kind: VmcsKind::Ordinary,
             vmcs12: Vmcs12::new(),
             vmcs02,
-            lends: false,
+            loan: Lending::NOTHING,
             stale: Stale::all(),
             merged: None,
             msr_bitmap,
@@ -126,25 +127,6 @@ impl Slot {
         Eptp::new(self.vmcs12.get(Field::EPT_POINTER)).with_mode_based(mode_based)
     }
 
-    /// vmcs02 is to become a shadow VMCS: the HOST_RSP that L2 is lent in it.
-    #[inline(always)]
-    pub(super) fn host_rsp_to_lend(&mut self) -> Option<u64> {
-        if !self.lends {
-            return None;
-        }
-        self.vmcs12.valid.remove(Field::HOST_RSP);
-        Some(self.vmcs12.get(Field::HOST_RSP))
-    }
-
-    /// What L2 was lent is back.
-    #[inline(always)]
-    pub(super) fn host_rsp_is_back(&mut self, value: u64) {
-        // It may have gone to L2's memory before, and another one may have come from there.
-        if !self.vmcs12.valid.contains(Field::HOST_RSP) {
-            self.vmcs12.fetched(Field::HOST_RSP, value);
-        }
-    }
-
     /// L2 has changed a field of the copy. True if nothing has to be judged or merged again for it.
     pub fn stays_good(&mut self, field: Field, old: u64, new: u64, offered: &Capabilities) -> bool {
         if is_host_field(field) {
@@ -175,7 +157,7 @@ impl Slot {
         self.vmptr = None;
         self.active = false;
         self.vmcs12 = Vmcs12::new();
-        self.lends = false;
+        self.loan = Lending::NOTHING;
         self.violated = None;
         self.usual = Usual::No;
         self.host_msrs = Version::NONE;

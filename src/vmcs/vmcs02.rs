@@ -5,7 +5,7 @@
 
 use crate::addr::Hpa;
 use crate::ept::{Activation, Eptp};
-use crate::hw::host_area::{self, Lent, LentInMemory};
+use crate::hw::host_area::{self, Lent, LentInMemory, Places};
 use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
 use crate::hw::vmx::{Invalidate, Region, Vmx};
@@ -16,6 +16,7 @@ use crate::vmcs::stale::Stale;
 use crate::vmcs::timer::Timer;
 use crate::vmx::controls::{PinControls, PrimaryControls};
 use crate::vmx::field::PDPTES;
+use crate::vmx::lent::{self, LentValues};
 use crate::vmx::region::{NO_LINK, SHADOW_INDICATOR};
 use crate::vmx::{Field, FieldAccess};
 use core::mem;
@@ -30,24 +31,23 @@ enum Form {
     },
     /// A shadow VMCS, linked from vmcs01 while its vmcs12 is current.
     Shadow,
-    /// The same, with HOST_RSP lent to L2.
-    Lent(Lent),
+    /// The same, with the stack pointer of the host-state area lent to L2.
+    LentStack(Lent<1>),
+    /// The same, with all that is ever lent.
+    LentThread(Lent<{ lent::COUNT }>),
     /// The same, under a hypervisor that keeps it in memory: it was not cleared to become one, so its launch state lasts.
     ShadowInMemory {
         /// VMRESUME instead of VMLAUNCH.
         launched: bool,
     },
-    /// The same, with HOST_RSP lent to L2.
+    /// The same, with all that is ever lent.
     LentInMemory {
-        /// L2's HOST_RSP in it.
+        /// L2's values in it.
         lent: LentInMemory,
         /// VMRESUME instead of VMLAUNCH.
         launched: bool,
     },
 }
-
-/// HOST_RSP to be lent in memory: where in the region it lies, and L2's value.
-pub(super) type HostRsp = (u64, u64);
 
 /// The VMCS that runs L3.
 pub struct Vmcs02 {
@@ -122,21 +122,30 @@ impl Vmcs02 {
         self.region
     }
 
-    /// Makes it the current VMCS. Answers with L2's HOST_RSP, if that was lent.
+    /// Makes it the current VMCS, and an ordinary one. Answers with what L2 left where it was lent something.
     #[inline(always)]
-    pub(super) fn load(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> Option<u64> {
+    pub(super) fn load(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> LentValues {
         // The processor may hold parts of a linked shadow VMCS: VMCLEAR brings them to memory before the indicator
         // changes (SDM vol. 3C, "Shadow VMCSs": software should execute VMCLEAR before it modifies the indicator).
+        if matches!(self.form, Form::Shadow) {
+            self.form = Form::Ordinary { launched: false };
+            vmx.exchange(phys, &self.region, revision, &self.region);
+            return LentValues::Nothing;
+        }
+        self.load_other(vmx, phys, revision)
+    }
+
+    /// The same, from the other forms.
+    #[inline(never)]
+    fn load_other(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> LentValues {
         let launched = match mem::replace(&mut self.form, Form::Ordinary { launched: false }) {
-            Form::Lent(lent) => return Some(lent.take_back(vmx, phys, revision)),
+            Form::LentStack(lent) => return LentValues::Stack(lent.take_back(vmx, phys, revision)),
+            Form::LentThread(lent) => return LentValues::Thread(lent.take_back(vmx, phys, revision)),
             lent @ Form::LentInMemory { .. } => {
                 self.form = lent;
                 return self.load_lent_in_memory(vmx, phys, revision);
             }
-            Form::Shadow => {
-                vmx.exchange(phys, &self.region, revision, &self.region);
-                return None;
-            }
+            Form::Shadow => false,
             Form::ShadowInMemory { launched } => {
                 self.region.mark(phys, revision);
                 launched
@@ -145,33 +154,38 @@ impl Vmcs02 {
         };
         self.form = Form::Ordinary { launched };
         vmx.ptrld(self.region);
-        None
+        LentValues::Nothing
     }
 
     #[cold]
-    fn load_lent_in_memory(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> Option<u64> {
-        let value = self.take_back_in_memory(vmx, phys, revision);
+    fn load_lent_in_memory(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> LentValues {
+        let values = self.take_back_in_memory(vmx, phys, revision);
         vmx.ptrld(self.region);
-        value
+        values
     }
 
-    /// An ordinary VMCS in memory again, if HOST_RSP is lent in it: L2's value.
-    fn take_back_in_memory(&mut self, vmx: &Vmx, phys: &DirectMap, revision: u32) -> Option<u64> {
-        let Form::LentInMemory { launched, .. } = self.form else { return None };
+    /// An ordinary VMCS in memory again, if it is lent from: L2's values.
+    fn take_back_in_memory(&mut self, vmx: &Vmx, phys: &DirectMap, revision: u32) -> LentValues {
+        let Form::LentInMemory { launched, .. } = self.form else { return LentValues::Nothing };
         match mem::replace(&mut self.form, Form::Ordinary { launched }) {
-            Form::LentInMemory { lent, .. } => Some(lent.take_back(vmx, phys, self.region, revision)),
-            _ => None,
+            Form::LentInMemory { lent, .. } => LentValues::Thread(lent.take_back(vmx, phys, self.region, revision)),
+            _ => LentValues::Nothing,
         }
     }
 
-    /// It becomes the shadow VMCS by a write to memory: it is not current, so the hypervisor below has it there. L2's HOST_RSP is lent
-    /// if it has a place.
+    /// It becomes the shadow VMCS by a write to memory: it is not current, so the hypervisor below has it there. L2 is lent fields if
+    /// their places are known.
     #[inline(always)]
-    pub(super) fn become_shadow_in_memory(&mut self, phys: &DirectMap, revision: u32, lend: Option<HostRsp>) {
+    pub(super) fn become_shadow_in_memory(
+        &mut self,
+        phys: &DirectMap,
+        revision: u32,
+        lend: Option<(Places, [u64; lent::COUNT])>,
+    ) {
         let Form::Ordinary { launched } = self.form else { return };
         self.form = match lend {
-            Some((at, value)) => {
-                let lent = LentInMemory::by_becoming_shadow(phys, self.region, at, revision, value);
+            Some((places, values)) => {
+                let lent = LentInMemory::by_becoming_shadow(phys, self.region, places, revision, values);
                 Form::LentInMemory { lent, launched }
             }
             None => {
@@ -181,49 +195,92 @@ impl Vmcs02 {
         };
     }
 
-    /// It is a shadow VMCS in memory: HOST_RSP in it is L2's from now on.
+    /// A shadow VMCS in memory is lent from no more: what L2 left.
     #[cold]
-    pub(super) fn lend_in_memory(&mut self, vmx: &Vmx, phys: &DirectMap, revision: u32, (at, value): HostRsp) {
-        let (Form::ShadowInMemory { launched } | Form::LentInMemory { launched, .. }) = self.form else { return };
-        self.take_back_in_memory(vmx, phys, revision);
-        self.form = Form::Ordinary { launched };
-        self.become_shadow_in_memory(phys, revision, Some((at, value)));
+    pub(super) fn end_loan_in_memory(&mut self, vmx: &Vmx, phys: &DirectMap, revision: u32) -> LentValues {
+        let values = self.take_back_in_memory(vmx, phys, revision);
+        if values != LentValues::Nothing {
+            self.become_shadow_in_memory(phys, revision, None);
+        }
+        values
     }
 
-    /// From the current VMCS it becomes the shadow VMCS that L2's VMREAD and VMWRITE reach, with L2's HOST_RSP if that is to be
-    /// lent; `next` becomes current.
+    /// It is a shadow VMCS in memory, not lent from: fields in it are L2's from now on.
+    #[cold]
+    pub(super) fn lend_in_memory(
+        &mut self,
+        phys: &DirectMap,
+        revision: u32,
+        lend: Option<(Places, [u64; lent::COUNT])>,
+    ) {
+        let Form::ShadowInMemory { launched } = self.form else { return };
+        self.form = Form::Ordinary { launched };
+        self.become_shadow_in_memory(phys, revision, lend);
+    }
+
+    /// From the current VMCS it becomes the shadow VMCS that L2's VMREAD and VMWRITE reach, with the values of what L2 is lent;
+    /// `next` becomes current.
     #[inline(always)]
     pub(super) fn become_shadow(
         &mut self,
         vmx: &mut Vmx,
         phys: &DirectMap,
         revision: u32,
-        host_rsp: Option<u64>,
+        lend: LentValues,
         next: &Region,
     ) {
-        self.form = match host_rsp {
-            Some(value) => Form::Lent(Lent::by_becoming_shadow(vmx, phys, &self.region, revision, value, next)),
-            None => {
-                vmx.exchange(phys, &self.region, revision | SHADOW_INDICATOR, next);
+        let at = &self.region;
+        self.form = match lend {
+            LentValues::Nothing => {
+                vmx.exchange(phys, at, revision | SHADOW_INDICATOR, next);
                 Form::Shadow
+            }
+            LentValues::Stack(values) => {
+                Form::LentStack(Lent::by_becoming_shadow(vmx, phys, at, revision, values, next))
+            }
+            LentValues::Thread(values) => {
+                Form::LentThread(Lent::by_becoming_shadow(vmx, phys, at, revision, values, next))
             }
         };
     }
 
     /// Not current, it takes the form in which vmcs01 and other vmcs02s may link to it.
     pub(super) fn rest(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
-        if !matches!(self.form, Form::Shadow | Form::Lent(_) | Form::LentInMemory { .. }) {
+        if !self.is_shadow() || matches!(self.form, Form::ShadowInMemory { .. }) {
             vmx.clear(self.region);
             self.region.mark(phys, revision | SHADOW_INDICATOR);
             self.form = Form::Shadow;
         }
     }
 
-    /// It is a shadow VMCS, and current: HOST_RSP in it is L2's from now on.
+    /// In a form that L2's VMREAD and VMWRITE may reach, and that cannot be entered.
+    pub(super) fn is_shadow(&self) -> bool {
+        !matches!(self.form, Form::Ordinary { .. })
+    }
+
+    /// It is a shadow VMCS, not lent from, and current: fields in it are L2's from now on.
     #[cold]
-    pub(super) fn lend(&mut self, vmx: &mut Vmx, phys: &DirectMap, host_rsp: u64) {
-        if matches!(self.form, Form::Shadow | Form::Lent(_)) {
-            self.form = Form::Lent(Lent::from_shadow(vmx, phys, self.region, host_rsp));
+    pub(super) fn lend(&mut self, vmx: &mut Vmx, phys: &DirectMap, lend: LentValues) {
+        if !matches!(self.form, Form::Shadow) {
+            return;
+        }
+        self.form = match lend {
+            LentValues::Nothing => Form::Shadow,
+            LentValues::Stack(values) => Form::LentStack(Lent::from_shadow(vmx, phys, self.region, values)),
+            LentValues::Thread(values) => Form::LentThread(Lent::from_shadow(vmx, phys, self.region, values)),
+        };
+    }
+
+    /// A shadow VMCS, which is current, is lent from no more: what L2 left.
+    #[cold]
+    pub(super) fn end_loan(&mut self, vmx: &mut Vmx) -> LentValues {
+        match mem::replace(&mut self.form, Form::Shadow) {
+            Form::LentStack(lent) => LentValues::Stack(lent.end(vmx)),
+            Form::LentThread(lent) => LentValues::Thread(lent.end(vmx)),
+            other => {
+                self.form = other;
+                LentValues::Nothing
+            }
         }
     }
 

@@ -97,8 +97,8 @@ pub struct Vmcs12 {
     pub valid: FieldSet,
     /// Fields that vmcs02 does not have yet.
     pub dirty: FieldSet,
-    /// Launch state: true after a VMLAUNCH that entered.
-    pub launched: bool,
+    /// Exits of L3 that L2 saw since its VMLAUNCH. None: the launch state is clear.
+    pub exits: u64,
 }
 
 impl Default for Vmcs12 {
@@ -110,7 +110,13 @@ impl Default for Vmcs12 {
 impl Vmcs12 {
     /// All fields zero.
     pub const fn new() -> Self {
-        Vmcs12 { values: [0; Field::COUNT], valid: FieldSet::CACHED, dirty: FieldSet::EMPTY, launched: false }
+        Vmcs12 { values: [0; Field::COUNT], valid: FieldSet::CACHED, dirty: FieldSet::EMPTY, exits: 0 }
+    }
+
+    /// Launch state: a VMLAUNCH entered.
+    #[inline(always)]
+    pub fn is_launched(&self) -> bool {
+        self.exits != 0
     }
 
     /// The value here; meaningful while the field is valid.
@@ -172,7 +178,7 @@ impl Vmcs12 {
 
     /// Copies the region at `at` once; every value is untrusted and masked to its width.
     pub fn load(&mut self, memory: &GuestMemory<impl PhysMem>, at: Gpa) -> Result<(), NotOwned> {
-        self.launched = memory.read_u64(offset(at, LAUNCH_OFFSET))? == LAUNCHED;
+        self.exits = u64::from(memory.read_u64(offset(at, LAUNCH_OFFSET))? == LAUNCHED);
         for (i, field) in Field::ALL.iter().enumerate() {
             self.set(*field, memory.read_u64(offset(at, VALUES_OFFSET + 8 * i as u64))?);
             self.valid.insert(*field);
@@ -196,7 +202,7 @@ impl Vmcs12 {
     }
 
     fn launch_state(&self) -> u64 {
-        if self.launched { LAUNCHED } else { 0 }
+        if self.is_launched() { LAUNCHED } else { 0 }
     }
 
     /// Sets the launch state in the region at `at` to clear, for a region that is not active.

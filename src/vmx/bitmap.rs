@@ -5,6 +5,7 @@
 
 use super::caps::Capabilities;
 use super::field::{Area, Field, Home, Width};
+use super::lent::Loan;
 use arrayvec::ArrayVec;
 
 /// A page of bits, as the processor reads it.
@@ -125,13 +126,12 @@ pub fn is_shadowed(field: Field, access: Access, offered: &Capabilities) -> bool
     }
 }
 
-/// The field of the host-state area that L2 is lent if it writes it often (`hw::host_area::Lent`).
-pub const LENT: Field = Field::HOST_RSP;
-
-/// Opens what L2 is lent, in its VMREAD or VMWRITE bitmap.
-pub fn open_lent(page: &mut BitmapPage) {
-    if let Some(index) = shadow_index(u64::from(LENT.encoding())) {
-        page.put(index, false);
+/// Opens what L2 is lent (`hw::host_area::Lent`), in its VMREAD or VMWRITE bitmap.
+pub fn open_lent(page: &mut BitmapPage, loan: Loan) {
+    for field in loan.fields() {
+        if let Some(index) = shadow_index(u64::from(field.encoding())) {
+            page.put(index, false);
+        }
     }
 }
 

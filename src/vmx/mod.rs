@@ -10,6 +10,7 @@ pub mod event;
 pub mod exit;
 pub mod field;
 pub mod instr;
+pub mod lent;
 pub mod qualification;
 pub mod region;
 pub mod requirements;

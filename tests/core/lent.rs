@@ -1,5 +1,5 @@
-//! HOST_RSP is lent: L2 reads and writes it in vmcs02 while that is a shadow VMCS, and no entry runs with L2's value. The model
-//! refuses each entry with another HOST_RSP than nvmx's own.
+//! Fields of the host-state area are lent: L2 reads and writes them in vmcs02 while that is a shadow VMCS, and no entry runs with L2's
+//! values. The model refuses each entry with another host-state area than nvmx's own.
 
 use crate::kit::*;
 use l2_protocol::abi::{Counter, Strategy};
@@ -120,41 +120,238 @@ fn entries_that_fail_leave_what_was_written() {
     });
 }
 
+/// What a thread of L2 writes before an entry; each `n` has other values, and keeps the rules.
+fn thread(n: u64) -> [(Field, u64); 4] {
+    [(HOST_RSP, 0x7100 + n), (HOST_CR3, 0x1000 | ((n % 4) << 3)), (HOST_FS_BASE, n << 12), (HOST_GS_BASE, !0 << 47 | n)]
+}
+
+async fn has_thread(g: &Guest, n: u64) {
+    for (field, value) in thread(n) {
+        assert_eq!(g.vmread(field).await, Some(value), "{field} of {n}");
+    }
+}
+
+/// Another thread runs L3 until it exits.
+async fn thread_round(g: &Guest, n: u64) {
+    write(g, &thread(n)).await;
+    has_thread(g, n).await;
+    assert_eq!(g.run(Op::Vmresume).await, Outcome::Left, "error {}", g.error().await);
+    leave(g).await;
+    for ((_, value), field) in thread(n).into_iter().zip([GUEST_RSP, GUEST_CR3, GUEST_FS_BASE, GUEST_GS_BASE]) {
+        assert_eq!(g.get(field), value, "{field} of {n}");
+    }
+    has_thread(g, n).await;
+}
+
+async fn first_threads(g: &Guest) {
+    first_rounds(g).await;
+    for n in 0..3 {
+        thread_round(g, n).await;
+        look(g, "a thread").await;
+    }
+}
+
+#[test]
+fn each_thread_is_the_one_that_the_handler_runs_in() {
+    agree(|g| async move {
+        first_threads(&g).await;
+        for n in [3, 3, 5, 4, 5, 0, 1 << 34] {
+            thread_round(&g, n).await;
+            look(&g, "a thread").await;
+        }
+        // For long none, and then again.
+        for n in 0..40 {
+            round(&g, n).await;
+        }
+        for n in 6..10 {
+            thread_round(&g, n).await;
+            look(&g, "a thread").await;
+        }
+    });
+}
+
+#[test]
+fn a_thread_goes_with_its_vmcs_over_vmclear_vmxoff_and_the_memory_of_l2() {
+    agree(|g| async move {
+        first_threads(&g).await;
+        write(&g, &thread(0xA)).await;
+        make_current(&g, OTHER).await;
+        write(&g, &valid()).await;
+        write(&g, &thread(0xB)).await;
+        launch(&g).await;
+        leave(&g).await;
+        for n in 0..3 {
+            thread_round(&g, 0xB0 + n).await;
+            write(&g, &thread(0xBA + n)).await;
+            g.run(Op::Vmptrld(VMCS)).await;
+            has_thread(&g, 0xA + n).await;
+            thread_round(&g, 0xA0 + n).await;
+            write(&g, &thread(0xB + n)).await;
+            g.run(Op::Vmptrld(OTHER)).await;
+            has_thread(&g, 0xBA + n).await;
+        }
+        for n in 0..70 {
+            make_current(&g, 0x4_0000 + 0x1000 * n).await;
+            write(&g, &thread(n)).await;
+        }
+        g.run(Op::Vmclear(OTHER)).await;
+        g.run(Op::Vmptrld(OTHER)).await;
+        has_thread(&g, 0xBC).await;
+        g.run(Op::Vmptrld(VMCS)).await;
+        has_thread(&g, 0xD).await;
+        for n in 0..3 {
+            thread_round(&g, n).await;
+        }
+        write(&g, &thread(7)).await;
+        g.run(Op::Vmxoff).await;
+        g.run(Op::Vmxon(VMXON)).await;
+        g.run(Op::Vmptrld(VMCS)).await;
+        has_thread(&g, 7).await;
+        thread_round(&g, 8).await;
+    });
+}
+
+/// Values that break a rule are refused by the entry, with the error of host state but behind those of controls, and what was written
+/// stays; the same whether nvmx sees each of the writes or none.
+#[test]
+fn a_thread_that_breaks_a_rule_is_refused() {
+    let broken = [
+        (HOST_CR3, 1u64 << 50),
+        (HOST_CR3, u64::MAX),
+        (HOST_FS_BASE, 1 << 47),
+        (HOST_GS_BASE, 1 << 63),
+        (HOST_FS_BASE, u64::MAX >> 1),
+    ];
+    agree(move |g| async move {
+        first_threads(&g).await;
+        for (n, (field, value)) in (10..).zip(broken) {
+            write(&g, &thread(n)).await;
+            write(&g, &[(field, value)]).await;
+            for _ in 0..2 {
+                assert_eq!(g.run(Op::Vmresume).await, Outcome::Done, "{field} {value:#x}");
+                assert_eq!(g.error().await, 8, "{field} {value:#x}");
+                look(&g, "refused").await;
+                assert_eq!(g.vmread(field).await, Some(value));
+            }
+            // A control besides: of those in nvmx's copy, and in vmcs02.
+            for (control, bad) in [(VM_ENTRY_CONTROLS, u64::from(u32::MAX)), (CR3_TARGET_COUNT, 5)] {
+                let good = g.vmread(control).await.unwrap();
+                write(&g, &[(control, bad)]).await;
+                assert_eq!(g.run(Op::Vmresume).await, Outcome::Done);
+                assert_eq!(g.error().await, 7, "{control}");
+                look(&g, "refused for a control").await;
+                write(&g, &[(control, good)]).await;
+            }
+            assert_eq!(g.run(Op::Vmresume).await, Outcome::Done);
+            assert_eq!(g.error().await, 8);
+            thread_round(&g, n + 1).await;
+            look(&g, "good again").await;
+        }
+    });
+}
+
+/// The same, for vmcs12s whose entries are never the usual ones: with an MSR area.
+#[test]
+fn a_thread_that_breaks_a_rule_is_refused_on_the_long_way_too() {
+    agree(|g| async move {
+        g.poke_u32(0x9000, 0x174);
+        g.poke(0x9008, 0x10);
+        hypervisor(&g, &[(VM_ENTRY_MSR_LOAD_ADDR, 0x9000), (VM_ENTRY_MSR_LOAD_COUNT, 1)]).await;
+        launch(&g).await;
+        leave(&g).await;
+        for n in 0..4 {
+            thread_round(&g, n).await;
+        }
+        for (field, value) in [(HOST_GS_BASE, 1 << 62), (HOST_CR3, 1 << 51)] {
+            write(&g, &[(field, value)]).await;
+            assert_eq!(g.run(Op::Vmresume).await, Outcome::Done);
+            assert_eq!(g.error().await, 8);
+            look(&g, "refused").await;
+            thread_round(&g, 5).await;
+            look(&g, "good again").await;
+        }
+    });
+}
+
 /// Exits by VMREAD and VMWRITE that nvmx has counted.
 fn trapped(world: &World) -> u64 {
     [Counter::TrappedVmread, Counter::TrappedVmwrite].into_iter().map(|c| world.cpu.vmx.counters.get(c)).sum()
 }
 
+/// nvmx on a machine of this kind, whose L2 has a vmcs12 behind its first exit.
+fn launched(storage: Storage) -> World {
+    let setup = Setup::all().into_iter().find(|s| s.storage == storage && s.strategy == Strategy::ZeroCopy);
+    let mut world = World::new(setup.expect("there is one"));
+    let end = world.boot(|g| async move {
+        hypervisor(&g, &[]).await;
+        launch(&g).await;
+        leave(&g).await;
+    });
+    assert!(matches!(end, End::Over));
+    world
+}
+
+/// Exits by VMREAD and VMWRITE in so many rounds.
+fn trapped_in<F: Future<Output = ()> + 'static>(
+    world: &mut World,
+    rounds: u64,
+    round: impl Fn(Guest, u64) -> F + 'static,
+) -> u64 {
+    let before = trapped(world);
+    let end = world.run(move |g| async move {
+        for n in 0..rounds {
+            round(g.clone(), n).await;
+        }
+    });
+    assert!(matches!(end, End::Over));
+    trapped(world) - before
+}
+
+async fn stack_round(g: Guest, n: u64) {
+    assert!(g.vmwrite(HOST_RSP, 0x7100 + n).await);
+    assert_eq!(g.run(Op::Vmresume).await, Outcome::Left);
+    leave(&g).await;
+    assert_eq!((g.get(GUEST_RSP), g.vmread(HOST_RSP).await), (0x7100 + n, Some(0x7100 + n)));
+}
+
 #[test]
 fn the_first_write_of_a_vmcs_in_use_exits_and_no_other_does() {
     for storage in [Storage::OnChip, Storage::InMemory] {
-        let setup = Setup::all().into_iter().find(|s| s.storage == storage && s.strategy == Strategy::ZeroCopy);
-        let mut world = World::new(setup.expect("there is one"));
-        let end = world.boot(|g| async move {
-            hypervisor(&g, &[]).await;
-            launch(&g).await;
-            leave(&g).await;
-        });
-        assert!(matches!(end, End::Over));
-        let mut before = trapped(&world);
-        for (rounds, exits) in [(1, 1), (50, 0)] {
-            let end = world.run(|g| async move {
-                for n in 0..rounds {
-                    round_without_a_look(&g, 0x7100 + n).await;
-                }
-            });
-            assert!(matches!(end, End::Over));
-            assert_eq!(trapped(&world) - before, exits, "{storage:?}: {rounds} rounds");
-            before = trapped(&world);
-        }
+        let world = &mut launched(storage);
+        assert_eq!(trapped_in(world, 1, stack_round), 1, "{storage:?}");
+        assert_eq!(trapped_in(world, 50, stack_round), 0, "{storage:?}");
     }
 }
 
-async fn round_without_a_look(g: &Guest, host_rsp: u64) {
-    assert!(g.vmwrite(HOST_RSP, host_rsp).await);
-    assert_eq!(g.run(Op::Vmresume).await, Outcome::Left);
-    leave(g).await;
-    assert_eq!((g.get(GUEST_RSP), g.vmread(HOST_RSP).await), (host_rsp, Some(host_rsp)));
+#[test]
+fn threads_exit_until_they_are_a_habit_and_again_once_that_is_over() {
+    let thread = |g: Guest, n| async move { thread_round(&g, n).await };
+    let world = &mut launched(Storage::OnChip);
+    // The stack pointer once, three fields written and read before the entry, and read behind it.
+    assert_eq!(trapped_in(world, 1, thread), 1 + 3 * 3);
+    assert_eq!(trapped_in(world, 1, thread), 1);
+    assert_eq!(trapped_in(world, 50, thread), 0);
+    // Now and then is enough to keep it.
+    let seldom =
+        |g: Guest, n| async move { if n % 20 == 0 { thread_round(&g, n).await } else { stack_round(g, n).await } };
+    assert_eq!(trapped_in(world, 100, seldom), 0);
+    // Where that is over the stack pointer is learned anew: a read of it, and a write.
+    assert_eq!(trapped_in(world, 60, stack_round), 1 + 1);
+    assert_eq!(trapped_in(world, 1, thread), 3 * 3);
+    assert_eq!(trapped_in(world, 20, stack_round), 0);
+    assert_eq!(trapped_in(world, 1, thread), 3 * 3, "too long ago to be a habit");
+    assert_eq!(trapped_in(world, 1, thread), 1);
+    assert_eq!(trapped_in(world, 50, thread), 0);
+}
+
+#[test]
+fn in_memory_a_thread_is_lent_with_its_stack() {
+    let thread = |g: Guest, n| async move { thread_round(&g, n).await };
+    let world = &mut launched(Storage::InMemory);
+    assert_eq!(trapped_in(world, 1, thread), 1);
+    assert_eq!(trapped_in(world, 50, thread), 0);
+    assert_eq!(trapped_in(world, 60, stack_round), 0);
+    assert_eq!(trapped_in(world, 50, thread), 0);
 }
 
 /// Nothing is lent from a VMCS that could be entered.
@@ -163,5 +360,5 @@ async fn round_without_a_look(g: &Guest, host_rsp: u64) {
 fn an_ordinary_vmcs_is_not_lent_from() {
     let mut world = World::new(Setup::all()[0]);
     let cpu = &mut *world.cpu;
-    let _ = Lent::from_shadow(&mut cpu.vmx, &cpu.phys, cpu.vmcs01, 0x1000);
+    let _ = Lent::from_shadow(&mut cpu.vmx, &cpu.phys, cpu.vmcs01, [0x1000]);
 }

@@ -39,7 +39,7 @@ fn vmentry(cpu: &mut Cpu, wanted: LaunchState) -> Result<Next, Stop> {
     if cpu.nested.blocking01 & interruptibility::MOV_SS != 0 {
         return done(cpu, VmxResult::FailValid(VmxError::EntryEventsBlockedByMovSs));
     }
-    match (wanted, cpu.nested.slots[id].vmcs12.launched) {
+    match (wanted, cpu.nested.slots[id].vmcs12.is_launched()) {
         (LaunchState::Clear, true) => done(cpu, VmxResult::FailValid(VmxError::VmlaunchNonClearVmcs)),
         (LaunchState::Launched, false) => done(cpu, VmxResult::FailValid(VmxError::VmresumeNonLaunchedVmcs)),
         _ => entry::enter(cpu, id),

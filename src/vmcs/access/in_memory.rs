@@ -3,14 +3,16 @@
 
 use super::links::Links;
 use super::strategy::{Description, HostState, InfoFrom, Known, MachineParts, Reached, Report, Strategy, VmxOperation};
+use crate::hw::host_area::Places;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
 use crate::vmcs::image::{ImageLayout, VmcsImage};
+use crate::vmcs::lending::Lending;
 use crate::vmcs::slot::Slot;
-use crate::vmcs::vmcs02::HostRsp;
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmx::controls::SecondaryControls;
-use crate::vmx::{Field, FieldAccess};
+use crate::vmx::lent::{self, LentValues, Loan};
+use crate::vmx::{Capabilities, Field, FieldAccess};
 use l2_protocol::abi;
 
 pub(super) struct InMemory {
@@ -24,11 +26,20 @@ impl InMemory {
         Self { layout, links }
     }
 
-    /// vmcs02 is to become a shadow VMCS: where its HOST_RSP lies, and what L2 is lent there.
+    /// vmcs02 is to become a shadow VMCS: where the fields lie that L2 is lent, and their values.
     #[inline(always)]
-    fn to_lend(&self, slot: &mut Slot) -> Option<HostRsp> {
-        let value = slot.host_rsp_to_lend()?;
-        Some((self.layout.host_rsp()?, value))
+    fn to_lend(&self, slot: &mut Slot) -> Option<(Places, [u64; lent::COUNT])> {
+        match slot.lend() {
+            LentValues::Thread(values) => Some((self.layout.lent()?, values)),
+            _ => None,
+        }
+    }
+
+    /// What L2 was lent in vmcs02 is in the copy again.
+    fn end_loan(&self, vmx: &Vmx, phys: &DirectMap, slot: &mut Slot, common: &Known) {
+        let values = slot.vmcs02.end_loan_in_memory(vmx, phys, common.revision);
+        // A rule that is broken is noted in the slot, and judged by the next entry.
+        let _ = slot.has_back(values, &common.offered);
     }
 
     #[inline(always)]
@@ -62,17 +73,37 @@ impl Strategy for InMemory {
         InfoFrom::Code
     }
 
-    fn lend(&mut self, vmx: &mut Vmx, slot: &mut Slot) {
-        if let Some(links) = self.links.as_mut().filter(|_| !slot.lends && self.layout.knows(Field::HOST_RSP)) {
-            slot.lends = true;
-            links.open_lent(vmx);
+    fn write_lent(
+        &mut self,
+        on: MachineParts<'_>,
+        slot: &mut Slot,
+        _: Region,
+        common: &Known,
+        write: impl FnOnce(&mut Slot, &Capabilities) -> Loan,
+    ) {
+        self.end_loan(on.vmx, on.phys, slot, common);
+        let learned = write(slot, &common.offered);
+        if self.links.is_none() || self.layout.lent().is_none() || learned == Loan::Nothing || !slot.vmcs02.is_shadow()
+        {
+            return;
+        }
+        // An exit of L2 costs so much here, and a loan so little, that there is only the one for all.
+        let changes = slot.loan.loan != Loan::Thread;
+        slot.loan.is(Loan::Thread);
+        let lend = self.to_lend(slot);
+        slot.vmcs02.lend_in_memory(on.phys, common.revision, lend);
+        if let Some(links) = self.links.as_mut().filter(|_| changes) {
+            links.link(on.vmx, Some(slot));
         }
     }
 
-    fn write_host_rsp(&self, on: MachineParts<'_>, slot: &mut Slot, _: Region, common: &Known) {
-        if let Some(place) = self.to_lend(slot) {
-            slot.vmcs02.lend_in_memory(on.vmx, on.phys, common.revision, place);
-        }
+    fn look_at_lent(&self, on: MachineParts<'_>, slot: &mut Slot) {
+        let vmcs02 = slot.vmcs02.region();
+        slot.loan
+            .loan
+            .fields()
+            .iter()
+            .for_each(|field| slot.vmcs12.set(*field, self.layout.read(on.phys, vmcs02, *field)));
     }
 
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, _: Region, field: Field) -> u64 {
@@ -95,27 +126,28 @@ impl Strategy for InMemory {
     }
 
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
+        self.end_loan(on.vmx, on.phys, slot, common);
+        slot.loan = Lending::NOTHING;
         let (missing, vmcs02) = (common.exists.without(&slot.vmcs12.valid), slot.vmcs02.region());
         slot.vmcs12.fetch(missing, |field| self.layout.read(on.phys, vmcs02, field));
     }
 
     fn stored(&self, slot: &mut Slot) {
         slot.vmcs12.valid = FieldSet::CACHED;
-        slot.lends = false;
     }
 
     fn looked_at(&self, slot: &mut Slot) {
         slot.vmcs12.valid = FieldSet::CACHED;
     }
 
-    fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
+    fn leave(&mut self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         on.vmx.ptrld(*on.vmcs01);
         self.become_shadow(on.phys, slot, common);
     }
 
     #[inline(never)]
     fn exit(
-        &self,
+        &mut self,
         on: MachineParts<'_>,
         slot: &mut Slot,
         common: &Known,

@@ -11,13 +11,15 @@ mod strategy;
 mod trapped;
 
 use super::image::ImageLayout;
+use super::lending::RuleBroken;
 use super::slot::Slot;
 use super::vmcs12::{FieldSet, Vmcs12};
 use crate::addr::Hpa;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
-use crate::vmx::Field;
 use crate::vmx::controls::SecondaryControls;
+use crate::vmx::lent::Loan;
+use crate::vmx::{Capabilities, Field};
 use in_memory::InMemory;
 use l2_protocol::abi;
 pub use links::Links;
@@ -57,6 +59,7 @@ impl VmcsAccess {
         layout: Option<ImageLayout>,
         links: Links,
         exists: FieldSet,
+        offered: Capabilities,
         revision: u32,
     ) -> Self {
         let links = match strategy {
@@ -68,7 +71,7 @@ impl VmcsAccess {
             (None, Some(links)) => Way::Shadowed(Shadowed::new(links)),
             (None, None) => Way::Trapped(Trapped),
         };
-        Self { way, common: Known { exists, revision } }
+        Self { way, common: Known { exists, revision, offered } }
     }
 
     /// The processor has this field.
@@ -114,17 +117,24 @@ impl VmcsAccess {
         by!(&self.way, strategy => strategy.write(on, slot, current, field, value));
     }
 
-    /// L2 writes HOST_RSP of the slot's vmcs12, and seems to do so often: it may have the field to itself from now on. vmcs01 is
-    /// current.
+    /// VMWRITE of a field that can be lent: `write` does it in the copy, and says what the vmcs12 is lent from now on; more than it is
+    /// lent only if it is the current one of L2, and vmcs01 is current. The VMCS at `current` is current.
     #[cold]
-    pub fn lend(&mut self, vmx: &mut Vmx, slot: &mut Slot) {
-        by!(&mut self.way, strategy => strategy.lend(vmx, slot));
+    pub fn write_lent(
+        &mut self,
+        on: MachineParts<'_>,
+        slot: &mut Slot,
+        current: Region,
+        write: impl FnOnce(&mut Slot, &Capabilities) -> Loan,
+    ) {
+        by!(&mut self.way, strategy => strategy.write_lent(on, slot, current, &self.common, write));
     }
 
-    /// VMWRITE of HOST_RSP, which is in the copy already. The VMCS at `current` is current.
-    #[cold]
-    pub fn write_host_rsp(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region) {
-        by!(&self.way, strategy => strategy.write_host_rsp(on, slot, current, &self.common));
+    /// What L2 left in fields that it is lent is in the copy for a look; vmcs01 is current.
+    pub fn look_at_lent(&self, on: MachineParts<'_>, slot: &mut Slot) {
+        if slot.loan.loan != Loan::Nothing {
+            by!(&self.way, strategy => strategy.look_at_lent(on, slot));
+        }
     }
 
     /// The copy in a slot was loaded from L2's memory; vmcs01 is current.
@@ -142,15 +152,20 @@ impl VmcsAccess {
         by!(&self.way, strategy => strategy.stored(slot));
     }
 
-    /// Makes vmcs02 the current VMCS, with all that L2 wrote.
+    /// Makes vmcs02 the current VMCS, with all that L2 wrote. If what L2 left where it was lent something breaks a rule, the slot's host
+    /// state is to be judged.
     #[inline(always)]
-    pub fn enter(&self, MachineParts { vmx, phys, vmcs01 }: MachineParts<'_>, slot: &mut Slot) {
-        if let Some(host_rsp) = slot.vmcs02.load(vmx, phys, self.common.revision) {
-            slot.host_rsp_is_back(host_rsp);
-        }
+    pub fn enter(
+        &self,
+        MachineParts { vmx, phys, vmcs01 }: MachineParts<'_>,
+        slot: &mut Slot,
+    ) -> Result<(), RuleBroken> {
+        let values = slot.vmcs02.load(vmx, phys, self.common.revision);
+        let result = slot.has_back(values, &self.common.offered);
         if !slot.vmcs12.dirty.is_empty() {
             self.write_dirty(vmx, phys, vmcs01, slot);
         }
+        result
     }
 
     #[inline(never)]
@@ -168,15 +183,15 @@ impl VmcsAccess {
     }
 
     /// From vmcs02, which is current, back to vmcs01; what L2 may reach by VMCS shadowing becomes reachable again.
-    pub fn leave(&self, on: MachineParts<'_>, slot: &mut Slot) {
-        by!(&self.way, strategy => strategy.leave(on, slot, &self.common));
+    pub fn leave(&mut self, on: MachineParts<'_>, slot: &mut Slot) {
+        by!(&mut self.way, strategy => strategy.leave(on, slot, &self.common));
     }
 
     /// An exit of L3 goes to L2: from vmcs02, which is current, to vmcs01, which gets L2's state. `report` replaces what the
     /// processor said.
     #[inline(always)]
-    pub fn exit(&self, on: MachineParts<'_>, slot: &mut Slot, report: Option<Report>, to: impl HostState) {
-        by!(&self.way, strategy => strategy.exit(on, slot, &self.common, report, to));
+    pub fn exit(&mut self, on: MachineParts<'_>, slot: &mut Slot, report: Option<Report>, to: impl HostState) {
+        by!(&mut self.way, strategy => strategy.exit(on, slot, &self.common, report, to));
     }
 
     /// What an exit of L3 takes that reports nothing of nvmx's own.
@@ -186,8 +201,8 @@ impl VmcsAccess {
 
     /// From vmcs02, which is current, to vmcs01, where an exit takes [`ExitTakes::Leaving`].
     #[inline(always)]
-    pub fn leave_by_exit(&self, on: MachineParts<'_>, slot: &mut Slot) {
-        if let Way::Shadowed(strategy) = &self.way {
+    pub fn leave_by_exit(&mut self, on: MachineParts<'_>, slot: &mut Slot) {
+        if let Way::Shadowed(strategy) = &mut self.way {
             strategy.leave(on, slot, &self.common);
         }
     }

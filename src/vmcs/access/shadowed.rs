@@ -5,11 +5,14 @@ use super::strategy::{
     Description, ExitTakes, HostState, Known, MachineParts, Reached, Report, Strategy, VmxOperation, on_vmcs02,
 };
 use crate::addr::Hpa;
+use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
+use crate::vmcs::lending::Lending;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
-use crate::vmx::Field;
 use crate::vmx::controls::SecondaryControls;
+use crate::vmx::lent::{LentValues, Loan};
+use crate::vmx::{Capabilities, Field};
 use l2_protocol::abi;
 
 pub(super) struct Shadowed {
@@ -20,6 +23,35 @@ impl Shadowed {
     pub(super) fn new(links: Links) -> Self {
         Self { links }
     }
+
+    /// From vmcs02, which is current, to vmcs01: L2 has what it is lent.
+    #[inline(always)]
+    fn become_shadow(&mut self, vmx: &mut Vmx, phys: &DirectMap, vmcs01: &Region, slot: &mut Slot, common: &Known) {
+        match slot.loan.loan {
+            Loan::Nothing => slot.vmcs02.become_shadow(vmx, phys, common.revision, LentValues::Nothing, vmcs01),
+            _ => self.become_lent(vmx, phys, vmcs01, slot, common),
+        }
+    }
+
+    #[inline(never)]
+    fn become_lent(&mut self, vmx: &mut Vmx, phys: &DirectMap, vmcs01: &Region, slot: &mut Slot, common: &Known) {
+        let ends = slot.loan.is_forgotten() && self.links.lead_to(slot);
+        if ends {
+            slot.loan = Lending::NOTHING;
+        }
+        let lend = slot.lend();
+        slot.vmcs02.become_shadow(vmx, phys, common.revision, lend, vmcs01);
+        if ends {
+            self.links.link(vmx, Some(slot));
+        }
+    }
+}
+
+/// What L2 was lent in vmcs02, which is current, is in the copy again.
+fn end_loan(vmx: &mut Vmx, slot: &mut Slot, common: &Known) {
+    let values = slot.vmcs02.end_loan(vmx);
+    // A rule that is broken is noted in the slot, and judged by the next entry.
+    let _ = slot.has_back(values, &common.offered);
 }
 
 impl Strategy for Shadowed {
@@ -40,28 +72,44 @@ impl Strategy for Shadowed {
         Some((read.hpa(), write.hpa()))
     }
 
-    fn lend(&mut self, vmx: &mut Vmx, slot: &mut Slot) {
-        if !slot.lends {
-            slot.lends = true;
-            self.links.open_lent(vmx);
+    fn write_lent(
+        &mut self,
+        on: MachineParts<'_>,
+        slot: &mut Slot,
+        current: Region,
+        common: &Known,
+        write: impl FnOnce(&mut Slot, &Capabilities) -> Loan,
+    ) {
+        let vmcs02 = slot.vmcs02.region();
+        if slot.loan.loan != Loan::Nothing {
+            on_vmcs02(on.vmx, vmcs02, current, |vmx| end_loan(vmx, slot, common));
+        }
+        let loan = write(slot, &common.offered);
+        if loan == Loan::Nothing || !slot.vmcs02.is_shadow() {
+            return;
+        }
+        let changes = slot.loan.loan != loan;
+        slot.loan.is(loan);
+        let lend = slot.lend();
+        on_vmcs02(on.vmx, vmcs02, current, |vmx| slot.vmcs02.lend(vmx, on.phys, lend));
+        if changes {
+            self.links.link(on.vmx, Some(slot));
         }
     }
 
-    fn write_host_rsp(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, _: &Known) {
-        if let Some(value) = slot.host_rsp_to_lend() {
-            on.vmx.ptrld(slot.vmcs02.region());
-            slot.vmcs02.lend(on.vmx, on.phys, value);
-            on.vmx.ptrld(current);
-        }
+    fn look_at_lent(&self, on: MachineParts<'_>, slot: &mut Slot) {
+        on_vmcs02(on.vmx, slot.vmcs02.region(), *on.vmcs01, |vmx| {
+            slot.loan.loan.fields().iter().for_each(|field| slot.vmcs12.set(*field, vmx.read(*field)));
+        });
     }
 
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field) -> u64 {
         // A shadow VMCS changes without an exit, so that its values are never kept.
-        on_vmcs02(on.vmx, slot, current, |vmx| vmx.read(field))
+        on_vmcs02(on.vmx, slot.vmcs02.region(), current, |vmx| vmx.read(field))
     }
 
     fn write(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field, value: u64) {
-        on_vmcs02(on.vmx, slot, current, |vmx| vmx.write(field, value & field.mask()));
+        on_vmcs02(on.vmx, slot.vmcs02.region(), current, |vmx| vmx.write(field, value & field.mask()));
     }
 
     fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
@@ -74,13 +122,14 @@ impl Strategy for Shadowed {
 
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         on.vmx.ptrld(slot.vmcs02.region());
+        end_loan(on.vmx, slot, common);
+        slot.loan = Lending::NOTHING;
         slot.vmcs12.fetch_missing(on.vmx, &common.exists);
         on.vmx.ptrld(*on.vmcs01);
     }
 
     fn stored(&self, slot: &mut Slot) {
         slot.vmcs12.valid = FieldSet::CACHED;
-        slot.lends = false;
     }
 
     fn looked_at(&self, slot: &mut Slot) {
@@ -92,14 +141,13 @@ impl Strategy for Shadowed {
     }
 
     #[inline(always)]
-    fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
-        let host_rsp = slot.host_rsp_to_lend();
-        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision, host_rsp, on.vmcs01);
+    fn leave(&mut self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
+        self.become_shadow(on.vmx, on.phys, on.vmcs01, slot, common);
     }
 
     #[inline(always)]
     fn exit(
-        &self,
+        &mut self,
         on: MachineParts<'_>,
         slot: &mut Slot,
         common: &Known,
@@ -109,8 +157,7 @@ impl Strategy for Shadowed {
         if let Some(report) = report {
             report.fields(|field, value| on.vmx.write(field, value));
         }
-        let host_rsp = slot.host_rsp_to_lend();
-        slot.vmcs02.become_shadow(on.vmx, on.phys, common.revision, host_rsp, on.vmcs01);
+        self.become_shadow(on.vmx, on.phys, on.vmcs01, slot, common);
         to.load(&mut on.vmx.batch(), slot);
     }
 }

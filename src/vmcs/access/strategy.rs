@@ -7,7 +7,8 @@ use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmx::controls::SecondaryControls;
 use crate::vmx::exit::ExitReason;
-use crate::vmx::{Field, FieldAccess};
+use crate::vmx::lent::Loan;
+use crate::vmx::{Capabilities, Field, FieldAccess};
 use l2_protocol::abi;
 
 /// What a reflected exit tells L2 in place of what the processor said.
@@ -139,11 +140,21 @@ pub(super) trait Strategy {
         ExitTakes::More
     }
 
-    /// An L2 that writes HOST_RSP often may have it to itself in the vmcs02 of this slot, from now on. vmcs01 is current.
-    fn lend(&mut self, _: &mut Vmx, _slot: &mut Slot) {}
+    /// VMWRITE of a field that can be lent: `write` does it in the copy, which has then what L2 is lent, and says what it is lent from now
+    /// on. That is more only for the vmcs12 to which vmcs01 links. The VMCS at `current` is current.
+    fn write_lent(
+        &mut self,
+        _: MachineParts<'_>,
+        slot: &mut Slot,
+        _current: Region,
+        common: &Known,
+        write: impl FnOnce(&mut Slot, &Capabilities) -> Loan,
+    ) {
+        write(slot, &common.offered);
+    }
 
-    /// VMWRITE of HOST_RSP, which is in the copy already: if it is lent, it goes to where L2 finds it. The VMCS at `current` is current.
-    fn write_host_rsp(&self, _: MachineParts<'_>, _slot: &mut Slot, _current: Region, _: &Known) {}
+    /// What L2 left in fields that it is lent is in the copy for a look: L2 may change it again without an exit. vmcs01 is current.
+    fn look_at_lent(&self, _: MachineParts<'_>, _slot: &mut Slot) {}
 
     /// VMREAD of a field that is not in the copy. The VMCS at `current` is current.
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field) -> u64;
@@ -154,7 +165,7 @@ pub(super) trait Strategy {
     /// The copy was loaded from L2's memory, all of it.
     fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
 
-    /// The copy is to be stored to L2's memory, all of it.
+    /// The copy is to be stored to L2's memory, all of it, and L2 is lent nothing any more.
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
 
     /// It was stored, and the vmcs12 is inactive.
@@ -167,10 +178,17 @@ pub(super) trait Strategy {
     fn looked_at(&self, slot: &mut Slot);
 
     /// From vmcs02, which is current, back to vmcs01, without an exit of L3.
-    fn leave(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
+    fn leave(&mut self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
 
     /// An exit of L3 goes to L2: from vmcs02, which is current, to vmcs01, which gets L2's state.
-    fn exit(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known, report: Option<Report>, to: impl HostState);
+    fn exit(
+        &mut self,
+        on: MachineParts<'_>,
+        slot: &mut Slot,
+        common: &Known,
+        report: Option<Report>,
+        to: impl HostState,
+    );
 }
 
 /// What all strategies know.
@@ -179,11 +197,13 @@ pub(super) struct Known {
     pub(super) exists: FieldSet,
     /// Its revision identifier.
     pub(super) revision: u32,
+    /// What L2 is offered, as far as rules on values depend on it.
+    pub(super) offered: Capabilities,
 }
 
 /// Runs `f` with vmcs02 as the current VMCS, in whichever form it is, and goes back to the one that was.
-pub(super) fn on_vmcs02<T>(vmx: &mut Vmx, slot: &Slot, current: Region, f: impl FnOnce(&mut Vmx) -> T) -> T {
-    vmx.ptrld(slot.vmcs02.region());
+pub(super) fn on_vmcs02<T>(vmx: &mut Vmx, vmcs02: Region, current: Region, f: impl FnOnce(&mut Vmx) -> T) -> T {
+    vmx.ptrld(vmcs02);
     let result = f(vmx);
     vmx.ptrld(current);
     result

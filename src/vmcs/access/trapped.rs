@@ -31,7 +31,7 @@ impl Strategy for Trapped {
     }
 
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field) -> u64 {
-        let value = on_vmcs02(on.vmx, slot, current, |vmx| vmx.read(field));
+        let value = on_vmcs02(on.vmx, slot.vmcs02.region(), current, |vmx| vmx.read(field));
         slot.vmcs12.fetched(field, value);
         value
     }
@@ -57,12 +57,19 @@ impl Strategy for Trapped {
 
     fn looked_at(&self, _: &mut Slot) {}
 
-    fn leave(&self, on: MachineParts<'_>, _: &mut Slot, _: &Known) {
+    fn leave(&mut self, on: MachineParts<'_>, _: &mut Slot, _: &Known) {
         on.vmx.ptrld(*on.vmcs01);
     }
 
     #[inline(never)]
-    fn exit(&self, on: MachineParts<'_>, slot: &mut Slot, _: &Known, report: Option<Report>, mut to: impl HostState) {
+    fn exit(
+        &mut self,
+        on: MachineParts<'_>,
+        slot: &mut Slot,
+        _: &Known,
+        report: Option<Report>,
+        mut to: impl HostState,
+    ) {
         slot.vmcs12.valid = FieldSet::CACHED;
         for field in HOT {
             let value = on.vmx.read(field);

@@ -176,8 +176,26 @@ impl<N: Numbers> Sequence<N> {
         if self.numbers.below(4) == 0 {
             self.change().await;
         }
+        if self.numbers.below(3) == 0 {
+            self.change_thread().await;
+        }
         if self.numbers.below(8) != 0 {
             self.do_(Op::Vmresume).await;
+        }
+    }
+
+    /// What a hypervisor with threads does: another stack, other page tables and bases, seldom one that breaks a rule.
+    async fn change_thread(&mut self) {
+        for field in [HOST_RSP, HOST_CR3, HOST_FS_BASE, HOST_GS_BASE] {
+            let n = &mut self.numbers;
+            let (read, write, broken) = (n.below(3), n.below(3), n.below(40));
+            if read == 0 {
+                self.do_(Op::Vmread(field.encoding().into())).await;
+            }
+            if write != 0 {
+                let value = if broken == 0 { 1 << 63 | 1 << 50 } else { self.value_for(field) };
+                self.do_(Op::Vmwrite(field.encoding().into(), value)).await;
+            }
         }
     }
 
@@ -243,7 +261,8 @@ impl<N: Numbers> Sequence<N> {
             GUEST_IA32_EFER | HOST_IA32_EFER => n.pick(&[0xD01, 0xD00, 0x501, 0x500]),
             GUEST_IA32_PAT | HOST_IA32_PAT => n.pick(&[0x0007_0406_0007_0406, 0x0606, 2]),
             GUEST_DR7 => n.pick(&[0x400, 0x401]),
-            GUEST_CR3 | HOST_CR3 => 0x1000,
+            GUEST_CR3 => 0x1000,
+            HOST_CR3 => n.pick(&[0x1000, 0x1008, 0x1018]),
             HOST_RIP => n.pick(&[HANDLER, HANDLER + 0x100]),
             TSC_OFFSET => n.next(),
             GUEST_ACTIVITY_STATE => n.pick(&[0, 0, 1, 3, 4]),

@@ -204,6 +204,8 @@ struct Under {
     guest: Guest,
     program: Rc<RefCell<Option<Program>>>,
     host_rsp: u64,
+    /// nvmx's host-state area but for where exits land: the same in each VMCS, and at each entry.
+    host_area: Option<Vec<(Field, u64)>>,
     exit_path: u64,
 }
 
@@ -222,7 +224,13 @@ impl World {
         }
         let guest = Guest::new(core);
         let program: Rc<RefCell<Option<Program>>> = Rc::default();
-        let under = Under { guest: guest.clone(), program: program.clone(), host_rsp: 0, exit_path: EXIT_PATH };
+        let under = Under {
+            guest: guest.clone(),
+            program: program.clone(),
+            host_rsp: 0,
+            host_area: None,
+            exit_path: EXIT_PATH,
+        };
         let model: host::Model = Rc::new(RefCell::new(under));
         let block = block(index);
         host::install(model.clone(), block);
@@ -392,6 +400,9 @@ impl Processor for Under {
         }
         self.host_rsp = regs.host_rsp();
         let host_rsp = self.host_rsp;
+        let host_area = Field::ALL.iter().filter(|field| field.is_host_state() && **field != HOST_RIP);
+        let host_area: Vec<_> = self.with(|core| host_area.map(|field| (*field, core.get(*field))).collect());
+        assert_eq!(self.host_area.get_or_insert_with(|| host_area.clone()), &host_area, "nvmx's host area");
         let entered = self.with(|core| {
             let exits = match core.get(HOST_RIP) {
                 EXIT_PATH => Entered::Exit,
