@@ -2,16 +2,21 @@
 //!
 //! Our build records every VM exit for whoever sets `NVMX_EXIT_LOG`: `trace/log.rs` of the harness reads the format.
 
+mod build;
 pub mod series;
+mod source;
+
+pub use build::{patch, patch_of};
+pub use source::download;
 
 use crate::error::Stop;
 use crate::paths::Paths;
 use crate::proc;
 use crate::release::Release;
 use crate::ui::Ui;
-use crate::{Need, apt, program, require, sources};
-use anyhow::{Context, Result, ensure};
-use series::Series;
+use crate::{Need, program, require};
+use anyhow::{Context, Result};
+use build::{Build, build};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -39,58 +44,6 @@ pub enum Flavour {
 
 /// The upstream version that the fixes are written for.
 const UPSTREAM: &str = "3.0";
-
-/// All that its models of processors have; `--enable-all-optimizations` alone leaves alignment checks out.
-const CONFIGURE: [&str; 17] = [
-    "--with-nogui",
-    "--enable-all-optimizations",
-    "--enable-cpu-level=6",
-    "--enable-x86-64",
-    "--enable-vmx=2",
-    "--enable-avx",
-    "--enable-evex",
-    "--enable-cet",
-    "--enable-uintr",
-    "--enable-protection-keys",
-    "--enable-amx",
-    "--enable-memtype",
-    "--enable-perfmon",
-    "--enable-alignment-check",
-    "--enable-pci",
-    "--enable-smp",
-    "--disable-docbook",
-];
-
-/// The stub looks at each instruction, so that no chain of them runs at once.
-const WITH_GDB: [&str; 2] = ["--enable-gdb-stub", "--disable-handlers-chaining"];
-
-/// One build of ours.
-struct Build {
-    series: Series,
-    options: Vec<&'static str>,
-    name: &'static str,
-}
-
-impl Build {
-    /// The one that boots.
-    fn plain(root: &Path) -> Result<Self> {
-        Ok(Build { series: Series::read(root)?, options: CONFIGURE.to_vec(), name: "Bochs 3.0" })
-    }
-
-    /// The one that serves gdb.
-    fn with_gdb(root: &Path) -> Result<Self> {
-        let options = CONFIGURE.into_iter().chain(WITH_GDB).collect();
-        Ok(Build { series: Series::read_with_gdb(root)?, options, name: "Bochs 3.0 with a gdb stub" })
-    }
-
-    fn digest(&self) -> String {
-        format!("{:016x}", self.series.digest(&self.options))
-    }
-
-    fn folder(&self, paths: &Paths) -> PathBuf {
-        paths.cache.join(format!("bochs-{UPSTREAM}-{}", self.digest()))
-    }
-}
 
 /// The BIOS.
 pub const BIOS: Need =
@@ -225,141 +178,6 @@ fn lost(version: &str, flavour: Flavour) -> String {
     lost.join("; ")
 }
 
-/// All fixes as one patch against the unpacked source.
-///
-/// # Errors
-/// If the source cannot be fetched, or a fix does not go in.
-pub fn patch(ui: &Ui, paths: &Paths, series: &Series) -> Result<String> {
-    require(ui, &BUILD_NEEDS, "unpacking the source of Bochs 3.0")?;
-    let work = tempfile::Builder::new().prefix("bochs-").tempdir_in(&paths.cache)?;
-    patch_of(work.path(), &download(ui, work.path())?, series)
-}
-
-/// All fixes as one patch against the source in this archive, which is unpacked in `work`.
-///
-/// # Errors
-/// If a fix does not go in.
-pub fn patch_of(work: &Path, tarball: &Path, series: &Series) -> Result<String> {
-    series.patch(&unpacked(work, tarball)?)
-}
-
-/// Fetches and unpacks the source, as it is, into a folder of `work`.
-fn unpack(ui: &Ui, work: &Path) -> Result<PathBuf> {
-    unpacked(work, &download(ui, work)?)
-}
-
-fn unpacked(work: &Path, tarball: &Path) -> Result<PathBuf> {
-    let source = work.join("source");
-    std::fs::create_dir(&source)?;
-    let mut tar = Command::new("tar");
-    tar.args(["--strip-components=1", "-xf"]).arg(tarball).arg("-C").arg(&source);
-    must(&proc::run(&mut tar, None, |_| {})?, "unpacking Bochs")?;
-    Ok(source)
-}
-
-fn build(ui: &Ui, paths: &Paths, wanted: &Build) -> Result<()> {
-    let what = format!("building {}", wanted.name);
-    require(ui, &BUILD_NEEDS, &what)?;
-    let work = tempfile::Builder::new().prefix("bochs-").tempdir_in(&paths.cache)?;
-    let source = unpack(ui, work.path())?;
-    let mut step = ui.step(&what);
-    wanted.series.apply(&source)?;
-    // The folder is a temporary one: make sure that no file of it looks newer than what was made from it.
-    let mut configure = Command::new("./configure");
-    configure.args(&wanted.options).current_dir(&source);
-    must(&proc::run(&mut configure, None, |line| step.at(line))?, "configuring Bochs")?;
-    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut make = Command::new("make");
-    make.arg(format!("-j{jobs}")).current_dir(&source);
-    must(&proc::run(&mut make, None, |line| step.at(&short(line)))?, "building Bochs")?;
-    let output = work.path().join("output");
-    std::fs::create_dir(&output)?;
-    std::fs::copy(source.join("bochs"), output.join("bochs")).context("the build left no bochs")?;
-    let found = look_at(&output.join("bochs"))?;
-    ensure!(found.version == UPSTREAM, "the built Bochs says it is {}", found.version);
-    let folder = wanted.folder(paths);
-    if folder.exists() {
-        std::fs::remove_dir_all(&folder)?;
-    }
-    std::fs::rename(&output, &folder)?;
-    step.done(&format!("{} is built", wanted.name));
-    Ok(())
-}
-
-fn must(said: &proc::Said, what: &str) -> Result<()> {
-    if said.status.success() {
-        Ok(())
-    } else {
-        Err(Stop::environment(format!("{what} failed:\n{}", said.tail(15))).into())
-    }
-}
-
-/// The file that a long compiler line is about.
-fn short(line: &str) -> String {
-    let source = |w: &&str| w.ends_with(".cc") || w.ends_with(".a") || w.ends_with(".o");
-    line.split_whitespace().rev().find(source).unwrap_or("").to_string()
-}
-
-/// Fetches the source into a folder of `work` by apt, from the archive that the machine uses anyway: apt checks signature, size and digest.
-///
-/// # Errors
-/// [`Stop::Environment`] if it cannot be had.
-pub fn download(ui: &Ui, work: &Path) -> Result<PathBuf> {
-    if apt::Power::find() == apt::Power::None {
-        return Err(
-            Stop::environment("Bochs 3.0 is built from Debian's source package, and there is no apt here").into()
-        );
-    }
-    let (id, codename) = sources::distribution()?;
-    let entries = sources::of_machine(Path::new("/etc/apt"));
-    let archive = sources::main_archive(&entries, &codename)
-        .ok_or_else(|| Stop::environment("apt has no archive with the component main"))?;
-    let mut step = ui.step("fetching the source of Bochs 3.0");
-    let mut last = String::new();
-    for (suite, component) in suites(&id) {
-        let tree = work.join(format!("apt-{suite}"));
-        for folder in ["lists/partial", "cache/archives/partial", "sources.list.d", "download"] {
-            std::fs::create_dir_all(tree.join(folder))?;
-        }
-        let paragraph = sources::source_paragraph(archive, suite, component);
-        std::fs::write(tree.join("sources.list.d/nvmx.sources"), paragraph)?;
-        let apt = |args: &[&str]| {
-            let mut command = Command::new("apt-get");
-            for (key, value) in
-                [("Dir::State::lists", "lists"), ("Dir::Cache", "cache"), ("Dir::Etc::sourceparts", "sources.list.d")]
-            {
-                command.arg("-o").arg(format!("{key}={}", tree.join(value).display()));
-            }
-            // Without this apt, when root, drops to a user who may not enter the cache folder.
-            command.args(["-o", "APT::Sandbox::User=root", "-o", "Dir::Etc::sourcelist=/dev/null"]);
-            command.args(args).current_dir(tree.join("download")).env("LC_ALL", "C.UTF-8");
-            command
-        };
-        let updated = proc::run(&mut apt(&["update"]), None, |line| step.at(line))?;
-        let mut fetch = apt(&["source", "--download-only", "--tar-only", "bochs"]);
-        let fetched = proc::run(&mut fetch, None, |line| step.at(line))?;
-        if let Some(tarball) = tarball_in(&tree.join("download")) {
-            if fetched.status.success() {
-                drop(step);
-                return Ok(tarball);
-            }
-        }
-        last = format!("{}\n{}", updated.text, fetched.text);
-    }
-    Err(apt::not_fetched("the source of Bochs 3.0", last.trim(), &[]).into())
-}
-
-/// Releases whose archive has Bochs 3.0.
-fn suites(id: &str) -> &'static [(&'static str, &'static str)] {
-    if id == "ubuntu" { &[("questing", "universe"), ("resolute", "universe")] } else { &[("trixie", "main")] }
-}
-
-fn tarball_in(folder: &Path) -> Option<PathBuf> {
-    let is_it = |name: &str| name.starts_with("bochs_3.0") && name.contains(".orig.tar.") && !name.ends_with(".asc");
-    let files = std::fs::read_dir(folder).ok()?.flatten();
-    files.map(|e| e.path()).find(|p| p.file_name().and_then(|n| n.to_str()).is_some_and(is_it))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -377,11 +195,5 @@ mod tests {
     fn the_cpu_models_are_read_from_the_help() {
         let help = "=== \nSupported CPU models:\n\ni386\ntigerlake\n\n000i[SIM   ] quit_sim\n";
         assert_eq!(models_of(help), ["i386", "tigerlake"]);
-    }
-
-    #[test]
-    fn the_live_line_shows_the_file_that_is_compiled() {
-        assert_eq!(short("g++ -c -I.. -O3 cpu/vmx.cc -o cpu/vmx.o"), "cpu/vmx.o");
-        assert_eq!(short("make[1]: Entering directory"), "");
     }
 }
