@@ -34,10 +34,13 @@ fn entry(input: &mut Input<'_>) -> u64 {
 fn step(input: &mut Input<'_>) -> Step {
     let number = |input: &mut Input<'_>| usize::from(input.u8()) % ROLES.len();
     match input.u8() % 16 {
-        0..=4 => Step::Write { table: input.below(6), index: input.below(3), entry: entry(input) },
+        0..=4 => Step::Write { table: input.below(7), index: input.below(3), entry: entry(input) },
         5..=9 => {
             let index = |input: &mut Input<'_>| u64::from(input.u8() % 3);
-            let ngpa = index(input) << 39 | index(input) << 30 | index(input) << 21 | index(input) << 12;
+            // Beyond four levels at times.
+            let top = input.u8();
+            let top = u64::from(top > 240) << 48 | u64::from(top % 3) << 39;
+            let ngpa = top | index(input) << 30 | index(input) << 21 | index(input) << 12;
             Step::Access { ngpa: ngpa | input.below(KIB4), access: input.pick(&[1, 2, 4, 3]) }
         }
         10..=11 => Step::AccessNear { page: input.below(3), access: input.pick(&[1, 2, 4]) },
@@ -56,8 +59,8 @@ fuzz_target!(|data: &[u8]| {
         steps.push(step(&mut input));
     }
     let result = match size % 4 {
-        0 => run::<2, 3>(0, 0, &steps),
-        1 => run::<1, 3>(2, 5, &steps),
+        0 => run::<2, 4>(0, 0, &steps),
+        1 => run::<1, 4>(2, 5, &steps),
         2 => run::<3, 4>(100, u64::from(size >> 2) % 9, &steps),
         _ => run::<8, 16>(400, 400, &steps),
     };
