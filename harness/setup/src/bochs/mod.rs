@@ -71,7 +71,7 @@ pub const BUILD_NEEDS: [Need; 4] = [
 /// Where our build is or will be: the folder's name follows from the fixes and the options.
 ///
 /// # Errors
-/// As [`Series::read`].
+/// As [`series::Series::read`].
 pub fn built(paths: &Paths) -> Result<PathBuf> {
     Ok(Build::plain(&paths.root)?.folder(paths).join("bochs"))
 }
@@ -79,7 +79,7 @@ pub fn built(paths: &Paths) -> Result<PathBuf> {
 /// The digest of the fixes and the options of our build, by which two builds are told apart.
 ///
 /// # Errors
-/// As [`Series::read`].
+/// As [`series::Series::read`].
 pub fn digest(paths: &Paths) -> Result<String> {
     Ok(Build::plain(&paths.root)?.digest())
 }
