@@ -12,13 +12,13 @@ bitflags! {
         const NMI = 1 << 0;
         /// An INIT that arrived while L2 was in VMX root operation, where it is blocked.
         const INIT = 1 << 1;
-        /// None of these: something of nvmx's own is in the VMCS of the guest, [`Events`] says what.
+        /// No event waits, but nvmx has put something into the VMCS of the guest: [`Events`] says what.
         const OWN = 1 << 2;
-        /// None of these, and never over: L3's translations are looked at before each entry (`stale=warn`).
+        /// No event waits: L3's translations are looked at before each entry (`stale=warn`).
         const LOOK = 1 << 3;
-        /// None of these, and never over: what is entered goes into the trace (`trace=N`).
+        /// No event waits: what is entered goes into the trace (`trace=N`).
         const TRACE = 1 << 4;
-        /// What is never over.
+        /// What is done before every entry, for as long as the processor runs.
         const ALWAYS = Self::LOOK.bits() | Self::TRACE.bits();
     }
 }

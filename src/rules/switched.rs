@@ -5,9 +5,8 @@
 //! (`vmcs::msrs`), what nvmx knows of L2's MSRs (`vmcs::tracked`), what a reflected exit loads, and what is carried between
 //! the levels (`vmcs::inherit`).
 //!
-//! The last rows are resident: the state does nothing while nvmx runs, since nvmx's CR4 has neither CET nor PKS nor UINTR, or, of
-//! performance counters, what it does is the guest's business. So
-//! nvmx's VMCSs neither save nor load it for nvmx. vmcs02 loads L3's values where vmcs12 asks, and on an exit that goes to nvmx
+//! The last rows are resident: the state does nothing while nvmx runs, since nvmx's CR4 has neither CET nor PKS nor UINTR, or what
+//! it does is the guest's business: performance counters. So nvmx's VMCSs neither save nor load it for nvmx. vmcs02 loads L3's values where vmcs12 asks, and on an exit that goes to nvmx
 //! alone they stay where they are. Where vmcs12 asks that the exit loads L2's values, the next entry of vmcs01 loads them, once
 //! (`vmcs::once`). Nobody else pays for it. The processor saves all of it on each exit, in vmcs02 for L2 to read; counters only by a
 //! control, which vmcs02 has too where the entry loads them (`vmcs::inherit` gives L2 its value back).
