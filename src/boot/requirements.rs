@@ -145,7 +145,8 @@ fn key_bits(tme_activate: u64) -> u8 {
 const PERF_METRICS: u64 = 1 << 15;
 
 /// The bits of IA32_PERF_GLOBAL_CTRL (SDM vol. 4): a general counter each from bit 0 on, a fixed one each from bit 32 on, and the
-/// performance metrics. The MSR comes with version 2 of architectural performance monitoring (SDM vol. 2A, CPUID leaf 0AH).
+/// performance metrics. The MSR comes with version 2 of architectural
+/// performance monitoring (SDM vol. 2A, CPUID leaf 0AH).
 fn counters<R: CpuIdReader>(cpuid: &CpuId<R>, rdmsr: &mut impl FnMut(u32) -> u64) -> u64 {
     let first = |count: u8| if count < 32 { (1u64 << count) - 1 } else { u32::MAX.into() };
     let monitoring = cpuid.get_performance_monitoring_info().filter(|info| info.version_id() >= 2);

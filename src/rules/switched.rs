@@ -6,10 +6,11 @@
 //! the levels (`vmcs::inherit`).
 //!
 //! The last rows are resident: the state does nothing while nvmx runs, since nvmx's CR4 has neither CET nor PKS nor UINTR, or what
-//! it does is the guest's business: performance counters. So nvmx's VMCSs neither save nor load it for nvmx. vmcs02 loads L3's values where vmcs12 asks, and on an exit that goes to nvmx
-//! alone they stay where they are. Where vmcs12 asks that the exit loads L2's values, the next entry of vmcs01 loads them, once
-//! (`vmcs::once`). Nobody else pays for it. The processor saves all of it on each exit, in vmcs02 for L2 to read; counters only by a
-//! control, which vmcs02 has too where the entry loads them (`vmcs::inherit` gives L2 its value back).
+//! it does is the guest's business: performance counters. So nvmx's VMCSs neither save nor load it for nvmx.
+//! vmcs02 loads L3's values where vmcs12 asks, and on an exit that goes to nvmx alone they stay where they are. Where vmcs12 asks
+//! that the exit loads L2's values, the next entry of vmcs01 loads them, once (`vmcs::once`). Nobody else pays for it. The processor
+//! saves all of it on each exit, in vmcs02 for L2 to read; counters only by a control, which vmcs02 has too where the entry loads them
+//! (`vmcs::inherit` gives L2 its value back).
 //!
 //! Source: Intel SDM vol. 3C, "VM-Exit Controls", "VM-Entry Controls", "Loading Guest State", "Saving Guest State", "Loading
 //! Host State"; vol. 4, table "IA-32 Architectural MSRs".

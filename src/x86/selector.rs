@@ -1,7 +1,8 @@
 //! Segment selectors.
 //!
 //! Source: Intel SDM vol. 3A, "Segment Selectors". `SegmentSelector` of the crate `x86_64` has index and RPL; it does not tell
-//! which table a selector names, and its RPL is an enum where a number is compared.
+//! which table a selector names, and its RPL is an enum
+//! where a number is compared.
 
 /// TI: the selector names an entry of the LDT.
 const TI: u16 = 1 << 2;
