@@ -117,6 +117,9 @@ impl<P: PhysMem> Physical<'_, P> {
             return None;
         }
         let Some(eptp12) = self.view.eptp12 else { return Some(Gpa::new(at.get())) };
+        // With accessed and dirty flags in ept12 an access to L3's paging structures counts as a write.
+        let counts_as_write = part == Part::Walk && eptp12.accessed_dirty();
+        let rights = if counts_as_write { Rights::READ | Rights::WRITE } else { rights };
         let found = self.walk(eptp12, at.get(), rights);
         if found.is_none() {
             let mut qualification = Qualification::LINEAR_VALID;

@@ -37,6 +37,8 @@ async fn instructions(g: Guest) {
         g.run(Op::Vmclear(at)).await;
         g.run(Op::Vmptrld(at)).await;
         g.run(Op::Vmwrite(0x681E, 1)).await;
+        g.run(Op::VmreadTo(0x681E, 0x3_0FFC)).await;
+        g.run(Op::VmwriteFrom(0x681E, 0x3_0FFC)).await;
         g.run(Op::Vmptrst).await;
     }
     g.run(Op::Invept(2, 0)).await;
@@ -161,7 +163,15 @@ async fn shadow(g: Guest) {
     )
     .await;
     g.run(Op::Vmlaunch).await;
-    for op in [Op::Vmwrite(0x6C16, 7), Op::Vmread(0x6C16), Op::Vmwrite(0x681E, 7), Op::Vmread(0x681E), Op::Vmcall] {
+    for op in [
+        Op::Vmwrite(0x6C16, 7),
+        Op::Vmread(0x6C16),
+        Op::Vmwrite(0x681E, 7),
+        Op::Vmread(0x681E),
+        Op::VmwriteFrom(0x6C16, 0x3_0000),
+        Op::VmreadTo(0x6C16, 0x3_0FFC),
+        Op::Vmcall,
+    ] {
         if g.level() == Level::L3 {
             g.run(op).await;
         }

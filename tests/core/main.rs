@@ -7,6 +7,7 @@ mod instructions;
 mod kit;
 mod lent;
 mod memory;
+mod operands;
 mod own;
 mod random;
 mod slots;

@@ -2,7 +2,7 @@
 //!
 //! Source: SDM vol. 3C, "VMX Non-Root Operation", "Exit Qualification", tables of the instruction-information field.
 
-use crate::memory::{READ, WRITE};
+use crate::memory::{READ, Unreached, WRITE};
 use crate::processor::{Core, Delivered, Done, Entry, Exit, Fail, Root};
 use nvmx::addr::Hpa;
 use nvmx::mm::{PhysMem, Place};
@@ -46,7 +46,11 @@ pub enum Op {
     Vmptrld(u64),
     Vmptrst,
     Vmread(u64),
+    /// To memory: the encoding, and the linear address of the operand
+    VmreadTo(u64, u64),
     Vmwrite(u64, u64),
+    /// From memory: the encoding, and the linear address of the operand
+    VmwriteFrom(u64, u64),
     Vmlaunch,
     Vmresume,
     Vmcall,
@@ -67,6 +71,7 @@ const FLAGS: u64 = 0x8D5;
 /// Vectors with an error code.
 const UD: u8 = 6;
 const GP: u8 = 13;
+const PF: u8 = 14;
 
 fn bit(value: u64, number: u32) -> bool {
     value >> number & 1 == 1
@@ -81,6 +86,8 @@ impl Core {
     fn length(op: Op) -> u64 {
         match op {
             Op::Hlt => 1,
+            // ModRM, SIB, four bytes of displacement.
+            Op::VmreadTo(..) | Op::VmwriteFrom(..) => 8,
             Op::Vmread(_) | Op::Vmwrite(..) | Op::Vmptrld(_) | Op::Vmptrst => 4,
             Op::Vmclear(_) | Op::Vmxon(_) | Op::Invept(..) | Op::Invvpid(..) => 5,
             Op::Cpuid | Op::Rdtsc | Op::Rdmsr(_) | Op::Wrmsr(..) | Op::Pause => 2,
@@ -99,7 +106,7 @@ impl Core {
             }
             Op::MovToCr0(value) | Op::MovToCr3(value) | Op::MovToCr4(value) => self.gprs[0] = value,
             Op::Out(_, value) => self.gprs[0] = value.into(),
-            Op::Vmread(encoding) => self.gprs[1] = encoding,
+            Op::Vmread(encoding) | Op::VmreadTo(encoding, _) | Op::VmwriteFrom(encoding, _) => self.gprs[1] = encoding,
             Op::Vmwrite(encoding, value) => (self.gprs[0], self.gprs[1]) = (value, encoding),
             Op::Vmfunc(eax, ecx) => (self.gprs[0], self.gprs[1]) = (eax.into(), ecx.into()),
             Op::Vmxon(at) | Op::Vmclear(at) | Op::Vmptrld(at) => self.store(OPERAND, at)?,
@@ -177,9 +184,9 @@ impl Core {
             Op::Vmlaunch => Some(20),
             Op::Vmptrld(_) => Some(21),
             Op::Vmptrst => Some(22),
-            Op::Vmread(_) => when(!self.may_shadow(), 23),
+            Op::Vmread(_) | Op::VmreadTo(..) => when(!self.may_shadow(), 23),
             Op::Vmresume => Some(24),
-            Op::Vmwrite(..) => when(!self.may_shadow(), 25),
+            Op::Vmwrite(..) | Op::VmwriteFrom(..) => when(!self.may_shadow(), 25),
             Op::Vmxoff => Some(26),
             Op::Vmxon(_) => Some(27),
             Op::MovDr => when(self.primary(23), 29),
@@ -212,20 +219,28 @@ impl Core {
             }
             Op::Vmfunc(..) | Op::Read(_) | Op::Write(..) | Op::Raise(..) => None,
         };
-        let mut exit = Exit::by(reason?, Self::length(op));
+        let mut exit = Self::told_of_operands(op, Exit::by(reason?, Self::length(op)));
         match op {
-            Op::Vmclear(_) | Op::Vmptrld(_) | Op::Vmptrst | Op::Vmxon(_) | Op::Invept(..) | Op::Invvpid(..) => {
-                exit.info = memory_operand(0);
-                exit.qualification = OPERAND;
-            }
-            // The value in RAX, the encoding in RCX.
-            Op::Vmread(_) | Op::Vmwrite(..) => exit.info = 1 << 10 | 1 << 28 | 2 << 7,
             Op::Invlpg(at) => exit.qualification = at,
             Op::In(port) => exit.qualification = 1 << 3 | u64::from(port) << 16,
             Op::Out(port, _) => exit.qualification = u64::from(port) << 16,
             _ => {}
         }
         Some(exit)
+    }
+
+    /// What an exit of a VMX instruction says of its operands.
+    fn told_of_operands(op: Op, exit: Exit) -> Exit {
+        let (info, qualification) = match op {
+            Op::Vmclear(_) | Op::Vmptrld(_) | Op::Vmptrst | Op::Vmxon(_) | Op::Invept(..) | Op::Invvpid(..) => {
+                (memory_operand(0), OPERAND)
+            }
+            // The value in RAX, the encoding in RCX.
+            Op::Vmread(_) | Op::Vmwrite(..) => (1 << 10 | 1 << 28 | 2 << 7, 0),
+            Op::VmreadTo(_, at) | Op::VmwriteFrom(_, at) => (memory_operand(1), at),
+            _ => return exit,
+        };
+        Exit { info, qualification, ..exit }
     }
 
     fn is_unprivileged(&self) -> bool {
@@ -337,25 +352,33 @@ impl Core {
                 return Ok(self.raise(vector, error, address));
             }
             Op::Vmfunc(function, index) => return self.vmfunc(op, function, index),
-            Op::Vmread(encoding) if self.in_guest => {
+            Op::Vmread(encoding) | Op::VmreadTo(encoding, _) if self.in_guest => {
                 if self.is_unprivileged() && self.may_shadow_encoding(encoding, None) {
                     return Err(gp);
                 }
+                let exit = Self::told_of_operands(op, Exit::by(23, Self::length(op)));
                 return Ok(match self.shadowed(encoding, None) {
-                    None => Step::Exit(Exit { info: 1 << 10 | 1 << 28 | 2 << 7, ..Exit::by(23, Self::length(op)) }),
-                    Some(result) => {
-                        self.gprs[0] = result.unwrap_or(self.gprs[0]);
-                        self.report(op, result.map(drop))
-                    }
+                    None => Step::Exit(exit),
+                    Some(result) => self.was_read(op, result),
                 });
             }
-            Op::Vmwrite(encoding, value) if self.in_guest => {
-                if self.is_unprivileged() && self.may_shadow_encoding(encoding, Some(value)) {
+            Op::Vmwrite(encoding, _) | Op::VmwriteFrom(encoding, _) if self.in_guest => {
+                if self.is_unprivileged() && self.may_shadow_encoding(encoding, Some(0)) {
                     return Err(gp);
                 }
-                return Ok(match self.shadowed(encoding, Some(value)) {
-                    None => Step::Exit(Exit { info: 1 << 10 | 1 << 28 | 2 << 7, ..Exit::by(25, Self::length(op)) }),
-                    Some(result) => self.report(op, result.map(drop)),
+                let exit = Self::told_of_operands(op, Exit::by(25, Self::length(op)));
+                if !self.may_shadow_encoding(encoding, Some(0)) {
+                    return Ok(Step::Exit(exit));
+                }
+                if self.get(VMCS_LINK_POINTER) == u64::MAX {
+                    return Ok(self.report(op, Err(Fail::Invalid)));
+                }
+                return Ok(match self.source(op) {
+                    Err(step) => step,
+                    Ok(value) => {
+                        let result = self.shadowed(encoding, Some(value)).expect("the bitmap lets it pass");
+                        self.report(op, result.map(drop))
+                    }
                 });
             }
             Op::Getsec => return Err((UD, None)),
@@ -365,7 +388,9 @@ impl Core {
             | Op::Vmptrld(_)
             | Op::Vmptrst
             | Op::Vmread(_)
+            | Op::VmreadTo(..)
             | Op::Vmwrite(..)
+            | Op::VmwriteFrom(..)
             | Op::Vmlaunch
             | Op::Vmresume
             | Op::Vmcall
@@ -374,6 +399,79 @@ impl Core {
             _ => {}
         }
         Ok(self.complete(op))
+    }
+
+    // ---- Operands of VMREAD and VMWRITE: 64 bits in 64-bit mode, else 32 ----
+
+    fn is_long(&self) -> bool {
+        bit(self.state.get(GUEST_IA32_EFER), 10)
+    }
+
+    /// VMREAD ends: with its destination, if it has a value.
+    fn was_read(&mut self, op: Op, read: Result<u64, Fail>) -> Step {
+        if let Ok(value) = read {
+            let bytes = if self.is_long() { 8 } else { 4 };
+            match op {
+                Op::VmreadTo(_, at) => match self.places(at, bytes, WRITE) {
+                    Err(step) => return step,
+                    Ok(places) => {
+                        let value = value.to_le_bytes();
+                        for (n, place) in places.into_iter().enumerate() {
+                            self.memory.write_bytes(Place::anywhere(Hpa::new(place)), &value[n..=n]);
+                        }
+                    }
+                },
+                _ if bytes == 8 => self.gprs[0] = value,
+                _ => self.gprs[0] = value & 0xFFFF_FFFF,
+            }
+        }
+        self.report(op, read.map(drop))
+    }
+
+    /// The value that VMWRITE writes. A memory operand is loaded before the encoding is judged.
+    fn source(&mut self, op: Op) -> Result<u64, Step> {
+        let bytes = if self.is_long() { 8 } else { 4 };
+        let Op::VmwriteFrom(_, at) = op else {
+            return Ok(if bytes == 8 { self.gprs[0] } else { self.gprs[0] & 0xFFFF_FFFF });
+        };
+        let mut value = [0; 8];
+        for (n, place) in self.places(at, bytes, READ)?.into_iter().enumerate() {
+            self.memory.read_bytes(Hpa::new(place), &mut value[n..=n]);
+        }
+        Ok(u64::from_le_bytes(value))
+    }
+
+    /// Where the bytes of an operand lie. The SDM leaves open which of two pages is found wanting first; here the page tables are
+    /// asked for both, then EPT. Nothing is accessed before.
+    fn places(&mut self, at: u64, bytes: u64, access: u64) -> Result<Vec<u64>, Step> {
+        let (base, refused) = if self.is_long() {
+            let canonical = |at: u64| (at as i64) << 16 >> 16 == at as i64;
+            (0, !canonical(at) || !canonical(at.wrapping_add(bytes - 1)))
+        } else {
+            // A data segment that grows upwards.
+            let rights = self.state.get(GUEST_DS_AR_BYTES);
+            let beyond = (at & 0xFFFF_FFFF) + bytes - 1 > self.state.get(GUEST_DS_LIMIT);
+            let read_only = access == WRITE && !bit(rights, 1);
+            (self.state.get(GUEST_DS_BASE), bit(rights, 16) || beyond || read_only)
+        };
+        if refused {
+            return Err(self.raise(GP, Some(0), None));
+        }
+        let width = if self.is_long() { u64::MAX } else { 0xFFFF_FFFF };
+        let linear: Vec<u64> = (0..bytes).map(|n| at.wrapping_add(base + n) & width).collect();
+        let pages: Vec<usize> = (0..linear.len()).filter(|n| *n == 0 || linear[*n] & 0xFFF == 0).collect();
+        let mut found = vec![];
+        for n in &pages {
+            found.push(self.translated(linear[*n], access).map_err(|why| match why {
+                Unreached::PageFault(error) => self.raise(PF, Some(error), Some(linear[*n])),
+                Unreached::Exit(exit) => Step::Exit(exit),
+            })?);
+        }
+        for (n, at) in pages.iter().zip(&mut found) {
+            *at = self.physical(*at, access).map_err(|exit| Step::Exit(Exit { linear: linear[*n], ..exit }))?;
+        }
+        let page_of = |n: usize| pages.iter().zip(&found).rfind(|(first, _)| **first <= n).expect("the first byte's");
+        Ok((0..linear.len()).map(|n| page_of(n).1 + (n - page_of(n).0) as u64).collect())
     }
 
     fn set_cr(&mut self, register: nvmx::vmx::Field, value: u64, mask: nvmx::vmx::Field) {
@@ -438,8 +536,17 @@ impl Core {
                 self.memory.write_u64(Place::anywhere(Hpa::new(OPERAND)), self.current.unwrap_or(u64::MAX));
                 Ok(())
             }
-            Op::Vmread(encoding) => self.vmread(encoding).map(|value| self.gprs[0] = value),
-            Op::Vmwrite(encoding, value) => self.vmwrite(encoding, value),
+            Op::Vmread(encoding) | Op::VmreadTo(encoding, _) => {
+                let read = self.vmread(encoding);
+                return Ok(self.was_read(op, read));
+            }
+            Op::Vmwrite(encoding, _) | Op::VmwriteFrom(encoding, _) if self.current.is_some() => {
+                match self.source(op) {
+                    Err(step) => return Ok(step),
+                    Ok(value) => self.vmwrite(encoding, value),
+                }
+            }
+            Op::Vmwrite(..) | Op::VmwriteFrom(..) => Err(Fail::Invalid),
             Op::Vmcall => self.fail(1),
             Op::Invept(..) => self.invept(kind, operand),
             Op::Invvpid(..) => self.invvpid(kind, operand, further),

@@ -6,7 +6,7 @@
 use crate::processor::{Core, Exit};
 use nvmx::addr::Hpa;
 use nvmx::mm::{PhysMem, Place};
-use nvmx::vmx::Field::EPT_POINTER;
+use nvmx::vmx::{Field::*, Fields};
 
 pub const READ: u64 = 1;
 pub const WRITE: u64 = 2;
@@ -19,17 +19,19 @@ impl Core {
         }
         let eptp = self.get(EPT_POINTER);
         let flags = eptp >> 6 & 1 == 1;
+        // Of the advanced information: the programs' pages are the supervisor's and writable.
+        let advanced = if self.caps.ept_vpid.0 >> 22 & 1 == 1 { 1 << 10 } else { 0 };
         let exit = |reason, qualification| Exit { physical: at, linear: at, qualification, ..Exit::new(reason) };
         let (mut table, mut rights, mut path) = (eptp & 0xF_FFFF_FFFF_F000, 7, vec![]);
         if at >> (21 + 9 * (eptp >> 3 & 7)) != 0 {
-            return Err(exit(48, access | 3 << 7));
+            return Err(exit(48, access | 3 << 7 | advanced));
         }
         for level in (0..=eptp >> 3 & 7).rev() {
             let place = table + (at >> (12 + 9 * level) & 511) * 8;
             let entry = self.memory.read_u64(Hpa::new(place));
             rights &= entry;
             if entry & 7 == 0 {
-                return Err(exit(48, access | 3 << 7));
+                return Err(exit(48, access | 3 << 7 | advanced));
             }
             let leaf = level == 0 || level < 3 && entry >> 7 & 1 == 1;
             let kind = entry >> 3 & 7;
@@ -42,7 +44,7 @@ impl Core {
                 continue;
             }
             if rights & access != access {
-                return Err(exit(48, access | rights << 3 | 3 << 7));
+                return Err(exit(48, access | rights << 3 | 3 << 7 | advanced));
             }
             if flags {
                 for (i, (place, entry)) in path.iter().enumerate() {
@@ -55,4 +57,48 @@ impl Core {
         }
         unreachable!("level 0 is a leaf")
     }
+
+    /// The guest-physical address of a linear one: four levels, a supervisor's access in 64-bit mode. The tables of the programs
+    /// have their accessed flags.
+    pub fn translated(&mut self, linear: u64, access: u64) -> Result<u64, Unreached> {
+        if self.state.get(GUEST_IA32_EFER) >> 10 & 1 == 0 || self.state.get(GUEST_CR0) >> 31 == 0 {
+            return Ok(linear);
+        }
+        let write = access & WRITE != 0;
+        // With accessed and dirty flags in EPT, such an access is treated as a write.
+        let flags_of_ept = self.in_guest && self.secondary(1) && self.get(EPT_POINTER) >> 6 & 1 == 1;
+        let of_tables = if flags_of_ept { READ | WRITE } else { READ };
+        let mut table = self.state.get(GUEST_CR3) & 0xF_FFFF_FFFF_F000;
+        let mut writable = true;
+        for level in (0..4).rev() {
+            let place = table + (linear >> (12 + 9 * level) & 511) * 8;
+            let place = self.physical(place, of_tables).map_err(|exit| match exit.reason {
+                48 => Unreached::Exit(Exit { linear, qualification: exit.qualification & !(0xF << 8), ..exit }),
+                _ => Unreached::Exit(Exit { linear, ..exit }),
+            })?;
+            let entry = self.memory.read_u64(Hpa::new(place));
+            if entry & 1 == 0 {
+                return Err(Unreached::PageFault(u32::from(write) << 1));
+            }
+            assert_eq!(entry & 0x20, 0x20, "an entry of {linear:#x} is not marked as accessed");
+            writable &= entry >> 1 & 1 == 1;
+            table = entry & 0xF_FFFF_FFFF_F000;
+            if level == 0 || level < 3 && entry >> 7 & 1 == 1 {
+                if write && !writable && self.state.get(GUEST_CR0) >> 16 & 1 == 1 {
+                    return Err(Unreached::PageFault(3));
+                }
+                let offset = (1 << (12 + 9 * level)) - 1;
+                return Ok(table & !offset | linear & offset);
+            }
+        }
+        unreachable!("level 0 is a leaf")
+    }
+}
+
+/// Why a linear address leads nowhere.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Unreached {
+    /// The error code.
+    PageFault(u32),
+    Exit(Exit),
 }

@@ -665,6 +665,10 @@ impl Core {
     pub fn vmexit(&mut self, exit: Exit) {
         assert!(self.in_guest, "an exit in VMX root operation");
         self.in_guest = false;
+        if matches!(exit.reason, 48 | 49 | 62 | 66) && exit.vectoring == 0 {
+            // The instruction starts again (SDM vol. 3C, "Saving RIP, RSP, RFLAGS, and SSP").
+            self.state.set(GUEST_RFLAGS, self.state.get(GUEST_RFLAGS) | 1 << 16);
+        }
         for field in registers() {
             let saved = match field {
                 GUEST_DR7 | GUEST_IA32_DEBUGCTL => self.exit_control(2),

@@ -273,7 +273,7 @@ impl<N: Numbers> Sequence<N> {
 
     async fn step_of_l2(&mut self) {
         let n = &mut self.numbers;
-        let op = match n.below(28) {
+        let op = match n.below(30) {
             0..=5 => return self.change().await,
             6..=9 => Op::Vmresume,
             10..=12 => Op::Vmlaunch,
@@ -300,7 +300,9 @@ impl<N: Numbers> Sequence<N> {
             23 => Op::Wrmsr(n.pick(&MSRS), n.pick(&[0, 0x1000, 0x0606, 0xD01, 0xD00, 2])),
             24 => Op::Rdmsr(n.pick(&MSRS)),
             25 => self.a_register_of_l2(),
-            26 => {
+            26 => Op::VmreadTo(n.pick(&OF_MEMORY), n.pick(&OPERANDS)),
+            27 => Op::VmwriteFrom(n.pick(&OF_MEMORY), n.pick(&OPERANDS)),
+            28 => {
                 // Another page behind an address of L3, and INVEPT.
                 let (tree, page) = (n.below(2), n.pick(&PAGES[..3]));
                 let entry = EPTS[tree] + 0x3000 + (page >> 12) * 8;
@@ -335,7 +337,7 @@ impl<N: Numbers> Sequence<N> {
 
     async fn step_of_l3(&mut self) {
         let n = &mut self.numbers;
-        let op = match n.below(26) {
+        let op = match n.below(28) {
             0 => Op::Cpuid,
             1 => Op::Hlt,
             2 => Op::Rdtsc,
@@ -359,7 +361,9 @@ impl<N: Numbers> Sequence<N> {
             21 => Op::Vmfunc(n.pick(&[0, 0, 1, 64]), n.pick(&[0, 1, 2, 512])),
             22 => Op::Xsetbv(0, n.pick(&[1, 3, 7])),
             23 => Op::Vmresume,
-            24 => {
+            24 => Op::VmreadTo(n.pick(&OF_MEMORY), n.pick(&OPERANDS)),
+            25 => Op::VmwriteFrom(n.pick(&OF_MEMORY), n.pick(&OPERANDS)),
+            26 => {
                 // An event from outside.
                 let (pin, exit) = match n.below(3) {
                     0 => (0, Exit { intr: 0x8000_0055, ..Exit::new(1) }),
@@ -378,6 +382,12 @@ impl<N: Numbers> Sequence<N> {
         self.do_(op).await;
     }
 }
+
+/// Fields whose values come from memory or go there, a 64-bit one by halves, and none.
+const OF_MEMORY: [u64; 8] = [0x2010, 0x2011, 0x681C, 0x6004, 0x6C14, 0x4402, 0x7FFE, 1 << 20];
+/// Where the operands are: in pages that ept12 maps in changing ways, across two of them, unmapped, not canonical.
+const OPERANDS: [u64; 8] =
+    [PAGES[0], PAGES[0] + 8, PAGES[1] - 3, PAGES[2] - 7, PAGES[2] + 0xFF8, PAGES[3], 1 << 33, 1 << 60];
 
 const RANDOM: [Field; 37] = [
     VM_ENTRY_INTR_INFO_FIELD,
