@@ -138,15 +138,20 @@ impl Vmcs12 {
         self.valid.insert(field);
     }
 
-    /// Keeps the values of all fields of `set` as `read` tells them; each fits its field.
+    /// Keeps the values of all fields of `set` as `read` tells them; each fits its field. Fields that lie next to each other in the table are
+    /// read in one go.
+    #[inline(always)]
     pub fn fetch(&mut self, set: FieldSet, mut read: impl FnMut(Field) -> u64) {
         for (word, mut bits) in set.0.into_iter().enumerate() {
             self.valid.0[word] |= bits;
             while bits != 0 {
-                let i = word * 64 + bits.trailing_zeros() as usize;
-                bits &= bits - 1;
-                if let (Some(value), Some(field)) = (self.values.get_mut(i), Field::ALL.get(i)) {
-                    *value = read(*field);
+                let first = bits.trailing_zeros();
+                let start = word * 64 + first as usize;
+                let run = start..start + (bits >> first).trailing_ones() as usize;
+                // The carry takes the lowest run of ones away.
+                bits &= bits.wrapping_add(1 << first);
+                if let (Some(values), Some(fields)) = (self.values.get_mut(run.clone()), Field::ALL.get(run)) {
+                    values.iter_mut().zip(fields).for_each(|(value, field)| *value = read(*field));
                 }
             }
         }
@@ -167,6 +172,7 @@ impl Vmcs12 {
     }
 
     /// Fetches every field that only vmcs02 has, which is current.
+    #[inline(always)]
     pub fn fetch_missing(&mut self, vmcs02: &mut impl FieldAccess, exists: &FieldSet) {
         self.fetch(exists.without(&self.valid), |field| vmcs02.read(field));
     }

@@ -17,9 +17,10 @@ pub type Bitmaps = [Hpa; 2];
 pub struct Links {
     /// By the loan that they open besides the rest.
     bitmaps: [Bitmaps; 3],
-    /// The link pointer that vmcs01 has, and the bitmaps.
+    /// The link pointer that vmcs01 has.
     pointer: Kept,
-    fields: [Kept; 2],
+    /// What its bitmaps open; none are in it before the first link.
+    open: Option<Loan>,
 }
 
 impl Links {
@@ -28,22 +29,32 @@ impl Links {
         Some(Self {
             bitmaps: [of(Loan::Nothing)?, of(Loan::Stack)?, of(Loan::Thread)?],
             pointer: Kept::new(Field::VMCS_LINK_POINTER),
-            fields: [Field::VMREAD_BITMAP, Field::VMWRITE_BITMAP].map(Kept::new),
+            open: None,
         })
     }
 
-    /// vmcs01, which is current, links to the vmcs02 of a slot, or to none, and L2 reaches in it what it is lent.
+    /// vmcs01, which is current, links to the vmcs02 of a slot, or to none, and L2 reaches in it what it is lent. Most vmcs12s of an L2 are
+    /// lent the same, so the bitmaps mostly stay; without a link nothing is reached, and they stay too.
+    #[inline(always)]
     pub(super) fn link(&mut self, vmx: &mut Vmx, slot: Option<&Slot>) {
         self.pointer.put(vmx, pointer_to(slot));
+        let loan = slot.map(|slot| slot.loan.loan).or(self.open).unwrap_or(Loan::Nothing);
+        if self.open != Some(loan) {
+            self.open(vmx, loan);
+        }
+    }
+
+    #[cold]
+    fn open(&mut self, vmx: &mut Vmx, loan: Loan) {
+        self.open = Some(loan);
         let [closed, stack, thread] = &self.bitmaps;
-        let bitmaps = match slot.map_or(Loan::Nothing, |slot| slot.loan.loan) {
+        let [read, write] = match loan {
             Loan::Nothing => closed,
             Loan::Stack => stack,
             Loan::Thread => thread,
         };
-        for (field, bitmap) in self.fields.iter_mut().zip(bitmaps) {
-            field.put(vmx, bitmap.get());
-        }
+        vmx.write(Field::VMREAD_BITMAP, read.get());
+        vmx.write(Field::VMWRITE_BITMAP, write.get());
     }
 
     /// vmcs01 links to the vmcs02 of this slot.

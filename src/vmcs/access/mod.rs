@@ -176,7 +176,7 @@ impl VmcsAccess {
 
     /// What `f` makes of the whole of vmcs12; vmcs02 is current.
     pub fn with_all<T>(&self, vmx: &mut Vmx, slot: &mut Slot, f: impl FnOnce(&Vmcs12) -> T) -> T {
-        slot.vmcs12.fetch_missing(vmx, &self.common.exists);
+        slot.vmcs12.fetch_missing(&mut vmx.batch(), &self.common.exists);
         let result = f(&slot.vmcs12);
         by!(&self.way, strategy => strategy.looked_at(slot));
         result

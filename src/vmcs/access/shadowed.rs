@@ -124,7 +124,7 @@ impl Strategy for Shadowed {
         on.vmx.ptrld(slot.vmcs02.region());
         end_loan(on.vmx, slot, common);
         slot.loan = Lending::NOTHING;
-        slot.vmcs12.fetch_missing(on.vmx, &common.exists);
+        slot.vmcs12.fetch_missing(&mut on.vmx.batch(), &common.exists);
         on.vmx.ptrld(*on.vmcs01);
     }
 

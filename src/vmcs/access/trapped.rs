@@ -44,7 +44,7 @@ impl Strategy for Trapped {
 
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         on.vmx.ptrld(slot.vmcs02.region());
-        slot.vmcs12.fetch_missing(on.vmx, &common.exists);
+        slot.vmcs12.fetch_missing(&mut on.vmx.batch(), &common.exists);
         on.vmx.ptrld(*on.vmcs01);
     }
 
