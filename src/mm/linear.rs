@@ -10,7 +10,7 @@ use crate::addr::Gpa;
 use crate::mm::PhysMem;
 use crate::mm::guest::{GuestMemory, NotOwned};
 use crate::mm::plain_read::PlainRead;
-use crate::x86::paging::{ACCESSED, DIRTY, LARGE, NO_EXECUTE, PRESENT, USER, WRITABLE, error};
+use crate::x86::paging::{self, ACCESSED, ADDRESS, DIRTY, LARGE, NO_EXECUTE, PRESENT, USER, WRITABLE, error};
 use crate::x86::{Cr0, Cr4, Fault, RFlags, efer};
 
 /// Access-rights registers of protection keys: bit 2i refuses key i's data, bit 2i + 1 writes to it. They count where CR4.PKE and
@@ -169,13 +169,13 @@ impl Paging {
         };
         let long = self.efer & efer::LMA != 0;
         let (format, mut table, mut level) = match (long, self.cr4 & Cr4::PAE.bits() != 0) {
-            (true, _) => (WIDE, self.cr3 & self.address_mask(), if self.cr4 & Cr4::LA57.bits() != 0 { 5 } else { 4 }),
+            (true, _) => (WIDE, self.cr3 & self.address(), if self.cr4 & Cr4::LA57.bits() != 0 { 5 } else { 4 }),
             (false, true) => {
                 let pdpte = self.pdptes[(linear >> 30 & 3) as usize];
                 if pdpte & PRESENT == 0 {
                     return Err(fault(0));
                 }
-                (WIDE, pdpte & self.address_mask(), 2)
+                (WIDE, pdpte & self.address(), 2)
             }
             (false, false) => (NARROW, self.cr3 & 0xFFFF_F000, 2),
         };
@@ -227,7 +227,7 @@ impl Paging {
                 let gpa = Gpa::new(self.frame(format, entry, shift) | offset);
                 return Ok(Some((gpa, PageKind { user, writable, execute_disable })));
             }
-            table = entry & if format.entry_bytes == 8 { self.address_mask() } else { 0xFFFF_F000 };
+            table = entry & if format.entry_bytes == 8 { self.address() } else { 0xFFFF_F000 };
             level -= 1;
         }
     }
@@ -244,8 +244,8 @@ impl Paging {
         rights & 0b01 != 0 || rights & 0b10 != 0 && access == DataAccess::Write && protects
     }
 
-    const fn address_mask(&self) -> u64 {
-        ((1 << self.physical_width) - 1) & !0xFFF
+    const fn address(&self) -> u64 {
+        paging::address(self.physical_width)
     }
 
     fn large_allowed(&self, format: Format, level: u32) -> bool {
@@ -261,7 +261,7 @@ impl Paging {
             let reserved = 0x1FF << 13 & !(((1 << address_bits) - 1) << 13);
             return large && entry & reserved != 0;
         }
-        let beyond = !self.address_mask() & 0x000F_FFFF_FFFF_F000;
+        let beyond = !self.address() & ADDRESS;
         let no_nx = if self.efer & efer::NXE == 0 { NO_EXECUTE } else { 0 };
         // Without long mode bits 62:52 are reserved as well.
         let ignored = if self.efer & efer::LMA == 0 { 0x7FF0_0000_0000_0000 } else { 0 };
@@ -277,7 +277,7 @@ impl Paging {
         if format.entry_bytes == 4 && shift == 22 {
             return entry & 0xFFC0_0000 | (entry >> 13 & 0xFF) << 32;
         }
-        entry & self.address_mask() & !((1 << shift) - 1)
+        entry & self.address() & !((1 << shift) - 1)
     }
 
     /// An operand (at most a page long) as addresses and lengths before and behind the page boundary; a length may be 0.

@@ -6,7 +6,7 @@ use crate::addr::Gpa;
 use crate::mm::PhysMem;
 use crate::mm::guest::GuestMemory;
 use crate::mm::linear::PageKind;
-use crate::x86::paging::{ACCESSED, LARGE, NO_EXECUTE, PRESENT, USER, WRITABLE};
+use crate::x86::paging::{ACCESSED, ADDRESS, LARGE, NO_EXECUTE, PRESENT, USER, WRITABLE, address};
 use crate::x86::{Cr4, efer};
 
 /// The registers that such a load depends on: 64-bit mode is paged, and a page of the supervisor is nobody else's.
@@ -29,10 +29,10 @@ impl PlainRead {
         if self.efer & efer::LMA == 0 || self.cr4 & (Cr4::LA57.bits() | Cr4::PKS.bits()) != 0 {
             return None;
         }
-        let mask = ((1 << self.physical_width) - 1) & !0xFFF;
+        let mask = address(self.physical_width);
         let usual = PRESENT | ACCESSED;
         let no_nx = if self.efer & efer::NXE == 0 { NO_EXECUTE } else { 0 };
-        let judged = usual | no_nx | !mask & 0x000F_FFFF_FFFF_F000;
+        let judged = usual | no_nx | !mask & ADDRESS;
         let (mut table, mut all, mut any) = (self.cr3 & mask, WRITABLE | USER, 0);
         for shift in [39, 30, 21, 12] {
             let at = memory.translate(Gpa::new(table | (linear >> shift & 0x1FF) << 3)).ok()?;

@@ -27,6 +27,12 @@ pub const NO_EXECUTE: u64 = PageTableFlags::NO_EXECUTE.bits();
 /// The address of the next table or of a page of 4 KiB.
 pub const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
 
+/// [`ADDRESS`] on a processor with this physical-address width (32 to 52 bits); what is left of it is reserved.
+#[inline(always)]
+pub const fn address(physical_width: u32) -> u64 {
+    ((1 << physical_width) - 1) & !0xFFF
+}
+
 /// Bits of a page fault's error code.
 pub mod error {
     use super::PageFaultErrorCode as Code;
