@@ -28,7 +28,7 @@ use std::path::PathBuf;
 enum Ending {
     /// `@L2 end status=pass`
     Passed,
-    /// `@L2 end` with another status: failures
+    /// `@L2 end` with another status, and what it says
     Failed(String),
     /// A line had the text of `--until`
     Text,
@@ -45,20 +45,26 @@ enum Ending {
 impl Ending {
     /// Of a boot.
     fn of(outcome: &Outcome) -> Self {
+        let said = &outcome.transcript;
+        let last_word = said.of_kind(Kind::End).next_back();
         match outcome.ended {
             Ended::Text => return Ending::Text,
-            Ended::Halted => return Ending::Halted,
+            // Many a guest says its last word and halts.
+            Ended::Halted if last_word.is_none() => return Ending::Halted,
             Ended::Timeout(over) => return Ending::Limit(over.to_string()),
-            Ended::Itself | Ended::Lingered => {}
+            Ended::Halted | Ended::Itself | Ended::Lingered => {}
         }
-        let said = &outcome.transcript;
         if let Some(epitaph) = said.of_kind(Kind::Epitaph).next() {
             let get = |key| epitaph.get(key).unwrap_or("?");
             return Ending::Died(format!("{} died: {} ({})", get("who"), get("why"), get("where")));
         }
-        match said.of_kind(Kind::End).next_back().map(|end| (end.get("status"), end.get("failed"))) {
+        match last_word.map(|end| (end.get("status"), end.get("failed"))) {
             Some((Some("pass"), _)) => return Ending::Passed,
-            Some((_, failed)) => return Ending::Failed(failed.unwrap_or("?").into()),
+            Some((Some("fail"), failed)) => return Ending::Failed(format!("{} failures", failed.unwrap_or("?"))),
+            Some((other, _)) => {
+                let said = other.map_or("no status".into(), |other| format!("status={other}"));
+                return Ending::Failed(format!("it says {said}; status=pass and status=fail are known"));
+            }
             None => {}
         }
         let refused = |line: &&str| is_warning(line) && line.contains("ERROR");
@@ -90,7 +96,7 @@ impl fmt::Display for Ending {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Ending::Passed => write!(f, "ended by its record: passed"),
-            Ending::Failed(count) => write!(f, "ended by its record: failed ({count} failures)"),
+            Ending::Failed(why) => write!(f, "ended by its record: failed ({why})"),
             Ending::Text => write!(f, "ended by --until: a line has its text"),
             Ending::ExitPort(None) => write!(f, "ended by the exit port"),
             Ending::ExitPort(Some(code)) => write!(f, "ended by the exit port with status {code}"),
@@ -285,11 +291,18 @@ fn told(ui: &Ui, outcome: &Outcome, args: &RunArgs) -> Result<()> {
     Ok(result?)
 }
 
+/// So many different refusals of the machine itself are shown.
+const MOST_WORDS: usize = 16;
+
 /// What the machine itself says of what it refused, where L2 was alone on it.
 fn words_of_l0(ui: &Ui, args: &RunArgs, session: &Session, alone: &Outcome) {
     if args.explain != Explain::Off {
         let words = session.backend.refused(&alone.folder);
-        words.iter().for_each(|words| ui.line(&format!("L0 | {} says: {words}", session.backend.name())));
+        let (name, rest) = (session.backend.name(), words.len().saturating_sub(MOST_WORDS));
+        words.iter().take(MOST_WORDS).for_each(|words| ui.line(&format!("L0 | {name} says: {words}")));
+        if rest > 0 {
+            ui.line(&format!("L0 | {name} says more, {rest} times: {}", alone.folder.display()));
+        }
     }
 }
 
@@ -354,11 +367,16 @@ mod tests {
             (Ended::Itself, &["[nvmx ERROR] module 0: no header"], 1),
             (late, &["hello"], 4),
             (Ended::Halted, &["hello"], 5),
+            (Ended::Halted, &[end], 0),
+            (Ended::Halted, &["@L2 end status=fail failed=3"], 1),
+            (Ended::Itself, &["@L2 end status=0x0"], 1),
         ] {
             assert_eq!(code(ended, lines, None), expected, "{ended:?} {lines:?}");
         }
         let dead = Outcome { machine: vec![">>PANIC<< 3rd exception".into()], ..outcome(Ended::Itself, &[]) };
         assert_eq!(Ending::of(&dead), Ending::Died(">>PANIC<< 3rd exception".into()));
+        let other = Ending::of(&outcome(Ended::Halted, &["@L2 end status=0x0"]));
+        assert!(other.to_string().contains("it says status=0x0; status=pass and status=fail are known"), "{other}");
     }
 
     #[test]
