@@ -15,15 +15,11 @@ pub enum Operation {
     Off,
     /// VMX root operation: L2 runs.
     Root {
-        /// Operand of VMXON.
-        vmxon_ptr: Gpa,
         /// The slot of the current vmcs12.
         current: Option<SlotId>,
     },
     /// VMX non-root operation: L3 runs on the vmcs02 of this slot.
     NonRoot {
-        /// Operand of VMXON.
-        vmxon_ptr: Gpa,
         /// The slot of the current vmcs12.
         current: SlotId,
     },
@@ -33,6 +29,8 @@ pub enum Operation {
 pub struct Nested {
     /// Where L2 stands.
     pub operation: Operation,
+    /// Operand of the last VMXON.
+    pub vmxon_operand: Gpa,
     /// Active vmcs12s.
     pub slots: Slots,
     /// vpid12 to vpid02.
@@ -57,6 +55,7 @@ impl Nested {
     pub fn new(slots: Slots) -> Self {
         Nested {
             operation: Operation::Off,
+            vmxon_operand: Gpa::new(0),
             slots,
             vpids: VpidMap::new(),
             blocking01: 0,
@@ -75,10 +74,7 @@ impl Nested {
 
     /// Operand of VMXON while in VMX operation.
     pub fn vmxon_ptr(&self) -> Option<Gpa> {
-        match self.operation {
-            Operation::Off => None,
-            Operation::Root { vmxon_ptr, .. } | Operation::NonRoot { vmxon_ptr, .. } => Some(vmxon_ptr),
-        }
+        (self.operation != Operation::Off).then_some(self.vmxon_operand)
     }
 
     /// The slot of the current vmcs12.

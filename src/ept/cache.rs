@@ -150,6 +150,8 @@ pub struct Ept02<const ROOTS: usize = 64, const RESERVE: usize = 128> {
     pub(super) run: Option<Run>,
     current: usize,
     clock: u64,
+    /// How often a root got another role.
+    moves: u64,
 }
 
 impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
@@ -187,6 +189,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             run: None,
             current: 0,
             clock: 0,
+            moves: 0,
         })
     }
 
@@ -220,12 +223,18 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         self.settle(eptp12, guest, ept01, frames)
     }
 
-    /// What [`Ept02::activate`] would answer, if it has nothing to do.
+    /// What [`Ept02::activate`] would answer, if it has nothing to do. As long as [`Ept02::moves`] stays the answer is this or none.
     #[inline(always)]
     pub fn ready(&self, eptp12: Eptp) -> Option<Eptp> {
         let root = self.current();
         let ready = root.role == Some(eptp12) && !(root.stale | root.invept);
         ready.then_some(root.eptp02)
+    }
+
+    /// How often a root got another role, and so a role another EPTP.
+    #[inline(always)]
+    pub const fn moves(&self) -> u64 {
+        self.moves
     }
 
     #[cold]
@@ -297,6 +306,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             }
         }
         *self.root(0) = Root::new(self.root(0).table);
+        self.moves += 1;
         (self.made, self.current) = (1, 0);
         self.chains = [NONE; CHAINS];
     }
@@ -385,6 +395,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         if first && self.splits > 0 && self.exposed.start(frames) {
             self.origins.start();
         }
+        self.moves += 1;
         let root = self.root(index);
         root.eptp02 = Eptp::for_root(root.table, role);
         if let Some(old) = root.role.replace(role) {

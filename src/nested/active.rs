@@ -10,8 +10,8 @@ use crate::vmcs::vmcs12::Vmcs12;
 
 /// Makes a slot current, or none.
 pub fn make_current(cpu: &mut Cpu, id: Option<SlotId>) {
-    if let Operation::Root { vmxon_ptr, .. } = cpu.nested.operation {
-        cpu.nested.operation = Operation::Root { vmxon_ptr, current: id };
+    if matches!(cpu.nested.operation, Operation::Root { .. }) {
+        cpu.nested.operation = Operation::Root { current: id };
     }
     let slot = id.map(|id| {
         cpu.nested.touch(id);

@@ -93,8 +93,8 @@ pub fn enter(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
         // IA32_PAT may be among them.
         slot.vmcs02.pat.forget();
     }
-    if let Operation::Root { vmxon_ptr, .. } = cpu.nested.operation {
-        cpu.nested.operation = Operation::NonRoot { vmxon_ptr, current: id };
+    if matches!(cpu.nested.operation, Operation::Root { .. }) {
+        cpu.nested.operation = Operation::NonRoot { current: id };
     }
     if duties.contains(Duties::LOAD_PDPTES) {
         slot.vmcs02.pdptes12 = load_pdptes(vmx, &cpu.guest);
@@ -216,6 +216,7 @@ fn merge_controls(cpu: &mut Cpu, id: SlotId, checked: ControlsChecked) {
     let unrestricted = merged.secondary.contains(SecondaryControls::UNRESTRICTED_GUEST);
     slot.inherited.plan(entry12, exit12, unrestricted);
     slot.host_msrs = Version::NONE;
+    slot.settled = Version::NONE;
     slot.merged = Some(merged);
     slot.stale |= Stale::UNWRITTEN | Stale::WAY;
     // Here the processor writes without regard to ept01.
@@ -239,8 +240,8 @@ fn check_guest_state(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
         Err((_, Err(controls))) => {
             slot.stale |= Stale::GUEST;
             refuse(cpu, Refusal::Controls(Some(controls.check)));
-            if let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation {
-                back_to_guest(cpu, vmxon_ptr, current);
+            if let Operation::NonRoot { current } = cpu.nested.operation {
+                back_to_guest(cpu, current);
             }
             Ok(Next::Stay)
         }
@@ -256,7 +257,7 @@ fn check_guest_state(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
 /// The processor refused vmcs02 at VMLAUNCH or VMRESUME, after an exit of the guest that ran before: of the rules on controls, those on fields that live in vmcs02.
 #[cold]
 pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
-    let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation else {
+    let Operation::NonRoot { current } = cpu.nested.operation else {
         return Err(KillReason::Broken(Promise::NonRootOnVmcs02));
     };
     let error = cpu.vmx.read(Field::VM_INSTRUCTION_ERROR) as u32;
@@ -268,17 +269,17 @@ pub fn refused_by_processor(cpu: &mut Cpu) -> Result<(), KillReason> {
         return virtual_apic::below_threshold(cpu, current);
     }
     refuse(cpu, Refusal::Controls(check));
-    back_to_guest(cpu, vmxon_ptr, current);
+    back_to_guest(cpu, current);
     Ok(())
 }
 
 /// Back to L2 from an entry on vmcs02 that fails for its controls.
-fn back_to_guest(cpu: &mut Cpu, vmxon_ptr: Gpa, current: SlotId) {
+fn back_to_guest(cpu: &mut Cpu, current: SlotId) {
     let slot = &mut cpu.nested.slots[current];
     slot.inherited.undo(&mut cpu.vmx);
     slot.vmcs02.give_pdptes_back(&mut cpu.vmx, slot.has_duty(Duties::LOAD_PDPTES));
     cpu.leave_vmcs02(current);
-    cpu.nested.operation = Operation::Root { vmxon_ptr, current: Some(current) };
+    cpu.nested.operation = Operation::Root { current: Some(current) };
     vmx_result(cpu, VmxResult::FailValid(VmxError::EntryInvalidControlField));
     inject::advance(cpu);
 }

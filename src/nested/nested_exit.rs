@@ -14,6 +14,7 @@ use crate::vmcs::msrs::{self, By};
 use crate::vmcs::slot::Usual;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
+use crate::vmcs::tracked::Version;
 use crate::vmx::Field;
 use crate::vmx::bitmap::{Access, MsrBitmap};
 use crate::vmx::controls::PinControls;
@@ -114,6 +115,7 @@ fn nested_pat(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
     slot.vmcs02.pat.put(&mut cpu.vmx, value);
     // It goes on its way with the next exit, and another one may come with the next entry.
     slot.usual = Usual::No;
+    slot.settled = Version::NONE;
     slot.stale |= Stale::WAY;
     completion::completed(cpu, id)
 }

@@ -184,8 +184,8 @@ fn leave_vmcs02(cpu: &mut Cpu, id: SlotId, nmi_blocked: bool, report: Option<Rep
         slot.msr_lists.arm_exit(vmx, &cpu.phys, &cpu.guest, at, count);
         cpu.once01 |= Once::MSR_AREA;
     }
-    if let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation {
-        cpu.nested.operation = Operation::Root { vmxon_ptr, current: Some(current) };
+    if let Operation::NonRoot { current } = cpu.nested.operation {
+        cpu.nested.operation = Operation::Root { current: Some(current) };
     }
     Ok(())
 }

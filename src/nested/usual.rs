@@ -6,15 +6,15 @@
 //! [ADR 0026](../../docs/adr/0026-the-usual-way.md).
 
 use super::{reflect, violation};
-use crate::addr::Gpa;
 use crate::cpu::{Cpu, Operation};
 use crate::ept::Eptp;
 use crate::rules::route::is_always_reflected;
 use crate::rules::switched;
 use crate::vmcs::access::{ExitTakes, MachineParts};
-use crate::vmcs::slot::Usual;
+use crate::vmcs::slot::{Slot, Usual};
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
+use crate::vmcs::tracked::Version;
 use crate::vmx::Field;
 use crate::vmx::controls::{ExitControls, PinControls, SecondaryControls};
 use crate::vmx::exit::ExitReason;
@@ -45,18 +45,45 @@ pub fn settle(cpu: &mut Cpu, id: SlotId) {
         true if slot.pin12().contains(PinControls::PREEMPTION_TIMER) => Usual::WithTimer,
         true => Usual::Plain,
     };
+    slot.settled = Version::NONE;
     slot.stale -= Stale::WAY;
+}
+
+/// Stands for all outside of a slot that decides whether its entries are usual, but for what L2 has invalidated.
+#[inline(always)]
+fn now(cpu: &Cpu) -> Version {
+    cpu.tracked.version().with(cpu.ept02.moves()).with(cpu.nested.vpids.changes())
+}
+
+/// Entries of a vmcs12 that is not stale are usual: its MSRs are L2's, and vmcs02 has the EPTP and the VPID for what it asks.
+fn is_settled(cpu: &Cpu, slot: &Slot) -> bool {
+    let (eptp12, vpid12) = (slot.vmcs12.get(Field::EPT_POINTER), slot.vmcs12.get(Field::VIRTUAL_PROCESSOR_ID) as u16);
+    slot.usual != Usual::No
+        && slot.vmcs12.is_launched()
+        && slot.host_msrs == cpu.tracked.version()
+        && cpu.ept02.ready(Eptp::new(eptp12)).is_some_and(|eptp02| slot.vmcs02.is_on(eptp02))
+        && cpu.nested.vpids.lookup(vpid12).is_some_and(|vpid02| slot.vmcs02.has_vpid(vpid02))
+}
+
+/// Looks anew whether they are: something has changed.
+#[inline(never)]
+fn settles_again(cpu: &mut Cpu, id: SlotId) -> bool {
+    let settled = is_settled(cpu, &cpu.nested.slots[id]);
+    if settled {
+        cpu.nested.slots[id].settled = now(cpu);
+    }
+    settled
 }
 
 /// An exit of L3; vmcs02 is current. True if L2 has it and vmcs01 is current; else nothing happened.
 #[inline(always)]
 pub fn exit(cpu: &mut Cpu, reason: ExitReason) -> bool {
-    let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation else { return false };
+    let Operation::NonRoot { current } = cpu.nested.operation else { return false };
     let slot = &cpu.nested.slots[current];
     if !is_always_reflected(reason) || slot.usual == Usual::No || slot.host_msrs != cpu.tracked.version() {
         return false;
     }
-    leave(cpu, current, vmxon_ptr);
+    leave(cpu, current);
     true
 }
 
@@ -75,7 +102,7 @@ pub fn reported(cpu: &mut Cpu, qualification: u64) -> bool {
 
 #[inline(always)]
 fn by_route(cpu: &mut Cpu, qualification: Option<u64>) -> bool {
-    let Operation::NonRoot { vmxon_ptr, current } = cpu.nested.operation else { return false };
+    let Operation::NonRoot { current } = cpu.nested.operation else { return false };
     let slot = &cpu.nested.slots[current];
     if slot.usual == Usual::No || slot.host_msrs != cpu.tracked.version() {
         return false;
@@ -83,12 +110,12 @@ fn by_route(cpu: &mut Cpu, qualification: Option<u64>) -> bool {
     if let Some(qualification) = qualification {
         cpu.vmx.write(Field::EXIT_QUALIFICATION, qualification);
     }
-    leave(cpu, current, vmxon_ptr);
+    leave(cpu, current);
     true
 }
 
 #[inline(always)]
-fn leave(cpu: &mut Cpu, current: SlotId, vmxon_ptr: Gpa) {
+fn leave(cpu: &mut Cpu, current: SlotId) {
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[current]);
     vmx.counters.bump(Counter::Reflected);
     reflect::keep_mode(vmx, slot);
@@ -103,7 +130,7 @@ fn leave(cpu: &mut Cpu, current: SlotId, vmxon_ptr: Gpa) {
     if cpu.nested.blocking01 != blocking {
         vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking);
     }
-    cpu.nested.operation = Operation::Root { vmxon_ptr, current: Some(current) };
+    cpu.nested.operation = Operation::Root { current: Some(current) };
 }
 
 /// The preemption timer of L3, with the value that L2 has set; vmcs02 is current.
@@ -115,17 +142,17 @@ fn start_timer(cpu: &mut Cpu, id: SlotId) {
 /// VMRESUME of L2; vmcs01 is current. True if L3 is ready to run; else nothing happened.
 #[inline(always)]
 pub fn resume(cpu: &mut Cpu) -> bool {
-    let Operation::Root { vmxon_ptr, current: Some(id) } = cpu.nested.operation else { return false };
+    let Operation::Root { current: Some(id) } = cpu.nested.operation else { return false };
     match cpu.nested.slots[id].stale {
-        nothing if nothing.is_empty() => enter(cpu, id, vmxon_ptr),
-        stale => Stale::IN_PASSING.contains(stale) && resume_in_passing(cpu, id, vmxon_ptr),
+        nothing if nothing.is_empty() => enter(cpu, id),
+        stale => Stale::IN_PASSING.contains(stale) && resume_in_passing(cpu, id),
     }
 }
 
 /// VMRESUME behind a window that opened or closed, or a violation.
 #[inline(never)]
-fn resume_in_passing(cpu: &mut Cpu, id: SlotId, vmxon_ptr: Gpa) -> bool {
-    if !enter(cpu, id, vmxon_ptr) {
+fn resume_in_passing(cpu: &mut Cpu, id: SlotId) -> bool {
+    if !enter(cpu, id) {
         return false;
     }
     let slot = &mut cpu.nested.slots[id];
@@ -139,18 +166,20 @@ fn resume_in_passing(cpu: &mut Cpu, id: SlotId, vmxon_ptr: Gpa) -> bool {
 }
 
 #[inline(always)]
-fn enter(cpu: &mut Cpu, id: SlotId, vmxon_ptr: Gpa) -> bool {
-    let slot = &mut cpu.nested.slots[id];
-    if slot.usual == Usual::No || !slot.vmcs12.is_launched() || slot.host_msrs != cpu.tracked.version() {
+fn enter(cpu: &mut Cpu, id: SlotId) -> bool {
+    if cpu.nested.slots[id].settled != now(cpu) && !settles_again(cpu, id) {
         return false;
     }
-    let (eptp12, vpid12) = (slot.vmcs12.get(Field::EPT_POINTER), slot.vmcs12.get(Field::VIRTUAL_PROCESSOR_ID) as u16);
-    let ready = cpu.ept02.ready(Eptp::new(eptp12)).is_some_and(|eptp02| slot.vmcs02.is_on(eptp02))
-        && cpu.nested.vpids.lookup(vpid12).is_some_and(|vpid02| slot.vmcs02.has_vpid(vpid02));
+    let slot = &cpu.nested.slots[id];
+    if cpu.ept02.ready(Eptp::new(slot.vmcs12.get(Field::EPT_POINTER))).is_none() {
+        return false;
+    }
+    debug_assert!(is_settled(cpu, slot), "what was settled has changed");
     let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
-    if !ready || blocking & interruptibility::MOV_SS != 0 || cpu.vmx.read(Field::GUEST_SS_AR_BYTES) & SS_DPL != 0 {
+    if blocking & interruptibility::MOV_SS != 0 || cpu.vmx.read(Field::GUEST_SS_AR_BYTES) & SS_DPL != 0 {
         return false;
     }
+    let slot = &mut cpu.nested.slots[id];
     cpu.nested.blocking01 = blocking;
     slot.msr_bitmap.refresh(&cpu.phys);
     let on = MachineParts { vmx: &mut cpu.vmx, phys: &cpu.phys, vmcs01: &cpu.vmcs01 };
@@ -161,6 +190,6 @@ fn enter(cpu: &mut Cpu, id: SlotId, vmxon_ptr: Gpa) -> bool {
     if slot.usual == Usual::WithTimer {
         start_timer(cpu, id);
     }
-    cpu.nested.operation = Operation::NonRoot { vmxon_ptr, current: id };
+    cpu.nested.operation = Operation::NonRoot { current: id };
     true
 }

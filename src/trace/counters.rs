@@ -20,8 +20,8 @@ pub enum Ran {
 pub struct Counters {
     live: Values,
     snapshot: Values,
-    recent: [Recent; RECENT],
-    next: usize,
+    recent: [Recent; KEPT],
+    next: u8,
     measures: bool,
 }
 
@@ -32,7 +32,9 @@ struct Values {
     nested_exits: [u64; REASONS],
 }
 
-const RECENT: usize = 16;
+/// How many of the last exits are told, and how many are kept: as many as places that a byte names, so that it comes round by itself.
+const RECENT: u8 = 16;
+const KEPT: usize = 1 << u8::BITS;
 
 /// One of the last exits in one word: its basic reason, and [`BY_NESTED`].
 type Recent = u32;
@@ -119,7 +121,7 @@ impl Default for Counters {
 impl Counters {
     /// All zero.
     pub const fn new() -> Self {
-        Counters { live: Values::new(), snapshot: Values::new(), recent: [NO_EXIT; RECENT], next: 0, measures: true }
+        Counters { live: Values::new(), snapshot: Values::new(), recent: [NO_EXIT; KEPT], next: 0, measures: true }
     }
 
     /// The value now, of a counter that is no sum over exits.
@@ -168,7 +170,7 @@ impl Counters {
             Ran::Guest => self.live.guest_exits[slot] += 1,
         }
         let by = if ran == Ran::Nested { BY_NESTED } else { 0 };
-        self.recent[self.next % RECENT] = Recent::from(reason.basic().0) | by;
+        self.recent[usize::from(self.next)] = Recent::from(reason.basic().0) | by;
         self.next = self.next.wrapping_add(1);
     }
 
@@ -192,12 +194,11 @@ impl Counters {
 
     /// The last exits, oldest first: the reason, and who ran.
     pub fn recent(&self) -> impl Iterator<Item = (ExitReason, Ran)> + '_ {
-        (0..RECENT).map(move |i| self.recent[(self.next.wrapping_add(i)) % RECENT]).filter(|exit| *exit != NO_EXIT).map(
-            |exit| {
-                let ran = if exit & BY_NESTED == 0 { Ran::Guest } else { Ran::Nested };
-                (ExitReason(exit & (BY_NESTED - 1)), ran)
-            },
-        )
+        let last = (1..=RECENT).rev().map(|back| self.recent[usize::from(self.next.wrapping_sub(back))]);
+        last.filter(|exit| *exit != NO_EXIT).map(|exit| {
+            let ran = if exit & BY_NESTED == 0 { Ran::Guest } else { Ran::Nested };
+            (ExitReason(exit & (BY_NESTED - 1)), ran)
+        })
     }
 }
 
@@ -336,6 +337,6 @@ mod tests {
         }
         let first = c.recent().next().map(|(r, _)| r.basic().0);
         assert_eq!(first, Some(4));
-        assert_eq!(c.recent().count(), RECENT);
+        assert_eq!(c.recent().count(), RECENT.into());
     }
 }

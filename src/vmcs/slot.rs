@@ -73,6 +73,8 @@ pub struct Slot {
     pub usual: Usual,
     /// L2's MSRs are those of vmcs12's host-state area as long as they have this version.
     pub host_msrs: Version,
+    /// As long as the slot is not stale and nothing has changed since, entries are usual, and vmcs02 has the EPTP and the VPID for them.
+    pub settled: Version,
     /// Order of use.
     pub used: u64,
 }
@@ -97,6 +99,7 @@ impl Slot {
             violated: None,
             usual: Usual::No,
             host_msrs: Version::NONE,
+            settled: Version::NONE,
             used: 0,
         }
     }
@@ -131,6 +134,7 @@ impl Slot {
     pub fn stays_good(&mut self, field: Field, old: u64, new: u64, offered: &Capabilities) -> bool {
         if is_host_field(field) {
             self.host_msrs = Version::NONE;
+            self.settled = Version::NONE;
         }
         if field != Field::CPU_BASED_VM_EXEC_CONTROL {
             return host_field_holds(field, new, offered);
@@ -152,6 +156,12 @@ impl Slot {
         self.stale -= Stale::TO_WRITE;
     }
 
+    /// VMCLEAR: the launch state is clear.
+    pub fn clear_launch_state(&mut self) {
+        self.vmcs12.exits = 0;
+        self.settled = Version::NONE;
+    }
+
     /// Forgets the vmcs12; the copy must have been stored before if it is wanted. What is in vmcs02 stays.
     pub fn release(&mut self) {
         self.vmptr = None;
@@ -161,6 +171,7 @@ impl Slot {
         self.violated = None;
         self.usual = Usual::No;
         self.host_msrs = Version::NONE;
+        self.settled = Version::NONE;
         self.msr_bitmap.forget();
         self.stale = Stale::all();
         self.merged = None;

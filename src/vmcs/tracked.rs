@@ -23,6 +23,13 @@ pub struct Version(u64);
 impl Version {
     /// They never were like that.
     pub const NONE: Version = Version(u64::MAX);
+
+    /// Stands for these values and for something else that was so often changed: both counts only grow, and so does their sum, which is
+    /// the same again only if neither has changed.
+    #[inline(always)]
+    pub const fn with(self, changes: u64) -> Self {
+        Self(self.0.wrapping_add(changes))
+    }
 }
 
 /// What a reflected exit gives L2, by item.

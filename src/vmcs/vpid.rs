@@ -15,6 +15,7 @@ const FIRST: u16 = 2;
 pub struct VpidMap {
     /// vpid12 in each place; 0 is free.
     places: [u16; PLACES],
+    changes: u64,
 }
 
 impl Default for VpidMap {
@@ -26,7 +27,7 @@ impl Default for VpidMap {
 impl VpidMap {
     /// Empty.
     pub const fn new() -> Self {
-        VpidMap { places: [0; PLACES] }
+        VpidMap { places: [0; PLACES], changes: 0 }
     }
 
     const fn place(vpid12: u16) -> usize {
@@ -46,8 +47,15 @@ impl VpidMap {
     fn take(&mut self, vpid12: u16) -> (u16, Option<u16>) {
         let place = Self::place(vpid12);
         let before = core::mem::replace(&mut self.places[place], vpid12);
+        self.changes += u64::from(before != vpid12);
         let evicted = (before != 0 && before != vpid12).then_some(before);
         (FIRST + place as u16, evicted)
+    }
+
+    /// How often a place changed its vpid12.
+    #[inline(always)]
+    pub const fn changes(&self) -> u64 {
+        self.changes
     }
 
     /// The vpid02 of `vpid12` if there can be translations under it.
@@ -73,7 +81,9 @@ mod tests {
             let mut map = VpidMap::new();
             let mut cached: HashMap<u16, Vec<u16>> = HashMap::new();
             for vpid12 in runs {
+                let (before, changes) = (map.places, map.changes());
                 let (vpid02, evicted) = map.take(vpid12);
+                prop_assert_eq!(map.changes() != changes, map.places != before);
                 prop_assert!(vpid02 != 0 && vpid02 != VPID01);
                 let held = cached.entry(vpid02).or_default();
                 if evicted.is_some() {

@@ -58,7 +58,7 @@ pub fn vmclear(cpu: &mut Cpu) -> Result<Next, Stop> {
     }
     match cpu.nested.find(at).filter(|id| cpu.nested.slots[*id].active) {
         Some(id) => {
-            cpu.nested.slots[id].vmcs12.exits = 0;
+            cpu.nested.slots[id].clear_launch_state();
             if cpu.nested.current() == Some(id) {
                 active::make_current(cpu, None);
             }

@@ -39,7 +39,8 @@ pub fn vmxon(cpu: &mut Cpu) -> Result<Next, Stop> {
     if !is_region_address(&cpu.config.offered, at) || Vmcs12::revision(&cpu.guest, at) != Ok(REVISION) {
         return done(cpu, VmxResult::FailInvalid);
     }
-    cpu.nested.operation = Operation::Root { vmxon_ptr: at, current: None };
+    cpu.nested.operation = Operation::Root { current: None };
+    cpu.nested.vmxon_operand = at;
     vmcs01::confine(&mut cpu.vmx, &cpu.config, VmxOperation::On);
     // IA32_EFER.LMA can change without a write; from here on CR0.PG cannot.
     cpu.tracked.refresh(&mut cpu.vmx);

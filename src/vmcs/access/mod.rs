@@ -18,7 +18,7 @@ use crate::addr::Hpa;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
 use crate::vmx::controls::SecondaryControls;
-use crate::vmx::lent::Loan;
+use crate::vmx::lent::{LentValues, Loan};
 use crate::vmx::{Capabilities, Field};
 use in_memory::InMemory;
 use l2_protocol::abi;
@@ -202,7 +202,9 @@ impl VmcsAccess {
     /// From vmcs02, which is current, to vmcs01, where an exit takes [`ExitTakes::Leaving`].
     #[inline(always)]
     pub fn leave_by_exit(&mut self, on: MachineParts<'_>, slot: &mut Slot) {
-        if let Way::Shadowed(strategy) = &mut self.way {
+        if slot.loan.loan == Loan::Nothing {
+            slot.vmcs02.become_shadow(on.vmx, on.phys, self.common.revision, LentValues::Nothing, on.vmcs01);
+        } else if let Way::Shadowed(strategy) = &mut self.way {
             strategy.leave(on, slot, &self.common);
         }
     }
