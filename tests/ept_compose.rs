@@ -282,6 +282,43 @@ fn the_next_pages_of_a_run_cost_one_fetch_and_nothing_to_activate() {
     assert_eq!(m.ept.stats().fills, 4);
 }
 
+/// Behind a violation that L2 saw, where the run's page table is found again or not: L2 has led the walk elsewhere at one of its levels.
+#[test]
+fn what_l2_has_mapped_is_filled_by_one_fetch_of_each_entry_wherever_the_walk_leads_now() {
+    const FLAGS: u64 = 3 << 8;
+    const MOVED: [u64; 4] = [0x11_0000, 0x11_1000, 0x11_2000, 0x11_3000];
+    const TABLES: [u64; 4] = [ROOT, PDPT, PD, PT];
+    for (eptp, flags) in [(EPTP, 0), (Eptp::new(ROOT | 0x5e), FLAGS), (Eptp::new(ROOT | 0x5e), 0)] {
+        // Where an entry is changed, and the table to which it leads then; none is.
+        let changes = TABLES.into_iter().zip(MOVED.into_iter().skip(1)).map(Some);
+        for moved in changes.chain([None]) {
+            let mut m = machine();
+            let ways = [TABLES, MOVED];
+            for (table, below) in ways.iter().flat_map(|way| way.windows(2).map(|pair| (pair[0], pair[1]))) {
+                m.l2.set(table, 0, below | 7 | flags);
+            }
+            m.l2.set(PT, 5, 0x77_7000 | WB | 7 | flags);
+            assert_eq!(m.fault(eptp, 0x5000, READ), Outcome::Filled);
+            let _ = m.activate(eptp);
+            assert!(matches!(m.fault(eptp, 0x6000, READ), Outcome::ReflectViolation { .. }));
+            if let Some((table, below)) = moved {
+                m.l2.set(table, 0, below | 7 | flags);
+            }
+            let pt = if moved.is_some() { MOVED[3] } else { PT };
+            m.l2.set(pt, 6, 0x88_8000 | WB | 7 | flags);
+            m.l2.fetched.take();
+            let access = Qualification::from_bits_retain(READ);
+            let filled = m.ept.fill_expected(eptp, Ngpa::new(0x6000), access, &m.l2, &mut m.frames);
+            assert!(m.l2.fetched.borrow().contains_key(&(pt + 6 * 8)), "the entry was looked at");
+            assert_eq!(m.l2.most_fetches(), 1, "{eptp:?} {moved:x?}");
+            let leaf = (0x6000, KIB4, 0x88_8000 | WB | 7);
+            assert_eq!(m.activate(eptp).0.contains(&leaf), filled, "{eptp:?} {moved:x?}");
+            // A load sets no flag.
+            assert_eq!(filled, !eptp.accessed_dirty() || flags == FLAGS, "{eptp:?} {moved:x?}");
+        }
+    }
+}
+
 #[test]
 fn where_l3_goes_from_page_to_page_those_ahead_are_filled_with_it() {
     let mut m = machine();

@@ -88,6 +88,15 @@ impl<'a, G: GuestView> Path<'a, G> {
         self
     }
 
+    /// These entries were read for the walk that is to come, in its order, and then this one.
+    #[cold]
+    pub(super) fn has_read(&mut self, first: &[(Gpa, u64)], then: Option<(Gpa, u64)>) {
+        self.entries.clear();
+        // There are no more than levels.
+        self.entries.extend(first.iter().copied().chain(then).take(Level::DOWN.len()));
+        self.walked = 0;
+    }
+
     /// The entries above the page table to which a walk of four levels came.
     #[inline(always)]
     pub(super) fn way(&self) -> Option<Way> {

@@ -31,7 +31,8 @@ impl<P: PhysMem> GuestView for GuestMemory<P> {
         let _ = GuestMemory::write_u64(self, at, value);
     }
 
-    #[inline]
+    // The level is a constant for small pages.
+    #[inline(always)]
     fn block(&self, gpa: Gpa, at_most: Level) -> Result<Block, NotOwned> {
         Block::largest(gpa, at_most, Rights::all(), |start, bytes| {
             // L2 owns whole pages or nothing of them.

@@ -62,7 +62,7 @@ impl Block {
     /// The largest aligned block around `gpa`, at most a leaf of `at_most`, that `owned(start, bytes)` translates as a
     /// whole. `owned` answers with the host address of `start`; an answer that is not aligned like `start` cannot be
     /// mapped by a leaf of that size and counts as no answer.
-    #[inline]
+    #[inline(always)]
     pub fn largest(
         gpa: Gpa,
         at_most: Level,

@@ -21,7 +21,7 @@ use super::eptp::Eptp;
 use super::flags::{Path, Way};
 use super::origin::Origin;
 use super::violation::Qualification;
-use super::walk::{Leaf, TableReader};
+use super::walk::Leaf;
 use super::{GuestView, TableFrames};
 use crate::addr::{Gpa, Hpa, Ngpa, PAGE_SIZE};
 
@@ -37,12 +37,11 @@ pub(super) struct Run {
     region: u64,
     /// The page table of ept12.
     table12: Gpa,
-    /// The entries above it, and the rights that they grant together.
+    /// The entries above it.
     way: Option<Way>,
-    upper: Rights,
-    /// The same rights; none once the way must be found again.
+    /// The rights that they grant together; none once the way must be found again.
     rights: Rights,
-    /// The page table of ept02, and what it is composed of.
+    /// The page table of ept02, and what it is composed of: the same rights among it.
     table02: Hpa,
     origin: Origin,
     /// The page behind the last one that was filled: its number among all pages.
@@ -68,7 +67,6 @@ impl Run {
             region: ngpa.get() >> 21,
             table12: leaf.entry.page(),
             way,
-            upper: leaf.upper,
             rights: leaf.upper,
             table02,
             origin: Origin::table(leaf.entry, leaf.upper),
@@ -77,10 +75,40 @@ impl Run {
         }
     }
 
-    /// A walk of ept12, whose entries `path` reads, comes to the same page table by the same entries.
+    /// A walk of ept12 comes to the same page table by the same entries. If not, `path` knows what was read.
     #[inline(always)]
-    fn stands<G: GuestView>(&self, path: &mut Path<'_, G>) -> bool {
-        self.way.as_ref().is_some_and(|way| way.iter().all(|(at, entry)| path.read(*at) == Ok(*entry)))
+    fn stands<G: GuestView>(&self, guest: &G, path: &mut Path<'_, G>) -> bool {
+        let Some(way) = &self.way else { return false };
+        for (n, (at, entry)) in way.iter().enumerate() {
+            match guest.read_entry(*at) {
+                Ok(now) if now == *entry => {}
+                other => {
+                    path.has_read(&way[..n], other.ok().map(|now| (*at, now)));
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// `path` knows the entries of the way, which were read, and then this one.
+    #[cold]
+    fn was_found<G: GuestView>(&self, path: &mut Path<'_, G>, then: Option<(Gpa, u64)>) {
+        if let Some(way) = &self.way {
+            path.has_read(way, then);
+        }
+    }
+
+    /// The page of this entry is marked accessed on the whole way.
+    fn is_accessed(&self, entry12: u64) -> bool {
+        self.way.iter().flatten().all(|(_, entry)| entry & ACCESSED != 0) && entry12 & ACCESSED != 0
+    }
+
+    /// The entry at `offset` in the page table of ept12, and where it lies.
+    #[inline(always)]
+    fn entry12<G: GuestView>(&self, offset: u64, guest: &G) -> Option<(Gpa, u64)> {
+        let at = Gpa::new(self.table12.get() | offset);
+        Some((at, guest.read_entry(at).ok()?))
     }
 
     /// It goes on with a page that was filled.
@@ -90,7 +118,7 @@ impl Run {
         if self.next != page {
             self.ahead = 0;
         }
-        (self.next, self.rights) = (page + 1, self.upper);
+        (self.next, self.rights) = (page + 1, self.origin.rights());
     }
 
     /// The way was found anew.
@@ -135,7 +163,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         let page = ngpa.get() >> 12;
         let (goes_on, ahead, rights) = (run.next == page, run.ahead, run.rights);
         let offset = Level::Pt.entry_offset(ngpa.get());
-        let entry12 = guest.read_entry(Gpa::new(run.table12.get() | offset)).ok()?;
+        let (_, entry12) = run.entry12(offset, guest)?;
         if !Rights::of(entry12).intersects(Rights::RWX) {
             return self.not_present_in_run(eptp12, ngpa, qualification, entry12, guest, frames);
         }
@@ -161,7 +189,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         guest: &G,
         frames: &mut F,
     ) -> Option<Outcome> {
-        let run = self.run.as_mut().filter(|run| run.stands(&mut Path::new(guest)))?;
+        let run = self.run.as_mut().filter(|run| run.stands(guest, &mut Path::new(guest)))?;
         run.lose_way();
         let entry02 = Hpa::new(run.table02.get() | Level::Pt.entry_offset(ngpa.get()));
         self.forget_in_table(eptp12, ngpa, entry02, frames);
@@ -176,7 +204,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         (1..=most).find(|n| !self.fill_in_run(offset + 8 * n, Rights::empty(), guest, frames)).map_or(most, |n| n - 1)
     }
 
-    /// [`Ept02::fill_expected`] where a walk, whose entries `path` reads, comes to the run's page table. False if nothing was written.
+    /// [`Ept02::fill_expected`] where a walk comes to the run's page table. False if nothing was written, and `path` knows what was read.
     #[inline(always)]
     pub(super) fn fill_found_again<G: GuestView, F: TableFrames>(
         &mut self,
@@ -187,14 +215,21 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         guest: &G,
         frames: &mut F,
     ) -> bool {
-        let Some(run) = self.run.as_ref().filter(|run| run.serves(eptp12, ngpa) && run.stands(path)) else {
+        let Some(run) = &self.run else { return false };
+        if !run.serves(eptp12, ngpa) || !run.stands(guest, path) {
+            return false;
+        }
+        let (rights, offset) = (run.origin.rights(), Level::Pt.entry_offset(ngpa.get()));
+        let Some((at, entry12)) = run.entry12(offset, guest) else {
+            run.was_found(path, None);
             return false;
         };
-        let (upper, offset) = (run.upper, Level::Pt.entry_offset(ngpa.get()));
-        let Ok(entry12) = path.read(Gpa::new(run.table12.get() | offset)) else { return false };
-        if eptp12.accessed_dirty() && path.marked().is_none()
-            || !self.put_in_run(entry12, upper, offset, access, guest, frames)
+        if eptp12.accessed_dirty() && !run.is_accessed(entry12)
+            || !self.put_in_run(entry12, rights, offset, access, guest, frames)
         {
+            if let Some(run) = &self.run {
+                run.was_found(path, Some((at, entry12)));
+            }
             return false;
         }
         self.stats.fills += 1;
@@ -215,7 +250,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     ) -> bool {
         let Some(run) = &self.run else { return false };
         let rights = run.rights;
-        let Ok(entry12) = guest.read_entry(Gpa::new(run.table12.get() | offset)) else { return false };
+        let Some((_, entry12)) = run.entry12(offset, guest) else { return false };
         self.put_in_run(entry12, rights, offset, access, guest, frames)
     }
 

@@ -78,9 +78,12 @@ fn settles_again(cpu: &mut Cpu, id: SlotId) -> bool {
 /// An exit of L3; vmcs02 is current. True if L2 has it and vmcs01 is current; else nothing happened.
 #[inline(always)]
 pub fn exit(cpu: &mut Cpu, reason: ExitReason) -> bool {
+    if !is_always_reflected(reason) {
+        return false;
+    }
     let Operation::NonRoot { current } = cpu.nested.operation else { return false };
     let slot = &cpu.nested.slots[current];
-    if !is_always_reflected(reason) || slot.usual == Usual::No || slot.host_msrs != cpu.tracked.version() {
+    if slot.usual == Usual::No || slot.host_msrs != cpu.tracked.version() {
         return false;
     }
     leave(cpu, current);
@@ -167,7 +170,8 @@ fn resume_in_passing(cpu: &mut Cpu, id: SlotId) -> bool {
 
 #[inline(always)]
 fn enter(cpu: &mut Cpu, id: SlotId) -> bool {
-    if cpu.nested.slots[id].settled != now(cpu) && !settles_again(cpu, id) {
+    let slot = &cpu.nested.slots[id];
+    if slot.settled != now(cpu) && (slot.usual == Usual::No || !settles_again(cpu, id)) {
         return false;
     }
     let slot = &cpu.nested.slots[id];

@@ -103,8 +103,11 @@ pub fn answered(cpu: &mut Cpu, id: SlotId) {
     if cpu.ept02.fill_expected(eptp12, at, qualification, &cpu.guest, &mut tables) {
         cpu.vmx.counters.bump(Counter::Ept02Fills);
         cpu.vmx.counters.set(Counter::Ept02Evictions, cpu.ept02.stats().evictions);
-        let activation = cpu.ept02.activate(eptp12, &cpu.guest, None, &mut tables);
-        slot.vmcs02.run_on(&mut cpu.vmx, activation, cpu.ept01.eptp());
+        // Mostly nothing is owed for it, and the EPTP stays.
+        if cpu.ept02.ready(eptp12).is_none() {
+            let activation = cpu.ept02.activate(eptp12, &cpu.guest, None, &mut tables);
+            slot.vmcs02.run_on(&mut cpu.vmx, activation, cpu.ept01.eptp());
+        }
     }
 }
 
