@@ -124,6 +124,7 @@ proptest! {
         prop_assert!(ept || o.ept_vpid.0 as u32 == 0);
         let mode_based = o.secondary.allows(SecondaryControls::MODE_BASED_EXECUTE_CONTROL);
         prop_assert!(ept && o.ept_vpid.advanced_exit_information() || !mode_based);
+        prop_assert!(ept || !o.secondary.allows(SecondaryControls::SUB_PAGE_WRITE_PERMISSIONS));
         let log = o.secondary.allows(SecondaryControls::ENABLE_PML);
         prop_assert!(!log || o.ept_vpid.accessed_dirty(), "a log of flags that do not exist");
         prop_assert!(o.secondary.allows(SecondaryControls::ENABLE_VPID) || o.ept_vpid.0 >> 32 == 0);
@@ -157,7 +158,7 @@ fn a_rich_machine_offers_all_that_is_implemented() {
 #[test]
 fn what_nvmx_does_not_implement_is_withheld() {
     let o = offered(&rich());
-    let secondary = SecondaryControls::SUB_PAGE_WRITE_PERMISSIONS | SecondaryControls::ENABLE_PCONFIG;
+    let secondary = SecondaryControls::PASID_TRANSLATION | SecondaryControls::ENABLE_PCONFIG;
     let exit = ExitControls::CLEAR_LBR_CTL | ExitControls::CLEAR_BNDCFGS;
     let entry = EntryControls::LOAD_LBR_CTL | EntryControls::ENTRY_TO_SMM;
     assert_eq!(o.tertiary, TertiaryControls::VIRTUALIZE_SPEC_CTRL);

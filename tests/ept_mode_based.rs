@@ -7,6 +7,7 @@ use nvmx::addr::{Gpa, Ngpa};
 use nvmx::ept::entry::{Meaning, Misconfig, decode};
 use nvmx::ept::walk::{GuestTables, Walk, walk};
 use nvmx::ept::{Ept02, EptRules, Eptp, Level, Outcome, Qualification, Rights};
+use nvmx::vmx::controls::SecondaryControls;
 
 const ROOT: u64 = 0x10_0000;
 const PDPT: u64 = 0x10_1000;
@@ -15,7 +16,7 @@ const PT: u64 = 0x10_3000;
 const NGPA: u64 = 0x5000;
 const PAGE: u64 = 0x77_7000 | WB;
 const PLAIN: Eptp = Eptp::new(ROOT | 0x1e);
-const MODE_BASED: Eptp = PLAIN.with_mode_based(true);
+const MODE_BASED: Eptp = PLAIN.under(SecondaryControls::MODE_BASED_EXECUTE_CONTROL);
 const SUPPRESS_VE: u64 = 1 << 63;
 /// Bits of the qualification: a fetch from a linear address, of user mode.
 const FETCH: u64 = X | 3 << 7;

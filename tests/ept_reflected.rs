@@ -6,6 +6,7 @@ mod ept_model;
 use ept_model::*;
 use nvmx::addr::Ngpa;
 use nvmx::ept::{Ept02, Eptp, Outcome, PageLog, Qualification};
+use nvmx::vmx::controls::SecondaryControls;
 
 const ROOT: u64 = 0x10_0000;
 const PDPT: u64 = 0x10_1000;
@@ -18,7 +19,7 @@ const NEW: u64 = 0x88_8000 | WB;
 const PLAIN: Eptp = Eptp::new(ROOT | 0x1e);
 const FLAGS: Eptp = Eptp::new(ROOT | 0x5e);
 const UNCACHED: Eptp = Eptp::new(ROOT | 0x18);
-const MODE_BASED: Eptp = PLAIN.with_mode_based(true);
+const MODE_BASED: Eptp = PLAIN.under(SecondaryControls::MODE_BASED_EXECUTE_CONTROL);
 const OTHER_ROOT: Eptp = Eptp::new(OTHER | 0x1e);
 const ROLES: [Eptp; 5] = [PLAIN, FLAGS, UNCACHED, MODE_BASED, OTHER_ROOT];
 

@@ -103,7 +103,7 @@ fn operands_of_l3() {
     }
     for eptp12 in [None, Some(Eptp::new(0x1_0000 | 0x1E)), Some(Eptp::new(0x1_0000 | 0x5E))] {
         each_access(&memory, |guest, whole| {
-            let view = NestedView { guest, eptp12, rules: rules(), paging };
+            let view = NestedView { guest, eptp12, spptp12: None, rules: rules(), paging };
             let mut bytes = [0; 8];
             for result in [view.read(0xFFC, &mut bytes), view.write(0xFFC, &[1; 8])] {
                 match result {

@@ -60,6 +60,7 @@ fn vmcs12(caps: &Capabilities, controls: [u32; 5]) -> Vmcs {
     off(&mut v, VM_EXIT_CONTROLS, 22, timer);
     let ept = has(&v, SECONDARY_VM_EXEC_CONTROL, 1);
     off(&mut v, SECONDARY_VM_EXEC_CONTROL, 22, ept);
+    off(&mut v, SECONDARY_VM_EXEC_CONTROL, 23, ept);
     off(&mut v, SECONDARY_VM_EXEC_CONTROL, 7, ept);
     off(&mut v, SECONDARY_VM_EXEC_CONTROL, 17, ept);
     let tpr_shadow = has(&v, CPU_BASED_VM_EXEC_CONTROL, 21);
@@ -339,10 +340,13 @@ fn each_duty_follows_one_control_of_l2() {
         v.clear(field, 1 << bit);
         assert_eq!(merged(&v, &hw, &TO).duties, duty);
     }
-    let mut shadowing = all_on.clone();
-    shadowing.or(SECONDARY_VM_EXEC_CONTROL, 1 << 14);
-    assert_eq!(merged(&shadowing, &hw, &TO).duties, Duties::LINK_SHADOW_VMCS);
-    let both = cases.iter().fold(Duties::FLUSH_EPT01 | Duties::LINK_SHADOW_VMCS, |all, case| all | case.2);
+    let mut both = Duties::FLUSH_EPT01 | cases[0].2 | cases[1].2;
+    for (bit, duty) in [(14, Duties::LINK_SHADOW_VMCS), (23, Duties::POINT_TO_SUB_PAGES)] {
+        let mut with = all_on.clone();
+        with.or(SECONDARY_VM_EXEC_CONTROL, 1 << bit);
+        assert_eq!(merged(&with, &hw, &TO).duties, duty);
+        both |= duty;
+    }
     assert_eq!(both, Duties::all());
 }
 

@@ -133,15 +133,14 @@ fn rule(reason: u16) -> Rule {
         62 => Any(vec![secondary(17)]),
         63 | 64 => Any(vec![secondary(20)]),
         65 => Any(vec![secondary(27)]),
-        66 => Any(vec![secondary(23)]),
         67 | 68 => Both(secondary(26), primary(12)),
         70 => Any(vec![secondary(28)]),
         72 | 73 => Any(vec![secondary(21)]),
         74 => Any(vec![secondary(30)]),
         75 => Any(vec![secondary(31)]),
-        // SMI, RSM, entry failures without bit 31, EPT (nvmx walks ept12 first), VMFUNC (nvmx looks at its operands
-        // first), tertiary controls.
-        5..=6 | 17 | 33 | 34 | 41 | 48 | 49 | 59 | 69 | 78 | 79 => Never,
+        // SMI, RSM, entry failures without bit 31, EPT and sub-pages (nvmx walks L2's tables first), VMFUNC (nvmx looks at its
+        // operands first), tertiary controls.
+        5..=6 | 17 | 33 | 34 | 41 | 48 | 49 | 59 | 66 | 69 | 78 | 79 => Never,
         // TDX instructions and the unknown: L3 found something that exits on every machine.
         _ => Always,
     }

@@ -20,6 +20,7 @@ use super::identity::Ept01;
 use super::origin::{Origin, Origins, Tables};
 use super::reserve::Reserve;
 use super::run::Run;
+use super::sub_page_table::Spp02;
 use super::{GuestView, OutOfFrames, TableFrames};
 use crate::addr::{Gpa, Hpa};
 
@@ -55,8 +56,10 @@ pub(super) struct Root {
     pub(super) table: Hpa,
     /// What vmcs02 runs on, for the role.
     eptp02: Eptp,
-    /// Tables below the root table.
+    /// Tables below the root table, and those of `spp`.
     pub(super) tables: Tables,
+    /// The table of sub-page write permissions, if the role has them.
+    pub(super) spp: Option<Spp02>,
     /// The record of the root table; 0 if there is none.
     pub(super) record: u16,
     /// The round of ept01's watches, and the growths of what is exposed, that its records know.
@@ -76,6 +79,7 @@ impl Root {
             table,
             eptp02: Eptp::new(0),
             tables: Tables::new(),
+            spp: None,
             record: 0,
             known: (0, 0),
             stale: false,
@@ -97,6 +101,36 @@ impl Root {
         let invalidated = self.tables.count > 0 && !self.stale && self.role.is_some();
         self.stale |= invalidated;
         invalidated
+    }
+}
+
+/// What is left of a table of sub-page write permissions.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// Its first table, empty.
+    First,
+    /// Nothing.
+    Nothing,
+}
+
+impl Root {
+    /// Frees the tables of sub-page write permissions.
+    #[cold]
+    pub(super) fn drop_sub_pages<const N: usize, F: TableFrames>(
+        &mut self,
+        keep: Keep,
+        reserve: &mut Reserve<N>,
+        frames: &mut F,
+    ) {
+        let Some(spp) = &mut self.spp else { return };
+        self.tables.count = self.tables.count.saturating_sub(spp.tables());
+        spp.clear(reserve, frames);
+        if keep == Keep::First {
+            self.tables.count += spp.tables();
+        } else {
+            reserve.free(spp.table, frames);
+            self.spp = None;
+        }
     }
 }
 
@@ -300,6 +334,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         self.exposed.stop(frames);
         for index in 0..self.made {
             self.drop_contents(index, frames);
+            self.roots[index % ROOTS].drop_sub_pages(Keep::Nothing, &mut self.reserve, frames);
             if index > 0 {
                 frames.free(self.root(index).table);
                 *self.root(index) = Root::new(Hpa::new(0));
@@ -324,6 +359,11 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
     /// The root that L3 runs on.
     pub(super) fn current(&self) -> &Root {
         &self.roots[self.current % ROOTS]
+    }
+
+    /// The same, and where its frames come from.
+    pub(super) fn current_mut(&mut self) -> (&mut Root, &mut Reserve<RESERVE>) {
+        (&mut self.roots[self.current % ROOTS], &mut self.reserve)
     }
 
     /// The root of this index; indexes are nvmx's own.
@@ -426,7 +466,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
 
     /// A root, which is empty, gets its record.
     fn record_root<F: TableFrames>(&mut self, index: usize, role: Eptp, frames: &mut F) {
-        let rights = self.rules.mode_based(role.mode_based()).all_rights();
+        let rights = self.rules.of_role(role).all_rights();
         let root = &mut self.roots[index % ROOTS];
         if root.record != 0 && self.origins.level(root.record, frames) != role.top() {
             self.origins.remove(&mut root.tables, root.record, frames);
@@ -467,6 +507,9 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         if root.tables.count > 0 {
             root.invept = true;
             self.run = None;
+            // vmcs02 may point to the first table of the current one.
+            let keep = if index == self.current { Keep::First } else { Keep::Nothing };
+            root.drop_sub_pages(keep, &mut self.reserve, frames);
             let top = root.top();
             let mut owner = Owner { tables: &mut root.tables, origins: &mut self.origins, reserve: &mut self.reserve };
             owner.free_below(root.table, top, frames);

@@ -41,6 +41,11 @@ pub enum Outcome {
     /// ept12 is misconfigured for this address: L2 sees an EPT misconfiguration. A table of ept12 where L2 owns no
     /// memory is one, too: on the machine that L2 sees nothing answers there, and all ones is not a valid entry.
     ReflectMisconfig,
+    /// L2's table of sub-page write permissions has nothing for the page, or is wrong: L2 sees an SPP-related event.
+    ReflectSubPageEvent {
+        /// What it is told.
+        qualification: Qualification,
+    },
     /// A flag has to be set in ept12 and the page-modification log is full: L2 sees that.
     ReflectLogFull,
     /// ept12 leads to memory that L2 does not own. Nothing was mapped.
@@ -68,12 +73,15 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         if let Some(run) = &mut self.run {
             run.lose_way();
         }
-        let rules = self.rules.mode_based(eptp12.mode_based());
+        let rules = self.rules.of_role(eptp12);
         let walk = walk(&mut path, eptp12.root(), ngpa.get(), &rules);
-        let mut reached = self.reached(walk, access, qualification, path.last());
-        if let (true, Ok(leaf)) = (eptp12.accessed_dirty(), reached) {
-            reached = Self::mark(leaf, ngpa, access, log, &path);
-        }
+        let reached = match self.reached(walk, access, qualification, path.last()) {
+            Ok(leaf) if eptp12.accessed_dirty() => Self::mark(leaf, ngpa, access, log, &path),
+            Err(refused) if eptp12.sub_pages() => {
+                Err(self.refused_by_page(eptp12, ngpa, qualification, refused, log, &mut path, guest, frames))
+            }
+            other => other,
+        };
         let outcome = match reached {
             Ok(leaf) if leaf.level == Level::Pt => {
                 self.fill(eptp12, ngpa, (leaf, path.way()), Level::Pt, access, guest, frames)
@@ -106,7 +114,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         if self.fill_found_again(eptp12, ngpa, access, &mut path, guest, frames) {
             return true;
         }
-        let rules = self.rules.mode_based(eptp12.mode_based());
+        let rules = self.rules.of_role(eptp12);
         let walk = walk(path.again(), eptp12.root(), ngpa.get(), &rules);
         let Some(mut leaf) = walk.leaf() else { return false };
         if eptp12.accessed_dirty() {
@@ -157,7 +165,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         log: Option<&mut PageLog>,
         path: &Path<'_, G>,
     ) -> Result<Leaf<Gpa>, Outcome> {
-        match path.mark(ngpa, access.contains(Rights::WRITE), log) {
+        match path.mark(ngpa, access, log) {
             Marked::Done { dirty } => leaf.rights.set(Rights::WRITE, dirty && leaf.rights.contains(Rights::WRITE)),
             Marked::LogFull => return Err(Outcome::ReflectLogFull),
             // As a processor walks again when the entry that it wants to mark has changed.
@@ -233,7 +241,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
 
     /// Writes a leaf, making room until its tables fit, and returns the table it is in. Each attempt starts at the root: making room may free any table.
     #[inline(never)]
-    fn install_with_room<F: TableFrames>(
+    pub(super) fn install_with_room<F: TableFrames>(
         &mut self,
         index: usize,
         ngpa: Ngpa,

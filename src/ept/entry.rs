@@ -1,9 +1,10 @@
 //! One EPT entry: its bits, what it means at its level, and when it is misconfigured.
 //!
 //! Source: Intel SDM vol. 3C (December 2024), "EPT Translation Mechanism", the tables "Format of an EPT PML5 Entry
-//! (PML5E)" to "Format of an EPT Page-Table Entry that Maps a 4-KByte Page", and "EPT Misconfigurations". Sub-page
-//! permissions are not offered, so their bit is ignored here as the tables say.
+//! (PML5E)" to "Format of an EPT Page-Table Entry that Maps a 4-KByte Page", and "EPT Misconfigurations". The
+//! bit of sub-pages is `sub_pages`' to read.
 
+use super::eptp::Eptp;
 use crate::addr::Hpa;
 use crate::mm::mtrr::MemoryType;
 use crate::vmx::caps::Capabilities;
@@ -14,6 +15,8 @@ use core::fmt;
 const IGNORE_PAT: u64 = 1 << 6;
 /// Bit 63 of an entry that maps a page or is not present: its violations are not converted to #VE.
 pub const SUPPRESS_VE: u64 = 1 << 63;
+/// Bit 61 of an entry that maps a page of 4 KiB: under sub-page write permissions, parts of it may be writable where the whole is not.
+pub const SUB_PAGES: u64 = 1 << 61;
 const RIGHTS: u64 = Rights::RWX.bits() as u64;
 const ALL_RIGHTS: u64 = Rights::all().bits() as u64;
 
@@ -182,6 +185,12 @@ impl EptRules {
         // Bit 10 is to fetches of user mode what bit 2 is to all others.
         let never_alone = self.never_alone | if self.never_alone & RIGHTS == RIGHTS { USER } else { 0 };
         Self { rights: ALL_RIGHTS, never_alone, ..self }
+    }
+
+    /// The rules for the tables of a role.
+    #[inline(always)]
+    pub const fn of_role(self, role: Eptp) -> Self {
+        self.mode_based(role.mode_based())
     }
 
     /// The bits of a leaf in a table of `level` that say what it maps and how.

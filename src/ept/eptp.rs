@@ -6,9 +6,10 @@
 use super::entry::{ADDRESS, Level};
 use crate::addr::{Gpa, Hpa};
 use crate::mm::mtrr::MemoryType;
+use crate::vmx::controls::SecondaryControls;
 
 /// A value of the EPTP field. For L2's it is untrusted but for the checks of VM entry; the whole value is the role of
-/// an ept02, together with [`Eptp::mode_based`].
+/// an ept02, together with [`Eptp::mode_based`] and [`Eptp::sub_pages`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub struct Eptp(u64);
 
@@ -16,8 +17,10 @@ impl Eptp {
     const ACCESSED_DIRTY: u64 = 1 << 6;
     const WALK_LENGTH_4: u64 = 3 << 3;
     const WALK_LENGTH_5: u64 = 4 << 3;
-    /// Not of the field, where the bit is reserved and no VM entry accepts it.
-    const MODE_BASED: u64 = 1 << 11;
+    /// Not of the field, where these bits are reserved and no VM entry accepts them; in the order of the controls.
+    const MODE_BASED: u64 = 1 << 10;
+    const SUB_PAGES: u64 = 1 << 11;
+    const ROLE: u64 = Self::MODE_BASED | Self::SUB_PAGES;
 
     /// Wraps a raw value.
     #[inline]
@@ -25,11 +28,25 @@ impl Eptp {
         Self(raw)
     }
 
-    /// The same as a role with or without mode-based execute control, which is a control of its own and gives the entries
-    /// another meaning.
+    /// The same as a role under these controls, of which two give the entries another meaning: mode-based execute control and sub-page
+    /// write permissions.
+    #[inline(always)]
+    pub const fn under(self, controls: SecondaryControls) -> Self {
+        const SHIFT: u32 =
+            SecondaryControls::MODE_BASED_EXECUTE_CONTROL.bits().trailing_zeros() - Eptp::MODE_BASED.trailing_zeros();
+        const {
+            assert!(
+                Self::SUB_PAGES << SHIFT == SecondaryControls::SUB_PAGE_WRITE_PERMISSIONS.bits() as u64,
+                "one shift serves both"
+            );
+        }
+        Self(self.0 & !Self::ROLE | controls.bits() as u64 >> SHIFT & Self::ROLE)
+    }
+
+    /// Sub-page write permissions are on.
     #[inline]
-    pub const fn with_mode_based(self, on: bool) -> Self {
-        Self(self.0 & !Self::MODE_BASED | if on { Self::MODE_BASED } else { 0 })
+    pub const fn sub_pages(self) -> bool {
+        self.0 & Self::SUB_PAGES != 0
     }
 
     /// The entries below are under mode-based execute control.

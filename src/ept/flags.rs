@@ -7,7 +7,7 @@
 //!
 //! Source: Intel SDM vol. 3C (December 2024), "Accessed and Dirty Flags for EPT", "Page-Modification Logging".
 
-use super::entry::{ACCESSED, DIRTY, Level};
+use super::entry::{ACCESSED, DIRTY, Level, Rights};
 use super::walk::TableReader;
 use super::{GuestView, NotOwned};
 use crate::addr::{Gpa, Ngpa};
@@ -119,7 +119,8 @@ impl<'a, G: GuestView> Path<'a, G> {
     }
 
     /// Sets the flags that an access to `ngpa`, the address of the walk, sets; the walk ended with a leaf that allows it.
-    pub(super) fn mark(&self, ngpa: Ngpa, write: bool, log: Option<&mut PageLog>) -> Marked {
+    pub(super) fn mark(&self, ngpa: Ngpa, access: Rights, log: Option<&mut PageLog>) -> Marked {
+        let write = access.contains(Rights::WRITE);
         let is_leaf = |n: usize| n + 1 == self.entries.len();
         let missing = |n, entry: u64| !entry & if write && is_leaf(n) { ACCESSED | DIRTY } else { ACCESSED };
         let complete = self.entries.iter().enumerate().all(|(n, (_, entry))| missing(n, *entry) == 0);

@@ -6,6 +6,7 @@
 //! * [`compose`] and [`cache`] are ept02: composed on demand from ept12, kept by role.
 //!   After an INVEPT of L2, `validate` compares what changed with ept12: `origin` knows what each table was composed of,
 //!   and `exposed` whose writes ept01 does not see. `reflected` drops what a violation drops;
+//!   [`sub_page_table`] and `sub_pages` are spp02, composed of L2's table of sub-page write permissions;
 //!   `stale` tells of what an INVEPT of L2 is missing for.
 //! * [`flags`] sets accessed and dirty flags in ept12 and writes L2's page-modification log.
 //!
@@ -19,6 +20,7 @@ pub mod eptp;
 pub mod flags;
 pub mod identity;
 pub mod machine;
+pub mod sub_page_table;
 pub mod violation;
 pub mod walk;
 pub mod watch;
@@ -29,6 +31,7 @@ mod reflected;
 mod reserve;
 mod run;
 mod stale;
+mod sub_pages;
 mod validate;
 
 use crate::addr::{Gpa, Hpa};
@@ -42,6 +45,7 @@ pub use flags::PageLog;
 pub use identity::{Ept01, Resolved};
 pub use machine::PoolFrames;
 pub use stale::StaleLeaf;
+pub use sub_pages::SubPages;
 pub use violation::Qualification;
 pub use watch::{Watch, WatchError};
 

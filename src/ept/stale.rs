@@ -30,7 +30,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         let root = self.current();
         let in_use = !root.stale && root.tables.count > 0 && root.table.get() == eptp02.ep4ta();
         let role = root.role.filter(|_| in_use)?;
-        let rules = self.rules.mode_based(role.mode_based());
+        let rules = self.rules.of_role(role);
         Search { guest, frames, rules: &rules, root: role.root() }.table(root.table, role.top(), 0)
     }
 }

@@ -8,7 +8,7 @@
 //! Source: Intel SDM vol. 3C (December 2024), "Operations that Invalidate Cached Mappings" and "Use of the INVEPT
 //! Instruction".
 
-use super::cache::{Ept02, Owner};
+use super::cache::{Ept02, Keep, Owner};
 use super::entry::{self, ACCESSED, Caching, DIRTY, EptRules, LARGE, Level, Meaning, Rights};
 use super::exposed::Exposed;
 use super::identity::Ept01;
@@ -44,10 +44,17 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         let Some(role) = root.role.filter(|_| root.tables.count > 0) else { return false };
         // L2's INVEPT also concerns what the processor combined from ept02 and L3's own page tables.
         root.invept = true;
-        let rules = self.rules.mode_based(role.mode_based());
+        let rules = self.rules.of_role(role);
+        // Bit by bit nothing is compared where leaves have bits that are no leaf's of ept12: no way grants these rights.
+        let mut all_rights = rules.all_rights();
+        if role.sub_pages() {
+            all_rights = Rights::from_bits_retain(!0);
+            root.drop_sub_pages(Keep::First, &mut self.reserve, frames);
+        }
         let watched = self.origins.are_kept() && !root.tables.unrecorded;
         let mut check = Check {
             rules: &rules,
+            all_rights,
             flags: role.accessed_dirty(),
             guest,
             ept01: ept01.filter(|_| watched),
@@ -89,6 +96,8 @@ struct Page {
 /// One root being compared.
 struct Check<'a, G, F, const N: usize> {
     rules: &'a EptRules,
+    /// Below entries that grant these, leaves of ept12 and of ept02 have the same bits.
+    all_rights: Rights,
     /// ept12 has accessed and dirty flags.
     flags: bool,
     guest: &'a G,
@@ -270,7 +279,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
     fn scan_equal(&mut self, table: Hpa, base: u64, table12: Gpa) -> (usize, bool) {
         /// Entries that differ and say the same, before this gives up.
         const PATIENCE: usize = 4;
-        let rights = self.rules.all_rights();
+        let rights = self.all_rights;
         let at = |next: usize| Hpa::new(table.get() | (8 * next as u64));
         let (mut next, mut left, mut in_vain) = (0, false, 0);
         while next < ENTRIES && in_vain < PATIENCE {
@@ -308,7 +317,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
         let chunk = if level == Level::Pt { CHUNK } else { GROUP };
         let (mut left, mut next) = (false, 0);
         if let (TableSource::Table(table12, rights), Level::Pt, false) = (source, level, self.flags) {
-            if rights == self.rules.all_rights() {
+            if rights == self.all_rights {
                 (next, left) = self.scan_equal(table, base, table12);
                 if next >= ENTRIES {
                     return left;
@@ -366,7 +375,7 @@ impl<G: GuestView, F: TableFrames, const N: usize> Check<'_, G, F, N> {
     /// in ept02, but in ept12, the bits differ too: then each is looked at.
     #[inline(always)]
     fn is_unchanged(&self, entries02: &[u64], entries12: &[u64], upper: Rights, level: Level) -> bool {
-        if upper != self.rules.all_rights() || level >= Level::Pml4 {
+        if upper != self.all_rights || level >= Level::Pml4 {
             return false;
         }
         let fold = |of: fn(u64, u64) -> u64| entries02.iter().zip(entries12).fold(0, |all, (a, b)| all | of(*a, *b));

@@ -55,6 +55,8 @@ impl Qualification {
         .union(Self::LINEAR_TRANSLATED)
         .union(Self::NMI_UNBLOCKING)
         .union(Self::ASYNCHRONOUS);
+    /// Of an SPP-related event, where the bit means that a table is missing.
+    const SUB_PAGE_MISS: Self = Self::NO_EXECUTE_LINEAR;
     const ADVANCED: Self = Self::USER_LINEAR.union(Self::WRITABLE_LINEAR).union(Self::NO_EXECUTE_LINEAR);
 
     /// What an exit by a full page-modification log in place of this violation reports (SDM, "Page-Modification Log-Full
@@ -62,6 +64,12 @@ impl Qualification {
     #[inline]
     pub const fn of_log_full(self) -> Self {
         self.intersection(Self::NMI_UNBLOCKING.union(Self::ASYNCHRONOUS))
+    }
+
+    /// What an SPP-related event in place of this violation reports (SDM, table "Exit Qualification for SPP-Induced VM Exits"), or of
+    /// another such event: whether a table is missing or wrong, and whether an IRET had unblocked NMIs.
+    pub const fn of_sub_page_event(self, miss: bool) -> Self {
+        self.of_log_full().union(if miss { Self::SUB_PAGE_MISS } else { Self::empty() })
     }
 
     /// The rights that the access needed, without mode-based execute control.

@@ -3,9 +3,11 @@
 //! Where ept12 has no such page, or its flags are still to be set, the access is given up and told: the code for EPT
 //! violations then fills, sets flags or tells L2, and L3 executes its instruction again.
 
-use crate::addr::{Gpa, Hpa};
-use crate::ept::walk::{GuestTables, Walk, walk};
-use crate::ept::{EptRules, Eptp, Qualification, Rights};
+use crate::addr::{Gpa, Hpa, Ngpa};
+use crate::ept::entry::SUB_PAGES;
+use crate::ept::sub_page_table::look_up;
+use crate::ept::walk::{GuestTables, Leaf, Walk, walk};
+use crate::ept::{EptRules, Eptp, Level, Qualification, Rights};
 use crate::mm::linear::{AccessError, DataAccess, Paging, Privilege};
 use crate::mm::{GuestMemory, PhysMem, Place, Span};
 use crate::vmx::ept_entry::{ACCESSED, DIRTY};
@@ -40,6 +42,8 @@ pub struct NestedView<'a, P> {
     pub guest: &'a GuestMemory<P>,
     /// L2's EPT, if it uses one for this guest.
     pub eptp12: Option<Eptp>,
+    /// L2's table of sub-page write permissions, if it uses them for this guest.
+    pub spptp12: Option<Gpa>,
     /// What is reserved in it.
     pub rules: EptRules,
     /// L3's paging.
@@ -100,8 +104,8 @@ impl<P: PhysMem> NestedView<'_, P> {
 enum Part {
     /// The walk of L3's paging.
     Walk,
-    /// The operand itself.
-    Operand,
+    /// The operand itself, so many bytes of it.
+    Operand(usize),
 }
 
 /// L3's physical memory.
@@ -120,18 +124,18 @@ impl<P: PhysMem> Physical<'_, P> {
         // With accessed and dirty flags in ept12 an access to L3's paging structures counts as a write.
         let counts_as_write = part == Part::Walk && eptp12.accessed_dirty();
         let rights = if counts_as_write { Rights::READ | Rights::WRITE } else { rights };
-        let found = self.walk(eptp12, at.get(), rights);
+        let found = self.walk(eptp12, at.get(), rights, part);
         if found.is_none() {
             let mut qualification = Qualification::LINEAR_VALID;
             qualification.set(Qualification::READ, rights.contains(Rights::READ));
             qualification.set(Qualification::WRITE, rights.contains(Rights::WRITE));
-            qualification.set(Qualification::LINEAR_TRANSLATED, part == Part::Operand);
+            qualification.set(Qualification::LINEAR_TRANSLATED, part != Part::Walk);
             self.missed.set(Some((at.get(), qualification)));
         }
         found
     }
 
-    fn walk(&self, eptp12: Eptp, at: u64, rights: Rights) -> Option<Gpa> {
+    fn walk(&self, eptp12: Eptp, at: u64, rights: Rights, part: Part) -> Option<Gpa> {
         let guest = self.view.guest;
         let Walk::Leaf(leaf) = walk(&mut GuestTables(guest), eptp12.root(), at, &self.view.rules) else {
             return None;
@@ -144,7 +148,19 @@ impl<P: PhysMem> Physical<'_, P> {
         let flagged = flags == 0 || guest.read_u64(leaf.entry).is_ok_and(|entry| entry & flags == flags);
         let gpa = Gpa::new(leaf.page.get() | leaf.level.offset(at));
         // A page that L2 does not own is a miss too, and a misconfiguration for L2, whoever makes the access.
-        (leaf.rights.contains(rights) && flagged && guest.translate(gpa).is_ok()).then_some(gpa)
+        let allowed = leaf.rights.contains(rights) || rights == Rights::WRITE && self.sub_pages_allow(&leaf, at, part);
+        (allowed && flagged && guest.translate(gpa).is_ok()).then_some(gpa)
+    }
+
+    /// Sub-pages allow the write to a page that is not writable.
+    fn sub_pages_allow(&self, leaf: &Leaf<Gpa>, at: u64, part: Part) -> bool {
+        let (Part::Operand(bytes), Some(spptp12)) = (part, self.view.spptp12) else { return false };
+        let guest = self.view.guest;
+        let has_some = leaf.level == Level::Pt
+            && leaf.rights.contains(Rights::READ)
+            && Level::Pml4.reaches(at)
+            && guest.read_u64(leaf.entry).is_ok_and(|entry| entry & SUB_PAGES != 0);
+        has_some && look_up(spptp12, Ngpa::new(at), guest).allows(Ngpa::new(at), bytes as u64)
     }
 }
 
@@ -161,14 +177,14 @@ impl<P: PhysMem> PhysMem for Physical<'_, P> {
     }
 
     fn read_bytes(&self, at: Hpa, into: &mut [u8]) {
-        let gpa = self.gpa(at, Rights::READ, Part::Operand);
+        let gpa = self.gpa(at, Rights::READ, Part::Operand(into.len()));
         if gpa.is_none_or(|gpa| self.view.guest.read_bytes(gpa, into).is_err()) {
             into.fill(0xFF);
         }
     }
 
     fn write_bytes(&self, at: Place<'_>, bytes: &[u8]) {
-        if let Some(gpa) = self.gpa(at.hpa(), Rights::WRITE, Part::Operand) {
+        if let Some(gpa) = self.gpa(at.hpa(), Rights::WRITE, Part::Operand(bytes.len())) {
             let _ = self.view.guest.write_bytes(gpa, bytes);
         }
     }

@@ -260,7 +260,9 @@ fn nested_view(cpu: &mut Cpu, id: SlotId) -> NestedView<'_, DirectMap> {
     let slot = &cpu.nested.slots[id];
     let has_ept = slot.merged.is_some_and(|m| !m.duties.contains(Duties::LOAD_PDPTES));
     let eptp12 = has_ept.then(|| Eptp::new(slot.vmcs12.get(Field::EPT_POINTER)));
-    NestedView { guest: &cpu.guest, eptp12, rules: EptRules::of(&cpu.config.offered), paging }
+    let has_sub_pages = slot.has_duty(Duties::POINT_TO_SUB_PAGES);
+    let spptp12 = has_sub_pages.then(|| Gpa::new(slot.vmcs12.get(Field::SUB_PAGE_PERMISSION_TABLE_POINTER)));
+    NestedView { guest: &cpu.guest, eptp12, spptp12, rules: EptRules::of(&cpu.config.offered), paging }
 }
 
 /// The instruction information of VMREAD or VMWRITE.

@@ -5,7 +5,7 @@
 
 use super::result::vmx_result;
 use super::tell::refuse;
-use super::{judge, reflect, shadow, usual, violation, virtual_apic};
+use super::{judge, reflect, shadow, sub_pages, usual, violation, virtual_apic};
 use crate::addr::Gpa;
 use crate::cpu::{Cpu, Operation, others};
 use crate::ept::Activation;
@@ -68,6 +68,10 @@ pub fn enter(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
         cpu.ept02.activate(slot.eptp12(), &cpu.guest, ept01, &mut Cpu::tables(&mut cpu.frames, &cpu.phys))
     };
     slot.vmcs02.run_on(vmx, activation, cpu.ept01.eptp());
+    if duties.contains(Duties::POINT_TO_SUB_PAGES) {
+        sub_pages::point(cpu, id)?;
+    }
+    let slot = &mut cpu.nested.slots[id];
     if slot.stale.contains(Stale::VIOLATED) {
         violation::answered(cpu, id);
     }

@@ -16,6 +16,7 @@ pub mod nested_exit;
 pub mod reflect;
 pub mod result;
 pub mod shadow;
+pub mod sub_pages;
 pub mod tell;
 pub mod usual;
 pub mod ve;

@@ -1,7 +1,7 @@
 //! Exits of L3: whose they are, and those that nvmx handles itself. vmcs02 is current.
 
 use super::wants::Wants;
-use super::{completion, entry, reflect, usual, violation, vmfunc};
+use super::{completion, entry, reflect, sub_pages, usual, violation, vmfunc};
 use crate::cpu::{Cpu, Operation, others};
 use crate::emul::msr;
 use crate::guest::{events, inject};
@@ -78,6 +78,7 @@ fn keep(cpu: &mut Cpu, id: SlotId, reason: ExitReason) -> Result<(), KillReason>
             return Err(KillReason::UnexpectedExit(reason.0));
         }
         BasicReason::VMFUNC => vmfunc::emulate(cpu, id)?,
+        BasicReason::SPP_EVENT => sub_pages::event(cpu, id)?,
         // L3's NMIs are its own, and nvmx has one for it.
         BasicReason::NMI_WINDOW => events::window_opened(cpu),
         BasicReason::EXCEPTION_OR_NMI => events::note_nmi(cpu),

@@ -1,7 +1,7 @@
 //! EPT violations of L3.
 
 use super::wants::Wants;
-use super::{completion, reflect, usual, ve};
+use super::{completion, reflect, sub_pages, usual, ve};
 use crate::addr::{Gpa, Ngpa};
 use crate::cpu::Cpu;
 use crate::ept::{Outcome, PageLog, Qualification};
@@ -72,6 +72,7 @@ pub fn violation(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
             }
             reflect::reflect(cpu, id, Some((reason, qualification.bits())))
         }
+        Outcome::ReflectSubPageEvent { qualification } => sub_pages::tell(cpu, id, qualification),
         Outcome::ReflectMisconfig => {
             let reason = ExitReason::exit(BasicReason::EPT_MISCONFIGURATION);
             reflect::reflect(cpu, id, Some((reason, 0)))

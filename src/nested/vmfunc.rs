@@ -3,11 +3,12 @@
 //!
 //! Source: SDM vol. 3C, "VM Functions": "General Operation of the VMFUNC Instruction", "EPTP Switching".
 
-use super::{completion, reflect};
+use super::{completion, reflect, sub_pages};
 use crate::addr::Gpa;
 use crate::cpu::{Cpu, others};
 use crate::mm::{GuestMemory, PhysMem};
 use crate::rules::checks::eptp_is_valid;
+use crate::rules::merge::Duties;
 use crate::trace::KillReason;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::slots::SlotId;
@@ -34,6 +35,9 @@ pub fn emulate(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
     let ept01 = (!others::several_run()).then_some(&mut cpu.ept01);
     let activation = cpu.ept02.activate(slot.eptp12(), &cpu.guest, ept01, tables);
     slot.vmcs02.run_on(&mut cpu.vmx, activation, cpu.ept01.eptp());
+    if slot.has_duty(Duties::POINT_TO_SUB_PAGES) {
+        sub_pages::point(cpu, id)?;
+    }
     completion::completed(cpu, id)
 }
 

@@ -108,6 +108,7 @@ run! {
         VMCS_SHADOWING,     "L3 reaches the vmcs02 of L2's shadow VMCS; nvmx makes what it must see in its copy";
         UNRESTRICTED_GUEST, "runs in vmcs02, only together with EPT of L2";
         MODE_BASED_EXECUTE_CONTROL, "runs in vmcs02; ept02 is composed with both execute rights";
+        SUB_PAGE_WRITE_PERMISSIONS, "runs in vmcs02; the table of permissions is composed of L2's";
         EPT_VIOLATION_VE,   "does not run in vmcs02: nvmx makes #VE of violations that ept12 leaves convertible";
         ENABLE_VM_FUNCTIONS, "runs in vmcs02 without a function: each VMFUNC exits, and nvmx switches the EPTP";
     }
@@ -225,6 +226,9 @@ pub fn offered(hardware: &Capabilities) -> Capabilities {
     // The violation of a fetch must tell which of the two rights was asked for.
     if !hardware.ept_vpid.advanced_exit_information() || ept_bits == 0 {
         secondary &= !Secondary::MODE_BASED_EXECUTE_CONTROL.bits();
+    }
+    if ept_bits == 0 {
+        secondary &= !Secondary::SUB_PAGE_WRITE_PERMISSIONS.bits();
     }
     let vmfunc = if ept_bits == 0 { 0 } else { hardware.vmfunc & VMFUNC };
     if vmfunc == 0 {

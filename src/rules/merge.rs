@@ -79,6 +79,8 @@ bitflags! {
         const FLUSH_EPT01 = 1 << 2;
         /// L2 uses VMCS shadowing: its shadow VMCS must be active, and within L3's reach.
         const LINK_SHADOW_VMCS = 1 << 3;
+        /// L2 uses sub-page write permissions: vmcs02 must point to the table composed for the ept02 that it runs on.
+        const POINT_TO_SUB_PAGES = 1 << 4;
     }
 }
 
@@ -249,6 +251,8 @@ fn duties(secondary12: SecondaryControls) -> Duties {
     let mut duties = Duties::empty();
     duties.set(Duties::LOAD_PDPTES, !secondary12.contains(SecondaryControls::ENABLE_EPT));
     duties.set(Duties::LINK_SHADOW_VMCS, secondary12.contains(SecondaryControls::VMCS_SHADOWING));
+    let sub_pages = secondary12.contains(SecondaryControls::SUB_PAGE_WRITE_PERMISSIONS);
+    duties.set(Duties::POINT_TO_SUB_PAGES, sub_pages);
     duties.set(Duties::FLUSH_VPID, !secondary12.contains(SecondaryControls::ENABLE_VPID));
     let virtualizes_accesses = secondary12.contains(SecondaryControls::VIRTUALIZE_APIC_ACCESSES);
     duties.set(Duties::FLUSH_EPT01, virtualizes_accesses && duties.contains(Duties::LOAD_PDPTES));

@@ -47,8 +47,6 @@ refusals! {
         ENABLE_ENCLS_EXITING,   NO_SGX;
         CONCEAL_VMX_FROM_PT,    NO_PT;
         PASID_TRANSLATION,      UNTESTED;
-        SUB_PAGE_WRITE_PERMISSIONS,
-            "the processor would read L2's tables by their host addresses, nvmx's memory included: they would have to be composed";
         PT_USES_GUEST_PHYSICAL, NO_PT;
         ENABLE_PCONFIG,         UNTESTED;
         ENABLE_ENCLV_EXITING,   NO_SGX;

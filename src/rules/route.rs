@@ -138,8 +138,8 @@ fn guest_wants_exit(exit: &ExitInfo, guest: &impl GuestWants) -> bool {
         R::RDMSR => wants_msr(exit.ecx, Access::Read, guest),
         R::WRMSR => wants_msr(exit.ecx, Access::Write, guest),
 
-        // nvmx looks first: the walk of ept12 tells whose violation it is, the operands of VMFUNC whether L2 sees it.
-        R::EPT_VIOLATION | R::EPT_MISCONFIGURATION | R::VMFUNC => false,
+        // nvmx looks first: walks of L2's tables tell whose it is, the operands of VMFUNC whether L2 sees it.
+        R::EPT_VIOLATION | R::EPT_MISCONFIGURATION | R::SPP_EVENT | R::VMFUNC => false,
 
         // Features that are not offered: L2's control cannot be set, so the exit is not L2's.
         R::TPR_BELOW_THRESHOLD => primary(P::USE_TPR_SHADOW),
@@ -149,7 +149,6 @@ fn guest_wants_exit(exit: &ExitInfo, guest: &impl GuestWants) -> bool {
         R::ENCLS => secondary(S::ENABLE_ENCLS_EXITING),
         R::ENCLV => secondary(S::ENABLE_ENCLV_EXITING),
         R::PML_FULL => secondary(S::ENABLE_PML),
-        R::SPP_EVENT => secondary(S::SUB_PAGE_WRITE_PERMISSIONS),
         R::PCONFIG => secondary(S::ENABLE_PCONFIG),
         R::UMWAIT | R::TPAUSE => secondary(S::ENABLE_USER_WAIT_AND_PAUSE) && primary(P::RDTSC_EXITING),
         R::ENQCMD_PASID | R::ENQCMDS_PASID => secondary(S::PASID_TRANSLATION),

@@ -36,6 +36,8 @@ pub enum Promise {
     NonRootOnVmcs02,
     /// An entry that fails late has a current vmcs12.
     CurrentVmcs12,
+    /// An ept02 that was emptied left frames.
+    FrameInReserve,
 }
 
 impl fmt::Display for KillReason {

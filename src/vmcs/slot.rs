@@ -126,8 +126,7 @@ impl Slot {
     #[inline(always)]
     pub fn eptp12(&self) -> Eptp {
         let secondary = self.merged.as_ref().map_or(SecondaryControls::empty(), |merged| merged.secondary);
-        let mode_based = secondary.contains(SecondaryControls::MODE_BASED_EXECUTE_CONTROL);
-        Eptp::new(self.vmcs12.get(Field::EPT_POINTER)).with_mode_based(mode_based)
+        Eptp::new(self.vmcs12.get(Field::EPT_POINTER)).under(secondary)
     }
 
     /// L2 has changed a field of the copy. True if nothing has to be judged or merged again for it.

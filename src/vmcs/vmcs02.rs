@@ -4,7 +4,7 @@
 //! here are nvmx's alone: L2's VMREAD and VMWRITE of them go to nvmx's copy of vmcs12.
 
 use crate::addr::Hpa;
-use crate::ept::{Activation, Eptp};
+use crate::ept::{Activation, Eptp, SubPages};
 use crate::hw::host_area::{self, Lent, LentInMemory, Places};
 use crate::hw::phys::DirectMap;
 use crate::hw::vmenter::GuestRegs;
@@ -56,6 +56,7 @@ pub struct Vmcs02 {
     form: Form,
     eptp: Kept,
     vpid: Kept,
+    spptp: Kept,
     /// The link pointer.
     pub link: Kept,
     /// L3's IA32_PAT. L3's own writes exit.
@@ -82,6 +83,7 @@ impl Vmcs02 {
             form: Form::Ordinary { launched: false },
             eptp: Kept::new(Field::EPT_POINTER),
             vpid: Kept::new(Field::VIRTUAL_PROCESSOR_ID),
+            spptp: Kept::new(Field::SUB_PAGE_PERMISSION_TABLE_POINTER),
             link: Kept::new(Field::VMCS_LINK_POINTER),
             pat: Kept::new(Field::GUEST_IA32_PAT),
             msr_load_address: Kept::new(Field::VM_ENTRY_MSR_LOAD_ADDR),
@@ -318,6 +320,15 @@ impl Vmcs02 {
         }
         if ept02.invept01 {
             vmx.invept(Invalidate::Single, ept01.get());
+        }
+    }
+
+    /// Current, it runs with this table of sub-page write permissions, that of its ept02.
+    pub fn point_to_sub_pages(&mut self, vmx: &mut Vmx, sub_pages: SubPages) {
+        self.spptp.put(vmx, sub_pages.spptp02.get());
+        if sub_pages.invept {
+            let eptp02 = self.eptp.get(vmx);
+            vmx.invept(Invalidate::Single, eptp02);
         }
     }
 

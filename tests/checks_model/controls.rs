@@ -115,6 +115,8 @@ pub fn violations(v: &impl Fields, caps: &Capabilities) -> Violations {
         demand("PmlAddress", page_pointer(v.get(PML_ADDRESS)));
     }
     demand("ModeBasedExecuteNeedsEpt", !bit(secondary, 22) || bit(secondary, 1));
+    demand("SubPagesNeedEpt", !bit(secondary, 23) || bit(secondary, 1));
+    demand("SubPageTablePointer", !bit(secondary, 23) || page_pointer(v.get(SUB_PAGE_PERMISSION_TABLE_POINTER)));
     if bit(secondary, 18) {
         demand("VeInformationAddress", page_pointer(v.get(VIRTUALIZATION_EXCEPTION_INFO)));
     }

@@ -101,7 +101,7 @@ pub async fn exit_information(g: &Guest) -> Vec<(Field, u64)> {
         read.push((field, g.vmread(field).await.unwrap_or(0xBAD)));
     }
     // Of an exit that no instruction brings the two are undefined.
-    if let [(_, 0 | 1 | 2 | 7 | 8 | 37 | 48 | 49 | 52), ..] = read[..] {
+    if let [(_, 0 | 1 | 2 | 7 | 8 | 37 | 48 | 49 | 52 | 66), ..] = read[..] {
         read.retain(|(field, _)| !matches!(field, VM_EXIT_INSTRUCTION_LEN | VMX_INSTRUCTION_INFO));
     }
     read

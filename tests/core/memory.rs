@@ -165,6 +165,141 @@ fn an_ept_of_five_levels_is_walked_to_its_pages() {
     });
 }
 
+/// L2's table of sub-page write permissions for the first 2 MiB, and its word for a page.
+const SPP: u64 = 0x24_0000;
+
+fn build_sub_pages(g: &Guest, root: u64, bits: u64) {
+    (0..3).for_each(|level| g.poke(root + 0x1000 * level, (root + 0x1000 * (level + 1)) | 1));
+    g.poke(root + 0x3000 + (PAGE >> 12) * 8, bits);
+}
+
+#[test]
+fn sub_pages_are_written_as_l2s_table_says() {
+    for flags in [0, 1 << 6] {
+        agree(move |g| async move {
+            let eptp = EPT | flags | 3 << 3 | 6;
+            let controls = control(SECONDARY_VM_EXEC_CONTROL, 1 << 23, 0);
+            hypervisor(&g, &[controls, (EPT_POINTER, eptp), (SUB_PAGE_PERMISSION_TABLE_POINTER, SPP)]).await;
+            build_sub_pages(&g, SPP, 1 | 1 << 6);
+            g.poke(entry(PAGE), PAGE | 1 << 61 | 0x30 | 5);
+            launch(&g).await;
+            let attempts =
+                [(0, None), (8, None), (128, Some(48)), (3 * 128 + 8, None), (31 * 128, Some(48)), (0, None)];
+            for round in 0..3 {
+                for (offset, exit) in attempts {
+                    g.run(Op::Write(PAGE + offset, round + offset)).await;
+                    g.see((round, offset));
+                    assert_eq!(exit.is_some(), g.level() == Level::L2, "{round} {offset:#x}");
+                    if exit.is_some() {
+                        g.note(format!("{:x?}", told(&g).await));
+                        assert_eq!(g.vmread(VM_EXIT_REASON).await, exit);
+                        g.run(Op::Vmresume).await;
+                    } else {
+                        assert_eq!(g.peek(PAGE + offset), round + offset);
+                    }
+                }
+                // Behind an INVEPT, and behind a read.
+                leave(&g).await;
+                g.run(Op::Invept(1, eptp)).await;
+                g.run(Op::Vmresume).await;
+                g.run(Op::Read(PAGE)).await;
+            }
+            // Each table is taken away and made wrong, and comes back without INVEPT.
+            for level in 0..4 {
+                let place = SPP + 0x1000 * level + if level == 3 { (PAGE >> 12) * 8 } else { 0 };
+                let good = g.peek(place);
+                for (bad, qualification) in [(0, 1 << 11), (good | 2, 0), (1 << 63 | good, 0)] {
+                    if level == 3 && bad == 0 {
+                        continue;
+                    }
+                    leave(&g).await;
+                    g.poke(place, bad);
+                    g.run(Op::Invept(2, 0)).await;
+                    g.run(Op::Vmresume).await;
+                    g.run(Op::Write(PAGE, level)).await;
+                    look(&g, &format!("table {level}: {bad:#x}")).await;
+                    assert_eq!(g.vmread(VM_EXIT_REASON).await, Some(66));
+                    assert_eq!(g.vmread(EXIT_QUALIFICATION).await, Some(qualification));
+                    assert_eq!(g.vmread(GUEST_PHYSICAL_ADDRESS).await, Some(PAGE));
+                    g.poke(place, good);
+                    g.run(Op::Vmresume).await;
+                    g.run(Op::Write(PAGE, bad)).await;
+                    assert_eq!((g.level(), g.peek(PAGE)), (Level::L3, bad));
+                }
+            }
+            g.run(Op::Read(PAGE)).await;
+        });
+    }
+}
+
+#[test]
+fn tables_of_sub_pages_in_nvmxs_memory_are_wrong() {
+    for setup in Setup::all() {
+        for level in 0..4 {
+            let mut world = World::new(setup);
+            let end = world.boot(move |g| async move {
+                let controls = control(SECONDARY_VM_EXEC_CONTROL, 1 << 23, 0);
+                hypervisor(&g, &[controls, (SUB_PAGE_PERMISSION_TABLE_POINTER, SPP)]).await;
+                build_sub_pages(&g, SPP, 1);
+                if level == 0 {
+                    write(&g, &[(SUB_PAGE_PERMISSION_TABLE_POINTER, OWN.start())]).await;
+                } else {
+                    g.poke(SPP + 0x1000 * (level - 1), OWN.start() | 1);
+                }
+                g.poke(entry(PAGE), PAGE | 1 << 61 | 0x30 | 1);
+                launch(&g).await;
+                g.run(Op::Write(PAGE, 1)).await;
+                assert_eq!((g.level(), g.vmread(VM_EXIT_REASON).await), (Level::L2, Some(66)), "level {level}");
+                assert_eq!(g.vmread(EXIT_QUALIFICATION).await, Some(0), "all ones is not valid");
+            });
+            assert!(matches!(end, End::Over), "{end:?}");
+        }
+    }
+}
+
+#[test]
+fn each_guest_and_each_listed_ept_has_its_own_sub_pages() {
+    agree(|g| async move {
+        const LIST: u64 = 0x2_6000;
+        const SECOND: u64 = 0x21_0000;
+        const OTHER_SPP: u64 = 0x25_0000;
+        let controls = control(SECONDARY_VM_EXEC_CONTROL, 1 << 23 | 1 << 13, 0);
+        let all =
+            [controls, (VM_FUNCTION_CONTROLS, 1), (EPTP_LIST_ADDRESS, LIST), (SUB_PAGE_PERMISSION_TABLE_POINTER, SPP)];
+        hypervisor(&g, &all).await;
+        (0..3).for_each(|level| g.poke(SECOND + 0x1000 * level, (SECOND + 0x1000 * (level + 1)) | 7));
+        (0..512).for_each(|n| g.poke(SECOND + 0x3000 + 8 * n, n << 12 | 0x37));
+        g.poke(LIST, EPT | 3 << 3 | 6);
+        g.poke(LIST + 8, SECOND | 3 << 3 | 6);
+        build_sub_pages(&g, SPP, 1);
+        build_sub_pages(&g, OTHER_SPP, 1 << 2);
+        for table in [EPT, SECOND] {
+            g.poke(table + 0x3000 + (PAGE >> 12) * 8, PAGE | 1 << 61 | 0x30 | 1);
+        }
+        launch(&g).await;
+        for spptp in [SPP, OTHER_SPP, SPP, OTHER_SPP] {
+            for index in [1, 0, 1] {
+                g.run(Op::Vmfunc(0, index)).await;
+                for offset in [0, 128] {
+                    g.run(Op::Write(PAGE + offset, spptp + u64::from(index))).await;
+                    g.see((spptp, index, offset));
+                    let allowed = (spptp == SPP) == (offset == 0);
+                    assert_eq!(g.level() == Level::L3, allowed, "{spptp:#x} {index} {offset}");
+                    if !allowed {
+                        look(&g, "refused").await;
+                        g.run(Op::Vmresume).await;
+                    }
+                }
+            }
+            leave(&g).await;
+            let next = if spptp == SPP { OTHER_SPP } else { SPP };
+            write(&g, &[(SUB_PAGE_PERMISSION_TABLE_POINTER, next)]).await;
+            g.run(Op::Invept(2, 0)).await;
+            g.run(Op::Vmresume).await;
+        }
+    });
+}
+
 #[test]
 fn accesses_are_logged_and_a_full_log_is_told() {
     // The model keeps no log itself: what nvmx writes is judged here.

@@ -125,6 +125,38 @@ fn operands_of_l3_go_through_its_page_tables_and_ept12() {
 }
 
 #[test]
+fn operands_of_l3_are_written_where_sub_pages_allow() {
+    const SPP: u64 = 0x24_0000;
+    for setup in Setup::all().into_iter().filter(shadows) {
+        for flags in [0, 1 << 6] {
+            agree_on(setup, move |g| async move {
+                let controls = control(SECONDARY_VM_EXEC_CONTROL, 1 << 14 | 1 << 23, 0);
+                let pointers = [(EPT_POINTER, EPT | 3 << 3 | 6 | flags), (SUB_PAGE_PERMISSION_TABLE_POINTER, SPP)];
+                (0..3).for_each(|level| g.poke(SPP + 0x1000 * level, (SPP + 0x1000 * (level + 1)) | 1));
+                shadowed(&g, &[controls, pointers[0], pointers[1]]).await;
+                // The operand's page, and one with L3's page tables, to which the processor writes nothing by sub-pages.
+                for (page, bits) in [(PAGE, 1), (PAGE, 1 << 2), (PAGE, 2), (0x1000, 0x5555_5555_5555_5555)] {
+                    leave(&g).await;
+                    g.poke(SPP + 0x3000 + (page >> 12) * 8, bits);
+                    g.poke(entry_of(page), page | 1 << 61 | 0x30 | 1);
+                    g.run(Op::Invept(2, 0)).await;
+                    g.run(Op::Vmresume).await;
+                    for encoding in [0x6C14, TSC_OFFSET_ENCODING] {
+                        for at in [0x10, 0x78, 0x90, 0xF80] {
+                            both(&g, encoding, PAGE + at).await;
+                        }
+                    }
+                    leave(&g).await;
+                    g.note(format!("{page:#x} {:x}", g.peek(entry_of(page)) & 0x300));
+                    g.poke(entry_of(page), page | 0x37);
+                    g.run(Op::Vmresume).await;
+                }
+            });
+        }
+    }
+}
+
+#[test]
 fn operands_of_l3_without_ept_are_in_l2s_memory() {
     for setup in Setup::all().into_iter().filter(shadows) {
         agree_on(setup, |g| async move {

@@ -116,6 +116,13 @@ pub const CASES: &[(CheckId, Change)] = &[
     (CheckId::EptpReserved, |v| _ = v.or(EPT_POINTER, 1 << 39)),
     (CheckId::UnrestrictedGuestNeedsEpt, |v| _ = v.set(SECONDARY_VM_EXEC_CONTROL, 1 << 5 | 1 << 7)),
     (CheckId::ModeBasedExecuteNeedsEpt, |v| _ = v.set(SECONDARY_VM_EXEC_CONTROL, 1 << 5 | 1 << 22)),
+    (CheckId::SubPagesNeedEpt, |v| _ = v.set(SECONDARY_VM_EXEC_CONTROL, 1 << 5 | 1 << 23)),
+    (CheckId::SubPageTablePointer, |v| {
+        _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 23).set(SUB_PAGE_PERMISSION_TABLE_POINTER, 0x4010)
+    }),
+    (CheckId::SubPageTablePointer, |v| {
+        _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 23).set(SUB_PAGE_PERMISSION_TABLE_POINTER, 1 << 39)
+    }),
     (CheckId::VeInformationAddress, |v| {
         _ = v.or(SECONDARY_VM_EXEC_CONTROL, 1 << 18).set(VIRTUALIZATION_EXCEPTION_INFO, 0x1800)
     }),

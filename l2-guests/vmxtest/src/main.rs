@@ -100,6 +100,7 @@ const PARTS: &[(&str, Part)] = &[
     ("ve", Guests(ve::all)),
     ("apic", Guests(apic::all)),
     ("ept", Guests(ept::all)),
+    ("sub_pages", Guests(ept::sub_pages::all)),
     ("shadow", Guests(shadow::all)),
     ("random", Guests(random::all)),
     ("explained", Guests(explained::all)),

@@ -37,6 +37,8 @@ pub fn check_cached_controls(fields: &impl Fields, caps: &Capabilities) -> Resul
         EptpReserved => eptp_reserved;
         UnrestrictedGuestNeedsEpt => unrestricted_guest_needs_ept;
         ModeBasedExecuteNeedsEpt => mode_based_execute_needs_ept;
+        SubPagesNeedEpt => sub_pages_need_ept;
+        SubPageTablePointer => sub_page_table_pointer;
         VeInformationAddress => ve_information_address;
         VmFunctionControls => vm_function_controls;
         EptpSwitchingNeedsEpt => eptp_switching_needs_ept;
@@ -166,6 +168,16 @@ fn unrestricted_guest_needs_ept(v: &View<impl Fields>) -> bool {
 fn mode_based_execute_needs_ept(v: &View<impl Fields>) -> bool {
     let used = v.secondary().contains(SecondaryControls::MODE_BASED_EXECUTE_CONTROL);
     implies(used, v.secondary().contains(SecondaryControls::ENABLE_EPT))
+}
+
+fn sub_pages_need_ept(v: &View<impl Fields>) -> bool {
+    let used = v.secondary().contains(SecondaryControls::SUB_PAGE_WRITE_PERMISSIONS);
+    implies(used, v.secondary().contains(SecondaryControls::ENABLE_EPT))
+}
+
+fn sub_page_table_pointer(v: &View<impl Fields>) -> bool {
+    let used = v.secondary().contains(SecondaryControls::SUB_PAGE_WRITE_PERMISSIONS);
+    implies(used, v.is_page_pointer(Field::SUB_PAGE_PERMISSION_TABLE_POINTER))
 }
 
 fn ve_information_address(v: &View<impl Fields>) -> bool {

@@ -68,6 +68,10 @@ checks! {
         EptpReserved = "the EPTP's reserved bits are 0" [EPT_POINTER];
         UnrestrictedGuestNeedsEpt = "unrestricted guest needs EPT" [SECONDARY_VM_EXEC_CONTROL];
         ModeBasedExecuteNeedsEpt = "mode-based execute control needs EPT" [SECONDARY_VM_EXEC_CONTROL];
+        SubPagesNeedEpt = "sub-page write permissions need EPT" [SECONDARY_VM_EXEC_CONTROL];
+        SubPageTablePointer = "the sub-page-permission-table pointer is page-aligned and within the physical-address width" [
+            SUB_PAGE_PERMISSION_TABLE_POINTER
+        ];
         VeInformationAddress = "the #VE information address is page-aligned and within the physical-address width" [
             VIRTUALIZATION_EXCEPTION_INFO
         ];

@@ -67,6 +67,7 @@ pub mod secondary {
     pub const RDSEED: u32 = 1 << 16;
     pub const EPT_VIOLATION_VE: u32 = 1 << 18;
     pub const MODE_BASED_EXECUTE: u32 = 1 << 22;
+    pub const SUB_PAGES: u32 = 1 << 23;
     pub const PML: u32 = 1 << 17;
     pub const TSC_SCALING: u32 = 1 << 25;
     pub const USER_WAIT: u32 = 1 << 26;

@@ -8,6 +8,7 @@ mod five;
 mod log;
 mod many;
 pub mod outside;
+pub mod sub_pages;
 
 use crate::guest::{Exit, Guest};
 use core::{arch::asm, ptr};
