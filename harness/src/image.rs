@@ -5,7 +5,7 @@ use nvmx_setup::error::Stop;
 use nvmx_setup::paths::Paths;
 use nvmx_setup::proc;
 use nvmx_setup::release::Release;
-use nvmx_setup::toolchain::{TARGET, Toolchain, clean};
+use nvmx_setup::toolchain::{TARGET, Toolchain, clean, sysroot};
 use nvmx_setup::ui::Ui;
 use object::{Object, ObjectSegment, ObjectSymbol};
 use std::collections::BTreeMap;
@@ -115,6 +115,8 @@ pub fn build(ui: &Ui, paths: &Paths, toolchain: &Toolchain, wanted: &Wanted) -> 
     }
     guests.retain(|p| wanted.has(&p.bin));
     ensure!(!nvmx.is_empty(), "the workspace has no bootable nvmx");
+    let core = sysroot::libraries(&toolchain.sysroot()?);
+    made_with(&core, &target).with_context(|| format!("cannot prepare {}", target.display()))?;
     for group in [&nvmx, &guests] {
         if group.is_empty() {
             continue;
@@ -147,6 +149,28 @@ pub fn build(ui: &Ui, paths: &Paths, toolchain: &Toolchain, wanted: &Wanted) -> 
         step.done("the images are built");
     }
     Ok(images)
+}
+
+/// What was made in `target` with another build of core than this is removed: for cargo two builds by one compiler are the same,
+/// but rustc refuses to mix them.
+fn made_with(core: &Path, target: &Path) -> std::io::Result<()> {
+    let mut libraries = Vec::new();
+    for entry in std::fs::read_dir(core)? {
+        let entry = entry?;
+        let about = entry.metadata()?;
+        libraries.push(format!("{:?} {} {:?}\n", entry.file_name(), about.len(), about.modified()?));
+    }
+    libraries.sort();
+    let (note, now) = (target.join("core"), libraries.concat());
+    if std::fs::read_to_string(&note).is_ok_and(|before| before == now) {
+        return Ok(());
+    }
+    let made = target.join(TARGET);
+    if made.exists() {
+        std::fs::remove_dir_all(made)?;
+    }
+    std::fs::create_dir_all(target)?;
+    std::fs::write(note, now)
 }
 
 /// A cargo that builds for the bare machine.
@@ -289,6 +313,26 @@ mod tests {
         assert!(images.nvmx.ends_with("images/nvmx"));
         let error = Images::released(&release, &Wanted::Guest("x".into())).unwrap_err().to_string();
         assert!(error.contains("there are: cascade, smp"), "{error}");
+    }
+
+    #[test]
+    fn what_another_build_of_core_made_is_made_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let (core, target) = (folder.path().join("core"), folder.path().join("image"));
+        let made = target.join(TARGET).join("nvmx");
+        std::fs::create_dir(&core).unwrap();
+        std::fs::write(core.join("libcore.rlib"), "1").unwrap();
+        std::fs::create_dir_all(made.parent().unwrap()).unwrap();
+        std::fs::write(&made, "").unwrap();
+        made_with(&core, &target).unwrap();
+        assert!(!made.exists(), "of unknown origin");
+        std::fs::create_dir_all(made.parent().unwrap()).unwrap();
+        std::fs::write(&made, "").unwrap();
+        made_with(&core, &target).unwrap();
+        assert!(made.exists(), "nothing has changed");
+        std::fs::write(core.join("libcore.rlib"), "22").unwrap();
+        made_with(&core, &target).unwrap();
+        assert!(!made.exists(), "another core");
     }
 
     #[test]

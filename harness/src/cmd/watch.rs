@@ -60,7 +60,11 @@ pub fn run(
     loop {
         let result = rebuilt(ui, session, l2).and_then(|image| {
             let state = contents(std::iter::once(&image).chain(&others));
-            if last.replace(state) == Some(state) { Ok(()) } else { boot(image).map(|()| ui.note("watching ...")) }
+            if last.replace(state) != Some(state) {
+                boot(image)?;
+            }
+            ui.note("watching ...");
+            Ok(())
         });
         if let Err(error) = result {
             proc::check_interrupt()?;

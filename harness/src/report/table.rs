@@ -44,16 +44,20 @@ pub struct Cut {
     pub under: bool,
 }
 
-/// Columns of [`HEAD`] that go first where the terminal is too narrow for all.
+/// Columns of [`HEAD`] that go first where the terminal is too narrow for all; then go those that only some stacks have.
 const SPARE: [usize; 6] = [9, 8, 7, 6, 11, 10];
+/// Columns of [`HEAD`] that go last.
+const LAST: [usize; 2] = [1, 2];
 
 /// [`render`] for a terminal of so many columns, with rows of boots that were cut told as such; and how many columns had to be
 /// left out.
 pub fn fitting(events: &[Event], cut: Cut, width: Option<usize>) -> (String, usize) {
-    for left_out in 0..=SPARE.len() {
-        let text = drawn(events, cut, &SPARE[..left_out]);
+    let extra = HEAD.len()..HEAD.len() + extra(events).count();
+    let spare: Vec<usize> = SPARE.into_iter().chain(extra.rev()).chain(LAST).collect();
+    for left_out in 0..=spare.len() {
+        let text = drawn(events, cut, &spare[..left_out]);
         let wide = text.lines().map(|line| line.trim_end().chars().count()).max().unwrap_or(0);
-        if width.is_none_or(|width| wide <= width) || left_out == SPARE.len() {
+        if width.is_none_or(|width| wide <= width) || left_out == spare.len() {
             return (text, left_out);
         }
     }
@@ -63,6 +67,11 @@ pub fn fitting(events: &[Event], cut: Cut, width: Option<usize>) -> (String, usi
 /// The table: averages per event.
 pub fn render(events: &[Event]) -> String {
     drawn(events, Cut::default(), &[])
+}
+
+/// The columns that this stack has beside those of [`HEAD`].
+fn extra(events: &[Event]) -> impl Iterator<Item = &'static (&'static str, Figure)> {
+    EXTRA.iter().filter(|(_, figure)| events.iter().any(|e| figure(e).is_some()))
 }
 
 fn drawn(events: &[Event], cut: Cut, left_out: &[usize]) -> String {
@@ -75,8 +84,7 @@ fn drawn(events: &[Event], cut: Cut, left_out: &[usize]) -> String {
     for rule in [BottomBorder, BottomBorderIntersections, HeaderLines, MiddleHeaderIntersections] {
         table.set_style(rule, '─');
     }
-    let extra: Vec<&(&str, Figure)> =
-        EXTRA.iter().filter(|(_, figure)| events.iter().any(|e| figure(e).is_some())).collect();
+    let extra: Vec<&(&str, Figure)> = extra(events).collect();
     table.set_header(kept(HEAD.into_iter().chain(extra.iter().map(|(head, _)| *head)).map(String::from).collect()));
     for e in events {
         let mut row = vec![
@@ -103,9 +111,10 @@ fn drawn(events: &[Event], cut: Cut, left_out: &[usize]) -> String {
         }
         table.add_row(kept(row));
     }
+    let of_text = [0, 1].into_iter().filter(|column| !left_out.contains(column)).count();
     for (i, column) in table.column_iter_mut().enumerate() {
         column.set_padding((1, 0));
-        if i >= 2 {
+        if i >= of_text {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
@@ -209,8 +218,13 @@ mod tests {
         assert_eq!((none, all.contains("INVVPID")), (0, true));
         let (text, left_out) = fitting(&sample(), Cut::default(), Some(80));
         assert!(wide(&text) <= 80 && left_out > 0 && text.contains("inside"), "{text}");
-        let (_, most) = fitting(&sample(), Cut::default(), Some(10));
-        assert_eq!(most, SPARE.len());
+        let mut events = sample();
+        events[0].kvm_exits = Some(7.0);
+        let (text, left_out) = fitting(&events, Cut::default(), Some(50));
+        assert!(wide(&text) <= 50 && left_out == SPARE.len() + 2, "{text}");
+        assert!(text.contains("under") && text.contains("exits"), "{text}");
+        let (_, most) = fitting(&events, Cut::default(), Some(10));
+        assert_eq!(most, SPARE.len() + 1 + LAST.len());
     }
 
     #[test]

@@ -104,6 +104,8 @@ pub fn build(ui: &Ui, paths: &Paths, wanted: &Build) -> Result<()> {
     let work = tempfile::Builder::new().prefix("bochs-").tempdir_in(&paths.cache)?;
     let source = unpack(ui, work.path())?;
     let mut step = ui.step(&what);
+    // The build with a gdb stub is made seldom: whether its changes go in is seen here.
+    Series::read_with_gdb(&paths.root)?.check(&source)?;
     wanted.series.apply(&source)?;
     // The folder is a temporary one: make sure that no file of it looks newer than what was made from it.
     let mut configure = Command::new("./configure");

@@ -5,6 +5,7 @@
 //! A file without `sdm` and `shown_by` is no fix but an addition of ours.
 
 use anyhow::{Context, Result, bail, ensure};
+use memchr::memmem;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -40,8 +41,9 @@ struct Change {
     instead: String,
 }
 
-/// Files of a source tree by their path in it, as they are and as they should be.
-type Files = BTreeMap<String, (String, String)>;
+/// Files of a source tree by their path in it, as they are and as they should be: bytes, since some of Bochs' are in no encoding
+/// that they name.
+type Files = BTreeMap<String, (Vec<u8>, Vec<u8>)>;
 
 impl Series {
     /// Reads all fixes of a checkout.
@@ -92,8 +94,8 @@ impl Series {
         let mut files = Files::new();
         for (fix, change) in self.fixes.iter().flat_map(|fix| fix.change.iter().map(move |change| (fix, change))) {
             if !files.contains_key(&change.file) {
-                let text = std::fs::read_to_string(source.join(&change.file))
-                    .with_context(|| format!("{}: Bochs has no text file {}", fix.name, change.file))?;
+                let text = std::fs::read(source.join(&change.file))
+                    .with_context(|| format!("{}: Bochs has no file {}", fix.name, change.file))?;
                 files.insert(change.file.clone(), (text.clone(), text));
             }
             if let Some((_, text)) = files.get_mut(&change.file) {
@@ -101,6 +103,14 @@ impl Series {
             }
         }
         Ok(files)
+    }
+
+    /// Whether all fixes would go into a source tree.
+    ///
+    /// # Errors
+    /// As [`Series::apply`].
+    pub fn check(&self, source: &Path) -> Result<()> {
+        self.applied(source).map(drop)
     }
 
     /// Applies all fixes to a source tree.
@@ -158,10 +168,12 @@ impl Fix {
 
 impl Change {
     /// Puts it in its place.
-    fn apply(&self, source: &str) -> Result<String> {
-        match source.matches(&self.place).count() {
-            1 => Ok(source.replace(&self.place, &self.instead)),
-            found => {
+    fn apply(&self, source: &[u8]) -> Result<Vec<u8>> {
+        let places: Vec<usize> = memmem::find_iter(source, &self.place).collect();
+        match places[..] {
+            [at] => Ok([&source[..at], self.instead.as_bytes(), &source[at + self.place.len()..]].concat()),
+            _ => {
+                let found = places.len();
                 let first = self.place.lines().find(|l| !l.trim().is_empty()).unwrap_or("").trim();
                 bail!("{} has {found} places, not one, with `{first}`", self.file)
             }
@@ -195,6 +207,8 @@ mod tests {
     #[test]
     fn a_fix_goes_in_once_and_only_where_it_belongs() {
         let good = tree("a\none;\nb\n");
+        series(&[FIX]).check(good.path()).unwrap();
+        assert_eq!(std::fs::read_to_string(good.path().join("cpu/a.cc")).unwrap(), "a\none;\nb\n");
         series(&[FIX]).apply(good.path()).unwrap();
         assert_eq!(std::fs::read_to_string(good.path().join("cpu/a.cc")).unwrap(), "a\none;\n  more;\nb\n");
         for (text, found) in [("nothing", 0), ("one; one;", 2)] {
@@ -203,7 +217,16 @@ mod tests {
         }
         let elsewhere = FIX.replace("a.cc", "b.cc");
         let error = format!("{:#}", series(&[&elsewhere]).apply(good.path()).unwrap_err());
-        assert!(error.starts_with("00-x.toml: Bochs has no text file cpu/b.cc"), "{error}");
+        assert!(error.starts_with("00-x.toml: Bochs has no file cpu/b.cc"), "{error}");
+    }
+
+    #[test]
+    fn what_else_a_file_has_stays_byte_for_byte() {
+        // As in the source of the gdb stub: quotation marks of another encoding than UTF-8.
+        let tree = tree("");
+        std::fs::write(tree.path().join("cpu/a.cc"), b"// \x91g\x92\none;\n\xFF").unwrap();
+        series(&[FIX]).apply(tree.path()).unwrap();
+        assert_eq!(std::fs::read(tree.path().join("cpu/a.cc")).unwrap(), b"// \x91g\x92\none;\n  more;\n\xFF");
     }
 
     #[test]
