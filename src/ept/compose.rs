@@ -64,7 +64,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         eptp12: Eptp,
         ngpa: Ngpa,
         qualification: Qualification,
-        log: Option<&mut PageLog>,
+        mut log: Option<&mut PageLog>,
         guest: &G,
         frames: &mut F,
     ) -> Outcome {
@@ -75,14 +75,11 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         }
         let rules = self.rules.of_role(eptp12);
         let walk = walk(&mut path, eptp12.root(), ngpa.get(), &rules);
-        let reached = match self.reached(walk, access, qualification, path.last()) {
-            Ok(leaf) if eptp12.accessed_dirty() => Self::mark(leaf, ngpa, access, log, &path),
-            Err(refused) if eptp12.sub_pages() => {
-                Err(self.refused_by_page(eptp12, ngpa, qualification, refused, log, &mut path, guest, frames))
-            }
-            other => other,
-        };
-        let outcome = match reached {
+        let mut reached = self.reached(walk, access, qualification, path.last());
+        if let (true, Ok(leaf)) = (eptp12.accessed_dirty(), reached) {
+            reached = Self::mark(leaf, ngpa, access, log.as_deref_mut(), &path);
+        }
+        let mut outcome = match reached {
             Ok(leaf) if leaf.level == Level::Pt => {
                 self.fill(eptp12, ngpa, (leaf, path.way()), Level::Pt, access, guest, frames)
             }
@@ -90,7 +87,12 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             Err(outcome) => outcome,
         };
         if outcome != Outcome::Filled {
-            self.forget_page(eptp12, ngpa, frames);
+            if eptp12.sub_pages() {
+                outcome = self.refused_by_page(eptp12, ngpa, qualification, outcome, log, guest, frames);
+            }
+            if outcome != Outcome::Filled {
+                self.forget_page(eptp12, ngpa, frames);
+            }
         }
         outcome
     }

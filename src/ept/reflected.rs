@@ -49,6 +49,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
 }
 
 /// The leaf of nvmx's own tables for an address, and the level it is at.
+#[inline(always)]
 pub(super) fn leaf_at<F: TableFrames>((root, top): (Hpa, Level), ngpa: Ngpa, frames: &F) -> Option<(Hpa, Level)> {
     // Beyond what the levels translate there is none, and no leaf of another address is to go.
     if !top.reaches(ngpa.get()) {

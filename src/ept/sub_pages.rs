@@ -83,7 +83,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         Outcome::ReflectSubPageEvent { qualification: qualification.of_sub_page_event(miss) }
     }
 
-    /// ept12 refuses an access, which may be a write that spp12 allows; `path` has read the way in ept12.
+    /// An access came to something that L2 sees, and may be a write that ept12 refuses and spp12 allows.
     ///
     /// If ept02 and spp02 have all of it, it is the processor that does not let this access make use of sub-pages: L2 sees what it
     /// would see of that. A dirty flag that had to be set for it stays.
@@ -97,14 +97,15 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         qualification: Qualification,
         refused: Outcome,
         log: Option<&mut PageLog>,
-        path: &mut Path<'_, G>,
         guest: &G,
         frames: &mut F,
     ) -> Outcome {
-        let Some(leaf) = self.leaf_with_sub_pages(eptp12, ngpa, qualification, path) else { return refused };
+        let mut path = Path::new(guest);
+        let leaf = self.leaf_with_sub_pages(eptp12, ngpa, qualification, &mut path);
+        let Some(leaf) = leaf else { return refused };
         match self.said(ngpa, guest) {
             said @ Said::Page { table, .. } if said.allows(ngpa, 1) => {
-                self.fill_for_write(eptp12, ngpa, &leaf, table, refused, log, path, guest, frames)
+                self.fill_for_write(eptp12, ngpa, &leaf, table, refused, log, &path, guest, frames)
             }
             Said::Page { .. } => refused,
             said => {
@@ -130,7 +131,7 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
             return None;
         }
         let rules = self.rules.of_role(eptp12);
-        let leaf = walk(path.again(), eptp12.root(), ngpa.get(), &rules).leaf()?;
+        let leaf = walk(path, eptp12.root(), ngpa.get(), &rules).leaf()?;
         let read_only = leaf.rights & (Rights::READ | Rights::WRITE) == Rights::READ;
         (leaf.level == Level::Pt && read_only && path.last() & entry::SUB_PAGES != 0).then_some(leaf)
     }

@@ -189,6 +189,7 @@ fn exists(field: u32, rdmsr: fn(u32) -> u64) -> Option<bool> {
         f::EPTP_INDEX | f::VE_INFORMATION => one(Kind::Secondary, secondary::EPT_VIOLATION_VE),
         f::VM_FUNCTION_CONTROLS => one(Kind::Secondary, secondary::VM_FUNCTIONS),
         f::EPTP_LIST => one(Kind::Secondary, secondary::VM_FUNCTIONS) && rdmsr(setup::VMX_VMFUNC) & 1 != 0,
+        f::SPPTP => one(Kind::Secondary, secondary::SUB_PAGES),
         f::TSC_MULTIPLIER => one(Kind::Secondary, secondary::TSC_SCALING),
         f::EPTP | f::GUEST_PHYSICAL_ADDRESS => one(Kind::Secondary, secondary::EPT),
         f::GUEST_PDPTE0..=f::GUEST_PDPTE3 => one(Kind::Secondary, secondary::EPT),

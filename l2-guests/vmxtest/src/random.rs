@@ -256,6 +256,12 @@ fn comparable(field: u32) -> u64 {
         f::EXIT_CONTROLS => free(Kind::Exit, 0xFFFC_9204),
         f::ENTRY_CONTROLS => free(Kind::Entry, 0x00FF_EE04),
         f::GUEST_CR4 | f::HOST_CR4 => caps::get(0x489) | !CR4_DEFINED,
+        // With linear addresses of 57 bits an exit loads some that this image, which has 48, cannot use.
+        f::HOST_FS_BASE | f::HOST_GS_BASE | f::HOST_TR_BASE | f::HOST_GDTR_BASE | f::HOST_IDTR_BASE | f::HOST_RIP
+            if cpu::cpuid(7, 0)[2] & 1 << 16 != 0 =>
+        {
+            !0 << 56
+        }
         f::EPTP if caps::get(VMX_EPT_VPID_CAP) & 1 << 21 == 0 => !EPTP_AD,
         _ => !0,
     }
