@@ -87,6 +87,7 @@ pub fn all() -> Result<(), Missing> {
             kinds(lab, size, &table);
             tables::events(lab, size, &table);
             tables::changes(lab, size, &table);
+            tables::delivery(lab, size, &table);
         }
     }
     log(lab, size, &table);

@@ -3,11 +3,12 @@
 use super::super::{Lab, Read, Size, Write};
 use super::{
     ALL, CONTROL, DATA, DIRTY, LINEAR, MISS, PIECE, SPP_EVENT, Table, VALID, WRITTEN, assert_done, bit, denied, plain,
-    readable, write_at,
+    readable, without_advanced, write_at,
 };
 use crate::{
     entries::{Change::Set, try_with},
-    guest::Exit,
+    guest::{Exit, nothing},
+    injection::noting,
     vmxon::too_wide,
 };
 use l2_kit::{
@@ -134,5 +135,56 @@ pub fn refused(lab: &mut Lab, table: &Table) {
         let controls = vmx::read(f::SECONDARY_CONTROLS) & !u64::from(if ept { 0 } else { secondary::EPT }) | control;
         let got = try_with(&mut lab.guest, &[(f::SECONDARY_CONTROLS, Set(controls)), (f::SPPTP, Set(pointer))]).0;
         Check::new(&mut Serial, format_args!("sub-page table pointer {name}")).expect("result", got, wanted).end();
+    }
+}
+
+/// An interrupt whose frame is pushed to a page with sub-pages: allowed, twice with an INVEPT between, denied, with a table missing.
+pub fn delivery(lab: &mut Lab, size: &Size, table: &Table) {
+    const TOP: u64 = 0xFC0;
+    const EVENT: u64 = 1 << 31 | 0x60;
+    let with = if lab.flags() { " with flags" } else { "" };
+    let page = lab.page(size, Write);
+    let good = table.get(page, 1);
+    lab.map(size, Write, readable(lab, size));
+    for (name, bits, second, wanted) in [
+        ("allowed", ALL, good, None),
+        ("allowed again", ALL, good, None),
+        ("denied", 0, good, Some(denied(rights::W, 5))),
+        ("of a missing table", ALL, 0, Some(Exit::Reason(SPP_EVENT, MISS))),
+    ] {
+        table.set(page, 3, bits);
+        table.set(page, 1, second);
+        lab.forget();
+        lab.guest.start(nothing, 5);
+        // SAFETY: the return address on the guest's own stack.
+        let back = unsafe { (vmx::read(f::GUEST_RSP) as *const u64).read() };
+        // SAFETY: the page under test, to which nobody holds a reference; the guest is stopped.
+        let words = unsafe { pages::at(lab.target) };
+        words[TOP as usize / 8] = back;
+        vmx::write(f::GUEST_RSP, LINEAR + TOP);
+        vmx::write(f::GUEST_RFLAGS, 0x202);
+        vmx::write(f::ENTRY_INTERRUPTION_INFO, EVENT);
+        let (exit, seen) = noting(0x60, || lab.guest.run());
+        let (exit, vectoring) = (without_advanced(exit), vmx::read(f::IDT_VECTORING_INFO) & !(1 << 12));
+        let mut out = Serial;
+        let check = Check::new(&mut out, format_args!("sub-page{with}: delivery {name}")).expect(
+            "result",
+            exit,
+            wanted.unwrap_or(Exit::Done(5)),
+        );
+        match wanted {
+            None => check.expect("delivered", seen.count, 1).end(),
+            Some(_) => {
+                check.expect("vectoring", Hex(vectoring), Hex(EVENT)).expect("delivered", seen.count, 0).end();
+                table.set(page, 3, ALL);
+                table.set(page, 1, good);
+                vmx::write(f::ENTRY_INTERRUPTION_INFO, vectoring);
+                let (exit, seen) = noting(0x60, || lab.guest.run());
+                Check::new(&mut Serial, format_args!("sub-page{with}: delivery {name}, once more"))
+                    .expect("result", exit, Exit::Done(5))
+                    .expect("delivered", seen.count, 1)
+                    .end();
+            }
+        }
     }
 }
