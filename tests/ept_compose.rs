@@ -282,7 +282,7 @@ fn the_next_pages_of_a_run_cost_one_fetch_and_nothing_to_activate() {
     assert_eq!(m.ept.stats().fills, 4);
 }
 
-/// Behind a violation that L2 saw, where the run's page table is found again or not: L2 has led the walk elsewhere at one of its levels.
+/// After a violation that L2 saw, while L2 has led the walk elsewhere at one of its levels, so that the run's page table may not be found again.
 #[test]
 fn what_l2_has_mapped_is_filled_by_one_fetch_of_each_entry_wherever_the_walk_leads_now() {
     const FLAGS: u64 = 3 << 8;
@@ -339,7 +339,7 @@ fn where_l3_goes_from_page_to_page_those_ahead_are_filled_with_it() {
         }
         assert_eq!(m.l2.most_fetches(), 1, "each entry is fetched once");
     }
-    // Two, four, eight and sixteen further ones; behind the last entry that is there nothing is filled.
+    // Two, four, eight and sixteen further ones; after the last entry that is there nothing is filled.
     assert_eq!(faults[..6], [5, 6, 8, 11, 16, 25]);
     assert!(faults[6..].windows(2).all(|pair| pair[1] - pair[0] == 17), "{faults:?}");
     let page = |index: u64| (index << 12, KIB4, (0x77_2000 + (index << 12)) | WB | 7);

@@ -1,5 +1,5 @@
 //! Sub-page write permissions in ept02 and spp02, against a second statement of them: whatever L2 writes into ept12 and spp12, an access of
-//! L3 comes to what a processor with L2's tables alone makes of it, once L2 has executed INVEPT, or behind an exit for the page.
+//! L3 comes to what a processor with L2's tables alone makes of it, once L2 has executed INVEPT, or after an exit for the page.
 //!
 //! The processor here caches each leaf and each word of permissions that it used, for as long as it may.
 
@@ -429,7 +429,7 @@ fn try_access(m: &mut Machine, role: Eptp, spptp: u64, page: usize, address: u64
     let words = after(&m.l2, role, address, expected, qualification);
     let end = m.access(role, spptp, address, qualification, &mut None);
     assert_eq!(end, expected, "{role:x?} {spptp:#x} {address:#x} {qualification:#x}");
-    // A page that is not L2's is found behind the flags.
+    // A page that is not L2's is found after the flags are set.
     if end != End::Misconfiguration {
         assert_eq!(*m.l2.words.borrow(), words, "the flags of an access that came to {end:?}");
     }

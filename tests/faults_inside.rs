@@ -267,7 +267,7 @@ const TREES: [Eptp; 2] = [Eptp::new(0x1_0000 | 0x1E), Eptp::new(0x1_0000 | 0x5E)
 const PAGES: [u64; 3] = [0x2000, 0x3000, 0x20_1000];
 type Tables = Ept02<3, 4>;
 
-/// Violations under both trees, an INVEPT behind a change, and the entries that validate.
+/// Violations under both trees, an INVEPT after a change, and the entries that validate.
 fn live(ept: &mut Tables, guest: &GuestMemory<&Failing>, frames: &mut FailingFrames<Frames>) -> Vec<Outcome> {
     let write = Qualification::from_bits_retain(2 | 3 << 7);
     let mut outcomes = vec![];

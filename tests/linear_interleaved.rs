@@ -104,7 +104,7 @@ fn set_entry(wide: bool, at: u64, memory: &VecMem, entry: u64) {
 }
 
 /// Before each access of the walk in turn the other CPU gives the last entry another value. The walk ends as if it had
-/// happened wholly before or wholly behind that, and the entry is the new one, with flags only if the walk used it.
+/// happened wholly before or wholly after that, and the entry is the new one, with flags only if the walk used it.
 #[test]
 fn a_change_at_any_moment_is_neither_lost_nor_brought_back() {
     for mode in modes() {

@@ -102,7 +102,7 @@ fn a_processor_that_did_not_boot_waits_for_its_sipi() {
             g.exit(Exit::new(3)).await;
             assert_eq!(g.get(GUEST_ACTIVITY_STATE), 3, "wait-for-SIPI");
             g.exit(Exit::new(4).because(0x12)).await;
-            // What was held back comes before the NMI window, which opens behind it.
+            // What was held back comes before the NMI window, which opens after it.
             assert_eq!((g.get(GUEST_CS_SELECTOR), g.get(GUEST_RIP)), (0x1200, 0));
             assert_eq!((g.get(GUEST_CS_BASE), g.get(GUEST_ACTIVITY_STATE)), (0x1_2000, 0));
             assert_eq!(g.get(GUEST_CR0) & 1, 0);

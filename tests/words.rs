@@ -169,7 +169,7 @@ fn a_bool_is_found_among_arguments_alone() {
     }
 }
 
-/// Whole words behind `word` at the beginning of an item, with the text up to `end`.
+/// Whole words after `word` at the beginning of an item, with the text up to `end`.
 fn items<'a>(text: &'a str, word: &'a str, end: char) -> impl Iterator<Item = (&'a str, &'a str)> {
     let starts = text.match_indices(word).filter(|(at, _)| {
         let before = text[..*at].chars().next_back();

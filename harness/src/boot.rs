@@ -56,7 +56,7 @@ pub struct Outcome {
     pub trace: Option<Trace>,
 }
 
-/// After its last word a machine gets so long to end itself.
+/// How long a machine may take to end itself after its last word.
 const GRACE: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(30);
 
@@ -105,7 +105,7 @@ pub fn watched(paths: &Paths, backend: &dyn Backend, spec: &Spec, mut look: impl
             finish(backend, spec, &mut child, folder.path());
             break (Ended::Halted, Vec::new());
         }
-        // What nvmx tells of its trace comes behind the last word.
+        // nvmx writes its trace after the last word.
         let tells = transcript.lines.last().is_some_and(is_trace) && transcript.lines.len() > seen;
         seen = transcript.lines.len();
         if transcript.is_over() && (last_word.is_none() || tells) {

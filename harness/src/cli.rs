@@ -37,7 +37,7 @@ pub enum Cmd {
     Diff(DiffArgs),
     /// Search for inputs that break the pure core, by libFuzzer
     Fuzz(FuzzArgs),
-    /// Say what is there, what is missing, and which L0 would be used and why
+    /// Say which tools are there, which are missing, and which L0 would be used and why
     Doctor(DoctorArgs),
     /// Say what an exit reason, a rule, a field, an error number or an event is
     Explain(ExplainArgs),
@@ -49,7 +49,7 @@ pub enum Cmd {
     Stat(StatArgs),
     /// Make a folder with a guest hypervisor to begin with
     New(NewArgs),
-    /// Make an archive with which nothing has to be built
+    /// Make an archive that runs without building anything
     Release(ReleaseArgs),
     /// Set up the compiler for the bare machine and print, as shell variables, how to call it
     Toolchain,
@@ -76,7 +76,7 @@ pub struct L0Args {
     #[arg(long, value_name = "MODEL", help_heading = "Machine")]
     pub cpu_model: Option<String>,
 
-    /// Memory of the machine, with --depth for each nvmx in the stack
+    /// Memory of the machine; with --depth, this much for each nvmx in the stack
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(16..=65536), help_heading = "Machine")]
     pub memory: u32,
 
@@ -84,8 +84,8 @@ pub struct L0Args {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8), help_heading = "Machine")]
     pub cpus: u32,
 
-    /// End a boot after so many seconds of the machine's time and tell where each level stopped: on Bochs 100 M instructions
-    /// each, with KVM seconds of CPU time, so that a loaded host ends none [default: 120, with KVM on Bochs, --depth, or diff 600]
+    /// End a boot after this time and say where each level stopped. A second is 100 M instructions on Bochs and a second of CPU time
+    /// with KVM, so that a loaded host ends no boot [default: 120; with KVM on Bochs, --depth, or diff: 600]
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Machine")]
     pub timeout: Option<Duration>,
 }
@@ -146,7 +146,7 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Your own L2", conflicts_with_all = ["depth", "l1"])]
     pub bare: bool,
 
-    /// End the boot with success once a line has this in it
+    /// End the boot, as passed, once a line contains this
     #[arg(long, value_name = "TEXT", help_heading = "Your own L2")]
     pub until: Option<String>,
 
@@ -158,7 +158,7 @@ pub struct RunArgs {
     #[arg(long, value_enum, default_value = "auto")]
     pub fields: Fields,
 
-    /// How refused VM entries and failed VMX instructions of L2 are told: every broken rule with its fields and values
+    /// How refused VM entries and failed VMX instructions of L2 are reported: every broken rule with its fields and values
     #[arg(long, value_enum, default_value = "text", num_args = 0..=1, default_missing_value = "text")]
     pub explain: Explain,
 
@@ -166,11 +166,11 @@ pub struct RunArgs {
     #[arg(long, value_enum, default_value = "nvmx")]
     pub l1: L1,
 
-    /// Stack nvmx so many times, each in the one before it, and show how costs grow with every level
+    /// Stack N nvmx, each in the one before it, and show how costs grow with every level
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8), conflicts_with = "l1")]
     pub depth: u32,
 
-    /// Write the figures to this file too (docs/run-schema.md); `-` is standard output, which then has nothing else
+    /// Write the figures to this file too (docs/run-schema.md); `-` is standard output, to which nothing else goes then
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 
@@ -182,7 +182,7 @@ pub struct RunArgs {
     #[command(flatten)]
     pub recorder: Recorder,
 
-    /// Serve gdb: one boot that waits for it, and stops where LEVEL is entered first [default: L2]; docs/debugging.md
+    /// Serve gdb: one boot that waits for gdb, and stops at the first entry to LEVEL [default: L2]; docs/debugging.md
     #[arg(long, value_name = "LEVEL", num_args = 0..=1, default_missing_value = "L2", value_parser = level,
         conflicts_with_all = ["watch", "json", "trace", "report", "depth", "l1"])]
     pub gdb: Option<u8>,
@@ -210,9 +210,9 @@ impl RunArgs {
 /// Who records exits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum RecordedBy {
-    /// The emulator, all of them, at no cost for guests: our build of Bochs
+    /// The emulator (our build of Bochs): all exits, at no cost for guests
     Emulator,
-    /// nvmx itself in its memory, the last ones of each CPU, on any L0
+    /// nvmx itself, in its memory: the last exits of each CPU, on any L0
     Nvmx,
 }
 
@@ -223,7 +223,7 @@ pub struct Recorder {
     #[arg(long, value_enum)]
     pub trace_by: Option<RecordedBy>,
 
-    /// How many exits of each CPU nvmx keeps
+    /// How many exits nvmx keeps for each CPU
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub trace_keep: u32,
 }
@@ -266,15 +266,15 @@ pub struct TraceArgs {
     #[arg(long, value_name = "N", conflicts_with_all = ["reason", "level", "top"])]
     pub around: Option<u32>,
 
-    /// The N dearest trees
+    /// The N most expensive trees
     #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "10")]
     pub top: Option<usize>,
 
-    /// So many trees at most
+    /// At most N trees
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub limit: usize,
 
-    /// For another program instead: of the whole boot
+    /// Trees in words, or the whole boot in a format for another program
     #[arg(long, value_enum, default_value = "text")]
     pub format: TraceFormat,
 
@@ -385,7 +385,7 @@ pub struct LabArgs {
     pub l0: L0Args,
 }
 
-/// How refused VM entries and failed VMX instructions of L2 are told.
+/// How refused VM entries and failed VMX instructions of L2 are reported.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Explain {
     /// In words, as they happen
@@ -419,7 +419,7 @@ pub struct NewArgs {
     #[arg(value_enum)]
     pub what: New,
 
-    /// Where: a folder that is not there, or is empty
+    /// Where: a folder that does not exist, or is empty
     #[arg(value_name = "DIR")]
     pub folder: PathBuf,
 
@@ -455,7 +455,7 @@ pub struct DiffArgs {
     #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true, requires = "l2")]
     pub l2_args: String,
 
-    /// Where vmxtest's generated VMCS states begin
+    /// Seed of the VMCS states that vmxtest generates
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     pub seed: u64,
 
@@ -463,8 +463,8 @@ pub struct DiffArgs {
     #[arg(long, value_name = "N", default_value_t = 250)]
     pub cases: u32,
 
-    /// A share of a campaign, K of N, for N machines: the states that vmxtest generates, each share its own; what is not generated
-    /// is the first share's
+    /// Run share K of a campaign on N machines: each share generates VMCS states of its own, and the first one also runs all
+    /// that is not generated
     #[arg(long, value_name = "K/N")]
     pub shard: Option<Shard>,
 
@@ -518,11 +518,11 @@ pub struct BenchArgs {
     #[arg(long, value_name = "FILE.html", requires = "growth")]
     pub report: Option<PathBuf>,
 
-    /// With `kvm`: what L2 uses is measured with KVM in nvmx's place too
+    /// With `kvm`: measure guest `growth` with KVM in nvmx's place too
     #[arg(long, value_enum, default_value = "nvmx", requires = "growth", conflicts_with = "bless")]
     pub l1: L1,
 
-    /// Book what is counted now in the file, for this compiler, in the place of what was booked for it
+    /// Write what is counted now into the file, in place of the figures that it has for this compiler
     #[arg(long, conflicts_with = "compare")]
     pub bless: bool,
 
@@ -551,11 +551,11 @@ pub struct TestArgs {
     #[arg(long, value_name = "NAME")]
     pub exact: Vec<String>,
 
-    /// No boot test with this in its name; may be given again
+    /// Skip boot tests with this in their name; may be given again
     #[arg(long, value_name = "TEXT")]
     pub exclude: Vec<String>,
 
-    /// Also boot tests that take many minutes each; one that is named runs without it
+    /// Also run the boot tests that take many minutes each; those that --filter or --exact select run without this option
     #[arg(long)]
     pub long: bool,
 
@@ -563,11 +563,11 @@ pub struct TestArgs {
     #[arg(long, value_name = "K/N")]
     pub shard: Option<Shard>,
 
-    /// Make the boots of a test that failed again, so often at most; what passes only then is told as such
+    /// Repeat the boots of a failed test up to N times; a test that passes only then is reported as such
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=9))]
     pub retry: u32,
 
-    /// Write the results for CI programs
+    /// Write the results as JUnit XML, which CI programs read
     #[arg(long, value_name = "FILE")]
     pub junit: Option<PathBuf>,
 
@@ -591,11 +591,11 @@ pub struct TestArgs {
     #[arg(long)]
     pub boot_only: bool,
 
-    /// Boots at the same time
+    /// How many boots run at the same time
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub jobs: u32,
 
-    /// What the boot tests run on: the emulated machine, or KVM, which has tests of its own, one after the other
+    /// What the boot tests run on: the emulated machine, or KVM, which has its own tests and runs them one after the other
     #[arg(long, value_enum, default_value = "bochs")]
     pub l0: L0,
 
@@ -615,7 +615,7 @@ pub struct FuzzArgs {
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     pub seconds: u32,
 
-    /// Where the random choices of every target start; without it each run makes others
+    /// Seed of the random choices of every target; without it each run makes other choices
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub seed: Option<u32>,
 
@@ -623,15 +623,15 @@ pub struct FuzzArgs {
     #[arg(long, value_name = "K/N", conflicts_with = "input")]
     pub shard: Option<Shard>,
 
-    /// Targets at the same time
+    /// How many targets run at the same time
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub jobs: u32,
 
-    /// Run the one target on this input only, to see a failure again
+    /// Run one target on this input only, to reproduce a failure
     #[arg(long, value_name = "FILE", conflicts_with = "keep")]
     pub input: Option<PathBuf>,
 
-    /// Make tests/fuzz/corpus anew: the fewest inputs that cover what it and those found cover
+    /// Minimize tests/fuzz/corpus: keep the fewest inputs that cover what it and the newly found inputs cover
     #[arg(long)]
     pub keep: bool,
 }

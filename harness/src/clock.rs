@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 pub const TICKS: &str = "ticks";
 /// Instructions that a second of [`Time`] stands for: what the emulated machine makes of its own clock.
 pub const PER_SECOND: u64 = 100_000_000;
-/// A machine that gets no further for so long, by the clock on the wall, gets no further at all.
+/// A machine that makes no progress for this long, by the clock on the wall, is stuck.
 const STUCK: Duration = Duration::from_secs(300);
-/// The last resort: so many times the limit, by the clock on the wall.
+/// The last resort: this many times the limit, by the clock on the wall.
 const PATIENCE: u32 = 20;
 
 /// What a boot has used up.

@@ -28,9 +28,9 @@ use tempfile::TempDir;
 /// The CPU models to try, best first, where the user names none.
 const MODELS: [&str; 4] = ["tigerlake", "corei7_icelake_u", "corei7_skylake_x", "corei7_haswell_4770"];
 
-/// The longest boot on a machine, and with a Linux below or nvmx in nvmx.
+/// How long a boot may take.
 const SHORT: Duration = Duration::from_secs(120);
-/// As [`SHORT`].
+/// How long a boot may take with a Linux below, or with nvmx in nvmx.
 pub const LONG: Duration = Duration::from_secs(600);
 /// The "model" of a machine that has the host's CPU.
 pub const HOST_MODEL: &str = "host";
@@ -418,7 +418,7 @@ fn choose_model(wish: Option<&str>, offered: &[String]) -> Result<String, Stop> 
     }
 }
 
-/// The folder with limits on what events may cost.
+/// The file with limits on what events may cost.
 pub fn budget_file(root: &Path) -> std::path::PathBuf {
     root.join("benches/budget.json")
 }

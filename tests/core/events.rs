@@ -280,7 +280,7 @@ fn an_nmi_in_nvmx_while_l3_runs_is_its_own_or_an_exit() {
             g.nmi_at_next_exit();
             g.run(Op::Vmresume).await;
             if g.level() == Level::L3 && comes {
-                // The processor stops it behind the instruction that STI covers.
+                // The processor stops it after the instruction that STI covers.
                 g.run(Op::Clts).await;
             }
             if comes {

@@ -206,7 +206,7 @@ async fn own_exits(g: Guest) {
     g.exit(Exit::new(3)).await;
 }
 
-/// What must work behind each failure.
+/// What must work after each failure.
 async fn goes_on(g: Guest) {
     // L2 begins anew, wherever it was.
     if g.level() == Level::L3 {
@@ -246,7 +246,7 @@ fn judge(world: &mut World, name: &str, script: Script, k: u64, set: impl Fn(&mu
     }
 }
 
-/// The frames at rest behind a script in which nothing fails, and the accesses that nvmx made to L2's memory meanwhile.
+/// The frames at rest after a script in which nothing fails, and the accesses that nvmx made to L2's memory meanwhile.
 fn undisturbed(setup: Setup, name: &str, script: Script) -> (usize, u64) {
     let mut world = World::new(setup);
     let count = std::cell::Cell::new(0);
@@ -257,7 +257,7 @@ fn undisturbed(setup: Setup, name: &str, script: Script) -> (usize, u64) {
     (full, count.get())
 }
 
-/// Behind a failure with which the machine goes on, all frames come back once L2 leaves VMX operation.
+/// After a failure with which the machine goes on, all frames come back once L2 leaves VMX operation.
 fn nothing_is_lost(world: &World, full: usize, name: &str, k: u64) {
     if matches!(world.cpu.nested.operation, nvmx::cpu::Operation::Off) {
         assert_eq!(at_rest(world), full, "{name}, {k:#x}: frames are lost");

@@ -10,7 +10,7 @@ use nvmx_machine::second::core_support::valid_vmcs12;
 pub const VMXON: u64 = 0x1_0000;
 pub const VMCS: u64 = 0x1_1000;
 pub const OTHER: u64 = 0x1_2000;
-/// L2's EPT for L3: one to one, 4 KiB pages for the first 2 MiB, large ones behind.
+/// L2's EPT for L3: one to one, 4 KiB pages for the first 2 MiB, large ones after that.
 pub const EPT: u64 = 0x20_0000;
 pub const HANDLER: u64 = 0x11_0000;
 
@@ -112,7 +112,7 @@ pub async fn leave(g: &Guest) {
     assert_eq!(g.run(Op::Vmcall).await, Outcome::Left);
 }
 
-/// Behind an exit: everything that L2 sees, and what VMREAD says of it.
+/// After an exit: everything that L2 sees, and what VMREAD says of it.
 pub async fn look(g: &Guest, what: &str) {
     g.see(what);
     g.note(format!("{what}: {:x?}", exit_information(g).await));

@@ -211,7 +211,7 @@ fn a_thread_goes_with_its_vmcs_over_vmclear_vmxoff_and_the_memory_of_l2() {
     });
 }
 
-/// Values that break a rule are refused by the entry, with the error of host state but behind those of controls, and what was written
+/// Values that break a rule are refused by the entry, with the error of host state but after those of controls, and what was written
 /// stays; the same whether nvmx sees each of the writes or none.
 #[test]
 fn a_thread_that_breaks_a_rule_is_refused() {
@@ -278,7 +278,7 @@ fn trapped(world: &World) -> u64 {
     [Counter::TrappedVmread, Counter::TrappedVmwrite].into_iter().map(|c| world.cpu.vmx.counters.get(c)).sum()
 }
 
-/// nvmx on a machine of this kind, whose L2 has a vmcs12 behind its first exit.
+/// nvmx on a machine of this kind, whose L2 has a vmcs12 after its first exit.
 fn launched(storage: Storage) -> World {
     let setup = Setup::all().into_iter().find(|s| s.storage == storage && s.strategy == Strategy::ZeroCopy);
     let mut world = World::new(setup.expect("there is one"));
@@ -327,7 +327,7 @@ fn the_first_write_of_a_vmcs_in_use_exits_and_no_other_does() {
 fn threads_exit_until_they_are_a_habit_and_again_once_that_is_over() {
     let thread = |g: Guest, n| async move { thread_round(&g, n).await };
     let world = &mut launched(Storage::OnChip);
-    // The stack pointer once, three fields written and read before the entry, and read behind it.
+    // The stack pointer once, three fields written and read before the entry, and read after it.
     assert_eq!(trapped_in(world, 1, thread), 1 + 3 * 3);
     assert_eq!(trapped_in(world, 1, thread), 1);
     assert_eq!(trapped_in(world, 50, thread), 0);

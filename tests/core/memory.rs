@@ -198,7 +198,7 @@ fn sub_pages_are_written_as_l2s_table_says() {
                         assert_eq!(g.peek(PAGE + offset), round + offset);
                     }
                 }
-                // Behind an INVEPT, and behind a read.
+                // After an INVEPT, and after a read.
                 leave(&g).await;
                 g.run(Op::Invept(1, eptp)).await;
                 g.run(Op::Vmresume).await;

@@ -15,7 +15,7 @@ fn region(number: u64) -> u64 {
     FIRST + number * 0x1000
 }
 
-/// Whether anything stands in a region behind the revision and the abort indicator.
+/// Whether anything stands in a region after the revision and the abort indicator.
 fn is_stored(g: &Guest, number: u64) -> bool {
     (8..0x1000).step_by(8).any(|at| g.peek(region(number) + at) != 0)
 }

@@ -1,4 +1,4 @@
-//! The usual way of an exit and of the entry behind it: whatever makes one of them special in between counts, once or from then
+//! The usual way of an exit and of the entry after it: whatever makes one of them special in between counts, once or from then
 //! on, and what comes after it is usual again. Seen by what the bare machine shows.
 
 use crate::kit::{self, *};
@@ -38,7 +38,7 @@ fn usual() -> Vec<(Field, u64)> {
     fields
 }
 
-/// A hypervisor whose controls are `changes`, with rounds behind it.
+/// A hypervisor whose controls are `changes`, with rounds after it.
 async fn begin(g: &Guest, changes: &[(Field, u64)]) {
     for (n, (index, value)) in [(0x277u64, 0x0606u64), (0xC000_0081, 0x1111)].iter().enumerate() {
         g.poke(AREA + 16 * n as u64, *index);
@@ -265,7 +265,7 @@ fn what_changed_in_ept12_is_seen_by_the_next_entry() {
             leave(&g).await;
             rounds(&g, "behind INVEPT").await;
         }
-        // A page that is not there, and the entry behind it.
+        // A page that is not there, and the entry after it.
         g.poke(EPT + 0x3000 + 8 * 0x61, 0);
         g.run(Op::Invept(2, 0)).await;
         assert_eq!(g.run(Op::Vmresume).await, Outcome::Left);

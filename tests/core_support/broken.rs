@@ -12,7 +12,7 @@ pub const INT3: u64 = 1 << 31 | 6 << 8 | 3;
 
 pub type Change = fn(&mut Vmcs);
 
-/// A 32-bit paging-off-capable guest without IA-32e mode: the base of many cases.
+/// A 32-bit guest outside of IA-32e mode: the base of many cases.
 pub fn legacy(v: &mut Vmcs) {
     v.clear(VM_ENTRY_CONTROLS, 1 << 9).set(GUEST_IA32_EFER, 0).set(GUEST_CS_AR_BYTES, 0xC09B);
 }

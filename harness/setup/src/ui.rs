@@ -138,7 +138,7 @@ impl Ui {
     }
 }
 
-/// What a thread left behind that ended early is as good as any.
+/// Locks a mutex; what a thread that panicked has left in it is as good as any.
 fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

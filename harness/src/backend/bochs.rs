@@ -87,7 +87,7 @@ impl Backend for Bochs {
     }
 }
 
-/// The errors of VMX in a log, in the order in which they came first. That a guest exits is none, though Bochs counts some exits so.
+/// The VMX errors in a log, each once, in the order of their first occurrence. A VM exit is no error, though Bochs logs some as errors.
 fn refused(log: &str) -> Vec<String> {
     let is_error = |line: &&str| line.get(11..13) == Some("e[");
     let is_refusal = |words: &String| words.starts_with("VM") && !words.to_ascii_uppercase().starts_with("VMEXIT");

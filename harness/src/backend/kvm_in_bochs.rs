@@ -19,8 +19,8 @@ pub const COMMAND_LINE: &str = "console=ttyS0,115200 nokaslr mitigations=off tsc
 /// As KVM is loaded on a processor of today, with APICv.
 pub const KVM_INTEL: &str = "nested=1 ept=1";
 /// Without these features the kernel copies by words. The processor of the tests has both, and with them the kernel copies by REP
-/// MOVSB, of which the emulator counts each byte as an instruction, where a processor copies 32 bytes and more in a cycle: of what KVM
-/// takes for a change of its guest's VMCS most would be that.
+/// MOVSB. The emulator counts each of its bytes as an instruction, where a processor copies 32 bytes or more in a cycle: most of the
+/// instructions that KVM takes to switch its guest's VMCS would be such bytes.
 const BY_WORDS: &str = " clearcpuid=erms,fsrm";
 const CONSOLE: &str = "console.log";
 
@@ -113,7 +113,7 @@ impl Backend for KvmInBochs {
 }
 
 impl KvmInBochs {
-    /// As people have it: with copies of memory that cost what they cost a processor, more or less.
+    /// As people run it: ERMS and FSRM stay, and the kernel copies memory by REP MOVSB.
     #[must_use]
     pub fn usual(self) -> Self {
         KvmInBochs { by_words: true, ..self }

@@ -92,7 +92,7 @@ pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
         let text = "if they are meant, ./nvmx bench --bless books them";
         failed.push(format!("{} figures differ from the ledger: {text}", differences.len()));
     }
-    // Behind the ledger, which is of nvmx alone.
+    // After the ledger was looked at, which has figures of nvmx alone.
     if args.l1 == L1::Kvm {
         beside_kvm(ui, &session, args, &mut measured)?;
     }

@@ -22,7 +22,7 @@ const PAGES: [(&str, &str); 5] = [
     ("docs/invariants.md", include_str!("../../../docs/invariants.md")),
 ];
 const README: &str = include_str!("../../../README.md");
-/// Events that the walk in the architecture page is of, or like.
+/// The section of the architecture page that follows one exit: shown with events that L2 handles.
 const WALK: &str = "## The life of one exit: CPUID of L3, handled by L2";
 
 /// Runs the command.
@@ -165,7 +165,7 @@ fn of_event(word: &str) -> Vec<String> {
     text
 }
 
-/// A section of a page, without its subsections' siblings.
+/// A section of a page, with its subsections.
 fn section(page: &str, head: &str) -> Vec<String> {
     let from = page.lines().skip_while(|line| *line != head);
     from.enumerate()

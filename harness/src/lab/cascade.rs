@@ -50,8 +50,8 @@ const EVENTS: [(&str, &str); 3] = [
 ];
 /// INVLPG and a load: no level hears of it.
 const WALK: (&str, &str) = ("page walk", "cascade/page_walk/l3");
-/// Exits of a CPUID with n hypervisors, where VMCS shadowing serves all fields: each level adds VMRESUME, 2 VMPTRLD and VMCLEAR
-/// and the exit itself to each exit of the level above: four for each beyond the second.
+/// Hardware exits of a CPUID with one to four hypervisors, where VMCS shadowing serves all fields. Each hypervisor beyond the second
+/// makes four exits of one: the exit itself, and VMPTRLD, VMCLEAR and VMRESUME of the hypervisor that handles it.
 const EXPECTED: [f64; 4] = [1.0, 2.0, 8.0, 32.0];
 
 fn judge(figures: &Figures) -> Judgement {

@@ -73,8 +73,8 @@ impl Figures {
         Some(row.get(key).copied().unwrap_or(0.0))
     }
 
-    /// How far the ticks of two rows may be apart that take the same: with nvmx twice the bracket of either, or the empty
-    /// one that is taken off, may hold the lower nvmx's first sight of a page.
+    /// By how many ticks per event two rows that do the same may differ. With two nvmx, one of their brackets, or the empty one that
+    /// is subtracted, may include the lower nvmx's first sight of a page.
     pub fn slack(&self, stack: Stack, row: &str) -> f64 {
         let sight = if stack == Stack::Twice { FIRST_SIGHT_TICKS } else { 0.0 };
         0.1 + sight / self.get(stack, row, "count").unwrap_or(1.0).max(1.0)

@@ -95,7 +95,7 @@ event! {
     trapped_vmwrite,
     /// Entries filled in ept02
     ept02_fills,
-    /// ept02 contexts dropped
+    /// ept02 contexts that an INVEPT of L2 concerned
     ept02_flushes,
     /// Exits to KVM, where KVM is below nvmx, by KVM's own count
     l0_exits,

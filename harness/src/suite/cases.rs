@@ -25,7 +25,7 @@ const LITTLE_MEMORY: u32 = 16;
 /// A refusal comes at once; a machine that takes longer hangs.
 const SOON: Duration = Duration::from_secs(60);
 
-/// The rules, and other refusals, that vmxtest has explained to it.
+/// The refusals that nvmx must have explained to vmxtest, at least.
 const EXPLAINED: usize = 90;
 
 /// The guests that print check records.

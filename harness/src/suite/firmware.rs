@@ -1,4 +1,4 @@
-//! The boot tests of loaders and firmware on boards that QEMU emulates without VMX: nvmx ends behind the start of the processors
+//! The boot tests of loaders and firmware on boards that QEMU emulates without VMX: nvmx ends after it has started the processors
 //! (`stop=cpus`) and says what it found.
 
 use super::{Case, Judge, Suite, messages, refused};

@@ -89,7 +89,7 @@ fn add_trace(suite: &mut Suite, session: &Session) {
 /// Adds those with a Linux: KVM in nvmx's place, and on nvmx.
 ///
 /// # Errors
-/// None; it is as the other topics are.
+/// Never: all topics have this type.
 pub fn add_with_linux(suite: &mut Suite, session: &Session) -> Result<()> {
     add_boots(suite, session, &WITH_LINUX);
     for stack in [Stack::One, Stack::Nested] {

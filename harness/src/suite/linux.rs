@@ -15,11 +15,11 @@ use std::collections::BTreeSet;
 
 /// Features of VMX that the Linux must find under nvmx, as `/proc/cpuinfo` calls them.
 const FEATURES: [&str; 3] = ["ept", "vpid", "unrestricted_guest"];
-/// How much longer Linux may take under nvmx to its init, of what it takes alone.
+/// How many times as long as alone Linux may take under nvmx until its init runs.
 const MORE: f64 = 1.05;
 
-/// A CPU model on which Linux uses 5-level paging. It has AMX without XFD, as no processor does: Linux then leaves the one half of
-/// AMX's state on that XSETBV refuses without the other, and dies, bare too.
+/// A CPU model on which Linux uses 5-level paging. The model has AMX without XFD, as no processor has: Linux then enables
+/// only one of the two bits of AMX's state in XCR0, XSETBV refuses that, and Linux dies, bare too.
 const FIVE_LEVELS: &str = "sapphire_rapids without amx amx_int8 amx_bf16";
 /// The CPU model for Linux 6.1, which stops early on the one with the most VMX features.
 const MODEL_OF_61: &str = "corei7_skylake_x";

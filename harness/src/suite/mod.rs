@@ -82,7 +82,7 @@ pub struct Verdict<'a> {
 }
 
 impl Suite {
-    /// Boots in the order in which the cases need them, each behind the one whose capabilities it waits for.
+    /// Boots in the order in which the cases need them, each after the one whose capabilities it waits for.
     fn order(&self) -> Vec<String> {
         let mut order: Vec<String> = Vec::new();
         for name in self.cases.iter().flat_map(|c| &c.boots) {
@@ -105,7 +105,7 @@ impl Suite {
             None => spec,
         };
         let (view, backend) = (View::new(&session.ui, Show::Nothing), self.backend(session, name));
-        // A case that records looks at it itself.
+        // A boot that is recorded for its case is not recorded for the user as well.
         let traces = self.traces.as_ref().filter(|_| backend.records() && spec.record.is_none());
         let record = traces.map(|_| Recording::kept(&session.images.nvmx)).or(spec.record.clone());
         let outcome = boot::watched(&session.paths, backend, &Spec { record, ..spec }, |line| {

@@ -16,8 +16,8 @@ pub const FEW: &str = "events=50";
 /// Parts of `smp` under KVM. Left out: `mwait`, which KVM does not offer; `exceptions`, whose timer runs out before KVM is done with an
 /// exit, so that its guest gets nowhere; `init`, which ends in firmware, of which the VMM has none.
 const PARTS_OF_SMP: &str = "part=messages,guests,migrate,memory,events,broadcast";
-/// What a CPUID of L3 that L2 handles may take with nvmx under KVM: exits to KVM by its own count, and instructions. A fifth
-/// of the 391,000 that KVM in KVM takes. The warm-up is in the exits, so that an average is not whole.
+/// What a CPUID of L3 that L2 handles may take with nvmx under KVM: exits to KVM by KVM's own count, and instructions: a
+/// fifth of the 391,000 that KVM in KVM takes. The exits include the warm-up, so that their average is no whole number.
 const MOST_EXITS: f64 = 12.0;
 const MOST_INSTRUCTIONS: f64 = 78_200.0;
 

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 /// What APICv is made of, as `/proc/cpuinfo` calls it: KVM below offers it, and nvmx hands it on.
 const APICV: [&str; 4] = ["vapic_reg", "vid", "posted_intr", "apicv"];
-/// What nvmx may add to the boot of L3: a share of what the boot takes with one KVM less.
+/// What nvmx may add to the boot of L3, as a share of what the boot takes without nvmx.
 const MOST_ADDED: f64 = 0.25;
 /// Few events in each bracket, and as many brackets as a median needs.
 const MEDIANS: &str = "events=4 brackets=31";

@@ -14,9 +14,9 @@ use anyhow::Result;
 /// What Xen says where VMX with EPT is there for its guests.
 const ENABLED: [&str; 2] = ["HVM: VMX enabled", "HVM: Hardware Assisted Paging (HAP) detected"];
 
-/// Xen before the memory map that it has from the BIOS; it has other words for one from the boot loader.
+/// The heading that Xen gives a memory map from the BIOS; one from the boot loader gets another heading.
 const FROM_FIRMWARE: &str = "(XEN) Xen-e820 RAM map:";
-/// What nvmx may keep for itself, in bytes.
+/// What nvmx keeps for itself, in bytes: at least, and at most.
 const LEAST: u64 = 4 << 20;
 const MOST: u64 = 64 << 20;
 

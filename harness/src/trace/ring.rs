@@ -1,6 +1,6 @@
 //! nvmx's own trace, as it tells it on the serial line at the end, brought into the form of the emulator's log.
 //!
-//! It has the last exits of each CPU. Of fields it has the processor-based controls, of what guest hypervisors do nothing.
+//! It has the last exits of each CPU. Of the fields it has only the processor-based controls, and it has nothing about what guest hypervisors do.
 
 use super::log::{Counts, Facts, Record, What};
 use l2_protocol::trace::{TracedExit, Words};

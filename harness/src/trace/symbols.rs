@@ -4,7 +4,7 @@ use object::{Object, ObjectSection, ObjectSymbol, SectionKind, SymbolKind};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// A label without a size names what comes so far behind it.
+/// A label without a size names addresses up to this far after it.
 const NEAR: u64 = 1 << 16;
 
 /// The code of one image, by address.

@@ -3,7 +3,7 @@
 use chrono::{DateTime, Datelike};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// The port that chooses a register; the one behind it reads or writes it.
+/// The port that chooses a register; the next one reads or writes it.
 pub const CLOCK: u16 = 0x70;
 /// Registers A to D: no update is under way and the usual rate; binary numbers and 24 hours; no interrupt; the battery is good.
 const STATUS: [(u8, u8); 4] = [(0x0A, 0x26), (0x0B, 0x06), (0x0C, 0), (0x0D, 0x80)];

@@ -15,7 +15,7 @@ const PLACE: u8 = 0x7D;
 /// Written there before the reset.
 const MARK: u8 = 0x5A;
 
-/// Ends the machine, which for a reset is done once: behind it everything takes its usual course.
+/// Ends the machine, for a reset only once: after it everything takes its usual course.
 ///
 /// # Errors
 /// What the kernel says if it goes on.

@@ -7,7 +7,7 @@ use crate::multiboot;
 use crate::multiboot::{File, Start, put};
 use anyhow::{Context, Result, ensure};
 
-/// Where the zero page goes, and the command line behind it.
+/// Where the zero page goes, and the command line after it.
 const ZERO_PAGE: usize = 0x1_0000;
 const COMMAND_LINE: usize = 0x1_1000;
 const COMMAND_LINE_MAX: usize = 2047;

@@ -4,8 +4,8 @@
 //! needs, loads the modules of KVM, and switches the machine off at the end. It runs on any other Linux with KVM as well. As init
 //! of Xen's control domain it starts Xen's tools instead, and has no machine of its own.
 //!
-//! The machine that its guest gets: one CPU as the host's KVM offers it (VMX included), memory, the interrupt controllers
-//! and the timer of KVM, COM1 without interrupts, the exit ports of Bochs and QEMU, ACPI tables that list the CPU.
+//! The machine that its guest gets: CPUs as the host's KVM offers them (VMX included), memory, the interrupt controllers and
+//! the timer of KVM, a clock, COM1 without interrupts, the exit ports of Bochs and QEMU, ACPI tables that list the CPUs.
 
 mod acpi;
 mod clock;

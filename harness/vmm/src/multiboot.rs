@@ -60,7 +60,7 @@ impl Header {
     }
 }
 
-/// Loads image, modules behind it, boot information.
+/// Loads the image, the modules after it, and the boot information.
 ///
 /// # Errors
 /// What does not fit, or that the image is none.

@@ -171,7 +171,7 @@ impl Guest {
         self.run()
     }
 
-    /// Goes behind the instruction that exited.
+    /// Skips the instruction that exited.
     pub fn skip(&mut self) {
         vmx::write(f::GUEST_RIP, vmx::read(f::GUEST_RIP).wrapping_add(vmx::read(f::EXIT_INSTRUCTION_LENGTH)));
     }

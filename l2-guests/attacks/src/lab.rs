@@ -105,7 +105,7 @@ pub struct Lab {
 
 const SPARE: usize = 16;
 /// What nvmx may take for a piece of a try and for each of its exits, in ticks, which are instructions on a Bochs with one CPU;
-/// and for the entry behind an INVEPT that compares as many tables of ept02 as there can be.
+/// and for the entry after an INVEPT that compares as many tables of ept02 as there can be.
 const MOST_TICKS: u64 = 250_000;
 const EACH_TICKS: u64 = 8_000;
 const ALL_TABLES_TICKS: u64 = 6_000_000;

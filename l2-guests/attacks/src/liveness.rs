@@ -95,7 +95,7 @@ struct Storm {
     extra: Extra,
     program: Program,
     reason: u32,
-    /// The exit leaves RIP behind the instruction, or at its start
+    /// The exit leaves RIP after the instruction, or at its start
     skip: bool,
 }
 

@@ -11,7 +11,7 @@ use l2_kit::{
     pages::{LARGE, PAGE},
 };
 
-/// First byte of the range, and the first byte behind it; 0 if there is none.
+/// First byte of the range, and the first byte after it; 0 if there is none.
 static RANGE: Global<(u64, u64)> = Global::new((0, 0));
 static BARE: Global<bool> = Global::new(false);
 

@@ -30,9 +30,9 @@ use l2_kit::{
 enum Setting {
     Plain,
     Stepped,
-    /// Behind MOV to SS
+    /// After MOV to SS
     Shadow,
-    /// Behind MOV to SS, with a single step that is due
+    /// After MOV to SS, with a single step that is due
     SteppedShadow,
     /// Its last byte is the last one below the end of canonical addresses.
     CanonicalEdge,
@@ -63,7 +63,7 @@ const AC_VECTOR: u8 = 17;
 const SHADOW: &[u8] = &[0x41, 0x8C, 0xD0, 0x41, 0x8E, 0xD0];
 /// `mov r8d, ss`, `pushfq`, `or dword ptr [rsp], 0x100`, `popfq`, `mov ss, r8d`
 const STEPPED_SHADOW: &[u8] = &[0x41, 0x8C, 0xD0, 0x9C, 0x81, 0x0C, 0x24, 0, 1, 0, 0, 0x9D, 0x41, 0x8E, 0xD0];
-/// `mov [rdi], eax`, `mov [rdi + 4], ebx`, `mov [rdi + 8], ecx`, `mov [rdi + 12], edx` behind CPUID
+/// `mov [rdi], eax`, `mov [rdi + 4], ebx`, `mov [rdi + 8], ecx`, `mov [rdi + 12], edx` after CPUID
 const CPUID_STORED: &[u8] = &[0x0F, 0xA2, 0x89, 0x07, 0x89, 0x5F, 0x04, 0x89, 0x4F, 0x08, 0x89, 0x57, 0x0C];
 
 /// What ring 3 begins with, in the order in which `attacks_ring3` takes it.
@@ -117,7 +117,7 @@ extern "C" fn ring3(start: u64) -> u64 {
     0
 }
 
-/// Pages of the lab: code, data, stack, what comes behind 4 GiB, [`Start`].
+/// Pages of the lab: code, data, stack, what lies from 4 GiB on, [`Start`].
 const CODE: usize = 3;
 const DATA: usize = 4;
 const STACK: usize = 5;
@@ -388,7 +388,7 @@ fn resume(lab: &mut Lab, catch: &mut u64) -> Exit {
     exit
 }
 
-/// Goes behind the instruction that exited, as a hypervisor must: RIP has 32 bits outside of 64-bit mode, and no event waits
+/// Skips the instruction that exited, as a hypervisor must: RIP has 32 bits outside of 64-bit mode, and no event waits
 /// for the next instruction any more.
 fn skip(lab: &mut Lab) {
     const LONG: u64 = 1 << 13;

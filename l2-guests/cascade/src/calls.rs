@@ -31,7 +31,7 @@ pub fn is_service(number: u64) -> bool {
 /// The guest's side of a call.
 #[inline(always)]
 pub fn call(number: u64, b: u64, c: u64) {
-    // SAFETY: the hypervisor returns behind the instruction with all registers as they were.
+    // SAFETY: the hypervisor returns after the instruction with all registers as they were.
     unsafe {
         asm!("xchg rbx, {b}", "vmcall", "xchg rbx, {b}", b = inout(reg) b => _, in("rax") number, in("rcx") c, options(nostack));
     }

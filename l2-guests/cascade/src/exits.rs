@@ -102,7 +102,7 @@ fn unexpected(reason: u32) -> Stop {
     Stop::Unexpected(reason, vmx::read(f::EXIT_QUALIFICATION))
 }
 
-/// Goes on behind the instruction that exited.
+/// Skips the instruction that exited.
 fn advance() {
     vmx::write(f::GUEST_RIP, vmx::read(f::GUEST_RIP) + vmx::read(f::EXIT_INSTRUCTION_LENGTH));
 }

@@ -32,7 +32,7 @@ pub fn all() -> Result<(), Stop> {
         vpid += 1;
         Guest::new(cr3, ept, vpid)
     };
-    // Behind these lie the EPT tables, which a hypervisor keeps from its guest.
+    // After these lie the EPT tables, which a hypervisor keeps from its guest.
     let hidden = frames + LARGE;
     let (pool, bytes) = pages::pool();
     let identity = || {

@@ -30,7 +30,7 @@ const MAX_RANGES: usize = 32;
 pub struct Range {
     /// First byte
     pub start: u64,
-    /// First byte behind it
+    /// First byte after it
     pub end: u64,
     /// Memory for whoever wants it
     pub usable: bool,

@@ -1,11 +1,11 @@
-//! Shared state of an image that runs on one CPU.
+//! State of an image that no two CPUs use at the same time.
 
 use core::cell::Cell;
 
 /// A static variable: whole values go in and out, so that no reference to it lives across a trap.
 pub struct Global<T>(Cell<T>);
 
-// SAFETY: a guest runs on one CPU (see the crate's text), so no two threads ever share the cell.
+// SAFETY: a guest runs on one CPU, or lets no two CPUs use a variable at the same time unless all of them only read it.
 unsafe impl<T> Sync for Global<T> {}
 
 impl<T: Copy> Global<T> {

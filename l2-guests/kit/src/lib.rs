@@ -1,8 +1,8 @@
 //! What every guest of ours needs to be a bootable image and to test a machine from inside: boot code for three loaders,
 //! the serial line and its records, traps that can be caught, page tables, and VMX.
 //!
-//! A guest is one CPU in ring 0 with the first 4 GiB mapped one to one; it has no other tasks and takes no interrupt it did
-//! not ask for. The `unsafe` blocks of this crate lean on that: "single CPU, ring 0" in their comments means this sentence.
+//! A guest runs in ring 0 with the first 4 GiB mapped one to one, on one CPU until it starts others (`smp`); it takes no interrupt
+//! that it did not ask for. "Single CPU, ring 0" in the comments of `unsafe` blocks means: no other CPU uses the same at the time.
 //! A guest is an experiment on its machine: it may bring itself down, and its trap handlers say so when it does.
 #![cfg_attr(target_os = "none", no_std)]
 

@@ -13,7 +13,7 @@ pub fn store(address: u64, value: u64) {
     unsafe { asm!("mov [rdi], rax", in("rdi") address, in("rax") value, options(nostack, preserves_flags)) };
 }
 
-/// The hypervisor's side: what the guest wants to store where, after an EPT violation by [`store`]; the guest goes on behind it.
+/// The hypervisor's side: what the guest wants to store where, after an EPT violation by [`store`]; the guest goes on after it.
 /// An EPT violation tells no instruction length (SDM "Information for VM Exits Due to Instruction Execution").
 pub fn emulate(vm: &Vm) -> Option<(u64, u64)> {
     let rip = vmx::read(f::GUEST_RIP);

@@ -152,7 +152,7 @@ impl Vm {
     }
 }
 
-/// Goes on behind the instruction that exited.
+/// Skips the instruction that exited.
 #[inline]
 pub fn advance() {
     vmx::write(f::GUEST_RIP, vmx::read(f::GUEST_RIP) + vmx::read(f::EXIT_INSTRUCTION_LENGTH));

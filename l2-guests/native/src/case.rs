@@ -1,4 +1,4 @@
-//! One combination: the code in memory, the IRET into it, and the traps behind that.
+//! One combination: the code in memory, the IRET into it, and the traps that follow.
 
 use crate::{
     instructions::{Base, Instruction, Operand, Value},
@@ -40,7 +40,7 @@ const IN_SEGMENT: u64 = 0x800;
 /// The last canonical page of the lower half.
 const EDGE: u64 = 0x0000_7FFF_FFFF_F000;
 
-/// Slots of the GDT behind the kit's: the code segment of a case.
+/// Slots of the GDT after the kit's: the code segment of a case.
 const OWN_CODE: u16 = 0x40;
 const GDT_ENTRIES: usize = 9;
 
@@ -413,7 +413,7 @@ impl Case<'_> {
         };
         let length = (prefix.len() + self.instruction.code.len()) as u64;
         let mask = if mode.is_64() { u64::MAX } else { 0xFFFF_FFFF };
-        // The instruction ends where its page does, an INT3 is behind.
+        // The instruction ends where its page does, an INT3 follows.
         let linear = memory.code + PAGE - length;
         let ip = place.ip.wrapping_sub(length) & mask;
         let first = linear - before.len() as u64;

@@ -2,7 +2,7 @@
 //!
 //! Each instruction that exits is executed by the guest hypervisor itself, outside and inside VMX operation, and by its guest,
 //! in each kind of code segment and ring, in every [`situation`]. What follows is written down as the sequence of traps and
-//! exits up to the breakpoint behind it. A `check` record per instruction, mode and setting has a digest of each; with
+//! exits up to the breakpoint after it. A `check` record per instruction, mode and setting has a digest of each; with
 //! `detail=TEXT` on the command line the sequences are printed of those whose name has the text in it.
 //!
 //! An entry of a sequence is `vector@offset` for a trap, `xreason@offset` for an exit: the offset is that of the saved

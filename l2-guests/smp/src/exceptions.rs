@@ -63,7 +63,7 @@ fn interrupted(index: usize) {
 /// The program: raises so many #UD, and returns by how much the stack is elsewhere afterwards.
 extern "C" fn raise(count: u64) -> u64 {
     let (before, after): (u64, u64);
-    // SAFETY: the hook goes behind UD2.
+    // SAFETY: the hook skips UD2.
     unsafe {
         asm!(
             "mov {before}, rsp", "2:", "ud2", "dec {count}", "jnz 2b", "mov {after}, rsp",

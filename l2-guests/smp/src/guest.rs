@@ -147,7 +147,7 @@ impl Guest {
         }
     }
 
-    /// Goes behind the instruction that exited.
+    /// Skips the instruction that exited.
     pub fn skip(&mut self) {
         vmx::write(f::GUEST_RIP, vmx::read(f::GUEST_RIP) + vmx::read(f::EXIT_INSTRUCTION_LENGTH));
     }

@@ -17,7 +17,7 @@ const INIT_SIGNAL: u64 = 3;
 /// Instructions between an INIT and the start-up message that must be taken, and steps of the search.
 const MOST_GAP: u32 = 200;
 const STEP: usize = 10;
-/// Turns between two start-up messages behind an INIT: 10 us at 100 MHz are 1,000 instructions.
+/// Turns between two start-up messages after an INIT: 10 us at 100 MHz are 1,000 instructions.
 const HASTE: u32 = 300;
 
 /// Starts all CPUs; whether all came.
@@ -78,7 +78,7 @@ pub fn again(ids: &[u32]) {
     Check::new(&mut Serial, "again: CPU 0").expect("bsp", own, 1).end();
 }
 
-/// One start-up message right behind an INIT, later and later: from where on it is taken. A processor takes time for an
+/// One start-up message after an INIT, each time a little later: from which gap on it is taken. A processor takes time for an
 /// INIT, too, and what comes meanwhile is lost; operating systems wait 10 us at least before the second message.
 fn gap(ids: &[u32]) {
     let (index, id) = (1, ids[1]);
@@ -190,7 +190,7 @@ const ENTRIES: [Entry; 8] = [
 ];
 const FAILED: u64 = 1 << 31;
 
-/// An INIT that waits for an entry is taken behind it: state is checked and loaded, and the event delivered; an entry that
+/// An INIT that waits for an entry is taken after it: state is checked and loaded, and the event delivered; an entry that
 /// fails leaves it waiting (SDM "Overview of VM-Entry Operation", the order of steps, "Event Injection").
 fn behind_the_entry(ids: &[u32]) {
     /// Words of the CPU: which entry it is at; the number of the first that went wrong, and where.

@@ -33,7 +33,7 @@ pub fn set_hooks() {
 
 /// Sleeps until an interrupt has been taken.
 pub fn sleep() {
-    // SAFETY: the hook returns to behind HLT.
+    // SAFETY: the hook returns to the instruction after HLT.
     unsafe { asm!("sti", "hlt", "cli") };
 }
 

@@ -85,7 +85,7 @@ fn wait_for_all(index: usize) {
 
 /// Waits until something is written to the line of `word`, if it is 0, or until an interrupt has been taken.
 fn wait(word: &AtomicU64) {
-    // SAFETY: MONITOR and CMP read a word that is there; an interrupt's hook returns to behind MWAIT.
+    // SAFETY: MONITOR and CMP read a word that is there; an interrupt's hook returns to the instruction after MWAIT.
     unsafe {
         asm!(
             "monitor",

@@ -123,7 +123,7 @@ fn exits(guest: &mut Guest, name: &str, value: u64) {
         .end();
 }
 
-/// Behind STI a step is pending if and only if RFLAGS.TF is set and BTF is not.
+/// After STI a step is pending if and only if RFLAGS.TF is set and BTF is not.
 fn pending(guest: &mut Guest) {
     for (value, step, enters) in [(0, 0, false), (0, BS, true), (BTF, 0, true), (BTF, BS, false)] {
         vmx::write(f::EXCEPTION_BITMAP, 1 << trap::DB);

@@ -161,7 +161,7 @@ pub fn all() -> Result<(), Missing> {
 /// The most fields that a failure changes.
 const MOST: usize = 10;
 
-/// Tries to enter with fields changed; looks right before and right behind.
+/// Tries to enter with fields changed; looks right before and right after.
 fn attempt(guest: &mut Guest, changes: impl Iterator<Item = (u32, Change)>, mut look: impl FnMut()) -> Exit {
     guest.start(nothing, 5);
     let mut saved = [(0, 0); MOST];

@@ -84,7 +84,7 @@ core::arch::global_asm!(
 );
 
 unsafe extern "C" {
-    /// Can be entered behind any of its first bytes.
+    /// Can be entered after any of its first bytes.
     safe fn vmxtest_slide(_: u64) -> u64;
 }
 

@@ -134,7 +134,7 @@ pub fn wait() {
     }
 }
 
-/// Behind the IRET of our own handler the NMI comes, without another exit.
+/// After the IRET of our own handler the NMI comes, without another exit.
 fn own(guest: &mut Guest) {
     let ready = block_and_send(guest);
     let ((), seen) = noting(trap::NMI, || {

@@ -27,7 +27,7 @@ const STRIDE: u64 = 32;
 macro_rules! cases {
     ($($name:literal $text:literal $info:expr, $error:literal $qualification:expr, $at:literal;)*) => {
         /// Name, interruption information, error code, qualification, offset of the instruction that faults, or -1 for the
-        /// one behind it
+        /// one after it
         const CASES: &[(&str, u64, u64, u64, u64)] = &[ $( ($name, $info, $error, $qualification, $at), )* ];
         global_asm!(
             ".pushsection .text.vmxtest_traps, \"ax\"",
@@ -121,7 +121,7 @@ extern "C" fn catch_undefined(_: u64) -> u64 {
     trap::catch(|| unsafe { core::arch::asm!("ud2") }).map_or_else(|trap| trap.vector.into(), |()| 0)
 }
 
-/// One exit behind each instruction.
+/// One exit after each instruction.
 fn trap_flag(guest: &mut Guest) {
     let mut out = Serial;
     let check = Check::new(&mut out, "monitor trap flag");

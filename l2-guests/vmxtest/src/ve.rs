@@ -46,7 +46,7 @@ extern "C" fn read(address: u64) -> u64 {
 
 extern "C" fn write(address: u64) -> u64 {
     caught(|| {
-        // SAFETY: the guest's page under test, behind its code.
+        // SAFETY: the guest's page under test, after its code.
         unsafe { ptr::write_volatile((address + 16) as *mut u64, 0) };
         0
     })

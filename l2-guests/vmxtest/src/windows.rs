@@ -23,14 +23,14 @@ const BLOCKED_BY_NMI: u64 = 8;
 
 global_asm!(
     ".pushsection .text.vmxtest_windows, \"ax\"",
-    // Interrupts become possible behind the NOP.
+    // Interrupts become possible after the NOP.
     "vmxtest_sti:",
     "sti",
     "nop",
     "nop",
     "mov eax, 5",
     "ret",
-    // NMIs become possible behind the IRETQ.
+    // NMIs become possible after the IRETQ.
     "vmxtest_iret:",
     "mov eax, ss",
     "mov rcx, rsp",

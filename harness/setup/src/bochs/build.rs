@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// All that its models of processors have; `--enable-all-optimizations` alone leaves alignment checks out. By itself it would be
+/// All that the CPU models of Bochs have; `--enable-all-optimizations` alone leaves alignment checks out. Without CFLAGS it would be
 /// built with symbols.
 const CONFIGURE: [&str; 19] = [
     "CFLAGS=-O2",

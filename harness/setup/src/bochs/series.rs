@@ -124,7 +124,7 @@ impl Series {
         Ok(())
     }
 
-    /// All fixes as one patch against a source tree, behind a text that lists them; `patch -p1` takes it.
+    /// All fixes as one patch against a source tree, after a text that lists them; `patch -p1` takes it.
     ///
     /// # Errors
     /// As [`Series::apply`].

@@ -53,7 +53,7 @@ fn main(_info: &BootInfo) {
             reason::VMCALL if vcpu.registers.rbx == ANSWER => return report::say("Hello from L2: my guest called."),
             other => return report::fail(format_args!("an exit that I do not know: {other:#x}")),
         }
-        // Behind the instruction.
+        // After the instruction.
         vmx::write(f::GUEST_RIP, vmx::read(f::GUEST_RIP) + vmx::read(f::EXIT_INSTRUCTION_LENGTH));
     }
 }

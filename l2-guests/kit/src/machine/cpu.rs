@@ -129,7 +129,7 @@ pub fn rdtsc() -> u64 {
     u64::from(low) | u64::from(high) << 32
 }
 
-/// The time-stamp counter between fences: all that comes before is done, and nothing behind has begun.
+/// The time-stamp counter between fences: all that comes before is done, and nothing after it has begun.
 ///
 /// Source: Intel SDM vol. 2B, "RDTSC—Read Time-Stamp Counter".
 #[inline(always)]

@@ -36,7 +36,7 @@ pub fn drain() {
     while in8(LINE_STATUS) & ALL_SENT == 0 {}
 }
 
-/// As many bytes as the FIFO takes at once: an access to the port is dear where it is emulated.
+/// As many bytes as the FIFO takes at once: an access to the port is expensive where it is emulated.
 impl fmt::Write for Serial {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let mut bytes = text.as_bytes();

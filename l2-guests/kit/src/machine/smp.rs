@@ -93,7 +93,7 @@ pub fn start(index: usize, apic_id: u32) -> bool {
     })
 }
 
-/// Sends INIT and two start-up messages, one right behind it and one `turns` of a loop later; whether the CPU came. The first
+/// Sends INIT and two start-up messages, one right after it and one `turns` of a loop later; whether the CPU came. The first
 /// one may find a CPU that has not taken the INIT yet.
 pub fn start_in_haste(index: usize, apic_id: u32, turns: u32) -> bool {
     lay_out(index);

@@ -103,7 +103,7 @@ core::arch::global_asm!(
     "2: pushfq",
     "pop rax",
     "jmp 3f",
-    // The exit: RSP points behind the registers
+    // The exit: RSP points just above the registers
     ".global kit_exited",
     "kit_exited:",
     "push rax",

@@ -1,7 +1,7 @@
 //! A trap-and-emulate monitor, and a tiny kernel that it runs in ring 1.
 //!
 //! Mechanism: what a virtual machine monitor did before VMX. The kernel was written for ring 0. Each privileged instruction
-//! raises #GP in ring 1; the monitor emulates it on the kernel's virtual state and goes on behind it. The kernel checks
+//! raises #GP in ring 1; the monitor emulates it on the kernel's virtual state and skips it. The kernel checks
 //! things that a kernel relies on and writes down what it found. As a guest of VMX all of them hold.
 
 use crate::{

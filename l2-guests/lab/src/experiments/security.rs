@@ -126,7 +126,7 @@ fn guard(vm: &Vm) {
     intercept(LSTAR, false, true);
 }
 
-/// The hypervisor refuses what exits and goes on behind it.
+/// The hypervisor refuses what exits and skips it.
 fn watch(vm: &mut Vm, reason: u32, alarms: &mut u64) -> bool {
     *alarms |= match reason {
         r::EPT_VIOLATION => {

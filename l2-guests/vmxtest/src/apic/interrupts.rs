@@ -105,7 +105,7 @@ fn evaluation(apic: &mut Apic) {
                 (0..).zip([0u8, 0x41, 0x61, 0xFE].into_iter().flat_map(|v| [(v, 0), (v, IF)]))
             {
                 let _ = apic.choose(&DELIVERY);
-                // Another one waits behind it.
+                // Another one waits after it.
                 let (mut irr, mut isr) = (Vectors::default(), Vectors::default());
                 for vector in [requested, if requested > 0x41 { 0x41 } else { 0 }].into_iter().filter(|v| *v != 0) {
                     irr.put(vector, true);

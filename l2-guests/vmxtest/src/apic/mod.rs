@@ -188,7 +188,7 @@ pub fn all() -> Result<(), Missing> {
     interrupts::all(&mut apic);
     posted::all(&mut apic);
     halted::all(&mut apic);
-    // Without EPT the page is looked for behind the guest's own tables.
+    // Without EPT the page is looked for by the guest's own tables.
     registers::some(&mut Apic::new(0)?);
     Ok(())
 }

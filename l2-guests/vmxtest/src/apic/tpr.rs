@@ -84,7 +84,7 @@ fn cr8(apic: &mut Apic) {
     }
 }
 
-/// For each way and threshold: the priorities that exit. The write is done then, and the guest behind it.
+/// For each way and threshold: the priorities that exit. The write is done then, and the guest after it.
 fn thresholds(apic: &mut Apic) {
     OPERAND.set(apic.access + offset::TPR);
     for (way, mode, program) in [
@@ -108,7 +108,7 @@ fn thresholds(apic: &mut Apic) {
                     Exit::Done(5) if kept => {}
                     Exit::Reason(r::TPR_BELOW_THRESHOLD, 0) if kept => {
                         below |= 1 << priority;
-                        // Behind the instruction, so it comes to its end.
+                        // After the instruction, so it comes to its end.
                         apic.threshold(0);
                         strange += u64::from(apic.guest.run() != Exit::Done(5));
                     }

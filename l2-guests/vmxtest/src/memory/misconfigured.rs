@@ -1,4 +1,4 @@
-//! Entries that no EPT may have, and the guest's own page tables behind EPT.
+//! Entries that no EPT may have, and the guest's own page tables under EPT.
 
 use super::{ALIAS, invalidate, masked, read};
 use crate::{

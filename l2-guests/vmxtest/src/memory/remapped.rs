@@ -1,4 +1,4 @@
-//! Another page behind a violation, without INVEPT: a violation drops what is cached for its address, under each EPTP with
+//! Another page after a violation, without INVEPT: a violation drops what is cached for its address, under each EPTP with
 //! that table at its root (SDM "Operations that Invalidate Cached Mappings").
 
 use super::{ALIAS, Pages, call, invalidate, read, write};

@@ -49,7 +49,7 @@ const fn task(tr: u16) -> End {
 const fn task_with(tr: u16, code: u32) -> End {
     (1, code, tr)
 }
-/// Behind the trigger.
+/// After the trigger.
 const BACK: End = (2, 0, OLD);
 /// In a trap's handler.
 const fn trap(vector: u32, error: u16, tr: u16) -> End {

@@ -156,7 +156,7 @@ impl Note {
     fn word(&self, n: usize) -> u32 {
         self.0[n]
     }
-    /// 1: a task began; 2: one went on behind its trigger; 3: one behind its IRET; 100H and more: a trap of that vector.
+    /// 1: a task began; 2: one went on after its trigger; 3: one after its IRET; 100H and more: a trap of that vector.
     pub fn id(&self) -> u32 {
         if self.word(0) == 0x100 { 0x100 | self.word(22) } else { self.word(0) }
     }
@@ -349,7 +349,7 @@ impl World {
         }
     }
 
-    /// Runs the case; what was reached, in order, and IA32_DEBUGCTL behind it.
+    /// Runs the case; what was reached, in order, and IA32_DEBUGCTL after it.
     pub fn run(&self, trigger: Trigger) -> (impl Iterator<Item = Note>, u64) {
         let context = &raw const vmxtest_tasks_context as u64;
         let (cr4, cr0) = match self.paging {
@@ -386,7 +386,7 @@ impl World {
         ] {
             put(context + at, value);
         }
-        // No processor without the bits has them set behind the case.
+        // No processor without the bits has them set after the case.
         let _ = cpu::try_wrmsr(cpu::DEBUGCTL, self.debugctl);
         // SAFETY: the context is complete; it comes back with the registers that a call keeps, wherever the trigger led.
         unsafe { vmxtest_tasks_run() };
