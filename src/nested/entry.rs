@@ -130,10 +130,10 @@ fn load_pdptes(vmx: &mut Vmx, guest: &GuestMemory<impl PhysMem>) -> Option<[u64;
     })
 }
 
-/// What L2 left in host fields that it is lent breaks a rule: back to vmcs01, where the rules say which. vmcs02 is current.
+/// What L2 left in host fields that it is lent breaks a rule: back to vmcs01, where the rules say which. vmcs02 is current, and nothing was
+/// written to it yet.
 #[cold]
 fn lent_state_refused(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
-    cpu.nested.slots[id].inherited.undo(&mut cpu.vmx);
     cpu.leave_vmcs02(id);
     Ok(match prepare(cpu, id) {
         Err(error) => {

@@ -115,7 +115,7 @@ fn nested_pat(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
     let slot = &mut cpu.nested.slots[id];
     slot.vmcs02.pat.put(&mut cpu.vmx, value);
     // It goes on its way with the next exit, and another one may come with the next entry.
-    slot.usual = Usual::No;
+    slot.usual = Usual::empty();
     slot.settled = Version::NONE;
     slot.stale |= Stale::WAY;
     completion::completed(cpu, id)

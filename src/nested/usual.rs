@@ -7,14 +7,16 @@
 
 use super::{reflect, violation};
 use crate::cpu::{Cpu, Operation};
-use crate::ept::Eptp;
+use crate::ept::{Ept02, Eptp};
+use crate::hw::vmx::Vmx;
 use crate::rules::route::is_always_reflected;
 use crate::rules::switched;
 use crate::vmcs::access::{ExitTakes, MachineParts};
 use crate::vmcs::slot::{Slot, Usual};
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
-use crate::vmcs::tracked::Version;
+use crate::vmcs::tracked::{HostValues, Tracked, Version};
+use crate::vmcs::vpid::VpidMap;
 use crate::vmx::Field;
 use crate::vmx::controls::{ExitControls, PinControls, SecondaryControls};
 use crate::vmx::exit::ExitReason;
@@ -37,14 +39,13 @@ pub fn settle(cpu: &mut Cpu, id: SlotId) {
         merged.duties.is_empty() && !merged.secondary.contains(SecondaryControls::MODE_BASED_EXECUTE_CONTROL)
     }) && lists.into_iter().all(|count| get(count) == 0)
         && get(Field::VMCS_LINK_POINTER) == NO_LINK
-        && slot.inherited.is_usual()
+        && slot.inherited.long_mode_host()
         && !exit.intersects(switched::RESIDENT_EXIT)
         && cpu.config.access.exit_takes() == ExitTakes::Leaving;
-    slot.usual = match usual {
-        false => Usual::No,
-        true if slot.pin12().contains(PinControls::PREEMPTION_TIMER) => Usual::WithTimer,
-        true => Usual::Plain,
-    };
+    let mut more = Usual::ALL;
+    more.set(Usual::TIMER, slot.pin12().contains(PinControls::PREEMPTION_TIMER));
+    more.set(Usual::CARRIES, slot.inherited.carries());
+    slot.usual = if usual { more } else { Usual::empty() };
     slot.settled = Version::NONE;
     slot.stale -= Stale::WAY;
 }
@@ -55,24 +56,33 @@ fn now(cpu: &Cpu) -> Version {
     cpu.tracked.version().with(cpu.ept02.moves()).with(cpu.nested.vpids.changes())
 }
 
-/// Entries of a vmcs12 that is not stale are usual: its MSRs are L2's, and vmcs02 has the EPTP and the VPID for what it asks.
-fn is_settled(cpu: &Cpu, slot: &Slot) -> bool {
-    let (eptp12, vpid12) = (slot.vmcs12.get(Field::EPT_POINTER), slot.vmcs12.get(Field::VIRTUAL_PROCESSOR_ID) as u16);
-    slot.usual != Usual::No
-        && slot.vmcs12.is_launched()
-        && slot.host_msrs == cpu.tracked.version()
-        && cpu.ept02.ready(Eptp::new(eptp12)).is_some_and(|eptp02| slot.vmcs02.is_on(eptp02))
-        && cpu.nested.vpids.lookup(vpid12).is_some_and(|vpid02| slot.vmcs02.has_vpid(vpid02))
+/// What decides outside of a slot whether its entries are usual.
+struct Around<'a> {
+    tracked: &'a Tracked,
+    ept02: &'a Ept02,
+    vpids: &'a VpidMap,
 }
 
-/// Looks anew whether they are: something has changed.
-#[inline(never)]
-fn settles_again(cpu: &mut Cpu, id: SlotId) -> bool {
-    let settled = is_settled(cpu, &cpu.nested.slots[id]);
-    if settled {
-        cpu.nested.slots[id].settled = now(cpu);
+impl Around<'_> {
+    /// Entries of a vmcs12 that is not stale are usual: its MSRs are L2's, and vmcs02 has the EPTP and the VPID for what it asks.
+    fn is_settled(&self, slot: &Slot) -> bool {
+        let [eptp12, vpid12] = [Field::EPT_POINTER, Field::VIRTUAL_PROCESSOR_ID].map(|field| slot.vmcs12.get(field));
+        !slot.usual.is_empty()
+            && slot.vmcs12.is_launched()
+            && slot.host_msrs == self.tracked.version()
+            && self.ept02.ready(Eptp::new(eptp12)).is_some_and(|eptp02| slot.vmcs02.is_on(eptp02))
+            && self.vpids.lookup(vpid12 as u16).is_some_and(|vpid02| slot.vmcs02.has_vpid(vpid02))
     }
-    settled
+
+    /// Looks anew whether they are: something has changed.
+    #[inline(never)]
+    fn settles_again(&self, slot: &mut Slot, now: Version) -> bool {
+        let settled = self.is_settled(slot);
+        if settled {
+            slot.settled = now;
+        }
+        settled
+    }
 }
 
 /// An exit of L3; vmcs02 is current. True if L2 has it and vmcs01 is current; else nothing happened.
@@ -83,7 +93,7 @@ pub fn exit(cpu: &mut Cpu, reason: ExitReason) -> bool {
     }
     let Operation::NonRoot { current } = cpu.nested.operation else { return false };
     let slot = &cpu.nested.slots[current];
-    if slot.usual == Usual::No || slot.host_msrs != cpu.tracked.version() {
+    if slot.usual.is_empty() || slot.host_msrs != cpu.tracked.version() {
         return false;
     }
     leave(cpu, current);
@@ -107,7 +117,7 @@ pub fn reported(cpu: &mut Cpu, qualification: u64) -> bool {
 fn by_route(cpu: &mut Cpu, qualification: Option<u64>) -> bool {
     let Operation::NonRoot { current } = cpu.nested.operation else { return false };
     let slot = &cpu.nested.slots[current];
-    if slot.usual == Usual::No || slot.host_msrs != cpu.tracked.version() {
+    if slot.usual.is_empty() || slot.host_msrs != cpu.tracked.version() {
         return false;
     }
     if let Some(qualification) = qualification {
@@ -122,24 +132,47 @@ fn leave(cpu: &mut Cpu, current: SlotId) {
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[current]);
     vmx.counters.bump(Counter::Reflected);
     reflect::keep_mode(vmx, slot);
-    if slot.usual == Usual::WithTimer {
-        reflect::stop_timer(vmx, slot);
+    if slot.usual.intersects(Usual::MORE) {
+        if slot.usual.contains(Usual::TIMER) {
+            reflect::stop_timer(vmx, slot);
+        }
+        if slot.usual.contains(Usual::CARRIES) {
+            take_carried(vmx, slot);
+        }
     }
     let blocking = reflect::blocked_in_guest(vmx, slot.pin12());
     slot.vmcs12.exits += 1;
     let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: &cpu.vmcs01 };
     cpu.config.access.leave_by_exit(on, slot);
     reflect::load_vmcs12_host_state(&mut vmx.batch(), &slot.vmcs12, ExitControls::HOST_ADDRESS_SPACE_SIZE);
+    if slot.usual.contains(Usual::CARRIES) {
+        give_carried(vmx, slot, &mut cpu.tracked);
+    }
     if cpu.nested.blocking01 != blocking {
         vmx.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking);
     }
     cpu.nested.operation = Operation::Root { current: Some(current) };
 }
 
-/// The preemption timer of L3, with the value that L2 has set; vmcs02 is current.
-#[cold]
-fn start_timer(cpu: &mut Cpu, id: SlotId) {
-    cpu.nested.slots[id].vmcs02.timer.start(&mut cpu.vmx);
+/// State that is carried leaves vmcs02, which is current.
+#[inline(never)]
+fn take_carried(vmx: &mut Vmx, slot: &mut Slot) {
+    slot.inherited.leave_nested(vmx, &mut slot.vmcs12, &mut slot.vmcs02.pat);
+}
+
+/// What L3 left in the processor is L2's, and the rest of its MSRs is that of the host-state area; vmcs01 is current.
+#[inline(never)]
+fn give_carried(vmx: &mut Vmx, slot: &mut Slot, tracked: &mut Tracked) {
+    let mut values = HostValues::of(|field| slot.vmcs12.get(field));
+    slot.inherited.leave_to_guest(&mut values);
+    tracked.load(vmx, &values);
+    slot.host_msrs = tracked.version();
+}
+
+/// State that is carried comes to vmcs02, which is current.
+#[inline(never)]
+fn bring_carried(vmx: &mut Vmx, slot: &mut Slot, tracked: &Tracked) {
+    slot.inherited.enter_nested(vmx, &slot.vmcs12, &mut slot.vmcs02.pat, tracked);
 }
 
 /// VMRESUME of L2; vmcs01 is current. True if L3 is ready to run; else nothing happened.
@@ -170,29 +203,37 @@ fn resume_in_passing(cpu: &mut Cpu, id: SlotId) -> bool {
 
 #[inline(always)]
 fn enter(cpu: &mut Cpu, id: SlotId) -> bool {
-    let slot = &cpu.nested.slots[id];
-    if slot.settled != now(cpu) && (slot.usual == Usual::No || !settles_again(cpu, id)) {
+    let now = now(cpu);
+    let slot = &mut cpu.nested.slots[id];
+    let around = || Around { tracked: &cpu.tracked, ept02: &cpu.ept02, vpids: &cpu.nested.vpids };
+    if slot.settled != now && (slot.usual.is_empty() || !around().settles_again(slot, now)) {
         return false;
     }
-    let slot = &cpu.nested.slots[id];
     if cpu.ept02.ready(Eptp::new(slot.vmcs12.get(Field::EPT_POINTER))).is_none() {
         return false;
     }
-    debug_assert!(is_settled(cpu, slot), "what was settled has changed");
+    debug_assert!(around().is_settled(slot), "what was settled has changed");
     let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
     if blocking & interruptibility::MOV_SS != 0 || cpu.vmx.read(Field::GUEST_SS_AR_BYTES) & SS_DPL != 0 {
         return false;
     }
-    let slot = &mut cpu.nested.slots[id];
     cpu.nested.blocking01 = blocking;
+    if slot.usual.contains(Usual::CARRIES) {
+        slot.inherited.leave_guest(&mut cpu.vmx);
+    }
     slot.msr_bitmap.refresh(&cpu.phys);
     let on = MachineParts { vmx: &mut cpu.vmx, phys: &cpu.phys, vmcs01: &cpu.vmcs01 };
-    if cpu.config.access.enter(on, slot).is_err() {
+    if cpu.config.access.enter_again(on, slot).is_err() {
         cpu.leave_vmcs02(id);
         return false;
     }
-    if slot.usual == Usual::WithTimer {
-        start_timer(cpu, id);
+    if slot.usual.intersects(Usual::MORE) {
+        if slot.usual.contains(Usual::TIMER) {
+            slot.vmcs02.timer.start(&mut cpu.vmx);
+        }
+        if slot.usual.contains(Usual::CARRIES) {
+            bring_carried(&mut cpu.vmx, slot, &cpu.tracked);
+        }
     }
     cpu.nested.operation = Operation::NonRoot { current: id };
     true

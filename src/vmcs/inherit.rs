@@ -95,10 +95,15 @@ impl Inherited {
         self.long_mode_host = exit.contains(ExitControls::HOST_ADDRESS_SPACE_SIZE);
     }
 
-    /// Nothing is carried but IA32_PAT, which a guest that does not write it finds and leaves as the entry before did.
-    pub const fn is_usual(&self) -> bool {
+    /// Something is carried besides IA32_PAT, which a guest that does not write it finds and leaves as the entry before did.
+    pub const fn carries(&self) -> bool {
         let quiet = if self.loads_pat { self.host_pat } else { !self.saves_pat && !self.host_pat };
-        self.loaded & self.saved == ALL && self.host_efer && self.long_mode_host && quiet && !self.keeps_counters
+        self.loaded & self.saved != ALL || !self.host_efer || !quiet || self.keeps_counters
+    }
+
+    /// L2 is in IA-32e mode behind an exit.
+    pub const fn long_mode_host(&self) -> bool {
+        self.long_mode_host
     }
 
     /// The guest may change its mode, and the processor the control that goes with it.

@@ -17,6 +17,7 @@ use crate::vmcs::vmcs02::Vmcs02;
 use crate::vmcs::vmcs12::Vmcs12;
 use crate::vmx::controls::{PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::{Capabilities, Field};
+use bitflags::bitflags;
 
 /// What the revision identifier of a VMCS says that it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -27,15 +28,19 @@ pub enum VmcsKind {
     Shadow,
 }
 
-/// What entries and exits of a vmcs12 do, as far as its controls tell beforehand.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Usual {
-    /// It must be asked each time.
-    No,
-    /// Nothing but what all do.
-    Plain,
-    /// The same, and the preemption timer of L3 starts and stops with them.
-    WithTimer,
+bitflags! {
+    /// What entries and exits of a vmcs12 do, as far as its controls tell beforehand. Nothing: it must be asked each time.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub struct Usual: u8 {
+        /// What all do.
+        const ALL = 1 << 0;
+        /// The preemption timer of L3 starts and stops with them.
+        const TIMER = 1 << 1;
+        /// State that vmcs12 does not load or does not save is carried between L2 and L3.
+        const CARRIES = 1 << 2;
+        /// What not all do.
+        const MORE = Self::TIMER.bits() | Self::CARRIES.bits();
+    }
 }
 
 /// A slot.
@@ -97,7 +102,7 @@ impl Slot {
             msr_lists,
             inherited: Inherited::default(),
             violated: None,
-            usual: Usual::No,
+            usual: Usual::empty(),
             host_msrs: Version::NONE,
             settled: Version::NONE,
             used: 0,
@@ -168,7 +173,7 @@ impl Slot {
         self.vmcs12 = Vmcs12::new();
         self.loan = Lending::NOTHING;
         self.violated = None;
-        self.usual = Usual::No;
+        self.usual = Usual::empty();
         self.host_msrs = Version::NONE;
         self.settled = Version::NONE;
         self.msr_bitmap.forget();

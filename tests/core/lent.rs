@@ -256,16 +256,23 @@ fn a_thread_that_breaks_a_rule_is_refused_on_the_long_way_too() {
     agree(|g| async move {
         g.poke_u32(0x9000, 0x174);
         g.poke(0x9008, 0x10);
-        hypervisor(&g, &[(VM_ENTRY_MSR_LOAD_ADDR, 0x9000), (VM_ENTRY_MSR_LOAD_COUNT, 1)]).await;
+        let carries = control(VM_ENTRY_CONTROLS, 0, 1 << 2 | 1 << 15);
+        hypervisor(&g, &[(VM_ENTRY_MSR_LOAD_ADDR, 0x9000), (VM_ENTRY_MSR_LOAD_COUNT, 1), carries]).await;
         launch(&g).await;
         leave(&g).await;
         for n in 0..4 {
             thread_round(&g, n).await;
         }
         for (field, value) in [(HOST_GS_BASE, 1 << 62), (HOST_CR3, 1 << 51)] {
+            // These are carried, and L2 finds what it wrote.
+            let carried = [(GUEST_IA32_EFER, 0x501 | value >> 40 & 0x800), (GUEST_DR7, 0x401)];
+            write(&g, &carried).await;
             write(&g, &[(field, value)]).await;
             assert_eq!(g.run(Op::Vmresume).await, Outcome::Done);
             assert_eq!(g.error().await, 8);
+            for (field, value) in carried {
+                assert_eq!(g.vmread(field).await, Some(value), "{field}");
+            }
             look(&g, "refused").await;
             thread_round(&g, 5).await;
             look(&g, "good again").await;

@@ -93,6 +93,48 @@ fn pat_goes_as_vmcs12_asks_whoever_writes_it() {
     }
 }
 
+/// Each way in which vmcs12 can treat IA32_EFER and the debug registers.
+#[test]
+fn what_is_carried_goes_as_vmcs12_asks_whoever_writes_it() {
+    const EFER: u32 = 0xC000_0080;
+    const DEBUG: u64 = 1 << 2;
+    for n in 0..32u64 {
+        agree(move |g| async move {
+            let bit = |of: u64, value: u64| if n >> of & 1 == 1 { value } else { 0 };
+            let exit = bit(0, 1 << 20) | bit(1, 1 << 21) | bit(2, DEBUG);
+            let entry = bit(3, 1 << 15) | bit(4, DEBUG);
+            let changes = [
+                control(VM_EXIT_CONTROLS, exit, 1 << 20 | 1 << 21 | DEBUG),
+                control(VM_ENTRY_CONTROLS, entry, 1 << 15 | DEBUG),
+                control(CPU_BASED_VM_EXEC_CONTROL, 1 << 28, 0),
+                (MSR_BITMAP, BITMAP),
+            ];
+            begin(&g, &changes).await;
+            for value in [0xD01, 0x501, 0xD00] {
+                assert_eq!(g.run(Op::Vmresume).await, Outcome::Left);
+                g.run(Op::Wrmsr(EFER, value)).await;
+                g.see("L3 wrote it");
+                leave(&g).await;
+                look(&g, "an exit behind it").await;
+                rounds(&g, "L3 wrote EFER").await;
+            }
+            for (field, values) in [(GUEST_IA32_EFER, [0x501, 0xD01]), (GUEST_DR7, [0x401, 0x400])] {
+                for value in values {
+                    assert!(g.vmwrite(field, value).await);
+                    rounds(&g, "L2 wrote the guest's").await;
+                }
+            }
+            assert!(g.vmwrite(HOST_IA32_EFER, 0xD01).await);
+            rounds(&g, "L2 wrote the host's").await;
+            for value in [0xD01, 0xD00] {
+                g.run(Op::Wrmsr(EFER, value)).await;
+                g.see("L2 wrote its own");
+                rounds(&g, "L2 wrote EFER").await;
+            }
+        });
+    }
+}
+
 #[test]
 fn what_l2_writes_to_its_msrs_is_loaded_over_by_the_next_exit() {
     agree(|g| async move {

@@ -168,6 +168,14 @@ impl VmcsAccess {
         result
     }
 
+    /// The same where an exit takes [`ExitTakes::Leaving`]: what L2 writes goes to vmcs02 at once, and the copy has nothing for it.
+    #[inline(always)]
+    pub fn enter_again(&self, on: MachineParts<'_>, slot: &mut Slot) -> Result<(), RuleBroken> {
+        debug_assert!(slot.vmcs12.dirty.is_empty(), "what L2 wrote is in vmcs02");
+        let values = slot.vmcs02.load(on.vmx, on.phys, self.common.revision);
+        slot.has_back(values, &self.common.offered)
+    }
+
     #[inline(never)]
     fn write_dirty(&self, vmx: &mut Vmx, phys: &DirectMap, vmcs01: &Region, slot: &mut Slot) {
         let on = MachineParts { vmx, phys, vmcs01 };
