@@ -15,7 +15,8 @@ use nvmx::vmx::{
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
-/// A machine whose control MSRs are as `may` says, default1 bits apart, which every processor has.
+/// A machine whose controls may be 1 as `may` says, or are of the default1 class; those of the class in `ones` must be 1 by the TRUE
+/// MSRs as well.
 fn machine(may: [u32; 5], ones: [u32; 5], misc: u64, ept_vpid: u64, basic: u64) -> Capabilities {
     let allowed = |default1: u32, i: usize| {
         let may = may[i] | default1;

@@ -451,8 +451,8 @@ impl<const ROOTS: usize, const RESERVE: usize> History<ROOTS, RESERVE> {
         Ok(())
     }
 
-    /// After a fill that did not walk ept12 from its root: it went a way that may still be known, for the page and for those that it
-    /// filled ahead of L3, and L3 gets on as it was.
+    /// After a fill that did not walk ept12 from its root: both the page and those filled ahead of L3 come from a page table that
+    /// may still be cached, and L3 goes on as after any fill.
     fn refilled(&mut self, root: u64, before: &[(u64, u64, u64)], ngpa: u64, access: u64) -> Result<(), TestCaseError> {
         let leaves = self.frames.leaves(root);
         let new: Vec<_> = leaves.into_iter().filter(|leaf| !before.contains(leaf)).collect();

@@ -1,4 +1,4 @@
-//! Several processors on the host's machine. A program of its own: that L2 runs on more than one of them is known to all.
+//! Several processors of the modelled machine. A test program of its own: that L2 runs on more than one is state of the process.
 
 #[path = "core/kit.rs"]
 #[allow(dead_code, reason = "of tests/core")]

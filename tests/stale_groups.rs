@@ -1,4 +1,4 @@
-//! What is not run again after a write of L2 would have said the same as before.
+//! Checks that nvmx does not run again after a write of L2 would have had the same result as before.
 
 mod core_support;
 

@@ -1,5 +1,5 @@
-//! What nvmx tells on the serial line of what VMX refuses. A program of its own: the line, and what was told already, are all
-//! processors'.
+//! What nvmx writes on the serial line about what VMX refuses. A test program of its own: all processors of a process share the
+//! line, and what was told already.
 
 #[path = "core/kit.rs"]
 #[allow(dead_code, reason = "of tests/core")]
@@ -94,7 +94,7 @@ async fn refusals(g: Guest) {
 
 #[test]
 fn a_refusal_is_told_once_with_every_rule_and_value_and_again_at_powers_of_ten() {
-    // Where people see it once for each place, each machine of the test needs the first time: it has a process.
+    // A process tells a refusal once for each place in L2: so each machine of the test has a process of its own.
     const MACHINE: &str = "NVMX_TOLD_ON";
     let setups = Setup::all();
     match std::env::var(MACHINE).ok().and_then(|number| number.parse::<usize>().ok()) {

@@ -257,7 +257,7 @@ mod tests {
         assert_eq!(said.status.code(), Some(3));
     }
 
-    /// The harness that is killed hard is played by a shell, which cannot clean up behind itself.
+    /// A shell stands for the harness: killed by SIGKILL, it cannot clean up after itself.
     #[test]
     fn what_is_started_dies_with_its_parent() {
         let Some(bound) = bound(Command::new("sleep").arg("1000")) else { return };

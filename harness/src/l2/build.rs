@@ -36,7 +36,7 @@ fn project(ui: &Ui, session: &Session, folder: &Path) -> Result<PathBuf> {
         built(ui, Command::new(make).arg("--no-print-directory").current_dir(folder))?;
         let image = folder.join(IMAGE);
         if !image.is_file() {
-            let text = format!("make in {} succeeds and makes no {IMAGE}", folder.display());
+            let text = format!("make in {} succeeded but made no {IMAGE}", folder.display());
             return Err(Stop::Usage(text).into());
         }
         image

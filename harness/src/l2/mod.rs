@@ -154,7 +154,7 @@ pub fn module(text: &str) -> Result<Payload> {
 pub fn payload(file: &str, args: &str, option: &str) -> Result<Payload> {
     match std::fs::metadata(file) {
         Ok(found) if found.is_file() => Ok(Payload::new(std::path::absolute(file)?, args)),
-        Ok(_) => Err(Stop::Usage(format!("{option} {file}: it is no file")).into()),
+        Ok(_) => Err(Stop::Usage(format!("{option} {file}: it is not a file")).into()),
         Err(error) => Err(Stop::Usage(format!("{option} {file}: {error}")).into()),
     }
 }
@@ -236,6 +236,6 @@ mod tests {
         let payload = module(&text).unwrap();
         assert_eq!((payload.path, payload.args.as_str()), (file, "x=1,y"));
         assert!(module("/no/such").unwrap_err().to_string().starts_with("--module /no/such: "));
-        assert!(module("/").unwrap_err().to_string().contains("it is no file"));
+        assert!(module("/").unwrap_err().to_string().contains("it is not a file"));
     }
 }

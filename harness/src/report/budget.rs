@@ -194,7 +194,7 @@ impl Audit {
             Some(Which::WithoutInstructions) => format!(
                 "{guest}: {found} figures differ from the ledger; instructions were not compared, since none are booked for {compiler}"
             ),
-            None => format!("{guest}: nothing is booked"),
+            None => format!("{guest}: the ledger has no figures"),
         }
     }
 }

@@ -88,7 +88,7 @@ fn elf(address: u32, multiboot: bool) -> Vec<u8> {
 
 /// Where the flat image goes; a header is at its start.
 const FLAT_ADDRESS: u32 = 0x20_0000;
-/// Its code, behind the header.
+/// Its code, after the header.
 const FLAT_CODE: u32 = 0x20;
 /// Its data.
 const FLAT_TEXT: u32 = 0x100;

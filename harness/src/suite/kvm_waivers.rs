@@ -35,12 +35,12 @@ pub const WAIVERS: &[Waiver] = &[
     Waiver {
         id: "kvm-access-rights",
         checks: &["guest TR with bit 8", "guest CS with bit 11", "guest CS with bit 17"],
-        why: "KVM keeps no reserved bits of access rights, so that an entry does not fail by them",
+        why: "KVM drops reserved bits of access rights, so that no entry fails because of them",
     },
     Waiver {
         id: "kvm-fault-of-a-delivery",
         checks: &["an NMI without an IDT, exits by #GP", "INT1 without an IDT, exits by #GP"],
-        why: "KVM names no INT1 whose delivery faulted, and unblocks NMIs when the delivery of one has",
+        why: "KVM reports no INT1 whose delivery faulted, and unblocks NMIs when the delivery of one faulted",
     },
     Waiver {
         id: "kvm-tsc-multiplier",
@@ -60,8 +60,8 @@ pub const WAIVERS: &[Waiver] = &[
     Waiver {
         id: "kvm-failed-entry",
         checks: &["failed entry: guest RFLAGS, *"],
-        why: "of an entry that the processor refuses (and not KVM itself) KVM takes over guest state as if of an exit: what is left \
-              of its preemption timer before all",
+        why: "where the processor refuses an entry, and not KVM itself, KVM saves guest state as if for an exit: above all what is \
+              left of its preemption timer",
     },
     Waiver {
         id: "kvm-halted",
@@ -87,8 +87,8 @@ pub const WAIVERS: &[Waiver] = &[
             "ordering *; exiting, windows, timer; nmi_blocked",
             "ordering *; exiting, windows, timer; step",
         ],
-        why: "KVM keeps the preemption timer by a clock of its own: a guest that ends soon is not stopped by it, others late, behind the \
-              windows",
+        why: "KVM keeps the preemption timer by a clock of its own: a guest that ends soon is not stopped by it, others are stopped late, after \
+              the windows",
     },
     Waiver {
         id: "kvm-injection",
@@ -127,7 +127,7 @@ pub const WAIVERS: &[Waiver] = &[
     Waiver {
         id: "kvm-vmread-canonical",
         checks: &["vmread over the canonical edge"],
-        why: "KVM, which answers VMREAD of shadowed fields itself, finds the missing page before the address that is not canonical",
+        why: "KVM, which answers VMREAD of shadowed fields itself, reports the missing page before the non-canonical address",
     },
 ];
 

@@ -53,7 +53,7 @@ pub fn folder(paths: &Paths) -> Result<TempDir> {
 pub fn write(ui: &Ui, boots: &[&Boot], output: Option<&Output>) -> Result<()> {
     let Some(output) = output else { return Ok(()) };
     if boots.is_empty() {
-        ui.note("nvmx told no trace: it ends without a word when L2 resets the machine or switches it off");
+        ui.note("nvmx wrote no trace: it cannot when L2 resets the machine or switches it off");
     }
     file::write(boots, output)?;
     let exits: Vec<String> = boots.iter().map(|boot| boot.header.name.clone()).collect();

@@ -216,6 +216,6 @@ void main(void *information, uint32_t magic)
         default:
             fail("an exit that I do not know");
         }
-        vmwrite(0x681E, vmread(0x681E) + vmread(0x440C)); /* behind the instruction */
+        vmwrite(0x681E, vmread(0x681E) + vmread(0x440C)); /* after the instruction */
     }
 }

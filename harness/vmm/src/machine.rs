@@ -101,7 +101,7 @@ impl Machine {
                         let id = unsafe { libc::pthread_self() };
                         ids.lock().unwrap_or_else(PoisonError::into_inner).push(id);
                         if let Some(end) = (Cpu { vcpu, devices }).run(over).transpose() {
-                            // Who is not the first to tell is not listened to.
+                            // Only the first end counts: nobody receives the others.
                             let _ = told.send(end);
                         }
                     })

@@ -1,5 +1,5 @@
-//! Another VMM, such as QEMU: a program whose output goes to the console, line by line. To records of measurements what KVM
-//! and nvmx counted since the one before is added.
+//! Another VMM, such as QEMU: a program whose output goes to the console, line by line. To each record of
+//! a measurement it adds what KVM and nvmx have counted since the record before.
 
 use crate::console::Console;
 use crate::counters::Counters;
@@ -81,7 +81,7 @@ impl Meter {
         Meter { kvm: NAMES.map(|(name, _)| read(name)), nvmx: Counters::read() }
     }
 
-    /// What was counted since the moment, as fields of a record; now is the new moment.
+    /// What was counted since the moment, as fields of a record; the next call counts from now.
     fn advance(&mut self) -> String {
         let before = std::mem::replace(self, Meter::now());
         let mut text = String::new();

@@ -33,8 +33,8 @@ pub struct Serial {
     nvmx: Option<Counters>,
 }
 
-/// The fields under the names that this level's KVM has in the line: VMMs in the guest have added theirs, each of which is a
-/// level higher. Two levels are told; of a third one the line has no room.
+/// The counters of this level's KVM, by names that are not in the line yet: VMMs in the guest have added those of the levels above.
+/// The line has room for two levels; the counters of a third one are left out.
 fn named(line: &[u8], fields: String) -> String {
     let has = |key: &[u8]| line.windows(key.len()).any(|w| w == key);
     match (has(INNER), has(OUTER)) {

@@ -34,7 +34,7 @@ impl Stats {
         let first = files.first().context("a machine without a CPU")?;
         let mut header = [0; 24];
         first.read_exact_at(&mut header, 0).context("KVM's counters have no header")?;
-        // A KVM has one order for all.
+        // The order is the same in the files of all vCPUs.
         let offsets = offsets(&header, |buffer, at| first.read_exact_at(buffer, at).is_ok())?;
         Ok(Stats { files, offsets })
     }

@@ -74,7 +74,7 @@ pub fn all(lab: &mut Lab) {
             if bad == "unaligned" && aligned == 0 || bad == "last page" && at_exit {
                 continue;
             }
-            // Nothing answers at the last page, but what that reads as is the machine's.
+            // Nothing answers at the last page, but what a read there gives depends on the machine.
             let told = if bad == "last page" { Told::Answered } else { Told::Same };
             lab.attack(format_args!("{name}: {bad}"), told, |lab| {
                 lab.with(extra);

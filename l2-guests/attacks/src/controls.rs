@@ -42,7 +42,7 @@ pub fn all(lab: &mut Lab) {
 fn flip(lab: &mut Lab, kind: Kind, bits: u32, allowed: u64) -> bool {
     lab.with(STOPPED);
     let before = vmx::read(kind.field()) as u32;
-    // Memory is what the machine names by address 0 otherwise.
+    // Else these fields hold address 0, and the memory there would be used.
     let page = lab.pages[1];
     for field in [
         f::IO_BITMAP_A,
@@ -77,7 +77,7 @@ const LEFT_ALONE: [u32; 6] = [
     f::EXIT_MSR_STORE_COUNT,
     f::EXIT_MSR_LOAD_COUNT,
     f::EXIT_CONTROLS,
-    // What these name is executed or written in the name of the guest whatever it is.
+    // What these name is written, whatever it is.
     f::PML_ADDR,
     f::VE_INFORMATION,
     f::EXIT_MSR_STORE_ADDR,

@@ -174,12 +174,12 @@ fn storm(lab: &mut Lab, ids: &ArrayVec<u32, MAX_CPUS>, job: fn(usize), kinds: u6
         }
     }
     STOP.store(true, Ordering::Release);
-    // Who sleeps, or waits in its guest, comes out by this.
+    // This wakes a CPU that sleeps, or takes it out of its guest.
     (1..ids.len()).for_each(|index| apic::send(ids[index], message::INIT));
     smp::pause(20_000);
     let mut back = 0;
     for (index, id) in ids.iter().enumerate().skip(1) {
-        // One in VMX operation takes the INIT when it has left that; a hypervisor below may tell of entries that fail.
+        // A CPU in VMX operation takes the INIT only once it has left it; a hypervisor below may still report entries that fail.
         if (0..40).any(|_| smp::start(index, *id)) {
             smp::clear_notes();
             smp::run_on(index, |index| {

@@ -109,10 +109,10 @@ const SPARE: usize = 16;
 const MOST_TICKS: u64 = 250_000;
 const EACH_TICKS: u64 = 8_000;
 const ALL_TABLES_TICKS: u64 = 6_000_000;
-/// Exits of a piece that tells something of a single one.
+/// A piece with at most this many exits shows what a single one takes.
 const FEW: u64 = 8;
 
-/// The piece of a try in which an exit can have taken longest: so many ticks in so many exits.
+/// The piece of a try in which an exit can have taken longest: its ticks and its exits.
 #[derive(Clone, Default)]
 struct Longest {
     name: ArrayString<96>,

@@ -152,13 +152,13 @@ impl Place {
 
 /// One combination.
 pub struct Case<'a> {
-    /// ...
+    /// The instruction
     pub instruction: &'a Instruction,
-    /// ...
+    /// The kind of code
     pub mode: Mode,
-    /// ...
+    /// The situation
     pub situation: Situation,
-    /// ...
+    /// Where code and operand are
     pub place: Place,
 }
 

@@ -229,7 +229,7 @@ pub fn shadow_region() -> u64 {
     pages::address(page)
 }
 
-/// What VMREAD of a guest finds; a shadow VMCS that is current is written like any other. The VMCS is then clear and current.
+/// Writes what VMREAD of a guest finds into the shadow VMCS, as the current VMCS. Afterwards `vmcs` is clear and current.
 pub fn fill_shadow(vmcs: u64, shadow: u64) {
     let _ = (vmx::vmclear(vmcs), vmx::vmptrld(shadow));
     vmx::write(f::GUEST_RIP, 0x1111_2222_3333_4444);

@@ -71,13 +71,13 @@ pub struct Situation {
     pub resume: bool,
     /// Instruction breakpoint, in DR1
     pub breakpoint: bool,
-    /// ...
+    /// What comes before the instruction
     pub before: Before,
-    /// ...
+    /// Where the code lies
     pub at: At,
     /// Data breakpoints, in DR0 and DR2
     pub watches: [Option<Watch>; 2],
-    /// ...
+    /// Where the operand lies
     pub memory: Memory,
 }
 
@@ -174,7 +174,7 @@ pub fn each(instruction: &Instruction, mode: Mode, mut f: impl FnMut(&str, Situa
     }
 }
 
-/// Where the address decides. The segment stays as long as it can be: the handlers use it too.
+/// Situations of an operand in SS: only its address differs. The segment keeps its full limit, since the handlers use it too.
 fn by_the_stack(instruction: &Instruction, mode: Mode, mut f: impl FnMut(&str, Situation)) {
     f("plain", PLAIN);
     f("plain_tf", Situation { single_step: true, ..PLAIN });

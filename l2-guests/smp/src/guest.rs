@@ -49,7 +49,7 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// As a word: the value of a program, or the rest out of its way.
+    /// As a word: the value of a program; other endings are numbers above what programs return.
     pub fn word(self) -> u64 {
         match self {
             Exit::Done(value) => value,

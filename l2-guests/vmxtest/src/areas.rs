@@ -92,7 +92,7 @@ pub fn all() -> Result<(), Missing> {
     Ok(())
 }
 
-/// The value in the area after a run with one entry in it, of whose count this is the field.
+/// Runs the guest with one entry in the MSR area whose count is in the field `count`: the exit, and the entry's value after it.
 fn run(guest: &mut Guest, count: u32, msr: u32, value: u64, area: *mut u64) -> (Exit, u64) {
     // SAFETY: a page of ours.
     unsafe {
@@ -114,7 +114,7 @@ fn one(guest: &mut Guest, msr: u32, area: *mut u64) {
     let loads = taken && !X2APIC.contains(&msr) && msr != cpu::FS_BASE && msr != cpu::GS_BASE;
     let row = policy::row(msr);
     let is_mtrr = (0x200..=0x26F).contains(&msr) || msr == 0x2FF;
-    // What nvmx refuses and the machine may have is part `msrs`' business. MTRRs are no area's: L2's are not the CPU's.
+    // What nvmx refuses and the machine may have is left to part `msrs`. MTRRs are not loaded: those of L2 are not the CPU's.
     let (stored_alike, loaded_alike) = (row.read != Verdict::Refused, row.write != Verdict::Refused && !is_mtrr);
     let mut out = Serial;
     let mut check = Check::new(&mut out, format_args!("MSR {msr:#x} in each area"));

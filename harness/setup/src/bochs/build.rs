@@ -11,8 +11,8 @@ use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// All that the CPU models of Bochs have; `--enable-all-optimizations` alone leaves alignment checks out. Without CFLAGS it would be
-/// built with symbols.
+/// All that the CPU models of Bochs have; `--enable-all-optimizations` alone leaves alignment checks out. Without CFLAGS and CXXFLAGS
+/// it would be built with symbols.
 const CONFIGURE: [&str; 19] = [
     "CFLAGS=-O2",
     "CXXFLAGS=-O2",
@@ -131,7 +131,7 @@ pub fn build(ui: &Ui, paths: &Paths, wanted: &Build) -> Result<()> {
 }
 
 /// The headers that each file of the processor begins with are compiled once: reading them takes longer than most of the files.
-/// The decoder asks other things of them.
+/// The decoder is left out: it includes them with other macros.
 fn precompile(source: &Path) -> Result<()> {
     let cpu = source.join("cpu");
     std::fs::write(cpu.join("first.h"), "#include \"bochs.h\"\n#include \"cpu.h\"\n")?;

@@ -22,7 +22,7 @@ const PAGE: u64 = 0x7_0000;
 const STACK_AT: u64 = PAGE + 0x7F8;
 const INDEX_AT: u64 = PAGE + 0x7F0;
 const STATE_AT: u64 = PAGE + 0x800;
-/// Turns of a loop after which a CPU that does not answer hangs.
+/// Turns of a loop after which a CPU that does not answer is taken to hang.
 const PATIENCE: u32 = 200_000_000;
 /// Turns until a CPU must have begun. A processor takes some hundred; a KVM on the emulated machine has a thread to wake and pages to
 /// fetch first.
