@@ -29,7 +29,8 @@ fn main(handover: Handover) -> ! {
         requirements::is_virtual(&CpuId::new()) || handover.find_rsdp().is_some_and(|rsdp| acpi::is_emulator(&rsdp));
     epitaph::configure(Exit::Auto, emulated);
     let info = handover.info();
-    let parsed = info.as_ref().map_or_else(|_| Ok(Default::default()), |info| Options::parse(&info.command_line));
+    let parsed =
+        info.as_ref().map_or_else(|_| Ok(Default::default()), |info| Options::parse(info.lines.get(info.command_line)));
     let (serial, log) = parsed.as_ref().map_or((Serial::COM1, LevelFilter::Info), |(o, _)| (o.serial, o.log));
     serial::init(serial, log);
     let info = info.unwrap_or_else(|e| give_up(e));
@@ -110,7 +111,7 @@ fn assemble(home: Settled, info: &BootInfo, options: Options, processor: FoundPr
     if let Some(page) = int15::answer(&guest, &mut guest_memory, modules, hw::boot::int15::code()) {
         info!("INT 15h tells L2 of its memory from {page}");
     }
-    let start = guest_image::load(&guest, &guest_memory, &info.modules, rsdp.as_ref(), &info.extras)
+    let start = guest_image::load(&guest, &guest_memory, &info.modules, &info.lines, rsdp.as_ref(), &info.extras)
         .unwrap_or_else(|e| give_up(e));
     Machine {
         options,

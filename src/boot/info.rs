@@ -11,12 +11,56 @@ use crate::{
 };
 
 /// Most modules that nvmx takes.
-pub const MAX_MODULES: usize = 16;
-/// Longest command line of nvmx or of a module, in bytes.
-pub const MAX_COMMAND_LINE: usize = 512;
+pub const MAX_MODULES: usize = 64;
+/// Most bytes of all command lines together: nvmx's and those of the modules.
+pub const MAX_COMMAND_LINES: usize = 8 << 10;
 
-/// A command line.
-pub type CommandLine = ArrayString<MAX_COMMAND_LINE>;
+/// The text of all command lines, one behind the other.
+#[derive(Clone, Default, Debug)]
+pub struct CommandLines(ArrayString<MAX_COMMAND_LINES>);
+
+/// A command line in [`CommandLines`]; the default is an empty one.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct CommandLine {
+    start: u16,
+    end: u16,
+}
+
+impl CommandLines {
+    /// The text of a command line.
+    pub fn get(&self, line: CommandLine) -> &str {
+        self.0.get(usize::from(line.start)..usize::from(line.end)).unwrap_or_default()
+    }
+
+    /// Adds a command line.
+    ///
+    /// # Errors
+    /// [`InfoError::CommandLinesTooLong`]
+    pub fn push(&mut self, line: &str) -> Result<CommandLine, InfoError> {
+        let start = self.0.len() as u16;
+        self.0.try_push_str(line).map_err(|_| InfoError::CommandLinesTooLong)?;
+        Ok(CommandLine { start, end: self.0.len() as u16 })
+    }
+
+    /// Reads a zero-terminated command line; bytes that are no ASCII become `?`. None at all when `at` is 0.
+    ///
+    /// # Errors
+    /// [`InfoError::CommandLinesTooLong`]
+    pub(super) fn read(&mut self, at: Hpa, memory: &impl PhysMem) -> Result<CommandLine, InfoError> {
+        let start = self.0.len() as u16;
+        if at.get() != 0 {
+            append(at, memory, &mut self.0).ok_or(InfoError::CommandLinesTooLong)?;
+        }
+        Ok(CommandLine { start, end: self.0.len() as u16 })
+    }
+
+    /// A command line without what precedes the place `from` in it, and without the word there.
+    pub(super) fn without_file_name(&self, line: CommandLine, from: usize) -> CommandLine {
+        let name = self.get(line).get(from..).unwrap_or_default();
+        let rest = name.trim_start().split_once(' ').map_or("", |(_, rest)| rest.trim_start());
+        CommandLine { start: line.end - rest.len() as u16, end: line.end }
+    }
+}
 
 /// The first 36 bytes of the RSDP; 20 in ACPI 1.0.
 pub type Rsdp = ArrayVec<u8, 36>;
@@ -29,6 +73,8 @@ pub struct Module {
     /// Its command line, without the file's name.
     pub command_line: CommandLine,
 }
+
+const _: () = assert!(MAX_COMMAND_LINES <= u16::MAX as usize);
 
 /// Modules in the loader's order.
 pub type Modules = ArrayVec<Module, MAX_MODULES>;
@@ -52,6 +98,8 @@ pub struct BootInfo {
     pub protocol: LoadedBy,
     /// How the loader calls itself; empty if it does not.
     pub loader: ArrayString<64>,
+    /// All command lines.
+    pub lines: CommandLines,
     /// nvmx's command line, without the file's name.
     pub command_line: CommandLine,
     /// The machine's memory.
@@ -79,8 +127,8 @@ pub enum InfoError {
     TooManyRanges,
     /// More modules than nvmx takes.
     TooManyModules,
-    /// A command line that is longer than nvmx takes.
-    CommandLineTooLong,
+    /// Command lines that are longer together than nvmx takes.
+    CommandLinesTooLong,
 }
 
 impl fmt::Display for InfoError {
@@ -93,8 +141,11 @@ impl fmt::Display for InfoError {
             Self::NoMemoryMap => f.write_str("the loader gave no memory map"),
             Self::TooManyRanges => f.write_str("the loader's memory map has too many ranges"),
             Self::TooManyModules => write!(f, "more than {MAX_MODULES} modules"),
-            Self::CommandLineTooLong => {
-                write!(f, "a command line (nvmx's or a module's) is longer than {MAX_COMMAND_LINE} bytes")
+            Self::CommandLinesTooLong => {
+                write!(
+                    f,
+                    "the command lines, nvmx's and those of the modules, have more than {MAX_COMMAND_LINES} bytes"
+                )
             }
         }
     }
@@ -109,22 +160,19 @@ impl From<TooManyRanges> for InfoError {
 /// Reads a zero-terminated string of at most `N` bytes; bytes that are no ASCII become `?`. `None` when it is longer.
 pub(super) fn read_text<const N: usize>(at: Hpa, memory: &impl PhysMem) -> Option<ArrayString<N>> {
     let mut text = ArrayString::new();
-    for offset in 0..=N as u64 {
+    append(at, memory, &mut text).map(|()| text)
+}
+
+/// Reads such a string behind what is there; `None` if it has no room.
+fn append<const N: usize>(at: Hpa, memory: &impl PhysMem, text: &mut ArrayString<N>) -> Option<()> {
+    for offset in 0.. {
         let mut byte = [0];
         memory.read_bytes(at.checked_add(offset)?, &mut byte);
         if byte == [0] {
-            return Some(text);
+            return Some(());
         }
         let c = char::from(byte[0]);
         text.try_push(if c.is_ascii() { c } else { '?' }).ok()?;
     }
     None
-}
-
-/// Reads a command line; none at all when `at` is 0.
-pub(super) fn read_command_line(at: Hpa, memory: &impl PhysMem) -> Result<CommandLine, InfoError> {
-    if at.get() == 0 {
-        return Ok(CommandLine::new());
-    }
-    read_text(at, memory).ok_or(InfoError::CommandLineTooLong)
 }

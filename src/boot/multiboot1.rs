@@ -6,7 +6,7 @@ use crate::{
     addr::Hpa,
     boot::{
         extras::Extras,
-        info::{BootInfo, InfoError, Module, read_command_line, read_text},
+        info::{BootInfo, InfoError, Module, read_text},
         multiboot::layout,
     },
     mm::{PhysMem, Span, map::RangeKind},
@@ -29,14 +29,14 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
         info.loader = read_text(pointer(layout::LOADER_NAME), memory).unwrap_or_default();
     }
     if flags & layout::HAS_COMMAND_LINE != 0 {
-        info.command_line = read_command_line(pointer(layout::COMMAND_LINE), memory)?;
+        info.command_line = info.lines.read(pointer(layout::COMMAND_LINE), memory)?;
     }
     if flags & layout::HAS_MODULES != 0 {
         let list = pointer(layout::MODULES).get();
         for n in 0..u64::from(field(layout::MODULES_COUNT)) {
             let entry = |offset| memory.read_u32(Hpa::new(list.wrapping_add(n * layout::MODULE_SIZE + offset)));
             let span = Span::new(entry(0).into(), entry(4).into());
-            let command_line = read_command_line(Hpa::new(entry(8).into()), memory)?;
+            let command_line = info.lines.read(Hpa::new(entry(8).into()), memory)?;
             info.modules.try_push(Module { span, command_line }).map_err(|_| InfoError::TooManyModules)?;
         }
     }

@@ -5,7 +5,7 @@
 use crate::{
     addr::{Hpa, PAGE_SIZE},
     boot::{
-        info::{BootInfo, InfoError, LoadedBy, Module, Rsdp, read_command_line, read_text},
+        info::{BootInfo, InfoError, LoadedBy, Module, Rsdp, read_text},
         multiboot::tag,
     },
     mm::{PhysMem, Span, map::RangeKind},
@@ -34,11 +34,11 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
         }
         match kind {
             tag::END => break,
-            tag::COMMAND_LINE => info.command_line = read_command_line(field(8), memory)?,
+            tag::COMMAND_LINE => info.command_line = info.lines.read(field(8), memory)?,
             tag::LOADER_NAME => info.loader = read_text(field(8), memory).unwrap_or_default(),
             tag::MODULE => {
                 let span = Span::new(memory.read_u32(field(8)).into(), memory.read_u32(field(12)).into());
-                let command_line = read_command_line(field(16), memory)?;
+                let command_line = info.lines.read(field(16), memory)?;
                 info.modules.try_push(Module { span, command_line }).map_err(|_| InfoError::TooManyModules)?;
             }
             tag::MAP => {

@@ -4,7 +4,7 @@
 
 use crate::{
     addr::Hpa,
-    boot::info::{BootInfo, InfoError, LoadedBy, Module, read_command_line},
+    boot::info::{BootInfo, InfoError, LoadedBy, Module},
     mm::{PhysMem, Span, map::RangeKind},
 };
 
@@ -25,14 +25,14 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
         // Version 0 has no memory map; it would have to be asked from Xen.
         return Err(InfoError::NoMemoryMap);
     }
-    let command_line = read_command_line(quad(24), memory)?;
-    let mut info = BootInfo { protocol: LoadedBy::Pvh, command_line, ..BootInfo::default() };
+    let mut info = BootInfo { protocol: LoadedBy::Pvh, ..BootInfo::default() };
+    info.command_line = info.lines.read(quad(24), memory)?;
 
     let list = quad(16).get();
     for n in 0..u64::from(word(12)) {
         let entry = |offset| memory.read_u64(Hpa::new(list.wrapping_add(n * 32 + offset)));
         let span = Span::sized(entry(0), entry(8));
-        let command_line = read_command_line(Hpa::new(entry(16)), memory)?;
+        let command_line = info.lines.read(Hpa::new(entry(16)), memory)?;
         info.modules.try_push(Module { span, command_line }).map_err(|_| InfoError::TooManyModules)?;
     }
 

@@ -3,7 +3,7 @@
 use crate::{
     addr::Hpa,
     boot::{
-        info::{BootInfo, CommandLine, InfoError},
+        info::{BootInfo, InfoError},
         multiboot1, multiboot2, pvh,
     },
     mm::PhysMem,
@@ -23,20 +23,14 @@ impl BootInfo {
         }
         // QEMU puts the file's name in front of every command line, GRUB does not.
         if info.loader.as_str() == "qemu" {
-            let path = info.command_line.rfind('/').unwrap_or(0);
+            let lines = &info.lines;
+            let path = lines.get(info.command_line).rfind('/').unwrap_or(0);
             // No option has a slash; a folder's name may have a blank, but not in the list of modules.
-            strip_file_name(&mut info.command_line, path);
-            info.modules.iter_mut().for_each(|m| strip_file_name(&mut m.command_line, 0));
+            info.command_line = lines.without_file_name(info.command_line, path);
+            info.modules.iter_mut().for_each(|m| m.command_line = lines.without_file_name(m.command_line, 0));
         }
         Ok(info)
     }
-}
-
-/// Removes what precedes the place `from`, and the word there.
-fn strip_file_name(line: &mut CommandLine, from: usize) {
-    let name = line.get(from..).unwrap_or_default();
-    let rest = name.trim_start().split_once(' ').map_or("", |(_, rest)| rest);
-    *line = CommandLine::from(rest.trim_start()).unwrap_or_default();
 }
 
 #[cfg(test)]
@@ -44,7 +38,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::boot::info::{MAX_COMMAND_LINE, MAX_MODULES};
+    use crate::boot::info::{CommandLines, MAX_COMMAND_LINES, MAX_MODULES};
     use crate::mm::{Span, map::RangeKind, phys::VecMem};
 
     /// Memory with 32-bit words at addresses, and bytes at others.
@@ -75,8 +69,8 @@ mod tests {
         let map = [20, 0, 0, 0x9_F000, 0, 1, 20, 0x10_0000, 0, 0x700_0000, 0, 1];
         let memory = memory(&[(0x1000, &fixed), (0x3000, &[0x20_0000, 0x20_1000, 0x2100, 0]), (0x4000, &map)], &TEXTS);
         let info = BootInfo::read(multiboot1::BOOT_MAGIC, Hpa::new(0x1000), &memory).unwrap();
-        assert_eq!(info.command_line.as_str(), "log=warn");
-        assert_eq!(info.modules[0].command_line.as_str(), "a /b");
+        assert_eq!(info.lines.get(info.command_line), "log=warn");
+        assert_eq!(info.lines.get(info.modules[0].command_line), "a /b");
         assert_eq!(info.modules[0].span, Span::new(0x20_0000, 0x20_1000));
         assert_eq!(usable(&info), [Span::new(0, 0x9_F000), Span::sized(0x10_0000, 0x700_0000)]);
     }
@@ -84,9 +78,12 @@ mod tests {
     #[test]
     fn file_names_go_whatever_they_look_like_and_options_stay() {
         let stripped = |text: &str, from| {
-            let mut line = CommandLine::from(text).unwrap();
-            strip_file_name(&mut line, from);
-            line.as_str().to_string()
+            let mut lines = CommandLines::default();
+            lines.push("before").unwrap();
+            let line = lines.push(text).unwrap();
+            lines.push("behind").unwrap();
+            let line = lines.get(lines.without_file_name(line, from));
+            line.to_string()
         };
         assert_eq!(stripped("nvmx log=debug", 0), "log=debug");
         assert_eq!(stripped("nvmx ", 0), "");
@@ -117,9 +114,9 @@ mod tests {
         );
         memory.write_bytes(Hpa::new(0x1040), &[3, 0, 0, 0, 18, 0, 0, 0, 0, 0x10, 0, 0, 0, 0x20, 0, 0, b'm']);
         let info = BootInfo::read(multiboot2::BOOT_MAGIC, Hpa::new(0x1000), &memory).unwrap();
-        assert_eq!(info.command_line.as_str(), "a b c");
+        assert_eq!(info.lines.get(info.command_line), "a b c");
         assert_eq!(info.modules[0].span, Span::new(0x1000, 0x2000));
-        assert_eq!(info.modules[0].command_line.as_str(), "m");
+        assert_eq!(info.lines.get(info.modules[0].command_line), "m");
         assert_eq!(usable(&info), [Span::new(0, 0x10_0000)]);
     }
 
@@ -183,7 +180,7 @@ mod tests {
         let map = [0, 0, 0x9_F000, 0, 1, 0, 0x10_0000, 0, 0x700_0000, 0, 2, 0];
         let memory = memory(&[(0x1000, &start), (0x3000, &list), (0x4000, &map)], &TEXTS);
         let info = BootInfo::read(pvh::START_MAGIC, Hpa::new(0x1000), &memory).unwrap();
-        assert_eq!(info.command_line.as_str(), "/my files/nvmx log=warn");
+        assert_eq!(info.lines.get(info.command_line), "/my files/nvmx log=warn");
         assert_eq!(info.modules[0].span, Span::new(0x20_0000, 0x20_1000));
         let kinds: Vec<_> = info.memory.iter().map(|r| r.kind).collect();
         assert_eq!(kinds, [RangeKind::Usable, RangeKind::Reserved]);
@@ -193,28 +190,33 @@ mod tests {
     fn with_modules(count: u32, bytes: usize) -> Result<BootInfo, InfoError> {
         let mut fixed = [0u32; 22];
         fixed[0] = 1 << 0 | 1 << 3;
-        (fixed[1], fixed[2], fixed[5], fixed[6]) = (640, 1024, count, 0x3000);
+        (fixed[1], fixed[2], fixed[5], fixed[6]) = (640, 1024, count, 0x2000);
         let list: Vec<u32> =
-            (0..count).flat_map(|n| [0x20_0000 + n * 0x1000, 0x20_0800 + n * 0x1000, 0x5000, 0]).collect();
-        let memory = memory(&[(0x1000, &fixed), (0x3000, &list)], &[(0x5000, &"x".repeat(bytes))]);
+            (0..count).flat_map(|n| [0x20_0000 + n * 0x1000, 0x20_0800 + n * 0x1000, 0x3000, 0]).collect();
+        let memory = memory(&[(0x1000, &fixed), (0x2000, &list)], &[(0x3000, &"x".repeat(bytes))]);
         BootInfo::read(multiboot1::BOOT_MAGIC, Hpa::new(0x1000), &memory)
     }
 
     #[test]
     fn more_modules_and_longer_command_lines_than_nvmx_takes_are_refused_and_never_cut() {
-        let most = with_modules(MAX_MODULES as u32, MAX_COMMAND_LINE).unwrap();
+        let each = MAX_COMMAND_LINES / MAX_MODULES;
+        let most = with_modules(MAX_MODULES as u32, each).unwrap();
         assert_eq!(most.modules.len(), MAX_MODULES);
+        assert!(most.modules.iter().all(|module| most.lines.get(module.command_line) == "x".repeat(each)));
         assert_eq!(with_modules(MAX_MODULES as u32 + 1, 10).unwrap_err(), InfoError::TooManyModules);
-        assert_eq!(with_modules(1, MAX_COMMAND_LINE + 1).unwrap_err(), InfoError::CommandLineTooLong);
+        assert_eq!(with_modules(MAX_MODULES as u32, each + 1).unwrap_err(), InfoError::CommandLinesTooLong);
+        let longest = with_modules(1, MAX_COMMAND_LINES).unwrap();
+        assert_eq!(longest.lines.get(longest.modules[0].command_line).len(), MAX_COMMAND_LINES);
+        assert_eq!(with_modules(1, MAX_COMMAND_LINES + 1).unwrap_err(), InfoError::CommandLinesTooLong);
     }
 
     #[test]
     fn information_that_nvmx_cannot_use_is_refused() {
-        let memory = memory(&[(0x1000, &[1 << 2, 0, 0, 0, 0x5000])], &[(0x5000, &"x".repeat(600))]);
+        let memory = memory(&[(0x1000, &[1 << 2, 0, 0, 0, 0x3000])], &[(0x3000, &"x".repeat(MAX_COMMAND_LINES + 1))]);
         let read = |magic, at| BootInfo::read(magic, Hpa::new(at), &memory).unwrap_err();
         assert_eq!(read(0x1234, 0), InfoError::UnknownProtocol(0x1234));
         assert_eq!(read(multiboot1::BOOT_MAGIC, 0x7000), InfoError::NoMemoryMap);
-        assert_eq!(read(multiboot1::BOOT_MAGIC, 0x1000), InfoError::CommandLineTooLong);
+        assert_eq!(read(multiboot1::BOOT_MAGIC, 0x1000), InfoError::CommandLinesTooLong);
         assert!(matches!(read(pvh::START_MAGIC, 0x7000), InfoError::Malformed(_)));
     }
 

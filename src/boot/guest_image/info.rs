@@ -6,7 +6,7 @@ use crate::addr::Gpa;
 use crate::boot::extras::{APM_SIZE, Extras, Framebuffer, MAX_COLOURS, MAX_DRIVES, MAX_TAGS, VBE_BLOCKS};
 use crate::boot::guest_image::plan::INFO_SIZE;
 use crate::boot::guest_image::{LoadError, Protocol};
-use crate::boot::info::{MAX_COMMAND_LINE, MAX_MODULES, Module, Rsdp};
+use crate::boot::info::{CommandLines, MAX_COMMAND_LINES, MAX_MODULES, Module, Rsdp};
 use crate::boot::multiboot::{layout, tag};
 use crate::mm::map::MAX_RANGES;
 use crate::mm::{GuestMemory, MemoryMap, PhysMem, Span};
@@ -18,9 +18,10 @@ const MAP_ENTRY: u64 = 24;
 // The largest boot information of either protocol fits: headers and tags, modules with command lines, the map, the RSDP,
 // what is handed on.
 const _: () = {
-    let modules = MAX_MODULES as u64 * (MAX_COMMAND_LINE as u64 + 1 + 16 + 8);
+    // Of each an entry or a tag, the zero behind its command line and what aligns it.
+    let modules = MAX_MODULES as u64 * (16 + 1 + 8);
     let extras = (MAX_DRIVES + APM_SIZE + VBE_BLOCKS + MAX_COLOURS + MAX_TAGS) as u64;
-    assert!(1024 + MAX_COMMAND_LINE as u64 + modules + MAX_RANGES as u64 * MAP_ENTRY + extras <= INFO_SIZE);
+    assert!(1024 + MAX_COMMAND_LINES as u64 + modules + MAX_RANGES as u64 * MAP_ENTRY + extras <= INFO_SIZE);
 };
 
 /// What L2 is told.
@@ -30,6 +31,8 @@ pub struct Told<'a> {
     pub command_line: &'a str,
     /// Its modules.
     pub modules: &'a [Module],
+    /// Their command lines.
+    pub lines: &'a CommandLines,
     /// Its memory map.
     pub memory: &'a MemoryMap,
     /// The ACPI root pointer; only multiboot2 carries it.
@@ -68,7 +71,7 @@ fn multiboot1<P: PhysMem>(told: &Told<'_>, out: &mut Writer<'_, P>) -> Result<()
     let command_line = out.text(told.command_line)?;
     let mut strings = [0; MAX_MODULES];
     for (string, module) in strings.iter_mut().zip(told.modules) {
-        *string = out.text(&module.command_line)?;
+        *string = out.text(told.lines.get(module.command_line))?;
     }
     out.align(8);
     let modules = out.at;
@@ -166,7 +169,7 @@ fn multiboot2<P: PhysMem>(told: &Told<'_>, out: &mut Writer<'_, P>) -> Result<()
     for module in told.modules {
         out.tag(tag::MODULE, |out| {
             out.words(&[module.span.start() as u32, module.span.end() as u32])?;
-            out.text(&module.command_line).map(drop)
+            out.text(told.lines.get(module.command_line)).map(drop)
         })?;
     }
     out.tag(tag::MEMORY, |out| out.words(&[kib_from(told.memory, 0), kib_from(told.memory, 1 << 20)]))?;

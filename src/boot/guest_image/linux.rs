@@ -234,7 +234,8 @@ pub mod tests {
         let (mode, rows) = ([3, 80], [24, 16]);
         guest.phys().write_bytes(Hpa::new(0x449), &mode);
         guest.phys().write_bytes(Hpa::new(0x484), &rows);
-        let start = load(&guest, &memory_map(), &modules, Some(&rsdp), &Extras::default()).unwrap();
+        let start =
+            load(&guest, &memory_map(), &modules.list, &modules.lines, Some(&rsdp), &Extras::default()).unwrap();
         let Start { protocol, entry, esi, gdt, .. } = start;
         assert_eq!((protocol, entry), (Protocol::Linux, Gpa::new(2 * MIB)));
         assert_eq!(guest.phys().bytes(2 * MIB, 8), b"the code");
@@ -258,7 +259,9 @@ pub mod tests {
     fn the_map_has_nvmx_reserved_and_the_rsdp_kept() {
         let file = kernel(2 * MIB, MIB as u32, b"the code", &[]);
         let (guest, modules) = machine(&[(4 * MIB, &file, "")]);
-        let start = load(&guest, &memory_map(), &modules, Some(&Rsdp::from([7; 36])), &Extras::default()).unwrap();
+        let start =
+            load(&guest, &memory_map(), &modules.list, &modules.lines, Some(&Rsdp::from([7; 36])), &Extras::default())
+                .unwrap();
         let page = start.esi.get();
         let count = words(&guest, page, zero_page::MAP_COUNT) & 0xFF;
         let mut told = MemoryMap::new();
@@ -278,7 +281,8 @@ pub mod tests {
         let place = |over: &[(u64, &[u8])]| {
             let file = kernel(OWN.start(), MIB as u32, b"the code", over);
             let (guest, modules) = machine(&[(MIB, &file, "")]);
-            load(&guest, &memory_map(), &modules, None, &Extras::default()).map(|start| start.entry.get())
+            load(&guest, &memory_map(), &modules.list, &modules.lines, None, &Extras::default())
+                .map(|start| start.entry.get())
         };
         assert_eq!(place(&[]), Ok(OWN.start() - MIB));
         assert!(matches!(place(&[(setup::RELOCATABLE, &[0])]), Err(LoadError::OverlapsNvmx { .. })));
@@ -290,7 +294,9 @@ pub mod tests {
             let mut list: Vec<(u64, &[u8], &str)> = vec![(MIB, file, line)];
             (0..others as u64).for_each(|n| list.push((4 * MIB + n * 4096, b"x", "")));
             let (guest, modules) = machine(&list);
-            load(&guest, &memory_map(), &modules, None, &Extras::default()).unwrap_err().to_string()
+            load(&guest, &memory_map(), &modules.list, &modules.lines, None, &Extras::default())
+                .unwrap_err()
+                .to_string()
         };
         let good = kernel(2 * MIB, MIB as u32, b"the code", &[]);
         let old = kernel(2 * MIB, MIB as u32, b"", &[(setup::VERSION, &0x0204u16.to_le_bytes())]);
@@ -317,7 +323,7 @@ pub mod tests {
             file[0x202..0x208].copy_from_slice(&good[0x202..0x208]);
             file.truncate(len.max(0x208));
             let (guest, modules) = machine(&[(3 * MIB, &file, "line"), (5 * MIB, b"files", "")]);
-            let _ = load(&guest, &memory_map(), &modules, None, &Extras::default());
+            let _ = load(&guest, &memory_map(), &modules.list, &modules.lines, None, &Extras::default());
             prop_assert!(guest.phys().bytes(OWN.start(), OWN.len() as usize).iter().all(|b| *b == 0));
         }
     }

@@ -18,7 +18,7 @@ use crate::{
     addr::{Gpa, Hpa},
     boot::{
         extras::Extras,
-        info::{Modules, Rsdp},
+        info::{CommandLines, Modules, Rsdp},
     },
     mm::{GuestMemory, MemoryMap, NotOwned, PhysMem, Span},
 };
@@ -81,11 +81,13 @@ pub fn load<P: PhysMem>(
     guest: &GuestMemory<P>,
     memory: &MemoryMap,
     modules: &Modules,
+    lines: &CommandLines,
     rsdp: Option<&Rsdp>,
     extras: &Extras,
 ) -> Result<Start, LoadError> {
     let Some((first, rest)) = modules.split_first() else { return Err(LoadError::NoModule) };
-    if let Some(drive) = sector::drive(&first.command_line) {
+    let command_line = lines.get(first.command_line);
+    if let Some(drive) = sector::drive(command_line) {
         return match rest.len() {
             0 => sector::load(guest, memory, first.span, drive?),
             count => Err(LoadError::TooManyForSector(count)),
@@ -108,7 +110,7 @@ pub fn load<P: PhysMem>(
             owned(guest, Span::sized(to + content, zeros), |to| guest.zero(to))?;
         }
     }
-    let told = info::Told { command_line: &first.command_line, modules: &plan.modules, memory, rsdp, extras };
+    let told = info::Told { command_line, modules: &plan.modules, lines, memory, rsdp, extras };
     let (info, none) = (Gpa::new(plan.info.start()), Gpa::new(0));
     let (ebx, esi, gdt) = if image.protocol == Protocol::Linux {
         let file = File::new(guest.phys(), plan.file);

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Room for the boot information of L2: more than the largest that can come about.
-pub const INFO_SIZE: u64 = 0x5000;
+pub const INFO_SIZE: u64 = 0x8000;
 
 /// ESP as GRUB leaves it, for images that push before they have a stack of their own.
 pub const GRUBS_STACK: u64 = 0x7_FF00;

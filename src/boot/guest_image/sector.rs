@@ -64,8 +64,8 @@ mod tests {
     fn start(content: &[u8], line: &str, more: usize) -> (Result<Start, LoadError>, Vec<u8>) {
         let mut modules = vec![(2 * MIB, content, line)];
         modules.resize(1 + more, (3 * MIB, &[1, 2, 3][..], ""));
-        let (guest, list) = machine(&modules);
-        let result = load_module(&guest, &memory_map(), &list, None, &Extras::default());
+        let (guest, handed) = machine(&modules);
+        let result = load_module(&guest, &memory_map(), &handed.list, &handed.lines, None, &Extras::default());
         (result, guest.phys().bytes(PLACE, 4))
     }
 
@@ -79,10 +79,10 @@ mod tests {
 
     #[test]
     fn what_is_below_and_behind_it_is_firmwares() {
-        let (guest, list) = machine(&[(2 * MIB, &[7; 512], "boot-sector=0xe0")]);
+        let (guest, handed) = machine(&[(2 * MIB, &[7; 512], "boot-sector=0xe0")]);
         guest.phys().write_u64(Hpa::new(0x54), 0xF000_FF53_F000_FEA5);
         let before = guest.phys().bytes(0, PLACE as usize);
-        load_module(&guest, &memory_map(), &list, None, &Extras::default()).unwrap();
+        load_module(&guest, &memory_map(), &handed.list, &handed.lines, None, &Extras::default()).unwrap();
         assert_eq!(guest.phys().bytes(0, PLACE as usize), before);
         assert_eq!(guest.phys().bytes(PLACE + 512, 64), [0; 64]);
     }

@@ -8,7 +8,7 @@ use crate::boot::guest_image::*;
 use crate::{
     boot::{
         BootInfo,
-        info::{CommandLine, Module},
+        info::{CommandLine, CommandLines, Module},
     },
     mm::{map::RangeKind, phys::VecMem},
 };
@@ -25,16 +25,34 @@ pub fn memory_map() -> MemoryMap {
     map
 }
 
+/// What the loader hands over.
+#[derive(Default)]
+pub struct Handed {
+    pub list: Modules,
+    pub lines: CommandLines,
+}
+
+impl Handed {
+    /// Where the modules behind the first lie, and their command lines.
+    fn rest(&self) -> Vec<(Span, &str)> {
+        texts(&self.list[1..], &self.lines)
+    }
+}
+
+fn texts<'a>(modules: &[Module], lines: &'a CommandLines) -> Vec<(Span, &'a str)> {
+    modules.iter().map(|module| (module.span, lines.get(module.command_line))).collect()
+}
+
 /// A machine with the modules' bytes where the loader put them.
-pub fn machine(modules: &[(u64, &[u8], &str)]) -> (GuestMemory<VecMem>, Modules) {
+pub fn machine(modules: &[(u64, &[u8], &str)]) -> (GuestMemory<VecMem>, Handed) {
     let memory = VecMem::new(MEMORY as usize);
-    let mut list = Modules::new();
+    let mut handed = Handed::default();
     for (at, bytes, line) in modules {
         memory.write_bytes(Hpa::new(*at), bytes);
-        let command_line = CommandLine::from(line).unwrap();
-        list.push(Module { span: Span::sized(*at, bytes.len() as u64), command_line });
+        let command_line = handed.lines.push(line).unwrap();
+        handed.list.push(Module { span: Span::sized(*at, bytes.len() as u64), command_line });
     }
-    (GuestMemory::new(memory, OWN, 36), list)
+    (GuestMemory::new(memory, OWN, 36), handed)
 }
 
 fn words(words: &[u32]) -> Vec<u8> {
@@ -103,7 +121,7 @@ fn an_elf_with_multiboot1_header_is_loaded_where_it_was_linked() {
     let file = elf64(&multiboot1_header(0b11, &[]), 2 * MIB, b"the code", 0x100);
     let (guest, modules) = machine(&[(3 * MIB, &file, "one two"), (4 * MIB, b"a module", "m")]);
     guest.phys().write_bytes(Hpa::new(2 * MIB), &[0xCC; 0x1000]);
-    let start = load(&guest, &memory_map(), &modules, None, &Extras::default()).unwrap();
+    let start = load(&guest, &memory_map(), &modules.list, &modules.lines, None, &Extras::default()).unwrap();
     assert_eq!(start.protocol, Protocol::Multiboot1);
     assert_eq!((start.entry, start.eax), (Gpa::new(2 * MIB + 16), 0x2BAD_B002));
     let mut loaded = file.clone();
@@ -111,9 +129,9 @@ fn an_elf_with_multiboot1_header_is_loaded_where_it_was_linked() {
     loaded.push(0xCC);
     assert_eq!(guest.phys().bytes(2 * MIB, loaded.len()), loaded);
     let told = told(&guest, start);
-    assert_eq!(told.command_line.as_str(), "one two");
+    assert_eq!(told.lines.get(told.command_line), "one two");
     assert_eq!(told.loader.as_str(), "nvmx");
-    assert_eq!(told.modules[..], modules[1..]);
+    assert_eq!(texts(&told.modules, &told.lines), modules.rest());
     assert_eq!(told.memory, memory_map());
 }
 
@@ -122,12 +140,12 @@ fn an_elf_with_multiboot2_header_gets_tags_and_the_rsdp() {
     let file = elf32(&multiboot2_header(&[1 | 1 << 16, 12, 99, 0, 0, 8]), 2 * MIB as u32, b"the code");
     let (guest, modules) = machine(&[(3 * MIB, &file, "x"), (4 * MIB, b"a module", "m"), (5 * MIB, b"n", "")]);
     let rsdp = Rsdp::from([7; 36]);
-    let start = load(&guest, &memory_map(), &modules, Some(&rsdp), &Extras::default()).unwrap();
+    let start = load(&guest, &memory_map(), &modules.list, &modules.lines, Some(&rsdp), &Extras::default()).unwrap();
     assert_eq!((start.entry, start.eax), (Gpa::new(2 * MIB + 16), 0x36D7_6289));
     assert_eq!(guest.phys().bytes(2 * MIB, file.len()), file);
     let told = told(&guest, start);
-    assert_eq!(told.command_line.as_str(), "x");
-    assert_eq!(told.modules[..], modules[1..]);
+    assert_eq!(told.lines.get(told.command_line), "x");
+    assert_eq!(texts(&told.modules, &told.lines), modules.rest());
     assert_eq!(told.memory, memory_map());
     assert_eq!(told.rsdp, Some(rsdp));
 }
@@ -139,7 +157,7 @@ fn address_fields_win_over_program_headers() {
     let file = elf64(&header, 4 * MIB, b"the code", 0);
     let (guest, modules) = machine(&[(3 * MIB, &file, "")]);
     guest.phys().write_bytes(Hpa::new(2 * MIB), &[0xCC; 0x2000]);
-    let start = load(&guest, &memory_map(), &modules, None, &Extras::default()).unwrap();
+    let start = load(&guest, &memory_map(), &modules.list, &modules.lines, None, &Extras::default()).unwrap();
     assert_eq!(start.entry, Gpa::new(2 * MIB + 0x234));
     let mut loaded = file[120..].to_vec();
     loaded.resize(0xE00, 0);
@@ -153,7 +171,7 @@ fn an_image_may_overwrite_its_own_file_and_its_modules() {
     let file = elf64(&multiboot1_header(0, &[]), 2 * MIB, &content, 0x1_0000);
     let (guest, modules) =
         machine(&[(2 * MIB - 0x100, &file, ""), (2 * MIB + 0x9000, b"first", "1"), (2 * MIB + 0xA000, b"second", "2")]);
-    let start = load(&guest, &memory_map(), &modules, None, &Extras::default()).unwrap();
+    let start = load(&guest, &memory_map(), &modules.list, &modules.lines, None, &Extras::default()).unwrap();
     assert_eq!(guest.phys().bytes(2 * MIB, file.len()), file);
     let told = told(&guest, start);
     for (module, expected) in told.modules.iter().zip([b"first".as_slice(), b"second"]) {
@@ -167,12 +185,15 @@ fn bad_images_are_refused_with_a_reason() {
     let error = |file: &[u8]| {
         let (guest, modules) = machine(&[(3 * MIB, file, "")]);
         let before = guest.phys().bytes(0, MEMORY as usize);
-        let error = load(&guest, &memory_map(), &modules, None, &Extras::default()).unwrap_err();
+        let error = load(&guest, &memory_map(), &modules.list, &modules.lines, None, &Extras::default()).unwrap_err();
         assert!(guest.phys().bytes(0, MEMORY as usize) == before, "a refused image must not be half loaded");
         error
     };
     let (guest, _) = machine(&[]);
-    assert_eq!(load(&guest, &memory_map(), &Modules::new(), None, &Extras::default()), Err(LoadError::NoModule));
+    assert_eq!(
+        load(&guest, &memory_map(), &Modules::new(), &CommandLines::default(), None, &Extras::default()),
+        Err(LoadError::NoModule)
+    );
     assert_eq!(error(b"hello"), LoadError::NotElf { size: 5, first: *b"hello\0\0\0" });
     assert!(error(b"hello").to_string().contains("5 bytes, the first are 68 65 6c 6c 6f; expected"));
     let mut arm = good.clone();
@@ -221,14 +242,15 @@ fn a_flat_file_is_loaded_where_its_address_fields_say() {
     ] {
         let (guest, modules) = machine(&[(3 * MIB, &file, "a line"), (4 * MIB, b"a module", "m")]);
         guest.phys().write_bytes(Hpa::new(TO.into()), &[0xCC; 0x2000]);
-        let start = load(&guest, &memory_map(), &modules, None, &Extras::default()).unwrap();
+        let start = load(&guest, &memory_map(), &modules.list, &modules.lines, None, &Extras::default()).unwrap();
         assert_eq!(start.entry, Gpa::new(u64::from(TO) + entry));
         let mut expected = file[offset..offset + in_file].to_vec();
         expected.resize(in_file + zeros, 0);
         expected.push(0xCC);
         assert_eq!(guest.phys().bytes(TO.into(), expected.len()), expected);
         let told = told(&guest, start);
-        assert_eq!((told.command_line.as_str(), &told.modules[..]), ("a line", &modules[1..]));
+        assert_eq!(told.lines.get(told.command_line), "a line");
+        assert_eq!(texts(&told.modules, &told.lines), modules.rest());
     }
 }
 
@@ -237,7 +259,7 @@ fn bad_address_fields_are_refused_and_named() {
     let error = |at, addresses| {
         let file = flat(at, addresses, 0x1000);
         let (guest, modules) = machine(&[(3 * MIB, &file, "")]);
-        load(&guest, &memory_map(), &modules, None, &Extras::default()).unwrap_err().to_string()
+        load(&guest, &memory_map(), &modules.list, &modules.lines, None, &Extras::default()).unwrap_err().to_string()
     };
     for (at, addresses, says) in [
         (0x20, [TO, TO + 0x20, 0, 0, TO], "header_addr is below its load_addr"),
@@ -259,7 +281,7 @@ fn bad_address_fields_are_refused_and_named() {
     let mut no_addresses = vec![0; 0x100];
     no_addresses[..12].copy_from_slice(&multiboot1_header(0, &[]));
     let (guest, modules) = machine(&[(3 * MIB, &no_addresses, "")]);
-    let error = load(&guest, &memory_map(), &modules, None, &Extras::default()).unwrap_err();
+    let error = load(&guest, &memory_map(), &modules.list, &modules.lines, None, &Extras::default()).unwrap_err();
     assert!(matches!(error, LoadError::NotElf { .. }), "{error}");
 }
 
@@ -268,7 +290,7 @@ fn the_first_stack_is_grubs_or_another_free_page() {
     let file = flat(0, [TO, TO, 0, 0, TO], 0x100);
     let stack = |modules: &[(u64, &[u8], &str)], map: &MemoryMap| {
         let (guest, modules) = machine(modules);
-        load(&guest, map, &modules, None, &Extras::default()).unwrap().esp.get()
+        load(&guest, map, &modules.list, &modules.lines, None, &Extras::default()).unwrap().esp.get()
     };
     assert_eq!(stack(&[(3 * MIB, &file, "")], &memory_map()), 0x7_FF00);
     // A module lies there; firmware keeps it.
@@ -308,7 +330,7 @@ fn what_the_loader_said_is_handed_on_by_either_protocol() {
     assert!(given.extras.has_screen());
     let one = flat(0, [TO, TO, 0, 0, TO], 0x100);
     let (guest, modules) = machine(&[(3 * MIB, &one, "")]);
-    let start = load(&guest, &memory_map(), &modules, None, &given.extras).unwrap();
+    let start = load(&guest, &memory_map(), &modules.list, &modules.lines, None, &given.extras).unwrap();
     let word = |at: u64| guest.phys().read_u32(Hpa::new(at));
     let info = start.ebx.get();
     let bytes = |at: u64, len| guest.phys().bytes(at, len);
@@ -330,7 +352,7 @@ fn what_the_loader_said_is_handed_on_by_either_protocol() {
     extras.take_tag(13, Hpa::new(0), 21, &VecMem::from_bytes(with_smbios.clone()));
     for _ in 0..2 {
         let (guest, modules) = machine(&[(3 * MIB, &two, "")]);
-        let start = load(&guest, &memory_map(), &modules, None, &extras).unwrap();
+        let start = load(&guest, &memory_map(), &modules.list, &modules.lines, None, &extras).unwrap();
         let info = start.ebx.get();
         let word = |at: u64| guest.phys().read_u32(Hpa::new(at));
         let mut tags = std::collections::BTreeMap::new();
@@ -358,7 +380,7 @@ fn a_palette_is_handed_on_and_one_that_is_cut_short_is_none() {
     let given = BootInfo::read(0x2BAD_B002, Hpa::new(0x1000), &memory).unwrap().extras;
     let file = flat(0, [TO, TO, 0, 0, TO], 0x100);
     let (guest, modules) = machine(&[(3 * MIB, &file, "")]);
-    let start = load(&guest, &memory_map(), &modules, None, &given).unwrap();
+    let start = load(&guest, &memory_map(), &modules.list, &modules.lines, None, &given).unwrap();
     let again = told(&guest, start).extras;
     assert_eq!(again.framebuffer.as_ref().unwrap().colours[..], [0xC1; 48]);
     memory.write_bytes(Hpa::new(0x1000 + 114), &300u16.to_le_bytes());
@@ -379,7 +401,7 @@ proptest! {
         let segments: Segments = to.iter().map(|to| FileSegment { offset: 0, in_file: 0, to: *to, zeroed: true }).collect();
         let image = Image { protocol: Protocol::Multiboot1, entry: 0, segments, modules_end: 1 << 32 };
         let modules: Modules =
-            modules.iter().map(|span| Module { span: *span, command_line: CommandLine::new() }).collect();
+            modules.iter().map(|span| Module { span: *span, command_line: CommandLine::default() }).collect();
         let map = memory_map();
         let plan = match plan(&image, file, &modules, &map, OWN) {
             Ok(plan) => plan,
@@ -419,7 +441,7 @@ proptest! {
         for (byte, good) in file.iter_mut().zip(&start[..20]) { *byte = *good; }
         if let Some(slot) = file.get_mut(200..212) { slot.copy_from_slice(&start[120..132]); }
         let (guest, modules) = machine(&[(3 * MIB, &file, "")]);
-        let _ = load(&guest, &memory_map(), &modules, None, &Extras::default());
+        let _ = load(&guest, &memory_map(), &modules.list, &modules.lines, None, &Extras::default());
         prop_assert!(guest.phys().bytes(OWN.start(), OWN.len() as usize) == vec![0; OWN.len() as usize]);
     }
 }

@@ -9,7 +9,7 @@ use input::Input;
 use libfuzzer_sys::fuzz_target;
 use nvmx::addr::Hpa;
 use nvmx::boot::extras::Extras;
-use nvmx::boot::info::{BootInfo, CommandLine, Module, Modules};
+use nvmx::boot::info::{BootInfo, CommandLine, CommandLines, Module, Modules};
 use nvmx::boot::options::Options;
 use nvmx::boot::{acpi, guest_image, multiboot1, multiboot2, pvh};
 use nvmx::mm::map::RangeKind;
@@ -33,7 +33,7 @@ fn load(input: &mut Input<'_>) {
     let at = input.pick(&PLACES);
     for n in 1..=u64::from(more) {
         let span = Span::sized(PLACES[n as usize] + 0x4_0000, input.u16().into());
-        modules.push(Module { span, command_line: CommandLine::new() });
+        modules.push(Module { span, command_line: CommandLine::default() });
     }
     let file = input.0;
     // The loader puts modules where there is memory that is nobody else's.
@@ -42,10 +42,11 @@ fn load(input: &mut Input<'_>) {
         return;
     }
     memory.write_bytes(Hpa::new(at), file);
-    let Ok(command_line) = CommandLine::from(line) else { return };
+    let mut lines = CommandLines::default();
+    let Ok(command_line) = lines.push(line) else { return };
     modules.insert(0, Module { span, command_line });
     let guest = GuestMemory::new(&memory, OWN, 36);
-    if let Ok(start) = guest_image::load(&guest, &map, &modules, None, &Extras::default()) {
+    if let Ok(start) = guest_image::load(&guest, &map, &modules, &lines, None, &Extras::default()) {
         assert!(guest.translate(start.entry).is_ok() || start.entry.get() >= MEMORY, "it starts in nvmx");
     }
     assert!(memory.bytes(OWN.start(), OWN.len() as usize).iter().all(|byte| *byte == 0), "nvmx's memory was written");
