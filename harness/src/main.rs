@@ -6,8 +6,8 @@
 //! - `image` builds what boots, `backend` starts machines, `trace` knows every exit of a boot;
 //! - `transcript` reads a serial line, `boot` runs one boot from start to verdict, `clamp` makes two boots see the same
 //!   capabilities;
-//! - `cli` is the command line, `session` a machine that is set up, `report` makes figures of records, `l2` builds what the user
-//!   brings;
+//! - `cli` is the command line, `session` a machine that is set up, `report` makes figures of records, `sweep` has the boots
+//!   that show how costs grow, `l2` builds what the user brings;
 //! - `lab` has the experiments of `./nvmx lab`, `suite` the boot tests, `cmd` the subcommands.
 //!
 //! The crate `nvmx-setup` finds or makes the tools, and knows nothing of boots.

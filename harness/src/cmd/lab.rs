@@ -111,7 +111,7 @@ impl Plan {
         Ok(Plan { wanted, stacks, only })
     }
 
-    /// The boots. If all experiments are wanted, those go on for which no Linux can be had.
+    /// The boots. If all experiments are wanted and no Linux can be had, the boots that need one are left out.
     fn specs(&self, session: &Session, all: bool) -> Result<Vec<(Stack, Spec)>> {
         let mut specs = Vec::new();
         for stack in &self.stacks {
