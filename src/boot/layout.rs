@@ -19,7 +19,7 @@ const LEAST_SHARE: u64 = 2 * MIB;
 /// What it can make use of.
 const MOST_SHARE: u64 = MAX_FRAMES as u64 * PAGE_SIZE;
 /// What one has that runs nothing: stacks and its VMXON region.
-pub const PARKED_SHARE: u64 = 72 * PAGE_SIZE;
+pub const PARKED_SHARE: u64 = 80 * PAGE_SIZE;
 /// All of memory in pages of 4 KiB takes a 512th of it in tables. A processor gets as much for eight guests of that kind...
 const MEMORY_PER_SHARE: u64 = 64;
 /// ... as long as all processors have no more than these parts: of memory, and of that below 4 GiB, where L2 needs some itself.

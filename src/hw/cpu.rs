@@ -34,8 +34,8 @@ use crate::{
 const STACKS: u64 = 0xFFFF_C000_0000_0000;
 const STACK_SLOT: u64 = 0x4_0000;
 const SLOTS_PER_CPU: u64 = 5;
-/// Boot moves values of 30 KiB around; the run loop needs a fraction.
-const MAIN_STACK: u64 = 0x3_0000;
+/// The start moves values of 30 KiB around, with an old compiler more often; the run loop needs a fraction.
+const MAIN_STACK: u64 = 0x3_8000;
 const IST_STACK: u64 = 0x4000;
 
 /// An IDT, shared by all processors and read-only once built.
