@@ -13,6 +13,13 @@ pub const OTHER: u64 = 0x1_2000;
 /// L2's EPT for L3: one to one, 4 KiB pages for the first 2 MiB, large ones after that.
 pub const EPT: u64 = 0x20_0000;
 pub const HANDLER: u64 = 0x11_0000;
+/// A page of L3's.
+pub const PAGE: u64 = 0x3_0000;
+
+/// Where [`EPT`] has the entry of an address below 2 MiB.
+pub fn entry(at: u64) -> u64 {
+    EPT + 0x3000 + (at >> 12) * 8
+}
 
 /// CR4.VMXE and VMXON.
 pub async fn vmxon(g: &Guest) {
@@ -59,6 +66,24 @@ pub async fn hypervisor(g: &Guest, changes: &[(Field, u64)]) {
     make_current(g, VMCS).await;
     write(g, &valid()).await;
     write(g, changes).await;
+}
+
+/// [`hypervisor`], with a shadow VMCS at [`OTHER`] whose bitmaps let these encodings pass.
+pub async fn with_shadow_vmcs(g: &Guest, open: &[u64], changes: &[(Field, u64)]) {
+    const BITMAP: u64 = 0x2_0000;
+    g.poke_u32(OTHER, REVISION | 1 << 31);
+    (0..512).for_each(|n| g.poke(BITMAP + 8 * n, u64::MAX));
+    for encoding in open {
+        let at = BITMAP + encoding / 64 * 8;
+        g.poke(at, g.peek(at) & !(1 << (encoding % 64)));
+    }
+    let own = [
+        control(SECONDARY_VM_EXEC_CONTROL, 1 << 14, 0),
+        (VMREAD_BITMAP, BITMAP),
+        (VMWRITE_BITMAP, BITMAP),
+        (VMCS_LINK_POINTER, OTHER),
+    ];
+    hypervisor(g, &[&own[..], changes].concat()).await;
 }
 
 pub async fn write(g: &Guest, fields: &[(Field, u64)]) {

@@ -1,17 +1,10 @@
 //! L3's memory and what L2 has processors do with it: violations, misconfigurations, the page log, #VE, VMFUNC, shadow VMCSs.
 
 use crate::kit::*;
-use nvmx::vmx::region::REVISION;
 use nvmx_machine::guest::{Guest, Op, Outcome};
 use nvmx_machine::processor::Level;
 use nvmx_machine::world::{END, End, OWN, agree};
 use nvmx_machine::{Setup, World};
-
-const PAGE: u64 = 0x3_0000;
-
-fn entry(at: u64) -> u64 {
-    EPT + 0x3000 + (at >> 12) * 8
-}
 
 /// Exit information of an access, without what only some processors tell.
 async fn told(g: &Guest) -> Vec<Option<u64>> {
@@ -366,25 +359,7 @@ fn a_convertible_violation_becomes_a_virtualization_exception() {
 fn a_shadow_vmcs_is_reached_as_the_bitmaps_say() {
     for setup in Setup::all().into_iter().filter(nvmx_machine::world::shadows) {
         nvmx_machine::world::agree_on(setup, |g| async move {
-            g.poke_u32(OTHER, REVISION | 1 << 31);
-            for n in 0..512 {
-                // Open: GUEST_RIP and HOST_RIP, by the lower bits of their encodings.
-                g.poke(0x2_0000 + 8 * n, u64::MAX);
-            }
-            for encoding in [0x681Eu64, 0x6C16, 0x4402, 0x7FFE] {
-                let at = 0x2_0000 + encoding / 64 * 8;
-                g.poke(at, g.peek(at) & !(1 << (encoding % 64)));
-            }
-            hypervisor(
-                &g,
-                &[
-                    control(SECONDARY_VM_EXEC_CONTROL, 1 << 14, 0),
-                    (VMREAD_BITMAP, 0x2_0000),
-                    (VMWRITE_BITMAP, 0x2_0000),
-                    (VMCS_LINK_POINTER, OTHER),
-                ],
-            )
-            .await;
+            with_shadow_vmcs(&g, &[0x681E, 0x6C16, 0x4402, 0x7FFE], &[]).await;
             launch(&g).await;
             for op in [
                 Op::Vmwrite(0x681E, 0x1111),

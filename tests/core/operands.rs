@@ -1,13 +1,11 @@
 //! VMREAD and VMWRITE with operands in memory: L2's own, and L3's through its page tables and ept12.
 
 use crate::kit::*;
-use nvmx::vmx::region::REVISION;
 use nvmx_machine::Setup;
-use nvmx_machine::guest::{Guest, Op};
+use nvmx_machine::guest::{Guest, Op, Outcome};
 use nvmx_machine::processor::Level;
 use nvmx_machine::world::{agree, agree_on, shadows};
 
-const PAGE: u64 = 0x3_0000;
 const TSC_OFFSET_ENCODING: u64 = 0x2010;
 /// Where an operand can lie: in a page, across two, in one that is not mapped, across into it, not canonical.
 const PLACES: [u64; 7] = [PAGE, PAGE + 0xFF8, PAGE + 0x1FFD, 1 << 33, (4 << 30) - 3, 1 << 60, (1 << 47) - 4];
@@ -18,7 +16,7 @@ async fn both(g: &Guest, encoding: u64, at: u64) {
         let outcome = g.run(op).await;
         g.see((op, outcome));
         g.note(format!("{:#x} {:#x}", g.peek(at & 0xFF_FFF8), g.peek((at + 8) & 0xFF_FFF8)));
-        if g.level() == Level::L2 && outcome == nvmx_machine::guest::Outcome::Left {
+        if g.level() == Level::L2 && outcome == Outcome::Left {
             look(g, "out").await;
             g.run(Op::Vmresume).await;
         }
@@ -66,28 +64,9 @@ fn an_operand_of_l2_in_a_page_that_it_may_not_write_faults() {
 
 /// L3 in the guest of a vmcs12 whose shadow VMCS is open for these fields.
 async fn shadowed(g: &Guest, changes: &[(Field, u64)]) {
-    g.poke_u32(OTHER, REVISION | 1 << 31);
-    (0..512).for_each(|n| g.poke(0x2_0000 + 8 * n, u64::MAX));
-    for encoding in [TSC_OFFSET_ENCODING, TSC_OFFSET_ENCODING + 1, 0x6C14, 0x681E, 0x4402, 0x7FFE] {
-        let at = 0x2_0000 + encoding / 64 * 8;
-        g.poke(at, g.peek(at) & !(1 << (encoding % 64)));
-    }
-    hypervisor(
-        g,
-        &[
-            control(SECONDARY_VM_EXEC_CONTROL, 1 << 14, 0),
-            (VMREAD_BITMAP, 0x2_0000),
-            (VMWRITE_BITMAP, 0x2_0000),
-            (VMCS_LINK_POINTER, OTHER),
-        ],
-    )
-    .await;
-    write(g, changes).await;
+    let open = [TSC_OFFSET_ENCODING, TSC_OFFSET_ENCODING + 1, 0x6C14, 0x681E, 0x4402, 0x7FFE];
+    with_shadow_vmcs(g, &open, changes).await;
     launch(g).await;
-}
-
-fn entry_of(at: u64) -> u64 {
-    EPT + 0x3000 + (at >> 12) * 8
 }
 
 #[test]
@@ -106,7 +85,7 @@ fn operands_of_l3_go_through_its_page_tables_and_ept12() {
                 for page in [PAGE, PAGE + 0x1000, 0x1000, 0x2000] {
                     for rights in [0, 1, 3, 5, 7] {
                         leave(&g).await;
-                        g.poke(entry_of(page), page | rights | if rights == 0 { 0 } else { 0x30 });
+                        g.poke(entry(page), page | rights | if rights == 0 { 0 } else { 0x30 });
                         g.run(Op::Invept(2, 0)).await;
                         g.run(Op::Vmresume).await;
                         for encoding in [0x6C14, TSC_OFFSET_ENCODING] {
@@ -117,7 +96,7 @@ fn operands_of_l3_go_through_its_page_tables_and_ept12() {
                 }
                 leave(&g).await;
                 let marked: Vec<u64> =
-                    [PAGE, PAGE + 0x1000, 0x1000, 0x2000].map(|page| g.peek(entry_of(page)) & 0x300).into();
+                    [PAGE, PAGE + 0x1000, 0x1000, 0x2000].map(|page| g.peek(entry(page)) & 0x300).into();
                 g.note(format!("{marked:x?}"));
             });
         }
@@ -138,7 +117,7 @@ fn operands_of_l3_are_written_where_sub_pages_allow() {
                 for (page, bits) in [(PAGE, 1), (PAGE, 1 << 2), (PAGE, 2), (0x1000, 0x5555_5555_5555_5555)] {
                     leave(&g).await;
                     g.poke(SPP + 0x3000 + (page >> 12) * 8, bits);
-                    g.poke(entry_of(page), page | 1 << 61 | 0x30 | 1);
+                    g.poke(entry(page), page | 1 << 61 | 0x30 | 1);
                     g.run(Op::Invept(2, 0)).await;
                     g.run(Op::Vmresume).await;
                     for encoding in [0x6C14, TSC_OFFSET_ENCODING] {
@@ -147,8 +126,8 @@ fn operands_of_l3_are_written_where_sub_pages_allow() {
                         }
                     }
                     leave(&g).await;
-                    g.note(format!("{page:#x} {:x}", g.peek(entry_of(page)) & 0x300));
-                    g.poke(entry_of(page), page | 0x37);
+                    g.note(format!("{page:#x} {:x}", g.peek(entry(page)) & 0x300));
+                    g.poke(entry(page), page | 0x37);
                     g.run(Op::Vmresume).await;
                 }
             });

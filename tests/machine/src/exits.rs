@@ -3,7 +3,7 @@
 //! Source: SDM vol. 3C, "VMX Non-Root Operation", "Exit Qualification", tables of the instruction-information field.
 
 use crate::memory::{READ, Unreached, WRITE};
-use crate::processor::{Core, Delivered, Done, Entry, Exit, Fail, Root};
+use crate::processor::{Core, Delivered, Done, Entry, Exit, Fail, Root, is_canonical};
 use nvmx::addr::Hpa;
 use nvmx::mm::{PhysMem, Place};
 use nvmx::vmx::{Field::*, Fields};
@@ -352,34 +352,8 @@ impl Core {
                 return Ok(self.raise(vector, error, address));
             }
             Op::Vmfunc(function, index) => return self.vmfunc(op, function, index),
-            Op::Vmread(encoding) | Op::VmreadTo(encoding, _) if self.in_guest => {
-                if self.is_unprivileged() && self.may_shadow_encoding(encoding, None) {
-                    return Err(gp);
-                }
-                let exit = Self::told_of_operands(op, Exit::by(23, Self::length(op)));
-                return Ok(match self.shadowed(encoding, None) {
-                    None => Step::Exit(exit),
-                    Some(result) => self.was_read(op, result),
-                });
-            }
-            Op::Vmwrite(encoding, _) | Op::VmwriteFrom(encoding, _) if self.in_guest => {
-                if self.is_unprivileged() && self.may_shadow_encoding(encoding, Some(0)) {
-                    return Err(gp);
-                }
-                let exit = Self::told_of_operands(op, Exit::by(25, Self::length(op)));
-                if !self.may_shadow_encoding(encoding, Some(0)) {
-                    return Ok(Step::Exit(exit));
-                }
-                if self.get(VMCS_LINK_POINTER) == u64::MAX {
-                    return Ok(self.report(op, Err(Fail::Invalid)));
-                }
-                return Ok(match self.source(op) {
-                    Err(step) => step,
-                    Ok(value) => {
-                        let result = self.shadowed(encoding, Some(value)).expect("the bitmap lets it pass");
-                        self.report(op, result.map(drop))
-                    }
-                });
+            Op::Vmread(_) | Op::VmreadTo(..) | Op::Vmwrite(..) | Op::VmwriteFrom(..) if self.in_guest => {
+                return self.shadowed(op);
             }
             Op::Getsec => return Err((UD, None)),
             Op::Vmxon(_)
@@ -403,8 +377,34 @@ impl Core {
 
     // ---- Operands of VMREAD and VMWRITE: 64 bits in 64-bit mode, else 32 ----
 
-    fn is_long(&self) -> bool {
+    pub(crate) fn is_long(&self) -> bool {
         bit(self.state.get(GUEST_IA32_EFER), 10)
+    }
+
+    /// VMREAD or VMWRITE of a guest: by VMCS shadowing, or an exit.
+    fn shadowed(&mut self, op: Op) -> Result<Step, (u8, Option<u32>)> {
+        let (reason, bitmap) = match op {
+            Op::Vmread(_) | Op::VmreadTo(..) => (23, VMREAD_BITMAP),
+            _ => (25, VMWRITE_BITMAP),
+        };
+        let encoding = self.gprs[1];
+        let link = match self.shadow_vmcs(encoding, bitmap) {
+            None => return Ok(Step::Exit(Self::told_of_operands(op, Exit::by(reason, Self::length(op))))),
+            Some(_) if self.is_unprivileged() => return Err((GP, Some(0))),
+            Some(Err(fail)) => return Ok(self.report(op, Err(fail))),
+            Some(Ok(link)) => link,
+        };
+        if reason == 23 {
+            let read = self.read_shadow(link, encoding);
+            return Ok(self.was_read(op, read));
+        }
+        Ok(match self.source(op) {
+            Err(step) => step,
+            Ok(value) => {
+                let done = self.write_shadow(link, encoding, value);
+                self.report(op, done)
+            }
+        })
     }
 
     /// VMREAD ends: with its destination, if it has a value.
@@ -445,8 +445,7 @@ impl Core {
     /// asked for both, then EPT. Nothing is accessed before.
     fn places(&mut self, at: u64, bytes: u64, access: u64) -> Result<Vec<u64>, Step> {
         let (base, refused) = if self.is_long() {
-            let canonical = |at: u64| (at as i64) << 16 >> 16 == at as i64;
-            (0, !canonical(at) || !canonical(at.wrapping_add(bytes - 1)))
+            (0, !is_canonical(at) || !is_canonical(at.wrapping_add(bytes - 1)))
         } else {
             // A data segment that grows upwards.
             let rights = self.state.get(GUEST_DS_AR_BYTES);

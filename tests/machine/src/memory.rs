@@ -87,7 +87,7 @@ impl Core {
     /// The guest-physical address of a linear one: four levels, a supervisor's access in 64-bit mode. The tables of the programs
     /// have their accessed flags.
     pub fn translated(&mut self, linear: u64, access: u64) -> Result<u64, Unreached> {
-        if self.state.get(GUEST_IA32_EFER) >> 10 & 1 == 0 || self.state.get(GUEST_CR0) >> 31 == 0 {
+        if !self.is_long() || self.state.get(GUEST_CR0) >> 31 == 0 {
             return Ok(linear);
         }
         let write = access & WRITE != 0;

@@ -161,6 +161,11 @@ fn bit(value: u64, number: u32) -> bool {
     value >> number & 1 == 1
 }
 
+/// With 48 bits of linear addresses.
+pub fn is_canonical(linear: u64) -> bool {
+    (linear as i64) << 16 >> 16 == linear as i64
+}
+
 /// Fields of the guest-state area that are registers.
 pub fn registers() -> impl Iterator<Item = Field> {
     let others =
@@ -435,35 +440,33 @@ impl Core {
         self.write_encoding(at, encoding, value)
     }
 
-    /// The controls and the bitmap let a guest's VMREAD or VMWRITE pass.
-    pub fn may_shadow_encoding(&self, encoding: u64, write: Option<u64>) -> bool {
-        let bitmap = if write.is_some() { VMWRITE_BITMAP } else { VMREAD_BITMAP };
-        self.secondary(14)
+    /// The shadow VMCS that a guest's VMREAD or VMWRITE reaches by VMCS shadowing; `None` if the controls or the bitmap make it exit.
+    pub fn shadow_vmcs(&self, encoding: u64, bitmap: Field) -> Option<Result<u64, Fail>> {
+        let passes = self.secondary(14)
             && encoding >> 15 == 0
-            && !bit(self.word(self.get(bitmap) + (encoding & 0x7FFF) / 64 * 8), encoding as u32 & 63)
+            && !bit(self.word(self.get(bitmap) + (encoding & 0x7FFF) / 64 * 8), encoding as u32 & 63);
+        passes.then(|| match self.get(VMCS_LINK_POINTER) {
+            u64::MAX => Err(Fail::Invalid),
+            link => Ok(link),
+        })
     }
 
-    /// VMREAD or VMWRITE of a guest, by VMCS shadowing: `None` if it exits.
-    pub fn shadowed(&mut self, encoding: u64, write: Option<u64>) -> Option<Result<u64, Fail>> {
-        if !self.may_shadow_encoding(encoding, write) {
-            return None;
-        }
-        let link = self.get(VMCS_LINK_POINTER);
-        if link == u64::MAX {
-            return Some(Err(Fail::Invalid));
-        }
+    pub fn read_shadow(&mut self, link: u64, encoding: u64) -> Result<u64, Fail> {
+        self.in_shadow(link, |core| core.read_encoding(link, encoding))
+    }
+
+    pub fn write_shadow(&mut self, link: u64, encoding: u64, value: u64) -> Done {
+        self.in_shadow(link, |core| core.write_encoding(link, encoding, value))
+    }
+
+    fn in_shadow<T>(&mut self, link: u64, access: impl FnOnce(&mut Self) -> T) -> T {
         self.activate(link);
         self.take_from_memory(link);
-        let (current, result) = (
-            self.current,
-            match write {
-                Some(value) => self.write_encoding(link, encoding, value).map(|()| 0),
-                None => self.read_encoding(link, encoding),
-            },
-        );
+        let current = self.current;
+        let result = access(self);
         self.current = current;
         self.keep_in_memory(link);
-        Some(result)
+        result
     }
 
     pub fn invept(&mut self, kind: u64, eptp: u64) -> Done {
@@ -487,13 +490,12 @@ impl Core {
 
     pub fn invvpid(&mut self, kind: u64, vpid: u64, linear: u64) -> Done {
         let cap = self.caps.ept_vpid.0;
-        let canonical = linear as i64 >> 47 == 0 || linear as i64 >> 47 == -1;
         let good = kind < 4
             && bit(cap, 40 + kind as u32)
             && bit(cap, 32)
             && vpid >> 16 == 0
             && (kind == 2 || vpid != 0)
-            && (kind != 0 || canonical);
+            && (kind != 0 || is_canonical(linear));
         if good { Ok(()) } else { self.fail(28) }
     }
 
