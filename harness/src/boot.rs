@@ -219,7 +219,7 @@ impl Outcome {
                 Err(format!("the guest says that it failed ({failed} failures)"))
             }
             None => {
-                let text = t.texts().rfind(|l| crate::transcript::is_warning(l));
+                let text = t.texts().rfind(|l| crate::transcript::tells_why(l));
                 let said = text.map(str::to_string).or_else(|| self.machine.last().cloned());
                 Err(format!(
                     "the machine ended before the guest did{}",
@@ -323,6 +323,8 @@ pub mod tests {
         assert!(failed.contains("3 failures"), "{failed}");
         let silent = ended(Ended::Itself, &["[nvmx ERROR] no module"]).verdict().unwrap_err();
         assert_eq!(silent, "the machine ended before the guest did: [nvmx ERROR] no module");
+        let below = ended(Ended::Itself, &["[vmm ERROR] no VMX", "[vmm INFO ] x"]).verdict().unwrap_err();
+        assert_eq!(below, "the machine ended before the guest did: [vmm ERROR] no VMX");
         let dead = ended(Ended::Itself, &[]).verdict().unwrap_err();
         assert_eq!(dead, "the machine ended before the guest did: 3rd exception");
         let late = ended(LATE, &["@L2 end status=pass failed=0"]).verdict().unwrap_err();

@@ -2,8 +2,10 @@
 
 use crate::backend::Recording;
 use crate::backend::host::{self, HostFacts};
-use crate::backend::kvm::Kvm;
-use crate::backend::kvm_in_bochs::{KVM_INTEL, KvmInBochs};
+use crate::backend::kvm::{Accelerator, Kvm};
+use crate::backend::kvm_in_bochs::KvmInBochs;
+use crate::backend::kvm_in_kvm::KvmInKvm;
+use crate::backend::kvm_linux::KvmLinux;
 use crate::backend::linux::LinuxKvm;
 use crate::backend::xen::XenLinux;
 use crate::backend::{Backend, Line, Machine, Payload, Protocol, Spec, StopAt, Work};
@@ -41,6 +43,15 @@ pub enum Recordings {
     Logs(TempDir),
     /// nvmx, which keeps so many of each CPU
     Told(u32),
+}
+
+/// How a Linux that stands in nvmx's place on an emulated machine copies memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Copies {
+    /// As it does on this processor
+    ByBytes,
+    /// As [`KvmInBochs::usual`] says
+    ByWords,
 }
 
 /// A machine on which boots can be made.
@@ -189,14 +200,15 @@ impl Session {
     /// The session's machine with a Linux and its KVM on it: for KVM in nvmx's place.
     ///
     /// # Errors
-    /// [`Stop::Environment`] with what to type, [`Stop::Usage`] if the session's machine is not emulated.
-    pub fn kvm_in_place(&self, args: &L0Args) -> Result<KvmInBochs> {
+    /// [`Stop::Environment`] with what to type.
+    pub fn kvm_in_place(&self, copies: Copies) -> Result<Box<dyn Backend + Send>> {
         if self.machine.model == HOST_MODEL {
-            let text = "--l1 kvm needs --l0 bochs or kvm-in-bochs: KVM then runs on the emulated machine";
-            return Err(Stop::Usage(text.into()).into());
+            return Ok(Box::new(self.kvm_in_qemu(Accelerator::Kvm)?));
         }
-        let depth = if args.l0 == host::L0::KvmInBochs { 2 } else { 1 };
-        Ok(KvmInBochs { depth, ..self.kvm_on_bochs()? })
+        let kvm = self.kvm_on_bochs()?;
+        let depth = u32::from(self.backend.below()) + 1;
+        let kvm = KvmInBochs { linux: KvmLinux { depth, ..kvm.linux }, ..kvm };
+        Ok(Box::new(if copies == Copies::ByWords { kvm.usual() } else { kvm }))
     }
 
     /// A Linux with KVM on Bochs: ours, or the one that is given.
@@ -204,22 +216,34 @@ impl Session {
     /// # Errors
     /// [`Stop::Environment`] with what to type.
     pub fn kvm_on_bochs(&self) -> Result<KvmInBochs> {
+        let linux = self.kvm_linux()?;
         if self.dry {
-            let (linux, vmm) = (dry_linux(Kernel::Newest), PathBuf::new());
-            return Ok(KvmInBochs {
-                bochs: dry_bochs(),
-                linux,
-                vmm,
-                parameters: KVM_INTEL.into(),
-                depth: 1,
-                by_words: false,
-            });
+            return Ok(KvmInBochs { bochs: dry_bochs(), linux });
         }
-        let lock = self.paths.lock(&self.ui)?;
-        let bochs = setup::bochs::set_up(&self.ui, &self.paths, self.bochs.as_deref())?;
-        let kvm = kvm_in_bochs(&self.ui, &self.paths, bochs);
-        drop(lock);
-        kvm
+        let _lock = self.paths.lock(&self.ui)?;
+        Ok(KvmInBochs { bochs: setup::bochs::set_up(&self.ui, &self.paths, self.bochs.as_deref())?, linux })
+    }
+
+    /// A Linux with KVM in QEMU.
+    ///
+    /// # Errors
+    /// [`Stop::Environment`] with what to type.
+    pub fn kvm_in_qemu(&self, accelerator: Accelerator) -> Result<KvmInKvm> {
+        let linux = self.kvm_linux()?;
+        let kvm = if self.dry { dry_kvm() } else { kvm_of_host(&self.ui, HostFacts::find().cpu)? };
+        Ok(KvmInKvm { kvm: Kvm { accelerator, ..kvm }, linux })
+    }
+
+    /// A Linux with KVM for some machine.
+    ///
+    /// # Errors
+    /// [`Stop::Environment`] with what to type.
+    pub fn kvm_linux(&self) -> Result<KvmLinux> {
+        if self.dry {
+            return Ok(KvmLinux::new(dry_linux(Kernel::Newest), PathBuf::new()));
+        }
+        let _lock = self.paths.lock(&self.ui)?;
+        kvm_linux(&self.ui, &self.paths)
     }
 
     /// L0 for the banner.
@@ -356,6 +380,11 @@ fn dry_bochs() -> setup::bochs::Bochs {
     setup::bochs::Bochs { path, version, flavour, lost: None }
 }
 
+fn dry_kvm() -> Kvm {
+    let (qemu, version, cpu) = (PathBuf::new(), String::new(), String::new());
+    Kvm { qemu, version, cpu, accelerator: Accelerator::Kvm }
+}
+
 fn dry_linux(kernel: Kernel) -> setup::linux::Linux {
     let release = if kernel == Kernel::Linux61 { "6.1.0" } else { "" };
     setup::linux::Linux { folder: PathBuf::new(), release: release.into() }
@@ -381,10 +410,9 @@ fn set_up_l0(ui: &Ui, paths: &Paths, args: &L0Args) -> Result<(Box<dyn Backend>,
         todo: help.into_iter().collect(),
     })?;
     if choice.kvm {
-        setup::require(ui, &[QEMU], "KVM as L0")?;
-        let qemu = QEMU.find().ok_or_else(|| Stop::environment("QEMU is not there although it was installed"))?;
+        let kvm = kvm_of_host(ui, facts.cpu)?;
         ui.detail(&format!("L0 is KVM: {}", choice.why));
-        return Ok((Box::new(Kvm::new(qemu, facts.cpu)?), HOST_MODEL.into()));
+        return Ok((Box::new(kvm), HOST_MODEL.into()));
     }
     setup::grub::set_up(ui)?;
     let bochs = setup::bochs::set_up(ui, paths, args.bochs.as_deref())?;
@@ -394,15 +422,21 @@ fn set_up_l0(ui: &Ui, paths: &Paths, args: &L0Args) -> Result<(Box<dyn Backend>,
     }
     let model = choose_model(args.cpu_model.as_deref(), &setup::bochs::models(&bochs.path))?;
     if wish == host::L0::KvmInBochs {
-        return Ok((Box::new(kvm_in_bochs(ui, paths, bochs)?), model));
+        return Ok((Box::new(KvmInBochs { bochs, linux: kvm_linux(ui, paths)? }), model));
     }
     Ok((Box::new(bochs), model))
 }
 
-fn kvm_in_bochs(ui: &Ui, paths: &Paths, bochs: setup::bochs::Bochs) -> Result<KvmInBochs> {
+/// QEMU with the host's KVM.
+fn kvm_of_host(ui: &Ui, cpu: String) -> Result<Kvm> {
+    setup::require(ui, &[QEMU], "KVM as L0")?;
+    let qemu = QEMU.find().ok_or_else(|| Stop::environment("QEMU is not there although it was installed"))?;
+    Kvm::new(qemu, cpu)
+}
+
+fn kvm_linux(ui: &Ui, paths: &Paths) -> Result<KvmLinux> {
     let linux = setup::linux::set_up(ui, paths, Kernel::Newest)?;
-    let vmm = setup::linux::build_vmm(ui, paths)?;
-    Ok(KvmInBochs { bochs, linux, vmm, parameters: KVM_INTEL.into(), depth: 1, by_words: false })
+    Ok(KvmLinux::new(linux, setup::linux::build_vmm(ui, paths)?))
 }
 
 fn choose_model(wish: Option<&str>, offered: &[String]) -> Result<String, Stop> {

@@ -28,6 +28,8 @@ pub struct Sweep {
     pub title: &'static str,
     /// What is booted
     pub boots: Vec<Spec>,
+    /// The rows are of what L0 records of each exit
+    pub of_record: bool,
     /// The rows, by the outcomes of the boots
     pub figures: fn(&[&Outcome]) -> Result<Vec<Event>, String>,
 }
@@ -50,18 +52,21 @@ pub fn sweeps(session: &Session, fields: Fields) -> Result<Vec<Sweep>> {
             guest: "growth",
             title: "what L2 uses",
             boots: vec![Spec { name: "growth".into(), ..uses }],
+            of_record: false,
             figures: |outcomes| Ok(outcomes.iter().flat_map(|o| report::events(None, &o.transcript)).collect()),
         },
         Sweep {
             guest: "cpus",
             title: "a reflected exit, by the processors that L2 has started",
             boots: CPUS.into_iter().map(with_cpus).collect::<Result<_>>()?,
+            of_record: true,
             figures: by_cpus,
         },
         Sweep {
             guest: "depth",
             title: "a reflected CPUID, by the nvmx in the stack",
             boots: (1..=DEEPEST).map(nested).collect::<Result<_>>()?,
+            of_record: false,
             figures: by_depth,
         },
     ])

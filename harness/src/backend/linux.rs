@@ -1,7 +1,7 @@
 //! Linux with KVM as the guest hypervisor: one kernel and one initial file system, which GRUB starts alone on the machine, and
 //! nvmx as L2. Its guest is Linux again, in the VMM of this workspace or in QEMU.
 
-use super::kvm_in_bochs::COMMAND_LINE;
+use super::kvm_linux::COMMAND_LINE;
 use super::{Machine, Payload, Protocol, Spec, Work};
 use anyhow::Result;
 use nvmx_setup::initramfs::Archive;

@@ -6,6 +6,8 @@ pub mod host;
 pub mod iso;
 pub mod kvm;
 pub mod kvm_in_bochs;
+pub mod kvm_in_kvm;
+pub mod kvm_linux;
 pub mod linux;
 pub mod memory;
 mod noise;
@@ -219,6 +221,29 @@ impl Unit {
         match self {
             Unit::Instructions => "instructions",
             Unit::Cycles => "cycles",
+        }
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    /// A boot of nothing on nothing.
+    pub fn spec() -> Spec {
+        Spec {
+            name: "x".into(),
+            kernel: Payload::new("/k", ""),
+            modules: Vec::new(),
+            protocol: Protocol::Multiboot2,
+            machine: Machine { memory: 256, cpus: 1, model: String::new() },
+            debug_port: false,
+            line: Line::default(),
+            timeout: Duration::from_secs(1),
+            stop: StopAt::default(),
+            record: None,
+            drive: None,
+            gdb: None,
         }
     }
 }

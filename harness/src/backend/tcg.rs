@@ -127,26 +127,18 @@ impl Tcg {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Line, Payload, Protocol};
+    use super::super::Payload;
+    use super::super::tests::spec;
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn board_firmware_and_port_reach_qemu() {
         let tools = Tools { qemu: "/q".into(), version: "7".into(), uefi: "/uefi".into() };
         let spec = Spec {
-            name: "x".into(),
             kernel: Payload::new("/k", "stop=cpus"),
             modules: vec![Payload::new("/m", "")],
-            protocol: Protocol::Multiboot2,
-            debug_port: false,
-            line: Line::default(),
             machine: Machine { memory: 8192, cpus: 160, model: String::new() },
-            timeout: Duration::from_secs(1),
-            stop: Default::default(),
-            record: None,
-            drive: None,
-            gdb: None,
+            ..spec()
         };
         let by_qemu = Tcg { tools, board: Board::Microvm, loader: Loader::Qemu, port: Port::None };
         let line = by_qemu.arguments(&spec, None).join(" ");

@@ -1,6 +1,6 @@
 //! `bench`: the counts of a run against the limits and the ledger that are checked in, or against an earlier run.
 
-use crate::backend::{Backend, Spec};
+use crate::backend::{Spec, Unit};
 use crate::boot;
 use crate::boot::tell_failure;
 use crate::cli::{BenchArgs, Fields, L1};
@@ -11,8 +11,8 @@ use crate::report::ledger::{self, Booked, Difference, Which};
 use crate::report::page::Format;
 use crate::report::provenance::{Place, Provenance};
 use crate::report::{self, Event, budget::Budget, table};
-use crate::session::{LONG, Session, budget_file};
-use crate::sweep;
+use crate::session::{Copies, LONG, Session, budget_file};
+use crate::sweep::{self, Sweep};
 use crate::transcript::view::{Show, View};
 use anyhow::Result;
 use nvmx_setup::error::Stop;
@@ -52,12 +52,18 @@ pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
         return Err(Stop::Usage(format!("--bless: {why}")).into());
     }
     let fields = if budget.machine.strategy == Fields::Trapped.option() { Fields::Trapped } else { Fields::ZeroCopy };
+    let counted = session.backend.unit() == Unit::Instructions;
+    if !counted {
+        ui.note(&format!("limits are on counted instructions and exits, and {} times: none is looked at", place.l0));
+    }
     let mut measured = measure(ui, &session, fields, args.growth || args.bless)?;
     let compiler = &place.compiler;
     let (mut limits, mut differences, mut failed) = (Vec::new(), Vec::new(), Vec::new());
     for Measured { guest, events, .. } in &measured {
         ui.line(&table::render(events));
-        limits.extend(budget.apply(guest, events));
+        if counted {
+            limits.extend(budget.apply(guest, events));
+        }
         if args.bless {
             differences.extend(budget.audit(guest, compiler, events).differences);
             budget.book(guest, compiler, events);
@@ -94,7 +100,7 @@ pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
     }
     // After the ledger was looked at, which has figures of nvmx alone.
     if args.l1 == L1::Kvm {
-        beside_kvm(ui, &session, args, &mut measured)?;
+        beside_kvm(ui, &session, &mut measured)?;
     }
     if let Some(output) = &drawn {
         // The first is cascade, which is no sweep.
@@ -123,7 +129,12 @@ fn measure(ui: &Ui, session: &Session, fields: Fields, growth: bool) -> Result<V
     let events = report::events(Some(&bare.transcript), &nested.transcript);
     let mut measured = vec![Measured { guest: "cascade", title: "each event", events }];
     let sweeps = if growth { sweep::sweeps(session, fields)? } else { Vec::new() };
-    for sweep in sweeps {
+    let unseen = |sweep: &Sweep| sweep.of_record && !session.backend.records();
+    for sweep in sweeps.iter().filter(|sweep| unseen(sweep)) {
+        let name = session.backend.name();
+        ui.note(&format!("{}: left out, because {name} does not record exits", sweep.title));
+    }
+    for sweep in sweeps.into_iter().filter(|sweep| !unseen(sweep)) {
         let _step = ui.step(sweep.title);
         let boot = |spec| boot::boot(&session.paths, session.backend.as_ref(), spec, &View::new(ui, Show::Warnings));
         let outcomes = sweep.boots.iter().map(boot).collect::<Result<Vec<_>>>()?;
@@ -137,11 +148,11 @@ fn measure(ui: &Ui, session: &Session, fields: Fields, growth: bool) -> Result<V
 }
 
 /// Guest `growth` with KVM in nvmx's place, as a column of its own.
-fn beside_kvm(ui: &Ui, session: &Session, args: &BenchArgs, measured: &mut [Measured]) -> Result<()> {
-    let kvm = session.kvm_in_place(&args.l0)?;
+fn beside_kvm(ui: &Ui, session: &Session, measured: &mut [Measured]) -> Result<()> {
+    let kvm = session.kvm_in_place(Copies::ByBytes)?;
     let step = ui.step(&format!("growth under {}", kvm.name()));
     let spec = Spec { name: "growth-kvm".into(), timeout: LONG, ..session.bare("growth", "")? };
-    let peer = boot::boot(&session.paths, &kvm, &spec, &View::new(ui, Show::Warnings))?;
+    let peer = boot::boot(&session.paths, kvm.as_ref(), &spec, &View::new(ui, Show::Warnings))?;
     drop(step);
     if let Some(why) = tell_failure(ui, &peer) {
         return Err(Stop::Guest(why).into());

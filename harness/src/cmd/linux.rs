@@ -14,7 +14,7 @@ use crate::l2::LINUX_KVM as NAME;
 use crate::report::added;
 use crate::report::json::{Run, stages};
 use crate::report::linux as report;
-use crate::session::{LONG, Session};
+use crate::session::{Copies, LONG, Session};
 use crate::suite::linux::same_but_for_the_machine;
 use crate::transcript::stack;
 use crate::transcript::view::{Show, View};
@@ -40,7 +40,7 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let mut bare = linux.bare(&session.work("linux"), NAME, &job, &session.machine)?;
     bare.timeout = limit;
     let nested = session.under_nvmx(&bare, format!("{NAME}-nvmx"), &session.options_with_counters(args.fields));
-    let peer = if args.l1 == L1::Kvm { Some(session.kvm_in_place(&args.l0)?.usual()) } else { None };
+    let peer = if args.l1 == L1::Kvm { Some(session.kvm_in_place(Copies::ByWords)?) } else { None };
     let heading = |text: &str| ui.line(&ui.paint(text, Style::new().bold()));
     heading(&format!("L0 | {}", stack::banner_line(&session.l0(), None)));
 
@@ -48,7 +48,7 @@ pub fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     let mut failed = vec![tell_failure(ui, &alone), tell_failure(ui, &under)];
     failed.push(same_but_for_the_machine(&alone, &under).err());
     let in_place = match &peer {
-        Some(kvm) => Some(run_peer(ui, &session, kvm, &bare)?),
+        Some(kvm) => Some(run_peer(ui, &session, kvm.as_ref(), &bare)?),
         None => None,
     };
     if let Some(outcome) = &in_place {

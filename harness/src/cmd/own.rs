@@ -1,6 +1,6 @@
 //! `run --l2 PATH`: the user's own hypervisor, alone on the machine and under nvmx, with all its text, and how it ended.
 
-use crate::backend::{Payload, Protocol, Spec, StopAt};
+use crate::backend::{Payload, Protocol, Spec, StopAt, Unit};
 use crate::boot::tell_failure;
 use crate::boot::{self, Ended, Outcome};
 use crate::cli::{Explain, L1, RunArgs};
@@ -9,7 +9,7 @@ use crate::image::Wanted;
 use crate::l2::{self, L2};
 use crate::report::json::{Compared, Run};
 use crate::report::{self, table};
-use crate::session::{LONG, Session};
+use crate::session::{Copies, LONG, Session};
 use crate::suite::compare;
 use crate::transcript::refusal::Refusal;
 use crate::transcript::stack;
@@ -188,13 +188,19 @@ fn once(ui: &Ui, args: &RunArgs, session: &Session, image: &Image, files: &Files
     }
     let nested = under(session, &bare, args, image)?;
     let step = ui.step(&format!("{} alone, and under nvmx", image.name));
-    let (alone, under) = std::thread::scope(|scope| {
-        let alone = scope.spawn(|| boot(&bare, Show::Nothing));
-        let view = View::of_stack(ui, Show::Guest, args.depth).naming(&image.kernel);
-        let under = boot::boot(&session.paths, session.backend.as_ref(), &nested, &view);
-        (alone.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a boot panicked"))), under)
-    });
-    let (alone, under) = (alone?, under?);
+    let view = || View::of_stack(ui, Show::Guest, args.depth).naming(&image.kernel);
+    let boot_under = || boot::boot(&session.paths, session.backend.as_ref(), &nested, &view());
+    let (alone, under) = if session.backend.unit() == Unit::Cycles {
+        // Beside each other they would disturb what is measured.
+        (boot(&bare, Show::Nothing)?, boot_under()?)
+    } else {
+        let (alone, under) = std::thread::scope(|scope| {
+            let alone = scope.spawn(|| boot(&bare, Show::Nothing));
+            let under = boot_under();
+            (alone.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a boot panicked"))), under)
+        });
+        (alone?, under?)
+    };
     drop(step);
     let peer = if args.l1 == L1::Kvm { Some(in_kvm(ui, args, session, &bare, &image.name)?) } else { None };
     let events = report::events(Some(&alone.transcript), &under.transcript);
@@ -252,13 +258,13 @@ pub fn under(session: &Session, bare: &Spec, args: &RunArgs, image: &Image) -> R
 }
 
 fn in_kvm(ui: &Ui, args: &RunArgs, session: &Session, bare: &Spec, name: &str) -> Result<Outcome> {
-    let kvm = session.kvm_in_place(&args.l0)?;
+    let kvm = session.kvm_in_place(Copies::ByBytes)?;
     let timeout = args.l0.timeout.unwrap_or(LONG);
     // KVM's guest halts where the machine's processor does not.
     let stop = StopAt { halt: false, ..bare.stop.clone() };
     let spec = Spec { name: format!("{name}-kvm"), timeout, stop, ..bare.clone() };
     let _step = ui.step("the same with KVM in nvmx's place");
-    boot::boot(&session.paths, &kvm, &spec, &View::new(ui, Show::Nothing))
+    boot::boot(&session.paths, kvm.as_ref(), &spec, &View::new(ui, Show::Nothing))
 }
 
 /// Compares the check records of two boots, if the guest prints any.

@@ -113,7 +113,7 @@ impl Stack {
 }
 
 /// As where KVM takes nvmx's place in `run`.
-const KVM_INTEL: &str = crate::backend::kvm_in_bochs::KVM_INTEL;
+const KVM_INTEL: &str = crate::backend::kvm_linux::KVM_INTEL;
 
 /// Boots these, two at a time, and gives what came of each.
 ///

@@ -3,7 +3,7 @@
 use super::{
     Case, Judge, Suite, all_pass, attacks, bench, compare, drives, firmware,
     fixtures::{Fixtures, inside_nvmx},
-    growth, lab, linux, loaders, messages, models, msrs, native, on_kvm, refused, smp, trace, usual, xen,
+    growth, in_place, lab, linux, loaders, messages, models, msrs, native, on_kvm, refused, smp, trace, usual, xen,
 };
 use crate::backend::{Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
@@ -84,7 +84,7 @@ pub fn some(session: &Session, wants: impl Fn(&str) -> bool) -> Result<Suite> {
     models::add(&mut b.suite, session);
     lab::add(&mut b.suite, session);
     bench::add(&mut b.suite, session);
-    const DEAR: [(&str, Add); 7] = [
+    const DEAR: [(&str, Add); 8] = [
         ("the lab with KVM", lab::add_with_linux),
         ("KVM", on_kvm::add),
         ("Linux", linux::add),
@@ -93,6 +93,7 @@ pub fn some(session: &Session, wants: impl Fn(&str) -> bool) -> Result<Suite> {
         // Short ones last, so that all processors are busy to the end.
         ("templates", bench::add_templates),
         ("QEMU", firmware::add),
+        ("KVM in QEMU", in_place::add),
     ];
     for (topic, add) in DEAR.into_iter().filter(|(topic, _)| wants(topic)) {
         let before = b.suite.cases.len();

@@ -8,6 +8,7 @@ pub mod drives;
 pub mod firmware;
 pub mod fixtures;
 pub mod growth;
+pub mod in_place;
 pub mod kvm_waivers;
 pub mod lab;
 pub mod linux;

@@ -2,6 +2,7 @@
 
 use super::{Case, Judge, Suite, compare, kvm_waivers, messages, refused};
 use crate::backend::kvm_in_bochs::KvmInBochs;
+use crate::backend::kvm_linux::KvmLinux;
 use crate::backend::{Backend, Machine, Payload, Spec};
 use crate::boot::Outcome;
 use crate::cli::Fields;
@@ -27,7 +28,10 @@ const MOST_INSTRUCTIONS: f64 = 78_200.0;
 /// [`nvmx_setup::error::Stop::Environment`] if Linux or the VMM cannot be had.
 pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     let kvm = session.kvm_on_bochs()?;
-    let without = |parameters: &str| KvmInBochs { parameters: parameters.into(), ..kvm.clone() };
+    let without = |parameters: &str| {
+        let linux = KvmLinux { parameters: parameters.into(), ..kvm.linux.clone() };
+        KvmInBochs { linux, ..kvm.clone() }
+    };
     let (no_nesting, no_ept) = (without("nested=0 ept=1"), without("nested=1 ept=0"));
     let mut boot = |name: &str, backend: Option<KvmInBochs>, spec: Result<Spec>| {
         let spec = spec.map(|spec| Spec { name: name.into(), timeout: LONG, ..spec }).map_err(|e| format!("{e:#}"));

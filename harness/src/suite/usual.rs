@@ -2,7 +2,7 @@
 //! the suite that KVM runs on the emulated machine; with `--l0 kvm` it is the host's, and the same cases are all there are.
 
 use super::linux::{same_but_for_the_machine, shows, takes_at_most, vmx_flags};
-use super::{Case, Judge, Suite, compare};
+use super::{Case, Judge, Suite, compare, in_place};
 use crate::backend::linux::Job;
 use crate::backend::{Backend, Machine, Spec, Unit};
 use crate::boot::Outcome;
@@ -19,7 +19,9 @@ const APICV: [&str; 4] = ["vapic_reg", "vid", "posted_intr", "apicv"];
 /// What nvmx may add to the boot of L3, as a share of what the boot takes without nvmx.
 const MOST_ADDED: f64 = 0.25;
 /// Few events in each bracket, and as many brackets as a median needs.
-const MEDIANS: &str = "events=4 brackets=31";
+pub(super) const MEDIANS: &str = "events=4 brackets=31";
+/// The boot of cascade with one KVM less.
+const ALONE: &str = "usual-cascade-bare";
 const STACK: &str = "KVM, nvmx, Linux with KVM, Linux";
 
 /// Adds the boots and cases on the emulated machine.
@@ -38,6 +40,7 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
 pub fn alone(session: &Session) -> Result<Suite> {
     let mut suite = Suite::default();
     add_on(&mut suite, session, None)?;
+    in_place::beside(&mut suite, session, ALONE)?;
     Ok(suite)
 }
 
@@ -52,7 +55,7 @@ fn add_on(suite: &mut Suite, session: &Session, below: Option<&Arc<dyn Backend +
     };
     let mut cases: Vec<(String, Vec<String>, Judge)> = Vec::new();
     let medians = boot("usual-cascade".into(), session.nested("cascade", MEDIANS, Fields::Auto));
-    let alone = boot("usual-cascade-bare".into(), session.bare("cascade", MEDIANS));
+    let alone = boot(ALONE.into(), session.bare("cascade", MEDIANS));
     let judge: Judge = Box::new(|o| compare::agree(o[0], o[1]).and_then(|()| has_medians(o[1])));
     cases.push((
         "KVM, nvmx, cascade: records are those with one KVM less, and costs are medians of brackets".into(),

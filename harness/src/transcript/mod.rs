@@ -164,6 +164,11 @@ pub fn is_warning(text: &str) -> bool {
     is_log(text) && text.split(']').next().is_some_and(|head| head.contains("ERROR") || head.contains("WARN"))
 }
 
+/// Whether a line may be the reason for an end: a warning of nvmx, or an error of the VMM.
+pub fn tells_why(text: &str) -> bool {
+    is_warning(text) || text.starts_with("[vmm ERROR]")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -51,9 +51,12 @@ pub fn load_module(module: &Item) -> Result<()> {
     // SAFETY: the descriptor is open, the string lives until the call returns.
     let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), args.as_ptr(), 0) };
     let error = std::io::Error::last_os_error();
+    // What kvm-intel answers on a CPU that does not show VMX.
+    let lacking = error.raw_os_error() == Some(libc::EOPNOTSUPP) && module.path.ends_with("kvm-intel.ko");
+    let why = if lacking { ": this CPU has no VMX" } else { "" };
     ensure!(
         result == 0 || error.raw_os_error() == Some(libc::EEXIST),
-        "kernel module {} does not load: {error}",
+        "kernel module {} does not load: {error}{why}",
         module.path
     );
     Ok(())
