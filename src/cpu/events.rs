@@ -1,5 +1,6 @@
 //! Events that nvmx holds back or has put into a VMCS: the data. `guest::events` and `nested::events` act on them.
 
+use crate::hw::cpu::Arrived;
 use crate::vmcs::slots::SlotId;
 use crate::vmx::Field;
 use bitflags::bitflags;
@@ -9,9 +10,11 @@ bitflags! {
     #[derive(Clone, Copy, PartialEq, Eq, Debug)]
     pub struct Waiting: u8 {
         /// An NMI that arrived in nvmx.
-        const NMI = 1 << 0;
+        const NMI = Arrived::NMI.bits();
+        /// A machine check that arrived in nvmx.
+        const MACHINE_CHECK = Arrived::MACHINE_CHECK.bits();
         /// An INIT that arrived while L2 was in VMX root operation, where it is blocked.
-        const INIT = 1 << 1;
+        const INIT = 1 << 5;
         /// No event waits, but nvmx has put something into the VMCS of the guest: [`Events`] says what.
         const OWN = 1 << 2;
         /// No event waits: L3's translations are looked at before each entry (`stale=warn`).

@@ -48,7 +48,7 @@ pub fn take(cpu: &mut Cpu) {
     ] {
         cpu.vmx.write(field, value);
     }
-    cpu.waiting &= Waiting::ALWAYS;
+    cpu.waiting &= Waiting::ALWAYS | Waiting::MACHINE_CHECK;
     cpu.start = Startup::Waiting;
     if let Some(apic) = apic::LocalApic::find(&cpu.guest) {
         apic.disable();
@@ -60,7 +60,7 @@ pub fn reset(cpu: &mut Cpu) {
     initial::write_init_state(cpu, cpuid_count(1, 0).eax);
     cpu.once01 = Once::empty();
     cpu.tracked.refresh(&mut cpu.vmx);
-    cpu.waiting &= Waiting::ALWAYS;
+    cpu.waiting &= Waiting::ALWAYS | Waiting::MACHINE_CHECK;
     cr::set_cr2(0);
     cr::reset_debug_registers();
     if let Some(apic) = apic::LocalApic::find(&cpu.guest) {

@@ -28,7 +28,7 @@ pub const fn outcome(reason: BasicReason) -> Unasked {
         R::VMFUNC => Unasked::InvalidOpcode,
         R::EXTERNAL_INTERRUPT => Unasked::Impossible("no external-interrupt exiting"),
         R::IO_SMI | R::OTHER_SMI | R::RSM => Unasked::Impossible("no dual-monitor treatment of SMIs"),
-        R::INTERRUPT_WINDOW | R::MONITOR_TRAP_FLAG | R::PREEMPTION_TIMER => Unasked::Impossible("not armed"),
+        R::INTERRUPT_WINDOW | R::PREEMPTION_TIMER => Unasked::Impossible("not armed"),
         R::HLT | R::INVLPG | R::RDPMC | R::RDTSC | R::RDTSCP | R::MWAIT | R::MONITOR | R::PAUSE | R::DR_ACCESS => {
             Unasked::Impossible("a primary control that is clear")
         }
@@ -55,6 +55,7 @@ pub const fn outcome(reason: BasicReason) -> Unasked {
         | R::INIT_SIGNAL
         | R::SIPI
         | R::NMI_WINDOW
+        | R::MONITOR_TRAP_FLAG
         | R::TASK_SWITCH
         | R::CPUID => HANDLED,
         R::INVD | R::VMCALL | R::VMCLEAR | R::VMLAUNCH | R::VMPTRLD | R::VMPTRST | R::VMREAD | R::VMRESUME => HANDLED,

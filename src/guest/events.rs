@@ -72,12 +72,10 @@ pub fn note_nmi(cpu: &mut Cpu) {
     cpu.waiting |= Waiting::NMI;
 }
 
-/// The entry was called off because an NMI is pending: takes it over.
+/// The entry was called off because something arrived in nvmx: takes it over.
 #[cold]
-pub fn take_nmi(cpu: &mut Cpu) {
-    if cpu::this().take_nmi() {
-        note_nmi(cpu);
-    }
+pub fn take_arrived(cpu: &mut Cpu) {
+    cpu.waiting |= Waiting::from_bits_retain(cpu::this().take_arrived().bits());
 }
 
 /// The controls of the NMI window; the processor keeps blocking by NMI as virtual-NMI blocking meanwhile, in the same bit.

@@ -5,6 +5,7 @@
 pub mod events;
 pub mod initial;
 pub mod inject;
+pub mod machine_check;
 pub mod missing;
 pub mod nested_memory;
 pub mod operand;

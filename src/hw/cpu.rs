@@ -5,10 +5,12 @@ use core::mem::offset_of;
 use core::{
     arch::asm,
     mem::{ManuallyDrop, size_of},
+    ops::Range,
     ptr,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
 };
 
+use bitflags::bitflags;
 use x86_64::{
     VirtAddr,
     instructions::tables,
@@ -37,6 +39,8 @@ const SLOTS_PER_CPU: u64 = 5;
 /// The start moves values of 30 KiB around, with an old compiler more often; the run loop needs a fraction.
 const MAIN_STACK: u64 = 0x3_8000;
 const IST_STACK: u64 = 0x4000;
+/// The entry of the TSS's table of stacks, from 1, that the gate of NMIs names.
+pub(super) const NMI_STACK: u8 = 2;
 
 /// An IDT, shared by all processors and read-only once built.
 ///
@@ -71,12 +75,25 @@ pub mod selector {
     pub const TSS: u16 = 0x18;
 }
 
+bitflags! {
+    /// Events for a guest that arrived while nvmx ran, noted by their handlers.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub struct Arrived: u8 {
+        /// An NMI
+        const NMI = 1 << 0;
+        /// A machine check
+        const MACHINE_CHECK = 1 << 1;
+    }
+}
+
 /// The block of one processor; GS base points to it for as long as nvmx runs.
 #[repr(C, align(64))]
 pub struct PerCpu {
     /// Its own address: `gs:[0]`.
     this: *const PerCpu,
-    pub(super) nmi_pending: AtomicBool,
+    /// Bits of [`Arrived`]: one byte, so that one look before an entry finds all of them.
+    pub(super) arrived: AtomicU8,
+    parked: AtomicBool,
     index: u32,
     last: LastBlock,
     main_stack_top: u64,
@@ -133,27 +150,37 @@ impl PerCpu {
         self.index
     }
 
-    /// An NMI arrived in nvmx since the last [`PerCpu::take_nmi`].
+    /// What arrived in nvmx since the last [`PerCpu::take_arrived`].
     #[inline]
-    pub fn nmi_pending(&self) -> bool {
-        self.nmi_pending.load(Ordering::Relaxed)
+    pub fn arrived(&self) -> Arrived {
+        Arrived::from_bits_retain(self.arrived.load(Ordering::Relaxed))
     }
 
-    /// Takes the pending NMI, if any: the caller passes it on.
-    #[inline]
-    pub fn take_nmi(&self) -> bool {
-        // No locked instruction: only this processor's NMI handler writes it too, and what it writes in between is true.
-        let pending = self.nmi_pending.load(Ordering::Relaxed);
-        if pending {
-            self.nmi_pending.store(false, Ordering::Relaxed);
-        }
-        pending
+    /// Takes what arrived: the caller passes it on.
+    pub fn take_arrived(&self) -> Arrived {
+        // One instruction: the other handler may run before and behind it, not within.
+        Arrived::from_bits_retain(self.arrived.swap(0, Ordering::Relaxed))
     }
 
-    /// Remembers an NMI that arrived while nvmx ran, or that an exit brought.
-    #[inline]
-    pub fn set_nmi(&self) {
-        self.nmi_pending.store(true, Ordering::Relaxed);
+    /// Remembers what arrived while nvmx ran.
+    pub fn note_arrived(&self, what: Arrived) {
+        self.arrived.fetch_or(what.bits(), Ordering::Relaxed);
+    }
+
+    /// From now on it runs nothing: there is no guest whose event could be kept.
+    pub fn park(&self) {
+        self.parked.store(true, Ordering::Relaxed);
+    }
+
+    /// It was parked.
+    pub fn is_parked(&self) -> bool {
+        self.parked.load(Ordering::Relaxed)
+    }
+
+    /// The stack on which an NMI is handled.
+    pub(super) fn nmi_stack(&self) -> Range<u64> {
+        let top = { self.tss.interrupt_stack_table }[usize::from(NMI_STACK) - 1].as_u64();
+        top - IST_STACK..top
     }
 
     /// Lets the processor's window show the page at `at`, strong uncacheable, and returns its linear address. It shows that
@@ -199,7 +226,8 @@ impl PerCpu {
         let last = LastBlock { mark: 0, this: 0, guest: LastExit::default(), nested: LastExit::default() };
         std::boxed::Box::leak(std::boxed::Box::new(PerCpu {
             this: ptr::null(),
-            nmi_pending: AtomicBool::new(false),
+            arrived: AtomicU8::new(0),
+            parked: AtomicBool::new(false),
             index,
             last,
             main_stack_top: 0,
@@ -374,7 +402,8 @@ pub fn prepare(
         let tss_base = &raw const (*block).tss as u64;
         block.write(PerCpu {
             this: block,
-            nmi_pending: AtomicBool::new(false),
+            arrived: AtomicU8::new(0),
+            parked: AtomicBool::new(false),
             index,
             last: LastBlock {
                 mark: abi::LAST_EXITS_MARK,

@@ -1,22 +1,27 @@
 //! Exceptions in nvmx itself.
 //!
 //! nvmx runs with interrupts off. A fault at an instruction of the fixup table continues at its landing; an NMI is noted
-//! for the guest it was meant for; everything else is a bug and ends in the epitaph.
+//! for the guest it was meant for, and so is a machine check that left nvmx as it was; everything else is a bug, or the end of the
+//! machine, and ends in the epitaph.
 //!
 //! Source: Intel SDM vol. 3A, "Interrupt and Exception Handling", figure "64-Bit IDT Gate Descriptors" and table
 //! "Protected-Mode Exceptions and Interrupts".
 
 #[cfg(target_os = "none")]
 use core::arch::global_asm;
+#[cfg(target_os = "none")]
+use core::mem::offset_of;
 use core::slice;
 
 use crate::x86::descriptor::interrupt_gate;
 use crate::{
     addr::PAGE_SIZE,
     hw::{
-        cpu::{self, Idt},
+        cpu::{self, Arrived, Idt},
         cr,
         epitaph::{Who, epitaph},
+        halt::halt,
+        machine_check,
         phys::DirectMap,
         serial,
     },
@@ -26,6 +31,7 @@ use crate::{
 /// Exceptions only: external interrupts are never taken by nvmx.
 const VECTORS: usize = 32;
 const NMI: u64 = 2;
+const MACHINE_CHECK: u64 = 18;
 const INVALID_OPCODE: u64 = 6;
 const GENERAL_PROTECTION: u64 = 13;
 const PAGE_FAULT: u64 = 14;
@@ -48,7 +54,7 @@ pub fn build(pool: &mut FramePool, phys: DirectMap) -> Result<Idt, OutOfFrames> 
 const fn ist(vector: usize) -> u64 {
     match vector {
         8 => 1,
-        2 => 2,
+        2 => cpu::NMI_STACK as u64,
         18 => 3,
         _ => 0,
     }
@@ -121,15 +127,47 @@ global_asm!(
     "pop rax",
     "add rsp, 16",
     "iretq",
+    // RDI: a frame. Back to where it came from without IRET, with RFLAGS and RIP on the stack that was in use.
+    "exception_return_on_stack:",
+    "mov rcx, [rdi + {rsp}]",
+    "mov rax, [rdi + {rip}]",
+    "mov [rcx - 8], rax",
+    "mov rax, [rdi + {rflags}]",
+    "mov [rcx - 16], rax",
+    "lea rax, [rcx - 16]",
+    "mov [rdi + {rsp}], rax",
+    "mov rsp, rdi",
+    "pop r15",
+    "pop r14",
+    "pop r13",
+    "pop r12",
+    "pop r11",
+    "pop r10",
+    "pop r9",
+    "pop r8",
+    "pop rdi",
+    "pop rsi",
+    "pop rbp",
+    "pop rbx",
+    "pop rdx",
+    "pop rcx",
+    "pop rax",
+    "mov rsp, [rsp + {rsp} - {vector}]",
+    "popfq",
+    "ret",
     ".pushsection .rodata.entry_window, \"a\", @progbits",
     ".balign 8",
-    // The window in which an NMI must not be overlooked: between the last look at the flag and the VM entry, in
-    // `vmenter`.
+    // The window in which an NMI or a machine check must not be overlooked: between the last look at what arrived and the VM
+    // entry, in `vmenter`.
     "entry_window:",
     ".quad nvmx_entry_window_start, nvmx_entry_window_end, nvmx_entry_window_bail",
     ".popsection",
     vectors = const VECTORS,
     handler = sym exception,
+    vector = const offset_of!(TrapFrame, vector),
+    rip = const offset_of!(TrapFrame, rip),
+    rflags = const offset_of!(TrapFrame, rflags),
+    rsp = const offset_of!(TrapFrame, rsp),
 );
 
 unsafe extern "C" {
@@ -137,6 +175,7 @@ unsafe extern "C" {
     static entry_window: [u64; 3];
     static fixup_start: [u64; 2];
     static fixup_end: [u64; 2];
+    fn exception_return_on_stack(frame: &mut TrapFrame) -> !;
 }
 
 /// Where to continue after a fault at `rip`, if that is an instruction that may fault.
@@ -150,7 +189,8 @@ fn fixup(rip: u64) -> Option<u64> {
 #[cfg_attr(not(target_os = "none"), allow(dead_code))]
 extern "C" fn exception(frame: &mut TrapFrame) {
     match frame.vector {
-        NMI => nmi(frame),
+        NMI => arrived(frame, Arrived::NMI),
+        MACHINE_CHECK => machine_check(frame),
         INVALID_OPCODE | GENERAL_PROTECTION | PAGE_FAULT => match fixup(frame.rip) {
             Some(landing) => frame.rip = landing,
             None => unexpected(frame),
@@ -159,14 +199,36 @@ extern "C" fn exception(frame: &mut TrapFrame) {
     }
 }
 
-/// The NMI was meant for the guest: the run loop passes it on. One that arrives after the run loop's last look restarts
-/// that look.
-fn nmi(frame: &mut TrapFrame) {
-    cpu::this().set_nmi();
+/// The NMI or machine check was meant for the guest: the run loop passes it on. One that arrives after the run loop's last look
+/// restarts that look.
+fn arrived(frame: &mut TrapFrame, what: Arrived) {
+    cpu::this().note_arrived(what);
     // SAFETY: a constant table, defined above.
     let [start, end, bail] = unsafe { entry_window };
     if (start..end).contains(&frame.rip) {
         frame.rip = bail;
+    }
+}
+
+/// One that left nvmx as it was is the guest's ([ADR 0032](../../docs/adr/0032-machine-checks-in-nvmx.md)).
+fn machine_check(frame: &mut TrapFrame) {
+    if !machine_check::leaves_nvmx_alone() {
+        serial::dying();
+        machine_check::tell_banks();
+        unexpected(frame);
+    }
+    let this = cpu::this();
+    if this.is_parked() {
+        // It goes on here: with the next machine check this stack begins anew.
+        machine_check::end();
+        halt();
+    }
+    arrived(frame, Arrived::MACHINE_CHECK);
+    if this.nmi_stack().contains(&frame.rsp) {
+        // IRET would let the next NMI in, onto the stack of the one that is being handled.
+        // SAFETY: 1. `frame` is what the stub left, and nothing on this stack is needed any more. 2. Nothing lies below RSP of the
+        // handler of NMIs: the target has no red zone.
+        unsafe { exception_return_on_stack(frame) }
     }
 }
 
@@ -184,6 +246,11 @@ fn unexpected(frame: &TrapFrame) -> ! {
         frame.registers,
     );
     match frame.vector {
+        MACHINE_CHECK => epitaph(
+            Who::Nvmx,
+            format_args!("rip {rip:#x}"),
+            format_args!("{name}, MCG_STATUS {:#x}", machine_check::status().bits()),
+        ),
         PAGE_FAULT => epitaph(
             Who::Nvmx,
             format_args!("rip {rip:#x}"),

@@ -16,6 +16,7 @@ pub mod held;
 pub mod host;
 pub mod host_area;
 pub mod idt;
+pub mod machine_check;
 pub mod msr;
 pub mod phys;
 mod port;

@@ -53,8 +53,8 @@ pub enum Entered {
     Exit,
     /// VMLAUNCH or VMRESUME failed as an instruction.
     VmFail,
-    /// An NMI arrived before the entry: look at the pending flag first.
-    Nmi,
+    /// An NMI or a machine check arrived before the entry: it is to be looked at first.
+    CalledOff,
     /// As `Exit`, on a processor whose exits are traced.
     TracedExit,
 }
@@ -88,7 +88,7 @@ pub trait Processor {
     fn invept(&mut self, kind: Invalidate, eptp: u64) -> bool;
     /// INVVPID.
     fn invvpid(&mut self, kind: Invalidate, vpid: u16, linear: u64) -> bool;
-    /// VMLAUNCH or VMRESUME with the guest's registers, until the guest exits. Nothing happens if an NMI is pending.
+    /// VMLAUNCH or VMRESUME with the guest's registers, until the guest exits. Nothing happens if an event has arrived.
     fn enter(&mut self, regs: &mut GuestRegs, launch: bool) -> Entered;
     /// Entries and exits do not book nvmx's own time from now on: to be said before [`Processor::exit_path`] is asked.
     fn without_clock(&mut self) {}

@@ -61,15 +61,15 @@ pub fn by_instruction(regs: &mut GuestRegs, launch: bool) -> Entered {
 fn not_entered(code: u64) -> Entered {
     match code {
         1 => Entered::VmFail,
-        2 => Entered::Nmi,
+        2 => Entered::CalledOff,
         _ => Entered::TracedExit,
     }
 }
 
-// rdi = &GuestRegs, rsi = 0 for VMLAUNCH, else VMRESUME. Returns 0 exit, 1 VMfail, 2 NMI pending, 3 an exit that is traced.
+// rdi = &GuestRegs, rsi = 0 for VMLAUNCH, else VMRESUME. Returns 0 exit, 1 VMfail, 2 an event arrived, 3 an exit that is traced.
 //
-// The window between the look at the NMI flag and the entry must not lose an NMI: the NMI handler sees that it interrupted
-// the window and returns to nvmx_entry_window_bail instead. RSP is nvmx's own all through it.
+// The window between the look at what arrived and the entry must not lose an NMI or a machine check: their handlers see that
+// they interrupted the window and return to nvmx_entry_window_bail instead. RSP is nvmx's own all through it.
 global_asm!(
     ".global nvmx_vmenter, nvmx_vmexit, nvmx_vmenter_untimed, nvmx_vmexit_untimed, nvmx_vmexit_traced, nvmx_entry_window_start, nvmx_entry_window_end, nvmx_entry_window_bail",
     // The guest's registers to where they belong.
@@ -110,9 +110,9 @@ global_asm!(
     "or rax, rdx",
     "sub rax, [rdi + {exit_tsc}]",
     "add [rdi + {ticks}], rax",
-    // 3. From here on an NMI aborts the entry.
+    // 3. From here on an NMI or a machine check calls the entry off.
     "nvmx_entry_window_start:",
-    "cmp byte ptr gs:[{nmi_pending}], 0",
+    "cmp byte ptr gs:[{arrived}], 0",
     "jne nvmx_entry_window_bail",
     "test rsi, rsi",
     // 4. The guest's registers; RDI, which points to them, last. MOV leaves ZF alone.
@@ -185,5 +185,5 @@ global_asm!(
     host_rsp = const offset_of!(GuestRegs, host_rsp),
     exit_tsc = const offset_of!(GuestRegs, exit_tsc),
     ticks = const offset_of!(GuestRegs, ticks),
-    nmi_pending = const offset_of!(PerCpu, nmi_pending),
+    arrived = const offset_of!(PerCpu, arrived),
 );

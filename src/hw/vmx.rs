@@ -46,7 +46,7 @@ pub fn host_cr0(now: u64, caps: &Capabilities) -> u64 {
     now & (Cr0::CD | Cr0::NW).bits() | (Cr0::PE | Cr0::ET | Cr0::NE | Cr0::WP | Cr0::PG).bits() | caps.cr0_fixed0
 }
 
-/// nvmx's CR4: machine checks end in the epitaph, and XSETBV of L2 is executed by nvmx. Nothing else: what is 0 here is
+/// nvmx's CR4: machine checks reach their handler, and XSETBV of L2 is executed by nvmx. Nothing else: what is 0 here is
 /// without effect while nvmx runs, whatever the MSRs of L2 say of it (CET, protection keys, user interrupts, FRED).
 pub fn host_cr4(caps: &Capabilities) -> u64 {
     (Cr4::PAE | Cr4::MCE | Cr4::OSXSAVE).bits() & caps.cr4_fixed1 | caps.cr4_fixed0

@@ -4,7 +4,7 @@ use super::wants::Wants;
 use super::{completion, entry, reflect, sub_pages, usual, violation, vmfunc};
 use crate::cpu::{Cpu, Operation, others};
 use crate::emul::msr;
-use crate::guest::{events, inject};
+use crate::guest::{events, inject, machine_check};
 use crate::hw::vmenter;
 use crate::nested::shadow;
 use crate::rules::merge::Duties;
@@ -39,7 +39,11 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
         return Err(KillReason::UnexpectedExit(reason.0));
     };
     if reason.is_entry_failure() {
-        return entry::failed_late(cpu, current, reason);
+        return if machine_check::stopped_entry(cpu, reason) {
+            Ok(())
+        } else {
+            entry::failed_late(cpu, current, reason)
+        };
     }
     cpu.nested.slots[current].vmcs02.mark_launched();
     if reason.basic() == BasicReason::EPT_VIOLATION {
@@ -54,7 +58,10 @@ pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
         BasicReason::CR_ACCESS => qualification = cpu.vmx.read(Field::EXIT_QUALIFICATION),
         BasicReason::INIT_SIGNAL => others::stop_if_over(),
         BasicReason::EXCEPTION_OR_NMI => event = EventInfo(cpu.vmx.read(Field::VM_EXIT_INTR_INFO) as u32),
-        BasicReason::MONITOR_TRAP_FLAG if super::events::stopped_nested(cpu, current)? => return Ok(()),
+        BasicReason::MONITOR_TRAP_FLAG if super::events::stopped_nested(cpu, current)? => {
+            goes_on(cpu, current);
+            return Ok(());
+        }
         BasicReason::VMREAD | BasicReason::VMWRITE if cpu.nested.slots[current].has_duty(Duties::LINK_SHADOW_VMCS) => {
             encoding = shadow::encoding(cpu);
         }

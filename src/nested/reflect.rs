@@ -141,7 +141,8 @@ fn nmi_blocked(vmx: &mut Vmx, pin: PinControls, report: Option<Report>) -> bool 
         let by_nmi = match report {
             // An NMI of nvmx's comes with an exit by the monitor trap flag.
             Some(report) => {
-                report.reason.basic() == BasicReason::EXCEPTION_OR_NMI && real == BasicReason::MONITOR_TRAP_FLAG
+                let event = report.event.map_or(EventInfo::NONE, |(info, _)| EventInfo(info));
+                event.is(EventKind::Nmi) && real == BasicReason::MONITOR_TRAP_FLAG
             }
             None => {
                 real == BasicReason::EXCEPTION_OR_NMI

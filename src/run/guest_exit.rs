@@ -4,7 +4,7 @@ use crate::addr::Gpa;
 use crate::cpu::Cpu;
 use crate::emul;
 use crate::emul::unasked::{self, Unasked};
-use crate::guest::{Next, Stop, events, inject, missing};
+use crate::guest::{Next, Stop, events, inject, machine_check, missing};
 use crate::hw::cache;
 use crate::nested::instr;
 use crate::run::tracing;
@@ -18,7 +18,7 @@ use crate::x86::Fault;
 #[inline(always)]
 pub fn handle(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
     if reason.is_entry_failure() {
-        return Err(entry_failure(cpu, reason));
+        return entry_failure(cpu, reason);
     }
     let result = match reason.basic() {
         // It always ends the same way, so nothing asks how it ended.
@@ -76,6 +76,11 @@ fn dispatch(cpu: &mut Cpu, reason: ExitReason) -> Result<Next, Stop> {
             events::note_nmi(cpu);
             Ok(Next::Stay)
         }
+        // Only behind an event that a machine check for L2 waits for.
+        BasicReason::MONITOR_TRAP_FLAG => {
+            machine_check::event_delivered(cpu);
+            Ok(Next::Stay)
+        }
         BasicReason::TASK_SWITCH => emul::task_switch::handle(cpu),
         BasicReason::TRIPLE_FAULT => Err(KillReason::TripleFault.into()),
         BasicReason::INIT_SIGNAL => Ok(emul::init::init(cpu)),
@@ -101,8 +106,12 @@ fn memory_missing(cpu: &mut Cpu) -> Result<Next, Stop> {
     }
 }
 
-/// The processor refused vmcs01.
-fn entry_failure(cpu: &mut Cpu, reason: ExitReason) -> KillReason {
+/// The processor refused vmcs01, or had a machine check.
+fn entry_failure(cpu: &mut Cpu, reason: ExitReason) -> Result<(), KillReason> {
+    if machine_check::stopped_entry(cpu, reason) { Ok(()) } else { Err(refused(cpu, reason)) }
+}
+
+fn refused(cpu: &mut Cpu, reason: ExitReason) -> KillReason {
     if cpu.once01.contains(Once::MSR_AREA) && reason.basic() == BasicReason::ENTRY_MSR_LOADING {
         return KillReason::VmxAbort(crate::vmcs::msr_lists::ABORT_LOADING);
     }

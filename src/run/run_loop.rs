@@ -16,14 +16,15 @@ use core::ops::ControlFlow;
 
 /// Something is to be done before an entry that most entries do without.
 #[cold]
-fn before_entry(cpu: &mut Cpu) {
-    deliver(cpu);
+fn before_entry(cpu: &mut Cpu) -> Result<(), KillReason> {
+    deliver(cpu)?;
     if cpu.waiting.contains(Waiting::LOOK) && matches!(cpu.nested.operation, Operation::NonRoot { .. }) {
         stale::look(cpu);
     }
     if cpu.waiting.contains(Waiting::TRACE) {
         tracing::goes_on(cpu);
     }
+    Ok(())
 }
 
 /// Runs L2 and L3 until the machine ends.
@@ -32,21 +33,26 @@ pub fn run(cpu: &mut Cpu) -> KillReason {
     this.clear_unused_stack();
     vmenter::start_clock(&mut cpu.regs);
     loop {
-        if !cpu.waiting.is_empty() {
-            before_entry(cpu);
-        }
-        let handled = match turns(cpu, this) {
-            Left::Guest(reason) => guest_exit::handle(cpu, reason),
-            Left::Nested(reason) => nested_exit::handle(cpu, reason),
-            Left::Interrupted => Ok(()),
-            Left::NestedRefused => entry::refused_by_processor(cpu),
-            Left::GuestRefused => {
-                let reason = cpu.vmx.read(Field::VM_INSTRUCTION_ERROR) as u32;
-                Err(KillReason::EntryFailed { reason, qualification: 0 })
-            }
-        };
-        if let Err(reason) = handled {
+        if let Err(reason) = round(cpu, this) {
             return reason;
+        }
+    }
+}
+
+/// What is to be done first, the turns by the usual way, and the exit that ends them.
+#[inline(always)]
+fn round(cpu: &mut Cpu, this: &PerCpu) -> Result<(), KillReason> {
+    if !cpu.waiting.is_empty() {
+        before_entry(cpu)?;
+    }
+    match turns(cpu, this) {
+        Left::Guest(reason) => guest_exit::handle(cpu, reason),
+        Left::Nested(reason) => nested_exit::handle(cpu, reason),
+        Left::Interrupted => Ok(()),
+        Left::NestedRefused => entry::refused_by_processor(cpu),
+        Left::GuestRefused => {
+            let reason = cpu.vmx.read(Field::VM_INSTRUCTION_ERROR) as u32;
+            Err(KillReason::EntryFailed { reason, qualification: 0 })
         }
     }
 }
@@ -147,8 +153,8 @@ fn not_entered(cpu: &mut Cpu, how: Entered, refused: Left) -> ControlFlow<Left> 
     match how {
         Entered::Exit => {}
         Entered::TracedExit => tracing::left(cpu),
-        Entered::Nmi => {
-            events::take_nmi(cpu);
+        Entered::CalledOff => {
+            events::take_arrived(cpu);
             return ControlFlow::Break(Left::Interrupted);
         }
         Entered::VmFail => return ControlFlow::Break(refused),

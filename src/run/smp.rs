@@ -142,6 +142,7 @@ fn park(common: &Common, mut frames: FramePool) -> ! {
     if common.enter_vmx(&mut frames).is_none() {
         give_up("a processor refuses VMX operation");
     }
+    cpu::this().park();
     START.ready();
     halt()
 }

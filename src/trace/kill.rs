@@ -23,6 +23,8 @@ pub enum KillReason {
     },
     /// An exit that nvmx does not know how to handle for L2.
     UnexpectedExit(u32),
+    /// A machine check for L2, which has CR4.MCE clear.
+    MachineCheck,
     /// A fault of nvmx: something that its own code makes sure of does not hold. One byte, so that the whole is returned in registers.
     Broken(Promise),
 }
@@ -53,6 +55,9 @@ impl fmt::Display for KillReason {
             }
             KillReason::UnexpectedExit(reason) => {
                 write!(f, "VM exit {:?} that nvmx does not handle", ExitReason(reason))
+            }
+            KillReason::MachineCheck => {
+                f.write_str("a machine check while CR4.MCE of L2 is clear: a processor shuts down")
             }
             KillReason::Broken(promise) => write!(f, "a fault of nvmx: {promise:?} does not hold"),
         }

@@ -10,6 +10,7 @@ pub mod descriptor;
 pub mod efer;
 mod fault;
 pub mod lam;
+pub mod machine_check;
 pub mod msr;
 pub mod paging;
 pub mod rflags;

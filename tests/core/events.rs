@@ -3,22 +3,12 @@
 use crate::kit::*;
 use nvmx_machine::guest::{Guest, Op, Outcome};
 use nvmx_machine::processor::{Delivered, Exit, Level};
-use nvmx_machine::world::{End, agree};
-use nvmx_machine::{Setup, World};
+use nvmx_machine::world::agree;
 
 const NMI: u32 = 0x202;
 
 fn delivered(g: &Guest) -> Vec<Delivered> {
     std::mem::take(&mut g.core().delivered)
-}
-
-/// Runs a program under nvmx by every strategy, for what no program does on the bare machine.
-fn everywhere<F: Future<Output = ()> + 'static>(program: impl Fn(Guest) -> F + Clone + 'static) {
-    for setup in Setup::all() {
-        let mut world = World::new(setup);
-        let end = world.boot(program.clone());
-        assert!(matches!(end, End::Over), "{:?} {:?}: {end:?}", setup.strategy, setup.storage);
-    }
 }
 
 #[test]

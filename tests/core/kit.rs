@@ -6,6 +6,8 @@ pub use nvmx::vmx::Fields;
 use nvmx::vmx::region::REVISION;
 use nvmx_machine::guest::{Guest, Op, Outcome};
 use nvmx_machine::second::core_support::valid_vmcs12;
+use nvmx_machine::world::End;
+use nvmx_machine::{Setup, World};
 
 pub const VMXON: u64 = 0x1_0000;
 pub const VMCS: u64 = 0x1_1000;
@@ -169,5 +171,14 @@ pub fn two_tasks(g: &Guest) {
         (GUEST_TR_BASE, 0x3000),
     ] {
         g.set(field, value);
+    }
+}
+
+/// Runs a program under nvmx by every strategy, for what no program does on the bare machine.
+pub fn everywhere<F: Future<Output = ()> + 'static>(program: impl Fn(Guest) -> F + Clone + 'static) {
+    for setup in Setup::all() {
+        let mut world = World::new(setup);
+        let end = world.boot(program.clone());
+        assert!(matches!(end, End::Over), "{:?} {:?}: {end:?}", setup.strategy, setup.storage);
     }
 }

@@ -6,6 +6,7 @@ mod faults;
 mod instructions;
 mod kit;
 mod lent;
+mod machine_checks;
 mod memory;
 mod operands;
 mod own;

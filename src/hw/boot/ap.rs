@@ -10,7 +10,7 @@ use crate::{
     hw::{
         apic::LocalApic,
         cpu::{self, Idle, PerCpu},
-        cr,
+        cr, machine_check,
         phys::DirectMap,
         port,
     },
@@ -153,6 +153,7 @@ extern "C" fn landing(block: *const PerCpu, run: extern "C" fn() -> !, root: u64
         cr::set_cr3(root);
         cpu::adopt(block);
     }
+    machine_check::take();
     run()
 }
 

@@ -23,7 +23,7 @@ use crate::{
         layout::{self, Layout, Need, TooLittleMemory},
     },
     hw::{
-        cpu, cr, early, idt,
+        cpu, cr, early, idt, machine_check,
         phys::{DIRECT_MAP, DirectMap},
     },
     mm::{
@@ -203,6 +203,7 @@ impl Handover {
         };
         let idt = idt::build(&mut frames, phys)?;
         cpu::install(cpu::prepare(0, idt, data, &mut frames, &mut tables, phys)?);
+        machine_check::take();
         // Nothing of nvmx may be left where L2 can read it (invariant I9).
         phys.wipe(Hpa::new(loaded.start()), loaded.len());
         Ok(Settled { layout, frames, tables, phys })

@@ -22,6 +22,8 @@ pub struct Guest {
     log: Rc<RefCell<Vec<String>>>,
     /// An NMI for whoever is in VMX root operation at the next exit.
     nmi: Rc<Cell<bool>>,
+    /// A machine check before so many more instructions that nvmx executes.
+    machine_check: Rc<Cell<Option<u32>>>,
 }
 
 /// How an instruction ended, as the program sees it.
@@ -40,7 +42,13 @@ const TRIES: usize = 40;
 
 impl Guest {
     pub fn new(core: Core) -> Self {
-        Guest { core: Rc::new(RefCell::new(core)), exit: Rc::default(), log: Rc::default(), nmi: Rc::default() }
+        Guest {
+            core: Rc::new(RefCell::new(core)),
+            exit: Rc::default(),
+            log: Rc::default(),
+            nmi: Rc::default(),
+            machine_check: Rc::default(),
+        }
     }
 
     pub fn core(&self) -> RefMut<'_, Core> {
@@ -67,6 +75,23 @@ impl Guest {
 
     pub fn take_nmi(&self) -> bool {
         self.nmi.take()
+    }
+
+    /// A machine check hits nvmx, before the instruction of its own with this number from now on.
+    pub fn machine_check_in(&self, instructions: u32) {
+        self.machine_check.set(Some(instructions));
+    }
+
+    /// The machine check that was asked for has not come, and does not come any more.
+    pub fn no_machine_check(&self) -> bool {
+        self.machine_check.take().is_some()
+    }
+
+    /// nvmx is about to execute an instruction: does a machine check come first?
+    pub fn machine_check_comes(&self) -> bool {
+        let left = self.machine_check.get();
+        self.machine_check.set(left.and_then(|left| left.checked_sub(1)));
+        left == Some(0)
     }
 
     pub fn log(&self) -> Vec<String> {

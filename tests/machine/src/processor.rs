@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 
 pub const EFER: u32 = 0xC000_0080;
 pub const PAT: u32 = 0x277;
+pub const MCG_STATUS: u32 = 0x17A;
 pub const SHADOW: u32 = 1 << 31;
 
 /// Where the processor keeps a VMCS that is not current.
@@ -147,6 +148,10 @@ pub struct Core {
     pub vmxon: Option<u64>,
     pub current: Option<u64>,
     pub in_guest: bool,
+    /// The next entry fails by a machine check.
+    pub machine_check_at_entry: bool,
+    /// What a machine check leaves in IA32_MCG_STATUS: of a witness.
+    pub next_status: u64,
     regions: BTreeMap<u64, Region>,
     /// Delivered since somebody looked.
     pub delivered: Vec<Delivered>,
@@ -205,6 +210,7 @@ impl Core {
         let msrs = [
             (0x1B, 0xFEE0_0900),
             (0x3A, 5),
+            (MCG_STATUS, 0),
             (0x1A0, 1),
             (0xC000_0081, 0),
             (0xC000_0082, 0),
@@ -232,6 +238,8 @@ impl Core {
             vmxon: None,
             current: None,
             in_guest: false,
+            machine_check_at_entry: false,
+            next_status: 5,
             regions: BTreeMap::new(),
             delivered: vec![],
             counts: Counts::default(),
@@ -556,6 +564,11 @@ impl Core {
             self.fail_late(33, qualification);
             return Ok(Entry::Late);
         }
+        if std::mem::take(&mut self.machine_check_at_entry) {
+            self.machine_check();
+            self.fail_late(41, 0);
+            return Ok(Entry::Late);
+        }
         self.load_guest(&vmcs);
         let (list, count) = (vmcs.get(VM_ENTRY_MSR_LOAD_ADDR), vmcs.get(VM_ENTRY_MSR_LOAD_COUNT));
         if let Err(entry) = self.load_msrs(list, count) {
@@ -659,6 +672,13 @@ impl Core {
         self.put(EXIT_QUALIFICATION, qualification);
         self.load_host(blocking);
         self.load_msrs_of_the_host();
+    }
+
+    /// A machine check (SDM vol. 3B, "IA32_MCG_STATUS MSR").
+    pub fn machine_check(&mut self) {
+        let status = self.msrs.entry(MCG_STATUS).or_default();
+        assert_eq!(*status & 4, 0, "a machine check while one is in progress shuts the processor down");
+        *status = self.next_status;
     }
 
     // ---- VM exit ----

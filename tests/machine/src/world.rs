@@ -12,7 +12,7 @@ use nvmx::boot::requirements::FoundProcessor as About;
 use nvmx::boot::{CpuList, Options};
 use nvmx::cpu::Cpu;
 use nvmx::guest::initial;
-use nvmx::hw::cpu::PerCpu;
+use nvmx::hw::cpu::{Arrived, PerCpu};
 use nvmx::hw::phys::{DirectMap, silence};
 use nvmx::hw::processor::{Entered, Invalidate, Processor, Register};
 use nvmx::hw::vmenter::GuestRegs;
@@ -193,7 +193,7 @@ fn block(index: u32) -> &'static PerCpu {
         static BLOCKS: RefCell<BTreeMap<u32, &'static PerCpu>> = const { RefCell::new(BTreeMap::new()) };
     }
     let block = BLOCKS.with_borrow_mut(|blocks| *blocks.entry(index).or_insert_with(|| PerCpu::of_host(index)));
-    block.take_nmi();
+    block.take_arrived();
     block
 }
 
@@ -326,6 +326,14 @@ impl Under {
         not_nvmx(|| f(&mut self.guest.core()))
     }
 
+    /// Before each instruction that nvmx executes.
+    fn root_instruction(&mut self) {
+        if self.guest.machine_check_comes() {
+            self.with(Core::machine_check);
+            cpu::this().note_arrived(Arrived::MACHINE_CHECK);
+        }
+    }
+
     /// Runs the program in the guest that was entered.
     fn guest_runs(&mut self) -> Option<crate::processor::Exit> {
         let mut context = Context::from_waker(Waker::noop());
@@ -343,6 +351,7 @@ impl Processor for Under {
     }
 
     fn vmread(&mut self, field: Field) -> u64 {
+        self.root_instruction();
         self.with(|core| {
             core.counts.vmread += 1;
             core.vmread(field.encoding().into()).unwrap_or_else(|fail| panic!("VMREAD of {field}: {fail:?}"))
@@ -354,6 +363,7 @@ impl Processor for Under {
     }
 
     fn vmwrite(&mut self, field: Field, value: u64) {
+        self.root_instruction();
         self.with(|core| {
             core.counts.vmwrite += 1;
             assert_eq!(value & !field.mask(), 0, "VMWRITE of {value:#x} to {field}, which is narrower");
@@ -362,6 +372,7 @@ impl Processor for Under {
     }
 
     fn vmptrld(&mut self, region: Hpa) -> bool {
+        self.root_instruction();
         assert!(OWN.contains(Span::sized(region.get(), 4096)), "VMPTRLD outside of nvmx's frames");
         self.with(|core| {
             core.counts.vmptrld += 1;
@@ -370,6 +381,7 @@ impl Processor for Under {
     }
 
     fn vmclear(&mut self, region: Hpa) -> bool {
+        self.root_instruction();
         assert!(OWN.contains(Span::sized(region.get(), 4096)), "VMCLEAR outside of nvmx's frames");
         self.with(|core| {
             core.counts.vmclear += 1;
@@ -378,6 +390,7 @@ impl Processor for Under {
     }
 
     fn invept(&mut self, kind: Invalidate, eptp: u64) -> bool {
+        self.root_instruction();
         self.with(|core| {
             core.counts.invept += 1;
             core.invept(kind as u64, eptp).is_ok()
@@ -385,6 +398,7 @@ impl Processor for Under {
     }
 
     fn invvpid(&mut self, kind: Invalidate, vpid: u16, linear: u64) -> bool {
+        self.root_instruction();
         self.with(|core| {
             core.counts.invvpid += 1;
             core.invvpid(kind as u64, vpid.into(), linear).is_ok()
@@ -392,8 +406,10 @@ impl Processor for Under {
     }
 
     fn enter(&mut self, regs: &mut GuestRegs, launch: bool) -> Entered {
-        if cpu::this().nmi_pending() {
-            return Entered::Nmi;
+        // Before the look at what arrived, or behind it: its handler goes back then.
+        self.root_instruction();
+        if !cpu::this().arrived().is_empty() {
+            return Entered::CalledOff;
         }
         if self.host_rsp != 0 {
             assert_eq!(self.host_rsp, regs.host_rsp(), "the CPU has moved");
@@ -435,7 +451,7 @@ impl Processor for Under {
             regs.gpr = core.gprs;
         });
         if self.guest.take_nmi() {
-            cpu::this().set_nmi();
+            cpu::this().note_arrived(Arrived::NMI);
         }
         exits
     }
@@ -449,14 +465,17 @@ impl Processor for Under {
     }
 
     fn rdmsr(&mut self, index: u32) -> Result<u64, Fault> {
+        self.root_instruction();
         self.with(|core| core.msr(index).ok_or(Fault::GeneralProtection(0)))
     }
 
     unsafe fn wrmsr(&mut self, index: u32, value: u64) -> Result<(), Fault> {
+        self.root_instruction();
         self.with(|core| if core.set_msr(index, value) { Ok(()) } else { Err(Fault::GeneralProtection(0)) })
     }
 
     fn read(&mut self, register: Register) -> u64 {
+        self.root_instruction();
         self.with(|core| match register {
             Register::Cr0 => core.state.get(GUEST_CR0),
             Register::Cr2 => core.cr2,
@@ -473,6 +492,7 @@ impl Processor for Under {
     }
 
     unsafe fn write(&mut self, register: Register, value: u64) {
+        self.root_instruction();
         self.with(|core| match register {
             Register::Cr0 => _ = core.state.set(GUEST_CR0, value),
             Register::Cr2 => core.cr2 = value,
@@ -489,6 +509,7 @@ impl Processor for Under {
     }
 
     fn xsetbv(&mut self, index: u32, value: u64) -> Result<(), Fault> {
+        self.root_instruction();
         self.with(|core| {
             if index != 0 || value & 1 == 0 || value & !7 != 0 || value & 6 == 4 {
                 return Err(Fault::GeneralProtection(0));
@@ -512,6 +533,7 @@ impl Processor for Under {
     }
 
     fn tsc(&mut self) -> u64 {
+        self.root_instruction();
         self.with(|core| {
             core.tsc += 3;
             core.tsc
