@@ -108,7 +108,7 @@ impl Cpu {
     pub fn enter_vmcs02(&mut self, id: SlotId) {
         let (slot, access, on) = self.reach(id);
         // What breaks a rule is judged by L2's next entry.
-        let _ = access.enter(on, slot);
+        let _ = access.enter(on, slot, ());
     }
 
     /// From the vmcs02 of a slot, which is current, back to vmcs01.

@@ -17,16 +17,17 @@ use crate::rules::checks::{self, CheckId, ControlsChecked};
 use crate::rules::explain::Refusal;
 use crate::rules::merge::{self, Duties, NvmxNeeds, Translated};
 use crate::trace::{KillReason, Promise, Ran};
-use crate::vmcs::access::MachineParts;
+use crate::vmcs::access::{MachineParts, NestedState};
+use crate::vmcs::slot::Slot;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
-use crate::vmcs::tracked::Version;
+use crate::vmcs::tracked::{Tracked, Version};
 use crate::vmcs::vpid::VPID01;
 use crate::vmx::controls::{EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use crate::vmx::exit::{BasicReason, ExitReason};
 use crate::vmx::field::PDPTES;
 use crate::vmx::region::NO_LINK;
-use crate::vmx::{Field, VmxError, VmxResult};
+use crate::vmx::{Field, FieldAccess, VmxError, VmxResult};
 use crate::x86::{Cr0, Cr4, efer};
 
 /// Enters L3 on the slot's vmcs12, as VMLAUNCH or VMRESUME; vmcs01 is current and the launch state was checked.
@@ -54,7 +55,7 @@ pub fn enter(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
     }
 
     let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: &cpu.vmcs01 };
-    if cpu.config.access.enter(on, slot).is_err() {
+    if cpu.config.access.enter(on, slot, Carried { tracked: &cpu.tracked }).is_err() {
         return lent_state_refused(cpu, id);
     }
     slot.vmcs02.link.put(vmx, link);
@@ -86,7 +87,6 @@ pub fn enter(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
     if uses_timer {
         slot.vmcs02.timer.start(vmx);
     }
-    slot.inherited.enter_nested(vmx, &slot.vmcs12, &mut slot.vmcs02.pat, &cpu.tracked);
     let count = slot.vmcs12.get(Field::VM_ENTRY_MSR_LOAD_COUNT);
     if count == 0 {
         slot.vmcs02.load_no_msrs(vmx);
@@ -113,6 +113,18 @@ pub fn enter(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
         return check_guest_state(cpu, id);
     }
     Ok(Next::Stay)
+}
+
+/// What L2 leaves in the processor for L3, and L3's IA32_PAT.
+struct Carried<'a> {
+    tracked: &'a Tracked,
+}
+
+impl NestedState for Carried<'_> {
+    #[inline(always)]
+    fn bring(&mut self, vmcs02: &mut impl FieldAccess, slot: &mut Slot) {
+        slot.inherited.enter_nested(vmcs02, &slot.vmcs12, &mut slot.vmcs02.pat, self.tracked);
+    }
 }
 
 /// A guest without EPT of L2: with PAE paging the entry loads the PDPTEs from the table at CR3. vmcs02 has EPT, so the

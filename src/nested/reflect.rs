@@ -49,26 +49,21 @@ fn report(cpu: &mut Cpu, id: SlotId, report: Option<Report>) -> Result<(), KillR
     cpu.vmx.counters.bump(Counter::Reflected);
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[id]);
     let pin = slot.pin12();
-    keep_mode(vmx, slot);
-    if pin.contains(PinControls::PREEMPTION_TIMER) {
-        stop_timer(vmx, slot);
-    }
     let nmi_blocked = nmi_blocked(vmx, pin, report);
     if slot.vmcs12.get(Field::VM_EXIT_MSR_STORE_COUNT) != 0 {
         store_msrs(vmx, slot, &cpu.config, &cpu.msrs, &cpu.guest)?;
     }
-    slot.inherited.leave_nested(vmx, &mut slot.vmcs12, &mut slot.vmcs02.pat);
     slot.vmcs12.exits += 1;
-    leave_vmcs02(cpu, id, nmi_blocked, report)
+    leave_vmcs02(cpu, id, nmi_blocked, report, EndOf::Guest)
 }
 
 /// L3 can leave or enter IA-32e mode on its own only as an unrestricted guest; the processor keeps the control in step, and so
-/// does vmcs12. vmcs02 is current.
+/// does vmcs12.
 #[inline(always)]
-pub fn keep_mode(vmx: &mut Vmx, slot: &mut Slot) {
+pub fn keep_mode(vmcs02: &mut impl FieldAccess, slot: &mut Slot) {
     if slot.inherited.is_unrestricted() {
         let entry = slot.vmcs12.get(Field::VM_ENTRY_CONTROLS);
-        let changed = (entry ^ vmx.read(Field::VM_ENTRY_CONTROLS)) & EntryControls::IA32E_MODE_GUEST.bits() as u64;
+        let changed = (entry ^ vmcs02.read(Field::VM_ENTRY_CONTROLS)) & EntryControls::IA32E_MODE_GUEST.bits() as u64;
         if changed != 0 {
             slot.vmcs12.set(Field::VM_ENTRY_CONTROLS, entry ^ changed);
             slot.stale |= Stale::of(Field::VM_ENTRY_CONTROLS);
@@ -76,12 +71,12 @@ pub fn keep_mode(vmx: &mut Vmx, slot: &mut Slot) {
     }
 }
 
-/// The preemption timer of L3, which L2 uses: it finds what is left if it has that saved, else what it set. vmcs02 is current.
+/// The preemption timer of L3, which L2 uses: it finds what is left if it has that saved, else what it set.
 #[inline(never)]
-pub fn stop_timer(vmx: &mut Vmx, slot: &Slot) {
+pub fn stop_timer(vmcs02: &mut impl FieldAccess, slot: &Slot) {
     let exit = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
     if !exit.contains(ExitControls::SAVE_PREEMPTION_TIMER) {
-        slot.vmcs02.timer.give_back(vmx);
+        slot.vmcs02.timer.give_back(vmcs02);
     }
 }
 
@@ -130,7 +125,7 @@ pub fn entry_failure(cpu: &mut Cpu, basic: BasicReason, qualification: u64) -> R
     }
     let nmi_blocked = cpu.nested.blocking01 & interruptibility::NMI != 0;
     let report = Report::new(ExitReason::entry_failure(basic), qualification);
-    leave_vmcs02(cpu, id, nmi_blocked, Some(report))
+    leave_vmcs02(cpu, id, nmi_blocked, Some(report), EndOf::Entry)
 }
 
 /// NMIs are blocked for L2 after an exit by an NMI, and if L3 ran with them blocked in the processor.
@@ -165,13 +160,29 @@ pub fn blocked_in_guest(vmx: &mut Vmx, pin: PinControls) -> u64 {
     vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO) & interruptibility::NMI
 }
 
+/// What came to its end in vmcs02.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum EndOf {
+    /// L3 ran.
+    Guest,
+    /// An entry failed late.
+    Entry,
+}
+
 #[inline(always)]
-fn leave_vmcs02(cpu: &mut Cpu, id: SlotId, nmi_blocked: bool, report: Option<Report>) -> Result<(), KillReason> {
+fn leave_vmcs02(
+    cpu: &mut Cpu,
+    id: SlotId,
+    nmi_blocked: bool,
+    report: Option<Report>,
+    left: EndOf,
+) -> Result<(), KillReason> {
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[id]);
     let blocking = if nmi_blocked { interruptibility::NMI } else { 0 };
     let blocking = (cpu.nested.blocking01 != blocking).then_some(blocking);
     let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: &cpu.vmcs01 };
-    cpu.config.access.exit(on, slot, report, Guest { tracked: &mut cpu.tracked, once: &mut cpu.once01, blocking });
+    let state = Guest { tracked: &mut cpu.tracked, once: &mut cpu.once01, blocking, left };
+    cpu.config.access.exit(on, slot, report, state);
     slot.host_msrs = cpu.tracked.version();
     if slot.vmcs12.get(Field::VM_EXIT_CONTROLS) & ExitControls::HOST_ADDRESS_SPACE_SIZE.bits() as u64 == 0 {
         load_guest_pdptes(vmx, &cpu.guest, &slot.vmcs12)?;
@@ -197,20 +208,37 @@ struct Guest<'a> {
     once: &'a mut Once,
     /// Interruptibility state, if it changes.
     blocking: Option<u64>,
+    left: EndOf,
 }
 
 impl HostState for Guest<'_> {
     #[inline(always)]
+    fn take(&mut self, vmcs02: &mut impl FieldAccess, slot: &mut Slot) {
+        if self.left == EndOf::Entry {
+            return;
+        }
+        keep_mode(vmcs02, slot);
+        if slot.pin12().contains(PinControls::PREEMPTION_TIMER) {
+            stop_timer(vmcs02, slot);
+        }
+        slot.inherited.leave_nested(vmcs02, &mut slot.vmcs12, &mut slot.vmcs02.pat);
+    }
+
+    #[inline(always)]
     fn load(&mut self, vmcs01: &mut impl FieldAccess, slot: &Slot) {
         let exit = ExitControls::from_bits_retain(slot.vmcs12.get(Field::VM_EXIT_CONTROLS) as u32);
         load_vmcs12_host_state(vmcs01, &slot.vmcs12, exit & ExitControls::HOST_ADDRESS_SPACE_SIZE);
-        let mut values = HostValues::of(|field| slot.vmcs12.get(field));
-        slot.inherited.leave_to_guest(&mut values);
-        self.tracked.load(vmcs01, &values);
         if let Some(blocking) = self.blocking {
             vmcs01.write(Field::GUEST_INTERRUPTIBILITY_INFO, blocking);
         }
         self.once.load_resident(vmcs01, &slot.vmcs12);
+    }
+
+    #[inline(always)]
+    fn load_tracked(&mut self, vmcs01: &mut impl FieldAccess, slot: &Slot) {
+        let mut values = HostValues::of(|field| slot.vmcs12.get(field));
+        slot.inherited.leave_to_guest(&mut values);
+        self.tracked.load(vmcs01, &values);
     }
 }
 

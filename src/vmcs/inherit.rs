@@ -14,8 +14,8 @@ use crate::rules::switched::{Asked, Item};
 use crate::vmcs::kept::Kept;
 use crate::vmcs::tracked::{HostValues, Tracked};
 use crate::vmcs::vmcs12::Vmcs12;
-use crate::vmx::Field;
 use crate::vmx::controls::{EntryControls, ExitControls};
+use crate::vmx::{Field, FieldAccess};
 use crate::x86::{Cr0, efer};
 
 /// IA32_EFER.LME and LMA, which VM exits set from a control in any case, and VM entries too but for the LME of a guest
@@ -27,6 +27,8 @@ const CARRIED: [Item; 3] = [Item::Efer, Item::Dr7, Item::Debugctl];
 const FIELDS: [Field; 3] = [CARRIED[0].row().guest, CARRIED[1].row().guest, CARRIED[2].row().guest];
 const EFER: usize = 0;
 const ALL: u8 = 0b111;
+/// Those that L2 changes without an exit.
+const DEBUG: u8 = ALL & !(1 << EFER);
 
 /// What vmcs12 asks for, and the values on their way.
 #[derive(Clone, Copy)]
@@ -116,55 +118,55 @@ impl Inherited {
         (0..FIELDS.len()).filter(move |i| bits >> i & 1 == 1)
     }
 
-    /// Before the entry, vmcs01 current: what L2 leaves in the processor.
+    /// Before the entry, vmcs01 current: what L2 leaves in the processor, but for what nvmx knows.
     #[inline(always)]
     pub fn leave_guest(&mut self, vmx: &mut Vmx) {
-        if self.loaded == ALL {
+        if self.loaded & DEBUG == DEBUG {
             return;
         }
-        for i in Self::items(ALL & !self.loaded) {
+        for i in Self::items(DEBUG & !self.loaded) {
             self.live[i] = vmx.read(FIELDS[i]);
         }
     }
 
-    /// Before the entry, vmcs02 current and holding L2's values.
+    /// Before the entry, vmcs02 holding L2's values.
     #[inline(always)]
-    pub fn enter_nested(&mut self, vmx: &mut Vmx, vmcs12: &Vmcs12, pat02: &mut Kept, guest: &Tracked) {
-        pat02.put(vmx, if self.loads_pat { vmcs12.get(Field::GUEST_IA32_PAT) } else { guest.pat() });
+    pub fn enter_nested(&mut self, vmcs02: &mut impl FieldAccess, vmcs12: &Vmcs12, pat02: &mut Kept, guest: &Tracked) {
+        pat02.put(vmcs02, if self.loads_pat { vmcs12.get(Field::GUEST_IA32_PAT) } else { guest.pat() });
         if self.keeps_counters {
-            self.counters = vmx.read(Field::GUEST_IA32_PERF_GLOBAL_CTRL);
+            self.counters = vmcs02.read(Field::GUEST_IA32_PERF_GLOBAL_CTRL);
         }
         if self.loaded & self.saved == ALL {
             return;
         }
         if self.loaded >> EFER & 1 == 0 {
-            let paging = !self.unrestricted || vmx.read(Field::GUEST_CR0) & Cr0::PG.bits() != 0;
-            self.live[EFER] = entered(self.live[EFER], self.long_mode_guest, paging);
+            let paging = !self.unrestricted || vmcs02.read(Field::GUEST_CR0) & Cr0::PG.bits() != 0;
+            self.live[EFER] = entered(guest.efer(), self.long_mode_guest, paging);
         }
         for i in Self::items(ALL & !(self.loaded & self.saved)) {
-            self.original[i] = vmx.read(FIELDS[i]);
+            self.original[i] = vmcs02.read(FIELDS[i]);
             if self.loaded >> i & 1 == 0 {
-                vmx.write(FIELDS[i], self.live[i]);
+                vmcs02.write(FIELDS[i], self.live[i]);
             }
         }
     }
 
-    /// After an exit of L3 that goes to L2, vmcs02 current.
+    /// After an exit of L3 that goes to L2.
     #[inline(always)]
-    pub fn leave_nested(&mut self, vmx: &mut Vmx, vmcs12: &mut Vmcs12, pat02: &mut Kept) {
-        self.live_pat = pat02.get(vmx);
+    pub fn leave_nested(&mut self, vmcs02: &mut impl FieldAccess, vmcs12: &mut Vmcs12, pat02: &mut Kept) {
+        self.live_pat = pat02.get(vmcs02);
         if self.saves_pat {
             vmcs12.set(Field::GUEST_IA32_PAT, self.live_pat);
         }
         if !self.host_efer {
-            self.live[EFER] = vmx.read(Field::GUEST_IA32_EFER);
+            self.live[EFER] = vmcs02.read(Field::GUEST_IA32_EFER);
         }
         if self.keeps_counters {
-            vmx.write(Field::GUEST_IA32_PERF_GLOBAL_CTRL, self.counters);
+            vmcs02.write(Field::GUEST_IA32_PERF_GLOBAL_CTRL, self.counters);
         }
         if self.saved != ALL {
             for i in Self::items(ALL & !self.saved) {
-                vmx.write(FIELDS[i], self.original[i]);
+                vmcs02.write(FIELDS[i], self.original[i]);
             }
         }
     }

@@ -143,9 +143,11 @@ impl Vmcs02 {
         let launched = match mem::replace(&mut self.form, Form::Ordinary { launched: false }) {
             Form::LentStack(lent) => return LentValues::Stack(lent.take_back(vmx, phys, revision)),
             Form::LentThread(lent) => return LentValues::Thread(lent.take_back(vmx, phys, revision)),
-            lent @ Form::LentInMemory { .. } => {
-                self.form = lent;
-                return self.load_lent_in_memory(vmx, phys, revision);
+            Form::LentInMemory { lent, launched } => {
+                self.form = Form::Ordinary { launched };
+                let values = lent.take_back(vmx, phys, self.region, revision);
+                vmx.ptrld(self.region);
+                return LentValues::Thread(values);
             }
             Form::Shadow => false,
             Form::ShadowInMemory { launched } => {
@@ -159,15 +161,8 @@ impl Vmcs02 {
         LentValues::Nothing
     }
 
-    #[cold]
-    fn load_lent_in_memory(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> LentValues {
-        let values = self.take_back_in_memory(vmx, phys, revision);
-        vmx.ptrld(self.region);
-        values
-    }
-
     /// An ordinary VMCS in memory again, if it is lent from: L2's values.
-    fn take_back_in_memory(&mut self, vmx: &Vmx, phys: &DirectMap, revision: u32) -> LentValues {
+    pub(super) fn take_back_in_memory(&mut self, vmx: &Vmx, phys: &DirectMap, revision: u32) -> LentValues {
         let Form::LentInMemory { launched, .. } = self.form else { return LentValues::Nothing };
         match mem::replace(&mut self.form, Form::Ordinary { launched }) {
             Form::LentInMemory { lent, .. } => LentValues::Thread(lent.take_back(vmx, phys, self.region, revision)),

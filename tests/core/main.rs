@@ -3,6 +3,7 @@
 
 mod events;
 mod faults;
+mod images;
 mod instructions;
 mod kit;
 mod lent;

@@ -2,12 +2,14 @@
 //! without ([ADR 0008](../../../docs/adr/0008-vmcs-in-memory.md)).
 
 use super::links::Links;
-use super::strategy::{Description, HostState, InfoFrom, Known, MachineParts, Reached, Report, Strategy, VmxOperation};
+use super::strategy::{
+    Description, HostState, InfoFrom, Known, MachineParts, NestedState, Reached, Report, Strategy, VmxOperation,
+};
 use crate::hw::host_area::Places;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
 use crate::vmcs::image::{ImageLayout, VmcsImage};
-use crate::vmcs::lending::Lending;
+use crate::vmcs::lending::{Lending, RuleBroken};
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmx::controls::SecondaryControls;
@@ -24,6 +26,11 @@ pub(super) struct InMemory {
 impl InMemory {
     pub(super) fn new(layout: ImageLayout, links: Option<Links>) -> Self {
         Self { layout, links }
+    }
+
+    /// A VMCS that is not current.
+    fn image<'a>(&'a self, phys: &'a DirectMap, region: Region) -> VmcsImage<'a> {
+        VmcsImage { layout: &self.layout, phys, region }
     }
 
     /// vmcs02 is to become a shadow VMCS: where the fields lie that L2 is lent, and their values.
@@ -140,6 +147,23 @@ impl Strategy for InMemory {
         slot.vmcs12.valid = FieldSet::CACHED;
     }
 
+    #[inline(never)]
+    fn enter(
+        &self,
+        on: MachineParts<'_>,
+        slot: &mut Slot,
+        common: &Known,
+        mut state: impl NestedState,
+    ) -> Result<(), RuleBroken> {
+        let values = slot.vmcs02.take_back_in_memory(on.vmx, on.phys, common.revision);
+        let result = slot.has_back(values, &common.offered);
+        if result.is_ok() {
+            state.bring(&mut self.image(on.phys, slot.vmcs02.region()), slot);
+        }
+        slot.vmcs02.load(on.vmx, on.phys, common.revision);
+        result
+    }
+
     fn leave(&mut self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         on.vmx.ptrld(*on.vmcs01);
         self.become_shadow(on.phys, slot, common);
@@ -152,20 +176,21 @@ impl Strategy for InMemory {
         slot: &mut Slot,
         common: &Known,
         report: Option<Report>,
-        mut to: impl HostState,
+        mut state: impl HostState,
     ) {
-        let image = |region: Region| VmcsImage { layout: &self.layout, phys: on.phys, region };
         if self.links.is_none() {
             slot.vmcs12.valid = FieldSet::CACHED;
             if let Some(report) = report {
                 report.fields(|field, value| slot.vmcs12.fetched(field, value));
             }
         }
-        to.load(&mut image(*on.vmcs01), slot);
+        state.load(&mut self.image(on.phys, *on.vmcs01), slot);
         on.vmx.ptrld(*on.vmcs01);
+        let mut vmcs02 = self.image(on.phys, slot.vmcs02.region());
+        state.take(&mut vmcs02, slot);
+        state.load_tracked(on.vmx, slot);
         if self.links.is_some() {
             if let Some(report) = report {
-                let mut vmcs02 = image(slot.vmcs02.region());
                 report.fields(|field, value| vmcs02.write(field, value));
             }
             self.become_shadow(on.phys, slot, common);

@@ -15,7 +15,6 @@ use super::lending::RuleBroken;
 use super::slot::Slot;
 use super::vmcs12::{FieldSet, Vmcs12};
 use crate::addr::Hpa;
-use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
 use crate::vmx::controls::SecondaryControls;
 use crate::vmx::lent::{LentValues, Loan};
@@ -24,7 +23,9 @@ use in_memory::InMemory;
 use l2_protocol::abi;
 pub use links::Links;
 use shadowed::Shadowed;
-pub use strategy::{Description, ExitTakes, HostState, InfoFrom, MachineParts, Reached, Report, VmxOperation};
+pub use strategy::{
+    Description, ExitTakes, HostState, InfoFrom, MachineParts, NestedState, Reached, Report, VmxOperation,
+};
 use strategy::{Known, Strategy};
 use trapped::Trapped;
 
@@ -152,20 +153,11 @@ impl VmcsAccess {
         by!(&self.way, strategy => strategy.stored(slot));
     }
 
-    /// Makes vmcs02 the current VMCS, with all that L2 wrote. If what L2 left where it was lent something breaks a rule, the slot's host
-    /// state is to be judged.
+    /// Makes vmcs02 the current VMCS, with all that L2 wrote and what the entry brings. If what L2 left where it was lent something
+    /// breaks a rule, the slot's host state is to be judged, and the entry brings nothing.
     #[inline(always)]
-    pub fn enter(
-        &self,
-        MachineParts { vmx, phys, vmcs01 }: MachineParts<'_>,
-        slot: &mut Slot,
-    ) -> Result<(), RuleBroken> {
-        let values = slot.vmcs02.load(vmx, phys, self.common.revision);
-        let result = slot.has_back(values, &self.common.offered);
-        if !slot.vmcs12.dirty.is_empty() {
-            self.write_dirty(vmx, phys, vmcs01, slot);
-        }
-        result
+    pub fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, state: impl NestedState) -> Result<(), RuleBroken> {
+        by!(&self.way, strategy => strategy.enter(on, slot, &self.common, state))
     }
 
     /// The same where an exit takes [`ExitTakes::Leaving`]: what L2 writes goes to vmcs02 at once, and the copy has nothing for it.
@@ -174,12 +166,6 @@ impl VmcsAccess {
         debug_assert!(slot.vmcs12.dirty.is_empty(), "what L2 wrote is in vmcs02");
         let values = slot.vmcs02.load(on.vmx, on.phys, self.common.revision);
         slot.has_back(values, &self.common.offered)
-    }
-
-    #[inline(never)]
-    fn write_dirty(&self, vmx: &mut Vmx, phys: &DirectMap, vmcs01: &Region, slot: &mut Slot) {
-        let on = MachineParts { vmx, phys, vmcs01 };
-        by!(&self.way, strategy => strategy.enter(on, slot, &self.common));
     }
 
     /// What `f` makes of the whole of vmcs12; vmcs02 is current.

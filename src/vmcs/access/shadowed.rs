@@ -152,12 +152,14 @@ impl Strategy for Shadowed {
         slot: &mut Slot,
         common: &Known,
         report: Option<Report>,
-        mut to: impl HostState,
+        mut state: impl HostState,
     ) {
+        state.take(on.vmx, slot);
         if let Some(report) = report {
             report.fields(|field, value| on.vmx.write(field, value));
         }
         self.become_shadow(on.vmx, on.phys, on.vmcs01, slot, common);
-        to.load(&mut on.vmx.batch(), slot);
+        state.load(&mut on.vmx.batch(), slot);
+        state.load_tracked(on.vmx, slot);
     }
 }

@@ -3,6 +3,7 @@
 use crate::addr::Hpa;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
+use crate::vmcs::lending::RuleBroken;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmx::controls::SecondaryControls;
@@ -42,10 +43,27 @@ impl Report {
     }
 }
 
-/// The state of L2 after a VM exit, to be written to vmcs01.
+/// What an exit of L3 that goes to L2 moves, by instructions or in the images of both VMCSs, as the vmcs12 in `slot` says.
 pub trait HostState {
-    /// Writes it, by instructions or in the image, as the vmcs12 in `slot` says.
+    /// Takes from vmcs02 what L3 leaves, and puts back what L2 is to find there.
+    fn take(&mut self, vmcs02: &mut impl FieldAccess, slot: &mut Slot);
+
+    /// Writes L2's state to vmcs01, all that does not depend on what L3 left.
     fn load(&mut self, vmcs01: &mut impl FieldAccess, slot: &Slot);
+
+    /// Writes what else differs to vmcs01, which is seldom anything: the MSRs that nvmx knows ([`Tracked`](crate::vmcs::tracked::Tracked)).
+    fn load_tracked(&mut self, vmcs01: &mut impl FieldAccess, slot: &Slot);
+}
+
+/// What an entry of L3 brings to vmcs02, besides what L2 wrote there, by instructions or in its image.
+pub trait NestedState {
+    /// Writes it, as the vmcs12 in `slot` says.
+    fn bring(&mut self, vmcs02: &mut impl FieldAccess, slot: &mut Slot);
+}
+
+/// An entry by which no guest runs brings nothing.
+impl NestedState for () {
+    fn bring(&mut self, _: &mut impl FieldAccess, _: &mut Slot) {}
 }
 
 /// The machine as a strategy sees it.
@@ -171,8 +189,26 @@ pub(super) trait Strategy {
     /// It was stored, and the vmcs12 is inactive.
     fn stored(&self, slot: &mut Slot);
 
+    /// Makes vmcs02 the current VMCS, with what L2 wrote and what the entry brings. If what L2 left where it was lent something breaks a
+    /// rule, nothing else is written to vmcs02.
+    #[inline(always)]
+    fn enter(
+        &self,
+        on: MachineParts<'_>,
+        slot: &mut Slot,
+        common: &Known,
+        mut state: impl NestedState,
+    ) -> Result<(), RuleBroken> {
+        let values = slot.vmcs02.load(on.vmx, on.phys, common.revision);
+        slot.has_back(values, &common.offered)?;
+        self.write_dirty(on.vmx, slot, common);
+        state.bring(on.vmx, slot);
+        Ok(())
+    }
+
     /// vmcs02, which is current now, gets what L2 wrote and is in the copy alone: nothing, where `load` and `write` bring all to vmcs02.
-    fn enter(&self, _: MachineParts<'_>, _: &mut Slot, _: &Known) {}
+    #[inline(always)]
+    fn write_dirty(&self, _: &mut Vmx, _: &mut Slot, _: &Known) {}
 
     /// The copy was filled with what only vmcs02 has, for a look at the whole: L2 may change that again without an exit.
     fn looked_at(&self, slot: &mut Slot);

@@ -1,7 +1,7 @@
 //! Each access of L2 exits: the copy answers what it has, and keeps what L2 writes until the next entry.
 
 use super::strategy::{Description, HostState, Known, MachineParts, Reached, Report, Strategy, on_vmcs02};
-use crate::hw::vmx::Region;
+use crate::hw::vmx::{Region, Vmx};
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmx::Field;
@@ -50,9 +50,9 @@ impl Strategy for Trapped {
 
     fn stored(&self, _: &mut Slot) {}
 
-    fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
+    fn write_dirty(&self, vmx: &mut Vmx, slot: &mut Slot, common: &Known) {
         // Exit information stays in the copy: not every processor can VMWRITE it.
-        slot.vmcs12.write_dirty(on.vmx, |field| common.exists.contains(field) && !field.is_read_only());
+        slot.vmcs12.write_dirty(vmx, |field| common.exists.contains(field) && !field.is_read_only());
     }
 
     fn looked_at(&self, _: &mut Slot) {}
@@ -68,8 +68,9 @@ impl Strategy for Trapped {
         slot: &mut Slot,
         _: &Known,
         report: Option<Report>,
-        mut to: impl HostState,
+        mut state: impl HostState,
     ) {
+        state.take(on.vmx, slot);
         slot.vmcs12.valid = FieldSet::CACHED;
         for field in HOT {
             let value = on.vmx.read(field);
@@ -79,6 +80,7 @@ impl Strategy for Trapped {
             report.fields(|field, value| slot.vmcs12.fetched(field, value));
         }
         on.vmx.ptrld(*on.vmcs01);
-        to.load(&mut on.vmx.batch(), slot);
+        state.load(&mut on.vmx.batch(), slot);
+        state.load_tracked(on.vmx, slot);
     }
 }

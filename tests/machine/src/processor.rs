@@ -13,7 +13,7 @@ use nvmx::mm::{self, PhysMem};
 use nvmx::rules::checks::{CheckId, ReadsGuest};
 use nvmx::vmx::field::{Area, PDPTES};
 use nvmx::vmx::{Capabilities, Field, Field::*, Fields};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 pub const EFER: u32 = 0xC000_0080;
 pub const PAT: u32 = 0x277;
@@ -156,6 +156,8 @@ pub struct Core {
     /// Delivered since somebody looked.
     pub delivered: Vec<Delivered>,
     pub counts: Counts,
+    /// The fields that nvmx reached by VMREAD or VMWRITE.
+    pub reached: BTreeSet<Field>,
     /// The numbers of the ports that were written, and the values.
     pub ports: Vec<(u16, u8)>,
     /// Registers of the local APIC, by offset.
@@ -243,6 +245,7 @@ impl Core {
             regions: BTreeMap::new(),
             delivered: vec![],
             counts: Counts::default(),
+            reached: BTreeSet::new(),
             ports: vec![],
             apic: BTreeMap::new(),
         }

@@ -354,6 +354,7 @@ impl Processor for Under {
         self.root_instruction();
         self.with(|core| {
             core.counts.vmread += 1;
+            core.reached.insert(field);
             core.vmread(field.encoding().into()).unwrap_or_else(|fail| panic!("VMREAD of {field}: {fail:?}"))
         })
     }
@@ -366,6 +367,7 @@ impl Processor for Under {
         self.root_instruction();
         self.with(|core| {
             core.counts.vmwrite += 1;
+            core.reached.insert(field);
             assert_eq!(value & !field.mask(), 0, "VMWRITE of {value:#x} to {field}, which is narrower");
             core.vmwrite(field.encoding().into(), value).unwrap_or_else(|fail| panic!("VMWRITE of {field}: {fail:?}"));
         });
