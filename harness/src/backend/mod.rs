@@ -8,6 +8,7 @@ pub mod kvm;
 pub mod kvm_in_bochs;
 pub mod kvm_in_kvm;
 pub mod kvm_linux;
+pub mod laid;
 pub mod linux;
 pub mod memory;
 mod noise;

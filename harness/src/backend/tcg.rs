@@ -1,6 +1,7 @@
 //! A machine that QEMU emulates without VMX: for what comes before VMX is needed. It has what Bochs has not: boards, UEFI, many
 //! processors, much memory, no serial port.
 
+use super::laid::{self, Vmm};
 use super::{Backend, Machine, SERIAL, Spec, Unit, iso};
 use anyhow::Result;
 use nvmx_setup::proc::Child;
@@ -31,6 +32,8 @@ pub enum Loader {
     Bios,
     /// GRUB from a CD, by UEFI
     Uefi,
+    /// Nothing: memory is as this VMM leaves it
+    Laid(Vmm),
 }
 
 /// Where the machine has a serial port.
@@ -71,15 +74,19 @@ impl Backend for Tcg {
     }
 
     fn start(&self, spec: &Spec, folder: &Path) -> Result<Child> {
-        let disk = match self.loader {
-            Loader::Qemu => None,
-            Loader::Bios => Some(iso::make(spec, folder, iso::Platform::Bios)?),
-            Loader::Uefi => Some(iso::make(spec, folder, iso::Platform::Uefi)?),
+        let from_disk = |platform| -> Result<Vec<String>> {
+            Ok(vec!["-cdrom".into(), iso::make(spec, folder, platform)?.display().to_string()])
+        };
+        let load = match self.loader {
+            Loader::Qemu => super::kvm::kernel(spec),
+            Loader::Bios => from_disk(iso::Platform::Bios)?,
+            Loader::Uefi => from_disk(iso::Platform::Uefi)?,
+            Loader::Laid(vmm) => laid::lay(vmm, spec)?.arguments(folder)?,
         };
         let serial = File::create(folder.join(SERIAL))?;
         let errors = File::create(folder.join("qemu.err"))?;
         let mut command = Command::new(&self.tools.qemu);
-        Child::spawn(command.args(self.arguments(spec, disk.as_deref())), serial, errors)
+        Child::spawn(command.args(self.arguments(spec, &load)), serial, errors)
     }
 
     fn stop(&self, child: &mut Child, _folder: &Path) -> Vec<String> {
@@ -94,7 +101,7 @@ impl Backend for Tcg {
 }
 
 impl Tcg {
-    fn arguments(&self, spec: &Spec, disk: Option<&Path>) -> Vec<String> {
+    fn arguments(&self, spec: &Spec, load: &[String]) -> Vec<String> {
         let mut list = Vec::new();
         let mut add = |words: &[&str]| list.extend(words.iter().map(|word| word.to_string()));
         let board = match self.board {
@@ -117,10 +124,7 @@ impl Tcg {
             let file = self.tools.uefi.display();
             add(&["-drive", &format!("if=pflash,format=raw,readonly=on,file={file}")]);
         }
-        match disk {
-            Some(disk) => add(&["-cdrom", &disk.display().to_string()]),
-            None => super::kvm::kernel(spec).chunks(2).for_each(|pair| list.extend(pair.iter().cloned())),
-        }
+        list.extend_from_slice(load);
         list
     }
 }
@@ -141,11 +145,11 @@ mod tests {
             ..spec()
         };
         let by_qemu = Tcg { tools, board: Board::Microvm, loader: Loader::Qemu, port: Port::None };
-        let line = by_qemu.arguments(&spec, None).join(" ");
+        let line = by_qemu.arguments(&spec, &super::super::kvm::kernel(&spec)).join(" ");
         assert!(line.starts_with("-M microvm") && line.ends_with("-kernel /k -append stop=cpus -initrd /m"), "{line}");
         assert!(line.contains(" -m 8192 -smp 160 ") && !line.contains("-serial"), "{line}");
         let by_uefi = Tcg { board: Board::Q35, loader: Loader::Uefi, port: Port::Com2, ..by_qemu };
-        let line = by_uefi.arguments(&spec, Some(Path::new("/disk"))).join(" ");
+        let line = by_uefi.arguments(&spec, &["-cdrom".into(), "/disk".into()]).join(" ");
         assert!(line.contains("-serial none -serial stdio") && line.contains("file=/uefi -cdrom /disk"), "{line}");
         assert!(!line.contains("-kernel"), "{line}");
     }

@@ -2,6 +2,7 @@
 //! (`stop=cpus`) and says what it found.
 
 use super::{Case, Judge, Suite, messages, refused};
+use crate::backend::laid::Vmm;
 use crate::backend::tcg::{Board, Loader, Port, Tcg};
 use crate::backend::{Backend, Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
@@ -45,8 +46,11 @@ const PC: Row = Row {
     options: "",
 };
 
+/// What starts PVH kernels without firmware and without a loader; QEMU's own tables are not there.
+const LAID: Row = Row { board: Board::MicrovmWithoutAcpi, protocol: Protocol::Pvh, memory: 512, ..PC };
+
 #[rustfmt::skip]
-const ROWS: [Row; 13] = [
+const ROWS: [Row; 16] = [
     PC,
     Row { name: "by QEMU's multiboot on a q35 with 64 CPUs and 8 GiB", board: Board::Q35, cpus: 64, memory: 8192, ..PC },
     Row { name: "by QEMU's multiboot on a pc with 16 CPUs and 256 MiB", cpus: 16, memory: 256, ..PC },
@@ -62,6 +66,9 @@ const ROWS: [Row; 13] = [
     Row { name: "by GRUB's multiboot2 and UEFI on a pc", loader: Loader::Uefi, protocol: Protocol::Multiboot2, ..PC },
     Row { name: "on a pc whose only serial port is COM2", port: Port::Com2, cpus: 2, options: "serial=com2", ..PC },
     Row { name: "on a pc whose serial port is given by its address", port: Port::Com2, options: "serial=0x2f8,57600", ..PC },
+    Row { name: "as Firecracker lays out memory, with 2 CPUs", loader: Loader::Laid(Vmm::Firecracker), cpus: 2, ..LAID },
+    Row { name: "as Firecracker lays out memory, with 4 GiB", loader: Loader::Laid(Vmm::Firecracker), memory: 4096, ..LAID },
+    Row { name: "as cloud-hypervisor lays out memory, with 3 CPUs", loader: Loader::Laid(Vmm::CloudHypervisor), cpus: 3, ..LAID },
 ];
 
 /// No serial port at all: only the exit code tells.
@@ -98,9 +105,10 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     }
     let mut add = |row: &Row, name: String, judge: Judge| {
         let boot = format!("firmware-{}", suite.cases.len());
-        let kernel = if row.protocol == Protocol::Pvh { &pvh } else { &session.images.nvmx };
+        let by_qemu = row.protocol == Protocol::Pvh && row.loader == Loader::Qemu;
+        let kernel = if by_qemu { &pvh } else { &session.images.nvmx };
         let kernel = Payload::new(kernel, format!("log=info stop=cpus {}", row.options).trim_end());
-        // QEMU hands one module on by PVH, without a command line.
+        // QEMU hands one module on by PVH, without a command line, and so do the others.
         let args = if row.protocol == Protocol::Pvh { "" } else { "events=50" };
         let module = session.images.guest("cascade").map(|guest| Payload::new(guest, args));
         let machine = Machine { memory: row.memory, cpus: row.cpus, model: "max".into() };
