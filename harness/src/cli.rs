@@ -514,6 +514,14 @@ pub struct BenchArgs {
     #[arg(long)]
     pub growth: bool,
 
+    /// Instead measure what L3's boot costs on the usual stack, KVM, nvmx, Linux with KVM, Linux, against benches/stack.json
+    #[arg(long, conflicts_with_all = ["growth", "compare", "json", "budget"])]
+    pub stack: bool,
+
+    /// With --stack: on 2 CPUs, and with L3 in QEMU and KVM in nvmx's place too, which takes many minutes
+    #[arg(long, requires = "stack")]
+    pub long: bool,
+
     /// Draw how they grow, on a page for a browser
     #[arg(long, value_name = "FILE.html", requires = "growth")]
     pub report: Option<PathBuf>,

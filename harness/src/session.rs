@@ -457,6 +457,11 @@ pub fn budget_file(root: &Path) -> std::path::PathBuf {
     root.join("benches/budget.json")
 }
 
+/// The rows of the usual stack, which take minutes.
+pub fn stack_file(root: &Path) -> std::path::PathBuf {
+    root.join("benches/stack.json")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,6 +4,7 @@ use crate::backend::{Spec, Unit};
 use crate::boot;
 use crate::boot::tell_failure;
 use crate::cli::{BenchArgs, Fields, L1};
+use crate::cmd::bench_stack;
 use crate::cmd::run::both;
 use crate::image::Wanted;
 use crate::report::json::{Bench, Document, Limit, Report};
@@ -36,6 +37,9 @@ struct Measured {
 /// # Errors
 /// [`Stop::Guest`] if a boot fails, a limit is broken or a figure differs, [`Stop::Usage`] if there is nothing to compare with.
 pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
+    if args.stack {
+        return bench_stack::run(ui, args);
+    }
     let json = args.json.as_deref().map(Output::prepare).transpose()?;
     let drawn = args.report.as_deref().map(Format::prepare).transpose()?;
     [&json, &drawn].into_iter().for_each(|output| ui.reserve_stdout(output.as_ref()));

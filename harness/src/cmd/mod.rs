@@ -1,6 +1,7 @@
 //! The subcommands.
 
 pub mod bench;
+pub mod bench_stack;
 pub mod bochs;
 pub mod depth;
 pub mod diff;

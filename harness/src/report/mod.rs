@@ -12,6 +12,7 @@ pub mod page;
 pub mod plot;
 pub mod provenance;
 pub mod spread;
+pub mod stack;
 pub mod table;
 
 use crate::transcript::Transcript;

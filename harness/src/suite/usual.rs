@@ -3,12 +3,13 @@
 
 use super::linux::{same_but_for_the_machine, shows, takes_at_most, vmx_flags};
 use super::{Case, Judge, Suite, compare, in_place};
-use crate::backend::linux::Job;
+use crate::backend::linux::{Job, LinuxKvm};
 use crate::backend::{Backend, Machine, Spec, Unit};
 use crate::boot::Outcome;
 use crate::cli::Fields;
 use crate::report::spread;
-use crate::session::{LONG, Session};
+use crate::report::stack::{Book, Figures};
+use crate::session::{LONG, Session, stack_file};
 use anyhow::Result;
 use l2_protocol::Kind;
 use nvmx_setup::linux::Kernel;
@@ -23,6 +24,42 @@ pub(super) const MEDIANS: &str = "events=4 brackets=31";
 /// The boot of cascade with one KVM less.
 const ALONE: &str = "usual-cascade-bare";
 const STACK: &str = "KVM, nvmx, Linux with KVM, Linux";
+
+/// A stack of the kind that people rent, with a row in `benches/stack.json`.
+pub struct Stack {
+    /// Its row
+    pub name: &'static str,
+    /// The names of its boots begin so
+    boots: &'static str,
+    /// What L2 is told
+    pub job: &'static str,
+    cpus: u32,
+    /// With KVM in nvmx's place too
+    pub beside_kvm: bool,
+    /// It takes many minutes
+    pub long: bool,
+}
+
+/// Those that have a row. The suite boots those without KVM in nvmx's place.
+pub const STACKS: [Stack; 3] = [
+    Stack { name: "vmm=own, 1 CPU", boots: "usual", job: "vmm=own", cpus: 1, beside_kvm: false, long: false },
+    Stack { name: "vmm=own, 2 CPUs", boots: "usual-2", job: "vmm=own", cpus: 2, beside_kvm: false, long: true },
+    Stack { name: "vmm=qemu, 1 CPU", boots: "usual-qemu", job: "", cpus: 1, beside_kvm: true, long: true },
+];
+
+impl Stack {
+    /// The boots: with one KVM less, and under nvmx.
+    ///
+    /// # Errors
+    /// If a file cannot be read or written.
+    pub fn boots(&self, session: &Session, linux: &LinuxKvm, job: &Job) -> Result<[Spec; 2]> {
+        let machine = Machine { cpus: self.cpus, ..session.machine.clone() };
+        let bare = linux.bare(&session.work("linux"), self.boots, job, &machine)?;
+        let name = format!("{}-nvmx", self.boots);
+        let nested = session.under_nvmx(&bare, name, &session.options_with_counters(Fields::Auto));
+        Ok([bare, nested])
+    }
+}
 
 /// Adds the boots and cases on the emulated machine.
 ///
@@ -63,26 +100,33 @@ fn add_on(suite: &mut Suite, session: &Session, below: Option<&Arc<dyn Backend +
         judge,
     ));
     let linux = session.linux(Kernel::Newest, false)?;
-    let job = Job::parse("vmm=own").map_err(anyhow::Error::msg)?;
-    let mut stack = |name: &str, cpus: u32| -> Result<Vec<String>> {
-        let machine = Machine { cpus, ..session.machine.clone() };
-        let bare = linux.bare(&session.work("linux"), name, &job, &machine)?;
-        let nested = session.under_nvmx(&bare, String::new(), &session.options_with_counters(Fields::Auto));
-        Ok(vec![boot(format!("{name}-bare"), Ok(bare)), boot(format!("{name}-nvmx"), Ok(nested))])
-    };
-    let (boots, two) = (stack("usual", 1)?, stack("usual-2", 2)?);
-    let same = || -> Judge { Box::new(|o| same_but_for_the_machine(o[0], o[1]).and_then(|()| has_apicv(o[0], o[1]))) };
-    cases.push((format!("{STACK}: all see what they see with one KVM less"), boots.clone(), same()));
-    let name = format!("{STACK}, each on 2 CPUs: all see what they see with one KVM less");
-    suite.long.insert(name.clone());
-    cases.push((name, two.clone(), same()));
-    if session.backend.unit() == Unit::Instructions {
-        let judge: Judge = Box::new(|o| adds_little(o[0], o[1]));
-        cases.push((format!("{STACK}: nvmx adds no more than a quarter to the boot"), boots, judge));
-        let judge: Judge = Box::new(|o| adds_little(o[0], o[1]));
-        let name = format!("{STACK}, each on 2 CPUs: nvmx adds no more than a quarter to the boot");
-        suite.long.insert(name.clone());
-        cases.push((name, two, judge));
+    let book = Arc::new(Book::read(&stack_file(&session.paths.root))?);
+    let here = session.backend.cpu(&session.machine);
+    for stack in STACKS.iter().filter(|stack| !stack.beside_kvm) {
+        let job = Job::parse(stack.job).map_err(anyhow::Error::msg)?;
+        let boots: Vec<String> =
+            stack.boots(session, &linux, &job)?.map(|spec| boot(spec.name.clone(), Ok(spec))).into();
+        let mut add = |text: &str, judge: Judge| {
+            let name = format!("{STACK}{}: {text}", if stack.cpus == 1 { "" } else { ", each on 2 CPUs" });
+            if stack.long {
+                suite.long.insert(name.clone());
+            }
+            cases.push((name, boots.clone(), judge));
+        };
+        let same: Judge = Box::new(|o| same_but_for_the_machine(o[0], o[1]).and_then(|()| has_apicv(o[0], o[1])));
+        add("all see what they see with one KVM less", same);
+        if session.backend.unit() == Unit::Instructions {
+            add("nvmx adds no more than a quarter to the boot", Box::new(|o| adds_little(o[0], o[1])));
+        }
+        // Figures are of one machine.
+        let booked = book.row(stack.name).and_then(|row| row.provenance.machine.as_ref());
+        if booked.is_some_and(|machine| machine.cpu == here) {
+            let book = Arc::clone(&book);
+            add(
+                "the boot costs what benches/stack.json says",
+                Box::new(move |o| as_booked(&book, stack.name, o[0], o[1])),
+            );
+        }
     }
     suite.cases.extend(cases.into_iter().map(|(name, boots, judge)| Case { name, boots, judge }));
     Ok(())
@@ -107,6 +151,11 @@ fn has_medians(under: &Outcome) -> Result<(), String> {
 fn has_apicv(alone: &Outcome, under: &Outcome) -> Result<(), String> {
     let below = vmx_flags(alone)?;
     shows(under, APICV.into_iter().filter(|flag| below.contains(flag)))
+}
+
+fn as_booked(book: &Book, name: &str, alone: &Outcome, under: &Outcome) -> Result<(), String> {
+    let figures = Figures::of(&alone.transcript, &under.transcript, None);
+    book.judge(name, &figures.ok_or_else(|| format!("{}: no figures of L3's boot", under.name))?)
 }
 
 fn adds_little(alone: &Outcome, under: &Outcome) -> Result<(), String> {
