@@ -8,12 +8,13 @@ use core::{fmt::Display, panic::PanicInfo};
 
 use l2_protocol::{Hex, Kind};
 use log::{LevelFilter, error, info, warn};
+use nvmx::addr::Hpa;
 use nvmx::boot::acpi::{self, AcpiError};
 use nvmx::boot::info::{InfoError, LoadedBy};
 use nvmx::boot::options::{Exit, Serial, StopOption};
 use nvmx::boot::requirements::{self, Missing};
 use nvmx::boot::{BootInfo, CpuList, FoundProcessor, Options, guest_image, identity, int15};
-use nvmx::hw::boot::{Handover, Settled};
+use nvmx::hw::boot::{Handover, SettleError, Settled};
 use nvmx::hw::epitaph::{self, Status};
 use nvmx::hw::{self, cpu, msr, serial};
 use nvmx::mm::GuestMemory;
@@ -29,8 +30,7 @@ fn main(handover: Handover) -> ! {
         requirements::is_virtual(&CpuId::new()) || handover.find_rsdp().is_some_and(|rsdp| acpi::is_emulator(&rsdp));
     epitaph::configure(Exit::Auto, emulated);
     let info = handover.info();
-    let parsed =
-        info.as_ref().map_or_else(|_| Ok(Default::default()), |info| Options::parse(info.lines.get(info.command_line)));
+    let parsed = info.as_ref().map_or_else(|_| Ok(Default::default()), |info| handover.options(info));
     let (serial, log) = parsed.as_ref().map_or((Serial::COM1, LevelFilter::Info), |(o, _)| (o.serial, o.log));
     serial::init(serial, log);
     let info = info.unwrap_or_else(|e| give_up(e));
@@ -91,7 +91,7 @@ fn processors_unknown(error: AcpiError, by: LoadedBy, options: &Options, process
 
 /// Puts the machine together: processors, memory types, L2's memory and image.
 fn assemble(home: Settled, info: &BootInfo, options: Options, processor: FoundProcessor) -> Machine {
-    let Settled { layout, frames, tables, phys } = home;
+    let Settled { layout, mut frames, tables, phys } = home;
     let own = layout.own;
     info!("nvmx lies at {own}, {} of {} frames free", frames.available(), frames.total());
     let strategy = identity::strategy(options.fields, &processor.vmx).unwrap_or_else(|e| give_up(e));
@@ -107,12 +107,14 @@ fn assemble(home: Settled, info: &BootInfo, options: Options, processor: FoundPr
     let mut guest_memory = info.memory.clone();
     guest_memory.set(own, RangeKind::Reserved).unwrap_or_else(|_| give_up(InfoError::TooManyRanges));
     let guest = GuestMemory::new(phys, own, processor.max_phys_addr);
-    let modules = info.modules.iter().map(|module| module.span);
-    if let Some(page) = int15::answer(&guest, &mut guest_memory, modules, hw::boot::int15::code()) {
-        info!("INT 15h tells L2 of its memory from {page}");
-    }
-    let start = guest_image::load(&guest, &guest_memory, &info.modules, &info.lines, rsdp.as_ref(), &info.extras)
-        .unwrap_or_else(|e| give_up(e));
+    let start = hw::boot::with_modules(info, &mut frames, phys, |modules| {
+        let spans = modules.iter().map(|module| module.span);
+        if let Some(page) = int15::answer(&guest, &mut guest_memory, spans, hw::boot::int15::code()) {
+            info!("INT 15h tells L2 of its memory from {page}");
+        }
+        guest_image::load(&guest, &guest_memory, modules, rsdp.as_ref(), &info.extras)
+    });
+    let start = start.unwrap_or_else(|e| give_up(SettleError::from(e))).unwrap_or_else(|e| give_up(e));
     Machine {
         options,
         memory: info.memory.clone(),
@@ -146,7 +148,9 @@ fn stop(mut machine: Machine) -> ! {
     machine.guest_memory.iter().for_each(|range| info!("memory of L2: {} {:?}", range.span, range.kind));
     let listed =
         machine.rsdp.as_ref().and_then(|rsdp| acpi::cpus(rsdp, &machine.phys).ok()).map_or(0, |cpus| cpus.len());
-    let Machine { memory, layout, frames, cpus, .. } = &machine;
+    let Machine { memory, layout, frames, cpus, start, phys, .. } = &machine;
+    let told = BootInfo::read(start.eax, Hpa::new(start.ebx.get()), phys);
+    let (line, (modules, text)) = told.map_or((0, (0, 0)), |told| (told.command_line.span().len(), told.to_keep()));
     let own = layout.own;
     serial::record(Kind::Check, |record| {
         record.add("name", &"machine");
@@ -162,7 +166,11 @@ fn stop(mut machine: Machine) -> ! {
         record.add("frames", &frames.total());
         record.add("others_kib", &(layout.others.len() >> 10));
         record.add("free", &frames.available());
-        record.add("entry", &Hex(machine.start.entry.get()));
+        record.add("entry", &Hex(start.entry.get()));
+        record.add("modules", &modules);
+        record.add("text", &text);
+        record.add("line", &line);
+        record.add("stack_left", &cpu::this().stack_left());
     });
     serial::record(Kind::End, |record| {
         record.add("status", &"pass");

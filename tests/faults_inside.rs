@@ -9,7 +9,7 @@ use core_support::failing::{Failing, FailingFrames, sweep};
 use ept_model::{Frames, KIB4, LARGE, WB, rules};
 use nvmx::addr::{Gpa, Hpa, Ngpa};
 use nvmx::boot::extras::Extras;
-use nvmx::boot::info::{CommandLines, Module, Modules};
+use nvmx::boot::info::Module;
 use nvmx::boot::{BootInfo, guest_image};
 use nvmx::emul::task_switch::{SegmentState, Source, State, SwitchFailure, switch};
 use nvmx::ept::{Ept01, Ept02, Eptp, MemoryType, Outcome, Qualification};
@@ -209,15 +209,14 @@ fn loading_l2() {
     map.add(Span::new(MIB, 6 * MIB), RangeKind::Usable).unwrap();
     map.set(OWN, RangeKind::Reserved).unwrap();
     memory.write_bytes(Hpa::new(3 * MIB), &image());
-    let mut lines = CommandLines::default();
-    let modules: Modules = [(3 * MIB, 0x200), (4 * MIB, 0x100)]
-        .map(|(at, len)| Module { span: Span::sized(at, len), command_line: lines.push("x").unwrap() })
-        .into_iter()
-        .collect();
+    let modules = [(3 * MIB, 0x200), (4 * MIB, 0x100)].map(|(at, len)| {
+        let span = Span::sized(at, len);
+        Module { span, place: span, command_line: b"x" }
+    });
     let failures = sweep(|k| {
         let failing = Failing::new(memory.clone(), Some(k));
         let guest = GuestMemory::new(&failing, OWN, 36);
-        if let Ok(start) = guest_image::load(&guest, &map, &modules, &lines, None, &Extras::default()) {
+        if let Ok(start) = guest_image::load(&guest, &map, &mut modules.clone(), None, &Extras::default()) {
             assert_eq!(start.entry, Gpa::new(u64::from(TO) + 32));
         }
         assert!(failing.memory.bytes(OWN.start(), 0x1000).iter().all(|byte| *byte == 0));
@@ -246,7 +245,11 @@ fn what_the_loader_says() {
         assert!(BootInfo::read(magic, Hpa::new(at), &memory).is_ok());
         sweep(|k| {
             let failing = Failing::new(memory.clone(), Some(k));
-            let _ = BootInfo::read(magic, Hpa::new(at), &failing);
+            if let Ok(info) = BootInfo::read(magic, Hpa::new(at), &failing) {
+                let (count, bytes) = info.to_keep();
+                let (mut modules, mut text) = (vec![Module::default(); count], vec![0; bytes]);
+                info.keep(&failing, &mut modules, &mut text);
+            }
             failing.accesses()
         });
     }

@@ -33,7 +33,7 @@ pub fn answer<P: PhysMem>(
 ) -> Option<Span> {
     let old = guest.read_u32(VECTOR).ok().filter(|old| *old != 0)?;
     let mut free = memory.clone();
-    occupied.into_iter().try_for_each(|span| free.set(span.outer_pages(), RangeKind::Reserved)).ok()?;
+    occupied.into_iter().for_each(|span| free.occupy(span.outer_pages()));
     let page = free.highest_free(PAGE_SIZE, PAGE_SIZE, LOW).filter(|_| code.len() as u64 <= DATA)?;
     let mut told = memory.clone();
     told.set(page, RangeKind::Reserved).ok()?;

@@ -7,7 +7,7 @@ use core::fmt;
 
 use crate::addr::{MIB, PAGE_SIZE};
 use crate::mm::frames::MAX_FRAMES;
-use crate::mm::{MemoryMap, Span, map::RangeKind};
+use crate::mm::{MemoryMap, Span};
 
 const ALIGN: u64 = 2 * MIB;
 /// Nothing of nvmx above it.
@@ -41,6 +41,8 @@ pub struct Need {
     pub gib_pages: bool,
     /// `frames=`: MiB of frames for all processors together.
     pub frames: Option<u32>,
+    /// Bytes that are needed at the start alone.
+    pub start: u64,
 }
 
 /// Where nvmx lies, and whose is what.
@@ -107,8 +109,7 @@ pub fn choose(
 ) -> Result<Layout, TooLittleMemory> {
     let usable = memory.usable_bytes();
     let mut free = memory.clone();
-    // A map that grows too long by this is refused like one without room: no place is known to be free.
-    let marked = occupied.into_iter().all(|span| free.set(span.outer_pages(), RangeKind::Reserved).is_ok());
+    occupied.into_iter().for_each(|span| free.occupy(span.outer_pages()));
     let below = Span::new(MIB, LIMIT);
     let largest = free.usable().map(|span| span.intersection(below).len()).max().unwrap_or(0);
 
@@ -116,13 +117,15 @@ pub fn choose(
     let least = LEAST_SHARE + tables;
     let most = MOST_SHARE + tables;
     let all = need.cpus.max(1);
-    let rest = |used: usize| PARKED_SHARE * all.saturating_sub(used) as u64 + COMMON + tables;
+    // At the start there is nothing composed yet.
+    let start = need.start.saturating_sub(LEAST_SHARE / 2).next_multiple_of(PAGE_SIZE);
+    let rest = |used: usize| PARKED_SHARE * all.saturating_sub(used) as u64 + COMMON + tables + start;
     let size = |used: usize, share: u64| (need.image + rest(used) + used as u64 * share).next_multiple_of(ALIGN);
     let error = TooLittleMemory { usable, needed: size(1, least), largest };
     let low = memory.usable().map(|span| span.intersection(below).len()).sum::<u64>();
     let together = (usable / MEMORY_PER_SHARES).min(low / LOW_MEMORY_PER_SHARES);
 
-    for used in (1..=need.wanted.clamp(1, all)).rev().filter(|_| marked) {
+    for used in (1..=need.wanted.clamp(1, all)).rev() {
         let mut share = match need.frames {
             Some(mib) => (u64::from(mib) * MIB).saturating_sub(rest(used)) / used as u64,
             None => (least + usable / MEMORY_PER_SHARE).min(together / used as u64).max(least),
@@ -153,6 +156,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::mm::map::RangeKind;
 
     fn map(ranges: &[(u64, u64)]) -> MemoryMap {
         let mut map = MemoryMap::new();
@@ -166,7 +170,7 @@ mod tests {
 
     /// A machine with so many processors, all of which are to run L2.
     fn cpus(cpus: usize) -> Need {
-        Need { image: IMAGE, cpus, wanted: cpus, gib_pages: true, frames: None }
+        Need { image: IMAGE, cpus, wanted: cpus, gib_pages: true, frames: None, start: 0 }
     }
 
     /// A machine with so many GiB, and its hole below 4 GiB.
@@ -188,6 +192,23 @@ mod tests {
         }
         shares.truncate(layout.used);
         shares
+    }
+
+    #[test]
+    fn what_is_needed_at_the_start_alone_is_there_and_nothing_for_what_is_usual() {
+        let memory = server(4);
+        let with = |start| choose(&memory, [], &Need { start, ..cpus(1) }).unwrap();
+        assert_eq!(with(0x1000), with(0));
+        assert!(with(5 * MIB).first.len() >= with(0).first.len() + 4 * MIB - ALIGN);
+        assert!(with(5 * MIB).own.len() > with(0).own.len());
+    }
+
+    #[test]
+    fn more_modules_than_a_map_has_ranges_are_all_kept_off() {
+        let apart = |n: u64| Span::sized(MIB + n * 0x3000, 0x1000);
+        let modules = || (0..1000).map(apart).chain([Span::sized(0x7000_0000, 0x1000)]);
+        let layout = choose(&server(4), modules(), &cpus(2)).unwrap();
+        assert!(modules().all(|module| !module.overlaps(layout.own)));
     }
 
     #[test]
@@ -287,7 +308,7 @@ mod tests {
             let memory = map(&ranges.iter().map(scale).collect::<Vec<_>>());
             let occupied: Vec<Span> = occupied.iter().map(scale).map(|(s, e)| Span::new(s, e)).collect();
             let image = image * PAGE_SIZE;
-            let need = Need { image, cpus, wanted, gib_pages, frames };
+            let need = Need { image, cpus, wanted, gib_pages, frames, start: 0 };
             if let Ok(layout) = choose(&memory, occupied.clone(), &need) {
                 let own = layout.own;
                 prop_assert!(memory.is_usable(own));

@@ -18,6 +18,7 @@ pub mod options;
 pub mod pvh;
 mod read;
 pub mod requirements;
+pub mod text;
 
 pub use info::BootInfo;
 pub use machine::CpuList;

@@ -6,8 +6,9 @@ use crate::{
     addr::Hpa,
     boot::{
         extras::Extras,
-        info::{BootInfo, InfoError, Module, read_text},
+        info::{BootInfo, InfoError, ListedModule, ModuleList, read_text},
         multiboot::layout,
+        text::Text,
     },
     mm::{PhysMem, Span, map::RangeKind},
 };
@@ -29,16 +30,17 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
         info.loader = read_text(pointer(layout::LOADER_NAME), memory).unwrap_or_default();
     }
     if flags & layout::HAS_COMMAND_LINE != 0 {
-        info.command_line = info.lines.read(pointer(layout::COMMAND_LINE), memory)?;
+        info.command_line = Text::find(pointer(layout::COMMAND_LINE), memory)?;
     }
     if flags & layout::HAS_MODULES != 0 {
-        let list = pointer(layout::MODULES).get();
-        for n in 0..u64::from(field(layout::MODULES_COUNT)) {
-            let entry = |offset| memory.read_u32(Hpa::new(list.wrapping_add(n * layout::MODULE_SIZE + offset)));
-            let span = Span::new(entry(0).into(), entry(4).into());
-            let command_line = info.lines.read(Hpa::new(entry(8).into()), memory)?;
-            info.modules.try_push(Module { span, command_line }).map_err(|_| InfoError::TooManyModules)?;
-        }
+        let (first, count) = (pointer(layout::MODULES).get(), field(layout::MODULES_COUNT));
+        info.list = ModuleList { first, end: first + layout::MODULE_SIZE * u64::from(count), count, named: false };
+    }
+    // QEMU puts the file's name in front of every command line, GRUB does not.
+    if info.loader.as_str() == "qemu" {
+        // No option has a slash; a folder's name may have a blank, but not in the list of modules.
+        info.command_line = info.command_line.without_path(memory);
+        info.list.named = true;
     }
     if flags & layout::HAS_MAP != 0 {
         read_map(&mut info, pointer(layout::MAP), field(layout::MAP_LENGTH).into(), memory)?;
@@ -49,6 +51,15 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
             info.memory.add_loaded(Span::sized(1 << 20, u64::from(field(layout::MEM_UPPER)) << 10), RangeKind::Usable);
     }
     Ok(info)
+}
+
+/// The module whose entry is at `at`, which becomes that of the next: start, end, command line, 32 bits each.
+pub(super) fn module(at: &mut u64, memory: &impl PhysMem) -> Result<ListedModule, InfoError> {
+    let entry = |offset| u64::from(memory.read_u32(Hpa::new(at.wrapping_add(offset))));
+    let span = Span::new(entry(0), entry(4));
+    let line = Text::find(Hpa::new(entry(8)), memory)?;
+    *at += layout::MODULE_SIZE;
+    Ok(ListedModule { span, line })
 }
 
 /// Entries: size of what follows (32 bits), base, length (64 bits each), type.

@@ -5,8 +5,9 @@
 use crate::{
     addr::{Hpa, PAGE_SIZE},
     boot::{
-        info::{BootInfo, InfoError, LoadedBy, Module, Rsdp, read_text},
+        info::{BootInfo, InfoError, ListedModule, LoadedBy, ModuleList, Rsdp, read_text},
         multiboot::tag,
+        text::Text,
     },
     mm::{PhysMem, Span, map::RangeKind},
 };
@@ -17,6 +18,9 @@ pub const BOOT_MAGIC: u32 = 0x36D7_6289;
 /// Longest information that is read, in bytes; longer ones are malformed.
 const MAX_SIZE: u64 = 0x10_0000;
 
+/// Bytes in front of the first tag, and of a tag's type and size.
+const HEAD: u64 = 8;
+
 /// Reads the boot information at `at`.
 pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
     let total = u64::from(memory.read_u32(at));
@@ -24,8 +28,9 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
         return Err(InfoError::Malformed("its size is not plausible"));
     }
     let mut info = BootInfo { protocol: LoadedBy::Multiboot2, ..BootInfo::default() };
+    info.list = ModuleList { first: at.get() + HEAD, end: at.get() + total, ..ModuleList::default() };
     let mut efi_map = None;
-    let mut offset = 8;
+    let mut offset = HEAD;
     while offset + 8 <= total {
         let field = |of: u64| Hpa::new(at.get().wrapping_add(offset + of));
         let (kind, size) = (memory.read_u32(field(0)), u64::from(memory.read_u32(field(4))));
@@ -34,13 +39,9 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
         }
         match kind {
             tag::END => break,
-            tag::COMMAND_LINE => info.command_line = info.lines.read(field(8), memory)?,
+            tag::COMMAND_LINE => info.command_line = Text::find(field(8), memory)?,
             tag::LOADER_NAME => info.loader = read_text(field(8), memory).unwrap_or_default(),
-            tag::MODULE => {
-                let span = Span::new(memory.read_u32(field(8)).into(), memory.read_u32(field(12)).into());
-                let command_line = info.lines.read(field(16), memory)?;
-                info.modules.try_push(Module { span, command_line }).map_err(|_| InfoError::TooManyModules)?;
-            }
+            tag::MODULE => info.list.count += 1,
             tag::MAP => {
                 let entry_size = u64::from(memory.read_u32(field(8)));
                 if entry_size < 24 {
@@ -68,6 +69,25 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
         read_efi_map(&mut info, at, length, entry, memory)?;
     }
     Ok(info)
+}
+
+/// The module of the first tag at or behind `at`, which becomes the place of the next tag. The tags were read before.
+pub(super) fn module(at: &mut u64, memory: &impl PhysMem) -> Result<ListedModule, InfoError> {
+    loop {
+        let field = |of: u64| Hpa::new(at.wrapping_add(of));
+        let word = |of: u64| u64::from(memory.read_u32(field(of)));
+        let (kind, size) = (memory.read_u32(field(0)), word(4));
+        let module = (kind == tag::MODULE)
+            .then(|| Ok(ListedModule { span: Span::new(word(8), word(12)), line: Text::find(field(16), memory)? }));
+        *at += size.next_multiple_of(8);
+        match module {
+            Some(module) => return module,
+            None if kind == tag::END || size < HEAD => {
+                return Err(InfoError::Malformed("it changed while it was read"));
+            }
+            None => {}
+        }
+    }
 }
 
 /// Descriptors of `entry` bytes: type (32 bits), at 8 the address, at 24 the number of 4 KiB pages, at 32 the attributes.

@@ -237,11 +237,12 @@ const ACCEPTED: [(&str, &str); 15] = [
 ];
 
 impl Options {
-    /// Parses words separated by blanks. A later word wins over an earlier one for the same option.
-    pub fn parse(command_line: &str) -> Result<(Self, UnknownWords), BadValue> {
+    /// Parses words. A later word wins over an earlier one for the same option.
+    pub fn parse(words: impl IntoIterator<Item = impl AsRef<str>>) -> Result<(Self, UnknownWords), BadValue> {
         let mut options = Self::default();
         let mut unknown = UnknownWords::default();
-        for word in command_line.split_ascii_whitespace() {
+        for word in words {
+            let word = word.as_ref();
             let (option, value) = word.split_once('=').unwrap_or((word, ""));
             let bad = |option, accepted| BadValue { option, value: shown(value), accepted };
             match option {
@@ -361,19 +362,23 @@ mod tests {
 
     use super::*;
 
+    fn parse(line: &str) -> Result<(Options, UnknownWords), BadValue> {
+        Options::parse(line.split_ascii_whitespace())
+    }
+
     #[test]
     fn an_empty_line_means_the_defaults() {
-        assert_eq!(Options::parse("  "), Ok(Default::default()));
+        assert_eq!(parse("  "), Ok(Default::default()));
     }
 
     #[test]
     fn every_accepted_value_parses() {
         for (option, accepted) in ACCEPTED {
             for value in accepted.split('|').filter(|value| *value != "...") {
-                assert!(Options::parse(&format!("{option}={value}")).is_ok(), "{option}={value}");
+                assert!(Options::parse([format!("{option}={value}")]).is_ok(), "{option}={value}");
             }
         }
-        let (all, unknown) = Options::parse(
+        let (all, unknown) = parse(
             "log=trace fields=trapped vmcs=memory cpus=3 frames=5 ept02=7 ept12=compare counters=all measure=off explain=off stale=warn trace=64 serial=com2 exit=none stop=cpus",
         )
         .unwrap();
@@ -402,7 +407,7 @@ mod tests {
 
     #[test]
     fn unknown_options_are_named_with_what_is_accepted_and_the_others_count() {
-        let (options, unknown) = Options::parse("quiet log=warn colour=red").unwrap();
+        let (options, unknown) = parse("quiet log=warn colour=red").unwrap();
         assert_eq!(options, Options { log: LevelFilter::Warn, ..Options::default() });
         assert_eq!(
             unknown.to_string(),
@@ -411,13 +416,13 @@ mod tests {
              ept02=auto|0|1|2|..., ept12=watch|compare, counters=kernel|all, measure=on|off, explain=on|off, stale=off|warn, trace=off|1|2|3|..., serial=com1|com2|0x2f8|0x3f8,9600|...|none, \
              exit=auto|none|ports, stop=never|cpus"
         );
-        let (_, many) = Options::parse("a b c d e f g h i j").unwrap();
+        let (_, many) = parse("a b c d e f g h i j").unwrap();
         assert!(many.to_string().contains("'h' and 2 more; "), "{many}");
     }
 
     #[test]
     fn the_serial_port_is_a_name_or_an_address_with_a_rate() {
-        let parsed = |text: &str| Options::parse(&format!("serial={text}")).map(|(options, _)| options.serial).ok();
+        let parsed = |text: &str| parse(&format!("serial={text}")).map(|(options, _)| options.serial).ok();
         let at = |port, divisor| Some(Serial { port: Some(port), divisor });
         assert_eq!(parsed("com1"), Some(Serial::COM1));
         assert_eq!(parsed("com2,9600"), at(0x2F8, 12));
@@ -433,16 +438,16 @@ mod tests {
 
     #[test]
     fn a_bad_value_is_named_with_what_is_accepted() {
-        let text = Options::parse("fields=fast").unwrap_err().to_string();
+        let text = parse("fields=fast").unwrap_err().to_string();
         assert_eq!(text, "bad value 'fast' for option 'fields': accepted is fields=auto|zero-copy|trapped");
-        assert!(Options::parse("log").is_err());
-        assert!(Options::parse("log=").is_err());
+        assert!(parse("log").is_err());
+        assert!(parse("log=").is_err());
     }
 
     proptest! {
         #[test]
         fn any_line_parses_or_gives_an_error_with_text(line in "\\PC{0,200}") {
-            if let Err(error) = Options::parse(&line) {
+            if let Err(error) = parse(&line) {
                 prop_assert!(!error.to_string().is_empty());
             }
         }

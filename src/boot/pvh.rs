@@ -4,7 +4,10 @@
 
 use crate::{
     addr::Hpa,
-    boot::info::{BootInfo, InfoError, LoadedBy, Module},
+    boot::{
+        info::{BootInfo, InfoError, ListedModule, LoadedBy, ModuleList},
+        text::Text,
+    },
     mm::{PhysMem, Span, map::RangeKind},
 };
 
@@ -13,6 +16,9 @@ pub const START_MAGIC: u32 = 0x336E_C578;
 
 /// Longest memory map that is read; longer ones are malformed.
 const MAX_MAP_ENTRIES: u64 = 1024;
+
+/// Bytes of an entry of the module list.
+const MODULE_SIZE: u64 = 32;
 
 /// Reads the start information at `at`.
 pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
@@ -26,15 +32,9 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
         return Err(InfoError::NoMemoryMap);
     }
     let mut info = BootInfo { protocol: LoadedBy::Pvh, ..BootInfo::default() };
-    info.command_line = info.lines.read(quad(24), memory)?;
-
-    let list = quad(16).get();
-    for n in 0..u64::from(word(12)) {
-        let entry = |offset| memory.read_u64(Hpa::new(list.wrapping_add(n * 32 + offset)));
-        let span = Span::sized(entry(0), entry(8));
-        let command_line = info.lines.read(Hpa::new(entry(16)), memory)?;
-        info.modules.try_push(Module { span, command_line }).map_err(|_| InfoError::TooManyModules)?;
-    }
+    info.command_line = Text::find(quad(24), memory)?;
+    let (first, count) = (quad(16).get(), word(12));
+    info.list = ModuleList { first, end: first.saturating_add(MODULE_SIZE * u64::from(count)), count, named: false };
 
     let map = quad(40).get();
     let entries = u64::from(word(48));
@@ -54,4 +54,13 @@ pub fn read(at: Hpa, memory: &impl PhysMem) -> Result<BootInfo, InfoError> {
         info.rsdp = Some(bytes.into());
     }
     Ok(info)
+}
+
+/// The module whose entry is at `at`, which becomes that of the next: address, bytes, command line, a reserved word, 64 bits each.
+pub(super) fn module(at: &mut u64, memory: &impl PhysMem) -> Result<ListedModule, InfoError> {
+    let entry = |offset| memory.read_u64(Hpa::new(at.wrapping_add(offset)));
+    let span = Span::sized(entry(0), entry(8));
+    let line = Text::find(Hpa::new(entry(16)), memory)?;
+    *at = at.wrapping_add(MODULE_SIZE);
+    Ok(ListedModule { span, line })
 }

@@ -1,13 +1,20 @@
 //! Reading the loader's information, in whichever format.
 
+use core::mem;
+
 use crate::{
     addr::Hpa,
     boot::{
-        info::{BootInfo, InfoError},
+        info::{BootInfo, InfoError, ListedModule, LoadedBy, Module, ModuleList},
         multiboot1, multiboot2, pvh,
     },
-    mm::PhysMem,
+    mm::{PhysMem, Span},
 };
+
+/// More modules are no list that a loader made.
+const MOST_MODULES: u32 = 1 << 16;
+/// All their command lines together.
+const MOST_TEXT: u64 = 16 << 20;
 
 impl BootInfo {
     /// Reads the information at `at`; `magic` says in which format it is.
@@ -21,16 +28,66 @@ impl BootInfo {
         if info.memory.usable_bytes() == 0 {
             return Err(InfoError::NoMemoryMap);
         }
-        // QEMU puts the file's name in front of every command line, GRUB does not.
-        if info.loader.as_str() == "qemu" {
-            let lines = &info.lines;
-            let path = lines.get(info.command_line).rfind('/').unwrap_or(0);
-            // No option has a slash; a folder's name may have a blank, but not in the list of modules.
-            info.command_line = lines.without_file_name(info.command_line, path);
-            info.modules.iter_mut().for_each(|m| m.command_line = lines.without_file_name(m.command_line, 0));
+        if info.list.count > MOST_MODULES {
+            return Err(InfoError::Malformed("it lists more than 65,536 modules"));
+        }
+        for module in listed(info.protocol, info.list, memory) {
+            info.text += module?.line.span().len();
+            if info.text > MOST_TEXT {
+                return Err(InfoError::Malformed("the command lines of its modules have more than 16 MiB"));
+            }
         }
         Ok(info)
     }
+
+    /// The modules in the loader's order; the first is L2.
+    pub fn modules(&self, memory: &impl PhysMem) -> impl Iterator<Item = ListedModule> {
+        listed(self.protocol, self.list, memory).flatten()
+    }
+
+    /// What must stay as it is until [`Self::keep`], but for the modules themselves.
+    pub fn in_use(&self, memory: &impl PhysMem) -> impl Iterator<Item = Span> {
+        let lines = self.modules(memory).map(|module| module.line.span());
+        lines.chain([self.command_line.span(), Span::new(self.list.first, self.list.end)])
+    }
+
+    /// How many modules [`Self::keep`] needs room for, and how many bytes of text.
+    pub const fn to_keep(&self) -> (usize, usize) {
+        (self.list.count as usize, self.text as usize)
+    }
+
+    /// Copies the list to `modules` and its command lines to `text`, as much as there is room for. The loader's memory is not needed
+    /// any more.
+    pub fn keep<'a>(&self, memory: &impl PhysMem, modules: &mut [Module<'a>], mut text: &'a mut [u8]) {
+        for (kept, ListedModule { span, line }) in modules.iter_mut().zip(self.modules(memory)) {
+            let Some((room, rest)) = mem::take(&mut text).split_at_mut_checked(line.span().len() as usize) else {
+                return;
+            };
+            memory.read_bytes(Hpa::new(line.span().start()), room);
+            *kept = Module { span, place: span, command_line: room };
+            text = rest;
+        }
+    }
+}
+
+/// Reads a list module by module.
+fn listed(
+    protocol: LoadedBy,
+    list: ModuleList,
+    memory: &impl PhysMem,
+) -> impl Iterator<Item = Result<ListedModule, InfoError>> {
+    let mut at = list.first;
+    (0..list.count).map(move |_| {
+        let mut module = match protocol {
+            LoadedBy::Multiboot1 => multiboot1::module(&mut at, memory),
+            LoadedBy::Multiboot2 => multiboot2::module(&mut at, memory),
+            LoadedBy::Pvh => pvh::module(&mut at, memory),
+        }?;
+        if list.named {
+            module.line = module.line.without_file_name(memory);
+        }
+        Ok(module)
+    })
 }
 
 #[cfg(test)]
@@ -38,7 +95,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::boot::info::{CommandLines, MAX_COMMAND_LINES, MAX_MODULES};
+    use crate::boot::text::Text;
     use crate::mm::{Span, map::RangeKind, phys::VecMem};
 
     /// Memory with 32-bit words at addresses, and bytes at others.
@@ -52,6 +109,21 @@ mod tests {
             memory.write_bytes(Hpa::new(*at), text.as_bytes());
         }
         memory
+    }
+
+    /// The modules as they are kept, with their command lines.
+    fn kept(info: &BootInfo, memory: &VecMem) -> Vec<(Span, String)> {
+        let (count, bytes) = info.to_keep();
+        let mut text = vec![0; bytes];
+        let mut modules = vec![Module::default(); count];
+        info.keep(memory, &mut modules, &mut text);
+        let text = |module: &Module<'_>| String::from_utf8(module.command_line.to_vec()).unwrap();
+        modules.iter().map(|module| (module.span, text(module))).collect()
+    }
+
+    /// The words of nvmx's own command line.
+    fn own_words(info: &BootInfo, memory: &VecMem) -> Vec<String> {
+        info.command_line.words(memory).map(|word| word.to_string()).collect()
     }
 
     fn usable(info: &BootInfo) -> Vec<Span> {
@@ -69,29 +141,36 @@ mod tests {
         let map = [20, 0, 0, 0x9_F000, 0, 1, 20, 0x10_0000, 0, 0x700_0000, 0, 1];
         let memory = memory(&[(0x1000, &fixed), (0x3000, &[0x20_0000, 0x20_1000, 0x2100, 0]), (0x4000, &map)], &TEXTS);
         let info = BootInfo::read(multiboot1::BOOT_MAGIC, Hpa::new(0x1000), &memory).unwrap();
-        assert_eq!(info.lines.get(info.command_line), "log=warn");
-        assert_eq!(info.lines.get(info.modules[0].command_line), "a /b");
-        assert_eq!(info.modules[0].span, Span::new(0x20_0000, 0x20_1000));
+        assert_eq!(own_words(&info, &memory), ["log=warn"]);
+        assert_eq!(kept(&info, &memory), [(Span::new(0x20_0000, 0x20_1000), "a /b".to_string())]);
         assert_eq!(usable(&info), [Span::new(0, 0x9_F000), Span::sized(0x10_0000, 0x700_0000)]);
     }
 
     #[test]
     fn file_names_go_whatever_they_look_like_and_options_stay() {
-        let stripped = |text: &str, from| {
-            let mut lines = CommandLines::default();
-            lines.push("before").unwrap();
-            let line = lines.push(text).unwrap();
-            lines.push("behind").unwrap();
-            let line = lines.get(lines.without_file_name(line, from));
-            line.to_string()
+        let text_at = |text: &str| {
+            let memory = VecMem::new(0x100);
+            memory.write_bytes(Hpa::new(0x10), text.as_bytes());
+            (Text::find(Hpa::new(0x10), &memory).unwrap(), memory)
         };
-        assert_eq!(stripped("nvmx log=debug", 0), "log=debug");
-        assert_eq!(stripped("nvmx ", 0), "");
-        assert_eq!(stripped("nvmx", 0), "");
-        assert_eq!(stripped("", 7), "");
-        assert_eq!(stripped("/a b/nvmx  log=debug fields=auto", 4), "log=debug fields=auto");
+        let of = |text: Text, memory: &VecMem| {
+            String::from_utf8(memory.bytes(text.span().start(), text.span().len() as usize)).unwrap()
+        };
+        let own = |text: &str| {
+            let (text, memory) = text_at(text);
+            of(text.without_path(&memory), &memory)
+        };
+        let of_a_module = |text: &str| {
+            let (text, memory) = text_at(text);
+            of(text.without_file_name(&memory), &memory)
+        };
+        assert_eq!(own("nvmx log=debug"), "log=debug");
+        assert_eq!(own("nvmx "), "");
+        assert_eq!(of_a_module("nvmx"), "");
+        assert_eq!(own(""), "");
+        assert_eq!(own("/a b/nvmx  log=debug fields=auto"), "log=debug fields=auto");
         // A module's words may have slashes.
-        assert_eq!(stripped("bzImage root=/dev/sda ro", 0), "root=/dev/sda ro");
+        assert_eq!(of_a_module("bzImage root=/dev/sda ro"), "root=/dev/sda ro");
     }
 
     #[test]
@@ -114,9 +193,8 @@ mod tests {
         );
         memory.write_bytes(Hpa::new(0x1040), &[3, 0, 0, 0, 18, 0, 0, 0, 0, 0x10, 0, 0, 0, 0x20, 0, 0, b'm']);
         let info = BootInfo::read(multiboot2::BOOT_MAGIC, Hpa::new(0x1000), &memory).unwrap();
-        assert_eq!(info.lines.get(info.command_line), "a b c");
-        assert_eq!(info.modules[0].span, Span::new(0x1000, 0x2000));
-        assert_eq!(info.lines.get(info.modules[0].command_line), "m");
+        assert_eq!(own_words(&info, &memory), ["a", "b", "c"]);
+        assert_eq!(kept(&info, &memory), [(Span::new(0x1000, 0x2000), "m".to_string())]);
         assert_eq!(usable(&info), [Span::new(0, 0x10_0000)]);
     }
 
@@ -180,44 +258,72 @@ mod tests {
         let map = [0, 0, 0x9_F000, 0, 1, 0, 0x10_0000, 0, 0x700_0000, 0, 2, 0];
         let memory = memory(&[(0x1000, &start), (0x3000, &list), (0x4000, &map)], &TEXTS);
         let info = BootInfo::read(pvh::START_MAGIC, Hpa::new(0x1000), &memory).unwrap();
-        assert_eq!(info.lines.get(info.command_line), "/my files/nvmx log=warn");
-        assert_eq!(info.modules[0].span, Span::new(0x20_0000, 0x20_1000));
+        assert_eq!(own_words(&info, &memory), ["/my", "files/nvmx", "log=warn"]);
+        assert_eq!(kept(&info, &memory), [(Span::new(0x20_0000, 0x20_1000), "l2 a /b".to_string())]);
         let kinds: Vec<_> = info.memory.iter().map(|r| r.kind).collect();
         assert_eq!(kinds, [RangeKind::Usable, RangeKind::Reserved]);
     }
 
-    /// Information with so many modules, each with a command line of so many bytes.
-    fn with_modules(count: u32, bytes: usize) -> Result<BootInfo, InfoError> {
+    /// Information of multiboot with so many modules, each with this command line.
+    fn with_modules(count: u32, line: &[u8]) -> VecMem {
+        let list: Vec<u32> = (0..count).flat_map(|n| [n * 0x1000, n * 0x1000 + 0x800, 0x1100, 0]).collect();
+        let memory = VecMem::new(0x20_0000 + list.len() * 4);
         let mut fixed = [0u32; 22];
         fixed[0] = 1 << 0 | 1 << 3;
-        (fixed[1], fixed[2], fixed[5], fixed[6]) = (640, 1024, count, 0x2000);
-        let list: Vec<u32> =
-            (0..count).flat_map(|n| [0x20_0000 + n * 0x1000, 0x20_0800 + n * 0x1000, 0x3000, 0]).collect();
-        let memory = memory(&[(0x1000, &fixed), (0x2000, &list)], &[(0x3000, &"x".repeat(bytes))]);
-        BootInfo::read(multiboot1::BOOT_MAGIC, Hpa::new(0x1000), &memory)
+        (fixed[1], fixed[2], fixed[5], fixed[6]) = (640, 1024, count, 0x20_0000);
+        memory.write_bytes(Hpa::new(0x1000), fixed.map(u32::to_le_bytes).as_flattened());
+        memory.write_bytes(Hpa::new(0x1100), line);
+        let list: Vec<u8> = list.into_iter().flat_map(u32::to_le_bytes).collect();
+        memory.write_bytes(Hpa::new(0x20_0000), &list);
+        memory
     }
 
     #[test]
-    fn more_modules_and_longer_command_lines_than_nvmx_takes_are_refused_and_never_cut() {
-        let each = MAX_COMMAND_LINES / MAX_MODULES;
-        let most = with_modules(MAX_MODULES as u32, each).unwrap();
-        assert_eq!(most.modules.len(), MAX_MODULES);
-        assert!(most.modules.iter().all(|module| most.lines.get(module.command_line) == "x".repeat(each)));
-        assert_eq!(with_modules(MAX_MODULES as u32 + 1, 10).unwrap_err(), InfoError::TooManyModules);
-        assert_eq!(with_modules(MAX_MODULES as u32, each + 1).unwrap_err(), InfoError::CommandLinesTooLong);
-        let longest = with_modules(1, MAX_COMMAND_LINES).unwrap();
-        assert_eq!(longest.lines.get(longest.modules[0].command_line).len(), MAX_COMMAND_LINES);
-        assert_eq!(with_modules(1, MAX_COMMAND_LINES + 1).unwrap_err(), InfoError::CommandLinesTooLong);
+    fn modules_and_command_lines_of_any_number_and_length_are_kept() {
+        for (count, bytes) in [(0, 0), (1, 100_000), (1, 1 << 20), (1000, 1000), (1 << 16, 10)] {
+            let memory = with_modules(count, &vec![b'x'; bytes]);
+            let info = BootInfo::read(multiboot1::BOOT_MAGIC, Hpa::new(0x1000), &memory).unwrap();
+            assert_eq!(info.to_keep(), (count as usize, count as usize * bytes));
+            let kept = kept(&info, &memory);
+            assert!(kept.iter().all(|(_, line)| *line == "x".repeat(bytes)));
+            let spans = (0..u64::from(count)).map(|n| Span::sized(n * 0x1000, 0x800));
+            assert!(spans.eq(kept.iter().map(|(span, _)| *span)), "{count}");
+        }
+    }
+
+    #[test]
+    fn what_lists_the_modules_is_known_to_be_in_use() {
+        let memory = with_modules(3, b"x y");
+        let info = BootInfo::read(multiboot1::BOOT_MAGIC, Hpa::new(0x1000), &memory).unwrap();
+        let in_use: Vec<_> = info.in_use(&memory).filter(|span| !span.is_empty()).collect();
+        assert_eq!(in_use, [[Span::sized(0x1100, 3); 3].as_slice(), &[Span::sized(0x20_0000, 48)]].concat());
+    }
+
+    #[test]
+    fn words_of_any_length_are_told_apart_and_none_is_taken_for_another() {
+        let long = format!("frames={}1", "0".repeat(56));
+        let longer = format!("frames={}12", "0".repeat(56));
+        let memory = VecMem::new(0x1000);
+        memory.write_bytes(Hpa::new(0x7B), format!(" \ta  {long} {longer} \u{e4}\n").as_bytes());
+        let words: Vec<_> = Text::find(Hpa::new(0x7B), &memory).unwrap().words(&memory).collect();
+        let [a, kept, cut, foreign] = &words[..] else { panic!("{words:?}") };
+        assert_eq!([a, kept, foreign].map(|word| word.as_str()), ["a", long.as_str(), "??"]);
+        assert_eq!(cut.as_str(), format!("{}…", &longer[..61]));
     }
 
     #[test]
     fn information_that_nvmx_cannot_use_is_refused() {
-        let memory = memory(&[(0x1000, &[1 << 2, 0, 0, 0, 0x3000])], &[(0x3000, &"x".repeat(MAX_COMMAND_LINES + 1))]);
-        let read = |magic, at| BootInfo::read(magic, Hpa::new(at), &memory).unwrap_err();
-        assert_eq!(read(0x1234, 0), InfoError::UnknownProtocol(0x1234));
-        assert_eq!(read(multiboot1::BOOT_MAGIC, 0x7000), InfoError::NoMemoryMap);
-        assert_eq!(read(multiboot1::BOOT_MAGIC, 0x1000), InfoError::CommandLinesTooLong);
-        assert!(matches!(read(pvh::START_MAGIC, 0x7000), InfoError::Malformed(_)));
+        let read = |magic, at, memory: &VecMem| BootInfo::read(magic, Hpa::new(at), memory).unwrap_err();
+        let endless = |line| read(multiboot1::BOOT_MAGIC, 0x1000, &with_modules(1, &vec![b'x'; line])).to_string();
+        let memory = with_modules(1, b"x");
+        assert_eq!(read(0x1234, 0, &memory), InfoError::UnknownProtocol(0x1234));
+        assert_eq!(read(multiboot1::BOOT_MAGIC, 0x7000, &memory), InfoError::NoMemoryMap);
+        assert!(matches!(read(pvh::START_MAGIC, 0x7000, &memory), InfoError::Malformed(_)));
+        assert!(endless(0x10_1000).contains("does not end within 1 MiB"));
+        let many = read(multiboot1::BOOT_MAGIC, 0x1000, &with_modules((1 << 16) + 1, b""));
+        assert!(many.to_string().contains("more than 65,536 modules"), "{many}");
+        let much = read(multiboot1::BOOT_MAGIC, 0x1000, &with_modules(17, &[b'x'; 1 << 20]));
+        assert!(much.to_string().contains("more than 16 MiB"), "{much}");
     }
 
     proptest! {
@@ -232,7 +338,13 @@ mod tests {
             bytes.extend([0; 64]);
             let magic = [multiboot1::BOOT_MAGIC, multiboot2::BOOT_MAGIC, pvh::START_MAGIC][which];
             if which == 2 { bytes[..4].copy_from_slice(&magic.to_le_bytes()) }
-            let _ = BootInfo::read(magic, Hpa::new(0), &VecMem::from_bytes(bytes));
+            let memory = VecMem::from_bytes(bytes);
+            if let Ok(info) = BootInfo::read(magic, Hpa::new(0), &memory) {
+                let (count, bytes) = info.to_keep();
+                prop_assert_eq!(info.modules(&memory).count(), count);
+                let length = |span: Span| span.len() as usize;
+                prop_assert_eq!(info.modules(&memory).map(|module| length(module.line.span())).sum::<usize>(), bytes);
+            }
         }
     }
 }

@@ -206,7 +206,12 @@ impl PerCpu {
         }
     }
 
-    /// Bytes of the main stack that were written since [`PerCpu::clear_unused_stack`]: how deep it went.
+    /// Bytes of the main stack that were never written yet, which holds until [`PerCpu::clear_unused_stack`].
+    pub fn stack_left(&self) -> u64 {
+        MAIN_STACK - self.stack_used()
+    }
+
+    /// Bytes of the main stack that were written since [`PerCpu::clear_unused_stack`], or since the start: how deep it went.
     pub fn stack_used(&self) -> u64 {
         let end = self.main_stack_end();
         // SAFETY: the stack is mapped from end to top.

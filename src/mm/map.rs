@@ -20,7 +20,7 @@ pub const MOST_TOLD: usize = 128;
 const _: () = assert!(MOST_LOADED + 2 * 3 <= MOST_TOLD && MOST_TOLD <= MAX_RANGES);
 
 /// A span of physical addresses, `start .. end`. L2 is mapped one to one, so a span means the same to nvmx and to L2.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Hash)]
 pub struct Span {
     start: u64,
     end: u64,
@@ -206,6 +206,17 @@ impl MemoryMap {
     /// Makes `span` of one kind, whatever was there.
     pub fn set(&mut self, span: Span, kind: RangeKind) -> Result<(), TooManyRanges> {
         self.paint(span, |_| Some(kind))
+    }
+
+    /// Takes `span` out of a map that is only asked for free memory. Where there are too many ranges for that, the smallest pieces of
+    /// usable memory go too.
+    pub fn occupy(&mut self, span: Span) {
+        while self.remove(span).is_err() {
+            match self.usable().min_by_key(|usable| usable.len()) {
+                Some(smallest) => self.ranges.retain(|range| range.span != smallest),
+                None => self.ranges.clear(),
+            }
+        }
     }
 
     /// Takes `span` out of the map.

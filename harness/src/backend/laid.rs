@@ -355,10 +355,11 @@ mod tests {
             assert_eq!(laid.entry, ENTRY);
             let memory = Read(&laid.memory);
             let info = BootInfo::read(pvh::START_MAGIC, Hpa::new(START_INFO), &memory).unwrap();
-            assert_eq!(info.lines.get(info.command_line), "log=info stop=cpus");
+            let words: Vec<_> = info.command_line.words(&memory).collect();
+            assert_eq!(words.iter().map(|word| word.as_str()).collect::<Vec<_>>(), ["log=info", "stop=cpus"]);
             let end = u64::from(mib.min(3072)) * MIB;
-            assert_eq!((info.modules.len(), info.lines.get(info.modules[0].command_line)), (1, ""));
-            assert_eq!(info.modules[0].span, Span::sized(end - 0x2000, 5000));
+            let modules: Vec<_> = info.modules(&memory).map(|module| (module.span, module.line.span().len())).collect();
+            assert_eq!(modules, [(Span::sized(end - 0x2000, 5000), 0)]);
             let mut bytes = [0; 8];
             memory.read_bytes(Hpa::new(end - 0x2000), &mut bytes);
             assert_eq!((bytes, info.given_up), ([9; 8], 0));

@@ -33,6 +33,9 @@ struct Row {
     cpus: u32,
     memory: u32,
     options: &'static str,
+    /// Modules of L2 beside its image, and the bytes of its own command line
+    modules: u32,
+    line: usize,
 }
 
 const PC: Row = Row {
@@ -44,6 +47,8 @@ const PC: Row = Row {
     cpus: 1,
     memory: 1024,
     options: "",
+    modules: 0,
+    line: 0,
 };
 
 /// What starts PVH kernels without firmware and without a loader; QEMU's own tables are not there.
@@ -87,7 +92,20 @@ const BLIND: Row = Row {
     cpus: 2,
     memory: 1024,
     options: "",
+    modules: 0,
+    line: 0,
 };
+
+/// More modules and longer command lines than anybody uses. QEMU's words must fit into an argument of 128 KiB.
+#[rustfmt::skip]
+const MANY: [Row; 3] = [
+    Row { name: "QEMU's multiboot on a pc", modules: 300, line: 20_000, ..PC },
+    Row { name: "GRUB's multiboot and a BIOS on a pc", loader: Loader::Bios, modules: 300, line: 20_000, ..PC },
+    Row { name: "GRUB's multiboot2 and UEFI on a q35", board: Board::Q35, loader: Loader::Uefi, protocol: Protocol::Multiboot2,
+        modules: 300, line: 20_000, ..PC },
+];
+/// The command line of each of those modules.
+const OF_A_MODULE: &str = "one of many";
 
 /// Adds the boots and cases.
 ///
@@ -100,8 +118,10 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
         setup::tcg::set_up(&session.ui)?
     };
     let pvh = session.paths.target.join("nvmx/fixtures/nvmx-by-pvh");
+    let small = session.paths.target.join("nvmx/fixtures/small-module");
     if !session.dry {
         std::fs::write(&pvh, without_multiboot(std::fs::read(&session.images.nvmx)?)?)?;
+        std::fs::write(&small, "a small module")?;
     }
     let mut add = |row: &Row, name: String, judge: Judge| {
         let boot = format!("firmware-{}", suite.cases.len());
@@ -110,13 +130,17 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
         let kernel = Payload::new(kernel, format!("log=info stop=cpus {}", row.options).trim_end());
         // QEMU hands one module on by PVH, without a command line, and so do the others.
         let args = if row.protocol == Protocol::Pvh { "" } else { "events=50" };
-        let module = session.images.guest("cascade").map(|guest| Payload::new(guest, args));
+        // GRUB takes words of less than 8 KiB.
+        let args = [args, &"123456789 ".repeat(row.line / 10)].join(" ");
+        let more = std::iter::repeat_n(Payload::new(&small, OF_A_MODULE), row.modules as usize);
+        let modules =
+            session.images.guest("cascade").map(|guest| [Payload::new(guest, args.trim())].into_iter().chain(more));
         let machine = Machine { memory: row.memory, cpus: row.cpus, model: "max".into() };
-        let spec = module.map(|module| Spec {
+        let spec = modules.map(|modules| Spec {
             protocol: row.protocol,
             machine,
             timeout: SOON,
-            ..session.spec(boot.clone(), kernel, vec![module])
+            ..session.spec(boot.clone(), kernel, modules.collect())
         });
         suite.boots.insert(boot.clone(), spec.map_err(|e| format!("{e:#}")));
         let backend = Tcg { tools: tools.clone(), board: row.board, loader: row.loader, port: row.port };
@@ -127,6 +151,10 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
     for row in &ROWS {
         let (cpus, memory) = (row.cpus, row.memory);
         add(row, format!("nvmx starts {}", row.name), Box::new(move |o| found(o[0], cpus, memory)));
+    }
+    for row in &MANY {
+        let name = format!("hundreds of modules and a command line of 20,000 bytes reach L2 by {}", row.name);
+        add(row, name, Box::new(move |o| handed_on(o[0], row)));
     }
     for row in &MUTE {
         add(row, format!("nvmx starts {}", row.name), Box::new(|o| mute(o[0])));
@@ -189,6 +217,22 @@ fn found(outcome: &Outcome, cpus: u32, memory: u32) -> Result<(), String> {
         return Err(format!("{frames} frames, {used} CPUs for L2, entry {:?}", said.get("entry")));
     }
     Ok(())
+}
+
+/// L2's boot information has all modules, and each command line as long as it was.
+fn handed_on(outcome: &Outcome, row: &Row) -> Result<(), String> {
+    let said = machine(outcome)?;
+    let (modules, text) = (number(said, "modules")?, number(said, "text")?);
+    let (row_modules, lines) = (u64::from(row.modules), OF_A_MODULE.len() as u64);
+    if (modules, text) != (row_modules, row_modules * lines) {
+        return Err(format!(
+            "L2 finds {modules} modules with {text} bytes of command lines, of {row_modules} with {lines} each"
+        ));
+    }
+    match number(said, "line")? {
+        length if length == ("events=50 ".len() + row.line - 1) as u64 => Ok(()),
+        length => Err(format!("L2's command line has {length} bytes")),
+    }
 }
 
 fn mute(outcome: &Outcome) -> Result<(), String> {

@@ -178,7 +178,9 @@ fn judge<'a>(case: &'a Case, done: &BTreeMap<&str, Result<Outcome, String>>) -> 
     }
     Verdict {
         case,
-        result: problem.map_or_else(|| (case.judge)(&outcomes), Err),
+        result: problem
+            .or_else(|| outcomes.iter().find_map(|outcome| shallow(outcome)))
+            .map_or_else(|| (case.judge)(&outcomes), Err),
         folders: outcomes.iter().map(|o| o.folder.display().to_string()).collect(),
         seconds: outcomes.iter().fold(0.0, |sum, o| sum + o.took.as_secs_f64()),
     }
@@ -190,6 +192,14 @@ pub fn all_pass(outcomes: &[&Outcome]) -> Result<(), String> {
         outcome.verdict().map_err(|e| format!("{}: {e}", outcome.name))?;
     }
     Ok(())
+}
+
+/// Whether the start of nvmx went so deep into its stack that another compiler might overflow it.
+fn shallow(outcome: &Outcome) -> Option<String> {
+    outcome
+        .transcript
+        .a_line_has(messages::LITTLE_STACK)
+        .then(|| format!("{}: nvmx had next to no stack left", outcome.name))
 }
 
 /// The machine ended by itself, nothing passed, and one of the lines has all of these texts.

@@ -6,7 +6,7 @@ use crate::addr::Gpa;
 use crate::boot::extras::{APM_SIZE, Extras, Framebuffer, MAX_COLOURS, MAX_DRIVES, MAX_TAGS, VBE_BLOCKS};
 use crate::boot::guest_image::plan::INFO_SIZE;
 use crate::boot::guest_image::{LoadError, Protocol};
-use crate::boot::info::{CommandLines, MAX_COMMAND_LINES, MAX_MODULES, Module, Rsdp};
+use crate::boot::info::{Module, Rsdp};
 use crate::boot::multiboot::{layout, tag};
 use crate::mm::map::MAX_RANGES;
 use crate::mm::{GuestMemory, MemoryMap, PhysMem, Span};
@@ -15,24 +15,20 @@ use crate::mm::{GuestMemory, MemoryMap, PhysMem, Span};
 const LOADER: &str = "nvmx";
 const MAP_ENTRY: u64 = 24;
 
-// The largest boot information of either protocol fits: headers and tags, modules with command lines, the map, the RSDP,
-// what is handed on.
+// The largest boot information of either protocol fits, without the text of modules: headers and tags, the map, the RSDP, what is
+// handed on.
 const _: () = {
-    // Of each an entry or a tag, the zero behind its command line and what aligns it.
-    let modules = MAX_MODULES as u64 * (16 + 1 + 8);
     let extras = (MAX_DRIVES + APM_SIZE + VBE_BLOCKS + MAX_COLOURS + MAX_TAGS) as u64;
-    assert!(1024 + MAX_COMMAND_LINES as u64 + modules + MAX_RANGES as u64 * MAP_ENTRY + extras <= INFO_SIZE);
+    assert!(1024 + MAX_RANGES as u64 * MAP_ENTRY + extras <= INFO_SIZE);
 };
 
 /// What L2 is told.
 #[derive(Clone, Copy, Debug)]
 pub struct Told<'a> {
     /// Its command line.
-    pub command_line: &'a str,
+    pub command_line: &'a [u8],
     /// Its modules.
-    pub modules: &'a [Module],
-    /// Their command lines.
-    pub lines: &'a CommandLines,
+    pub modules: &'a [Module<'a>],
     /// Its memory map.
     pub memory: &'a MemoryMap,
     /// The ACPI root pointer; only multiboot2 carries it.
@@ -67,17 +63,16 @@ fn kib_from(memory: &MemoryMap, start: u64) -> u32 {
 fn multiboot1<P: PhysMem>(told: &Told<'_>, out: &mut Writer<'_, P>) -> Result<(), LoadError> {
     let info = out.at;
     out.bytes(&[0; layout::SIZE as usize])?;
-    let name = out.text(LOADER)?;
+    let name = out.text(LOADER.as_bytes())?;
     let command_line = out.text(told.command_line)?;
-    let mut strings = [0; MAX_MODULES];
-    for (string, module) in strings.iter_mut().zip(told.modules) {
-        *string = out.text(told.lines.get(module.command_line))?;
-    }
     out.align(8);
     let modules = out.at;
-    for (string, module) in strings.iter().zip(told.modules) {
-        out.words(&[module.span.start() as u32, module.span.end() as u32, *string as u32, 0])?;
+    let mut string = modules + layout::MODULE_SIZE * told.modules.len() as u64;
+    for Module { place, command_line, .. } in told.modules {
+        out.words(&[place.start() as u32, place.end() as u32, string as u32, 0])?;
+        string += command_line.len() as u64 + 1;
     }
+    told.modules.iter().try_for_each(|module| out.text(module.command_line).map(drop))?;
     let map = out.at;
     for range in told.memory.iter() {
         out.words(&[20])?;
@@ -165,11 +160,11 @@ fn multiboot2<P: PhysMem>(told: &Told<'_>, out: &mut Writer<'_, P>) -> Result<()
     let info = out.at;
     out.at += 8;
     out.tag(tag::COMMAND_LINE, |out| out.text(told.command_line).map(drop))?;
-    out.tag(tag::LOADER_NAME, |out| out.text(LOADER).map(drop))?;
+    out.tag(tag::LOADER_NAME, |out| out.text(LOADER.as_bytes()).map(drop))?;
     for module in told.modules {
         out.tag(tag::MODULE, |out| {
-            out.words(&[module.span.start() as u32, module.span.end() as u32])?;
-            out.text(told.lines.get(module.command_line)).map(drop)
+            out.words(&[module.place.start() as u32, module.place.end() as u32])?;
+            out.text(module.command_line).map(drop)
         })?;
     }
     out.tag(tag::MEMORY, |out| out.words(&[kib_from(told.memory, 0), kib_from(told.memory, 1 << 20)]))?;
@@ -239,9 +234,9 @@ impl<P: PhysMem> Writer<'_, P> {
     }
 
     /// Writes a zero-terminated string; its address.
-    fn text(&mut self, text: &str) -> Result<u64, LoadError> {
+    fn text(&mut self, text: &[u8]) -> Result<u64, LoadError> {
         let at = self.at;
-        self.bytes(text.as_bytes())?;
+        self.bytes(text)?;
         self.bytes(&[0])?;
         Ok(at)
     }

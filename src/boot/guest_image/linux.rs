@@ -8,7 +8,7 @@ use crate::addr::{Gpa, Hpa, PAGE_SIZE};
 use crate::boot::guest_image::file::File;
 use crate::boot::guest_image::header::{FileSegment, Image, Segments};
 use crate::boot::guest_image::info::Told;
-use crate::boot::guest_image::plan::PLACES;
+use crate::boot::guest_image::plan::{INFO_SIZE, PLACES};
 use crate::boot::guest_image::{LoadError, Protocol};
 use crate::mm::map::RangeKind;
 use crate::mm::{GuestMemory, MemoryMap, PhysMem, Span};
@@ -55,8 +55,10 @@ const UNKNOWN_LOADER: u8 = 0xFF;
 
 /// What the boot information's pages hold, by offset: the zero page, then these.
 const GDT: u64 = PAGE_SIZE;
-const COMMAND_LINE: u64 = PAGE_SIZE + 0x40;
-const RSDP: u64 = 3 * PAGE_SIZE;
+const RSDP: u64 = 2 * PAGE_SIZE;
+/// To the end; the pages were zeros before.
+const COMMAND_LINE: u64 = 3 * PAGE_SIZE;
+const _: () = assert!(COMMAND_LINE < INFO_SIZE);
 /// Two unused descriptors, then flat code (selector 0x10) and flat data (0x18).
 const DESCRIPTORS: [u64; 4] = [0, 0, 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF];
 
@@ -119,7 +121,7 @@ pub fn write<P: PhysMem>(
 ) -> Result<Span, LoadError> {
     let initrd = match told.modules {
         [] => Span::new(0, 0),
-        [initrd] => initrd.span,
+        [initrd] => initrd.place,
         more => return Err(LoadError::TooManyForLinux(more.len())),
     };
     let longest = file.u32(setup::COMMAND_LINE_SIZE).unwrap_or(0);
@@ -141,7 +143,7 @@ pub fn write<P: PhysMem>(
     put(setup::INITRD, &(initrd.start() as u32).to_le_bytes())?;
     put(setup::INITRD_SIZE, &(initrd.len() as u32).to_le_bytes())?;
     put(setup::COMMAND_LINE, &((at.start() + COMMAND_LINE) as u32).to_le_bytes())?;
-    put(COMMAND_LINE, told.command_line.as_bytes())?;
+    put(COMMAND_LINE, told.command_line)?;
     put(zero_page::SCREEN, &screen(guest.phys()))?;
 
     let mut memory = told.memory.clone();
@@ -230,12 +232,11 @@ pub mod tests {
         let file = kernel(2 * MIB, MIB as u32, b"the code", &[]);
         let rsdp = Rsdp::from([7; 36]);
         // The initial file system lies where the kernel goes.
-        let (guest, modules) = machine(&[(4 * MIB, &file, LINE), (2 * MIB + 0x100, b"files", "")]);
+        let (guest, mut modules) = machine(&[(4 * MIB, &file, LINE), (2 * MIB + 0x100, b"files", "")]);
         let (mode, rows) = ([3, 80], [24, 16]);
         guest.phys().write_bytes(Hpa::new(0x449), &mode);
         guest.phys().write_bytes(Hpa::new(0x484), &rows);
-        let start =
-            load(&guest, &memory_map(), &modules.list, &modules.lines, Some(&rsdp), &Extras::default()).unwrap();
+        let start = load(&guest, &memory_map(), &mut modules, Some(&rsdp), &Extras::default()).unwrap();
         let Start { protocol, entry, esi, gdt, .. } = start;
         assert_eq!((protocol, entry), (Protocol::Linux, Gpa::new(2 * MIB)));
         assert_eq!(guest.phys().bytes(2 * MIB, 8), b"the code");
@@ -258,10 +259,8 @@ pub mod tests {
     #[test]
     fn the_map_has_nvmx_reserved_and_the_rsdp_kept() {
         let file = kernel(2 * MIB, MIB as u32, b"the code", &[]);
-        let (guest, modules) = machine(&[(4 * MIB, &file, "")]);
-        let start =
-            load(&guest, &memory_map(), &modules.list, &modules.lines, Some(&Rsdp::from([7; 36])), &Extras::default())
-                .unwrap();
+        let (guest, mut modules) = machine(&[(4 * MIB, &file, "")]);
+        let start = load(&guest, &memory_map(), &mut modules, Some(&Rsdp::from([7; 36])), &Extras::default()).unwrap();
         let page = start.esi.get();
         let count = words(&guest, page, zero_page::MAP_COUNT) & 0xFF;
         let mut told = MemoryMap::new();
@@ -280,9 +279,8 @@ pub mod tests {
     fn a_kernel_without_memory_at_its_place_is_moved_if_it_can_be() {
         let place = |over: &[(u64, &[u8])]| {
             let file = kernel(OWN.start(), MIB as u32, b"the code", over);
-            let (guest, modules) = machine(&[(MIB, &file, "")]);
-            load(&guest, &memory_map(), &modules.list, &modules.lines, None, &Extras::default())
-                .map(|start| start.entry.get())
+            let (guest, mut modules) = machine(&[(MIB, &file, "")]);
+            load(&guest, &memory_map(), &mut modules, None, &Extras::default()).map(|start| start.entry.get())
         };
         assert_eq!(place(&[]), Ok(OWN.start() - MIB));
         assert!(matches!(place(&[(setup::RELOCATABLE, &[0])]), Err(LoadError::OverlapsNvmx { .. })));
@@ -293,10 +291,8 @@ pub mod tests {
         let error = |file: &[u8], line: &str, others: usize| {
             let mut list: Vec<(u64, &[u8], &str)> = vec![(MIB, file, line)];
             (0..others as u64).for_each(|n| list.push((4 * MIB + n * 4096, b"x", "")));
-            let (guest, modules) = machine(&list);
-            load(&guest, &memory_map(), &modules.list, &modules.lines, None, &Extras::default())
-                .unwrap_err()
-                .to_string()
+            let (guest, mut modules) = machine(&list);
+            load(&guest, &memory_map(), &mut modules, None, &Extras::default()).unwrap_err().to_string()
         };
         let good = kernel(2 * MIB, MIB as u32, b"the code", &[]);
         let old = kernel(2 * MIB, MIB as u32, b"", &[(setup::VERSION, &0x0204u16.to_le_bytes())]);
@@ -322,8 +318,8 @@ pub mod tests {
             file[from + real..from + 0x80].copy_from_slice(&header[real..]);
             file[0x202..0x208].copy_from_slice(&good[0x202..0x208]);
             file.truncate(len.max(0x208));
-            let (guest, modules) = machine(&[(3 * MIB, &file, "line"), (5 * MIB, b"files", "")]);
-            let _ = load(&guest, &memory_map(), &modules.list, &modules.lines, None, &Extras::default());
+            let (guest, mut modules) = machine(&[(3 * MIB, &file, "line"), (5 * MIB, b"files", "")]);
+            let _ = load(&guest, &memory_map(), &mut modules, None, &Extras::default());
             prop_assert!(guest.phys().bytes(OWN.start(), OWN.len() as usize).iter().all(|b| *b == 0));
         }
     }

@@ -18,7 +18,7 @@ use crate::{
     addr::{Gpa, Hpa},
     boot::{
         extras::Extras,
-        info::{CommandLines, Modules, Rsdp},
+        info::{Module, Rsdp},
     },
     mm::{GuestMemory, MemoryMap, NotOwned, PhysMem, Span},
 };
@@ -74,33 +74,29 @@ pub struct Start {
 }
 
 /// Loads the first of `modules` as L2, with the others as its modules and its own command line. `memory` is L2's memory
-/// map, in which nvmx's range is not usable; `extras` is handed on.
+/// map, in which nvmx's range is not usable; `extras` is handed on. The modules get their places.
 ///
 /// Nothing is moved before everything is known to fit.
 pub fn load<P: PhysMem>(
     guest: &GuestMemory<P>,
     memory: &MemoryMap,
-    modules: &Modules,
-    lines: &CommandLines,
+    modules: &mut [Module<'_>],
     rsdp: Option<&Rsdp>,
     extras: &Extras,
 ) -> Result<Start, LoadError> {
-    let Some((first, rest)) = modules.split_first() else { return Err(LoadError::NoModule) };
-    let command_line = lines.get(first.command_line);
+    let Some((first, rest)) = modules.split_first_mut() else { return Err(LoadError::NoModule) };
+    let command_line = first.command_line;
     if let Some(drive) = sector::drive(command_line) {
         return match rest.len() {
             0 => sector::load(guest, memory, first.span, drive?),
             count => Err(LoadError::TooManyForSector(count)),
         };
     }
-    let rest: Modules = rest.iter().cloned().collect();
     let file = File::new(guest.phys(), first.span);
     let image = if linux::is_kernel(&file) { linux::read(&file, memory)? } else { Image::read(&file, extras)? };
-    let plan = plan::plan(&image, first.span, &rest, memory, guest.own())?;
+    let plan = plan::plan(&image, first, rest, memory, guest.own())?;
 
-    for (from, to) in rest.iter().map(|m| m.span).zip(plan.modules.iter().map(|m| m.span)) {
-        copy(guest, from, to)?;
-    }
+    rest.iter().try_for_each(|module| copy(guest, module.span, module.place))?;
     copy(guest, first.span, plan.file)?;
     for segment in &image.segments {
         let (content, zeros) = (segment.in_file, segment.to.len() - segment.in_file);
@@ -110,7 +106,7 @@ pub fn load<P: PhysMem>(
             owned(guest, Span::sized(to + content, zeros), |to| guest.zero(to))?;
         }
     }
-    let told = info::Told { command_line, modules: &plan.modules, lines, memory, rsdp, extras };
+    let told = info::Told { command_line, modules: rest, memory, rsdp, extras };
     let (info, none) = (Gpa::new(plan.info.start()), Gpa::new(0));
     let (ebx, esi, gdt) = if image.protocol == Protocol::Linux {
         let file = File::new(guest.phys(), plan.file);

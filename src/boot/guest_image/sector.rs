@@ -20,9 +20,11 @@ const WORD: &str = "boot-sector=";
 ///
 /// # Errors
 /// If the word is there and its number is none of 8 bits.
-pub fn drive(command_line: &str) -> Option<Result<u8, LoadError>> {
-    let text = command_line.split_ascii_whitespace().next()?.strip_prefix(WORD)?;
-    let number = text.strip_prefix("0x").and_then(|digits| u8::from_str_radix(digits, 16).ok());
+pub fn drive(command_line: &[u8]) -> Option<Result<u8, LoadError>> {
+    let mut words = command_line.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty());
+    let text = words.next()?.strip_prefix(WORD.as_bytes())?;
+    let digits = text.strip_prefix(b"0x").and_then(|digits| core::str::from_utf8(digits).ok());
+    let number = digits.and_then(|digits| u8::from_str_radix(digits, 16).ok());
     Some(number.ok_or(LoadError::BadDrive))
 }
 
@@ -64,8 +66,8 @@ mod tests {
     fn start(content: &[u8], line: &str, more: usize) -> (Result<Start, LoadError>, Vec<u8>) {
         let mut modules = vec![(2 * MIB, content, line)];
         modules.resize(1 + more, (3 * MIB, &[1, 2, 3][..], ""));
-        let (guest, handed) = machine(&modules);
-        let result = load_module(&guest, &memory_map(), &handed.list, &handed.lines, None, &Extras::default());
+        let (guest, mut modules) = machine(&modules);
+        let result = load_module(&guest, &memory_map(), &mut modules, None, &Extras::default());
         (result, guest.phys().bytes(PLACE, 4))
     }
 
@@ -79,10 +81,10 @@ mod tests {
 
     #[test]
     fn what_is_below_and_behind_it_is_firmwares() {
-        let (guest, handed) = machine(&[(2 * MIB, &[7; 512], "boot-sector=0xe0")]);
+        let (guest, mut modules) = machine(&[(2 * MIB, &[7; 512], "boot-sector=0xe0")]);
         guest.phys().write_u64(Hpa::new(0x54), 0xF000_FF53_F000_FEA5);
         let before = guest.phys().bytes(0, PLACE as usize);
-        load_module(&guest, &memory_map(), &handed.list, &handed.lines, None, &Extras::default()).unwrap();
+        load_module(&guest, &memory_map(), &mut modules, None, &Extras::default()).unwrap();
         assert_eq!(guest.phys().bytes(0, PLACE as usize), before);
         assert_eq!(guest.phys().bytes(PLACE + 512, 64), [0; 64]);
     }
@@ -100,6 +102,6 @@ mod tests {
         }
         assert!(OWN.start() > PLACE);
         // The words of other images are theirs.
-        assert!(drive("events=5 boot-sector=0x80").is_none() && drive("").is_none());
+        assert!(drive(b"events=5 boot-sector=0x80").is_none() && drive(b"").is_none());
     }
 }

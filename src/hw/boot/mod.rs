@@ -9,7 +9,7 @@ pub mod int15;
 
 #[cfg(target_os = "none")]
 use core::arch::global_asm;
-use core::{arch::asm, fmt};
+use core::{arch::asm, fmt, slice};
 
 use raw_cpuid::CpuId;
 
@@ -19,8 +19,9 @@ use crate::{
     addr::{Hpa, PAGE_SIZE},
     boot::{
         BootInfo, Options, acpi,
-        info::{InfoError, Rsdp},
+        info::{InfoError, Module, Rsdp},
         layout::{self, Layout, Need, TooLittleMemory},
+        options::{BadValue, UnknownWords},
     },
     hw::{
         cpu, cr, early, idt, machine_check,
@@ -138,13 +139,21 @@ impl Handover {
         BootInfo::read(self.magic, Hpa::new(self.info.into()), &early_map())
     }
 
+    /// What nvmx's command line asks for.
+    ///
+    /// # Errors
+    /// The first word whose value its option does not have.
+    pub fn options(&self, info: &BootInfo) -> Result<(Options, UnknownWords), BadValue> {
+        Options::parse(info.command_line.words(&early_map()))
+    }
+
     /// The ACPI root pointer where a BIOS puts it.
     pub fn find_rsdp(&self) -> Option<Rsdp> {
         acpi::find_rsdp(&early_map())
     }
 
     /// Moves nvmx to its own range, gives it its page tables, and this processor its stacks and descriptor tables. What
-    /// was below is free afterwards: the old image is wiped.
+    /// was below is free afterwards, but for the modules and what lists them: the old image is wiped.
     ///
     /// MSRs that may not exist can be read from then on.
     pub fn settle(self, info: &BootInfo, options: &Options) -> Result<Settled, SettleError> {
@@ -154,8 +163,8 @@ impl Handover {
         let gib_pages = extended.as_ref().is_some_and(|e| e.has_1gib_pages());
         let loaded = Span::new(address(&raw const boot_load_start), address(&raw const boot_bss_end));
         let image = Span::new(address(&raw const image_start), address(&raw const image_end));
-        let occupied = info.modules.iter().map(|module| module.span).chain([loaded]);
         let early = early_map();
+        let occupied = info.modules(&early).map(|module| module.span).chain(info.in_use(&early)).chain([loaded]);
         let end_of_stack = Hpa::new(address(&raw const boot_stack_end_low));
         if early.zeros(end_of_stack, PAGE_SIZE as usize / 8) < PAGE_SIZE as usize / 8 {
             return Err(SettleError::DeepStack);
@@ -169,6 +178,7 @@ impl Handover {
             wanted: options.cpus.map_or(cpus, |wanted| wanted as usize),
             gib_pages,
             frames: options.frames,
+            start: ModuleRoom::of(info).bytes,
         };
         let layout = layout::choose(&info.memory, occupied, &need)?;
         let own = layout.own;
@@ -208,6 +218,50 @@ impl Handover {
         phys.wipe(Hpa::new(loaded.start()), loaded.len());
         Ok(Settled { layout, frames, tables, phys })
     }
+}
+
+/// The modules and their command lines, in one piece of memory.
+#[derive(Clone, Copy)]
+struct ModuleRoom {
+    modules: usize,
+    bytes: u64,
+}
+
+impl ModuleRoom {
+    const fn of(info: &BootInfo) -> Self {
+        let (modules, text) = info.to_keep();
+        Self { modules, bytes: (modules * size_of::<Module<'_>>() + text) as u64 }
+    }
+}
+
+/// Calls `with` with the modules and their command lines, in frames that are free again afterwards. The loader may have lost its list
+/// by then.
+pub fn with_modules<R>(
+    info: &BootInfo,
+    frames: &mut FramePool,
+    phys: DirectMap,
+    with: impl FnOnce(&mut [Module<'_>]) -> R,
+) -> Result<R, OutOfFrames> {
+    let ModuleRoom { modules, bytes } = ModuleRoom::of(info);
+    if modules == 0 {
+        return Ok(with(&mut []));
+    }
+    let run = frames.alloc_run(&phys, bytes.div_ceil(PAGE_SIZE) as usize).ok_or(OutOfFrames)?;
+    let place = phys.linear(run.hpa(), bytes).ok_or(OutOfFrames)?;
+    let list = place.cast::<Module<'_>>();
+    // SAFETY: 1. the frames are nvmx's own, mapped and nobody else's until they are given back below, when both slices are gone.
+    // 2. A page is aligned for a module, and each is written before the slice is made. 3. The text lies behind the modules, and
+    // frames are zeroed.
+    let (list, text) = unsafe {
+        (0..modules).for_each(|n| list.add(n).write(Module::default()));
+        let text = list.add(modules).cast::<u8>();
+        let length = bytes as usize - modules * size_of::<Module<'_>>();
+        (slice::from_raw_parts_mut(list, modules), slice::from_raw_parts_mut(text, length))
+    };
+    info.keep(&phys, list, text);
+    let result = with(list);
+    run.into_frames().for_each(|frame| frames.free(frame));
+    Ok(result)
 }
 
 /// Copies the image and continues in the copy.

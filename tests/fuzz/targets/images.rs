@@ -9,7 +9,7 @@ use input::Input;
 use libfuzzer_sys::fuzz_target;
 use nvmx::addr::Hpa;
 use nvmx::boot::extras::Extras;
-use nvmx::boot::info::{BootInfo, CommandLine, CommandLines, Module, Modules};
+use nvmx::boot::info::{BootInfo, Module};
 use nvmx::boot::options::Options;
 use nvmx::boot::{acpi, guest_image, multiboot1, multiboot2, pvh};
 use nvmx::mm::map::RangeKind;
@@ -27,13 +27,13 @@ fn load(input: &mut Input<'_>) {
     let known = [(Span::new(0, 0x9_F000), RangeKind::Usable), (Span::new(MIB, MEMORY), RangeKind::Usable)];
     assert!(known.into_iter().all(|(span, kind)| map.add(span, kind).is_ok()));
     assert!(map.set(OWN, RangeKind::Reserved).is_ok());
-    let mut modules = Modules::new();
+    let mut modules = Vec::new();
     let more = input.u8() % 3;
     let line = ["", "a=1 b", "caps=0"][usize::from(more)];
     let at = input.pick(&PLACES);
     for n in 1..=u64::from(more) {
         let span = Span::sized(PLACES[n as usize] + 0x4_0000, input.u16().into());
-        modules.push(Module { span, command_line: CommandLine::default() });
+        modules.push(Module { span, place: span, command_line: b"" });
     }
     let file = input.0;
     // The loader puts modules where there is memory that is nobody else's.
@@ -42,11 +42,9 @@ fn load(input: &mut Input<'_>) {
         return;
     }
     memory.write_bytes(Hpa::new(at), file);
-    let mut lines = CommandLines::default();
-    let Ok(command_line) = lines.push(line) else { return };
-    modules.insert(0, Module { span, command_line });
+    modules.insert(0, Module { span, place: span, command_line: line.as_bytes() });
     let guest = GuestMemory::new(&memory, OWN, 36);
-    if let Ok(start) = guest_image::load(&guest, &map, &modules, &lines, None, &Extras::default()) {
+    if let Ok(start) = guest_image::load(&guest, &map, &mut modules, None, &Extras::default()) {
         assert!(guest.translate(start.entry).is_ok() || start.entry.get() >= MEMORY, "it starts in nvmx");
     }
     assert!(memory.bytes(OWN.start(), OWN.len() as usize).iter().all(|byte| *byte == 0), "nvmx's memory was written");
@@ -63,6 +61,10 @@ fn information(format: u8, bytes: &[u8]) {
     };
     if let Ok(info) = BootInfo::read(magic, Hpa::new(AT), &memory) {
         assert!(info.memory.usable_bytes() > 0);
+        let (count, bytes) = info.to_keep();
+        let (mut kept, mut text) = (vec![Module::default(); count], vec![0; bytes]);
+        info.keep(&memory, &mut kept, &mut text);
+        let _ = Options::parse(info.command_line.words(&memory));
         if let Some(rsdp) = &info.rsdp {
             let _ = acpi::cpus(rsdp, &memory);
         }
@@ -87,7 +89,7 @@ fuzz_target!(|data: &[u8]| {
         4 => tables(input.0),
         _ => {
             if let Ok(text) = core::str::from_utf8(input.0) {
-                let _ = Options::parse(text);
+                let _ = Options::parse(text.split_ascii_whitespace());
             }
         }
     }
