@@ -254,6 +254,18 @@ impl Builder<'_> {
         for (name, boot, args, texts) in [
             ("an L2 that triple-faults ends in an epitaph", "triple-fault", "triple-fault", messages::TRIPLE_FAULT),
             ("an L2 that touches nvmx's memory ends in an epitaph", "touch", touch.as_str(), messages::TOUCH),
+            (
+                "a machine check that nvmx does not survive ends in an epitaph with its status",
+                "machine-check",
+                "machine-check=fatal",
+                messages::MACHINE_CHECK,
+            ),
+            (
+                "a machine check for an L2 that has CR4.MCE clear ends in an epitaph",
+                "machine-check-disabled",
+                "machine-check=disabled",
+                messages::NO_MCE,
+            ),
         ] {
             let module = self.session.images.guest("faulty").map(|p| vec![Payload::new(p, args)]);
             let spec = module.map(|modules| self.nvmx("", modules));

@@ -6,7 +6,7 @@ use core::{arch::asm, ptr};
 use l2_kit::{
     BootInfo, cpu,
     descriptors::TablePointer,
-    identity, log,
+    identity, log, machine_check,
     protocol::{Hex, Kind},
     report, serial,
 };
@@ -18,10 +18,11 @@ l2_kit::entry!(main);
 /// Goes wrong, given the value of its option.
 type Fault = fn(&str);
 
-const FAULTS: [(&str, Fault); 6] = [
+const FAULTS: [(&str, Fault); 7] = [
     ("triple-fault", triple_fault),
     ("touch", touch),
     ("outer", outer::reach),
+    ("machine-check", in_an_exit),
     ("spin", spin),
     ("halt", halt),
     ("panic", panic),
@@ -46,7 +47,7 @@ fn main(info: &BootInfo) {
             fault(value);
         }
         None => report::fail(format_args!(
-            "`{}` names no fault; there are triple-fault, touch=ADDRESS, outer, spin, halt, panic",
+            "`{}` names no fault; there are triple-fault, touch=ADDRESS, outer, machine-check=fatal|disabled, spin, halt, panic",
             info.command_line
         )),
     }
@@ -74,6 +75,17 @@ fn touch(address: &str) {
         }
         _ => report::fail(format_args!("`{address}` is no address (hexadecimal, a multiple of 8, not 0)")),
     }
+}
+
+/// A machine check so soon that it hits whoever handles our CPUID: one that is the end, or one while ours are disabled.
+fn in_an_exit(kind: &str) {
+    const SOON: u32 = 40;
+    match kind {
+        "fatal" => machine_check::raise_fatal(SOON),
+        "disabled" => machine_check::raise(SOON),
+        _ => return report::fail(format_args!("`{kind}` is neither fatal nor disabled")),
+    }
+    cpu::cpuid(1, 0);
 }
 
 /// Never ends, takes no interrupt, does not halt.

@@ -1,6 +1,6 @@
 //! INIT and start-up: the state in which a CPU begins, for the first time and after it was used.
 
-use crate::{cpus, guest};
+use crate::{cpus, guest, machine_checks};
 use core::arch::asm;
 use l2_kit::{
     Check, apic, cpu, fields as f, log, pages,
@@ -285,4 +285,8 @@ pub fn parked(ids: &[u32]) {
         came += u32::from(smp::start(index, *id));
     }
     Check::new(&mut Serial, "parked CPUs").expect("came", came, 0).fact("listed", ids.len()).end();
+    // They hear of them too, and a CPU that does not end one shuts the machine down at the next.
+    Check::new(&mut Serial, "machine checks beside parked CPUs")
+        .expect("came", machine_checks::on_this_alone(20), 20)
+        .end();
 }

@@ -12,6 +12,7 @@ mod exceptions;
 mod guest;
 mod guests;
 mod init;
+mod machine_checks;
 mod memory;
 mod messages;
 mod migrate;
@@ -40,7 +41,7 @@ pub fn cpus() -> usize {
 type Part = fn(&[u32]);
 
 /// The parts, in order; `part=NAME,NAME` on the command line chooses some beside the start.
-const PARTS: [(&str, Part); 9] = [
+const PARTS: [(&str, Part); 10] = [
     ("messages", messages::all),
     ("mwait", mwait::all),
     ("guests", guests::all),
@@ -48,6 +49,7 @@ const PARTS: [(&str, Part); 9] = [
     ("memory", memory::all),
     ("events", events::all),
     ("exceptions", exceptions::all),
+    ("machine_checks", machine_checks::all),
     ("broadcast", broadcast::all),
     ("init", init::again),
 ];

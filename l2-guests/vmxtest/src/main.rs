@@ -25,6 +25,7 @@ mod injection;
 mod inner;
 mod instructions;
 mod leaves;
+mod machine_checks;
 mod memory;
 mod modes;
 mod msrs;
@@ -85,6 +86,7 @@ const PARTS: &[(&str, Part)] = &[
     ("halted", Guests(halted::all)),
     ("hardware", Guests(hardware::all)),
     ("nmis", Guests(nmis::all)),
+    ("machine_checks", Guests(machine_checks::all)),
     ("traps", Guests(traps::all)),
     ("debugctl", Guests(debugctl::all)),
     ("exits", Guests(exits::all)),

@@ -9,6 +9,7 @@ pub mod descriptors;
 pub mod ept;
 pub mod exit;
 pub mod identity;
+pub mod machine_check;
 pub mod pages;
 pub mod report;
 pub mod serial;
