@@ -2,9 +2,10 @@
 //! saved, MSR areas, the preemption timer.
 
 use crate::kit::*;
+use nvmx_machine::Setup;
 use nvmx_machine::guest::{Guest, Op, Outcome};
 use nvmx_machine::processor::{Exit, Level};
-use nvmx_machine::world::agree;
+use nvmx_machine::world::{agree, agree_on};
 
 const AREA: u64 = 0x2_5000;
 
@@ -367,5 +368,60 @@ fn an_exit_by_a_triple_fault_of_l3_is_l2s() {
         g.exit(Exit::new(2)).await;
         look(&g, "triple fault").await;
         assert_eq!(g.vmread(VM_EXIT_REASON).await, Some(2));
+    });
+}
+
+/// SDM vol. 3C, "Loading Guest State", "Saving Guest State", "Loading Host State".
+#[test]
+fn the_counters_that_run_are_switched_as_each_of_three_controls_says() {
+    const MSR: u32 = 0x38F;
+    const OF_L2: u64 = 1;
+    const OF_L3: u64 = 1 << 32 | 2;
+    const WRITTEN: u64 = 3 << 32;
+    const AFTERWARDS: u64 = 1 << 34 | 8;
+    let setup = Setup::all()[0];
+    assert!(nvmx_machine::world::as_l2_sees(&setup).counters != 0, "the machine counts");
+    agree_on(setup, |g| async move {
+        for combination in 0..8u64 {
+            let on = |n: u64| combination >> n & 1;
+            let (loads, saves, loads_host) = (on(0) == 1, on(1) == 1, on(2) == 1);
+            g.run(Op::Vmxoff).await;
+            let controls = [
+                control(VM_ENTRY_CONTROLS, on(0) << 13, 1 << 13),
+                control(VM_EXIT_CONTROLS, on(1) << 30 | on(2) << 12, 1 << 30 | 1 << 12),
+                control(CPU_BASED_VM_EXEC_CONTROL, 1 << 28, 0),
+                (MSR_BITMAP, 0x2_0000),
+                (GUEST_IA32_PERF_GLOBAL_CTRL, OF_L3),
+                (HOST_IA32_PERF_GLOBAL_CTRL, AFTERWARDS),
+            ];
+            hypervisor(&g, &controls).await;
+            g.run(Op::Wrmsr(MSR, OF_L2)).await;
+            let (mut now, mut field) = (OF_L2, OF_L3);
+            for round in 0..3 {
+                g.run(if round == 0 { Op::Vmlaunch } else { Op::Vmresume }).await;
+                now = if loads { field } else { now };
+                g.run(Op::Rdmsr(MSR)).await;
+                assert_eq!(g.gpr(0) | g.gpr(2) << 32, now, "{combination}: in L3, round {round}");
+                if round == 1 {
+                    g.run(Op::Wrmsr(MSR, WRITTEN)).await;
+                    now = WRITTEN;
+                    // A bit without a counter faults.
+                    assert!(matches!(g.run(Op::Wrmsr(MSR, 1 << 20)).await, Outcome::Event(_)));
+                }
+                // An exit that L2 does not see changes nothing.
+                g.run(Op::Write(0x4_0000 + (round << 12), 1)).await;
+                leave(&g).await;
+                field = if saves { now } else { field };
+                now = if loads_host { AFTERWARDS } else { now };
+                assert_eq!(
+                    g.vmread(GUEST_IA32_PERF_GLOBAL_CTRL).await,
+                    Some(field),
+                    "{combination}: saved, round {round}"
+                );
+                g.run(Op::Rdmsr(MSR)).await;
+                assert_eq!(g.gpr(0) | g.gpr(2) << 32, now, "{combination}: in L2, round {round}");
+                look(&g, "out").await;
+            }
+        }
     });
 }

@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 pub const EFER: u32 = 0xC000_0080;
 pub const PAT: u32 = 0x277;
 pub const MCG_STATUS: u32 = 0x17A;
+pub const PERF_GLOBAL_CTRL: u32 = 0x38F;
 pub const SHADOW: u32 = 1 << 31;
 
 /// Where the processor keeps a VMCS that is not current.
@@ -222,6 +223,8 @@ impl Core {
             (0xDA0, 0),
             (0x345, 0x2000),
         ];
+        // A processor without counters has no such MSR.
+        let counts = (caps.counters != 0).then_some((PERF_GLOBAL_CTRL, 0));
         Core {
             caps,
             revision,
@@ -235,7 +238,7 @@ impl Core {
             dr6: 0xFFFF_0FF0,
             pkru: 0,
             xcr0: 1,
-            msrs: msrs.into(),
+            msrs: msrs.into_iter().chain(counts).collect(),
             tsc: 1 << 40,
             vmxon: None,
             current: None,
@@ -622,6 +625,9 @@ impl Core {
         for field in [VMX_PREEMPTION_TIMER_VALUE, PML_INDEX].iter().chain(&PDPTES) {
             self.state.set(*field, v.get(*field));
         }
+        if self.entry_control(13) {
+            self.msrs.insert(PERF_GLOBAL_CTRL, v.get(GUEST_IA32_PERF_GLOBAL_CTRL));
+        }
     }
 
     /// Delivers the event of the entry; the exit that comes before the first instruction, if one does.
@@ -709,6 +715,9 @@ impl Core {
             self.put(VMX_PREEMPTION_TIMER_VALUE, self.state.get(VMX_PREEMPTION_TIMER_VALUE));
         }
         self.put(PML_INDEX, self.state.get(PML_INDEX));
+        if self.exit_control(30) {
+            self.put(GUEST_IA32_PERF_GLOBAL_CTRL, self.msrs[&PERF_GLOBAL_CTRL]);
+        }
         if self.secondary(7) {
             let long = bit(self.state.get(GUEST_IA32_EFER), 10);
             let controls = self.get(VM_ENTRY_CONTROLS) & !(1 << 9);
@@ -815,6 +824,10 @@ impl Core {
             state.get(GUEST_IA32_EFER) & !0x500 | if long { 0x500 } else { 0 }
         };
         state.set(GUEST_IA32_EFER, efer);
+        if self.exit_control(12) {
+            let value = v(HOST_IA32_PERF_GLOBAL_CTRL);
+            self.msrs.insert(PERF_GLOBAL_CTRL, value);
+        }
         self.state = state;
     }
 
@@ -861,6 +874,7 @@ impl Core {
             }
             0x1B => value & !(0x7F_FFFF_FFFF ^ 0x6FF) == 0 && value & 1 << 11 != 0,
             0xC000_0103 => value >> 32 == 0,
+            PERF_GLOBAL_CTRL => value & !self.caps.counters == 0,
             0x3A | 0x480..=0x491 => false,
             _ => true,
         };

@@ -66,8 +66,7 @@ impl Setup {
 
     /// Every way in which L2's VMREAD and VMWRITE can reach a vmcs12.
     pub fn all() -> [Setup; 4] {
-        // The model counts nothing.
-        let hardware = Capabilities { counters: 0, ..rich() };
+        let hardware = rich();
         [
             Setup::new(Strategy::ZeroCopy, Storage::OnChip, hardware),
             Setup::new(Strategy::Trapped, Storage::OnChip, without_shadowing()),
