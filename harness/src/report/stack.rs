@@ -4,6 +4,7 @@
 //! These boots take minutes and are not the same to the instruction with another image: the timers of four levels fire where they do. So
 //! a figure may be off by a share, and what is off by more, up or down, is a difference.
 
+use super::added;
 use super::linux::named;
 use super::provenance::Provenance;
 use crate::text::number;
@@ -58,10 +59,12 @@ pub struct Figures {
     pub inside: u64,
     /// Exits to nvmx
     pub hw_exits: u64,
-    /// Exits of the KVM below with one KVM less
-    pub below_alone: u64,
+    /// Exits of the KVM below with one KVM less, where they were counted for the whole boot
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub below_alone: Option<u64>,
     /// Exits of the KVM below under nvmx
-    pub below: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub below: Option<u64>,
 }
 
 impl Figures {
@@ -74,14 +77,15 @@ impl Figures {
             Some(said) => Some(figure(record(said)?, "ticks")?),
             None => None,
         };
+        let below = |record| if added::is_whole(two) { figure(record, "outer_exits") } else { None };
         Some(Figures {
             alone: figure(one, "ticks")?,
             under: figure(two, "ticks")?,
             in_place,
             inside: figure(two, "l1_ticks")?,
             hw_exits: figure(two, "hw_exits")?,
-            below_alone: figure(one, "outer_exits")?,
-            below: figure(two, "outer_exits")?,
+            below_alone: below(one),
+            below: below(two),
         })
     }
 
@@ -96,12 +100,12 @@ impl Figures {
     }
 
     /// What nvmx answers for. What the boot takes without it is KVM's and Linux'.
-    fn of_nvmx(&self) -> [(&'static str, f64); 4] {
+    fn of_nvmx(&self) -> [(&'static str, Option<f64>); 4] {
         [
-            ("instructions that nvmx adds", self.added()),
-            ("inside nvmx", self.inside as f64),
-            ("exits to nvmx", self.hw_exits as f64),
-            ("exits of the KVM below", self.below as f64),
+            ("instructions that nvmx adds", Some(self.added())),
+            ("inside nvmx", Some(self.inside as f64)),
+            ("exits to nvmx", Some(self.hw_exits as f64)),
+            ("exits of the KVM below", self.below.map(|n| n as f64)),
         ]
     }
 
@@ -109,8 +113,8 @@ impl Figures {
     pub fn text(&self) -> String {
         let n = |value: f64| number(Some(value));
         let mut text = format!("{} of one KVM less", n(self.alone as f64));
-        for (name, value) in self.of_nvmx() {
-            let _ = write!(text, "; {name} {}", n(value));
+        for (name, value) in self.of_nvmx().into_iter().filter(|(_, value)| value.is_some()) {
+            let _ = write!(text, "; {name} {}", number(value));
         }
         if let Some(kvm) = self.kvm_adds() {
             let _ = write!(text, "; of what KVM adds in its place {:.1} %", self.added() / kvm * 100.0);
@@ -155,14 +159,18 @@ impl Book {
     /// A line for each, or that there is no such row.
     pub fn judge(&self, name: &str, now: &Figures) -> Result<(), String> {
         let row = self.row(name).ok_or_else(|| format!("benches/stack.json has no row {name}"))?;
-        let off = |(before, now): &(f64, f64)| (now - before).abs() > before.abs() * self.within;
+        let off = |pair: &(Option<f64>, Option<f64>)| match pair {
+            (Some(before), Some(now)) => (now - before).abs() > before.abs() * self.within,
+            (before, now) => before != now,
+        };
         let pairs = row.figures.of_nvmx().into_iter().zip(now.of_nvmx());
         let lines: Vec<String> = pairs
             .map(|((figure, before), (_, now))| (figure, (before, now)))
             .filter(|(_, pair)| off(pair))
             .map(|(figure, (before, now))| {
-                let share = (now - before) / before * 100.0;
-                format!("  {figure}: {} booked, {} now ({share:+.1} %)", number(Some(before)), number(Some(now)))
+                let share = before.zip(now).map(|(before, now)| (now - before) / before * 100.0);
+                let share = share.map_or(String::new(), |share| format!(" ({share:+.1} %)"));
+                format!("  {figure}: {} booked, {} now{share}", number(before), number(now))
             })
             .collect();
         if lines.is_empty() {
@@ -195,7 +203,7 @@ mod tests {
     fn figures() -> Figures {
         let alone = transcript(&["@L3 event name=l3_boot ticks=1000000 outer_exits=200"]);
         let under = transcript(&[
-            "@L3 event name=l3_boot ticks=1200000 outer_exits=900 hw_exits=100 l1_ticks=50000 l0_exits=50",
+            "@L3 event name=l3_boot ticks=1200000 outer_exits=900 hw_exits=100 reflected=50 l1_ticks=50000 l0_exits=50",
         ]);
         let kvm = transcript(&["@L3 event name=l3_boot ticks=3000000"]);
         Figures::of(&alone, &under, Some(&kvm)).unwrap()
@@ -218,7 +226,7 @@ mod tests {
         let now = figures();
         assert_eq!(
             (now.alone, now.under, now.in_place, now.below_alone, now.below),
-            (1_000_000, 1_200_000, Some(3_000_000), 200, 900)
+            (1_000_000, 1_200_000, Some(3_000_000), Some(200), Some(900))
         );
         assert!(now.text().contains("adds 200,000") && now.text().contains("in its place 10.0 %"), "{}", now.text());
         let short = transcript(&["@L3 event name=l3_boot ticks=1 outer_exits=2"]);
@@ -234,14 +242,15 @@ mod tests {
             book.judge("one", &now)
         };
         assert_eq!(judge(|_| ()), Ok(()));
-        assert_eq!(judge(|f| (f.under, f.hw_exits, f.below) = (1_210_000, 105, 855)), Ok(()));
+        assert_eq!(judge(|f| (f.under, f.hw_exits, f.below) = (1_210_000, 105, Some(855))), Ok(()));
         assert!(
             judge(|f| f.under = 1_210_001).unwrap_err().contains("nvmx adds: 200,000 booked, 210,001 now (+5.0 %)")
         );
         assert!(judge(|f| f.under = 1_189_999).unwrap_err().contains("(-5.0 %)"));
         assert!(judge(|f| f.inside = 52_501).unwrap_err().contains("inside nvmx"));
         assert!(judge(|f| f.hw_exits = 94).unwrap_err().contains("exits to nvmx"));
-        assert!(judge(|f| f.below = 946).unwrap_err().contains("exits of the KVM below"));
+        assert!(judge(|f| f.below = Some(946)).unwrap_err().contains("exits of the KVM below"));
+        assert!(judge(|f| f.below = None).unwrap_err().contains("900 booked, - now"));
         // What the boot takes without nvmx is not its own, as long as it adds the same.
         assert_eq!(judge(|f| (f.alone, f.under) = (1_500_000, 1_700_000)), Ok(()));
         assert!(book.judge("two", &figures()).unwrap_err().contains("no row two"));
