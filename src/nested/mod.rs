@@ -10,6 +10,7 @@ pub mod completion;
 pub mod entry;
 pub mod events;
 pub mod fields;
+pub mod fill;
 pub mod instr;
 pub mod judge;
 pub mod nested_exit;

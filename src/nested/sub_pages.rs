@@ -2,7 +2,7 @@
 //!
 //! Source: SDM vol. 3C, "SPP-Induced VM Exits".
 
-use super::reflect;
+use super::{fill, reflect};
 use crate::addr::{Gpa, Ngpa};
 use crate::cpu::Cpu;
 use crate::ept::{Outcome, Qualification};
@@ -11,7 +11,6 @@ use crate::trace::{KillReason, Promise};
 use crate::vmcs::slots::SlotId;
 use crate::vmx::Field;
 use crate::vmx::exit::{BasicReason, ExitReason};
-use l2_protocol::abi::Counter;
 
 /// To be done where vmcs02 was made to run on an ept02, for a vmcs12 with the control.
 #[cold]
@@ -36,10 +35,8 @@ pub fn event(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
     match cpu.ept02.sub_page_event(eptp12, at, qualification, &cpu.guest, &mut tables) {
         Outcome::ReflectSubPageEvent { qualification } => tell(cpu, id, qualification),
         _ => {
-            cpu.vmx.counters.bump(Counter::Ept02Fills);
-            cpu.vmx.counters.set(Counter::Ept02Evictions, cpu.ept02.stats().evictions);
-            let activation = cpu.ept02.activate(eptp12, &cpu.guest, None, &mut tables);
-            slot.vmcs02.run_on(&mut cpu.vmx, activation, cpu.ept01.eptp());
+            fill::count(cpu);
+            fill::run_on_it(cpu, id);
             missing::redeliver(cpu, qualification);
             Ok(())
         }

@@ -1,7 +1,7 @@
 //! EPT violations of L3.
 
 use super::wants::Wants;
-use super::{completion, reflect, sub_pages, usual, ve};
+use super::{completion, fill, reflect, sub_pages, usual, ve};
 use crate::addr::{Gpa, Ngpa};
 use crate::cpu::Cpu;
 use crate::ept::{Outcome, PageLog, Qualification};
@@ -50,10 +50,8 @@ pub fn violation(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
     });
     match outcome {
         Outcome::Filled => {
-            cpu.vmx.counters.bump(Counter::Ept02Fills);
-            cpu.vmx.counters.set(Counter::Ept02Evictions, cpu.ept02.stats().evictions);
-            let activation = cpu.ept02.activate(eptp12, &cpu.guest, None, &mut tables);
-            slot.vmcs02.run_on(&mut cpu.vmx, activation, cpu.ept01.eptp());
+            fill::count(cpu);
+            fill::run_on_it(cpu, id);
             missing::redeliver(cpu, qualification);
             Ok(())
         }
@@ -102,12 +100,10 @@ pub fn answered(cpu: &mut Cpu, id: SlotId) {
     };
     let (eptp12, mut tables) = (slot.eptp12(), Cpu::tables(&mut cpu.frames, &cpu.phys));
     if cpu.ept02.fill_expected(eptp12, at, qualification, &cpu.guest, &mut tables) {
-        cpu.vmx.counters.bump(Counter::Ept02Fills);
-        cpu.vmx.counters.set(Counter::Ept02Evictions, cpu.ept02.stats().evictions);
+        fill::count(cpu);
         // Mostly nothing is owed for it, and the EPTP stays.
         if cpu.ept02.ready(eptp12).is_none() {
-            let activation = cpu.ept02.activate(eptp12, &cpu.guest, None, &mut tables);
-            slot.vmcs02.run_on(&mut cpu.vmx, activation, cpu.ept01.eptp());
+            fill::run_on_it(cpu, id);
         }
     }
 }
