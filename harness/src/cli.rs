@@ -522,6 +522,10 @@ pub struct BenchArgs {
     #[arg(long, requires = "stack")]
     pub long: bool,
 
+    /// With --stack: only the rows with this in their name, long ones too
+    #[arg(long, value_name = "TEXT", requires = "stack", conflicts_with = "long")]
+    pub row: Option<String>,
+
     /// Draw how they grow, on a page for a browser
     #[arg(long, value_name = "FILE.html", requires = "growth")]
     pub report: Option<PathBuf>,

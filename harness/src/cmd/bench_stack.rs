@@ -27,6 +27,11 @@ pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
     if !matches!(args.l0.l0, L0::Auto | L0::KvmInBochs) {
         return Err(Stop::Usage("--stack is KVM on the emulated machine: it goes with --l0 kvm-in-bochs".into()).into());
     }
+    let stacks = wanted(args.row.as_deref(), args.long);
+    if stacks.is_empty() {
+        let names = usual::STACKS.map(|stack| stack.name).join("; ");
+        return Err(Stop::Usage(format!("--row: no row has that in its name; there are: {names}")).into());
+    }
     let l0 = L0Args { l0: L0::KvmInBochs, ..args.l0.clone() };
     let session = Session::start_with(ui, &l0, &Wanted::Nvmx)?;
     let backend = Box::new(session.kvm_on_bochs()?.usual());
@@ -34,7 +39,7 @@ pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
     let path = stack_file(&session.paths.root);
     let mut book = Book::read(&path)?;
     let mut failed = Vec::new();
-    for stack in usual::STACKS.iter().filter(|stack| args.long || !stack.long) {
+    for stack in stacks {
         let (figures, place) = measure(ui, &session, stack)?;
         ui.line(&format!("{}: {}", stack.name, figures.text()));
         if args.bless {
@@ -48,6 +53,12 @@ pub fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
         Output::prepare(&path)?.write(&book.text()?)?;
     }
     if failed.is_empty() { Ok(()) } else { Err(Stop::Guest(failed.join("\n")).into()) }
+}
+
+/// The rows that are asked for.
+fn wanted(row: Option<&str>, long: bool) -> Vec<&'static Stack> {
+    let wanted = |stack: &&Stack| row.map_or(long || !stack.long, |text| stack.name.contains(text));
+    usual::STACKS.iter().filter(wanted).collect()
 }
 
 /// Boots one of them with one KVM less, under nvmx, and with KVM in nvmx's place where that is asked for.
@@ -77,4 +88,18 @@ fn measure(ui: &Ui, session: &Session, stack: &Stack) -> Result<(Figures, Place)
     let figures = figures.ok_or_else(|| Stop::Guest(format!("{}: no figures of L3's boot", stack.name)))?;
     let place = Place { memory: bare.machine.memory, cpus: bare.machine.cpus, ..Place::of(session) };
     Ok((figures, place))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_chosen_by_their_length_or_their_name() {
+        let names = |row, long| wanted(row, long).iter().map(|stack| stack.name).collect::<Vec<_>>();
+        assert_eq!(names(None, false), ["vmm=own, 1 CPU"]);
+        assert_eq!(names(None, true).len(), usual::STACKS.len());
+        assert_eq!(names(Some("qemu"), false), ["vmm=qemu, 1 CPU"]);
+        assert!(names(Some("xen"), false).is_empty());
+    }
 }
