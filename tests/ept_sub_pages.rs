@@ -2,8 +2,9 @@
 //! L3 comes to what a processor with L2's tables alone makes of it, once L2 has executed INVEPT, or after an exit for the page.
 //!
 //! The processor here caches each leaf and each word of permissions that it used, for as long as it may.
+#![allow(missing_docs, reason = "public for tests/fuzz only")]
 
-mod ept_model;
+pub mod ept_model;
 
 use ept_model::*;
 use nvmx::addr::{Gpa, Hpa, Ngpa};
@@ -16,17 +17,17 @@ use std::collections::HashMap;
 /// ept12: a PML4 table, and below it, for two entries of it, a table of each level.
 const ROOT: u64 = 0x10_0000;
 /// spp12: two roots, and six tables that serve at any level.
-const SPP: u64 = 0x20_0000;
-const TABLES: u64 = 8;
+pub const SPP: u64 = 0x20_0000;
+pub const TABLES: u64 = 8;
 const DATA: u64 = 0x100_0000;
 const LOG: u64 = 0x30_0000;
 const RESERVE: usize = 8;
-const SUB_PAGES: u64 = 1 << 61;
+pub const SUB_PAGES: u64 = 1 << 61;
 const PIECE: u64 = 128;
 /// Each second bit.
-const ALL: u64 = 0x5555_5555_5555_5555;
+pub const ALL: u64 = 0x5555_5555_5555_5555;
 /// Five pages: three in one page table, two elsewhere.
-const PAGES: [u64; 5] = [0x5000, 0x6000, 0x1F_F000, 0x20_0000, 3 << 39 | 7 << 30 | 0x5000];
+pub const PAGES: [u64; 5] = [0x5000, 0x6000, 0x1F_F000, 0x20_0000, 3 << 39 | 7 << 30 | 0x5000];
 const MEMORY: u64 = 0x000F_FFFF_FFFF_F000;
 
 fn role(flags: bool, sub_pages: bool) -> Eptp {
@@ -50,7 +51,7 @@ enum End {
 }
 
 /// A kind of access, as the qualification has it.
-const ACCESSES: [u64; 5] = [R | 3 << 7, W | 3 << 7, R | W | 3 << 7, X | 3 << 7, W | 1 << 7];
+pub const ACCESSES: [u64; 5] = [R | 3 << 7, W | 3 << 7, R | W | 3 << 7, X | 3 << 7, W | 1 << 7];
 
 /// An entry of L2's, or all ones where L2 owns nothing.
 fn entry(l2: &L2, at: u64) -> u64 {
@@ -283,7 +284,7 @@ impl Machine {
 
 /// What L2 changes.
 #[derive(Clone, Debug)]
-enum Change {
+pub enum Change {
     /// The rights, the bit of sub-pages and the flags of a leaf, and where it leads: to its page, or to nvmx.
     Leaf { page: usize, bits: u64, own: bool },
     /// The rights of the entry above the page table.
@@ -351,7 +352,7 @@ fn whole_table(l2: &mut L2, word: u64) {
 }
 
 #[derive(Clone, Debug)]
-enum Step {
+pub enum Step {
     /// L2 changes something and executes INVEPT, of all contexts or of one.
     Change(Vec<Change>, bool),
     /// L3 accesses a byte of a page, under a role and a table.
@@ -381,7 +382,9 @@ fn after(l2: &L2, role: Eptp, address: u64, end: End, qualification: u64) -> Has
     if flags { marked(words, role.get() & !0xC00, address, qualification & W != 0) } else { words }
 }
 
-fn run(steps: &[Step], budget: u32, splits: u32) {
+/// Takes these steps, with a budget of tables, and where ept12 is watched with so many pieces of large pages; panics where an access comes
+/// to something else than L2's tables say.
+pub fn run(steps: &[Step], budget: u32, splits: u32) {
     let mut m = Machine::new(budget, splits);
     whole_table(&mut m.l2, ALL);
     let mut last = None;

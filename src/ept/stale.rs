@@ -6,9 +6,11 @@
 
 use super::cache::Ept02;
 use super::entry::{self, Level, Meaning, Rights};
-use super::walk::{GuestTables, Walk, walk};
+use super::flags::Path;
+use super::sub_page_table::{Said, Spp02, look_up, reference};
+use super::walk::{Walk, walk};
 use super::{EptRules, Eptp, GuestView, TableFrames};
-use crate::addr::{Gpa, Hpa};
+use crate::addr::{Gpa, Hpa, Ngpa};
 
 /// What L3 uses, and what ept12 says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -21,6 +23,9 @@ pub struct StaleLeaf {
     pub rights: Rights,
     /// Where ept12 leads now and with what rights; `None`: to no page.
     pub now: Option<(u64, Rights)>,
+    /// It is not the page that is wrong, but the table by whose last level its sub-pages can be written: `used` is that, and `now` what L2's
+    /// tables have in its place.
+    pub sub_pages: bool,
 }
 
 impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
@@ -31,7 +36,11 @@ impl<const ROOTS: usize, const RESERVE: usize> Ept02<ROOTS, RESERVE> {
         let in_use = !root.stale && root.tables.count > 0 && root.table.get() == eptp02.ep4ta();
         let role = root.role.filter(|_| in_use)?;
         let rules = self.rules.of_role(role);
-        Search { guest, frames, rules: &rules, root: role.root() }.table(root.table, role.top(), 0)
+        Search { guest, frames, rules: &rules, root: role.root(), spp: root.spp.as_ref() }.table(
+            root.table,
+            role.top(),
+            0,
+        )
     }
 }
 
@@ -40,6 +49,7 @@ struct Search<'a, G, F> {
     frames: &'a F,
     rules: &'a EptRules,
     root: (Gpa, Level),
+    spp: Option<&'a Spp02>,
 }
 
 impl<G: GuestView, F: TableFrames> Search<'_, G, F> {
@@ -63,8 +73,9 @@ impl<G: GuestView, F: TableFrames> Search<'_, G, F> {
         let mut offset = 0;
         while offset < level.bytes() {
             let used = page + offset;
-            let found = StaleLeaf { ngpa: ngpa + offset, used, rights, now: None };
-            let Walk::Leaf(leaf) = walk(&mut GuestTables(self.guest), self.root, ngpa + offset, self.rules) else {
+            let found = StaleLeaf { ngpa: ngpa + offset, used, rights, now: None, sub_pages: false };
+            let mut path = Path::new(self.guest);
+            let Walk::Leaf(leaf) = walk(&mut path, self.root, ngpa + offset, self.rules) else {
                 return Some(found);
             };
             let gpa = leaf.page.get() | leaf.level.offset(ngpa + offset);
@@ -74,8 +85,31 @@ impl<G: GuestView, F: TableFrames> Search<'_, G, F> {
             if at != Ok(used) || !leaf.rights.contains(rights) || !same_type {
                 return Some(StaleLeaf { now, ..found });
             }
+            if entry & entry::SUB_PAGES != 0 && !leaf.rights.contains(Rights::WRITE) {
+                let allowed = path.last() & entry::SUB_PAGES != 0 && leaf.level == Level::Pt;
+                if let Some(found) = self.sub_pages(found, allowed) {
+                    return Some(found);
+                }
+            }
             offset += leaf.level.bytes().min(level.bytes());
         }
         None
+    }
+
+    /// A page whose sub-pages the processor may let L3 write: the table that it uses is held against L2's, which may have none for it any
+    /// more, or may not ask one (`allowed`). What stands in the table is L2's own word.
+    fn sub_pages(&self, found: StaleLeaf, allowed: bool) -> Option<StaleLeaf> {
+        let spp = self.spp?;
+        let ngpa = Ngpa::new(found.ngpa);
+        let used = spp.last(ngpa, self.frames)?;
+        let table12 = match look_up(spp.spptp12, ngpa, self.guest) {
+            Said::Page { table, .. } if allowed => Some(table),
+            _ => None,
+        };
+        if table12.is_some_and(|table| reference(table, self.guest) == Ok(used)) {
+            return None;
+        }
+        let now = table12.map(|table| (table.get(), Rights::WRITE));
+        Some(StaleLeaf { used: used & entry::ADDRESS, now, sub_pages: true, ..found })
     }
 }

@@ -104,14 +104,15 @@ impl Spp02 {
 
     /// Whether the way to a page ends with this entry.
     pub(super) fn has<F: TableFrames>(&self, ngpa: Ngpa, last: u64, frames: &F) -> bool {
-        let mut table = self.table.get();
-        for level in [Level::Pml4, Level::Pdpt] {
-            table = frames.read(Hpa::new(entry_at(table, level, ngpa)));
-            if table & VALID == 0 {
-                return false;
-            }
-        }
-        frames.read(Hpa::new(entry_at(table, Level::Pd, ngpa))) == last
+        self.last(ngpa, frames) == Some(last)
+    }
+
+    /// The entry with which the way to a page ends, if there is one.
+    pub(super) fn last<F: TableFrames>(&self, ngpa: Ngpa, frames: &F) -> Option<u64> {
+        let valid = |entry: &u64| entry & VALID != 0;
+        UPPER.into_iter().try_fold(self.table.get(), |table, level| {
+            Some(frames.read(Hpa::new(entry_at(table, level, ngpa)))).filter(valid)
+        })
     }
 
     /// Writes the way to a page, which ends with the entry `last`. True if that is in the place of another, which the processor may have

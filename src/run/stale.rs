@@ -15,9 +15,15 @@ pub fn look(cpu: &mut Cpu) {
     let Some(leaf) = found.filter(|leaf| cpu.stale.last != Some(*leaf) && cpu.stale.told < LINES) else { return };
     cpu.stale.last = Some(leaf);
     cpu.stale.told += 1;
-    let StaleLeaf { ngpa, used, rights, now } = leaf;
+    let StaleLeaf { ngpa, used, rights, now, sub_pages } = leaf;
     let rights = rights.bits();
     match now {
+        Some((to, _)) if sub_pages => log::warn!(
+            "L3 uses a stale table of sub-page permissions, INVEPT is missing: {ngpa:#x} has {used:#x}, in L2's tables {to:#x}"
+        ),
+        None if sub_pages => log::warn!(
+            "L3 uses a stale table of sub-page permissions, INVEPT is missing: {ngpa:#x} has {used:#x}, in L2's tables nothing"
+        ),
         Some((to, granted)) => log::warn!(
             "L3 uses a stale translation, INVEPT is missing: {ngpa:#x} leads to {used:#x} with rights {rights:#x}, in L2's EPT to {to:#x} with {:#x}",
             granted.bits()

@@ -3,6 +3,7 @@
 mod controls;
 mod guest_side;
 mod pointers;
+mod sub_pages;
 mod tables;
 
 use crate::{
@@ -17,6 +18,7 @@ pub fn all(lab: &mut Lab) {
     pointers::all(lab);
     controls::all(lab);
     tables::all(lab);
+    sub_pages::all(lab);
     guest_side::all(lab);
 }
 

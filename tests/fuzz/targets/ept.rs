@@ -1,5 +1,6 @@
 //! ept02: histories of L2 that writes ept12, switches and invalidates, and of L3 that accesses memory, against the
-//! reference walker and the processor model of the property tests.
+//! reference walker and the processor model of the property tests; histories with sub-page write permissions against the statement of
+//! theirs.
 #![no_main]
 
 #[path = "../input.rs"]
@@ -7,13 +8,65 @@ mod input;
 #[allow(dead_code, unused_imports)]
 #[path = "../../ept_sequences.rs"]
 mod model;
+#[allow(dead_code, unused_imports, clippy::duplicate_mod, reason = "as the other model, with a memory of its own")]
+#[path = "../../ept_sub_pages.rs"]
+mod sub_pages;
 
 use input::Input;
 use libfuzzer_sys::fuzz_target;
 use model::ept_model::{GIB1, KIB4, LARGE, MIB2, OWN, WB};
 use model::{ROLES, Step, TABLES, run};
+use sub_pages::{ACCESSES, ALL, Change, PAGES, SPP};
 
 const MOST: usize = 200;
+/// From this first byte on a history is one with sub-page write permissions.
+const SUB_PAGES: u8 = 0xC0;
+
+fn change(input: &mut Input<'_>) -> Change {
+    let page = usize::from(input.u8()) % PAGES.len();
+    match input.u8() % 4 {
+        0 => {
+            let rights = input.pick(&[1, 1, 1, 5, 3, 7, 4, 0]);
+            let bits = rights | input.pick(&[0, 1 << 8, 3 << 8, 1 << 9]) | input.pick(&[1 << 61, 1 << 61, 1 << 61, 0]);
+            Change::Leaf { page, bits, own: input.u8() > 240 }
+        }
+        1 => Change::Upper { page, rights: input.pick(&[7, 7, 5, 1]) },
+        _ => {
+            let entry = match input.u8() % 8 {
+                0..=3 => (SPP + input.below(sub_pages::TABLES) * KIB4) | input.pick(&[1, 1, 1, 0, 3, 1 | 1 << 62]),
+                4 => OWN.0 | 1,
+                5 => input.u64(),
+                6 => ALL,
+                _ => input.u64() & ALL,
+            };
+            Change::Spp { table: input.below(sub_pages::TABLES), level: u32::from(input.u8() % 4), page, entry }
+        }
+    }
+}
+
+fn with_sub_pages(input: &mut Input<'_>, size: u8) {
+    let mut steps = Vec::new();
+    while !input.is_empty() && steps.len() < MOST {
+        steps.push(match input.u8() % 14 {
+            0..=7 => {
+                let page = usize::from(input.u8()) % PAGES.len();
+                // Most are plain writes.
+                let access = usize::from(input.u8()) % (ACCESSES.len() + 4);
+                let access = if access < ACCESSES.len() { access } else { 1 };
+                let how = input.u8();
+                let (flags, with, second) = (how & 1 != 0, how & 0xE != 0, how & 0x10 != 0);
+                sub_pages::Step::Access { page, piece: input.below(KIB4 / 8), access, flags, sub_pages: with, second }
+            }
+            8..=10 => {
+                let count = 1 + input.u8() % 3;
+                sub_pages::Step::Change((0..count).map(|_| change(input)).collect(), input.u8() % 2 == 0)
+            }
+            _ => sub_pages::Step::Again(change(input)),
+        });
+    }
+    let (budget, splits) = [(40, 0), (40, 100), (0, 0), (7, 3)][usize::from(size % 4)];
+    sub_pages::run(&steps, budget, splits);
+}
 
 fn entry(input: &mut Input<'_>) -> u64 {
     let address = match input.u8() % 4 {
@@ -54,6 +107,9 @@ fn step(input: &mut Input<'_>) -> Step {
 fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
     let size = input.u8();
+    if size >= SUB_PAGES {
+        return with_sub_pages(&mut input, size);
+    }
     let mut steps = Vec::new();
     while !input.is_empty() && steps.len() < MOST {
         steps.push(step(&mut input));
