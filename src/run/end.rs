@@ -20,7 +20,7 @@ pub(super) fn too_little_memory() -> ! {
 /// Runs L2 and L3 on this processor until the machine ends: one epitaph, the last exits before it.
 pub(super) fn run_to_the_end(cpu: &mut Cpu) -> ! {
     let left = cpu::this().stack_left();
-    if left < 10 * LITTLE_STACK {
+    if left < LITTLE_STACK {
         log::warn!("the start left {left} bytes of a stack of nvmx");
     }
     let reason = run_loop::run(cpu);
