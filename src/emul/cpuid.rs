@@ -135,6 +135,7 @@ fn hypervisor_leaf(cpu: &mut Cpu, leaf: u32, subleaf: u32) -> CpuidResult {
                 .forget_guest_exit(crate::vmx::exit::ExitReason::exit(crate::vmx::exit::BasicReason::CPUID));
             if subleaf == SNAPSHOT {
                 cpu.vmx.counters.set(Counter::L1Ticks, cpu.regs.ticks);
+                cpu.vmx.counters.set(Counter::Ept02Evictions, cpu.ept02.stats().evictions);
                 cpu.vmx.counters.take_snapshot(others::totals());
                 return CpuidResult { eax: 0, ebx: 1, ecx: 0, edx: 0 };
             }

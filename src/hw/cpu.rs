@@ -7,7 +7,7 @@ use core::{
     mem::{ManuallyDrop, size_of},
     ops::Range,
     ptr,
-    sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering},
 };
 
 use bitflags::bitflags;
@@ -116,11 +116,14 @@ struct LastBlock {
 
 const _: () = assert!(size_of::<LastBlock>() == abi::LAST_EXITS_WORDS * 8);
 
-/// The last exit of one level, for the epitaph: the exit-reason field plus one, so that zero means none. Written on every
-/// exit: one plain store.
-#[derive(Default)]
-#[repr(transparent)]
-struct LastExit(AtomicU64);
+/// The last exit of one level, for the epitaph: the exit-reason field, or a value that it never has. Written on every exit: one
+/// plain store.
+#[repr(C)]
+struct LastExit {
+    reason: AtomicU32,
+    /// The word is 64 bits wide.
+    high: u32,
+}
 
 /// The last exits of this processor, if there were any.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -132,14 +135,18 @@ pub struct LastExits {
 }
 
 impl LastExit {
-    fn get(&self) -> Option<ExitReason> {
-        let reason = self.0.load(Ordering::Relaxed).checked_sub(1)? as u32;
-        Some(ExitReason(reason))
+    const fn none() -> Self {
+        LastExit { reason: AtomicU32::new(abi::NO_LAST_EXIT), high: 0 }
     }
 
-    #[inline]
+    fn get(&self) -> Option<ExitReason> {
+        let reason = self.reason.load(Ordering::Relaxed);
+        (reason != abi::NO_LAST_EXIT).then_some(ExitReason(reason))
+    }
+
+    #[inline(always)]
     fn set(&self, reason: ExitReason) {
-        self.0.store(u64::from(reason.0) + 1, Ordering::Relaxed);
+        self.reason.store(reason.0, Ordering::Relaxed);
     }
 }
 
@@ -228,7 +235,7 @@ impl PerCpu {
     /// A block for a processor of a host, which has no stack and no tables of its own; it lasts for good.
     #[cfg(not(target_os = "none"))]
     pub fn of_host(index: u32) -> &'static Self {
-        let last = LastBlock { mark: 0, this: 0, guest: LastExit::default(), nested: LastExit::default() };
+        let last = LastBlock { mark: 0, this: 0, guest: LastExit::none(), nested: LastExit::none() };
         std::boxed::Box::leak(std::boxed::Box::new(PerCpu {
             this: ptr::null(),
             arrived: AtomicU8::new(0),
@@ -413,8 +420,8 @@ pub fn prepare(
             last: LastBlock {
                 mark: abi::LAST_EXITS_MARK,
                 this: &raw const (*block).last as u64,
-                guest: LastExit::default(),
-                nested: LastExit::default(),
+                guest: LastExit::none(),
+                nested: LastExit::none(),
             },
             main_stack_top,
             window,

@@ -125,8 +125,7 @@ impl Vmx {
     /// active.
     #[inline(always)]
     pub fn exchange(&mut self, phys: &DirectMap, from: &Region, word: u32, to: &Region) {
-        self.counters.bump(Counter::Vmclear);
-        self.counters.bump(Counter::Vmptrld);
+        self.counters.exchange();
         let done = this_processor().exchange(phys, from, word, to);
         assert!(done, "VMCLEAR or VMPTRLD of nvmx's own failed");
     }
@@ -151,13 +150,20 @@ pub struct Batch<'a> {
     vmx: &'a mut Vmx,
     reads: u64,
     writes: u64,
+    counted: [u64; 2],
 }
 
 impl Vmx {
     /// For many accesses in a row.
     #[inline(always)]
     pub fn batch(&mut self) -> Batch<'_> {
-        Batch { vmx: self, reads: 0, writes: 0 }
+        self.batch_beyond(0, 0)
+    }
+
+    /// The same, where so many reads and writes were counted already.
+    #[inline(always)]
+    pub fn batch_beyond(&mut self, reads: u64, writes: u64) -> Batch<'_> {
+        Batch { vmx: self, reads: 0, writes: 0, counted: [reads, writes] }
     }
 }
 
@@ -174,13 +180,22 @@ impl FieldAccess for Batch<'_> {
         self.writes += 1;
         this_processor().vmwrite(field, value);
     }
+
+    #[inline(always)]
+    fn one_less(&mut self) {
+        // As many in this batch whichever way was taken: a constant, which the compiler knows.
+        self.writes += 1;
+        self.vmx.counters.take_back(Counter::Vmwrite);
+    }
 }
 
 impl Drop for Batch<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        self.vmx.counters.add(Counter::Vmread, self.reads);
-        self.vmx.counters.add(Counter::Vmwrite, self.writes);
+        // All known to the compiler, which leaves out what is 0.
+        let [reads, writes] = self.counted;
+        self.vmx.counters.add(Counter::Vmread, self.reads.wrapping_sub(reads));
+        self.vmx.counters.add(Counter::Vmwrite, self.writes.wrapping_sub(writes));
     }
 }
 

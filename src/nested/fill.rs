@@ -7,7 +7,6 @@ use l2_protocol::abi::Counter;
 /// Counts a fill.
 pub fn count(cpu: &mut Cpu) {
     cpu.vmx.counters.bump(Counter::Ept02Fills);
-    cpu.vmx.counters.set(Counter::Ept02Evictions, cpu.ept02.stats().evictions);
 }
 
 /// Lets vmcs02, which is current, run on the ept02 of its eptp12 as it is now, with what has to be flushed for that.

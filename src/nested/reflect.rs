@@ -288,6 +288,7 @@ fn load_segments(vmx: &mut impl FieldAccess, vmcs12: &Vmcs12, long: bool) {
             vmx.write(Field::$selector, selector);
             if selector == 0 {
                 vmx.write(Field::$rights, UNUSABLE);
+                vmx.one_less();
             } else {
                 vmx.write(Field::$rights, DATA);
                 vmx.write(Field::$limit, FLAT);

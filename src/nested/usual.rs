@@ -11,19 +11,19 @@ use crate::ept::{Ept02, Eptp};
 use crate::hw::vmx::Vmx;
 use crate::rules::route::is_always_reflected;
 use crate::rules::switched;
+use crate::trace::counters::{READS_OF_ENTRY, WRITES_OF_EXIT};
 use crate::vmcs::access::{ExitTakes, MachineParts};
 use crate::vmcs::slot::{Slot, Usual};
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
 use crate::vmcs::tracked::{HostValues, Tracked, Version};
 use crate::vmcs::vpid::VpidMap;
-use crate::vmx::Field;
 use crate::vmx::controls::{ExitControls, PinControls, SecondaryControls};
 use crate::vmx::exit::ExitReason;
 use crate::vmx::region::NO_LINK;
 use crate::vmx::segment::AccessRights;
 use crate::vmx::state::interruptibility;
-use l2_protocol::abi::Counter;
+use crate::vmx::{Field, FieldAccess};
 
 /// Access rights of SS: the privilege level.
 const SS_DPL: u64 = AccessRights::DPL as u64;
@@ -130,7 +130,7 @@ fn by_route(cpu: &mut Cpu, qualification: Option<u64>) -> bool {
 #[inline(always)]
 fn leave(cpu: &mut Cpu, current: SlotId) {
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[current]);
-    vmx.counters.bump(Counter::Reflected);
+    vmx.counters.usual_exit();
     reflect::keep_mode(vmx, slot);
     if slot.usual.intersects(Usual::MORE) {
         if slot.usual.contains(Usual::TIMER) {
@@ -144,7 +144,11 @@ fn leave(cpu: &mut Cpu, current: SlotId) {
     slot.vmcs12.exits += 1;
     let on = MachineParts { vmx: &mut *vmx, phys: &cpu.phys, vmcs01: &cpu.vmcs01 };
     cpu.config.access.leave_by_exit(on, slot);
-    reflect::load_vmcs12_host_state(&mut vmx.batch(), &slot.vmcs12, ExitControls::HOST_ADDRESS_SPACE_SIZE);
+    reflect::load_vmcs12_host_state(
+        &mut vmx.batch_beyond(0, WRITES_OF_EXIT),
+        &slot.vmcs12,
+        ExitControls::HOST_ADDRESS_SPACE_SIZE,
+    );
     if slot.usual.contains(Usual::CARRIES) {
         give_carried(vmx, slot, &mut cpu.tracked);
     }
@@ -213,8 +217,12 @@ fn enter(cpu: &mut Cpu, id: SlotId) -> bool {
         return false;
     }
     debug_assert!(around().is_settled(slot), "what was settled has changed");
-    let blocking = cpu.vmx.read(Field::GUEST_INTERRUPTIBILITY_INFO);
-    if blocking & interruptibility::MOV_SS != 0 || cpu.vmx.read(Field::GUEST_SS_AR_BYTES) & SS_DPL != 0 {
+    let [blocking, ss] = {
+        cpu.vmx.counters.usual_entry();
+        let mut vmcs01 = cpu.vmx.batch_beyond(READS_OF_ENTRY, 0);
+        [Field::GUEST_INTERRUPTIBILITY_INFO, Field::GUEST_SS_AR_BYTES].map(|field| vmcs01.read(field))
+    };
+    if blocking & interruptibility::MOV_SS != 0 || ss & SS_DPL != 0 {
         return false;
     }
     cpu.nested.blocking01 = blocking;

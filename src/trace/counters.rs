@@ -23,6 +23,9 @@ pub struct Counters {
     recent: [Recent; KEPT],
     next: u8,
     measures: bool,
+    /// How often something was counted: for tests of what counting costs
+    #[cfg(not(target_os = "none"))]
+    updates: u64,
 }
 
 #[derive(Clone)]
@@ -30,7 +33,19 @@ struct Values {
     named: [u64; NAMED],
     guest_exits: [u64; REASONS],
     nested_exits: [u64; REASONS],
+    /// What stands for several counts ([`Values::together`])
+    exchanges: u64,
+    exits: u64,
+    entries: u64,
 }
+
+/// VMWRITEs by which a usual exit loads L2's host state, if all its selectors are there: counted with the exit.
+pub const WRITES_OF_EXIT: u64 = 43;
+/// VMREADs with which a usual entry begins: counted with it.
+pub const READS_OF_ENTRY: u64 = 2;
+/// Counters for which others stand ([`Values::together`]).
+const TOGETHER: [Counter; 5] =
+    [Counter::Vmclear, Counter::Vmptrld, Counter::Reflected, Counter::Vmwrite, Counter::Vmread];
 
 /// How many of the last exits are told, and how many are kept: as many as places that a byte names, so that it comes round by itself.
 const RECENT: u8 = 16;
@@ -46,11 +61,34 @@ const NO_EXIT: Recent = u32::MAX;
 
 impl Values {
     const fn new() -> Self {
-        Values { named: [0; NAMED], guest_exits: [0; REASONS], nested_exits: [0; REASONS] }
+        Values {
+            named: [0; NAMED],
+            guest_exits: [0; REASONS],
+            nested_exits: [0; REASONS],
+            exchanges: 0,
+            exits: 0,
+            entries: 0,
+        }
     }
 
-    /// What follows from the exits by reason.
+    /// What is to be added to a counter for what was counted together.
+    const fn together(&self, counter: Counter) -> u64 {
+        match counter {
+            Counter::Vmclear | Counter::Vmptrld => self.exchanges,
+            Counter::Reflected => self.exits,
+            Counter::Vmwrite => self.exits.wrapping_mul(WRITES_OF_EXIT),
+            Counter::Vmread => self.entries.wrapping_mul(READS_OF_ENTRY),
+            _ => 0,
+        }
+    }
+
+    /// What follows from the exits by reason, and from what was counted together.
     fn sum_up(&mut self) {
+        for counter in TOGETHER {
+            let value = self.together(counter);
+            self.named[counter as usize] = self.named[counter as usize].wrapping_add(value);
+        }
+        (self.exchanges, self.exits, self.entries) = (0, 0, 0);
         let [guest, nested] = [&self.guest_exits, &self.nested_exits].map(|exits| exits.iter().sum::<u64>());
         for (counter, sum) in
             [(Counter::ExitsL2, guest), (Counter::ExitsL3, nested), (Counter::HwExits, guest + nested)]
@@ -121,24 +159,81 @@ impl Default for Counters {
 impl Counters {
     /// All zero.
     pub const fn new() -> Self {
-        Counters { live: Values::new(), snapshot: Values::new(), recent: [NO_EXIT; KEPT], next: 0, measures: true }
+        Counters {
+            live: Values::new(),
+            snapshot: Values::new(),
+            recent: [NO_EXIT; KEPT],
+            next: 0,
+            measures: true,
+            #[cfg(not(target_os = "none"))]
+            updates: 0,
+        }
     }
 
     /// The value now, of a counter that is no sum over exits.
     pub const fn get(&self, counter: Counter) -> u64 {
-        self.live.named[counter as usize]
+        self.live.named[counter as usize].wrapping_add(self.live.together(counter))
+    }
+
+    /// Counts a VMCLEAR and a VMPTRLD.
+    #[inline(always)]
+    pub fn exchange(&mut self) {
+        self.note_update();
+        self.live.exchanges += 1;
+    }
+
+    /// Counts a reflected exit by the usual way, with [`WRITES_OF_EXIT`].
+    #[inline(always)]
+    pub fn usual_exit(&mut self) {
+        self.note_update();
+        self.live.exits += 1;
+    }
+
+    /// Counts an entry by the usual way, which is [`READS_OF_ENTRY`].
+    #[inline(always)]
+    pub fn usual_entry(&mut self) {
+        self.note_update();
+        self.live.entries += 1;
+    }
+
+    /// Takes one back, which was counted with others and did not happen.
+    #[inline(always)]
+    pub fn take_back(&mut self, counter: Counter) {
+        self.note_update();
+        let value = &mut self.live.named[counter as usize];
+        *value = value.wrapping_sub(1);
+    }
+
+    /// How often something was counted that always is: each time takes an instruction, or three.
+    #[cfg(not(target_os = "none"))]
+    pub const fn updates(&self) -> u64 {
+        self.updates
+    }
+
+    #[inline(always)]
+    fn note_update(&mut self) {
+        #[cfg(not(target_os = "none"))]
+        {
+            self.updates += 1;
+        }
     }
 
     /// Adds one.
     #[inline(always)]
     pub fn bump(&mut self, counter: Counter) {
+        self.note_update();
         self.live.named[counter as usize] += 1;
     }
 
     /// Adds `count`.
     #[inline(always)]
     pub fn add(&mut self, counter: Counter, count: u64) {
-        self.live.named[counter as usize] += count;
+        if count != 0 {
+            self.note_update();
+        }
+        let value = &mut self.live.named[counter as usize];
+        // What was taken back before may have come below 0.
+        *value = value.wrapping_add(count);
     }
 
     /// Sets a counter that is kept elsewhere.
@@ -218,6 +313,41 @@ mod tests {
         assert_eq!(c.snapshot_value(EXITS_OF_L3 + 10), Some(1));
         assert_eq!(c.snapshot_value(EXITS_OF_L2 + 10), Some(0));
         assert_eq!(c.snapshot_value(EXITS_OF_L3 + REASONS as u32), None);
+    }
+
+    #[test]
+    fn exchanges_and_what_is_taken_back_are_in_the_counters_that_are_read() {
+        let mut c = Counters::new();
+        let read = |c: &Counters| [Counter::Vmclear, Counter::Vmptrld, Counter::Vmwrite].map(|counter| c.get(counter));
+        c.exchange();
+        c.exchange();
+        c.bump(Counter::Vmptrld);
+        c.take_back(Counter::Vmwrite);
+        c.add(Counter::Vmwrite, 42);
+        assert_eq!(read(&c), [2, 3, 41]);
+        let totals = Totals::new();
+        for _ in 0..2 {
+            c.take_snapshot(&totals);
+            assert_eq!(read(&c), [2, 3, 41]);
+            let told = [Counter::Vmclear, Counter::Vmptrld, Counter::Vmwrite].map(|counter| counter as u32);
+            assert_eq!(told.map(|counter| c.snapshot_value(counter)), [Some(2), Some(3), Some(41)]);
+            assert_eq!(told.map(|counter| totals.get(counter)), [Some(2), Some(3), Some(41)]);
+        }
+    }
+
+    #[test]
+    fn what_is_counted_together_is_told_apart() {
+        let mut c = Counters::new();
+        c.usual_exit();
+        c.usual_exit();
+        c.usual_entry();
+        c.bump(Counter::Vmread);
+        let list = [Counter::Reflected, Counter::Vmwrite, Counter::Vmread];
+        let told = [2, 2 * WRITES_OF_EXIT, READS_OF_ENTRY + 1];
+        assert_eq!(list.map(|counter| c.get(counter)), told);
+        c.take_snapshot(&Totals::new());
+        assert_eq!(list.map(|counter| c.snapshot_value(counter as u32)), told.map(Some));
+        assert_eq!(list.map(|counter| c.get(counter)), told, "and stays so");
     }
 
     #[test]

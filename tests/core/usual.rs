@@ -2,8 +2,10 @@
 //! on, and what comes after it is usual again. Seen by what the bare machine shows.
 
 use crate::kit::{self, *};
+use l2_protocol::abi::Strategy;
 use nvmx_machine::guest::{Guest, Op, Outcome};
-use nvmx_machine::world::agree;
+use nvmx_machine::processor::Storage;
+use nvmx_machine::world::{End, Setup, World, agree};
 
 const AREA: u64 = 0x3_8000;
 /// An MSR bitmap of zeros: L3's accesses do not exit to L2.
@@ -336,4 +338,30 @@ fn an_l2_that_may_not_enter_does_not() {
         g.set(GUEST_INTERRUPTIBILITY_INFO, 0);
         rounds(&g, "allowed again").await;
     });
+}
+
+/// What is counted always of an exit and of the entry behind it: three reads and two exchanges, one for the exit with its writes, one
+/// for the entry with its reads, and here four selectors of L2's that are null (docs/adr/0027). Each takes one instruction.
+#[test]
+fn little_is_counted_always_of_an_exit_that_is_usual() {
+    const ALWAYS: u64 = 11;
+    let updates = |setup: &Setup, rounds: usize| {
+        let mut world = World::new(*setup);
+        let end = world.boot(move |g| async move {
+            hypervisor(&g, &usual()).await;
+            launch(&g).await;
+            leave(&g).await;
+            for _ in 0..rounds {
+                assert_eq!(g.run(Op::Vmresume).await, Outcome::Left);
+                assert_eq!(g.run(Op::Cpuid).await, Outcome::Left);
+            }
+        });
+        assert!(matches!(end, End::Over));
+        world.cpu.vmx.counters.updates()
+    };
+    let zero_copy = |setup: &Setup| setup.strategy == Strategy::ZeroCopy && setup.storage == Storage::OnChip;
+    for setup in Setup::all().into_iter().filter(zero_copy) {
+        let each = (updates(&setup, 30) - updates(&setup, 10)) / 20;
+        assert_eq!(each, ALWAYS, "places that count an exit");
+    }
 }

@@ -1,7 +1,7 @@
 //! A look into a machine that hangs: nvmx keeps the last exits in a marked block of its memory, and the emulator's process
 //! holds that memory.
 
-use l2_protocol::abi::{LAST_EXITS_MARK, LAST_EXITS_WORDS};
+use l2_protocol::abi::{LAST_EXITS_MARK, LAST_EXITS_WORDS, NO_LAST_EXIT};
 use nvmx::vmx::ExitReason;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -62,9 +62,9 @@ fn blocks(memory: &[u8], address: u64) -> Vec<String> {
 }
 
 fn exit(reason: u64) -> String {
-    match reason.checked_sub(1) {
-        None => "none yet".into(),
-        Some(reason) => ExitReason(reason as u32).to_string(),
+    match reason as u32 {
+        NO_LAST_EXIT => "none yet".into(),
+        reason => ExitReason(reason).to_string(),
     }
 }
 
@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn a_genuine_block_is_found_and_a_copy_of_its_mark_is_not() {
         let mut memory = vec![0; 64];
-        memory.extend(block([LAST_EXITS_MARK, 0xFFFF_8000_0000_5040, 11, 0]));
+        memory.extend(block([LAST_EXITS_MARK, 0xFFFF_8000_0000_5040, 10, NO_LAST_EXIT.into()]));
         memory.extend(block([LAST_EXITS_MARK, 0, 1, 2]));
         let texts = blocks(&memory, 0x7F00_0000_0000);
         assert_eq!(texts, ["last exit of L2: CPUID", "last exit of L3: none yet"]);

@@ -54,9 +54,11 @@ pub const STACK_USED: u32 = 0x301;
 pub const REASONS: usize = 80;
 
 /// First word of the block of last exits that each CPU of nvmx keeps in its memory, for whoever looks at a machine that hangs
-/// from outside. Four words: this mark, the block's own linear address, then for L2 and for L3 the exit-reason field plus one
-/// (0: no exit yet).
+/// from outside. Four words: this mark, the block's own linear address, then for L2 and for L3 the exit-reason field
+/// ([`NO_LAST_EXIT`]: no exit yet).
 pub const LAST_EXITS_MARK: u64 = u64::from_le_bytes(*b"nvmxlast");
+/// In that block: there was no exit yet. No exit reason has all bits.
+pub const NO_LAST_EXIT: u32 = u32::MAX;
 /// Words of that block.
 pub const LAST_EXITS_WORDS: usize = 4;
 
