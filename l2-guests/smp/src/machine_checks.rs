@@ -24,10 +24,11 @@ const STOP: usize = 13;
 const EXIT: u64 = 1 << 31 | 3 << 8 | trap::MC as u64;
 
 fn ended(index: usize) {
-    smp::count(index, CAME);
     if machine_check::end() != machine_check::WITNESS {
         smp::count(index, OTHER_STATUS);
     }
+    // Now the next one may come.
+    smp::count(index, CAME);
 }
 
 /// Counts those of each CPU.
