@@ -3,7 +3,9 @@
 use super::{
     Case, Judge, Suite, all_pass, attacks, bench, compare, drives, firmware,
     fixtures::{Fixtures, inside_nvmx},
-    growth, in_place, lab, linux, loaders, messages, models, msrs, native, on_kvm, refused, smp, trace, usual, xen,
+    growth, in_place, lab, linux, loaders, messages, models, msrs, native,
+    on_kvm::{self, FEW},
+    refused, smp, trace, usual, xen,
 };
 use crate::backend::{Machine, Payload, Protocol, Spec};
 use crate::boot::Outcome;
@@ -56,6 +58,8 @@ pub fn some(session: &Session, wants: impl Fn(&str) -> bool) -> Result<Suite> {
     let budget = Arc::new(Budget::read(&budget_file(&session.paths.root))?);
     let mut b = Builder { session, suite: Suite::default() };
     COMPARED.iter().for_each(|guest| b.guest(guest));
+    // What several of the topics below compare with.
+    b.boot("cascade-few", session.bare("cascade", FEW));
     let (compiler, limits) = (session.toolchain.version.clone(), Arc::clone(&budget));
     b.case(
         "the costs of cascade are those of benches/budget.json",
@@ -329,4 +333,22 @@ pub(super) fn kept(budget: &Budget, compiler: &str, guest: &str, events: &[Event
     }
     let (told, table) = (audit.told(guest, compiler), ledger::render(&audit.differences));
     Err(format!("{told}; if they are meant, ./nvmx bench --bless books them:\n{table}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nvmx_setup::ui::Ui;
+
+    /// `./nvmx test --filter` sets up the topics of the cases that it finds, and no others.
+    #[test]
+    fn each_topic_has_all_boots_of_its_cases() {
+        let session = Session::dry(&Ui::new(false)).unwrap();
+        let topics = all(&session).unwrap().topics;
+        for topic in topics.values() {
+            let suite = some(&session, |wanted| wanted == *topic).unwrap();
+            let missing = suite.cases.iter().flat_map(|case| &case.boots).find(|boot| !suite.boots.contains_key(*boot));
+            assert_eq!(missing, None, "of the topic {topic}");
+        }
+    }
 }

@@ -41,7 +41,6 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
             suite.backends.insert(name.into(), backend);
         }
     };
-    boot("cascade-few", None, session.bare("cascade", FEW));
     boot("cascade-kvm", Some(kvm.clone()), session.bare("cascade", FEW));
     boot("cascade-nvmx-kvm", Some(kvm.clone()), session.nested("cascade", FEW, Fields::Auto));
     boot("cascade-nvmx-kvm-trapped", Some(kvm.clone()), session.nested("cascade", FEW, Fields::Trapped));
