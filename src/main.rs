@@ -14,7 +14,7 @@ use nvmx::boot::info::{InfoError, LoadedBy};
 use nvmx::boot::options::{Exit, Serial, StopOption};
 use nvmx::boot::requirements::{self, Missing};
 use nvmx::boot::{BootInfo, CpuList, FoundProcessor, Options, guest_image, identity, int15};
-use nvmx::hw::boot::{Handover, SettleError, Settled};
+use nvmx::hw::boot::{Handover, Settled};
 use nvmx::hw::epitaph::{self, Status};
 use nvmx::hw::{self, cpu, msr, serial};
 use nvmx::mm::GuestMemory;
@@ -114,7 +114,7 @@ fn assemble(home: Settled, info: &BootInfo, options: Options, processor: FoundPr
         }
         guest_image::load(&guest, &guest_memory, modules, rsdp.as_ref(), &info.extras)
     });
-    let start = start.unwrap_or_else(|e| give_up(SettleError::from(e))).unwrap_or_else(|e| give_up(e));
+    let start = start.unwrap_or_else(|e| give_up(e)).unwrap_or_else(|e| give_up(e));
     Machine {
         options,
         memory: info.memory.clone(),

@@ -56,17 +56,30 @@ impl BootInfo {
         (self.list.count as usize, self.text as usize)
     }
 
-    /// Copies the list to `modules` and its command lines to `text`, as much as there is room for. The loader's memory is not needed
-    /// any more.
-    pub fn keep<'a>(&self, memory: &impl PhysMem, modules: &mut [Module<'a>], mut text: &'a mut [u8]) {
-        for (kept, ListedModule { span, line }) in modules.iter_mut().zip(self.modules(memory)) {
+    /// Copies the list to `modules` and its command lines to `text`. The loader's memory is not needed any more.
+    ///
+    /// # Errors
+    /// If there is no room for what [`Self::to_keep`] says, or the list is not what it was.
+    pub fn keep<'a>(
+        &self,
+        memory: &impl PhysMem,
+        modules: &mut [Module<'a>],
+        mut text: &'a mut [u8],
+    ) -> Result<(), InfoError> {
+        const LOST: InfoError = InfoError::Malformed("its list of modules changed after it was read");
+        if modules.len() < self.list.count as usize {
+            return Err(LOST);
+        }
+        for (kept, module) in modules.iter_mut().zip(listed(self.protocol, self.list, memory)) {
+            let ListedModule { span, line } = module?;
             let Some((room, rest)) = mem::take(&mut text).split_at_mut_checked(line.span().len() as usize) else {
-                return;
+                return Err(LOST);
             };
             memory.read_bytes(Hpa::new(line.span().start()), room);
             *kept = Module { span, place: span, command_line: room };
             text = rest;
         }
+        Ok(())
     }
 }
 
@@ -116,7 +129,7 @@ mod tests {
         let (count, bytes) = info.to_keep();
         let mut text = vec![0; bytes];
         let mut modules = vec![Module::default(); count];
-        info.keep(memory, &mut modules, &mut text);
+        info.keep(memory, &mut modules, &mut text).unwrap();
         let text = |module: &Module<'_>| String::from_utf8(module.command_line.to_vec()).unwrap();
         modules.iter().map(|module| (module.span, text(module))).collect()
     }
@@ -289,6 +302,17 @@ mod tests {
             let spans = (0..u64::from(count)).map(|n| Span::sized(n * 0x1000, 0x800));
             assert!(spans.eq(kept.iter().map(|(span, _)| *span)), "{count}");
         }
+    }
+
+    #[test]
+    fn a_list_that_is_lost_or_has_no_room_is_told() {
+        let memory = with_modules(2, b"x y");
+        let info = BootInfo::read(multiboot1::BOOT_MAGIC, Hpa::new(0x1000), &memory).unwrap();
+        let keep =
+            |modules, text| info.keep(&memory, &mut vec![Module::default(); modules], &mut vec![0; text]).is_ok();
+        assert!(keep(2, 6) && !keep(1, 6) && !keep(2, 5));
+        memory.write_bytes(Hpa::new(0x1100), b"longer");
+        assert!(!keep(2, 6));
     }
 
     #[test]

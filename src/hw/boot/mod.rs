@@ -101,12 +101,14 @@ pub struct Settled {
 }
 
 /// nvmx cannot settle.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum SettleError {
     /// There is no room.
     TooLittleMemory(TooLittleMemory),
     /// The stack of the entry code, below which its page tables lie, was used to its last page.
     DeepStack,
+    /// What the loader said of the modules is not there any more.
+    LostModules(InfoError),
     /// Memory is so large that nvmx's frames do not even suffice for its page tables.
     OutOfFrames,
 }
@@ -115,6 +117,7 @@ impl fmt::Display for SettleError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TooLittleMemory(error) => error.fmt(f),
+            Self::LostModules(error) => error.fmt(f),
             Self::DeepStack => f.write_str("nvmx's stack is too small for its start"),
             Self::OutOfFrames => f.write_str("too little memory: nvmx's frames do not suffice for its page tables"),
         }
@@ -234,20 +237,23 @@ impl ModuleRoom {
     }
 }
 
-/// Calls `with` with the modules and their command lines, in frames that are free again afterwards. The loader may have lost its list
-/// by then.
+/// Calls `with` with the modules and their command lines, in frames that are free again afterwards. The loader's list is not needed
+/// from then on.
+///
+/// # Errors
+/// [`SettleError::OutOfFrames`] and [`SettleError::LostModules`]
 pub fn with_modules<R>(
     info: &BootInfo,
     frames: &mut FramePool,
     phys: DirectMap,
     with: impl FnOnce(&mut [Module<'_>]) -> R,
-) -> Result<R, OutOfFrames> {
+) -> Result<R, SettleError> {
     let ModuleRoom { modules, bytes } = ModuleRoom::of(info);
     if modules == 0 {
         return Ok(with(&mut []));
     }
-    let run = frames.alloc_run(&phys, bytes.div_ceil(PAGE_SIZE) as usize).ok_or(OutOfFrames)?;
-    let place = phys.linear(run.hpa(), bytes).ok_or(OutOfFrames)?;
+    let run = frames.alloc_run(&phys, bytes.div_ceil(PAGE_SIZE) as usize).ok_or(SettleError::OutOfFrames)?;
+    let place = phys.linear(run.hpa(), bytes).ok_or(SettleError::OutOfFrames)?;
     let list = place.cast::<Module<'_>>();
     // SAFETY: 1. the frames are nvmx's own, mapped and nobody else's until they are given back below, when both slices are gone.
     // 2. A page is aligned for a module, and each is written before the slice is made. 3. The text lies behind the modules, and
@@ -258,7 +264,7 @@ pub fn with_modules<R>(
         let length = bytes as usize - modules * size_of::<Module<'_>>();
         (slice::from_raw_parts_mut(list, modules), slice::from_raw_parts_mut(text, length))
     };
-    info.keep(&phys, list, text);
+    info.keep(&phys, list, text).map_err(SettleError::LostModules)?;
     let result = with(list);
     run.into_frames().for_each(|frame| frames.free(frame));
     Ok(result)

@@ -63,7 +63,7 @@ fn information(format: u8, bytes: &[u8]) {
         assert!(info.memory.usable_bytes() > 0);
         let (count, bytes) = info.to_keep();
         let (mut kept, mut text) = (vec![Module::default(); count], vec![0; bytes]);
-        info.keep(&memory, &mut kept, &mut text);
+        assert!(info.keep(&memory, &mut kept, &mut text).is_ok());
         let _ = Options::parse(info.command_line.words(&memory));
         if let Some(rsdp) = &info.rsdp {
             let _ = acpi::cpus(rsdp, &memory);
