@@ -98,7 +98,7 @@ mod tests {
         // Ours: the emulator is a child, which is as readable.
         let mut memory = vec![0u8; SMALLEST as usize * 2];
         let offset = memory.as_ptr().align_offset(4096) + 8192;
-        let words = block([LAST_EXITS_MARK, 0xFFFF_8000_0000_0000, 19, 49]);
+        let words = block([LAST_EXITS_MARK, 0xFFFF_8000_0000_0000, 18, 48]);
         memory[offset..offset + words.len()].copy_from_slice(&words);
         let texts = last_exits(std::process::id());
         assert!(texts.contains(&"last exit of L2: VMCALL".to_string()), "{texts:?}");
