@@ -191,13 +191,11 @@ impl MemoryMap {
             return if kind == RangeKind::Usable { span.len() } else { 0 };
         }
         while self.ranges.len() > MOST_LOADED {
-            let usable = self.ranges.iter().filter(|range| range.kind == RangeKind::Usable).map(|range| range.span);
-            let Some(smallest) = usable.min_by_key(|span| span.len()) else {
+            let Some(smallest) = self.give_up_smallest() else {
                 // Next to no memory is a machine that nvmx refuses anyway.
                 self.ranges.truncate(MOST_LOADED);
                 break;
             };
-            self.ranges.retain(|range| range.span != smallest);
             given_up += smallest.len();
         }
         given_up
@@ -212,11 +210,17 @@ impl MemoryMap {
     /// usable memory go too.
     pub fn occupy(&mut self, span: Span) {
         while self.remove(span).is_err() {
-            match self.usable().min_by_key(|usable| usable.len()) {
-                Some(smallest) => self.ranges.retain(|range| range.span != smallest),
-                None => self.ranges.clear(),
+            if self.give_up_smallest().is_none() {
+                self.ranges.clear();
             }
         }
+    }
+
+    /// Takes the smallest piece of usable memory out of the map, if there is any.
+    fn give_up_smallest(&mut self) -> Option<Span> {
+        let smallest = self.usable().min_by_key(|usable| usable.len())?;
+        self.ranges.retain(|range| range.span != smallest);
+        Some(smallest)
     }
 
     /// Takes `span` out of the map.
