@@ -59,7 +59,7 @@ pub struct Job {
     pub end: Option<End>,
     /// CPUs of the guest, if not those of the machine
     pub vcpus: Option<u32>,
-    /// The guest works much: programs, memory, system calls, a pipe, a timer, interrupts between CPUs
+    /// The guest works much: programs, memory, system calls, a pipe, a timer, interrupts between CPUs; and then many guests run in turn
     pub loads: bool,
     /// CPUs of L2 go offline and come back before its guest starts
     pub hotplug: bool,
@@ -209,6 +209,9 @@ fn plan(job: &Job, cpus: u32) -> String {
     if job.reload {
         text.push_str("reload on\n");
     }
+    if job.loads {
+        text.push_str("loads on\n");
+    }
     if job.hotplug {
         text.push_str("hotplug on\n");
     }
@@ -258,7 +261,8 @@ mod tests {
         assert_eq!(lines[8], "cpus 1");
         assert!(lines[9].starts_with("kernel /vmlinuz console=") && lines[10] == "payload /inner.initramfs");
         let own = plan(&Job::parse("vmm=own vcpus=2 hotplug=on").unwrap(), 4);
-        assert!(own.contains("\ncpus 2\n") && own.contains("\nhotplug on\n"));
+        assert!(own.contains("\ncpus 2\n") && own.contains("\nhotplug on\n") && !own.contains("loads"));
+        assert!(plan(&Job::parse("loads=on").unwrap(), 1).contains("\nloads on\n"));
         let qemu = plan(&Job::parse("vmm=qemu").unwrap(), 2);
         assert!(qemu.contains(" -smp 2 "));
         let nested = Job { hypervisor: Some(Payload::new("/c", "events=9")), ..Job::parse("").unwrap() };

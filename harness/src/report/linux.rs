@@ -12,7 +12,7 @@ use nvmx::vmx::exit::BasicReason;
 pub type Stages = [(&'static str, &'static str)];
 
 /// Those of Linux with KVM. The loads are there on demand.
-pub const KVM: [(&str, &str); 12] = [
+pub const KVM: [(&str, &str); 13] = [
     ("linux_boot", "L2 boots, from power-on"),
     ("kvm_load", "L2 loads KVM"),
     ("l3_boot", "L3 boots"),
@@ -25,10 +25,11 @@ pub const KVM: [(&str, &str); 12] = [
     ("load_timer", "L3 computes, a timer fires"),
     ("load_barriers", "L3 interrupts its CPUs"),
     ("machine", "VMM of L3, to its end"),
+    ("load_guests", "L2 switches among 12 guests"),
 ];
 
-/// Stages with this beginning are left out where no boot has them.
-const ON_DEMAND: &str = "load_";
+/// Stages with this beginning are there with `loads=on`; where no boot has them they are left out.
+pub const ON_DEMAND: &str = "load_";
 
 /// Those of Xen.
 pub const XEN: [(&str, &str); 5] = [

@@ -6,10 +6,11 @@ use crate::backend::linux::{Job, LinuxKvm};
 use crate::backend::{Machine, Payload, Spec};
 use crate::boot::{Ended, Outcome};
 use crate::cli::Fields;
-use crate::report::linux::named;
+use crate::report::linux::{self as report, named};
 use crate::session::{LONG, Session};
 use crate::transcript::Transcript;
 use anyhow::Result;
+use l2_protocol::Kind;
 use nvmx_setup::linux::Kernel;
 use std::collections::BTreeSet;
 
@@ -52,9 +53,9 @@ pub fn add(suite: &mut Suite, session: &Session) -> Result<()> {
         suite.cases.push(Case { name: name.into(), boots: boots.to_vec(), judge });
     };
     case("Linux with KVM as L2 boots Linux as L3, and both see what they see with KVM alone", pair("linux"), same());
-    let name =
-        "Linux with KVM on 2 CPUs boots Linux with 2 CPUs, which works much, and both see what they see with KVM alone";
-    case(name, pair("linux-2"), same());
+    let name = "Linux with KVM on 2 CPUs boots Linux with 2 CPUs, which works much, and 12 small guests, and all see what they see with KVM alone";
+    let loaded: Judge = Box::new(|o| same_but_for_the_machine(o[0], o[1]).and_then(|()| did_all_loads(o[1])));
+    case(name, pair("linux-2"), loaded);
     let name = "Linux with KVM on 4 CPUs, which go offline and come back, boots Linux with 2 CPUs, and both see what they see with KVM alone";
     case(name, pair("linux-4"), same());
     let name =
@@ -126,6 +127,16 @@ fn frees_all(under: &Outcome) -> Result<(), String> {
     match free.iter().find(|n| **n != free[0]) {
         _ if free.len() < 3 => Err(format!("{}: it told the free frames only {} times", under.name, free.len())),
         Some(_) => Err(format!("{}: frames are lost: {free:?} were free", under.name)),
+        None => Ok(()),
+    }
+}
+
+/// Every load was done, and told what came out of it.
+fn did_all_loads(under: &Outcome) -> Result<(), String> {
+    let loads = report::KVM.iter().map(|(stage, _)| *stage).filter(|stage| stage.starts_with(report::ON_DEMAND));
+    let checked = |load: &&str| under.transcript.of_kind(Kind::Check).any(|r| r.get("name") == Some(load));
+    match loads.into_iter().find(|load| named(&under.transcript, load).next().is_none() || !checked(load)) {
+        Some(missing) => Err(format!("{}: {missing} was not done", under.name)),
         None => Ok(()),
     }
 }
@@ -257,6 +268,21 @@ mod tests {
         assert!(switched_off(&Outcome { ended: Ended::Lingered, ..off }).is_err());
         assert!(switched_off(&says(&["@L3 event name=l3_boot", "@L3 event name=l3_work", end])).is_err());
         assert!(switched_off(&says(&[end])).is_err());
+    }
+
+    #[test]
+    fn a_load_that_was_left_out_is_found() {
+        let loads = report::KVM.iter().filter(|(stage, _)| stage.starts_with("load_"));
+        let mut lines: Vec<String> = loads
+            .flat_map(|(load, _)| [format!("@L3 event name={load} ticks=1"), format!("@L3 check name={load} result=1")])
+            .collect();
+        let judge = |lines: &[String]| {
+            let lines: Vec<&str> = lines.iter().map(|l| &**l).collect();
+            did_all_loads(&Outcome { transcript: transcript(&lines), ..outcome(1, "", "") })
+        };
+        assert_eq!(judge(&lines), Ok(()));
+        lines.pop();
+        assert!(judge(&lines).unwrap_err().contains("load_guests"));
     }
 
     #[test]

@@ -24,9 +24,23 @@ pub fn record(console: &mut Console, level: Level, kind: Kind, fields: &[(&str, 
 
 /// A measurement of this Linux, with what else was counted.
 pub fn measured(console: &mut Console, name: &str, ticks: u64, counts: impl IntoIterator<Item = (&'static str, u64)>) {
-    let counts: Vec<(&str, String)> =
-        [("ticks", ticks)].into_iter().chain(counts).map(|(k, n)| (k, n.to_string())).collect();
-    let mut fields = vec![("name", name), ("count", "1")];
+    counted(console, name, 1, ticks, counts);
+}
+
+/// A measurement of so many of the same.
+pub fn counted(
+    console: &mut Console,
+    name: &str,
+    count: u32,
+    ticks: u64,
+    counts: impl IntoIterator<Item = (&'static str, u64)>,
+) {
+    let counts: Vec<(&str, String)> = [("count", count.into()), ("ticks", ticks)]
+        .into_iter()
+        .chain(counts)
+        .map(|(k, n): (_, u64)| (k, n.to_string()))
+        .collect();
+    let mut fields = vec![("name", name)];
     fields.extend(counts.iter().map(|(key, count)| (*key, count.as_str())));
     record(console, Level::L2, Kind::Event, &fields);
 }

@@ -10,6 +10,7 @@ use crate::stats::Stats;
 use anyhow::{Context, Result};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use memmap2::MmapMut;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Duration;
@@ -41,6 +42,28 @@ pub struct Machine {
     _guest: Guest,
 }
 
+/// A machine with KVM's interrupt controllers and this memory from 0 on, which the caller keeps longer than the machine and leaves alone.
+///
+/// # Errors
+/// What KVM refuses.
+pub fn create(kvm: &Kvm, memory: &MmapMut) -> Result<VmFd> {
+    let vm = kvm.create_vm().context("KVM makes no machine")?;
+    vm.set_tss_address(TSS)?;
+    vm.set_identity_map_address(IDENTITY_MAP)?;
+    vm.create_irq_chip()?;
+    let region = kvm_userspace_memory_region {
+        slot: 0,
+        guest_phys_addr: 0,
+        memory_size: memory.len() as u64,
+        userspace_addr: memory.as_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: 1. The region is the whole of a private mapping. 2. It lives as long as the machine, and nothing in this
+    // process reads or writes it from here on.
+    unsafe { vm.set_user_memory_region(region) }.context("KVM refuses the guest's memory")?;
+    Ok(vm)
+}
+
 /// What the CPUs share.
 struct Devices<'a> {
     serial: Serial,
@@ -57,21 +80,8 @@ impl Machine {
     pub fn new(plan: &Plan) -> Result<Self> {
         let guest = Guest::load(plan)?;
         let kvm = Kvm::new().context("cannot open /dev/kvm")?;
-        let vm = kvm.create_vm().context("KVM makes no machine")?;
-        vm.set_tss_address(TSS)?;
-        vm.set_identity_map_address(IDENTITY_MAP)?;
-        vm.create_irq_chip()?;
+        let vm = create(&kvm, &guest.memory)?;
         vm.create_pit2(kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() })?;
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            guest_phys_addr: 0,
-            memory_size: guest.memory.len() as u64,
-            userspace_addr: guest.memory.as_ptr() as u64,
-            flags: 0,
-        };
-        // SAFETY: 1. The region is the whole of a private mapping. 2. It lives as long as the machine, and nothing in this
-        // process reads or writes it from here on.
-        unsafe { vm.set_user_memory_region(region) }.context("KVM refuses the guest's memory")?;
         let vcpu = |id: u32| {
             let vcpu = vm.create_vcpu(id.into()).context("KVM makes no CPU")?;
             cpu::prepare(&kvm, &vcpu, id, plan.cpus, guest.start)?;

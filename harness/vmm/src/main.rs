@@ -25,6 +25,7 @@ mod plan;
 mod program;
 mod serial;
 mod stats;
+mod switching;
 mod workload;
 mod xen;
 
@@ -116,6 +117,9 @@ fn machines(plan: &Plan, console: &mut Console) -> Result<End> {
         let end = machine(plan, turn, console)?;
         if end != End::Itself {
             return Ok(end);
+        }
+        if plan.switches_after(turn) {
+            switching::run(console)?;
         }
         if plan.reload {
             plan.modules.iter().rev().try_for_each(init::unload_module)?;

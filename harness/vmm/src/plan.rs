@@ -19,7 +19,7 @@
 //! role hypervisor             say in records what this Linux is, and end the log (the default is `host`: neither)
 //! role dom0                   the same as the control domain of Xen, whose tools start the machine: no KVM
 //! role workload               no machine at all: do a little of everything, as the innermost Linux
-//! loads on                    and then what people run in a guest, much of each
+//! loads on                    and then what people run in a guest, much of each; of a hypervisor: switching among many guests
 //! ```
 
 use anyhow::{Context, Result, bail, ensure};
@@ -91,7 +91,7 @@ pub struct Plan {
     pub hotplug: bool,
     /// What this Linux is
     pub role: Role,
-    /// The workload is followed by loads
+    /// The workload is followed by loads, the last machine of a hypervisor by many guests in turn
     pub loads: bool,
 }
 
@@ -168,6 +168,11 @@ impl Plan {
         ensure!((1..=MOST_CPUS).contains(&plan.cpus), "plan: cpus must be 1 to {MOST_CPUS}, not {}", plan.cpus);
         Ok(plan)
     }
+
+    /// Whether this machine is the last one, and many guests in turn follow.
+    pub fn switches_after(&self, turn: u32) -> bool {
+        self.loads && self.role == Role::Hypervisor && turn + 1 == self.times
+    }
 }
 
 #[cfg(test)]
@@ -190,6 +195,10 @@ mod tests {
         assert_eq!((dom0.role, dom0.services.len(), dom0.services[0].args.as_str()), (Role::Dom0, 2, "-x"));
         assert_eq!(Plan::parse("role workload").unwrap().role, Role::Workload);
         assert!(Plan::parse("role workload\nloads on").unwrap().loads);
+        let switches = |text: &str| [0, 1].map(|turn| Plan::parse(text).unwrap().switches_after(turn));
+        assert_eq!(switches("role hypervisor\nprogram /q\ntimes 2\nloads on"), [false, true]);
+        assert_eq!(switches("role hypervisor\nprogram /q\ntimes 2"), [false, false]);
+        assert_eq!(switches("role host\nprogram /q\nloads on"), [false, false]);
         let program = Plan::parse("program /q -a b\ntimes 3\nreload on\nkill 2").unwrap();
         assert_eq!(program.kill, Some(2));
         assert_eq!((program.program.unwrap().args.as_str(), program.times, program.reload), ("-a b", 3, true));
