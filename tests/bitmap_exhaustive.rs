@@ -238,11 +238,11 @@ fn no_field_in_nvmx_s_copy_is_open_and_no_host_field_either() {
 }
 
 #[test]
-fn what_is_lent_are_the_host_fields_that_are_ever_open() {
+fn what_is_lent_are_the_fields_of_nvmx_that_are_ever_open() {
     let caps = offered(&rich());
-    let stack_cr3_fs_and_gs = [0x6C14, 0x6C02, 0x6C06, 0x6C08];
-    for (loan, opened) in [(Loan::Nothing, 0), (Loan::Stack, 1), (Loan::Thread, 4)] {
-        let opened = &stack_cr3_fs_and_gs[..opened];
+    let stack_cr3_fs_gs_and_primary = [0x6C14, 0x6C02, 0x6C06, 0x6C08, 0x4002];
+    for (loan, opened) in [(Loan::Nothing, 0), (Loan::Stack, 1), (Loan::Thread, 4), (Loan::All, 5)] {
+        let opened = &stack_cr3_fs_gs_and_primary[..opened];
         for access in [Access::Read, Access::Write] {
             let (closed, mut open) = (built(access, &caps), built(access, &caps));
             open_lent(&mut open, loan);

@@ -1,6 +1,6 @@
 //! The host-state area of nvmx: written once to each VMCS, the same in all of them (invariant I4), and by nobody else.
 //!
-//! Some fields of it can be lent: those of a VMCS hold L2's values while that is a shadow VMCS ([`Lent`]).
+//! Some fields of it can be lent: those of a VMCS hold L2's values while that is a shadow VMCS ([`Lent`], [`LentInMemory`]).
 //!
 //! Source: SDM vol. 3C, "Host-State Area", "Loading Host State", "VMCS Types: Ordinary and Shadow".
 
@@ -10,10 +10,9 @@ use super::vmx::{Region, Vmx};
 use super::{cpu, cr, msr};
 use crate::addr::Hpa;
 use crate::mm::PhysMem;
-use crate::vmx::field::Width;
-use crate::vmx::lent::LENT;
+use crate::vmx::Field;
+use crate::vmx::lent::{IN_MEMORY, LENT};
 use crate::vmx::region::SHADOW_INDICATOR;
-use crate::vmx::{Field, lent};
 use core::array;
 
 /// IA32_PAT with the value after reset: nvmx's own accesses are write-back whatever the guests choose.
@@ -130,17 +129,24 @@ impl<const N: usize> Lent<N> {
     }
 }
 
-/// Where in a region the fields lie that can be lent.
-pub type Places = [u64; lent::COUNT];
+/// Where in a region the fields lie that are lent in memory.
+pub type Places = [u64; IN_MEMORY.len()];
 
-/// [`Lent`] under a hypervisor that keeps VMCSs in memory: of a VMCS that is not current, without an instruction, and all fields.
+/// [`Lent`] under a hypervisor that keeps VMCSs in memory: of a VMCS that is not current, without an instruction, all fields of
+/// [`IN_MEMORY`].
 #[derive(Debug)]
 #[must_use]
-pub struct LentInMemory(Places);
+pub struct LentInMemory {
+    places: Places,
+    /// nvmx's own primary controls: other than its host state, they are not the same in each VMCS.
+    primary: u64,
+}
 
 impl LentInMemory {
-    fn put(&self, phys: &DirectMap, region: Region, values: [u64; lent::COUNT]) {
-        self.0.into_iter().zip(values).for_each(|(place, value)| region.write(phys, place, Width::Natural, value));
+    fn put(&self, phys: &DirectMap, region: Region, values: [u64; IN_MEMORY.len()]) {
+        for ((place, field), value) in self.places.into_iter().zip(IN_MEMORY).zip(values) {
+            region.write(phys, place, field.width(), value);
+        }
     }
 
     /// Makes the VMCS in `region`, whose fields lie in these places, a shadow VMCS with L2's values.
@@ -149,18 +155,25 @@ impl LentInMemory {
         region: Region,
         places: Places,
         revision: u32,
-        values: [u64; lent::COUNT],
+        values: [u64; IN_MEMORY.len()],
     ) -> Self {
         region.mark(phys, revision | SHADOW_INDICATOR);
-        let lent = Self(places);
+        let [.., primary] = Self { places, primary: 0 }.values(phys, region);
+        let lent = Self { places, primary };
         lent.put(phys, region, values);
         lent
     }
 
+    /// What L2 has in the VMCS, which is the one in `region`.
+    pub fn values(&self, phys: &DirectMap, region: Region) -> [u64; IN_MEMORY.len()] {
+        array::from_fn(|i| phys.read_u64(Hpa::new(region.at().get() + self.places[i])) & IN_MEMORY[i].mask())
+    }
+
     /// Makes the VMCS, which is the one in `region`, an ordinary one again, with nvmx's own values; answers with those that L2 left.
-    pub fn take_back(self, vmx: &Vmx, phys: &DirectMap, region: Region, revision: u32) -> [u64; lent::COUNT] {
-        let values = self.0.map(|place| phys.read_u64(Hpa::new(region.at().get() + place)));
-        self.put(phys, region, vmx.own);
+    pub fn take_back(self, vmx: &Vmx, phys: &DirectMap, region: Region, revision: u32) -> [u64; IN_MEMORY.len()] {
+        let values = self.values(phys, region);
+        let [stack, cr3, fs, gs] = vmx.own;
+        self.put(phys, region, [stack, cr3, fs, gs, self.primary]);
         region.mark(phys, revision);
         values
     }

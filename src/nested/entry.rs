@@ -160,10 +160,8 @@ fn lent_state_refused(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
 /// Runs the checks on what L2 wrote and merges anew; vmcs01 is current.
 #[cold]
 fn prepare(cpu: &mut Cpu, id: SlotId) -> Result<(), VmxError> {
-    if cpu.nested.slots[id].stale.contains(Stale::HOST) {
-        let (slot, access, on) = cpu.reach(id);
-        access.look_at_lent(on, slot);
-    }
+    let (slot, access, on) = cpu.reach(id);
+    access.look_at_lent(on, slot);
     let long_mode = cpu.tracked.efer() & efer::LMA != 0;
     let slot = &mut cpu.nested.slots[id];
     let (vmcs12, stale, offered) = (&slot.vmcs12, slot.stale, &cpu.config.offered);

@@ -4,12 +4,11 @@ use super::result::done;
 use crate::cpu::{Cpu, Operation};
 use crate::guest::{Next, Stop, operand};
 use crate::hw::vmx::Region;
-use crate::vmcs::slot::Slot;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
 use crate::vmx::field::Home;
 use crate::vmx::lent::Loan;
-use crate::vmx::{Capabilities, Field, VmxError, VmxResult};
+use crate::vmx::{Field, VmxError, VmxResult};
 
 /// VMREAD of the vmcs12 in a slot by the guest of the current VMCS.
 pub fn read(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
@@ -67,21 +66,13 @@ fn write_field(cpu: &mut Cpu, id: SlotId, field: Field, value: u64) {
     if field.home() != Home::Cache {
         return write_vmcs02(cpu, id, field, value);
     }
+    let slot = &mut cpu.nested.slots[id];
     match Loan::with(field) {
-        Some(least) => write_lent(cpu, id, field, value, least),
-        None => write_copy(&mut cpu.nested.slots[id], field, value, &cpu.config.offered),
-    }
-}
-
-/// Writes a field of the copy.
-#[inline(always)]
-fn write_copy(slot: &mut Slot, field: Field, value: u64, offered: &Capabilities) {
-    let (old, value) = (slot.vmcs12.get(field), value & field.mask());
-    if old != value {
-        slot.vmcs12.set(field, value);
-        if !slot.stays_good(field, old, value, offered) {
-            slot.stale |= Stale::of(field);
+        // What is lent is not in the copy; the rest of it may be learned.
+        Some(least) if least != Loan::All || !slot.vmcs12.valid.contains(field) => {
+            write_lent(cpu, id, field, value, least);
         }
+        _ => slot.write_copy(field, value, &cpu.config.offered),
     }
 }
 
@@ -102,7 +93,7 @@ fn write_lent(cpu: &mut Cpu, id: SlotId, field: Field, value: u64, least: Loan) 
     let current = current_vmcs(cpu);
     let (slot, access, on) = cpu.reach(id);
     access.write_lent(on, slot, current, |slot, offered| {
-        write_copy(slot, field, value, offered);
+        slot.write_copy(field, value, offered);
         if in_use { slot.loan.learn(least, slot.vmcs12.exits) } else { slot.loan.loan }
     });
 }

@@ -11,7 +11,7 @@ use crate::ept::{Ept02, Eptp};
 use crate::hw::vmx::Vmx;
 use crate::rules::route::is_always_reflected;
 use crate::rules::switched;
-use crate::trace::counters::{READS_OF_ENTRY, WRITES_OF_EXIT};
+use crate::trace::counters::{READS_OF_ENTRY, WRITES_OF_EXIT, WRITES_OF_REPORT};
 use crate::vmcs::access::{ExitTakes, MachineParts};
 use crate::vmcs::slot::{Slot, Usual};
 use crate::vmcs::slots::SlotId;
@@ -96,7 +96,7 @@ pub fn exit(cpu: &mut Cpu, reason: ExitReason) -> bool {
     if slot.usual.is_empty() || slot.host_msrs != cpu.tracked.version() {
         return false;
     }
-    leave(cpu, current);
+    leave(cpu, current, None);
     true
 }
 
@@ -120,17 +120,20 @@ fn by_route(cpu: &mut Cpu, qualification: Option<u64>) -> bool {
     if slot.usual.is_empty() || slot.host_msrs != cpu.tracked.version() {
         return false;
     }
-    if let Some(qualification) = qualification {
-        cpu.vmx.write(Field::EXIT_QUALIFICATION, qualification);
-    }
-    leave(cpu, current);
+    leave(cpu, current, qualification);
     true
 }
 
 #[inline(always)]
-fn leave(cpu: &mut Cpu, current: SlotId) {
+fn leave(cpu: &mut Cpu, current: SlotId, qualification: Option<u64>) {
     let (vmx, slot) = (&mut cpu.vmx, &mut cpu.nested.slots[current]);
-    vmx.counters.usual_exit();
+    match qualification {
+        Some(value) => {
+            vmx.counters.reported_exit();
+            vmx.batch_beyond(0, WRITES_OF_REPORT).write(Field::EXIT_QUALIFICATION, value);
+        }
+        None => vmx.counters.usual_exit(),
+    }
     reflect::keep_mode(vmx, slot);
     if slot.usual.intersects(Usual::MORE) {
         if slot.usual.contains(Usual::TIMER) {

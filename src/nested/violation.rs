@@ -14,16 +14,19 @@ use crate::trace::KillReason;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::slots::SlotId;
 use crate::vmcs::stale::Stale;
-use crate::vmx::Field;
 use crate::vmx::controls::SecondaryControls;
 use crate::vmx::exit::{BasicReason, ExitReason};
+use crate::vmx::{Field, FieldAccess};
 use l2_protocol::abi::Counter;
 
 /// An EPT violation of L3: fills ept02, or tells L2.
 #[inline(always)]
 pub fn violation(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
     let slot = &mut cpu.nested.slots[id];
-    let at = cpu.vmx.read(Field::GUEST_PHYSICAL_ADDRESS);
+    let [at, qualification] = {
+        let mut vmcs02 = cpu.vmx.batch();
+        [Field::GUEST_PHYSICAL_ADDRESS, Field::EXIT_QUALIFICATION].map(|field| vmcs02.read(field))
+    };
     if slot.has_duty(Duties::LOAD_PDPTES) {
         // L2 uses no EPT for this guest: its physical addresses are L2's, under ept01.
         return match missing::map_missing(cpu, Gpa::new(at))? {
@@ -32,7 +35,7 @@ pub fn violation(cpu: &mut Cpu, id: SlotId) -> Result<(), KillReason> {
         };
     }
     let eptp12 = slot.eptp12();
-    let qualification = Qualification::from_bits_retain(cpu.vmx.read(Field::EXIT_QUALIFICATION));
+    let qualification = Qualification::from_bits_retain(qualification);
     let mut tables = Cpu::tables(&mut cpu.frames, &cpu.phys);
     let in_run = cpu.ept02.refill(eptp12, Ngpa::new(at), qualification, &cpu.guest, &mut tables);
     if in_run == Some(Outcome::Filled) {

@@ -115,17 +115,6 @@ impl Common {
         let refuses = hw_msr::refuses_trace_states();
         let msr_bitmap01 = words(&mut frames, phys, |word| msrs::bitmap01_word(word, refuses))?;
         let void = page(&mut frames, phys, &BitmapPage::SET)?;
-        let mut bitmaps = [BitmapPage::SET, BitmapPage::SET];
-        shadow_bitmap(&mut bitmaps[0], Access::Read, &offered);
-        shadow_bitmap(&mut bitmaps[1], Access::Write, &offered);
-        let links = Links::new(|loan| {
-            let mut with_loan = |bitmap: &BitmapPage| {
-                let mut bitmap = bitmap.clone();
-                bitmap::open_lent(&mut bitmap, loan);
-                Some(page(&mut frames, phys, &bitmap)?.hpa())
-            };
-            Some([with_loan(&bitmaps[0])?, with_loan(&bitmaps[1])?])
-        })?;
         let slots = Slots::new(&mut frames, phys, revision)?;
         let mut tables = Cpu::tables(&mut frames, phys);
         let ept01 = Ept01::new(
@@ -150,6 +139,17 @@ impl Common {
         let trace = if self.trace > 0 { Some(tracing::prepare(&mut frames, phys, self.trace)?) } else { None };
         let exists = probe::fields(&mut vmx, vmcs01, &hardware);
         let layout = self.learn_layout(&exists, &mut vmx, &slots);
+        let mut bitmaps = [BitmapPage::SET, BitmapPage::SET];
+        shadow_bitmap(&mut bitmaps[0], Access::Read, &offered);
+        shadow_bitmap(&mut bitmaps[1], Access::Write, &offered);
+        let links = Links::new(layout.as_ref(), |loan| {
+            let mut with_loan = |bitmap: &BitmapPage| {
+                let mut bitmap = bitmap.clone();
+                bitmap::open_lent(&mut bitmap, loan);
+                Some(page(&mut frames, phys, &bitmap)?.hpa())
+            };
+            Some([with_loan(&bitmaps[0])?, with_loan(&bitmaps[1])?])
+        })?;
         Some(Cpu {
             regs: GuestRegs::new(),
             vmx,

@@ -36,11 +36,14 @@ struct Values {
     /// What stands for several counts ([`Values::together`])
     exchanges: u64,
     exits: u64,
+    reported_exits: u64,
     entries: u64,
 }
 
 /// VMWRITEs by which a usual exit loads L2's host state, if all its selectors are there: counted with the exit.
 pub const WRITES_OF_EXIT: u64 = 43;
+/// VMWRITEs besides of one that nvmx reports with an exit qualification of its own: counted with it.
+pub const WRITES_OF_REPORT: u64 = 1;
 /// VMREADs with which a usual entry begins: counted with it.
 pub const READS_OF_ENTRY: u64 = 2;
 /// Counters for which others stand ([`Values::together`]).
@@ -67,6 +70,7 @@ impl Values {
             nested_exits: [0; REASONS],
             exchanges: 0,
             exits: 0,
+            reported_exits: 0,
             entries: 0,
         }
     }
@@ -75,8 +79,11 @@ impl Values {
     const fn together(&self, counter: Counter) -> u64 {
         match counter {
             Counter::Vmclear | Counter::Vmptrld => self.exchanges,
-            Counter::Reflected => self.exits,
-            Counter::Vmwrite => self.exits.wrapping_mul(WRITES_OF_EXIT),
+            Counter::Reflected => self.exits.wrapping_add(self.reported_exits),
+            Counter::Vmwrite => {
+                let exits = self.exits.wrapping_mul(WRITES_OF_EXIT);
+                exits.wrapping_add(self.reported_exits.wrapping_mul(WRITES_OF_EXIT + WRITES_OF_REPORT))
+            }
             Counter::Vmread => self.entries.wrapping_mul(READS_OF_ENTRY),
             _ => 0,
         }
@@ -88,7 +95,7 @@ impl Values {
             let value = self.together(counter);
             self.named[counter as usize] = self.named[counter as usize].wrapping_add(value);
         }
-        (self.exchanges, self.exits, self.entries) = (0, 0, 0);
+        (self.exchanges, self.exits, self.reported_exits, self.entries) = (0, 0, 0, 0);
         let [guest, nested] = [&self.guest_exits, &self.nested_exits].map(|exits| exits.iter().sum::<u64>());
         for (counter, sum) in
             [(Counter::ExitsL2, guest), (Counter::ExitsL3, nested), (Counter::HwExits, guest + nested)]
@@ -187,6 +194,13 @@ impl Counters {
     pub fn usual_exit(&mut self) {
         self.note_update();
         self.live.exits += 1;
+    }
+
+    /// Counts one that nvmx reports: with [`WRITES_OF_REPORT`] besides.
+    #[inline(always)]
+    pub fn reported_exit(&mut self) {
+        self.note_update();
+        self.live.reported_exits += 1;
     }
 
     /// Counts an entry by the usual way, which is [`READS_OF_ENTRY`].
@@ -313,6 +327,18 @@ mod tests {
         assert_eq!(c.snapshot_value(EXITS_OF_L3 + 10), Some(1));
         assert_eq!(c.snapshot_value(EXITS_OF_L2 + 10), Some(0));
         assert_eq!(c.snapshot_value(EXITS_OF_L3 + REASONS as u32), None);
+    }
+
+    #[test]
+    fn exits_stand_for_the_writes_that_all_of_them_have() {
+        let mut c = Counters::new();
+        c.usual_exit();
+        c.usual_exit();
+        c.reported_exit();
+        let read = |c: &Counters| [Counter::Reflected, Counter::Vmwrite].map(|counter| c.get(counter));
+        assert_eq!(read(&c), [3, 3 * 43 + 1]);
+        c.take_snapshot(&Totals::new());
+        assert_eq!(read(&c), [3, 3 * 43 + 1]);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::hw::vmx::Region;
 use crate::mm::PhysMem;
 use crate::vmx::FieldAccess;
 use crate::vmx::field::{Field, Width};
-use crate::vmx::lent::LENT;
+use crate::vmx::lent::IN_MEMORY;
 
 /// Bytes of the region that are searched.
 const BYTES: usize = PAGE_SIZE as usize;
@@ -86,9 +86,9 @@ impl ImageLayout {
         region.write(phys, self.offset(field), field.width(), value);
     }
 
-    /// Where in a region the fields lie that can be lent, if that is known.
-    pub fn lent(&self) -> Option<Places> {
-        LENT.iter().all(|field| self.knows(*field)).then(|| LENT.map(|field| self.offset(field)))
+    /// Where in a region the fields lie that are lent.
+    pub fn lent(&self) -> Places {
+        IN_MEMORY.map(|field| self.offset(field))
     }
 
     /// A field that is not known lies, harmlessly, in the last bytes of the region.

@@ -4,7 +4,7 @@
 use crate::rules::checks::host_field_holds;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::stale::Stale;
-use crate::vmx::lent::{self, LENT, LentValues, Loan};
+use crate::vmx::lent::{self, IN_MEMORY, LENT, LentValues, Loan, Returned};
 use crate::vmx::{Capabilities, Field};
 
 /// Two writes of a thread's fields with at most so many exits of L3 from the one to the other are a habit.
@@ -23,7 +23,7 @@ pub struct Lending {
     unused: u32,
 }
 
-/// L2 left a value in a lent field that breaks a rule.
+/// L2 left a value in a lent field that breaks a rule, or that must be judged with others.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RuleBroken;
 
@@ -35,7 +35,7 @@ impl Lending {
     pub fn learn(&mut self, least: Loan, exits: u64) -> Loan {
         let habit = match least {
             // One that writes it behind its VMLAUNCH will do so again.
-            Loan::Nothing | Loan::Stack => true,
+            Loan::Nothing | Loan::Stack | Loan::All => true,
             Loan::Thread => {
                 let last = self.written.replace(exits);
                 last.is_some_and(|last| last != exits && exits.wrapping_sub(last) <= HABIT)
@@ -63,11 +63,18 @@ impl Slot {
         match self.loan.loan {
             Loan::Nothing => LentValues::Nothing,
             Loan::Stack => LentValues::Stack([self.take(Field::HOST_RSP)]),
-            Loan::Thread => {
+            // By instructions nothing more is lent.
+            Loan::Thread | Loan::All => {
                 let [stack, cr3, fs, gs] = LENT;
                 LentValues::Thread([self.take(stack), self.take(cr3), self.take(fs), self.take(gs)])
             }
         }
+    }
+
+    /// The same in memory.
+    #[inline(always)]
+    pub(super) fn lend_all(&mut self) -> [u64; IN_MEMORY.len()] {
+        IN_MEMORY.map(|field| self.take(field))
     }
 
     #[inline(always)]
@@ -78,15 +85,36 @@ impl Slot {
 
     /// What L2 was lent is in the copy again.
     #[inline(always)]
-    pub(super) fn has_back(&mut self, values: LentValues, offered: &Capabilities) -> Result<(), RuleBroken> {
+    pub(super) fn has_back(&mut self, values: Returned, offered: &Capabilities) -> Result<(), RuleBroken> {
         match values {
-            LentValues::Nothing => Ok(()),
-            LentValues::Stack([value]) => {
+            Returned::Nothing => Ok(()),
+            Returned::Stack([value]) => {
                 self.vmcs12.fetched(Field::HOST_RSP, value);
                 Ok(())
             }
-            LentValues::Thread(values) => self.thread_is_back(values, offered),
+            Returned::Thread(values) => self.thread_is_back(values, offered),
+            Returned::All(values) => self.all_is_back(values, offered),
         }
+    }
+
+    #[inline(always)]
+    fn all_is_back(&mut self, values: [u64; IN_MEMORY.len()], offered: &Capabilities) -> Result<(), RuleBroken> {
+        let vmcs12 = &mut self.vmcs12;
+        IN_MEMORY.into_iter().for_each(|field| vmcs12.valid.insert(field));
+        let same = IN_MEMORY.into_iter().zip(values).all(|(field, value)| vmcs12.get(field) == value);
+        if same { Ok(()) } else { self.all_is_back_changed(values, offered) }
+    }
+
+    #[inline(never)]
+    fn all_is_back_changed(
+        &mut self,
+        [thread @ .., primary]: [u64; IN_MEMORY.len()],
+        offered: &Capabilities,
+    ) -> Result<(), RuleBroken> {
+        let host = self.thread_is_back(thread, offered);
+        self.write_copy(Field::CPU_BASED_VM_EXEC_CONTROL, primary, offered);
+        // Other controls than those of windows are judged and merged anew, from vmcs01.
+        if self.stale.contains(Stale::CONTROLS) { Err(RuleBroken) } else { host }
     }
 
     #[inline(never)]

@@ -134,8 +134,20 @@ impl Slot {
         Eptp::new(self.vmcs12.get(Field::EPT_POINTER)).under(secondary)
     }
 
+    /// L2 writes a field of the copy.
+    #[inline(always)]
+    pub fn write_copy(&mut self, field: Field, value: u64, offered: &Capabilities) {
+        let (old, value) = (self.vmcs12.get(field), value & field.mask());
+        if old != value {
+            self.vmcs12.set(field, value);
+            if !self.stays_good(field, old, value, offered) {
+                self.stale |= Stale::of(field);
+            }
+        }
+    }
+
     /// L2 has changed a field of the copy. True if nothing has to be judged or merged again for it.
-    pub fn stays_good(&mut self, field: Field, old: u64, new: u64, offered: &Capabilities) -> bool {
+    fn stays_good(&mut self, field: Field, old: u64, new: u64, offered: &Capabilities) -> bool {
         if is_host_field(field) {
             self.host_msrs = Version::NONE;
             self.settled = Version::NONE;

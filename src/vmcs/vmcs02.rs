@@ -16,7 +16,7 @@ use crate::vmcs::stale::Stale;
 use crate::vmcs::timer::Timer;
 use crate::vmx::controls::{PinControls, PrimaryControls};
 use crate::vmx::field::PDPTES;
-use crate::vmx::lent::{self, LentValues};
+use crate::vmx::lent::{self, IN_MEMORY, LentValues, Returned};
 use crate::vmx::region::{NO_LINK, SHADOW_INDICATOR};
 use crate::vmx::{Field, FieldAccess};
 use core::mem;
@@ -33,14 +33,10 @@ enum Form {
     Shadow,
     /// The same, with the stack pointer of the host-state area lent to L2.
     LentStack(Lent<1>),
-    /// The same, with all that is ever lent.
+    /// The same, with all that belongs to a thread.
     LentThread(Lent<{ lent::COUNT }>),
-    /// The same, under a hypervisor that keeps it in memory: it was not cleared to become one, so its launch state lasts.
-    ShadowInMemory {
-        /// VMRESUME instead of VMLAUNCH.
-        launched: bool,
-    },
-    /// The same, with all that is ever lent.
+    /// The same, under a hypervisor that keeps it in memory, with all that is ever lent: it was not cleared to become one, so its launch
+    /// state lasts.
     LentInMemory {
         /// L2's values in it.
         lent: LentInMemory,
@@ -126,93 +122,67 @@ impl Vmcs02 {
 
     /// Makes it the current VMCS, and an ordinary one. Answers with what L2 left where it was lent something.
     #[inline(always)]
-    pub(super) fn load(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> LentValues {
+    pub(super) fn load(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> Returned {
         // The processor may hold parts of a linked shadow VMCS: VMCLEAR brings them to memory before the indicator
         // changes (SDM vol. 3C, "Shadow VMCSs": software should execute VMCLEAR before it modifies the indicator).
         if matches!(self.form, Form::Shadow) {
             self.form = Form::Ordinary { launched: false };
             vmx.exchange(phys, &self.region, revision, &self.region);
-            return LentValues::Nothing;
+            return Returned::Nothing;
         }
         self.load_other(vmx, phys, revision)
     }
 
     /// The same, from the other forms.
     #[inline(never)]
-    fn load_other(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> LentValues {
+    fn load_other(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) -> Returned {
         let launched = match mem::replace(&mut self.form, Form::Ordinary { launched: false }) {
-            Form::LentStack(lent) => return LentValues::Stack(lent.take_back(vmx, phys, revision)),
-            Form::LentThread(lent) => return LentValues::Thread(lent.take_back(vmx, phys, revision)),
+            Form::LentStack(lent) => return Returned::Stack(lent.take_back(vmx, phys, revision)),
+            Form::LentThread(lent) => return Returned::Thread(lent.take_back(vmx, phys, revision)),
             Form::LentInMemory { lent, launched } => {
                 self.form = Form::Ordinary { launched };
                 let values = lent.take_back(vmx, phys, self.region, revision);
                 vmx.ptrld(self.region);
-                return LentValues::Thread(values);
+                return Returned::All(values);
             }
             Form::Shadow => false,
-            Form::ShadowInMemory { launched } => {
-                self.region.mark(phys, revision);
-                launched
-            }
             Form::Ordinary { launched } => launched,
         };
         self.form = Form::Ordinary { launched };
         vmx.ptrld(self.region);
-        LentValues::Nothing
+        Returned::Nothing
     }
 
     /// An ordinary VMCS in memory again, if it is lent from: L2's values.
-    pub(super) fn take_back_in_memory(&mut self, vmx: &Vmx, phys: &DirectMap, revision: u32) -> LentValues {
-        let Form::LentInMemory { launched, .. } = self.form else { return LentValues::Nothing };
+    pub(super) fn take_back_in_memory(&mut self, vmx: &Vmx, phys: &DirectMap, revision: u32) -> Returned {
+        let Form::LentInMemory { launched, .. } = self.form else { return Returned::Nothing };
         match mem::replace(&mut self.form, Form::Ordinary { launched }) {
-            Form::LentInMemory { lent, .. } => LentValues::Thread(lent.take_back(vmx, phys, self.region, revision)),
-            _ => LentValues::Nothing,
+            Form::LentInMemory { lent, .. } => Returned::All(lent.take_back(vmx, phys, self.region, revision)),
+            _ => Returned::Nothing,
         }
     }
 
-    /// It becomes the shadow VMCS by a write to memory: it is not current, so the hypervisor below has it there. L2 is lent fields if
-    /// their places are known.
+    /// What L2 has at the moment where it is lent something in memory, which goes on.
+    pub(super) fn lent_in_memory(&self, phys: &DirectMap) -> Returned {
+        match &self.form {
+            Form::LentInMemory { lent, .. } => Returned::All(lent.values(phys, self.region)),
+            _ => Returned::Nothing,
+        }
+    }
+
+    /// An ordinary VMCS, it becomes the shadow VMCS by writes to memory: it is not current, so the hypervisor below has it there. Fields in
+    /// these places are L2's from now on, with these values.
     #[inline(always)]
     pub(super) fn become_shadow_in_memory(
         &mut self,
         phys: &DirectMap,
         revision: u32,
-        lend: Option<(Places, [u64; lent::COUNT])>,
+        places: Places,
+        values: [u64; IN_MEMORY.len()],
     ) {
         let Form::Ordinary { launched } = self.form else { return };
-        self.form = match lend {
-            Some((places, values)) => {
-                let lent = LentInMemory::by_becoming_shadow(phys, self.region, places, revision, values);
-                Form::LentInMemory { lent, launched }
-            }
-            None => {
-                self.region.mark(phys, revision | SHADOW_INDICATOR);
-                Form::ShadowInMemory { launched }
-            }
-        };
-    }
-
-    /// A shadow VMCS in memory is lent from no more: what L2 left.
-    #[cold]
-    pub(super) fn end_loan_in_memory(&mut self, vmx: &Vmx, phys: &DirectMap, revision: u32) -> LentValues {
-        let values = self.take_back_in_memory(vmx, phys, revision);
-        if values != LentValues::Nothing {
-            self.become_shadow_in_memory(phys, revision, None);
-        }
-        values
-    }
-
-    /// It is a shadow VMCS in memory, not lent from: fields in it are L2's from now on.
-    #[cold]
-    pub(super) fn lend_in_memory(
-        &mut self,
-        phys: &DirectMap,
-        revision: u32,
-        lend: Option<(Places, [u64; lent::COUNT])>,
-    ) {
-        let Form::ShadowInMemory { launched } = self.form else { return };
-        self.form = Form::Ordinary { launched };
-        self.become_shadow_in_memory(phys, revision, lend);
+        let lent = LentInMemory::by_becoming_shadow(phys, self.region, places, revision, values);
+        self.form = Form::LentInMemory { lent, launched };
     }
 
     /// From the current VMCS it becomes the shadow VMCS that L2's VMREAD and VMWRITE reach, with the values of what L2 is lent;
@@ -243,7 +213,7 @@ impl Vmcs02 {
 
     /// Not current, it takes the form in which vmcs01 and other vmcs02s may link to it.
     pub(super) fn rest(&mut self, vmx: &mut Vmx, phys: &DirectMap, revision: u32) {
-        if !self.is_shadow() || matches!(self.form, Form::ShadowInMemory { .. }) {
+        if !self.is_shadow() {
             vmx.clear(self.region);
             self.region.mark(phys, revision | SHADOW_INDICATOR);
             self.form = Form::Shadow;
@@ -270,13 +240,13 @@ impl Vmcs02 {
 
     /// A shadow VMCS, which is current, is lent from no more: what L2 left.
     #[cold]
-    pub(super) fn end_loan(&mut self, vmx: &mut Vmx) -> LentValues {
+    pub(super) fn end_loan(&mut self, vmx: &mut Vmx) -> Returned {
         match mem::replace(&mut self.form, Form::Shadow) {
-            Form::LentStack(lent) => LentValues::Stack(lent.end(vmx)),
-            Form::LentThread(lent) => LentValues::Thread(lent.end(vmx)),
+            Form::LentStack(lent) => Returned::Stack(lent.end(vmx)),
+            Form::LentThread(lent) => Returned::Thread(lent.end(vmx)),
             other => {
                 self.form = other;
-                LentValues::Nothing
+                Returned::Nothing
             }
         }
     }

@@ -9,23 +9,26 @@ use crate::hw::host_area::Places;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
 use crate::vmcs::image::{ImageLayout, VmcsImage};
-use crate::vmcs::lending::{Lending, RuleBroken};
+use crate::vmcs::lending::RuleBroken;
 use crate::vmcs::slot::Slot;
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmx::controls::SecondaryControls;
-use crate::vmx::lent::{self, LentValues, Loan};
+use crate::vmx::lent::{Loan, Returned};
 use crate::vmx::{Capabilities, Field, FieldAccess};
 use l2_protocol::abi;
 
 pub(super) struct InMemory {
     layout: ImageLayout,
-    /// With VMCS shadowing for L2.
+    /// Where the fields lie that L2 is lent.
+    lent: Places,
+    /// With VMCS shadowing for L2: each vmcs12 is lent [`Loan::All`] whenever it may be. An exit of L2 costs so much here, and a loan so
+    /// little.
     links: Option<Links>,
 }
 
 impl InMemory {
     pub(super) fn new(layout: ImageLayout, links: Option<Links>) -> Self {
-        Self { layout, links }
+        Self { lent: layout.lent(), layout, links }
     }
 
     /// A VMCS that is not current.
@@ -33,28 +36,19 @@ impl InMemory {
         VmcsImage { layout: &self.layout, phys, region }
     }
 
-    /// vmcs02 is to become a shadow VMCS: where the fields lie that L2 is lent, and their values.
-    #[inline(always)]
-    fn to_lend(&self, slot: &mut Slot) -> Option<(Places, [u64; lent::COUNT])> {
-        match slot.lend() {
-            LentValues::Thread(values) => Some((self.layout.lent()?, values)),
-            _ => None,
-        }
-    }
-
-    /// What L2 was lent in vmcs02 is in the copy again.
-    fn end_loan(&self, vmx: &Vmx, phys: &DirectMap, slot: &mut Slot, common: &Known) {
-        let values = slot.vmcs02.end_loan_in_memory(vmx, phys, common.revision);
-        // A rule that is broken is noted in the slot, and judged by the next entry.
-        let _ = slot.has_back(values, &common.offered);
-    }
-
+    /// vmcs02 becomes a shadow VMCS: L2 has what it is lent in it, and the copy has it no more.
     #[inline(always)]
     fn become_shadow(&self, phys: &DirectMap, slot: &mut Slot, common: &Known) {
         if self.links.is_some() {
-            let lend = self.to_lend(slot);
-            slot.vmcs02.become_shadow_in_memory(phys, common.revision, lend);
+            let values = slot.lend_all();
+            slot.vmcs02.become_shadow_in_memory(phys, common.revision, self.lent, values);
         }
+    }
+
+    /// vmcs02 is an ordinary VMCS, and what L2 was lent is in the copy again.
+    fn end_loan(&self, on: &MachineParts<'_>, slot: &mut Slot, common: &Known) -> Result<(), RuleBroken> {
+        let values = slot.vmcs02.take_back_in_memory(on.vmx, on.phys, common.revision);
+        slot.has_back(values, &common.offered)
     }
 }
 
@@ -66,7 +60,7 @@ impl Strategy for InMemory {
 
     fn link(&mut self, vmx: &mut Vmx, slot: Option<&Slot>) {
         if let Some(links) = &mut self.links {
-            links.link(vmx, slot);
+            links.link(vmx, slot, Some(Loan::All));
         }
     }
 
@@ -88,29 +82,21 @@ impl Strategy for InMemory {
         common: &Known,
         write: impl FnOnce(&mut Slot, &Capabilities) -> Loan,
     ) {
-        self.end_loan(on.vmx, on.phys, slot, common);
-        let learned = write(slot, &common.offered);
-        if self.links.is_none() || self.layout.lent().is_none() || learned == Loan::Nothing || !slot.vmcs02.is_shadow()
-        {
-            return;
-        }
-        // An exit of L2 costs so much here, and a loan so little, that there is only the one for all.
-        let changes = slot.loan.loan != Loan::Thread;
-        slot.loan.is(Loan::Thread);
-        let lend = self.to_lend(slot);
-        slot.vmcs02.lend_in_memory(on.phys, common.revision, lend);
-        if let Some(links) = self.links.as_mut().filter(|_| changes) {
-            links.link(on.vmx, Some(slot));
+        let was_shadow = slot.vmcs02.is_shadow();
+        // A rule that is broken is noted in the slot, and judged by the next entry.
+        let _ = self.end_loan(&on, slot, common);
+        write(slot, &common.offered);
+        if was_shadow {
+            self.become_shadow(on.phys, slot, common);
         }
     }
 
-    fn look_at_lent(&self, on: MachineParts<'_>, slot: &mut Slot) {
-        let vmcs02 = slot.vmcs02.region();
-        slot.loan
-            .loan
-            .fields()
-            .iter()
-            .for_each(|field| slot.vmcs12.set(*field, self.layout.read(on.phys, vmcs02, *field)));
+    fn look_at_lent(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
+        let values = slot.vmcs02.lent_in_memory(on.phys);
+        let _ = slot.has_back(values, &common.offered);
+        if values != Returned::Nothing {
+            slot.lend_all();
+        }
     }
 
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, _: Region, field: Field) -> u64 {
@@ -124,6 +110,8 @@ impl Strategy for InMemory {
     }
 
     fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
+        // The slot's vmcs12 before this one was lent what is no one's now.
+        slot.vmcs02.take_back_in_memory(on.vmx, on.phys, common.revision);
         for field in slot.vmcs12.dirty.iter() {
             self.layout.write(on.phys, slot.vmcs02.region(), field, slot.vmcs12.get(field));
         }
@@ -133,14 +121,14 @@ impl Strategy for InMemory {
     }
 
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
-        self.end_loan(on.vmx, on.phys, slot, common);
-        slot.loan = Lending::NOTHING;
+        let _ = self.end_loan(&on, slot, common);
         let (missing, vmcs02) = (common.exists.without(&slot.vmcs12.valid), slot.vmcs02.region());
         slot.vmcs12.fetch(missing, |field| self.layout.read(on.phys, vmcs02, field));
     }
 
-    fn stored(&self, slot: &mut Slot) {
+    fn stored(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         slot.vmcs12.valid = FieldSet::CACHED;
+        self.become_shadow(on.phys, slot, common);
     }
 
     fn looked_at(&self, slot: &mut Slot) {
@@ -155,8 +143,7 @@ impl Strategy for InMemory {
         common: &Known,
         mut state: impl NestedState,
     ) -> Result<(), RuleBroken> {
-        let values = slot.vmcs02.take_back_in_memory(on.vmx, on.phys, common.revision);
-        let result = slot.has_back(values, &common.offered);
+        let result = self.end_loan(&on, slot, common);
         if result.is_ok() {
             state.bring(&mut self.image(on.phys, slot.vmcs02.region()), slot);
         }

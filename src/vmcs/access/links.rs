@@ -3,6 +3,7 @@
 use super::strategy::VmxOperation;
 use crate::addr::Hpa;
 use crate::hw::vmx::Vmx;
+use crate::vmcs::image::ImageLayout;
 use crate::vmcs::kept::Kept;
 use crate::vmcs::slot::Slot;
 use crate::vmx::Field;
@@ -15,8 +16,8 @@ pub type Bitmaps = [Hpa; 2];
 
 /// The link and the bitmaps of vmcs01.
 pub struct Links {
-    /// By the loan that they open besides the rest.
-    bitmaps: [Bitmaps; 3],
+    /// By the loan that they open besides the rest; none for one that is never made.
+    bitmaps: [Option<Bitmaps>; 4],
     /// The link pointer that vmcs01 has.
     pointer: Kept,
     /// What its bitmaps open; none are in it before the first link.
@@ -24,21 +25,26 @@ pub struct Links {
 }
 
 impl Links {
-    /// The bitmaps that open a loan ([`bitmap::open_lent`](crate::vmx::bitmap::open_lent)), as `of` says.
-    pub fn new(mut of: impl FnMut(Loan) -> Option<Bitmaps>) -> Option<Self> {
-        Some(Self {
-            bitmaps: [of(Loan::Nothing)?, of(Loan::Stack)?, of(Loan::Thread)?],
-            pointer: Kept::new(Field::VMCS_LINK_POINTER),
-            open: None,
-        })
+    /// The bitmaps that open a loan ([`bitmap::open_lent`](crate::vmx::bitmap::open_lent)), as `of` says: of each that is made, which
+    /// is always the same one where VMCSs are in memory with this layout.
+    pub fn new(layout: Option<&ImageLayout>, mut of: impl FnMut(Loan) -> Option<Bitmaps>) -> Option<Self> {
+        let loans: &[Loan] = match layout {
+            None => &[Loan::Nothing, Loan::Stack, Loan::Thread],
+            Some(_) => &[Loan::All],
+        };
+        let mut bitmaps = [None; 4];
+        for loan in loans {
+            bitmaps[*loan as usize] = Some(of(*loan)?);
+        }
+        Some(Self { bitmaps, pointer: Kept::new(Field::VMCS_LINK_POINTER), open: None })
     }
 
-    /// vmcs01, which is current, links to the vmcs02 of a slot, or to none, and L2 reaches in it what it is lent. Most vmcs12s of an L2 are
+    /// vmcs01, which is current, links to the vmcs02 of a slot, or to none, and L2 reaches in it this loan. Most vmcs12s of an L2 are
     /// lent the same, so the bitmaps mostly stay; without a link nothing is reached, and they stay too.
     #[inline(always)]
-    pub(super) fn link(&mut self, vmx: &mut Vmx, slot: Option<&Slot>) {
+    pub(super) fn link(&mut self, vmx: &mut Vmx, slot: Option<&Slot>, loan: Option<Loan>) {
         self.pointer.put(vmx, pointer_to(slot));
-        let loan = slot.map(|slot| slot.loan.loan).or(self.open).unwrap_or(Loan::Nothing);
+        let loan = loan.or(self.open).unwrap_or(Loan::Nothing);
         if self.open != Some(loan) {
             self.open(vmx, loan);
         }
@@ -47,12 +53,7 @@ impl Links {
     #[cold]
     fn open(&mut self, vmx: &mut Vmx, loan: Loan) {
         self.open = Some(loan);
-        let [closed, stack, thread] = &self.bitmaps;
-        let [read, write] = match loan {
-            Loan::Nothing => closed,
-            Loan::Stack => stack,
-            Loan::Thread => thread,
-        };
+        let Some([read, write]) = self.bitmaps[loan as usize] else { return };
         vmx.write(Field::VMREAD_BITMAP, read.get());
         vmx.write(Field::VMWRITE_BITMAP, write.get());
     }

@@ -133,9 +133,7 @@ impl VmcsAccess {
 
     /// What L2 left in fields that it is lent is in the copy for a look; vmcs01 is current.
     pub fn look_at_lent(&self, on: MachineParts<'_>, slot: &mut Slot) {
-        if slot.loan.loan != Loan::Nothing {
-            by!(&self.way, strategy => strategy.look_at_lent(on, slot));
-        }
+        by!(&self.way, strategy => strategy.look_at_lent(on, slot, &self.common));
     }
 
     /// The copy in a slot was loaded from L2's memory; vmcs01 is current.
@@ -149,8 +147,8 @@ impl VmcsAccess {
     }
 
     /// The copy was stored, and the vmcs12 is inactive.
-    pub fn stored(&self, slot: &mut Slot) {
-        by!(&self.way, strategy => strategy.stored(slot));
+    pub fn stored(&self, on: MachineParts<'_>, slot: &mut Slot) {
+        by!(&self.way, strategy => strategy.stored(on, slot, &self.common));
     }
 
     /// Makes vmcs02 the current VMCS, with all that L2 wrote and what the entry brings. If what L2 left where it was lent something

@@ -9,6 +9,7 @@ use crate::hw::phys::DirectMap;
 use crate::hw::vmx::{Region, Vmx};
 use crate::vmcs::lending::Lending;
 use crate::vmcs::slot::Slot;
+use crate::vmcs::stale::Stale;
 use crate::vmcs::vmcs12::FieldSet;
 use crate::vmx::controls::SecondaryControls;
 use crate::vmx::lent::{LentValues, Loan};
@@ -42,7 +43,7 @@ impl Shadowed {
         let lend = slot.lend();
         slot.vmcs02.become_shadow(vmx, phys, common.revision, lend, vmcs01);
         if ends {
-            self.links.link(vmx, Some(slot));
+            self.links.link(vmx, Some(slot), Some(slot.loan.loan));
         }
     }
 }
@@ -60,7 +61,7 @@ impl Strategy for Shadowed {
     }
 
     fn link(&mut self, vmx: &mut Vmx, slot: Option<&Slot>) {
-        self.links.link(vmx, slot);
+        self.links.link(vmx, slot, slot.map(|slot| slot.loan.loan));
     }
 
     fn confine(&self, vmx: &mut Vmx, operation: VmxOperation, others: SecondaryControls) {
@@ -93,11 +94,14 @@ impl Strategy for Shadowed {
         let lend = slot.lend();
         on_vmcs02(on.vmx, vmcs02, current, |vmx| slot.vmcs02.lend(vmx, on.phys, lend));
         if changes {
-            self.links.link(on.vmx, Some(slot));
+            self.links.link(on.vmx, Some(slot), Some(loan));
         }
     }
 
-    fn look_at_lent(&self, on: MachineParts<'_>, slot: &mut Slot) {
+    fn look_at_lent(&self, on: MachineParts<'_>, slot: &mut Slot, _: &Known) {
+        if slot.loan.loan == Loan::Nothing || !slot.stale.contains(Stale::HOST) {
+            return;
+        }
         on_vmcs02(on.vmx, slot.vmcs02.region(), *on.vmcs01, |vmx| {
             slot.loan.loan.fields().iter().for_each(|field| slot.vmcs12.set(*field, vmx.read(*field)));
         });
@@ -128,7 +132,7 @@ impl Strategy for Shadowed {
         on.vmx.ptrld(*on.vmcs01);
     }
 
-    fn stored(&self, slot: &mut Slot) {
+    fn stored(&self, _: MachineParts<'_>, slot: &mut Slot, _: &Known) {
         slot.vmcs12.valid = FieldSet::CACHED;
     }
 

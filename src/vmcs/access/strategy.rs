@@ -172,7 +172,7 @@ pub(super) trait Strategy {
     }
 
     /// What L2 left in fields that it is lent is in the copy for a look: L2 may change it again without an exit. vmcs01 is current.
-    fn look_at_lent(&self, _: MachineParts<'_>, _slot: &mut Slot) {}
+    fn look_at_lent(&self, _: MachineParts<'_>, _slot: &mut Slot, _: &Known) {}
 
     /// VMREAD of a field that is not in the copy. The VMCS at `current` is current.
     fn read(&self, on: MachineParts<'_>, slot: &mut Slot, current: Region, field: Field) -> u64;
@@ -183,11 +183,11 @@ pub(super) trait Strategy {
     /// The copy was loaded from L2's memory, all of it.
     fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
 
-    /// The copy is to be stored to L2's memory, all of it, and L2 is lent nothing any more.
+    /// The copy is to be stored to L2's memory, all of it, with what L2 left where it is lent something.
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
 
     /// It was stored, and the vmcs12 is inactive.
-    fn stored(&self, slot: &mut Slot);
+    fn stored(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
 
     /// Makes vmcs02 the current VMCS, with what L2 wrote and what the entry brings. If what L2 left where it was lent something breaks a
     /// rule, nothing else is written to vmcs02.

@@ -48,7 +48,7 @@ impl Strategy for Trapped {
         on.vmx.ptrld(*on.vmcs01);
     }
 
-    fn stored(&self, _: &mut Slot) {}
+    fn stored(&self, _: MachineParts<'_>, _: &mut Slot, _: &Known) {}
 
     fn write_dirty(&self, vmx: &mut Vmx, slot: &mut Slot, common: &Known) {
         // Exit information stays in the copy: not every processor can VMWRITE it.
