@@ -17,9 +17,11 @@ const RETURNED: i32 = 7;
 const PAGE: usize = 4096;
 const PROGRAMS: u64 = 40;
 const CHILD_PAGES: usize = 64;
-const FAULTS: usize = 8192;
-const SWEEPS: u64 = 8;
-const SYSTEM_CALLS: u64 = 100_000;
+/// Pages that are taken and given back so many times.
+const PAGES: usize = 8192;
+const TIMES: u64 = 5;
+const SWEEPS: u64 = 1000;
+const SYSTEM_CALLS: u64 = 500_000;
 const MESSAGES: u64 = 4000;
 const TIMER: libc::suseconds_t = 1000;
 const TURNS: u64 = 20_000_000;
@@ -31,7 +33,7 @@ type Load = (&'static str, u64, fn() -> Result<u64>);
 /// All of them. The last needs two CPUs.
 const LOADS: [Load; 7] = [
     ("load_programs", PROGRAMS, programs),
-    ("load_faults", FAULTS as u64, faults),
+    ("load_faults", PAGES as u64 * TIMES, faults),
     ("load_sweep", SWEEPS, sweep),
     ("load_calls", SYSTEM_CALLS, calls),
     ("load_pipe", MESSAGES, pipe),
@@ -72,7 +74,7 @@ fn programs() -> Result<u64> {
 
 /// Pages that were never touched, each a page fault of the guest's own. The memory goes back, so that it faults again.
 fn faults() -> Result<u64> {
-    touch(FAULTS)
+    (0..TIMES).map(|_| touch(PAGES)).sum()
 }
 
 /// Fresh pages, written each, and read: the sum of what was written.
@@ -101,7 +103,7 @@ fn write_and_read(memory: &mut [u8]) -> u64 {
 
 /// Memory that is there, over and over, more than the caches of translations hold.
 fn sweep() -> Result<u64> {
-    let mut memory = vec![1u8; FAULTS * PAGE];
+    let mut memory = vec![1u8; PAGES * PAGE];
     Ok((0..SWEEPS).map(|_| write_and_read(&mut memory)).sum())
 }
 
@@ -208,8 +210,8 @@ mod tests {
 
     #[test]
     fn loads_do_what_they_count() {
-        let pages = FAULTS as u64 / 256 * (255 * 256 / 2);
-        assert_eq!((faults().unwrap(), sweep().unwrap()), (pages, SWEEPS * pages));
+        let pages = PAGES as u64 / 256 * (255 * 256 / 2);
+        assert_eq!((faults().unwrap(), sweep().unwrap()), (TIMES * pages, SWEEPS * pages));
         assert_eq!(calls().unwrap(), SYSTEM_CALLS);
         assert_eq!(barriers().unwrap(), BARRIERS);
         assert_eq!((child(), timer().unwrap()), (RETURNED, timer().unwrap()));
