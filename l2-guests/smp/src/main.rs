@@ -9,6 +9,7 @@
 mod broadcast;
 mod events;
 mod exceptions;
+mod fields;
 mod guest;
 mod guests;
 mod init;
@@ -41,11 +42,12 @@ pub fn cpus() -> usize {
 type Part = fn(&[u32]);
 
 /// The parts, in order; `part=NAME,NAME` on the command line chooses some beside the start.
-const PARTS: [(&str, Part); 10] = [
+const PARTS: [(&str, Part); 11] = [
     ("messages", messages::all),
     ("mwait", mwait::all),
     ("guests", guests::all),
     ("migrate", migrate::all),
+    ("fields", fields::all),
     ("memory", memory::all),
     ("events", events::all),
     ("exceptions", exceptions::all),
