@@ -132,6 +132,11 @@ impl<const N: usize> Lent<N> {
 /// Where in a region the fields lie that are lent in memory.
 pub type Places = [u64; IN_MEMORY.len()];
 
+/// What lies there in the VMCS in `region`.
+fn word(phys: &DirectMap, region: Region, place: u64) -> u64 {
+    phys.read_u64(Hpa::new(region.at().get() + place))
+}
+
 /// [`Lent`] under a hypervisor that keeps VMCSs in memory: of a VMCS that is not current, without an instruction, all fields of
 /// [`IN_MEMORY`].
 #[derive(Debug)]
@@ -158,15 +163,15 @@ impl LentInMemory {
         values: [u64; IN_MEMORY.len()],
     ) -> Self {
         region.mark(phys, revision | SHADOW_INDICATOR);
-        let [.., primary] = Self { places, primary: 0 }.values(phys, region);
-        let lent = Self { places, primary };
+        let [.., place] = places;
+        let lent = Self { places, primary: word(phys, region, place) & Field::CPU_BASED_VM_EXEC_CONTROL.mask() };
         lent.put(phys, region, values);
         lent
     }
 
     /// What L2 has in the VMCS, which is the one in `region`.
     pub fn values(&self, phys: &DirectMap, region: Region) -> [u64; IN_MEMORY.len()] {
-        array::from_fn(|i| phys.read_u64(Hpa::new(region.at().get() + self.places[i])) & IN_MEMORY[i].mask())
+        array::from_fn(|i| word(phys, region, self.places[i]) & IN_MEMORY[i].mask())
     }
 
     /// Makes the VMCS, which is the one in `region`, an ordinary one again, with nvmx's own values; answers with those that L2 left.
