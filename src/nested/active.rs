@@ -91,6 +91,4 @@ pub fn write_back(cpu: &mut Cpu, id: SlotId) {
     // L2 may have no memory there any more: then nothing could have kept its VMCS either.
     let _ = slot.vmcs12.store(&cpu.guest, at);
     slot.active = false;
-    let (slot, access, on) = cpu.reach(id);
-    access.stored(on, slot);
 }

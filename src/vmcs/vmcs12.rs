@@ -195,7 +195,7 @@ impl Vmcs12 {
         Ok(())
     }
 
-    /// Writes every value back to the region at `at`; all fields must be valid.
+    /// Writes every value back to the region at `at`: the field-access strategy has completed them.
     pub fn store(&self, memory: &GuestMemory<impl PhysMem>, at: Gpa) -> Result<(), NotOwned> {
         memory.write_u64(offset(at, LAUNCH_OFFSET), self.launch_state())?;
         memory.write_words(offset(at, VALUES_OFFSET), &self.values)

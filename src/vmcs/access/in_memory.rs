@@ -60,7 +60,7 @@ impl Strategy for InMemory {
 
     fn link(&mut self, vmx: &mut Vmx, slot: Option<&Slot>) {
         if let Some(links) = &mut self.links {
-            links.link(vmx, slot, Some(Loan::All));
+            links.link(vmx, slot.map(|slot| (slot, Loan::All)));
         }
     }
 
@@ -124,9 +124,6 @@ impl Strategy for InMemory {
         let _ = self.end_loan(&on, slot, common);
         let (missing, vmcs02) = (common.exists.without(&slot.vmcs12.valid), slot.vmcs02.region());
         slot.vmcs12.fetch(missing, |field| self.layout.read(on.phys, vmcs02, field));
-    }
-
-    fn stored(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known) {
         slot.vmcs12.valid = FieldSet::CACHED;
         self.become_shadow(on.phys, slot, common);
     }

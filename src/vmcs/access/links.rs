@@ -39,12 +39,12 @@ impl Links {
         Some(Self { bitmaps, pointer: Kept::new(Field::VMCS_LINK_POINTER), open: None })
     }
 
-    /// vmcs01, which is current, links to the vmcs02 of a slot, or to none, and L2 reaches in it this loan. Most vmcs12s of an L2 are
+    /// vmcs01, which is current, links to the vmcs02 of a slot, in which L2 reaches this loan, or to none. Most vmcs12s of an L2 are
     /// lent the same, so the bitmaps mostly stay; without a link nothing is reached, and they stay too.
     #[inline(always)]
-    pub(super) fn link(&mut self, vmx: &mut Vmx, slot: Option<&Slot>, loan: Option<Loan>) {
-        self.pointer.put(vmx, pointer_to(slot));
-        let loan = loan.or(self.open).unwrap_or(Loan::Nothing);
+    pub(super) fn link(&mut self, vmx: &mut Vmx, to: Option<(&Slot, Loan)>) {
+        self.pointer.put(vmx, pointer_to(to.map(|(slot, _)| slot)));
+        let loan = to.map(|(_, loan)| loan).or(self.open).unwrap_or(Loan::Nothing);
         if self.open != Some(loan) {
             self.open(vmx, loan);
         }

@@ -141,14 +141,9 @@ impl VmcsAccess {
         by!(&self.way, strategy => strategy.load(on, slot, &self.common));
     }
 
-    /// Completes the copy in a slot, which is to be stored to L2's memory; vmcs01 is current.
+    /// Completes the values in the copy of a slot, which is to be stored to L2's memory and becomes inactive; vmcs01 is current.
     pub fn store(&self, on: MachineParts<'_>, slot: &mut Slot) {
         by!(&self.way, strategy => strategy.store(on, slot, &self.common));
-    }
-
-    /// The copy was stored, and the vmcs12 is inactive.
-    pub fn stored(&self, on: MachineParts<'_>, slot: &mut Slot) {
-        by!(&self.way, strategy => strategy.stored(on, slot, &self.common));
     }
 
     /// Makes vmcs02 the current VMCS, with all that L2 wrote and what the entry brings. If what L2 left where it was lent something

@@ -43,7 +43,7 @@ impl Shadowed {
         let lend = slot.lend();
         slot.vmcs02.become_shadow(vmx, phys, common.revision, lend, vmcs01);
         if ends {
-            self.links.link(vmx, Some(slot), Some(slot.loan.loan));
+            self.links.link(vmx, Some((slot, slot.loan.loan)));
         }
     }
 }
@@ -61,7 +61,7 @@ impl Strategy for Shadowed {
     }
 
     fn link(&mut self, vmx: &mut Vmx, slot: Option<&Slot>) {
-        self.links.link(vmx, slot, slot.map(|slot| slot.loan.loan));
+        self.links.link(vmx, slot.map(|slot| (slot, slot.loan.loan)));
     }
 
     fn confine(&self, vmx: &mut Vmx, operation: VmxOperation, others: SecondaryControls) {
@@ -94,7 +94,7 @@ impl Strategy for Shadowed {
         let lend = slot.lend();
         on_vmcs02(on.vmx, vmcs02, current, |vmx| slot.vmcs02.lend(vmx, on.phys, lend));
         if changes {
-            self.links.link(on.vmx, Some(slot), Some(loan));
+            self.links.link(on.vmx, Some((slot, loan)));
         }
     }
 
@@ -129,11 +129,8 @@ impl Strategy for Shadowed {
         end_loan(on.vmx, slot, common);
         slot.loan = Lending::NOTHING;
         slot.vmcs12.fetch_missing(&mut on.vmx.batch(), &common.exists);
-        on.vmx.ptrld(*on.vmcs01);
-    }
-
-    fn stored(&self, _: MachineParts<'_>, slot: &mut Slot, _: &Known) {
         slot.vmcs12.valid = FieldSet::CACHED;
+        on.vmx.ptrld(*on.vmcs01);
     }
 
     fn looked_at(&self, slot: &mut Slot) {

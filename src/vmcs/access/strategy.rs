@@ -183,11 +183,9 @@ pub(super) trait Strategy {
     /// The copy was loaded from L2's memory, all of it.
     fn load(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
 
-    /// The copy is to be stored to L2's memory, all of it, with what L2 left where it is lent something.
+    /// The copy is to have the value of each field, with what L2 left where it is lent something: the vmcs12 goes to L2's memory and
+    /// becomes inactive. Which of them it keeps is as for one that is active.
     fn store(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
-
-    /// It was stored, and the vmcs12 is inactive.
-    fn stored(&self, on: MachineParts<'_>, slot: &mut Slot, common: &Known);
 
     /// Makes vmcs02 the current VMCS, with what L2 wrote and what the entry brings. If what L2 left where it was lent something breaks a
     /// rule, nothing else is written to vmcs02.

@@ -48,8 +48,6 @@ impl Strategy for Trapped {
         on.vmx.ptrld(*on.vmcs01);
     }
 
-    fn stored(&self, _: MachineParts<'_>, _: &mut Slot, _: &Known) {}
-
     fn write_dirty(&self, vmx: &mut Vmx, slot: &mut Slot, common: &Known) {
         // Exit information stays in the copy: not every processor can VMWRITE it.
         slot.vmcs12.write_dirty(vmx, |field| common.exists.contains(field) && !field.is_read_only());
