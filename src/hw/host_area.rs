@@ -8,7 +8,6 @@ use super::phys::DirectMap;
 use super::vmenter::{self, GuestRegs};
 use super::vmx::{Region, Vmx};
 use super::{cpu, cr, msr};
-use crate::addr::Hpa;
 use crate::mm::PhysMem;
 use crate::vmx::Field;
 use crate::vmx::lent::{IN_MEMORY, LENT};
@@ -132,11 +131,6 @@ impl<const N: usize> Lent<N> {
 /// Where in a region the fields lie that are lent in memory.
 pub type Places = [u64; IN_MEMORY.len()];
 
-/// What lies there in the VMCS in `region`.
-fn word(phys: &DirectMap, region: Region, place: u64) -> u64 {
-    phys.read_u64(Hpa::new(region.at().get() + place))
-}
-
 /// [`Lent`] under a hypervisor that keeps VMCSs in memory: of a VMCS that is not current, without an instruction, all fields of
 /// [`IN_MEMORY`].
 #[derive(Debug)]
@@ -164,14 +158,14 @@ impl LentInMemory {
     ) -> Self {
         region.mark(phys, revision | SHADOW_INDICATOR);
         let [.., place] = places;
-        let lent = Self { places, primary: word(phys, region, place) & Field::CPU_BASED_VM_EXEC_CONTROL.mask() };
+        let lent = Self { places, primary: region.read(phys, place, Field::CPU_BASED_VM_EXEC_CONTROL) };
         lent.put(phys, region, values);
         lent
     }
 
     /// What L2 has in the VMCS, which is the one in `region`.
     pub fn values(&self, phys: &DirectMap, region: Region) -> [u64; IN_MEMORY.len()] {
-        array::from_fn(|i| word(phys, region, self.places[i]) & IN_MEMORY[i].mask())
+        array::from_fn(|i| region.read(phys, self.places[i], IN_MEMORY[i]))
     }
 
     /// Makes the VMCS, which is the one in `region`, an ordinary one again, with nvmx's own values; answers with those that L2 left.

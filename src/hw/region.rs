@@ -4,8 +4,8 @@
 
 use super::phys::DirectMap;
 use crate::addr::{Hpa, PAGE_SIZE};
-use crate::mm::Frame;
-use crate::vmx::field::Width;
+use crate::mm::{Frame, PhysMem};
+use crate::vmx::field::{Field, Width};
 
 /// A frame that holds a VMCS, or the VMXON region, and nothing else for as long as it is in use. The address is copied; the frame
 /// goes back to its pool only once the VMCS is clear and nobody keeps the region.
@@ -29,6 +29,12 @@ impl Region {
             Width::W32 => phys.poke_bytes(at, &(value as u32).to_le_bytes()),
             Width::W16 => phys.poke_bytes(at, &(value as u16).to_le_bytes()),
         }
+    }
+
+    /// Reads a field of a VMCS that the hypervisor below keeps in memory, `offset` bytes in.
+    #[inline]
+    pub fn read(self, phys: &DirectMap, offset: u64, field: Field) -> u64 {
+        phys.read_u64(Hpa::new(self.0.get() + offset)) & field.mask()
     }
 
     /// Where it is.

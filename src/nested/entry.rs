@@ -142,8 +142,8 @@ fn load_pdptes(vmx: &mut Vmx, guest: &GuestMemory<impl PhysMem>) -> Option<[u64;
     })
 }
 
-/// What L2 left in host fields that it is lent breaks a rule: back to vmcs01, where the rules say which. vmcs02 is current, and nothing was
-/// written to it yet.
+/// What L2 left in fields that it is lent breaks a rule, or must be judged with others: back to vmcs01, where the rules say which.
+/// vmcs02 is current, and nothing was written to it yet.
 #[cold]
 fn lent_state_refused(cpu: &mut Cpu, id: SlotId) -> Result<Next, Stop> {
     cpu.leave_vmcs02(id);

@@ -81,8 +81,8 @@ impl Values {
             Counter::Vmclear | Counter::Vmptrld => self.exchanges,
             Counter::Reflected => self.exits.wrapping_add(self.reported_exits),
             Counter::Vmwrite => {
-                let exits = self.exits.wrapping_mul(WRITES_OF_EXIT);
-                exits.wrapping_add(self.reported_exits.wrapping_mul(WRITES_OF_EXIT + WRITES_OF_REPORT))
+                let exits = self.together(Counter::Reflected).wrapping_mul(WRITES_OF_EXIT);
+                exits.wrapping_add(self.reported_exits.wrapping_mul(WRITES_OF_REPORT))
             }
             Counter::Vmread => self.entries.wrapping_mul(READS_OF_ENTRY),
             _ => 0,

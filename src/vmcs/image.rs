@@ -10,11 +10,10 @@
 //! values are looked for; a field is known if both of two rounds find it exactly once, at the same place. nvmx uses images
 //! only if all fields it needs are known, and if what it writes there is what VMREAD gives afterwards.
 
-use crate::addr::{Hpa, PAGE_SIZE};
+use crate::addr::PAGE_SIZE;
 use crate::hw::host_area::Places;
 use crate::hw::phys::DirectMap;
 use crate::hw::vmx::Region;
-use crate::mm::PhysMem;
 use crate::vmx::FieldAccess;
 use crate::vmx::field::{Field, Width};
 use crate::vmx::lent::IN_MEMORY;
@@ -77,7 +76,7 @@ impl ImageLayout {
     /// Reads a field of a VMCS that is not current.
     #[inline]
     pub fn read(&self, phys: &DirectMap, region: Region, field: Field) -> u64 {
-        phys.read_u64(Hpa::new(region.at().get() + self.offset(field))) & field.mask()
+        region.read(phys, self.offset(field), field)
     }
 
     /// Writes a field of a VMCS that is not current.
@@ -134,7 +133,8 @@ fn find(content: &[u8; BYTES], field: Field, round: Round) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mm::{FramePool, Span};
+    use crate::addr::Hpa;
+    use crate::mm::{FramePool, PhysMem, Span};
 
     /// A region that packs the fields one after the other behind a header, in table order from `rotate` on.
     fn pack(round: Round, rotate: usize, skip: Option<Field>) -> [u8; BYTES] {

@@ -1,7 +1,8 @@
 //! vmcs02, the VMCS that runs L3: its region, the form it is in, and what nvmx keeps in it.
 //!
 //! Guest state, exit information and some controls in it are L2's, reached as the field-access strategy says. The fields
-//! here are nvmx's alone: L2's VMREAD and VMWRITE of them go to nvmx's copy of vmcs12.
+//! here are nvmx's alone: L2's VMREAD and VMWRITE of them go to nvmx's copy of vmcs12, but for what L2 is lent while vmcs02 is a shadow
+//! VMCS.
 
 use crate::addr::Hpa;
 use crate::ept::{Activation, Eptp, SubPages};

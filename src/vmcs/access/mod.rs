@@ -147,7 +147,7 @@ impl VmcsAccess {
     }
 
     /// Makes vmcs02 the current VMCS, with all that L2 wrote and what the entry brings. If what L2 left where it was lent something
-    /// breaks a rule, the slot's host state is to be judged, and the entry brings nothing.
+    /// breaks a rule, or must be judged with others, the slot is stale, and the entry brings nothing.
     #[inline(always)]
     pub fn enter(&self, on: MachineParts<'_>, slot: &mut Slot, state: impl NestedState) -> Result<(), RuleBroken> {
         by!(&self.way, strategy => strategy.enter(on, slot, &self.common, state))
